@@ -1,0 +1,30 @@
+"""Fill the store ahead of training, with the configuration of train.py: `python annotate.py loss=var data=…`."""
+
+import hydra
+from omegaconf import DictConfig
+
+from var import config
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+def main(cfg: DictConfig) -> None:
+    """Sample, score and annotate whatever this configuration's run would need, on every rank of the launcher."""
+    from pathlib import Path
+
+    import torch
+    from hydra.core.hydra_config import HydraConfig
+
+    from var.build import Run
+    from var.progress import say
+
+    run = Run.compose(cfg, Path(HydraConfig.get().runtime.output_dir))
+    if run.settings.world > 1:
+        torch.distributed.init_process_group("nccl" if run.settings.gpu else "gloo")
+    run.data.setup()
+    run.validation_answers()
+    computed = ", ".join(f"{count} {title.lower()}" for title, count in run.annotator.computed.items())
+    say(f"Computed: {computed or 'nothing, the store held it all'}.")
+
+
+if __name__ == "__main__":
+    config.run(main, "train")

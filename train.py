@@ -1,0 +1,48 @@
+"""Align a language model: sample and annotate what is missing, train, evaluate, export. `python train.py --help`."""
+
+import hydra
+from omegaconf import DictConfig
+
+from var import config
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+def main(cfg: DictConfig) -> float | None:
+    """One run; returns the validation reward after training, for sweepers."""
+    import json
+    import time
+    from pathlib import Path
+
+    from hydra.core.hydra_config import HydraConfig
+    from lightning import seed_everything
+
+    from var import dry, summary
+    from var.build import Run
+    from var.progress import say
+
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    if cfg.resume == "auto" and (folder / "summary.json").exists() and not cfg.dry:
+        say(f"This very run is finished: {folder}. resume=false runs it anew, in another folder.")
+        done = json.loads((folder / "summary.json").read_text())
+        summary.show(done, done["title"])
+        return None if done["reward"] is None else float(done["reward"])
+    run = Run.compose(cfg, folder)
+    if cfg.dry:
+        return dry.show(run)
+
+    seed_everything(cfg.seed, verbose=False)
+    trainer, module = run.trainer(), run.module()
+    begun = time.perf_counter()
+    trainer.fit(module, run.data, ckpt_path=run.checkpoint())  # its setup fills the store: see AlignmentData.prepare
+    report = run.report(trainer, time.perf_counter() - begun)
+    run.export(trainer, module, report)
+    if trainer.is_global_zero:
+        summary.write(folder, report)
+        summary.plot(folder)
+        summary.show(report, report["title"])
+    run.close(trainer)
+    return None if report["reward"] is None else float(report["reward"])
+
+
+if __name__ == "__main__":
+    config.run(main, "train")

@@ -1,0 +1,345 @@
+"""What fills the store: samples, rewards, reference log-probabilities, prompt features; only what is missing."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from var.annotate.store import Keys, Shelf, Store, as_keys
+from var.data import rows as rows_module
+from var.data.chat import Chat
+from var.data.rows import Message, Response, Row, Rows, content_hash
+from var.data.sequences import Sequences
+from var.generate import Sampling, sample
+from var.packing import pack, pack_tree
+from var.policy import Policy
+from var.pretrained import Pretrained
+from var.problems import Problems, UserError
+from var.progress import stage
+
+TOKENS = 4096  # packed tokens of one scoring pass
+SHARD = 2048  # items of one shard; a killed run computes at most so many again
+
+
+class Reward(Protocol):
+    """A reward of text. scores_text: False where it can only read the data's own scores."""
+
+    scores_text: bool
+
+    @property
+    def identity(self) -> dict[str, Any]: ...
+
+    def __call__(
+        self, prompts: Sequence[Sequence[Message]], responses: Sequence[str], answers: Sequence[str | None]
+    ) -> list[float]:
+        """Raw rewards, one a response, in reward units."""
+        ...
+
+
+@dataclass
+class Ranks:
+    """This process among those of the job; alone where torch.distributed is not started."""
+
+    rank: int = 0
+    world: int = 1
+    barrier: Callable[[], None] = lambda: None
+
+    @classmethod
+    def current(cls) -> "Ranks":
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            dist = torch.distributed
+            return cls(dist.get_rank(), dist.get_world_size(), dist.barrier)
+        return cls()
+
+
+class Reference:
+    """The frozen reference: loaded when first needed, let go with `release`. autocast: as the policy trains."""
+
+    def __init__(self, pretrained: Pretrained, device: torch.device | str, autocast: torch.dtype | None = None) -> None:
+        self.pretrained, self.device, self.autocast = pretrained, torch.device(device), autocast
+
+    @cached_property
+    def policy(self) -> Policy:
+        return Policy(self.pretrained.load().to(self.device)).eval().requires_grad_(False)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {**self.pretrained.identity, "autocast": str(self.autocast)}
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """The arithmetic of the policy's own steps."""
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast)
+
+    def release(self) -> None:
+        self.__dict__.pop("policy", None)
+
+
+@dataclass
+class Annotator:
+    """Brings numbers from the store; computes and stores what is missing, or refuses with the command that does.
+
+    annotate: `fill` or `refuse`. command: the shell line that fills the store for this very configuration.
+    computed: how many items of each kind this process computed.
+    """
+
+    store: Store
+    reference: Reference
+    reward: Reward
+    cache: Path
+    annotate: Literal["fill", "refuse"] = "fill"
+    command: str = "python annotate.py"
+    ranks: Ranks = field(default_factory=Ranks)
+    computed: dict[str, int] = field(default_factory=dict)
+    missing: dict[str, tuple[int, int]] = field(default_factory=dict)
+    dry: bool = False
+
+    @property
+    def chat(self) -> Chat:
+        return self.reference.pretrained.chat
+
+    def _bring(
+        self, shelf: Shelf, title: str, unit: str, keys: Keys, compute: Callable[..., Any], shard: int = SHARD
+    ) -> pa.Array:
+        """The values of `keys` in their order, after what is missing of them has been computed."""
+        kind = shelf.identity["kind"]
+        distinct = np.unique(keys)
+        missing = int(shelf.missing(distinct).sum())
+        self.missing[title] = (missing, len(distinct))
+        if missing and self.dry:
+            raise Unfilled(f"{title}: {missing} of {len(distinct)} {unit} are missing in {shelf.path}")
+        if missing and self.annotate == "refuse":
+            raise UserError(
+                f"the store lacks {missing} of {len(distinct)} {kind.replace('_', ' ')} and annotate=refuse. Write "
+                f"them once, every later run reads them: {self.command}"
+            )
+        if missing:
+            self.ranks.barrier()
+            with stage(title, -(-missing // self.ranks.world), unit) as advance:
+                done = shelf.fill(keys, compute, shard, self.ranks.rank, self.ranks.world, advance)
+            self.computed[title] = self.computed.get(title, 0) + done
+            self.ranks.barrier()
+        return shelf.read(keys)
+
+    def sampled(self, rows: Rows, sampling: Sampling, title: str = "Sampling") -> list[list[tuple[str, bool]]]:
+        """K (text, finished) for each row's prompt, from the reference."""
+        one = pa.struct([("text", pa.string()), ("finished", pa.bool_())])
+        identity = {"reference": self.reference.identity, "sampling": sampling.identity}
+        shelf = self.store.shelf("responses", identity, pa.list_(one))
+
+        def compute(indices: np.ndarray, advance: Callable[[int], None]) -> list[list[dict[str, Any]]]:
+            prompts = [rows[i].prompt for i in indices]
+            with self.reference.precision():
+                texts = sample(self.reference.policy.model, self.chat, prompts, sampling, advance)
+            return [[{"text": t, "finished": f} for t, f in several] for several in texts]
+
+        values = self._bring(shelf, title, "prompts", rows.keys, compute, shard=256).to_pylist()
+        return [[(one["text"], one["finished"]) for one in several] for several in values]
+
+    def score(self, triples: Sequence[tuple[Sequence[Message], str, str | None]], title: str = "Scoring") -> np.ndarray:
+        """[n] raw rewards of (prompt, response, answer), any pairing of them."""
+        shelf = self.store.shelf("rewards", {"reward": self.reward.identity}, pa.float64())
+        keys = as_keys([content_hash(*triple) for triple in triples])
+
+        def compute(indices: np.ndarray, advance: Callable[[int], None]) -> list[float]:
+            out: list[float] = []
+            for begin in range(0, len(indices), 64):
+                prompts, texts, answers = zip(*(triples[i] for i in indices[begin : begin + 64]), strict=True)
+                out.extend(self.reward(prompts, texts, answers))
+                advance(len(texts))
+            if bad := [i for i, value in zip(indices, out, strict=True) if not np.isfinite(value)]:
+                problems = Problems("rewards that are not finite")
+                for i in bad:
+                    problems.add(f"response {triples[i][1][:60]!r}", "the reward is NaN or infinite")
+                problems.check()
+            return out
+
+        return self._bring(shelf, title, "responses", keys, compute).to_numpy()
+
+    def row_rewards(self, rows: Rows) -> list[np.ndarray]:
+        """Raw rewards of all responses of each row."""
+        if not self.reward.scores_text:
+            problems = Problems("reward=score, but the data carries no score")
+            out = []
+            for row in rows:
+                out.append(np.array([np.nan if r.score is None else r.score for r in row.responses]))
+                if np.isnan(out[-1]).any():
+                    problems.add(f"row {row.id}", "a response has no score")
+            problems.check("Choose a reward that scores text, as reward=offsetbias-rm-8b.")
+            return out
+        items = list(rows)
+        flat = self.score([(row.prompt, r.text, row.answer) for row in items for r in row.responses])
+        return np.split(flat, np.cumsum([len(row.responses) for row in items])[:-1])
+
+    def reference_logps(self, sequences: Sequences) -> pa.Array:
+        """[n] lists of float32: log π_ref of each response token, in nats."""
+        shelf = self.store.shelf("reference_logps", self.reference.identity, pa.list_(pa.float32()))
+        keys = as_keys(
+            [_token_key(ids[:start], ids[start:]) for ids, start, _ in map(sequences.tokens, range(len(sequences)))]
+        )
+
+        @torch.inference_mode()
+        def compute(indices: np.ndarray, advance: Callable[[int], None]) -> list[list[float]]:
+            out: dict[int, list[float]] = {}
+            for batch in _budget(indices, [len(sequences.tokens(i)[0]) for i in indices]):
+                ids, starts, _ = zip(*(sequences.tokens(i) for i in batch), strict=True)
+                packed = pack(ids, starts)
+                with self.reference.precision():
+                    logps = self.reference.policy(packed.to(self.reference.device)).float().cpu()
+                out.update(zip(batch, (part.tolist() for part in logps.split(packed.length.tolist())), strict=True))
+                advance(len(batch))
+            return [out[i] for i in indices]
+
+        return self._bring(shelf, "Reference log-probabilities", "responses", keys, compute)
+
+    def cross_logps(self, sequences: Sequences, micro: np.ndarray) -> np.ndarray:
+        """[M, B, B] nats: log π_ref(y_j|x_i), summed over tokens, of each micro-batch; 0 where it is short."""
+        shelf = self.store.shelf("cross_logps", self.reference.identity, pa.float64())
+        pairs, place = _pairs(micro)
+        tokens = {int(i): sequences.tokens(i)[:2] for i in np.unique(pairs)}
+        keys = as_keys(
+            [_token_key(tokens[i][0][: tokens[i][1]], tokens[j][0][tokens[j][1] :]) for i, j in pairs.tolist()]
+        )
+
+        @torch.inference_mode()
+        def compute(indices: np.ndarray, advance: Callable[[int], None]) -> list[float]:
+            out: dict[int, float] = {}
+            cost = [len(tokens[j][0]) - tokens[j][1] for j in pairs[indices, 1].tolist()]
+            for batch in _budget(indices, cost, keep_order=True):
+                prompts: dict[int, list[int]] = {}
+                for at in batch:
+                    prompts.setdefault(int(pairs[at, 0]), []).append(at)
+                order = [at for several in prompts.values() for at in several]
+                tree = pack_tree(
+                    [tokens[i][0][: tokens[i][1]] for i in prompts],
+                    [
+                        [tokens[j][0][tokens[j][1] :] for j in pairs[several, 1].tolist()]
+                        for several in prompts.values()
+                    ],
+                )
+                with self.reference.precision():
+                    logps = self.reference.policy(tree.to(self.reference.device)).double().cpu()
+                out.update(zip(order, tree.sum_by_sequence(logps).tolist(), strict=True))
+                advance(len(batch))
+            return [out[i] for i in indices]
+
+        values = self._bring(shelf, "Cross log-probabilities", "pairs", keys, compute)
+        return _matrix(values.to_numpy(), micro, place)
+
+    def cross_rewards(self, rows: Rows, sequences: Sequences, micro: np.ndarray) -> np.ndarray:
+        """[M, B, B] raw rewards r(x_i, y_j) of each micro-batch; 0 where it is short."""
+        pairs, place = _pairs(micro)
+        if not self.reward.scores_text:
+            gap = getattr(self.reward, "mismatch_gap", None)
+            if gap is None:
+                raise UserError(
+                    "an in-batch estimator needs the reward of every response under every prompt of its micro-batch, "
+                    "and reward=score has only the own pairs. Choose a reward that scores text, an estimator that "
+                    "needs own rewards (loss=var_prompt), or state what a mismatched response loses: "
+                    "reward.mismatch_gap=<reward units>"
+                )
+            own = sequences.column("score")
+            same = sequences.group[pairs[:, 0]] == sequences.group[pairs[:, 1]]
+            return _matrix(own[pairs[:, 1]] - np.where(same, 0.0, gap), micro, place)
+        prompts, texts = {}, {}
+        for i in np.unique(pairs).tolist():
+            row = rows[sequences.row[i]]
+            prompts[i] = (row.prompt, row.answer)
+            texts[i] = row.responses[sequences.table[i]["response"]].text
+        triples = [(prompts[i][0], texts[j], prompts[i][1]) for i, j in pairs.tolist()]
+        return _matrix(self.score(triples, "Cross scoring"), micro, place)
+
+    def features(self, sequences: Sequences) -> np.ndarray:
+        """[G, 2H] float32: the reference's last and mean hidden state of each group's prompt."""
+        groups = int(sequences.group.max()) + 1
+        first = np.full(groups, -1)
+        first[sequences.group[::-1]] = np.arange(len(sequences))[::-1]
+        prompts = [() if i < 0 else (lambda ids, start, _: ids[:start])(*sequences.tokens(i)) for i in first]
+        shelf = self.store.shelf("features", self.reference.identity, pa.list_(pa.float32()))
+        keys = as_keys([_token_key(prompt, ()) for prompt in prompts])
+
+        @torch.inference_mode()
+        def compute(indices: np.ndarray, advance: Callable[[int], None]) -> list[np.ndarray]:
+            from var.rewards.classifier import whole
+
+            out: dict[int, np.ndarray] = {}
+            for batch in _budget(indices, [len(prompts[i]) for i in indices]):
+                packed = whole([prompts[i] for i in batch]).to(self.reference.device)
+                with self.reference.precision():
+                    states = self.reference.policy.prompt_features(packed)
+                out.update(zip(batch, states.float().cpu().numpy(), strict=True))
+                advance(len(batch))
+            return [out[i] for i in indices]
+
+        known = first >= 0
+        values = self._bring(
+            shelf, "Prompt features", "prompts", keys[known], lambda at, adv: compute(np.flatnonzero(known)[at], adv)
+        )
+        states = np.stack(values.to_numpy(zero_copy_only=False))
+        out = np.zeros((groups, states.shape[1]), dtype=np.float32)
+        out[known] = states
+        return out
+
+
+class Unfilled(Exception):
+    """A dry run met a shelf that it would have to fill."""
+
+
+def with_responses(rows: Rows, texts: list[list[tuple[str, bool]]], cache: Path) -> tuple[Rows, dict[str, int]]:
+    """Prompts and their sampled responses as rows; empty responses are left out and counted, as are the cut ones."""
+    counts = {"sampled responses": 0, "sampled responses left out as empty": 0, "sampled responses cut": 0}
+
+    def filled() -> list[Row]:
+        out = []
+        for row, several in zip(rows, texts, strict=True):
+            responses = [Response(text=t, finished=f, source="sampled") for t, f in several if t.strip()]
+            counts["sampled responses"] += len(several)
+            counts["sampled responses left out as empty"] += len(several) - len(responses)
+            counts["sampled responses cut"] += sum(not r.finished for r in responses)
+            out.append(replace(row, responses=tuple(responses)))
+        return out
+
+    target = cache / "rows" / content_hash(rows.table._fingerprint, texts).hex()
+    items = filled()
+    if not (target / "done.json").exists():
+        rows_module.write(items, target, Problems("sampled rows"))
+        (target / "done.json").write_text('{"left_out": 0}')
+    return rows_module.load(target), counts
+
+
+def _token_key(prompt: Sequence[int], response: Sequence[int]) -> bytes:
+    return content_hash(list(prompt), list(response))
+
+
+def _budget(indices: np.ndarray, cost: list[int], keep_order: bool = False) -> list[list[int]]:
+    """Batches of at most TOKENS tokens; of like length unless the order is kept."""
+    order = range(len(indices)) if keep_order else sorted(range(len(indices)), key=lambda at: cost[at])
+    batches: list[list[int]] = []
+    room = 0
+    for at in order:
+        if cost[at] > room or not batches:
+            batches.append([])
+            room = TOKENS
+        batches[-1].append(int(indices[at]))
+        room -= cost[at]
+    return batches
+
+
+def _pairs(micro: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All (i, j) of each micro-batch, [P, 2], and where they stand in [M, B, B] (bool)."""
+    left, right = np.broadcast_arrays(micro[:, :, None], micro[:, None, :])
+    place = (left >= 0) & (right >= 0)
+    return np.stack([left[place], right[place]], axis=1), place
+
+
+def _matrix(values: np.ndarray, micro: np.ndarray, place: np.ndarray) -> np.ndarray:
+    out = np.zeros((*micro.shape, micro.shape[1]))
+    out[place] = values
+    return out

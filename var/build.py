@@ -1,0 +1,423 @@
+"""From a checked configuration to the parts of a run. The only module below the entry points that sees a config."""
+
+import os
+import re
+import shlex
+import sys
+from dataclasses import dataclass, make_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import ModelCheckpoint, RichModelSummary, RichProgressBar
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig, OmegaConf
+
+from var import summary
+from var.annotate.fill import Annotator, Reference
+from var.annotate.store import Store
+from var.callbacks import Curves, StepMetrics, Validation
+from var.config import check
+from var.datamodule import AlignmentData, DataSettings
+from var.generate import Sampling
+from var.module import AlignmentModule
+from var.policy import Policy
+from var.pretrained import Pretrained, export
+from var.problems import Problems, UserError
+from var.progress import console, say
+from var.rewards.scale import Scale
+
+PRECISIONS = {"32-true": None, "64-true": None, "bf16-mixed": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """The top level of conf/train.yaml, which has the meaning of each."""
+
+    model: Any
+    data: Any
+    reward: Any
+    generate: Any
+    loss: Any
+    optim: Any
+    trainer: Any
+    strategy: Any
+    logger: Any
+    eval: Any
+    seed: int
+    reward_scale: Literal["raw", "sigmoid", "zscore"]
+    reference: Literal["stored", "live"]
+    annotate: Literal["fill", "refuse"]
+    store: str
+    cache: str
+    runs: str
+    resume: bool | str
+    dry: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerSettings:
+    """conf/trainer/default.yaml has the meaning of each."""
+
+    epochs: int
+    max_steps: int
+    accelerator: Literal["auto", "cpu", "gpu"]
+    devices: Literal["auto"] | int
+    num_nodes: int
+    precision: Literal["auto", "bf16-mixed", "32-true", "64-true"]
+    gradient_clip: float
+    log_every_n_steps: int
+    checkpoint_every_n_steps: int
+    ess_warning: float
+    profiler: Literal["simple", "pytorch"] | None
+
+    @property
+    def gpu(self) -> bool:
+        return self.accelerator == "gpu" or (self.accelerator == "auto" and torch.cuda.is_available())
+
+    @property
+    def local(self) -> int:
+        """Processes of this machine."""
+        if self.devices != "auto":
+            return int(self.devices)
+        return torch.cuda.device_count() if self.gpu else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+    @property
+    def world(self) -> int:
+        return self.local * self.num_nodes
+
+    @property
+    def arithmetic(self) -> str:
+        if self.precision != "auto":
+            return self.precision
+        return "bf16-mixed" if self.gpu else "32-true"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimSettings:
+    optimizer: Any
+    schedule: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSettings:
+    every_n_steps: int | None
+    reward: Any
+    sampling: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggerSettings:
+    wandb: Any
+    tensorboard: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbSettings:
+    project: str
+    name: str | None
+    offline: bool | Literal["auto"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorBoardSettings:
+    name: str
+
+
+@dataclass
+class Run:
+    """The parts of one run."""
+
+    cfg: DictConfig
+    folder: Path
+    pretrained: Pretrained
+    annotator: Annotator
+    data: AlignmentData
+    settings: TrainerSettings
+
+    @classmethod
+    def compose(cls, cfg: DictConfig, folder: Path) -> "Run":
+        """Check the configuration as a whole, then build what is light: no model is loaded."""
+        check_config(cfg)
+        settings = TrainerSettings(**cfg.trainer)
+        refuse_ranks_under_multirun(settings.world)
+        if cfg.dry and cfg.annotate == "refuse":
+            raise UserError("debug=dry computes nothing, so annotate=refuse does nothing beside it")
+        pretrained = Pretrained(**values(cfg.model), cache=cfg.cache)
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if settings.gpu else "cpu"
+        annotator = Annotator(
+            store=Store(Path(cfg.store), warn=say),
+            reference=Reference(pretrained, device, PRECISIONS[settings.arithmetic]),
+            reward=instantiate(cfg.reward),
+            cache=Path(cfg.cache),
+            annotate=cfg.annotate,
+            command=shlex.join(["python", "annotate.py", *overrides()]),
+            dry=cfg.dry,
+        )
+        names = DataSettings.__dataclass_fields__
+        data = AlignmentData(
+            source=instantiate(cfg.data.source),
+            settings=DataSettings(**{k: v for k, v in values(cfg.data).items() if k in names}),
+            loss=instantiate(cfg.loss),
+            annotator=annotator,
+            sampling=Sampling(**cfg.generate),
+            scale=Scale(kind=cfg.reward_scale),
+            live=cfg.reference == "live",
+        )
+        accumulation(cfg, settings)
+        return cls(cfg, folder, pretrained, annotator, data, settings)
+
+    def module(self) -> AlignmentModule:
+        """The policy, loaded and ready to train, with its loss."""
+        cfg = self.cfg
+        dtype = {"64-true": torch.float64}.get(self.settings.arithmetic)
+        model = self.pretrained.load().train()
+        reference = None
+        if cfg.reference == "live":
+            reference = Policy(self.pretrained.load()).eval().requires_grad_(False)
+        module = AlignmentModule(
+            Policy(model), self.data.loss, instantiate(cfg.optim.optimizer), instantiate(cfg.optim.schedule), reference
+        )
+        return module.to(dtype) if dtype else module
+
+    def trainer(self) -> lightning.Trainer:
+        cfg, settings = self.cfg, self.settings
+        reward = instantiate(cfg.eval.reward) if cfg.eval.reward else None
+        sampling = Sampling(**cfg.eval.sampling)
+        self.validation = Validation(sampling, cfg.eval.every_n_steps, reward, self.annotator, self.folder)
+        self.steps = StepMetrics(settings.ess_warning)
+        saving = ModelCheckpoint(
+            self.folder / "checkpoints",
+            filename="{step}",
+            every_n_train_steps=settings.checkpoint_every_n_steps,
+            save_last="link",
+            enable_version_counter=False,
+        )
+        callbacks: list[Any] = [self.steps, saving, self.validation]
+        if console.is_terminal:
+            callbacks += [RichProgressBar(), RichModelSummary(max_depth=1)]
+        strategy = cfg.strategy.name
+        if "_target_" in cfg.strategy:
+            extra = {"data_parallel_size": settings.world} if strategy == "fsdp" else {}
+            options = {k: v for k, v in cfg.strategy.items() if k != "name"}
+            strategy = instantiate(OmegaConf.create(options), **extra)
+        return lightning.Trainer(
+            accelerator="gpu" if settings.gpu else "cpu",
+            devices=settings.local,
+            num_nodes=settings.num_nodes,
+            strategy=strategy,
+            precision=settings.arithmetic,  # type: ignore[arg-type]
+            max_epochs=settings.epochs,
+            max_steps=settings.max_steps,
+            accumulate_grad_batches=accumulation(cfg, settings),
+            gradient_clip_val=settings.gradient_clip or None,
+            log_every_n_steps=settings.log_every_n_steps,
+            logger=[Curves(self.folder / "metrics.csv"), *loggers(cfg, self.folder)],
+            callbacks=callbacks,
+            profiler=settings.profiler,
+            default_root_dir=self.folder,
+            enable_progress_bar=console.is_terminal,
+            enable_model_summary=console.is_terminal,
+            use_distributed_sampler=False,
+            num_sanity_val_steps=0,
+        )
+
+    def checkpoint(self) -> str | None:
+        """Where to go on from: what resume says, or this folder's last checkpoint."""
+        resume, last = self.cfg.resume, self.folder / "checkpoints" / "last.ckpt"
+        if resume == "auto":
+            if last.exists():
+                say(f"Going on from {last.resolve()}")
+            return str(last) if last.exists() else None
+        if resume is True:
+            raise UserError("resume is auto, a checkpoint's path, or false")
+        if resume and not Path(resume).exists():
+            raise UserError(f"resume={resume}: there is no such checkpoint")
+        return str(resume) if resume else None
+
+    def report(self, trainer: lightning.Trainer, seconds: float) -> dict[str, Any]:
+        """summary.json: what came out and what it depends on."""
+        data, result = self.data, self.validation.result
+        before, after = result.get("before"), result.get("after")
+        validation: dict[str, Any] = {}
+        if before and after:
+            validation = {
+                name: {"before": before[name], "after": after[name]} for name in ("reward", "length", "cut")
+            } | {"kl": result["kl"]}
+            validation["reward"]["gain"] = result.get("gain")
+        training = self.steps.seconds + self.steps.waited
+        name = f"{self.cfg.model.name}, {self.cfg.data.name}, {HydraConfig.get().runtime.choices.get('loss')}"
+        return {
+            "title": name,
+            "folder": str(self.folder),
+            "reward": validation["reward"]["after"]["mean"] if validation and validation["reward"]["after"] else None,
+            "validation": validation,
+            "kl": validation.get("kl"),
+            "length": validation.get("length"),
+            "steps": trainer.global_step,
+            "tokens_per_second": self.steps.tokens_per_second * trainer.world_size,
+            "ess": data.facts.get("weights", {}).get("ess"),
+            "data": data.facts,
+            "computed": self.annotator.computed,
+            "seconds": {
+                "annotating": data.seconds,
+                "training": training,
+                "evaluating": max(0.0, seconds - training - data.seconds),
+            },
+            "hashes": {
+                "plan": data.plan.hash,
+                "weights": self.pretrained.weights,
+                "rows": data.rows.table._fingerprint,
+            },
+            "seeds": {"run": self.cfg.seed, "data": self.cfg.data.seed, "sampling": self.cfg.generate.seed},
+            "devices": trainer.world_size,
+            "precision": self.settings.arithmetic,
+            "config": values(self.cfg),
+            **summary.environment(),
+        }
+
+    def export(self, trainer: lightning.Trainer, module: AlignmentModule, report: dict[str, Any]) -> None:
+        """model/ in Hugging Face form; of a sharded model, gathered on the first rank."""
+        state = None
+        if getattr(module.policy, "sharded", False):
+            from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            state = get_model_state_dict(module.policy.model, options=options)
+        if not trainer.is_global_zero:
+            return
+        validation = report["validation"]
+
+        def cell(name: str, when: str) -> str:
+            value = validation[name][when] if validation else None
+            return f"{value['mean']:.3f} ± {value['se']:.3f}" if value else "–"
+
+        table = "\n".join(
+            f"| {label} | {cell(name, 'before')} | {cell(name, 'after')} |"
+            for name, label in (("reward", "validation reward"), ("length", "response length, tokens"))
+        )
+        choices = HydraConfig.get().runtime.choices
+        card = {
+            "base": self.cfg.model.path, "name": self.folder.name, "loss": choices.get("loss"),
+            "doc": (type(module.loss).__module__), "version": summary.version("var-align"), "table": table,
+            "data": self.cfg.data.name, "plan": self.data.plan.hash, "reward": choices.get("reward"),
+            "steps": report["steps"], "seed": self.cfg.seed,
+        }  # fmt: skip
+        export(module.policy.model, self.pretrained.chat, self.folder / "model", card, state)
+        OmegaConf.save(self.cfg, self.folder / "model" / "config.yaml", resolve=True)
+
+    def validation_answers(self) -> None:
+        """The reference's answers on the held-out prompts, which an evaluation before training reads."""
+        if len(self.data.validation):
+            sampling = Sampling(**self.cfg.eval.sampling)
+            self.annotator.sampled(self.data.validation, sampling, "Evaluating the start")
+
+    def close(self, trainer: lightning.Trainer) -> None:
+        """Finish what would leak into the next job of a sweep."""
+        for logger in trainer.loggers:
+            logger.finalize("success")
+        if self.cfg.logger.wandb:
+            import wandb
+
+            wandb.finish()
+
+
+def values(node: DictConfig) -> dict[str, Any]:
+    """A part of the configuration as plain values."""
+    return OmegaConf.to_container(node, resolve=True)  # type: ignore[return-value]
+
+
+def check_config(cfg: DictConfig) -> None:
+    """Every key's name and type, all problems at once."""
+    raw = str(OmegaConf.to_container(cfg.data.source, resolve=False))
+    shortcuts = dict.fromkeys(re.findall(r"\$\{data\.(\w+)\}", raw), Any)
+
+    fields = {"name": str, "source": Any, **shortcuts}
+    data = make_dataclass("DataPart", fields.items(), bases=(DataSettings,), frozen=True, kw_only=True)
+    check(
+        cfg,
+        {
+            "": RunSettings,
+            "model": Pretrained,
+            "data": data,
+            "generate": Sampling,
+            "optim": OptimSettings,
+            "trainer": TrainerSettings,
+            "eval": EvalSettings,
+            "eval.sampling": Sampling,
+            "logger": LoggerSettings,
+            "logger.wandb": WandbSettings,
+            "logger.tensorboard": TensorBoardSettings,
+        },
+    )
+
+
+def accumulation(cfg: DictConfig, settings: TrainerSettings) -> int:
+    """Micro-batches of one optimiser step on one rank."""
+    per_rank, rest = divmod(cfg.data.global_batch, cfg.data.micro_batch * settings.world)
+    if rest or not per_rank:
+        raise UserError(
+            f"data.global_batch={cfg.data.global_batch} must be a multiple of data.micro_batch={cfg.data.micro_batch} "
+            f"times {settings.world} processes, so that a step is the same on any number of them"
+        )
+    return per_rank
+
+
+def refuse_ranks_under_multirun(world: int) -> None:
+    """Lightning would start each rank of a job with the whole sweep's command line (ashleve/lightning-hydra-template
+    #393, Lightning-AI/pytorch-lightning #11300)."""
+    multirun = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    if multirun and world > 1 and "SUBMITIT_EXECUTOR" not in os.environ:
+        raise UserError(
+            f"-m with {world} processes a job: each of them would start the whole sweep again. Launch the jobs with "
+            f"hydra/launcher=submitit_local hydra.launcher.tasks_per_node={world}, or run them one by one under torchrun"
+        )
+
+
+def overrides() -> list[str]:
+    """The overrides of this command line, for a command that is to do the same."""
+    if HydraConfig.initialized():
+        return [o for o in HydraConfig.get().overrides.task if not o.startswith(("annotate=", "debug="))]
+    return [a for a in sys.argv[1:] if "=" in a]
+
+
+def loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
+    """What logs beside metrics.csv. A missing key or package is an error here, before anything expensive."""
+    out: list[Logger] = []
+    problems = Problems("loggers")
+    if cfg.logger.wandb:
+        from lightning.pytorch.loggers import WandbLogger
+
+        has_key = bool(os.environ.get("WANDB_API_KEY")) or _netrc_has_wandb()
+        offline = not has_key if cfg.logger.wandb.offline == "auto" else cfg.logger.wandb.offline
+        if not offline and not has_key:
+            problems.add(
+                "logger.wandb", "no WANDB_API_KEY and no netrc entry; set logger.wandb.offline=true, or log in"
+            )
+        else:
+            name = cfg.logger.wandb.name or folder.name
+            logger = WandbLogger(name=name, project=cfg.logger.wandb.project, offline=offline, save_dir=folder)
+            logger.log_hyperparams(values(cfg))
+            out.append(logger)
+    if cfg.logger.tensorboard:
+        try:
+            from lightning.pytorch.loggers import TensorBoardLogger
+
+            out.append(TensorBoardLogger(folder, name="tensorboard", version=cfg.logger.tensorboard.name))
+        except ModuleNotFoundError:
+            problems.add("logger.tensorboard", "an extra: pip install -e '.[tensorboard]'")
+    problems.check()
+    return out
+
+
+def _netrc_has_wandb() -> bool:
+    import netrc
+
+    try:
+        return any("wandb" in host for host in netrc.netrc().hosts)
+    except (OSError, netrc.NetrcParseError):
+        return False

@@ -1,0 +1,253 @@
+"""What watches a run: step metrics and throughput, the health of the weights, validation by generation."""
+
+import csv
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from var.annotate.fill import Annotator, Reward
+from var.datamodule import AlignmentData
+from var.evaluate.validation import Answers, clustered, divergence, judge, samples
+from var.generate import Sampling, sample
+from var.module import AlignmentModule
+from var.progress import say, stage
+from var.rewards.scale import Scale
+
+
+class Curves(Logger):
+    """metrics.csv of a run. Unlike Lightning's CSVLogger it goes on after a resume instead of starting anew."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path, self.columns = path, list[str]()
+        if path.exists():
+            with path.open(newline="") as file:
+                self.columns = list(csv.DictReader(file).fieldnames or ())
+
+    name = "curves"
+    version = ""
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """The resolved configuration stands in .hydra/ and config.yaml."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        row = {"step": step, **metrics}
+        if fresh := [name for name in row if name not in self.columns]:
+            self.columns.extend(fresh)
+            self._rewrite(self._rows())
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, self.columns).writerow(row)
+
+    @rank_zero_only
+    def forget_after(self, step: int) -> None:
+        """Drop what a killed run logged after the checkpoint from which it goes on."""
+        self._rewrite([row for row in self._rows() if int(row["step"] or 0) <= step])
+
+    def _rows(self) -> list[dict[str, str]]:
+        if not self.path.exists():
+            return []
+        with self.path.open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    def _rewrite(self, rows: list[dict[str, str]]) -> None:
+        with self.path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.columns)
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def log(trainer: lightning.Trainer, metrics: Mapping[str, float], step: int) -> None:
+    """To every logger of the run."""
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(metrics), step)
+
+
+class StepMetrics(Callback):
+    """Sums of the steps since the last log, reduced once over the ranks, and throughput.
+
+    ess_warning: once, when a step's effective sample size falls under this share of its sequences, say so and why.
+    """
+
+    def __init__(self, ess_warning: float) -> None:
+        self.ess_warning, self.warned = ess_warning, False
+        self.tokens = self.seconds = self.waited = 0.0
+        self.grad_norm: float | None = None
+        self._begun: float | None = None
+        self._ended: float | None = None
+        self._step = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of prompt and response this rank trained on, over the time of its steps and of waiting for them."""
+        return self.tokens / max(self.seconds + self.waited, 1e-9)
+
+    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, Curves) and trainer.global_step:
+                logger.forget_after(trainer.global_step)
+
+    def _is_due(self, trainer: lightning.Trainer, step: int) -> bool:
+        return step % trainer.log_every_n_steps == 0 or step == 1  # type: ignore[attr-defined]
+
+    def on_train_batch_start(self, trainer: lightning.Trainer, *_: Any) -> None:
+        now = time.perf_counter()
+        if self._ended is not None:
+            self.waited += now - self._ended
+        self._begun = now
+
+    def on_before_optimizer_step(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """The gradient of the whole window, before it is clipped."""
+        if self._is_due(trainer, trainer.global_step + 1):
+            gradients = [p.grad for p in module.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+            self.grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(module, AlignmentModule)
+        assert self._begun is not None
+        self.tokens += len(batch.input_ids)
+        step = trainer.global_step
+        if step != self._step:
+            self._step = step
+            if self._is_due(trainer, step) or step >= trainer.estimated_stepping_batches:
+                self._log(trainer, module, step)
+        self._ended = time.perf_counter()
+        self.seconds += self._ended - self._begun
+
+    def _log(self, trainer: lightning.Trainer, module: AlignmentModule, step: int) -> None:
+        means = module.take_metrics()
+        metrics = {f"train/{name}": value for name, value in means.items()}
+        if "weight/square" in means:
+            ess = means["weight/mean"] ** 2 / means["weight/square"]
+            metrics["train/weight/ess"] = ess
+            del metrics["train/weight/square"]
+            if ess < self.ess_warning and not self.warned:
+                self.warned = True
+                self._warn(trainer, step, ess)
+        if self.grad_norm is not None:
+            metrics["train/grad_norm"] = self.grad_norm
+        metrics["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+        metrics["train/epoch"] = float(trainer.current_epoch)
+        metrics["throughput/tokens_per_second"] = (
+            self.tokens * trainer.world_size / max(self.seconds + self.waited, 1e-9)
+        )
+        metrics["throughput/share_waiting_for_data"] = self.waited / max(self.seconds + self.waited, 1e-9)
+        if torch.cuda.is_available():
+            metrics["throughput/peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        log(trainer, metrics, step)
+        module.log("loss", means["loss"], prog_bar=True, logger=False)
+
+    def _warn(self, trainer: lightning.Trainer, step: int, ess: float) -> None:
+        data: AlignmentData = trainer.datamodule  # type: ignore[attr-defined]
+        whole = data.facts.get("weights", {})
+        cause = "the temperature is small against the reward's spread: raise loss.temperature"
+        if whole.get("length_correlation", 0) < -0.3:
+            cause = "weights follow response length, the shortest taking most: log π_ref is summed; see loss=var"
+        elif whole.get("largest", 0) > 50:
+            cause = f"one response weighs {whole['largest']:.0f} times the mean: rewards have a heavy tail"
+        say(f"Warning: at step {step} the effective sample size is {ess:.2f} of the sequences; {cause}.")
+
+
+class Validation(Callback):
+    """Reward, length and KL of sampled answers on held-out prompts: before, every n steps, and after.
+
+    The answers before training are the reference's and come from the store. result: for the summary.
+    """
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        every_n_steps: int | None,
+        reward: Reward | None,
+        annotator: Annotator,
+        folder: Path,
+    ) -> None:
+        self.sampling, self.every_n_steps, self.annotator, self.folder = sampling, every_n_steps, annotator, folder
+        self.reward = reward  # None: the run's own
+        self.seconds = 0.0
+        self.before: Answers | None = None
+        self.result: dict[str, Any] = {}
+        self._done = -1
+
+    def on_fit_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        data: AlignmentData = trainer.datamodule  # type: ignore[attr-defined]
+        if not len(data.validation):
+            return
+        texts = self.annotator.sampled(data.validation, self.sampling, "Evaluating the start")
+        self.before = self._judge(data, texts)
+        self.annotator.reference.release()
+        self.result["before"] = self._summary(self.before)
+        if trainer.global_step == 0:
+            self._log(trainer, self.before, 0)
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        due = self.every_n_steps and step % self.every_n_steps == 0 and step != self._done
+        if due and self.before is not None and step < trainer.estimated_stepping_batches:
+            self._done = step
+            assert isinstance(module, AlignmentModule)
+            data: AlignmentData = trainer.datamodule  # type: ignore[attr-defined]
+            self._log(trainer, self._judge(data, self._sample(trainer, module, f"Evaluating step {step}")), step)
+
+    def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        if self.before is None:
+            return
+        assert isinstance(module, AlignmentModule)
+        data: AlignmentData = trainer.datamodule  # type: ignore[attr-defined]
+        texts = self._sample(trainer, module, "Evaluating the end")
+        after = self._judge(data, texts)
+        reference = self.annotator.reference
+        module.policy.eval()
+        with stage("KL to the reference", len(texts), "prompts") as advance, reference.precision():
+            kl = divergence(module.policy, reference.policy, self.annotator.chat, data.validation, texts, advance)
+        reference.release()
+        self.result["after"] = self._summary(after)
+        self.result["kl"] = clustered(kl)._asdict()
+        if after.rewards is not None and self.before.rewards is not None:
+            self.result["gain"] = clustered(after.rewards - self.before.rewards)._asdict()
+        self._log(trainer, after, trainer.global_step, {"validation/kl": float(kl.mean())})
+        if trainer.is_global_zero:
+            with (self.folder / "samples.jsonl").open("w") as file:
+                for record in samples(data.validation, self.before, after):
+                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def _sample(self, trainer: lightning.Trainer, module: AlignmentModule, title: str) -> list[list[tuple[str, bool]]]:
+        data: AlignmentData = trainer.datamodule  # type: ignore[attr-defined]
+        prompts = [row.prompt for row in data.validation]
+        with stage(title, len(prompts), "prompts") as advance, self.annotator.reference.precision():
+            return sample(module.policy.model, self.annotator.chat, prompts, self.sampling, advance)
+
+    def _judge(self, data: AlignmentData, texts: list[list[tuple[str, bool]]]) -> Answers:
+        if self.reward is not None:
+            return judge(data.validation, texts, self.reward, Scale(), self.annotator.chat)
+        return judge(data.validation, texts, self.annotator.reward, data.scale, self.annotator.chat)
+
+    def _summary(self, answers: Answers) -> dict[str, Any]:
+        return {
+            "reward": None if answers.rewards is None else clustered(answers.rewards)._asdict(),
+            "length": clustered(answers.lengths.astype(float))._asdict(),
+            "cut": float(1 - answers.finished.mean()),
+        }
+
+    def _log(self, trainer: lightning.Trainer, answers: Answers, step: int, extra: Mapping[str, float] = {}) -> None:
+        metrics = {"validation/length": float(np.mean(answers.lengths)), **extra}
+        if answers.rewards is not None:
+            metrics["validation/reward"] = float(answers.rewards.mean())
+            metrics["validation/reward_se"] = clustered(answers.rewards).se
+        log(trainer, metrics, step)

@@ -1,0 +1,185 @@
+"""Composed configurations are checked as a whole before anything heavy is imported or loaded; errors are short."""
+
+import difflib
+import hashlib
+import inspect
+import json
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from var.problems import Problems, UserError
+
+# What a run's folder does not depend on: the same training goes on under another logger or on other devices.
+ELSEWHERE = {"hydra", "resume", "logger", "store", "cache", "runs", "annotate", "dry"}
+
+
+def run_dir(root: str, model: str, data: str, loss: str, *, _root_: DictConfig) -> str:
+    """A run's folder: readable, and the same for the same configuration, so that the same command goes on with it."""
+    content = {k: v for k, v in OmegaConf.to_container(_root_, resolve=False).items() if k not in ELSEWHERE}  # type: ignore[union-attr]
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    folder = f"{root}/{model}_{data}_{loss}-{digest}"
+    if _root_.get("resume") is not False:
+        return folder
+    job = os.environ.get("SLURM_JOB_ID") or (str(os.getppid()) if "RANK" in os.environ else None)
+    numbers = iter(range(2, 100_000))
+    return f"{folder}-{job}" if job else next(p for n in numbers if not Path(p := f"{folder}-{n}").exists())
+
+
+OmegaConf.register_new_resolver("run_dir", run_dir, replace=True, use_cache=False)
+
+
+def leaves(node: Any, path: str = "") -> Iterator[str]:
+    """Dotted keys of a configuration, `_target_` left away."""
+    if not isinstance(node, DictConfig):
+        yield path
+        return
+    for key in node:
+        if key not in ("_target_", "_partial_"):
+            child = node._get_node(key)
+            yield from leaves(child, f"{path}.{key}" if path else str(key))
+
+
+def check(cfg: DictConfig, schemas: Mapping[str, Any]) -> None:
+    """Wrong types, unknown and missing keys of every part, all at once.
+
+    schemas: for each part that is no `_target_`, the dataclass or function that reads it. A `_target_` is its own.
+    """
+    problems = Problems("the configuration cannot be used")
+    for path, node in _parts(cfg):
+        target = node.get("_target_") or schemas.get(path)
+        if target is not None:
+            _check_part(path, node, _locate(target) if isinstance(target, str) else target, problems)
+    for key in OmegaConf.missing_keys(cfg):
+        problems.add(key, f"must be given: {key}=…")
+    problems.check()
+
+
+def _parts(node: DictConfig, path: str = "") -> Iterator[tuple[str, DictConfig]]:
+    yield path, node
+    for key in node:
+        child = node._get_node(key)
+        if key != "hydra" and isinstance(child, DictConfig) and not child._is_none() and not child._is_interpolation():
+            yield from _parts(child, f"{path}.{key}" if path else str(key))
+
+
+def _locate(name: str) -> Any:
+    from hydra.utils import get_object
+
+    try:
+        return get_object(name)
+    except Exception as error:
+        raise UserError(f"_target_: {name} cannot be imported: {error}") from error
+
+
+def _check_part(path: str, node: DictConfig, target: Any, problems: Problems) -> None:
+    parameters = inspect.signature(target).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target) if parameters else {}
+    given = {str(key) for key in node} - {"_target_", "_partial_", "_recursive_", "_convert_"}
+    for key in sorted(given - set(parameters)):
+        if not open_ended and not (path == "strategy" and key == "name"):
+            near = difflib.get_close_matches(key, parameters, n=1)
+            problems.add(f"{path}.{key}", "nothing reads this key" + (f"; did you mean {near[0]}?" if near else ""))
+    for key in sorted(given & set(parameters) & set(hints)):
+        if OmegaConf.is_missing(node, key):
+            continue
+        value = node.get(key)
+        if isinstance(value, DictConfig) and value.get("_target_"):
+            continue
+        if not fits(OmegaConf.to_container(value) if OmegaConf.is_config(value) else value, hints[key]):
+            problems.add(f"{path}.{key}", f"{value!r} is no {_shown(hints[key])}")
+    for key, parameter in parameters.items():
+        required = parameter.default is parameter.empty and parameter.kind is parameter.KEYWORD_ONLY
+        if required and key not in given and not node.get("_partial_"):
+            problems.add(f"{path}.{key}", "this key is not there")
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a YAML value is of the annotated type; an int is a float, a list is a tuple."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any or isinstance(hint, typing.TypeVar):
+        return True
+    if origin is typing.Literal:
+        return value in arguments
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, option) for option in arguments)
+    if hint in (None, type(None)):
+        return value is None
+    if hint is bool:
+        return isinstance(value, bool)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is str:
+        return isinstance(value, str)
+    if origin in (tuple, list):
+        return isinstance(value, list | tuple) and all(fits(v, arguments[0]) for v in value if arguments)
+    return True
+
+
+def _shown(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(map(str, typing.get_args(hint)))
+    return getattr(hint, "__name__", None) if isinstance(hint, type) else str(hint).replace("typing.", "")  # type: ignore[return-value]
+
+
+def run(main: Callable[[], Any], config_name: str) -> None:
+    """Run an entry point; what the user can mend is one message without a traceback, and exit status 1."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra hands the exception on instead of printing it
+    try:
+        main()
+    except Exception as error:
+        message = _message(error, config_name)
+        if message is None:
+            raise
+        sys.stdout.flush()
+        print(f"Error: {message}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _message(error: BaseException, config_name: str) -> str | None:
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    causes, cause = [], typing.cast(BaseException | None, error)
+    while cause is not None:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    for cause in causes:
+        if isinstance(cause, UserError):
+            return str(cause)
+    if not isinstance(error, HydraException | OmegaConfBaseException):
+        return None
+    text = "\n".join(
+        dict.fromkeys(str(cause) for cause in causes if isinstance(cause, HydraException | OmegaConfBaseException))
+    )
+    for cause in causes:
+        key = getattr(cause, "full_key", None)
+        if isinstance(key, str) and (near := nearest(key, config_name)):
+            text += f"\nDid you mean {near}?"
+            break
+    return text
+
+
+def nearest(key: str, config_name: str) -> str | None:
+    """The known key most like `key`, in the configuration of the groups that were asked for."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    folder = Path(__file__).parent.parent / "conf"
+    chosen = [a for a in sys.argv[1:] if (folder / a.split("=")[0]).is_dir() and "," not in a]
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(folder), version_base="1.3"):
+            known = list(leaves(compose(config_name, chosen)))
+    except Exception:
+        return None
+    return next(iter(difflib.get_close_matches(key, known, n=1, cutoff=0.5)), None)

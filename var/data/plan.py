@@ -1,0 +1,122 @@
+"""The plan: which units make which micro-batch and optimiser step, fixed before training, whatever the devices."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from var.problems import UserError
+
+ABSENT = -1  # fills the last, short micro-batch
+
+
+@dataclass(frozen=True)
+class Plan:
+    """micro: [M, B] units of each micro-batch (a unit is a sequence, or a pair where the loss compares pairs).
+
+    tokens, sequences: [M] response tokens and sequences of each micro-batch.
+    window: micro-batches of one optimiser step over all ranks and accumulation; the last one may be shorter.
+    """
+
+    micro: np.ndarray
+    tokens: np.ndarray
+    sequences: np.ndarray
+    window: int
+    seed: int
+    dropped: int = 0
+
+    @property
+    def hash(self) -> str:
+        """Of the micro-batches, their tokens and the window; a checkpoint holds it, another data set is refused."""
+        digest = hashlib.sha256(f"{self.micro.shape}{self.window}{self.seed}".encode())
+        for array in (self.micro, self.tokens, self.sequences):
+            digest.update(np.ascontiguousarray(array, dtype=np.int64).tobytes())
+        return digest.hexdigest()[:16]
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of an epoch."""
+        return -(-len(self.micro) // self.window)
+
+    def epoch(self, epoch: int) -> np.ndarray:
+        """[M] the micro-batches in the order of this epoch: whole optimiser steps are permuted, a short one stays last.
+
+        Steps keep their micro-batches, so that runs which differ only in B see the same rows at the same step.
+        """
+        order = np.arange(len(self.micro))
+        if epoch == 0:
+            return order
+        whole = len(order) // self.window
+        steps = order[: whole * self.window].reshape(whole, self.window)
+        shuffled = steps[np.random.default_rng([self.seed, epoch]).permutation(whole)].ravel()
+        return np.concatenate([shuffled, order[whole * self.window :]])
+
+    def batches(self, epoch: int, rank: int, world: int) -> Iterator[tuple[int, float, float]]:
+        """This rank's micro-batches of an epoch, each with the response tokens and sequences of its whole step.
+
+        Yields (micro-batch, tokens, sequences). Where a short step leaves a rank without one, it gets the step's
+        last micro-batch again with infinite divisors: it counts for nothing, and the ranks stay in step.
+        """
+        order = self.epoch(epoch)
+        for begin in range(0, len(order), self.window):
+            step = order[begin : begin + self.window]
+            tokens, sequences = float(self.tokens[step].sum()), float(self.sequences[step].sum())
+            for at in range(0, len(step), world):
+                if at + rank < len(step):
+                    yield int(step[at + rank]), tokens, sequences
+                else:
+                    yield int(step[-1]), float("inf"), float("inf")
+
+    def length(self, world: int) -> int:
+        """Micro-batches of one rank in an epoch."""
+        whole, rest = divmod(len(self.micro), self.window)
+        return whole * (self.window // world) + -(-rest // world)
+
+
+def make_plan(
+    tokens: np.ndarray,
+    sequences_per_unit: int,
+    micro_batch: int,
+    global_batch: int,
+    seed: int,
+    short_micro_batch: Literal["drop", "keep", "error"],
+    short_window: Literal["keep", "drop"],
+) -> Plan:
+    """Shuffle the units, split them into micro-batches of exactly B. tokens: [units] response tokens of each.
+
+    B = 2, 4, 8 of one seed nest: a micro-batch of 8 is two of 4.
+    """
+    if global_batch % micro_batch:
+        raise UserError(
+            f"data.global_batch={global_batch} is no multiple of data.micro_batch={micro_batch}; "
+            "an optimiser step is a whole number of micro-batches"
+        )
+    n, window = len(tokens), global_batch // micro_batch
+    order = np.random.default_rng(seed).permutation(n)
+    rest = n % micro_batch
+    if rest and short_micro_batch == "error":
+        raise UserError(
+            f"{n} units do not divide into micro-batches of {micro_batch} ({rest} are left over); "
+            "set data.short_micro_batch to drop or keep"
+        )
+    if rest and short_micro_batch == "keep":
+        order = np.concatenate([order, np.full(micro_batch - rest, ABSENT)])
+    micro = order[: len(order) - len(order) % micro_batch].reshape(-1, micro_batch)
+    if short_window == "drop":
+        micro = micro[: len(micro) - len(micro) % window]
+    if not len(micro):
+        raise UserError(
+            f"{n} units make no whole micro-batch of {micro_batch} and step of {global_batch}; lower "
+            "data.micro_batch and data.global_batch, or set data.short_micro_batch=keep data.short_window=keep"
+        )
+    present = micro != ABSENT
+    return Plan(
+        micro=micro,
+        tokens=np.where(present, np.asarray(tokens)[micro], 0).sum(1),
+        sequences=present.sum(1) * sequences_per_unit,
+        window=window,
+        seed=seed,
+        dropped=n - int(present.sum()),
+    )

@@ -1,0 +1,77 @@
+"""debug=dry: what a run needs, what the store holds, memory per device, and one rendered row; nothing is computed."""
+
+from typing import TYPE_CHECKING
+
+from var.annotate.fill import Unfilled
+from var.progress import say
+
+if TYPE_CHECKING:
+    from var.build import Run
+
+
+def show(run: "Run") -> None:
+    """Print all of it; what cannot be known before something is computed says so."""
+    cfg = run.cfg
+    say("The loss needs:")
+    for need in sorted(run.data.loss.needs, key=lambda n: n.name) or []:
+        say(f"  {need.key} {need.value.shape}, {need.value.unit}: {need.value.writer}")
+    if not run.data.loss.needs:
+        say("  nothing but the responses")
+    memory(run)
+    say("Data:")
+    try:
+        run.data.prepare()
+    except Unfilled as unfilled:
+        say(f"  {unfilled}")
+        say(f"  What follows from it is known once it is computed. Fill it ahead: {run.annotator.command}")
+    say("The store holds:")
+    for title, (missing, items) in run.annotator.missing.items():
+        say(f"  {title.lower()}: {items - missing} of {items}")
+    if not run.annotator.missing:
+        say("  nothing is asked of it")
+    row(run)
+
+
+def memory(run: "Run") -> None:
+    """Parameters and bytes a device: weights, gradients, AdamW's moments, activations of one micro-batch."""
+    settings, cfg = run.settings, run.cfg
+    model = run.pretrained.meta()
+    parameters = sum(p.numel() for p in model.parameters())
+    width = model.dtype.itemsize
+    shards = settings.world if cfg.strategy.name == "fsdp" else 1
+    tokens = cfg.data.micro_batch * cfg.data.max_length
+    half = 2 if settings.arithmetic == "bf16-mixed" else width
+    config = model.config
+    layer = 14 * config.hidden_size + 3 * config.intermediate_size  # kept for the backward pass, per token and layer
+    layers = config.num_hidden_layers
+    stored = config.hidden_size * layers if run.pretrained.gradient_checkpointing else layer * layers
+    parts = {
+        "weights": parameters * width / shards,
+        "gradients": parameters * width / shards,
+        "optimiser (two moments)": 2 * parameters * width / shards,
+        f"activations (estimate, {tokens:,} tokens)": tokens * stored * half,
+        "logits (one chunk)": 3 * 256 * config.vocab_size * 4,
+    }
+    say(f"Memory a device ({settings.world} in all, {cfg.strategy.name}, {settings.arithmetic}):")
+    say(f"  parameters: {parameters:,} in {cfg.model.dtype}")
+    for name, size in parts.items():
+        say(f"  {name}: {size / 2**30:.2f} GiB")
+    say(f"  together: {sum(parts.values()) / 2**30:.2f} GiB")
+    say(
+        "  reference: "
+        + ("a second copy of the weights" if cfg.reference == "live" else "none, its numbers are stored")
+    )
+
+
+def row(run: "Run") -> None:
+    """One training row as text, its response span marked."""
+    say("One row, the trained tokens between ⟦ and ⟧:")
+    sequences = getattr(run.data, "sequences", None)
+    tokenizer = run.annotator.chat.tokenizer
+    if sequences is not None:
+        ids, start, name = sequences.tokens(0)
+        say(f"  row {name}: {start} prompt tokens, {len(ids) - start} response tokens")
+        say(f"{tokenizer.decode(ids[:start])}⟦{tokenizer.decode(ids[start:])}⟧")
+        return
+    rows = getattr(run.data, "validation", None) or run.data.source_rows()
+    say(f"{run.annotator.chat.render(rows[0].prompt)}⟦… its responses are sampled first …⟧")

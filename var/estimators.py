@@ -1,0 +1,321 @@
+"""The weight of a response, exp(r/λ) / Z(x), by how Z is estimated; METHOD's table as code, in log space, float64.
+
+Each estimator is a frozen dataclass: `needs`, and a call from the data set's numbers to log-weights. Nothing here
+holds a gradient or sees θ. `normalise` divides by the data set's mean weight, once, so that w ≡ 1 is SFT and learning
+rate, clipping and loss curves mean the same for every estimator, B and λ.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from var.needs import Need
+from var.problems import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """The numbers of n sequences. A field is absent where no one asked for it.
+
+    rewards [n], in reward units, scaled as the run says. group [n] int, 0..G-1: the prompt. length [n]: response
+    tokens. reference_logps [n] nats, summed over response tokens. features [G, F]: of each group's prompt.
+    micro [M, B] int: the plan's sequences, -1 where the last micro-batch is short. cross_rewards, cross_logps
+    [M, B, B]: row i a prompt, column j a response of the micro-batch; reward units, and nats summed over tokens.
+    """
+
+    rewards: Tensor
+    group: Tensor
+    length: Tensor
+    reference_logps: Tensor | None = None
+    features: Tensor | None = None
+    micro: Tensor | None = None
+    cross_rewards: Tensor | None = None
+    cross_logps: Tensor | None = None
+
+
+def in_batch_log_weights(rewards: Tensor, logps: Tensor) -> Tensor:
+    """Log of the diagonal of the row-wise softmax of s_ij + r_ij/λ (arXiv 2502.11026, Eq. 9, 10).
+
+    rewards, logps: [..., B, B], row i a prompt, column j a response; rewards already divided by λ, logps in nats:
+    s_ij summed, averaged over response tokens, or zero. A missing column is -inf in logps. Returns [..., B] ≤ 0.
+    """
+    return (logps + rewards).log_softmax(-1).diagonal(dim1=-2, dim2=-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InBatch:
+    """Z over the micro-batch: the paper's Eq. 9, 10.
+
+    reduction: of log π_ref(y_j|x_i) over response tokens. `sum` is the literal reading, and there the shortest
+    answer takes the micro-batch whatever its reward (METHOD, fact 1); `mean` is the paper's method made usable;
+    `none` leaves π_ref out. reference: `cross` for log π_ref(y_j|x_i), `own` for log π_ref(y_j|x_j), one pass over
+    the own pairs, which the paper's times fit.
+    """
+
+    reduction: Literal["mean", "sum", "none"] = "mean"
+    reference: Literal["cross", "own"] = "cross"
+
+    planned = True  # the weight depends on the micro-batch, so the plan comes first
+
+    def __post_init__(self) -> None:
+        if self.reduction not in ("mean", "sum", "none") or self.reference not in ("cross", "own"):
+            raise UserError("loss.estimator: reduction is mean, sum or none; reference is cross or own")
+        if self.reduction == "none" and self.reference == "own":
+            raise UserError("loss.estimator.reference=own does nothing beside reduction=none, which leaves π_ref out")
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        logps = {"cross": Need.CROSS_LOGPS, "own": Need.REFERENCE_LOGPS}[self.reference]
+        return frozenset({Need.REWARDS, Need.CROSS_REWARDS} | (set() if self.reduction == "none" else {logps}))
+
+    def __call__(self, table: Table, temperature: float) -> Tensor:
+        """Returns [n] log-weights; -inf for a sequence that is in no micro-batch."""
+        assert table.micro is not None and table.cross_rewards is not None
+        present = table.micro >= 0
+        micro = table.micro.clamp(min=0)
+        logps = torch.zeros_like(table.cross_rewards)
+        if self.reduction != "none":
+            if self.reference == "cross":
+                assert table.cross_logps is not None
+                logps = table.cross_logps
+            else:
+                assert table.reference_logps is not None
+                logps = table.reference_logps[micro][:, None, :].expand_as(table.cross_rewards)
+            if self.reduction == "mean":
+                logps = logps / table.length[micro][:, None, :]
+        rewards = torch.where(present[:, None, :], table.cross_rewards, 0.0)
+        logps = torch.where(present[:, None, :], logps, -torch.inf)
+        diagonal = in_batch_log_weights(rewards / temperature, logps)
+        out = torch.full_like(table.rewards, -torch.inf)
+        out[micro[present]] = diagonal[present]
+        return out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grouped:
+    """K · softmax of r/λ over the prompt's own K responses. A pair gives 2σ(Δr/λ).
+
+    drop_uninformative: leave out groups whose rewards are all equal, a group of one among them: each of their
+    weights is 1 whatever the answers are worth, an SFT step on them. They are counted.
+    """
+
+    drop_uninformative: bool = False
+
+    planned = False
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({Need.REWARDS})
+
+    def __call__(self, table: Table, temperature: float) -> Tensor:
+        log_weights = group_log_softmax(table.rewards / temperature, table.group) + group_size(table.group).log()
+        if self.drop_uninformative:
+            log_weights = log_weights.masked_fill(uninformative(table), -torch.inf)
+        return log_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """(K + κ) e^{r/λ} / (Σ_k e^{r_k/λ} + κ e^{(V(x)+c)/λ}): a group with κ pseudo-responses of the usual reward.
+
+    kappa: κ ≥ 0; 0 is `grouped`, ∞ tends to `value`. baseline: V, `ridge` cross-fitted on the reference's hidden
+    states of the prompt, or `zero`. c makes the mean weight of the data set 1. Bounded by K + κ. Ours (METHOD).
+    """
+
+    kappa: float = 4.0
+    baseline: Literal["ridge", "zero"] = "ridge"
+    drop_uninformative: bool = False
+
+    planned = False
+
+    def __post_init__(self) -> None:
+        if not self.kappa > 0:
+            raise UserError(f"loss.estimator.kappa is κ > 0, got {self.kappa}; κ = 0 is loss=var_grouped")
+        if self.baseline not in ("ridge", "zero"):
+            raise UserError("loss.estimator.baseline is ridge or zero")
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({Need.REWARDS} | ({Need.PROMPT_FEATURES} if self.baseline == "ridge" else set()))
+
+    def __call__(self, table: Table, temperature: float) -> Tensor:
+        kept = ~uninformative(table) if self.drop_uninformative else torch.ones_like(table.rewards, dtype=torch.bool)
+        logits = table.rewards / temperature
+        values = prompt_values(table)[table.group] if self.baseline == "ridge" else torch.zeros_like(logits)
+        size, own = group_size(table.group), group_logsumexp(logits, table.group)
+        kappa = torch.tensor(self.kappa, dtype=logits.dtype)
+
+        def log_weights(shift: float) -> Tensor:
+            usual = kappa.log() + values / temperature + shift
+            return (size + kappa).log() + logits - torch.logaddexp(own, usual)
+
+        out = log_weights(_mean_one(lambda shift: log_weights(shift)[kept]))
+        return out.masked_fill(~kept, -torch.inf)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Value:
+    """exp((r − V(x))/λ), scaled to mean 1, capped, scaled again: advantage-weighted regression (Peng et al., 2019).
+
+    V: ridge regression on the reference's hidden states of the prompt, cross-fitted by prompt. cap: > 1.
+    """
+
+    cap: float = 5.0
+
+    planned = False
+
+    def __post_init__(self) -> None:
+        if not self.cap > 1:
+            raise UserError(f"loss.estimator.cap bounds weights of mean 1, so it is above 1; got {self.cap}")
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({Need.REWARDS, Need.PROMPT_FEATURES})
+
+    def __call__(self, table: Table, temperature: float) -> Tensor:
+        advantage = (table.rewards - prompt_values(table)[table.group]) / temperature
+        return normalise(advantage).clamp(max=float(np.log(self.cap)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Global:
+    """exp(r/λ) over its mean on the data set: reward-weighted regression; the control, drowned by prompt offsets."""
+
+    planned = False
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({Need.REWARDS})
+
+    def __call__(self, table: Table, temperature: float) -> Tensor:
+        return table.rewards / temperature
+
+
+Estimator = InBatch | Grouped | Prompt | Value | Global
+
+
+def normalise(log_weights: Tensor) -> Tensor:
+    """[n] → [n]: log-weights whose weights have mean 1 over those that are not left out (-inf)."""
+    kept = log_weights[log_weights > -torch.inf]
+    if not len(kept):
+        return log_weights
+    return log_weights - (kept.logsumexp(0) - np.log(len(kept)))
+
+
+def group_size(group: Tensor) -> Tensor:
+    """[n] float64: how many sequences share the sequence's prompt."""
+    return torch.bincount(group).double()[group]
+
+
+def group_logsumexp(logits: Tensor, group: Tensor) -> Tensor:
+    """[n] → [n]: log Σ exp over the sequences of the same prompt."""
+    groups = int(group.max()) + 1
+    peak = logits.new_full((groups,), -torch.inf).scatter_reduce(0, group, logits, "amax")
+    total = logits.new_zeros(groups).index_add(0, group, (logits - peak[group]).exp())
+    return (peak + total.log())[group]
+
+
+def group_log_softmax(logits: Tensor, group: Tensor) -> Tensor:
+    """[n] → [n]: log-softmax over the sequences of the same prompt."""
+    return logits - group_logsumexp(logits, group)
+
+
+def uninformative(table: Table) -> Tensor:
+    """[n] bool: the rewards of the sequence's prompt are all equal, so they say nothing about which answer is good."""
+    groups = int(table.group.max()) + 1
+    high = table.rewards.new_full((groups,), -torch.inf).scatter_reduce(0, table.group, table.rewards, "amax")
+    low = table.rewards.new_full((groups,), torch.inf).scatter_reduce(0, table.group, table.rewards, "amin")
+    return (high == low)[table.group]
+
+
+def within_prompt_deviation(rewards: Tensor, group: Tensor) -> float | None:
+    """σ: the pooled, unbiased standard deviation of the reward within a prompt; None where no prompt has two."""
+    count = torch.bincount(group).double()
+    mean = rewards.new_zeros(len(count)).index_add(0, group, rewards) / count.clamp(min=1)
+    freedom = (count - 1).clamp(min=0).sum()
+    if freedom == 0:
+        return None
+    return float((((rewards - mean[group]) ** 2).sum() / freedom).sqrt())
+
+
+class Health(NamedTuple):
+    """Of n weights: ess, effective sample size over n; largest, over the mean; tiny, share under 1e-3 of the mean;
+    length_correlation, Pearson's, of weight with response length."""
+
+    ess: float
+    largest: float
+    tiny: float
+    length_correlation: float
+
+
+def health(weights: Tensor, length: Tensor) -> Health:
+    """Of weights [n] and response lengths [n]; see Health."""
+    mean = weights.mean()
+    centred, lengths = weights - mean, length.double() - length.double().mean()
+    spread = (centred.square().sum() * lengths.square().sum()).sqrt()
+    return Health(
+        ess=float(weights.sum() ** 2 / weights.square().sum() / len(weights)),
+        largest=float(weights.max() / mean),
+        tiny=float((weights < 1e-3 * mean).double().mean()),
+        length_correlation=float((centred * lengths).sum() / spread) if spread > 0 else 0.0,
+    )
+
+
+def _mean_one(log_weights: Callable[[float], Tensor]) -> float:
+    """The shift at which decreasing weights have mean 1, by bisection."""
+    low, high = -1.0, 1.0
+    while float(log_weights(low).exp().mean()) < 1 and low > -1e6:
+        low *= 2
+    while float(log_weights(high).exp().mean()) > 1 and high < 1e6:
+        high *= 2
+    for _ in range(200):
+        middle = (low + high) / 2
+        if float(log_weights(middle).exp().mean()) > 1:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
+
+
+def prompt_values(table: Table, folds: int = 10) -> Tensor:
+    """[G]: V(x), ridge regression of a prompt's mean reward on its features, cross-fitted: each prompt's value comes
+    from the other folds, since fitted on the row itself it would eat the weight.
+
+    The penalty is chosen in each fold by generalised cross-validation. With fewer than 20 prompts V is the mean of
+    the others. Groups without a sequence (held out) get a value too, and are not fitted on.
+    """
+    assert table.features is not None
+    count = torch.bincount(table.group, minlength=len(table.features)).double()
+    target = torch.zeros(len(count), dtype=torch.float64).index_add(0, table.group, table.rewards) / count.clamp(min=1)
+    known = np.flatnonzero(count.numpy())
+    x, y = table.features.double().numpy(), target.numpy()
+    values = np.full(len(y), y[known].mean() if len(known) else 0.0)
+    if len(known) < 20:
+        total, n = y[known].sum(), len(known)
+        values[known] = (total - y[known]) / (n - 1) if n > 1 else 0.0
+        return torch.from_numpy(values)
+    fold = np.random.default_rng(0).permutation(len(known)) % folds
+    for f in range(folds):
+        fit, rest = known[fold != f], known[fold == f]
+        values[rest] = _ridge(x[fit], y[fit], x[rest])
+    return torch.from_numpy(values)
+
+
+def _ridge(x: np.ndarray, y: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """Predictions for `new` by ridge regression on standardised features; the penalty minimises the GCV score."""
+    centre, scale, mean = x.mean(0), x.std(0) + 1e-12, y.mean()
+    x, new = (x - centre) / scale, (new - centre) / scale
+    u, s, vt = np.linalg.svd(x, full_matrices=False)
+    projected = u.T @ (y - mean)
+    best, chosen = np.inf, np.inf
+    for penalty in s[0] ** 2 * np.logspace(-6, 2, 25):
+        shrink = s**2 / (s**2 + penalty)
+        residual = (y - mean) - u @ (shrink * projected)
+        score = (residual @ residual) / (len(y) - 1 - shrink.sum()) ** 2
+        if score < best:
+            best, chosen = score, penalty
+    return mean + new @ (vt.T @ (s / (s**2 + chosen) * projected))

@@ -1,0 +1,106 @@
+"""Validation by generation: reward, length and KL of a policy's own answers on prompts that training never saw."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from var.annotate.fill import Reward
+from var.data.chat import Chat
+from var.data.rows import Rows
+from var.packing import pack
+from var.policy import Policy
+from var.rewards.scale import Scale
+
+
+class Estimate(NamedTuple):
+    """A mean over responses and its standard error, clustered by prompt."""
+
+    mean: float
+    se: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} ± {self.se:.3f}"
+
+
+@dataclass(frozen=True)
+class Answers:
+    """K sampled answers of each of P prompts. rewards: [P, K] raw, absent where the reward cannot score new text."""
+
+    texts: list[list[str]]
+    finished: np.ndarray
+    lengths: np.ndarray
+    rewards: np.ndarray | None
+
+
+def clustered(values: np.ndarray) -> Estimate:
+    """Mean of [P, K] values; the prompts' means are the independent draws."""
+    means = values.mean(axis=1)
+    return Estimate(
+        float(means.mean()), float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else math.nan
+    )
+
+
+def judge(rows: Rows, texts: list[list[tuple[str, bool]]], reward: Reward | None, scale: Scale, chat: Chat) -> Answers:
+    """Rewards and lengths (in tokens, the end token not counted) of sampled answers."""
+    prompts, flat, answers = [], [], []
+    for row, several in zip(rows, texts, strict=True):
+        for text, _ in several:
+            prompts.append(row.prompt)
+            flat.append(text)
+            answers.append(row.answer)
+    shape = (len(texts), len(texts[0]))
+    lengths = np.array([len(chat.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in flat])
+    rewards = None
+    if reward is not None and reward.scores_text:
+        rewards = scale(np.array(reward(prompts, flat, answers), dtype=float)).reshape(shape)
+    return Answers(
+        texts=[[text for text, _ in several] for several in texts],
+        finished=np.array([[done for _, done in several] for several in texts]),
+        lengths=lengths.reshape(shape),
+        rewards=rewards,
+    )
+
+
+@torch.inference_mode()
+def divergence(
+    policy: Policy,
+    reference: Policy,
+    chat: Chat,
+    rows: Rows,
+    texts: list[list[tuple[str, bool]]],
+    advance: Callable[[int], None] = lambda done: None,
+) -> np.ndarray:
+    """[P, K] nats: log π_θ(y|x) − log π_ref(y|x) of the policy's own answers; its mean estimates KL(π_θ ‖ π_ref).
+
+    An empty answer is its end token alone.
+    """
+    out = []
+    for row, several in zip(rows, texts, strict=True):
+        prompt = chat.prompt(row.prompt)
+        ids = [prompt + _response_tokens(chat, text, done) for text, done in several]
+        batch = pack(ids, [len(prompt)] * len(ids)).to(next(policy.parameters()).device)
+        out.append(batch.sum_by_sequence(policy(batch) - reference(batch)).float().cpu().numpy())
+        advance(1)
+    return np.stack(out)
+
+
+def _response_tokens(chat: Chat, text: str, finished: bool) -> list[int]:
+    ids = list(chat.tokenizer(text, add_special_tokens=False)["input_ids"])
+    return [*ids, chat.end_token] if finished or not ids else ids
+
+
+def samples(rows: Rows, before: Answers | None, after: Answers) -> Sequence[dict[str, Any]]:
+    """One record a prompt: the answers before and after, side by side, with their rewards."""
+    records = []
+    for i, row in enumerate(rows):
+        record: dict[str, Any] = {"id": row.id, "prompt": list(row.prompt), "answer": row.answer}
+        for name, answers in (("before", before), ("after", after)):
+            if answers is not None:
+                rewards = None if answers.rewards is None else answers.rewards[i].tolist()
+                record[name] = {"texts": answers.texts[i], "rewards": rewards, "lengths": answers.lengths[i].tolist()}
+        records.append(record)
+    return records

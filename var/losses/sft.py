@@ -1,0 +1,27 @@
+"""SFT: the mean negative log-likelihood of the responses. The control of every reward-weighted loss."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from var.losses.weighted import Metrics, Normalize, check_normalize, weighted_nll
+from var.needs import Need
+from var.packing import Packed
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFT:
+    """normalize: `token` divides by the response tokens of the whole optimiser step, `sequence` by its sequences."""
+
+    normalize: Normalize = "token"
+
+    def __post_init__(self) -> None:
+        check_normalize(self.normalize)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset()
+
+    def __call__(self, logps: Tensor, batch: Packed) -> tuple[Tensor, Metrics]:
+        """logps: [N] nats, log π_θ of each response token. Returns a scalar and this micro-batch's metrics."""
+        return weighted_nll(logps, logps.new_ones(len(batch)), batch, self.normalize)

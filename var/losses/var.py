@@ -1,0 +1,83 @@
+"""VAR: SFT weighted by exp(r/λ) / Z(x) (Du et al., arXiv 2502.11026, Eq. 8 to 10).
+
+Where we leave the paper: weights come from stored numbers, so that a step is an SFT step; they are divided by the
+data set's mean weight, once; and Z has more estimators than the micro-batch (var/estimators.py).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from var.estimators import Estimator, Table, normalise, within_prompt_deviation
+from var.losses.weighted import Metrics, Normalize, check_normalize, weighted_nll
+from var.needs import Need
+from var.packing import Packed
+from var.problems import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAR:
+    """temperature: λ > 0; small trusts the reward, large tends to SFT. temperature_unit: `reward`, or `sd` for a
+    multiple of the reward's standard deviation within a prompt. estimator: of Z. min_weight: rows whose weight is
+    under it are left out and counted (they cost a whole step and train little); not with a planned estimator.
+    """
+
+    estimator: Estimator
+    temperature: float = 1.0
+    temperature_unit: Literal["reward", "sd"] = "reward"
+    min_weight: float = 0.0
+    normalize: Normalize = "token"
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise UserError(f"loss.temperature is λ > 0, got {self.temperature}; for λ → ∞ use loss=sft")
+        if self.temperature_unit not in ("reward", "sd"):
+            raise UserError(f"loss.temperature_unit is reward or sd, got {self.temperature_unit}")
+        if self.min_weight < 0 or (self.min_weight and self.estimator.planned):
+            raise UserError("loss.min_weight is ≥ 0, and 0 with an in-batch estimator, whose micro-batches are fixed")
+        check_normalize(self.normalize)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return self.estimator.needs
+
+    def weights(self, table: Table) -> Tensor:
+        """[n] float64 of mean 1 over the rows that train; 0 for those left out."""
+        weights = normalise(self.estimator(table, self.scaled_temperature(table))).exp()
+        if self.min_weight:
+            weights = normalise(weights.masked_fill(weights < self.min_weight, 0.0).log()).exp()
+        return weights
+
+    def scaled_temperature(self, table: Table) -> float:
+        """λ in reward units."""
+        if self.temperature_unit == "reward":
+            return self.temperature
+        sigma = within_prompt_deviation(table.rewards, table.group)
+        if not sigma:
+            raise UserError(
+                "loss.temperature_unit=sd needs prompts whose responses differ in reward; set data.responses=both or "
+                "all, or loss.temperature_unit=reward"
+            )
+        return self.temperature * sigma
+
+    def __call__(self, logps: Tensor, batch: Packed) -> tuple[Tensor, Metrics]:
+        """logps: [N] nats, log π_θ of each response token. Returns a scalar and this micro-batch's metrics."""
+        assert batch.weights is not None
+        return weighted_nll(logps, batch.weights, batch, self.normalize)
+
+
+def in_batch_table(batch: Packed) -> Table:
+    """One micro-batch as a Table: for weights from a live reference."""
+    assert batch.rewards is not None
+    own = None if batch.reference_logps is None else batch.sum_by_sequence(batch.reference_logps.double())
+    return Table(
+        rewards=batch.rewards.double(),
+        group=batch.group,
+        length=batch.length,
+        reference_logps=own,
+        micro=torch.arange(len(batch), device=batch.length.device)[None],
+        cross_rewards=None if batch.cross_rewards is None else batch.cross_rewards.double()[None],
+        cross_logps=None if batch.cross_logps is None else batch.cross_logps.double()[None],
+    )

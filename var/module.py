@@ -1,0 +1,147 @@
+"""AlignmentModule: a policy, a loss, and optionally the live reference; one training step for every objective."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import lightning
+import torch
+from torch import Tensor
+
+from var.losses.var import in_batch_table
+from var.losses.weighted import Mean
+from var.needs import Need
+from var.packing import Packed, pack_tree
+from var.policy import Policy
+from var.problems import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The learning rate over optimiser steps. warmup: share of all steps, from 0; then `kind`, down to `floor` times
+    the peak."""
+
+    kind: Literal["cosine", "linear", "constant"]
+    warmup: float
+    floor: float
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("cosine", "linear", "constant"):
+            raise UserError(f"optim.schedule.kind is cosine, linear or constant, got {self.kind}")
+        if not (0 <= self.warmup < 1 and 0 <= self.floor <= 1):
+            raise UserError("optim.schedule.warmup lies in [0, 1) and floor in [0, 1]")
+
+    def factor(self, step: int, steps: int) -> float:
+        """Of the peak rate, at optimiser step 0..steps-1."""
+        warm = round(self.warmup * steps)
+        if step < warm:
+            return (step + 1) / (warm + 1)
+        if self.kind == "constant":
+            return 1.0
+        done = (step - warm) / max(1, steps - warm)
+        shape = 1 - done if self.kind == "linear" else 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * done))))
+        return self.floor + (1 - self.floor) * shape
+
+
+class AlignmentModule(lightning.LightningModule):
+    """policy: trained. loss: from log-probabilities and the batch to a scalar. reference: run in each step where it
+    is given (reference=live), else the batch carries what the loss needs of it.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        loss: Callable[[Tensor, Packed], tuple[Tensor, dict[str, Mean]]],
+        optimizer: Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer],
+        schedule: Schedule,
+        reference: Policy | None = None,
+    ) -> None:
+        super().__init__()
+        self.policy, self.loss, self.optimizer, self.schedule = policy, loss, optimizer, schedule
+        self._reference = [reference] if reference is not None else []  # a list: no parameters of ours, never saved
+        self._sums: dict[str, Tensor] = {}
+
+    def training_step(self, batch: Packed, _: int) -> Tensor:
+        """The share of this micro-batch in the loss of the whole optimiser step.
+
+        Lightning takes the mean over ranks and accumulation; the loss is a share of a sum, so that mean is undone,
+        by the constants Lightning divides by, in a short last step too.
+        """
+        for reference in self._reference:
+            batch = self.with_live_reference(reference, batch)
+        logps = self.policy(batch)  # [N] nats
+        loss, metrics = self.loss(logps, batch)
+        if batch.global_tokens != float("inf"):  # a filler that keeps the ranks in step counts for nothing
+            share = float(len(logps))
+            metrics["loss"] = Mean(loss.detach() * batch.global_tokens, share)
+            for name, (total, count) in metrics.items():
+                pair = torch.stack([total, torch.as_tensor(count).to(total)]).detach().double()
+                self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+        return loss * self.trainer.world_size * self.trainer.accumulate_grad_batches
+
+    def take_metrics(self) -> dict[str, float]:
+        """The means since the last call, over micro-batches and ranks; one reduction for all of them."""
+        names = sorted(self._sums)
+        sums = torch.stack([self._sums.pop(name) for name in names])
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(sums)
+        return dict(zip(names, (sums[:, 0] / sums[:, 1]).tolist(), strict=True))
+
+    @torch.no_grad()
+    def with_live_reference(self, reference: Policy, batch: Packed) -> Packed:
+        """The batch with what the loss needs of the reference, computed now: as the paper trains."""
+        needs, weighs = self.loss.needs, hasattr(self.loss, "weights")  # type: ignore[attr-defined]
+        if Need.REFERENCE_LOGPS in needs:
+            batch = replace(batch, reference_logps=reference(batch))
+        if Need.CROSS_LOGPS in needs:
+            batch = replace(batch, cross_logps=cross_logps(reference, batch))
+        if weighs:
+            data = self.trainer.datamodule  # type: ignore[attr-defined]
+            log_weights = self.loss.estimator(in_batch_table(batch), data.temperature)  # type: ignore[attr-defined]
+            batch = replace(batch, weights=(log_weights - data.log_mean_weight).exp().float())
+        return batch
+
+    def on_fit_start(self) -> None:
+        for reference in self._reference:
+            reference.to(self.device)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = self.optimizer([p for p in self.policy.parameters() if p.requires_grad])
+        steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule.factor(step, steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_model(self) -> None:
+        """FSDP2, by the model's own blocks, where the strategy gives a device mesh."""
+        mesh = getattr(self, "_device_mesh", None)
+        if mesh is None or getattr(self.policy, "sharded", False):
+            return
+        from torch.distributed.fsdp import fully_shard
+
+        axis = mesh["data_parallel"]
+        names = set(self.policy.model._no_split_modules or ())
+        for block in self.policy.model.modules():
+            if type(block).__name__ in names:
+                fully_shard(block, mesh=axis)
+        fully_shard(self.policy, mesh=axis)
+        self.policy.sharded = True
+
+
+def cross_logps(policy: Policy, batch: Packed) -> Tensor:
+    """[B, B] nats: log π(y_j|x_i) of a batch's own sequences, summed over tokens; each prompt is encoded once."""
+    ids, starts = sequences_of(batch)
+    prompts = [row[:start] for row, start in zip(ids, starts, strict=True)]
+    responses = [row[start:] for row, start in zip(ids, starts, strict=True)]
+    tree = pack_tree(prompts, [responses] * len(prompts)).to(batch.input_ids.device)
+    return tree.sum_by_sequence(policy(tree)).view(len(batch), len(batch))
+
+
+def sequences_of(batch: Packed) -> tuple[list[list[int]], list[int]]:
+    """A packed batch as token lists and where each response starts."""
+    tokens, ids, starts = batch.input_ids.tolist(), [], []
+    last = (batch.length.cumsum(0) - 1).tolist()
+    for segment, end, length in zip(batch.segments, last, batch.length.tolist(), strict=True):
+        row = [*tokens[segment.start : segment.stop], int(batch.target[end])]
+        ids.append(row)
+        starts.append(len(row) - length)
+    return ids, starts

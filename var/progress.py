@@ -1,0 +1,30 @@
+"""A progress bar for each stage, on the first rank; plain lines where there is no terminal."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console(soft_wrap=True, highlight=False)
+
+
+def say(text: str) -> None:
+    """Print on the first rank."""
+    if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0:
+        console.print(text, markup=False)
+
+
+@contextmanager
+def stage(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """Show how far a stage is; yields `advance(done)`. Nothing is shown where there is nothing to do."""
+    if total == 0 or int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) != 0:
+        yield lambda done: None
+        return
+    if not console.is_terminal:
+        say(f"{title}: {total} {unit}")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda done: bar.advance(task, done)

@@ -1,0 +1,131 @@
+"""A Hugging Face sequence classifier as reward model; OffsetBias-RM is one configuration of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from var.data.rows import Message
+from var.packing import Packed, Segment
+from var.policy import Scorer
+from var.problems import UserError
+
+DECODERS = {"llama", "qwen2", "qwen3", "mistral"}  # `score` on a backbone that attends by AttentionInterface
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classifier:
+    """The raw logit of a one-label classifier for the chat-rendered prompt and response.
+
+    path: hub id or folder with safetensors. chat_template: where the tokenizer has none. dtype: of the weights; it is
+    in the store's key. tokens: packed tokens at once. The template writes the BOS; no second one is added.
+    """
+
+    path: str
+    revision: str | None = None
+    chat_template: str | None = None
+    dtype: str = "float32"
+    max_length: int = 4096
+    tokens: int = 8192
+    cache: str = ""
+    device: str = field(default="auto", compare=False)
+
+    scores_text = True
+
+    @cached_property
+    def _files(self) -> Any:
+        from var.pretrained import Pretrained
+
+        return Pretrained(
+            name=Path(self.path).name, path=self.path, revision=self.revision, chat_template=self.chat_template,
+            dtype=self.dtype, attention="packed", trust_remote_code=False, gradient_checkpointing=False,
+            architecture={}, cache=self.cache,
+        )  # fmt: skip
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self._files.folder)
+        if self.chat_template is not None:
+            tokenizer.chat_template = self.chat_template
+        if not tokenizer.chat_template:
+            raise UserError(
+                f"the reward model {self.path} has no chat template, so its scores would mean nothing; set "
+                "reward.chat_template to the one that it was trained with"
+            )
+        return tokenizer
+
+    @cached_property
+    def _scorer(self) -> Scorer:
+        from transformers import AutoConfig, AutoModelForSequenceClassification
+
+        import var.logprobs  # noqa: F401  registers the packed attention
+
+        folder = self._files.folder
+        config = AutoConfig.from_pretrained(folder)
+        if config.num_labels != 1:
+            raise UserError(f"the reward model {self.path} has {config.num_labels} labels; a reward model has one")
+        options = {"attn_implementation": "packed"} if config.model_type in DECODERS else {}
+        model = AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=getattr(torch, self.dtype), use_safetensors=True, **options
+        )
+        return Scorer(model.to(self._device)).eval()
+
+    @property
+    def _device(self) -> str:
+        return ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {
+            "weights": self._files.weights, "dtype": self.dtype, "template": self._tokenizer.chat_template,
+            "max_length": self.max_length,
+        }  # fmt: skip
+
+    @torch.inference_mode()
+    def __call__(
+        self, prompts: Sequence[Sequence[Message]], responses: Sequence[str], answers: Sequence[str | None]
+    ) -> list[float]:
+        rows = [self.encode(prompt, text) for prompt, text in zip(prompts, responses, strict=True)]
+        if longer := [i for i, ids in enumerate(rows) if len(ids) > self.max_length]:
+            raise UserError(f"{len(longer)} responses are longer than reward.max_length={self.max_length} tokens")
+        scores: list[float] = []
+        batch: list[list[int]] = []
+        for i, ids in enumerate(rows):
+            batch.append(ids)
+            if i + 1 == len(rows) or sum(map(len, batch)) + len(rows[i + 1]) > self.tokens:
+                scores.extend(self._scorer(whole(batch).to(self._device)).float().tolist())
+                batch = []
+        return scores
+
+    def encode(self, prompt: Sequence[Message], response: str) -> list[int]:
+        """The tokens that the reward model sees."""
+        messages = [*prompt, {"role": "assistant", "content": response}]
+        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
+        bos = self._tokenizer.bos_token
+        ids = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        if bos and ids[:2] == [self._tokenizer.bos_token_id] * 2:
+            raise UserError(f"two BOS tokens ({bos}) at the start: the reward model's template writes one twice")
+        return ids
+
+
+def whole(ids: Sequence[Sequence[int]]) -> Packed:
+    """Whole sequences in one row, for a Scorer: nothing is response, every token is seen."""
+    lengths = [len(row) for row in ids]
+    bounds = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    empty = torch.zeros(0, dtype=torch.long)
+    return Packed(
+        input_ids=torch.tensor([token for row in ids for token in row]),
+        position_ids=torch.cat([torch.arange(n) for n in lengths]),
+        segments=tuple(Segment(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)),
+        predictor=empty,
+        target=empty,
+        sequence=empty,
+        length=torch.zeros(len(lengths), dtype=torch.long),
+        group=torch.arange(len(lengths)),
+        ids=tuple(str(i) for i in range(len(lengths))),
+    )

@@ -1,0 +1,61 @@
+"""Rewards that are programs: exact, free, and without a model."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from var.data.rows import Message
+from var.problems import UserError
+
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExactNumber:
+    """1 where the last number of the response equals the row's answer, else 0."""
+
+    scores_text = True
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"program": "exact_number", "version": 1}
+
+    def __call__(
+        self, prompts: Sequence[Sequence[Message]], responses: Sequence[str], answers: Sequence[str | None]
+    ) -> list[float]:
+        if any(answer is None for answer in answers):
+            raise UserError("reward=exact_number compares with a row's `answer`; these rows have none")
+        return [
+            float(_last_number(text) == float(answer or "nan")) for text, answer in zip(responses, answers, strict=True)
+        ]
+
+
+def _last_number(text: str) -> float | None:
+    found = NUMBER.findall(text)
+    return float(found[-1].replace(",", "")) if found else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sentiment:
+    """VADER's compound sentiment of the response, in [−1, 1] (Hutto and Gilbert, 2014; package vaderSentiment)."""
+
+    scores_text = True
+
+    @cached_property
+    def _analyzer(self) -> Any:
+        try:
+            from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+        except ImportError as error:
+            raise UserError("reward=sentiment needs an extra: pip install -e '.[sentiment]'") from error
+        return SentimentIntensityAnalyzer()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"program": "vader", "version": 1}
+
+    def __call__(
+        self, prompts: Sequence[Sequence[Message]], responses: Sequence[str], answers: Sequence[str | None]
+    ) -> list[float]:
+        return [float(self._analyzer.polarity_scores(text)["compound"]) for text in responses]
