@@ -1,5 +1,6 @@
 """From a checked configuration to the parts of a run. The only module below the entry points that sees a config."""
 
+import logging
 import os
 import re
 import shlex
@@ -142,6 +143,7 @@ class Run:
     @classmethod
     def compose(cls, cfg: DictConfig, folder: Path) -> "Run":
         """Check the configuration as a whole, then build what is light: no model is loaded."""
+        quieten()
         check_config(cfg)
         settings = TrainerSettings(**cfg.trainer)
         refuse_ranks_under_multirun(settings.world)
@@ -324,6 +326,17 @@ class Run:
             import wandb
 
             wandb.finish()
+
+
+def quieten() -> None:
+    """Libraries' own bars and advertisements; warnings stay."""
+    import datasets
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def values(node: DictConfig) -> dict[str, Any]:

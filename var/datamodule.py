@@ -1,5 +1,6 @@
 """AlignmentData: rows → responses → sequences → annotations → plan → packed micro-batches."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
