@@ -94,7 +94,7 @@ def test_a_file_is_whole_and_sets_nothing_unknown(name):
     assert not OmegaConf.missing_keys(config)
     assert set(config) == {"name", *OmegaConf.load(FOLDER / "_base.yaml")}
     assert config.name == name
-    assert config.dtype == ("float32" if PUBLISHED[name] < 2e9 else "bfloat16")
+    assert config.dtype == "float32"
     assert config.trust_remote_code is False
 
 

@@ -2,10 +2,9 @@
 
 import logging
 import os
-import re
 import shlex
 import sys
-from dataclasses import dataclass, make_dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -149,7 +148,7 @@ class Run:
         refuse_ranks_under_multirun(settings.world)
         if cfg.dry and cfg.annotate == "refuse":
             raise UserError("debug=dry computes nothing, so annotate=refuse does nothing beside it")
-        pretrained = Pretrained(**values(cfg.model), cache=cfg.cache)
+        pretrained = Pretrained(**known(Pretrained, cfg.model), cache=cfg.cache)
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if settings.gpu else "cpu"
         annotator = Annotator(
             store=Store(Path(cfg.store), warn=say),
@@ -160,10 +159,9 @@ class Run:
             command=shlex.join(["python", "annotate.py", *overrides()]),
             dry=cfg.dry,
         )
-        names = DataSettings.__dataclass_fields__
         data = AlignmentData(
             source=instantiate(cfg.data.source),
-            settings=DataSettings(**{k: v for k, v in values(cfg.data).items() if k in names}),
+            settings=DataSettings(**known(DataSettings, cfg.data)),
             loss=instantiate(cfg.loss),
             annotator=annotator,
             sampling=Sampling(**cfg.generate),
@@ -212,7 +210,8 @@ class Run:
             devices=settings.local,
             num_nodes=settings.num_nodes,
             strategy=strategy,
-            precision=settings.arithmetic,  # type: ignore[arg-type]
+            # the module is double itself; Lightning's 64-true would convert the batch, and refuses a frozen one
+            precision="32-true" if settings.arithmetic == "64-true" else settings.arithmetic,  # type: ignore[arg-type]
             max_epochs=settings.epochs,
             max_steps=settings.max_steps,
             accumulate_grad_batches=accumulation(cfg, settings),
@@ -344,19 +343,20 @@ def values(node: DictConfig) -> dict[str, Any]:
     return OmegaConf.to_container(node, resolve=True)  # type: ignore[return-value]
 
 
+def known(reader: Any, node: DictConfig) -> dict[str, Any]:
+    """The values of a part that its dataclass reads; the others are for references."""
+    names = {field.name for field in fields(reader)}
+    return {name: value for name, value in values(node).items() if name in names}
+
+
 def check_config(cfg: DictConfig) -> None:
     """Every key's name and type, all problems at once."""
-    raw = str(OmegaConf.to_container(cfg.data.source, resolve=False))
-    shortcuts = dict.fromkeys(re.findall(r"\$\{data\.(\w+)\}", raw), Any)
-
-    fields = {"name": str, "source": Any, **shortcuts}
-    data = make_dataclass("DataPart", fields.items(), bases=(DataSettings,), frozen=True, kw_only=True)
     check(
         cfg,
         {
             "": RunSettings,
             "model": Pretrained,
-            "data": data,
+            "data": DataSettings,
             "generate": Sampling,
             "optim": OptimSettings,
             "trainer": TrainerSettings,

@@ -92,6 +92,7 @@ class StepMetrics(Callback):
         return self.tokens / max(self.seconds + self.waited, 1e-9)
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        self._step = trainer.global_step
         for logger in trainer.loggers:
             if isinstance(logger, Curves) and trainer.global_step:
                 logger.forget_after(trainer.global_step)

@@ -5,6 +5,7 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import sys
 import types
 import typing
@@ -17,6 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from var.problems import Problems, UserError
 
 # What a run's folder does not depend on: the same training goes on under another logger or on other devices.
+# What the entry points read themselves, beside the dataclasses that read the rest.
+NAMES = {("strategy", "name"), ("data", "name"), ("data", "source"), ("model", "learning_rate")}
 ELSEWHERE = {"hydra", "resume", "logger", "store", "cache", "runs", "annotate", "dry"}
 
 
@@ -49,13 +52,15 @@ def leaves(node: Any, path: str = "") -> Iterator[str]:
 def check(cfg: DictConfig, schemas: Mapping[str, Any]) -> None:
     """Wrong types, unknown and missing keys of every part, all at once.
 
-    schemas: for each part that is no `_target_`, the dataclass or function that reads it. A `_target_` is its own.
+    schemas: for each part that is no `_target_`, the dataclass that reads it. A `_target_` is its own. A key is read,
+    too, where another one refers to it.
     """
     problems = Problems("the configuration cannot be used")
+    referred = set(re.findall(r"\$\{([\w.]+)\}", str(OmegaConf.to_container(cfg, resolve=False))))
     for path, node in _parts(cfg):
         target = node.get("_target_") or schemas.get(path)
         if target is not None:
-            _check_part(path, node, _locate(target) if isinstance(target, str) else target, problems)
+            _check_part(path, node, _locate(target) if isinstance(target, str) else target, referred, problems)
     for key in OmegaConf.missing_keys(cfg):
         problems.add(key, f"must be given: {key}=…")
     problems.check()
@@ -78,13 +83,13 @@ def _locate(name: str) -> Any:
         raise UserError(f"_target_: {name} cannot be imported: {error}") from error
 
 
-def _check_part(path: str, node: DictConfig, target: Any, problems: Problems) -> None:
+def _check_part(path: str, node: DictConfig, target: Any, referred: set[str], problems: Problems) -> None:
     parameters = inspect.signature(target).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target) if parameters else {}
     given = {str(key) for key in node} - {"_target_", "_partial_", "_recursive_", "_convert_"}
     for key in sorted(given - set(parameters)):
-        if not open_ended and not (path == "strategy" and key == "name"):
+        if not open_ended and f"{path}.{key}" not in referred and (path, key) not in NAMES:
             near = difflib.get_close_matches(key, parameters, n=1)
             problems.add(f"{path}.{key}", "nothing reads this key" + (f"; did you mean {near[0]}?" if near else ""))
     for key in sorted(given & set(parameters) & set(hints)):

@@ -74,7 +74,8 @@ class InBatch:
 
     def __call__(self, table: Table, temperature: float) -> Tensor:
         """Returns [n] log-weights; -inf for a sequence that is in no micro-batch."""
-        assert table.micro is not None and table.cross_rewards is not None
+        assert table.micro is not None
+        assert table.cross_rewards is not None
         present = table.micro >= 0
         micro = table.micro.clamp(min=0)
         logps = torch.zeros_like(table.cross_rewards)
@@ -268,9 +269,9 @@ def health(weights: Tensor, length: Tensor) -> Health:
 def _mean_one(log_weights: Callable[[float], Tensor]) -> float:
     """The shift at which decreasing weights have mean 1, by bisection."""
     low, high = -1.0, 1.0
-    while float(log_weights(low).exp().mean()) < 1 and low > -1e6:
+    while float(log_weights(low).exp().mean()) < 1 and low > -1e15:
         low *= 2
-    while float(log_weights(high).exp().mean()) > 1 and high < 1e6:
+    while float(log_weights(high).exp().mean()) > 1 and high < 1e15:
         high *= 2
     for _ in range(200):
         middle = (low + high) / 2

@@ -1,11 +1,13 @@
 """Sampling: K responses a prompt from a policy, as text and as they stopped; the same seeds give the same text."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from var.data.chat import Chat
 from var.data.rows import Message
@@ -33,6 +35,8 @@ class Sampling:
             raise UserError("generate: responses and max_new_tokens are at least 1, batch at least responses")
         if not (self.temperature >= 0 and 0 < self.top_p <= 1):
             raise UserError("generate: temperature is ≥ 0 (0 is greedy) and top_p in (0, 1]")
+        if self.temperature == 0 and self.responses > 1:
+            raise UserError("generate: at temperature 0 all responses of a prompt are one; set responses to 1")
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -60,11 +64,11 @@ def sample(
     step = sampling.batch // k
     training = model.training
     model.eval()
-    cpu_state = torch.random.get_rng_state()
+    devices = [device] if device.type == "cuda" else []
     options: dict[str, Any] = {"do_sample": False} if sampling.temperature == 0 else {
         "do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0,
     }  # fmt: skip
-    with attention(model, "sdpa"):
+    with attention(model, "sdpa"), _own_settings(model), torch.random.fork_rng(devices):
         for begin in range(0, len(order), step):
             batch = order[begin : begin + step]
             width = max(len(encoded[i]) for i in batch)
@@ -86,9 +90,18 @@ def sample(
                     ids = row[: row.index(chat.end_token)] if finished else row
                     texts[i].append((tokenizer.decode(ids, skip_special_tokens=True), finished))
             advance(len(batch))
-    torch.random.set_rng_state(cpu_state)
     model.train(training)
     return texts
+
+
+@contextmanager
+def _own_settings(model: Any) -> Iterator[None]:
+    """Within, the model's generation_config counts for nothing: a repetition penalty would draw from another policy."""
+    before, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = before
 
 
 def _seed(seed: int, batch: list[list[int]]) -> int:

@@ -32,6 +32,8 @@ def packed_attention(
     dropout: float = 0.0,
     segments: tuple[Segment, ...] = (),
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention of each segment to itself and its prefix. query [1, H, T, D]; returns [1, T, H, D].
@@ -47,6 +49,8 @@ def packed_attention(
         raise UserError(
             f"a sequence is longer than the model's sliding window of {sliding_window}; lower data.max_length"
         )
+    if softcap is not None or s_aux is not None:
+        raise UserError("the model caps its attention or adds sinks to it, which packed attention does not apply")
     grouped = query.shape[1] != key.shape[1]
     out = []
     for start, stop, prefix_start, prefix_stop in segments:
@@ -85,6 +89,14 @@ def refuse_inexact_head(config: Any) -> None:
         value = getattr(config, name, neutral)
         if value not in (neutral, None):
             raise UserError(f"{config.model_type} sets {name}={value}, which the log-probability engine does not apply")
+
+
+def refuse_leaks(model: Any) -> None:
+    """A model that carries one token to the next past the attention would let packed rows see each other: an error."""
+    kinds = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds or model._is_stateful or not model._can_set_attn_implementation():
+        what = f"layers of {', '.join(sorted(kinds))}" if kinds else "attention of its own"
+        raise UserError(f"{model.config.model_type} has {what}; sequences can only be packed for plain attention")
 
 
 def hidden_states(backbone: nn.Module, batch: Packed) -> Tensor:

@@ -71,12 +71,12 @@ class AlignmentModule(lightning.LightningModule):
             batch = self.with_live_reference(reference, batch)
         logps = self.policy(batch)  # [N] nats
         loss, metrics = self.loss(logps, batch)
-        if batch.global_tokens != float("inf"):  # a filler that keeps the ranks in step counts for nothing
-            share = float(len(logps))
-            metrics["loss"] = Mean(loss.detach() * batch.global_tokens, share)
-            for name, (total, count) in metrics.items():
-                pair = torch.stack([total, torch.as_tensor(count).to(total)]).detach().double()
-                self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+        metrics["loss"] = Mean(loss.detach() * batch.global_tokens, float(len(logps)))
+        for name, (total, count) in metrics.items():
+            pair = torch.stack([total, torch.as_tensor(count).to(total)]).detach().double()
+            if batch.global_tokens == float("inf"):  # a filler that keeps the ranks in step counts for nothing
+                pair = torch.zeros_like(pair)
+            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
         return loss * self.trainer.world_size * self.trainer.accumulate_grad_batches
 
     def take_metrics(self) -> dict[str, float]:

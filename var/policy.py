@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from var.logprobs import hidden_states, refuse_inexact_head, token_logps
+from var.logprobs import hidden_states, refuse_inexact_head, refuse_leaks, token_logps
 from var.packing import Packed
+from var.problems import UserError
 
 
 class Policy(nn.Module):
@@ -18,6 +19,9 @@ class Policy(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         refuse_inexact_head(model.config)
+        refuse_leaks(model)
+        if getattr(model.get_output_embeddings(), "bias", None) is not None:
+            raise UserError(f"{model.config.model_type} has a bias in its head, which the engine does not apply")
         self.model = model
 
     def forward(self, batch: Packed) -> Tensor:
@@ -48,7 +52,7 @@ class Scorer(nn.Module):
         """Returns [B], raw logits in fp32 or better. The batch's segments are whole sequences."""
         if self.packed:
             hidden = hidden_states(self.model.base_model, batch)
-            last = hidden[[s.stop - 1 for s in batch.segments]]
+            last = hidden[_ends(batch, self.model.config.pad_token_id)]
             head = self.model.score
             precise = torch.promote_types(last.dtype, torch.float32)
             score = nn.functional.linear(last.to(precise), head.weight.to(precise), _as(head.bias, precise))
@@ -56,6 +60,15 @@ class Scorer(nn.Module):
             rows = [batch.input_ids[s.start : s.stop][None] for s in batch.segments]
             score = torch.cat([self.model(input_ids=row).logits for row in rows]).float()
         return score[:, 0]
+
+
+def _ends(batch: Packed, pad: int | None) -> list[int]:
+    """[B] where each sequence is read: its last token that is not `pad`, by transformers' rule.
+
+    Where pad is the end token, that is the token before it; the head was trained to be read there.
+    """
+    tokens = batch.input_ids.tolist()
+    return [max((t for t in range(s.start, s.stop) if tokens[t] != pad), default=s.start) for s in batch.segments]
 
 
 def _as(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -79,7 +80,7 @@ class Pretrained:
         files = sorted(self.folder.glob("*.safetensors"))
         if not files:
             raise UserError(f"{self.folder} holds no .safetensors; pickled weights are not read")
-        stats = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+        stats = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in [*files, self.folder / "config.json"]]
         stamp = hashlib.sha256(json.dumps([str(self.folder.resolve()), stats]).encode()).hexdigest()[:32]
         note = Path(self.cache) / "hashes" / stamp
         if not note.exists():
@@ -190,6 +191,7 @@ def export(
 ) -> None:
     """Write the model in Hugging Face form with tokenizer, chat template and a model card that says how it was made."""
     partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
     policy_model.generation_config.eos_token_id = chat.end_token
     attention = policy_model.config._attn_implementation
     policy_model.config._attn_implementation = "sdpa"  # `packed` is known to this project alone
@@ -198,7 +200,5 @@ def export(
     chat.tokenizer.save_pretrained(partial)
     (partial / "README.md").write_text(CARD.format(**card))
     if folder.exists():
-        import shutil
-
         shutil.rmtree(folder)
     partial.replace(folder)

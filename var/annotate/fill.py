@@ -120,12 +120,12 @@ class Annotator:
                 f"the store lacks {missing} of {len(distinct)} {kind.replace('_', ' ')} and annotate=refuse. Write "
                 f"them once, every later run reads them: {self.command}"
             )
+        self.ranks.barrier()  # with nothing missing too: another job may be writing, and ranks see it or not
         if missing:
-            self.ranks.barrier()
             with stage(title, -(-missing // self.ranks.world), unit) as advance:
                 done = shelf.fill(keys, compute, shard, self.ranks.rank, self.ranks.world, advance)
             self.computed[title] = self.computed.get(title, 0) + done
-            self.ranks.barrier()
+        self.ranks.barrier()
         return shelf.read(keys)
 
     def sampled(self, rows: Rows, sampling: Sampling, title: str = "Sampling") -> list[list[tuple[str, bool]]]:
@@ -211,7 +211,11 @@ class Annotator:
         @torch.inference_mode()
         def compute(indices: np.ndarray, advance: Callable[[int], None]) -> list[float]:
             out: dict[int, float] = {}
-            cost = [len(tokens[j][0]) - tokens[j][1] for j in pairs[indices, 1].tolist()]
+            opens = np.diff(pairs[indices, 0], prepend=-1) != 0  # a pair that brings its prompt's tokens too
+            cost = [
+                len(tokens[j][0]) - tokens[j][1] + tokens[i][1] * int(new)
+                for (i, j), new in zip(pairs[indices].tolist(), opens, strict=True)
+            ]
             for batch in _budget(indices, cost, keep_order=True):
                 prompts: dict[int, list[int]] = {}
                 for at in batch:
@@ -261,7 +265,10 @@ class Annotator:
         groups = int(sequences.group.max()) + 1
         first = np.full(groups, -1)
         first[sequences.group[::-1]] = np.arange(len(sequences))[::-1]
-        prompts = [() if i < 0 else (lambda ids, start, _: ids[:start])(*sequences.tokens(i)) for i in first]
+        prompts: list[list[int]] = []
+        for i in first:
+            ids, start, _ = sequences.tokens(i) if i >= 0 else ([], 0, "")
+            prompts.append(ids[:start])
         shelf = self.store.shelf("features", self.reference.identity, pa.list_(pa.float32()))
         keys = as_keys([_token_key(prompt, ()) for prompt in prompts])
 

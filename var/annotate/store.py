@@ -13,6 +13,7 @@ import json
 import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,21 +65,28 @@ class Shelf:
     def refresh(self) -> None:
         """Read shards written since the last look; a damaged one is set aside, reported, and its items are missing."""
         fresh = sorted(p for p in self.path.glob("*.parquet") if p.name not in self._known)
-        tables = [table for path in fresh if (table := self._load(path)) is not None]
-        self._known.update(p.name for p in fresh)
+        tables = {path.name: table for path in fresh if (table := self._load(path)) is not None}
         if not tables:
             return
-        keys = [self._keys, *(as_keys(table["key"].to_pylist()) for table in tables)]
-        values = [self._values, *(chunk for table in tables for chunk in table["value"].chunks)]
+        self._known |= set(tables)  # a damaged one is not: computed again it may have the same bytes, hence its name
+        keys = [self._keys, *(as_keys(table["key"].to_pylist()) for table in tables.values())]
+        values = [self._values, *(chunk for table in tables.values() for chunk in table["value"].chunks)]
         self._keys, self._values = np.concatenate(keys), pa.concat_arrays(values)
         self._order = np.argsort(self._keys, kind="stable")
 
     def _load(self, path: Path) -> pa.Table | None:
-        data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest()[:32] == path.stem:
-            return pq.read_table(pa.BufferReader(data))
         aside = path.with_suffix(".damaged")
-        path.replace(aside)
+        try:
+            data = path.read_bytes()
+            if hashlib.sha256(data).hexdigest()[:32] == path.stem:
+                return pq.read_table(pa.BufferReader(data))
+            path.replace(aside)
+        except FileNotFoundError:  # another process has set it aside
+            return None
+        except OSError as error:
+            self._known.add(path.name)
+            self.warn(f"store: {path} cannot be used or set aside ({error.strerror}); its items count as missing")
+            return None
         self.warn(f"store: the checksum of {path} is off; set aside as {aside.name}, its items are computed again")
         return None
 
@@ -110,22 +118,30 @@ class Shelf:
         sink = pa.BufferOutputStream()
         pq.write_table(pa.table({"key": hashes, "value": column}), sink)
         data = sink.getvalue().to_pybytes()
-        partial = self.path / f"{uuid.uuid4().hex}.partial"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / "identity.json").write_text(json.dumps(self.identity, indent=1, ensure_ascii=False))
-            with partial.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(self.path / f"{hashlib.sha256(data).hexdigest()[:32]}.parquet")
+            if not (self.path / "identity.json").exists():
+                self._put("identity.json", json.dumps(self.identity, indent=1, ensure_ascii=False).encode())
+            self._put(f"{hashlib.sha256(data).hexdigest()[:32]}.parquet", data)
         except OSError as error:
-            partial.unlink(missing_ok=True)
             reason = {errno.ENOSPC: "no space left", errno.EDQUOT: "quota exceeded", errno.EROFS: "read-only"}
             raise UserError(
                 f"the store cannot be written: {reason.get(error.errno or 0, error.strerror)} at {self.path}; what "
                 "was stored before is kept. Free space, or set store= to another folder, and start again"
             ) from error
+
+    def _put(self, name: str, data: bytes) -> None:
+        partial = self.path / f"{uuid.uuid4().hex}.partial"
+        try:
+            with partial.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(self.path / name)
+        except OSError:
+            with suppress(OSError):  # on a read-only disk this fails too, and would hide why
+                partial.unlink()
+            raise
 
     def fill(
         self,
@@ -142,8 +158,8 @@ class Shelf:
         many items this rank computed.
         """
         _, first = np.unique(keys, return_index=True)
-        first = np.sort(first)
-        todo = first[self.missing(keys[first])][rank::world]
+        mine = np.sort(first)[rank::world]  # not of what is missing: ranks look at different times, and must agree
+        todo = mine[self.missing(keys[mine])]
         computed = 0
         for begin in range(0, len(todo), shard):
             indices = todo[begin : begin + shard]

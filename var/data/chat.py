@@ -83,9 +83,12 @@ class Chat:
         ids, offsets = list(tokens["input_ids"]), tokens["offset_mapping"]
         begin, end = len(opened), len(full) - len(self.suffix)
         start = next((t for t, (low, high) in enumerate(offsets) if high > begin), len(ids))
-        if start < len(ids) and offsets[start][0] < begin:
-            raise ValueError("one token spans the end of the prompt and the begin of the response")
-        stop = next((t for t, (low, _) in enumerate(offsets) if low >= end and t >= start), None)
+        if ids[:start] != list(self._tokens(opened)["input_ids"]):  # offsets alone miss it where spaces are trimmed
+            raise ValueError(
+                "one token spans the end of the prompt and the begin of the response, so the prompt's tokens are no "
+                "prefix of the row's"
+            )
+        stop = next((t for t, (_, high) in enumerate(offsets) if high > end and t >= start), None)
         if stop is None or ids[stop] != self.end_token:
             raise ValueError("the response's end token cannot be found in the rendered row")
         if stop == start:

@@ -48,7 +48,7 @@ class Plan:
         order = np.arange(len(self.micro))
         if epoch == 0:
             return order
-        whole = len(order) // self.window
+        whole = int((self.micro != ABSENT).sum()) // (self.window * self.micro.shape[1])  # full steps, whatever B is
         steps = order[: whole * self.window].reshape(whole, self.window)
         shuffled = steps[np.random.default_rng([self.seed, epoch]).permutation(whole)].ravel()
         return np.concatenate([shuffled, order[whole * self.window :]])

@@ -82,6 +82,9 @@ def choose(rows: Rows, responses: Responses, rewards: list[np.ndarray] | None = 
     for i, item in enumerate(rows):
         n = len(item.responses)
         picked: list[int]
+        if not n:
+            counts["rows without a response"] += 1
+            continue
         if responses == "all":
             picked = list(range(n))
         elif responses == "chosen":
@@ -180,12 +183,11 @@ def _write(rows: Rows, choice: Choice, chat: Chat, max_length: int, overlong: st
                         counts[
                             "sequences dropped as overlong" if not full else "sequences whose prompt fills the limit"
                         ] += 1
-                    dropped = dropped or overlong != "cut" or full
-                    if not dropped:
-                        counts["sequences cut"] += 1
-                        ids = ids[:max_length]  # without an end token: a cut answer does not teach to stop
-                ended += ids[-1] == chat.end_token
-                total += 1
+                    if overlong != "cut" or full:
+                        dropped = True
+                        continue
+                    counts["sequences cut"] += 1
+                    ids = ids[:max_length]  # without an end token: a cut answer does not teach to stop
                 response = row.responses[k]
                 records.append(
                     {
@@ -203,6 +205,8 @@ def _write(rows: Rows, choice: Choice, chat: Chat, max_length: int, overlong: st
                 counts["sequences dropped with their pair"] += len(records) if pairs else 0
                 continue
             for record in records:
+                ended += record["ids"][-1] == chat.end_token
+                total += 1
                 writer.write(record)
         writer.finalize()
     if total and not ended:

@@ -28,7 +28,8 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True)
 class Answers:
-    """K sampled answers of each of P prompts. rewards: [P, K] raw, absent where the reward cannot score new text."""
+    """K sampled answers of each of P prompts. rewards: [P, K] on the scale that `judge` was given, absent where the
+    reward cannot score new text."""
 
     texts: list[list[str]]
     finished: np.ndarray

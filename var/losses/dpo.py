@@ -13,7 +13,7 @@ from var.problems import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class DPO:
-    """beta: β > 0, the KL coefficient. label_smoothing: the share of pairs taken to be labelled wrongly, in [0, 1/2)."""
+    """beta: β > 0, the KL coefficient. label_smoothing: share of pairs taken to be labelled wrongly, in [0, 1/2)."""
 
     beta: float = 0.1
     label_smoothing: float = 0.0

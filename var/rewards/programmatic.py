@@ -27,9 +27,14 @@ class ExactNumber:
     ) -> list[float]:
         if any(answer is None for answer in answers):
             raise UserError("reward=exact_number compares with a row's `answer`; these rows have none")
-        return [
-            float(_last_number(text) == float(answer or "nan")) for text, answer in zip(responses, answers, strict=True)
-        ]
+        return [float(_last_number(text) == _number(answer)) for text, answer in zip(responses, answers, strict=True)]
+
+
+def _number(answer: str | None) -> float:
+    try:
+        return float((answer or "").replace(",", ""))
+    except ValueError:
+        raise UserError(f"reward=exact_number compares with a number, and a row's `answer` is {answer!r}") from None
 
 
 def _last_number(text: str) -> float | None:

@@ -24,13 +24,13 @@ class Scale:
         """With the moments of these raw rewards, where the scale needs them."""
         if self.kind != "zscore":
             return self
-        if not rewards.std() > 0:
+        if rewards.max() == rewards.min():
             raise UserError("reward_scale=zscore, but every reward is the same")
         return replace(self, mean=float(rewards.mean()), sd=float(rewards.std()))
 
     def __call__(self, rewards: np.ndarray) -> np.ndarray:
         if self.kind == "sigmoid":
-            return 1 / (1 + np.exp(-rewards))
+            return np.exp(-np.logaddexp(0, -rewards))
         return (rewards - self.mean) / self.sd if self.kind == "zscore" else rewards
 
     def describe(self) -> str:

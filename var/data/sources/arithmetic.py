@@ -21,7 +21,7 @@ KINDS: dict[str, tuple[range, bool, Any, tuple[str, ...], str]] = {
         "product-{a}x{b}",
     ),
     "sum": (
-        range(10, 100),
+        range(2, 21),
         True,
         lambda a, b: a + b,
         ("What is {a} plus {b}? Answer with the number.", "Add {a} and {b}. Answer with the number only."),
@@ -42,13 +42,13 @@ KINDS: dict[str, tuple[range, bool, Any, tuple[str, ...], str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Arithmetic:
-    """Products of two digits, sums of two two-digit numbers, greatest common divisors up to 20.
+    """Products of two digits, sums of two numbers up to 20, greatest common divisors up to 20.
 
     No problem comes twice, a × b and b × a being one. The kinds take turns until one has no more; the first n of a
     seed's problems are the same whatever `problems` is.
     """
 
-    problems: int = 160
+    problems: int = 224
     seed: int = 0
     kinds: tuple[str, ...] = tuple(KINDS)
 

@@ -1,0 +1,132 @@
+"""The plan: exact micro-batches that nest, and the same steps whatever the devices."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from var.data.plan import ABSENT, Plan, make_plan
+from var.problems import UserError
+
+INF = float("inf")
+
+
+def plan(units: int = 40, micro: int = 4, total: int = 16, seed: int = 0, **more: Any) -> Plan:
+    """40 units of 1..40 response tokens each, so that a sum tells which units it is of."""
+    settings = {"short_micro_batch": "drop", "short_window": "keep", "sequences_per_unit": 1, **more}
+    tokens = settings.pop("tokens", np.arange(1, units + 1))
+    return make_plan(tokens, micro_batch=micro, global_batch=total, seed=seed, **settings)
+
+
+def test_every_micro_batch_has_exactly_b_units_and_every_unit_comes_once():
+    made = plan()
+    assert made.micro.shape == (10, 4)
+    assert sorted(made.micro.ravel()) == list(range(40))
+    assert made.tokens.tolist() == (made.micro + 1).sum(1).tolist()
+    assert made.sequences.tolist() == [4] * 10
+    assert (made.window, made.steps, made.dropped) == (4, 3, 0)  # 4 + 4 + 2 micro-batches
+    assert plan(sequences_per_unit=2).sequences.tolist() == [8] * 10
+    assert made.micro.ravel().tolist() != list(range(40))
+
+
+def test_two_four_and_eight_nest():
+    """A micro-batch of 8 is two of 4, and each of those two of 2: runs over B see the same rows at the same step."""
+    two, four, eight = (plan(micro=b).micro for b in (2, 4, 8))
+    assert (two.reshape(-1, 4) == four).all()
+    assert (four.reshape(-1, 8) == eight).all()
+
+
+@pytest.mark.parametrize("short", ["keep", "drop"])
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_ranks_and_accumulation_do_not_change_the_steps(short: str, epoch: int):
+    """World 1, 2 and 4, or 4, 2 and 1 accumulated: step by step the same micro-batches and the same divisors."""
+    made = plan(short_window=short)
+    order = made.epoch(epoch)
+    for world in (1, 2, 4):
+        ranks = [list(made.batches(epoch, rank, world)) for rank in range(world)]
+        assert {len(batches) for batches in ranks} == {made.length(world)}
+        merged = [batch for together in zip(*ranks, strict=True) for batch in together]
+        real = [batch for batch in merged if batch[1] != INF]
+        assert [index for index, _, _ in real] == order.tolist()
+        for at in range(0, len(real), made.window):
+            step = real[at : at + made.window]
+            members = made.micro[[index for index, _, _ in step]]
+            assert {tokens for _, tokens, _ in step} == {float((members + 1).sum())}
+            assert {count for _, _, count in step} == {float(members.size)}
+
+
+def test_a_short_window_keeps_its_own_divisors_and_is_filled_for_the_ranks():
+    """Divided by its own length, not by the window's: Lightning-AI/pytorch-lightning #19987.
+
+    10 micro-batches in windows of 4 leave 2 to 4 ranks: two get the last one again, with infinite divisors, so that
+    their loss is 0 and no rank waits.
+    """
+    made = plan()
+    last = [list(made.batches(0, rank, 4))[-1] for rank in range(4)]
+    tokens = float(made.tokens[8:].sum())
+    assert last == [(8, tokens, 8.0), (9, tokens, 8.0), (9, INF, INF), (9, INF, INF)]
+    dropped = plan(short_window="drop")
+    assert (len(dropped.micro), dropped.steps, dropped.dropped) == (8, 2, 8)
+    assert (dropped.micro == made.micro[:8]).all()
+
+
+def test_a_short_micro_batch_is_dropped_kept_or_an_error():
+    assert plan(units=10).micro.shape == (2, 4)
+    assert plan(units=10).dropped == 2
+    kept = plan(units=10, short_micro_batch="keep", sequences_per_unit=2)
+    assert kept.micro.shape == (3, 4)
+    assert (kept.micro[2] == ABSENT).tolist() == [False, False, True, True]
+    assert kept.tokens[2] == (kept.micro[2, :2] + 1).sum()
+    assert kept.sequences.tolist() == [8, 8, 4]
+    assert kept.dropped == 0
+    with pytest.raises(UserError, match=r"10 units do not divide into micro-batches of 4 \(2 are left over\)"):
+        plan(units=10, short_micro_batch="error")
+    assert plan(units=12, short_micro_batch="error").micro.shape == (3, 4)
+
+
+def test_what_makes_no_step_is_an_error():
+    with pytest.raises(UserError, match=r"data\.global_batch=6 is no multiple of data\.micro_batch=4"):
+        plan(total=6)
+    with pytest.raises(UserError, match=r"3 units make no whole micro-batch of 4"):
+        plan(units=3)
+    with pytest.raises(UserError, match=r"12 units make no whole micro-batch of 4 and step of 16"):
+        plan(units=12, short_window="drop")
+    assert plan(units=3, short_micro_batch="keep").micro.shape == (1, 4)
+
+
+def test_an_epoch_permutes_whole_steps_and_shows_every_unit_once():
+    made = plan(units=98, micro=2, total=8)  # 49 micro-batches: 12 whole steps and a short one
+    first, second, third = (made.epoch(e) for e in (0, 1, 2))
+    assert first.tolist() == list(range(49))
+    for order in (second, third):
+        assert sorted(order) == list(range(49))
+        assert order[-1] == 48  # the short step stays last
+        steps = order[:48].reshape(-1, 4)
+        assert (steps == steps[:, :1] + np.arange(4)).all()
+        assert (steps[:, 0] % 4 == 0).all()
+    assert len({tuple(order) for order in (first, second, third)}) == 3
+    assert made.epoch(1).tolist() == second.tolist()
+
+
+def test_runs_that_differ_in_b_see_the_same_units_in_every_step_of_every_epoch():
+    plans = [plan(micro=b) for b in (2, 4, 8)]
+    for epoch in (0, 1, 2):
+        steps = []
+        for made in plans:
+            rows = made.micro[made.epoch(epoch)]
+            steps.append([frozenset(s.ravel()) for s in np.split(rows, range(made.window, len(rows), made.window))])
+        assert steps[0] == steps[1] == steps[2]
+
+
+def test_the_hash_tells_order_data_and_window():
+    """Resuming with another data set or order is refused by it: NVIDIA-NeMo/RL #2519."""
+    made = plan()
+    assert made.hash == plan().hash
+    longer = np.arange(1, 41)
+    longer[7] += 1
+    others = [
+        plan(seed=1), plan(units=44), plan(tokens=longer), plan(micro=8), plan(total=8), plan(sequences_per_unit=2),
+        replace(made, micro=made.micro[::-1]), replace(made, seed=9),
+    ]  # fmt: skip
+    assert len({made.hash, *(other.hash for other in others)}) == 9

@@ -1,0 +1,156 @@
+"""Rows: every fault of a source told at once, and what stands on disk afterwards."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from var.data.rows import Response, Row, content_hash, from_record, load, read, write
+from var.problems import Problems, UserError
+
+
+@dataclass
+class Listed:
+    """A source of given records, which counts how often it is read."""
+
+    given: list[Any]
+    name: str = "listed"
+    reads: list[int] = field(default_factory=list)
+
+    def records(self) -> Iterator[tuple[str, Any]]:
+        self.reads.append(len(self.given))
+        for i, record in enumerate(self.given):
+            yield f"file.jsonl:{i + 1}", record
+
+    def row(self, where: str, record: Any) -> Row | None:
+        return None if record == "skip" else from_record(record)
+
+    def identity(self) -> dict[str, Any]:
+        return {"name": self.name, "records": self.given}
+
+
+def record(name: str, *texts: str, **more: Any) -> dict[str, Any]:
+    return {"id": name, "prompt": "q", "responses": list(texts), **more}
+
+
+def test_rows_come_back_as_they_were_given(tmp_path: Path):
+    rows = read(
+        Listed(
+            [
+                record("a", "one", "two", ordered=True),
+                "skip",
+                {
+                    "id": "b",
+                    "prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "ü\n"}],
+                    "responses": [{"text": "three", "score": 2, "weight": 0.5, "source": "x", "finished": False}],
+                    "answer": "7",
+                },
+            ]
+        ),
+        tmp_path,
+    )
+    assert (len(rows), rows.left_out) == (2, 1)
+    assert rows[0] == Row(
+        id="a",
+        prompt=({"role": "user", "content": "q"},),
+        responses=(Response(text="one"), Response(text="two")),
+        ordered=True,
+    )
+    assert rows[1].responses == (Response(text="three", score=2.0, weight=0.5, source="x", finished=False),)
+    assert (rows[1].prompt[1]["content"], rows[1].answer) == ("ü\n", "7")
+    assert [row.id for row in rows.select(np.array([1, 0]))] == ["b", "a"]
+
+
+def test_all_faulty_records_are_told_at_once_with_their_places(tmp_path: Path):
+    source = Listed(
+        [
+            record("good", "fine"),
+            {"prompt": "q"},
+            "not an object",
+            record("empty", " \n"),
+            record("nan", {"text": "x", "score": float("nan")}),
+            record("weight", {"text": "x", "weight": -1.0}),
+            record("good", "an id twice"),
+            record("typo", "x", respones=[]),
+            {"id": "turn", "prompt": [{"role": "assistant", "content": "x"}]},
+            record("half", "a\ud800"),
+            record("word", {"text": "x", "score": "high"}),
+        ]
+    )
+    with pytest.raises(UserError) as error:
+        read(source, tmp_path)
+    lines = str(error.value).splitlines()
+    assert lines[0] == "Listed: rows that cannot be used (10):"
+    expected = {
+        2: "'id' must be a string", 3: "a row is an object", 4: "response 0 is empty (row empty)",
+        5: "the score of response 0 is nan", 6: "weights are finite and ≥ 0", 7: "is also the id of file.jsonl:1",
+        8: "unknown keys ['respones']", 9: "the prompt ends with an assistant's message",
+        10: "half a surrogate pair '\\ud800'", 11: "'score' must be a number, got 'high'",
+    }  # fmt: skip
+    for line, (number, text) in zip(lines[1:], expected.items(), strict=True):
+        assert line.startswith(f"  file.jsonl:{number}: ")
+        assert text in line
+
+
+def test_more_faults_than_a_screen_holds_are_counted(tmp_path: Path):
+    with pytest.raises(UserError) as error:
+        read(Listed([record(str(i), "") for i in range(25)]), tmp_path)
+    assert "cannot be used (25):" in str(error.value)
+    assert str(error.value).endswith("… and 5 more")
+
+
+@pytest.mark.parametrize("given", [[record("bad", "")], [record("a", "x"), record("b", "")], [], ["skip"]])
+def test_nothing_stands_after_a_failed_write(given: list[Any], tmp_path: Path):
+    """The next run meets the same error, not half a table."""
+    for _ in range(2):
+        with pytest.raises(UserError):
+            read(Listed(given), tmp_path)
+        assert not [file for file in tmp_path.rglob("*") if file.is_file()]
+
+
+def test_a_source_that_breaks_off_leaves_nothing(tmp_path: Path):
+    def rows() -> Iterator[Row]:
+        yield Row(id="a", prompt=({"role": "user", "content": "q"},))
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        write(rows(), tmp_path / "rows", Problems("rows"))
+    assert not list((tmp_path / "rows").iterdir())
+
+
+def test_the_second_read_does_not_read_the_source(tmp_path: Path):
+    source = Listed([record("a", "x"), record("b", "y"), "skip"])
+    first, second = read(source, tmp_path), read(source, tmp_path)
+    assert source.reads == [3]
+    assert (list(first), first.left_out) == (list(second), second.left_out)
+    assert first.keys.tolist() == second.keys.tolist()
+    (folder,) = (tmp_path / "rows").iterdir()
+    assert len(load(folder)) == 2
+    assert second.table.cache_files[0]["filename"] == str(folder / "rows.arrow")  # a memory map, not a copy
+
+
+def test_another_identity_is_read_anew(tmp_path: Path):
+    read(Listed([record("a", "x")]), tmp_path)
+    assert read(Listed([record("a", "other")]), tmp_path)[0].responses[0].text == "other"
+
+
+def test_equal_prompts_have_one_key_whatever_the_row(tmp_path: Path):
+    rows = read(Listed([record("a", "x"), record("b", "y"), {**record("c", "z"), "prompt": "r"}]), tmp_path)
+    assert rows.keys[0] == rows.keys[1] != rows.keys[2]
+    assert bytes(rows.keys[0]).ljust(16, b"\0") == content_hash(rows[0].prompt)
+
+
+def test_the_content_hash_is_that_of_canonical_json():
+    """Key order does not count, the order and the borders of the parts do; 16 bytes of SHA-256."""
+    import hashlib
+
+    assert content_hash({"a": 1, "b": "ü"}) == content_hash({"b": "ü", "a": 1})
+    assert content_hash("ab", "c") != content_hash("a", "bc")
+    assert content_hash(1, 2) != content_hash(2, 1)
+    text = json.dumps([["x", 1]], separators=(",", ":")).encode()
+    assert content_hash(["x", 1]) == hashlib.sha256(text).digest()[:16]
+    assert len(content_hash("\ud800")) == 16  # half a surrogate pair has a hash too, so that it can be told as a fault

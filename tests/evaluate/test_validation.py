@@ -1,0 +1,124 @@
+"""Validation: clustered means, rewards and lengths of answers, and the divergence from the reference."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose
+
+from var.data.chat import Chat
+from var.data.rows import FEATURES, Rows
+from var.evaluate.validation import Estimate, clustered, divergence, judge, samples
+from var.policy import Policy
+from var.pretrained import Pretrained
+from var.rewards.programmatic import ExactNumber
+from var.rewards.scale import Scale
+from var.rewards.score import Score
+
+TEXTS = [[("3", True), ("it is 44", False)], [("", True), ("4.", True)]]
+
+
+@pytest.fixture(scope="module")
+def rows() -> Rows:
+    rest = {"responses": [], "ordered": False}
+    records = [
+        {"id": f"r{i}", "prompt": [{"role": "user", "content": text}], "answer": answer, **rest}
+        for i, (text, answer) in enumerate((("1 + 2", "3"), ("2 + 2", "4")))
+    ]
+    return Rows(datasets.Dataset.from_list(records, features=FEATURES), np.array([b"a", b"b"], dtype="S16"))
+
+
+@pytest.fixture
+def load(tiny_folder: Path, tmp_path: Path) -> Callable[[], Any]:
+    return Pretrained(
+        name="tiny", path=str(tiny_folder), revision=None, chat_template=None, dtype="float32", attention="packed",
+        trust_remote_code=False, gradient_checkpointing=False, architecture={}, cache=str(tmp_path),
+    ).load  # fmt: skip
+
+
+def test_the_mean_and_its_error_are_of_the_prompts():
+    """Prompts' means 2, 2, 5: mean 3, sd √3 over √3 prompts: 1. The spread within a prompt does not enter."""
+    found = clustered(np.array([[1.0, 3.0], [2.0, 2.0], [6.0, 4.0]]))
+    assert found == (pytest.approx(3.0), pytest.approx(1.0))
+    assert clustered(np.array([[0.0, 4.0], [2.0, 2.0], [5.0, 5.0]])) == pytest.approx(found)
+    assert str(found) == "3.000 ± 1.000"
+
+
+def test_one_prompt_has_no_error():
+    found = clustered(np.array([[1.0, 3.0]]))
+    assert found.mean == 2.0
+    assert math.isnan(found.se)
+    assert isinstance(found, Estimate)
+
+
+def test_answers_are_judged_by_the_rows_answer_on_the_given_scale(rows, tokenizer):
+    """Right: "3", "4."; bytes are tokens, and the end token is not counted. Scaled: (r − 1/2)/(1/4)."""
+    scale = Scale(kind="zscore", mean=0.5, sd=0.25)
+    found = judge(rows, TEXTS, ExactNumber(), scale, Chat(tokenizer))
+    assert found.rewards is not None
+    assert found.rewards.tolist() == [[2.0, -2.0], [-2.0, 2.0]]
+    assert found.lengths.tolist() == [[1, 8], [0, 2]]
+    assert found.finished.tolist() == [[True, False], [True, True]]
+    assert found.texts == [["3", "it is 44"], ["", "4."]]
+
+
+def test_a_reward_that_cannot_score_text_leaves_lengths_alone(rows, tokenizer):
+    for reward in (None, Score()):
+        found = judge(rows, TEXTS, reward, Scale(), Chat(tokenizer))
+        assert found.rewards is None
+        assert found.lengths.tolist() == [[1, 8], [0, 2]]
+
+
+def test_the_divergence_of_a_model_from_itself_is_0(rows, tokenizer, load):
+    found = divergence(Policy(load()), Policy(load()), Chat(tokenizer), rows, TEXTS)
+    assert found.tolist() == [[0.0, 0.0], [0.0, 0.0]]
+
+
+def test_the_divergence_is_the_difference_of_the_answers_log_probabilities(rows, tokenizer, load):
+    """Answer by answer, by the models' own logits. A finished answer counts its end token (257), a cut one has none, an
+    empty one is its end token alone."""
+    changed, reference = load(), load()
+    with torch.no_grad():
+        changed.model.layers[0].mlp.down_proj.weight.mul_(-1.5)
+    done: list[int] = []
+    found = divergence(Policy(changed), Policy(reference), Chat(tokenizer), rows, TEXTS, done.append)
+    responses = [[[*b"3", 257], [*b"it is 44"]], [[257], [*b"4.", 257]]]
+
+    def tokens(response: list[int]) -> list[int]:
+        return [t if t == 257 else tokenizer.convert_tokens_to_ids("Ġ" if t == 32 else chr(t)) for t in response]
+
+    for prompt, several in enumerate(responses):
+        ids = tokenizer("<bos><user>" + ("1 + 2", "2 + 2")[prompt] + "<end><assistant>")["input_ids"]
+        for k, response in enumerate(several):
+            sums = []
+            for model in (changed, reference):
+                with attention(model), torch.inference_mode():
+                    logits = model(input_ids=torch.tensor([ids + tokens(response)])).logits[0].log_softmax(-1)
+                sums.append(sum(float(logits[len(ids) - 1 + t, y]) for t, y in enumerate(tokens(response))))
+            assert_allclose(found[prompt, k], sums[0] - sums[1], atol=1e-4)
+    assert abs(found).min() > 1e-2
+    assert sum(done) == 2
+
+
+def attention(model: Any) -> Any:
+    from var.logprobs import attention
+
+    return attention(model, "sdpa")
+
+
+def test_samples_hold_both_answers_side_by_side(rows, tokenizer):
+    before = judge(rows, TEXTS, ExactNumber(), Scale(), Chat(tokenizer))
+    after = judge(rows, [[("3", True), ("3", True)]] * 2, Score(), Scale(), Chat(tokenizer))
+    found = json.loads(json.dumps(samples(rows, before, after)))
+    assert found[1] == {
+        "id": "r1", "prompt": [{"role": "user", "content": "2 + 2"}], "answer": "4",
+        "before": {"texts": ["", "4."], "rewards": [0.0, 1.0], "lengths": [0, 2]},
+        "after": {"texts": ["3", "3"], "rewards": None, "lengths": [1, 1]},
+    }  # fmt: skip
+    assert set(samples(rows, None, after)[0]) == {"id", "prompt", "answer", "after"}

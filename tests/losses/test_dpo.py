@@ -1,0 +1,113 @@
+"""DPO and conservative DPO: values and gradients by hand; log 2 where policy and reference are one model."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from var.losses.dpo import DPO
+from var.needs import Need
+from var.packing import pack
+from var.policy import Policy
+from var.problems import UserError
+
+# sequences: better (2 tokens), worse (1); better (1), worse (2)
+LENGTHS = [2, 1, 1, 2]
+LOGPS = [-1.0, -2.0, -4.0, -3.0, -1.0, -1.5]
+REFERENCE = [-2.0, -3.0, -4.5, -1.0, -2.0, -2.5]
+# log-ratios: 2.0, 0.5 | −2.0, 2.0. Margins: 1.5, −4.0
+
+
+def loss_and_gradient(loss, batch_of, **extra):
+    logps = torch.tensor(LOGPS, dtype=torch.float64, requires_grad=True)
+    value, metrics = loss(logps, batch_of(LENGTHS, reference_logps=torch.tensor(REFERENCE), **extra))
+    value.backward()
+    return value.item(), logps.grad, metrics
+
+
+def test_loss_and_gradient_by_hand(batch_of):
+    """β = 1/2: margins 0.75, −2. −log σ: 0.3868711, 2.1269280; their mean 1.2568996.
+
+    ∂/∂logp of a better response's token: −β σ(−margin)/2 pairs: σ(−0.75) = 0.3208213, σ(2) = 0.8807971.
+    """
+    value, gradient, metrics = loss_and_gradient(DPO(beta=0.5), batch_of)
+    assert value == pytest.approx((0.3868709871 + 2.1269280110) / 2, rel=1e-6)
+    a, b = 0.25 * 0.3208213008, 0.25 * 0.8807970780
+    assert_close(gradient, torch.tensor([-a, -a, a, -b, b, b], dtype=torch.float64), rtol=1e-9, atol=0)
+    assert {name: float(total / count) for name, (total, count) in metrics.items()} == pytest.approx(
+        {
+            "nll": 12.5 / 6, "logps/chosen": -3.0, "logps/rejected": -3.25,
+            "implicit_reward/margin": (0.75 - 2) / 2, "implicit_reward/accuracy": 0.5,
+        }
+    )  # fmt: skip
+
+
+def test_label_smoothing_is_the_mixture_of_both_labels(batch_of):
+    """ε = 1/4, β = 1/2: −(3/4) log σ(m) − (1/4) log σ(−m), log σ(−m) = log σ(m) − m: the mean gains ε · mean(m) =
+    −0.15625. Gradient −β((1 − ε) σ(−m) − ε σ(m)): 0.75 · 0.3208213 − 0.25 · 0.6791787; 0.75 · 0.8807971 − 0.25 ·
+    0.1192029."""
+    value, gradient, _ = loss_and_gradient(DPO(beta=0.5, label_smoothing=0.25), batch_of)
+    plain, _, _ = loss_and_gradient(DPO(beta=0.5), batch_of)
+    assert value == pytest.approx(plain + 0.25 * (0.75 - 2) / 2, rel=1e-12)
+    a, b = 0.25 * (0.75 * 0.3208213008 - 0.25 * 0.6791786992), 0.25 * (0.75 * 0.8807970780 - 0.25 * 0.1192029220)
+    assert_close(gradient, torch.tensor([-a, -a, a, -b, b, b], dtype=torch.float64), rtol=1e-9, atol=0)
+
+
+def test_pairs_of_a_step_add_up_over_micro_batches(batch_of):
+    """The divisor is the step's pairs: two micro-batches of one pair sum to the whole."""
+    whole, _, _ = loss_and_gradient(DPO(beta=0.5), batch_of)
+    parts = []
+    for sequences, tokens in ((slice(0, 2), slice(0, 3)), (slice(2, 4), slice(3, 6))):
+        batch = batch_of(LENGTHS[sequences], reference_logps=torch.tensor(REFERENCE[tokens]), global_sequences=4.0)
+        parts.append(DPO(beta=0.5)(torch.tensor(LOGPS[tokens]).double(), batch)[0].item())
+    assert sum(parts) == pytest.approx(whole, rel=1e-15)
+
+
+def test_a_large_margin_neither_overflows_nor_loses_its_gradient(batch_of):
+    """log σ(−1e4) is −1e4, not −∞; the gradient there is −β a pair."""
+    logps = torch.tensor([-1e4, 0.0], requires_grad=True)
+    loss, _ = DPO(beta=1.0)(logps, batch_of([1, 1], reference_logps=torch.zeros(2)))
+    loss.backward()
+    assert loss.item() == 1e4
+    assert_close(logps.grad, torch.tensor([-1.0, 1.0]))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_step_0_is_log_2(batch_of, smoothing):
+    """Policy = reference: the margin is exactly 0, and the loss log 2 whatever β and the smoothing."""
+    torch.manual_seed(0)
+    logps = -torch.rand(9)
+    batch = batch_of([2, 3, 3, 1], reference_logps=logps.clone())
+    loss, _ = DPO(beta=0.37, label_smoothing=smoothing)(logps, batch)
+    assert loss.item() == pytest.approx(math.log(2), rel=1e-7)
+
+
+def test_step_0_is_log_2_with_a_model(tiny_folder):
+    """The same through a real forward: a policy in training mode beside a reference in evaluation mode, one folder."""
+    from var.pretrained import Pretrained
+
+    pretrained = Pretrained(
+        name="tiny", path=str(tiny_folder), revision=None, chat_template=None, dtype="float32", attention="packed",
+        trust_remote_code=False, gradient_checkpointing=False, architecture={}, cache=str(tiny_folder / "cache"),
+    )  # fmt: skip
+    policy, reference = Policy(pretrained.load()).train(), Policy(pretrained.load()).eval()
+    batch = pack([[256, 5, 6, 7], [256, 5, 8, 9, 10], [256, 3, 4], [256, 3, 9]], [2, 2, 2, 2], global_sequences=4.0)
+    with torch.no_grad():
+        batch = replace(batch, reference_logps=reference(batch))
+    loss, _ = DPO(beta=5.0)(policy(batch), batch)
+    assert loss.item() == pytest.approx(math.log(2), rel=1e-6)
+
+
+def test_needs_pairs_and_the_reference():
+    assert DPO().needs == {Need.PAIRS, Need.REFERENCE_LOGPS}
+
+
+@pytest.mark.parametrize(
+    "options", [{"beta": 0.0}, {"beta": math.nan}, {"label_smoothing": 0.5}, {"label_smoothing": -0.1}]
+)
+def test_wrong_settings_say_what_is_allowed(options):
+    with pytest.raises(UserError) as error:
+        DPO(**options)
+    assert str(error.value) == "loss.beta is β > 0 and loss.label_smoothing lies in [0, 0.5)"

@@ -1,0 +1,367 @@
+"""The engine beside the plain computation: padded rows, full logits, log-softmax, transformers' own attention.
+
+In float64 both sides agree to 1e-14: what transformers rounds to fp32 (norms, rotations) it rounds alike in both, so
+the tolerance is 1e-12 for values and gradients of the order of 10.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.conftest import tiny_config, tiny_model
+from var import logprobs
+from var.logprobs import HEAD_CHUNK, attention, packed_attention, token_logps
+from var.module import cross_logps
+from var.packing import Segment, pack, pack_tree
+from var.policy import Policy
+from var.problems import UserError
+
+EXACT = {"rtol": 0, "atol": 1e-12}
+FAMILIES = {"llama": {}, "qwen2": {}, "qwen3": {"head_dim": 8}, "mistral": {"head_dim": 8}}
+draw = random.Random(0)
+IDS = [[draw.randrange(256) for _ in range(n)] for n in (12, 5, 9, 2, 7)]
+STARTS = [4, 4, 1, 1, 3]
+
+
+def family(kind: str, **more: Any) -> Any:
+    """A tiny random float64 model of a family, attending packed; biases are spread as the weights are."""
+    sizes = dict(
+        vocab_size=264, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **{**sizes, **more})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="packed").double()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 or "bias" in name:
+            parameter.data.normal_(std=0.2)
+    return model.eval()
+
+
+def padded_logps(model: Any, ids: Sequence[Sequence[int]], starts: Sequence[int]) -> Tensor:
+    """[N] nats, the plain way: right padding, a mask, sdpa, all logits."""
+    width = max(map(len, ids))
+    with attention(model, "sdpa"):
+        logits = model(
+            input_ids=torch.tensor([[*row, *[0] * (width - len(row))] for row in ids]),
+            attention_mask=torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids]),
+        ).logits
+    logps = logits.log_softmax(-1)
+    spans = [
+        logps[i, range(start - 1, len(row) - 1), row[start:]]
+        for i, (row, start) in enumerate(zip(ids, starts, strict=True))
+    ]
+    return torch.cat(spans)
+
+
+def gradients(model: Any, values: Tensor) -> dict[str, Tensor]:
+    """Of a sum with fixed random weights, so that each response token counts for itself."""
+    model.zero_grad()
+    weights = torch.randn(len(values), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (values * weights.to(values.dtype)).sum().backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_model(dtype=torch.float64)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_values_and_gradients_are_those_of_the_padded_computation(kind: str):
+    model = family(kind, **FAMILIES[kind])
+    ours, theirs = Policy(model)(pack(IDS, STARTS)), padded_logps(model, IDS, STARTS)
+    assert_close(ours, theirs, **EXACT)
+    assert ours.min() < -5  # not a uniform model, whose numbers any mistake would give
+    mine, plain = gradients(model, ours), gradients(model, theirs)
+    assert mine.keys() == plain.keys()
+    for name, gradient in mine.items():
+        assert_close(gradient, plain[name], **EXACT, msg=lambda m, name=name: f"{name}: {m}")
+        assert gradient.abs().max() > 1e-3 or "bias" in name  # a key's bias shifts all logits alike
+
+
+def test_packed_is_each_alone(model: Any):
+    """Rows that attend to each other, huggingface/trl #805, #1230: packed = one at a time."""
+    policy = Policy(model)
+    with torch.no_grad():
+        alone = torch.cat([policy(pack([row], [start])) for row, start in zip(IDS, STARTS, strict=True)])
+        assert_close(policy(pack(IDS, STARTS)), alone, **EXACT)
+        order = [3, 0, 4, 2, 1]
+        mixed = policy(pack([IDS[i] for i in order], [STARTS[i] for i in order]))
+    pieces = dict(zip(order, mixed.split([len(IDS[i]) - STARTS[i] for i in order]), strict=True))
+    assert_close(torch.cat([pieces[i] for i in range(5)]), alone, **EXACT)
+
+
+def test_a_changed_sequence_leaves_the_others_as_they_were(model: Any):
+    """Rows that attend to each other, LlamaFactory PR #4224; in fp32 too, and to the last bit."""
+    for policy in (Policy(model), Policy(tiny_model())):
+        with torch.no_grad():
+            before = policy(pack(IDS, STARTS))
+            for changed in range(5):
+                ids = [row if i != changed else [(t + 7) % 256 for t in row] for i, row in enumerate(IDS)]
+                batch = pack(ids, STARTS)
+                same = policy(batch) == before
+                assert same[batch.sequence != changed].all()
+                assert not same[batch.sequence == changed].any()
+
+
+def test_the_trap_of_native_packing(model: Any):
+    """transformers takes rows apart by their positions only without a mask and without a cache, and says no word.
+
+    So packed rows attend to each other in silence: huggingface/trl #3910. Should the two cases below one day agree,
+    the refusals of the next test are no longer needed.
+    """
+    batch = pack(IDS, STARTS)
+    tokens = {"input_ids": batch.input_ids[None], "position_ids": batch.position_ids[None]}
+    expected = padded_logps(model, IDS, STARTS)
+
+    def native(**more: Any) -> Tensor:
+        with torch.no_grad(), attention(model, "sdpa"):
+            logits = model(**tokens, **more).logits[0]
+        return logits.log_softmax(-1)[batch.predictor, batch.target]
+
+    assert_close(native(use_cache=False), expected, **EXACT)
+    for trapped in ({"use_cache": True}, {"use_cache": False, "attention_mask": torch.ones_like(tokens["input_ids"])}):
+        assert (native(**trapped) - expected).abs().max() > 0.1
+
+
+def test_packed_attention_refuses_a_call_without_segments_or_with_a_mask(model: Any):
+    tokens = torch.tensor([[1, 2, 3]])
+    with pytest.raises(RuntimeError, match="takes segments and no mask; the model was not called through Policy"):
+        model(input_ids=tokens)
+    q = k = v = torch.randn(1, 2, 3, 4)
+    with pytest.raises(RuntimeError, match="takes segments and no mask"):
+        packed_attention(model, q, k, v, torch.ones(3, 3), segments=(Segment(0, 3),))
+    with pytest.raises(RuntimeError, match="takes segments and no mask"):
+        model.generate(tokens, max_new_tokens=1)
+    assert packed_attention(model, q, k, v, None, segments=(Segment(0, 3),))[0].shape == (1, 3, 2, 4)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_tree_scores_as_every_pair_alone(kind: str):
+    """Values and gradients: branches see their prompt and themselves, not each other; a branch of one token too.
+
+    Gradients to 2e-6 of 10: through a norm they are rounded to fp32, here the prompt's sum over its branches, there
+    each on its own.
+    """
+    model = family(kind, **FAMILIES[kind])
+    policy = Policy(model)
+    prompts, responses = [[5, 6, 7], [8]], [[[1, 2, 3, 4], [9], [2, 2]], [[4, 4, 4]]]
+    tree = policy(pack_tree(prompts, responses))
+    flat = [p + r for p, several in zip(prompts, responses, strict=True) for r in several]
+    starts = [3, 3, 3, 1]
+    alone = torch.cat([policy(pack([row], [start])) for row, start in zip(flat, starts, strict=True)])
+    assert_close(tree, alone, **EXACT)
+    mine, plain = gradients(model, tree), gradients(model, padded_logps(model, flat, starts))
+    for name, gradient in mine.items():
+        assert_close(gradient, plain[name], rtol=0, atol=2e-6)
+
+
+def test_cross_scoring_is_each_response_under_each_prompt(model: Any):
+    """[B, B]: row i the prompt, column j the response, summed over tokens; its diagonal is the batch's own."""
+    policy, batch = Policy(model), pack(IDS, STARTS)
+    with torch.no_grad():
+        table = cross_logps(policy, batch)
+        expected = torch.stack(
+            [
+                torch.stack(
+                    [policy(pack([p[:s] + r[t:]], [s])).sum() for r, t in zip(IDS, STARTS, strict=True)]
+                )
+                for p, s in zip(IDS, STARTS, strict=True)
+            ]
+        )  # fmt: skip
+        assert_close(table, expected, **EXACT)
+        assert_close(table.diagonal(), batch.sum_by_sequence(policy(batch)), **EXACT)
+
+
+def test_cross_scoring_encodes_each_prompt_once(model: Any):
+    """Σ prompts + B · Σ (responses − 1) tokens, in one call; pair by pair it would be B · Σ prompts too."""
+    seen = []
+    hook = model.get_input_embeddings().register_forward_pre_hook(lambda _, given: seen.append(given[0].numel()))
+    try:
+        with torch.no_grad():
+            cross_logps(Policy(model), pack(IDS, STARTS))
+    finally:
+        hook.remove()
+    prompts, responses = sum(STARTS), sum(len(row) - s for row, s in zip(IDS, STARTS, strict=True))
+    assert seen == [prompts + 5 * (responses - 5)]
+
+
+def largest_allocation(work: Any) -> int:
+    """Bytes of the largest single tensor that `work` allocates."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    return max(event.self_cpu_memory_usage for event in profile.events())
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_no_tensor_holds_the_logits_of_all_response_tokens(train: bool, monkeypatch: pytest.MonkeyPatch):
+    """[tokens, vocabulary] in fp32 is what overflows memory: huggingface/trl #3168. At most a chunk of it exists.
+
+    224 response tokens and V = 2048: a chunk of 40 is 327,680 bytes, the head's gradient [V, 32] 262,144, nothing else
+    comes near; the whole logits would be 1.8 MB.
+    """
+    assert HEAD_CHUNK == 256
+    monkeypatch.setattr(logprobs, "HEAD_CHUNK", 40)
+    batch = pack([[draw.randrange(256) for _ in range(60)] for _ in range(4)], [4] * 4)
+    assert len(batch.target) == 224
+    policy = Policy(tiny_model(vocab_size=2048))
+
+    def ours() -> None:
+        with torch.set_grad_enabled(train):
+            logps = policy(batch)
+            if train:
+                logps.sum().backward()
+
+    assert largest_allocation(ours) == 40 * 2048 * 4
+    monkeypatch.setattr(logprobs, "HEAD_CHUNK", 224)
+    assert largest_allocation(ours) == 224 * 2048 * 4  # so the measure would see it
+
+
+@pytest.mark.parametrize("tokens", [1, HEAD_CHUNK - 1, HEAD_CHUNK, HEAD_CHUNK + 1])
+def test_the_chunked_head_is_the_log_softmax(tokens: int):
+    make = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens, 8, generator=make, dtype=torch.float64, requires_grad=True)
+    head = torch.randn(50, 8, generator=make, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(50, (tokens,), generator=make)
+    weights = torch.randn(tokens, generator=make, dtype=torch.float64)
+    ours = token_logps(hidden, head, target)
+    plain = (hidden @ head.T).log_softmax(-1)[torch.arange(tokens), target]
+    assert_close(ours, plain, **EXACT)
+    for mine, other in zip(
+        torch.autograd.grad((ours * weights).sum(), (hidden, head)),
+        torch.autograd.grad((plain * weights).sum(), (hidden, head)),
+        strict=True,
+    ):
+        assert_close(mine, other, **EXACT)
+
+
+def test_logits_far_apart_stay_finite():
+    """z_t − logsumexp(z) of logits ±2000: 0 and −4000, where exp alone would overflow."""
+    hidden, head = torch.tensor([[1.0], [1.0]]), torch.tensor([[2000.0], [-2000.0]])
+    assert token_logps(hidden, head, torch.tensor([0, 1])).tolist() == [0.0, -4000.0]
+
+
+def test_checkpointing_gives_the_same_gradient_and_recomputes():
+    plain, checkpointed = tiny_model(dtype=torch.float64).train(), tiny_model(dtype=torch.float64).train()
+    checkpointed.gradient_checkpointing_enable()
+    calls = Counter[str]()
+    for name, model in (("plain", plain), ("checkpointed", checkpointed)):
+        layer = model.model.layers[0].self_attn
+        layer.register_forward_pre_hook(lambda *_, name=name: calls.update([name]))
+    batch = pack(IDS, STARTS)
+    values, again = Policy(plain)(batch), Policy(checkpointed)(batch)
+    assert_close(values, again, rtol=0, atol=0)
+    one, other = gradients(plain, values), gradients(checkpointed, again)
+    for name, gradient in one.items():
+        assert_close(gradient, other[name], rtol=0, atol=0)
+    assert calls == {"plain": 1, "checkpointed": 2}
+
+
+def test_bfloat16_autocast_is_close_and_returns_fp32():
+    model = tiny_model()
+    exact = Policy(model)(pack(IDS, STARTS))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = Policy(model)(pack(IDS, STARTS))
+    assert mixed.dtype == torch.float32
+    assert_close(mixed, exact, rtol=0, atol=0.2)
+    assert 0 < (mixed - exact).abs().mean() < 0.05
+    mixed.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_bfloat16_weights_return_fp32():
+    assert Policy(tiny_model(dtype=torch.bfloat16))(pack(IDS, STARTS)).dtype == torch.float32
+
+
+def test_a_prompt_feature_is_the_last_and_the_mean_hidden_state(model: Any):
+    batch = pack([[1, 2, 3, 4], [5, 6, 7]], [3, 2])  # the prompts 1 2 3 and 5 6
+    features = Policy(model).prompt_features(batch)
+    with torch.no_grad(), attention(model, "sdpa"):
+        for got, prompt in zip(features, ([1, 2, 3], [5, 6]), strict=True):
+            hidden = model.model(input_ids=torch.tensor([prompt])).last_hidden_state[0]
+            assert_close(got, torch.cat([hidden[-1], hidden.mean(0)]), **EXACT)
+
+
+def test_a_sequence_beyond_the_sliding_window_is_an_error():
+    """Within it the numbers are exact; a tree's branch counts with its prompt."""
+    policy = Policy(family("mistral", head_dim=8, sliding_window=8))
+    with torch.no_grad():
+        ids = [row[:9] for row in IDS]  # 8 tokens go in
+        assert_close(policy(pack(ids, STARTS)), padded_logps(policy.model, ids, STARTS), **EXACT)
+        with pytest.raises(UserError, match=r"longer than the model's sliding window of 8; lower data\.max_length"):
+            policy(pack([IDS[0][:10]], [4]))
+        policy(pack_tree([[1] * 5], [[[2] * 4]]))
+        with pytest.raises(UserError, match="sliding window of 8"):
+            policy(pack_tree([[1] * 5], [[[2] * 5]]))
+
+
+def test_a_model_that_changes_its_logits_after_the_head_is_an_error():
+    with pytest.raises(UserError, match=r"cohere sets logit_scale=0\.0625, which .* does not apply"):
+        Policy(family("cohere"))
+    with pytest.raises(UserError, match=r"gemma2 sets final_logit_softcapping=30\.0"):
+        Policy(family("gemma2", head_dim=8))
+    with pytest.raises(UserError, match="phi has a bias in its head"):
+        Policy(family("phi"))
+    config = tiny_config(attn_implementation="packed")
+    config.logits_scaling = 1.0
+    Policy(AutoModelForCausalLM.from_config(config))
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "what"),
+    [
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}, "lfm2 has layers of conv"),
+        ("mamba", {"state_size": 8}, "mamba has layers of linear_attention"),
+        ("bloom", {"n_head": 4}, "bloom has attention of its own"),
+    ],
+)
+def test_a_model_that_would_let_packed_rows_see_each_other_is_an_error(kind: str, more: dict[str, Any], what: str):
+    """Convolutions and states run on over the border of two rows, and these models ran without a word."""
+    with pytest.raises(UserError, match=f"{what}; sequences can only be packed for plain attention"):
+        Policy(family(kind, **more))
+
+
+def test_attention_that_sinks_or_caps_is_an_error():
+    model = family("gpt_oss", head_dim=8, num_local_experts=2, num_experts_per_tok=1).float()
+    with pytest.raises(UserError, match="caps its attention or adds sinks to it"):
+        Policy(model)(pack(IDS, STARTS))
+    q = torch.randn(1, 2, 3, 4)
+    with pytest.raises(UserError, match="caps its attention or adds sinks to it"):
+        packed_attention(model, q, q, q, None, softcap=50.0, segments=(Segment(0, 3),))
+
+
+def test_the_attention_is_put_back_after_an_error_too(model: Any):
+    with attention(model, "sdpa"):
+        assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == "packed"
+    with pytest.raises(IndexError), attention(model, "sdpa"):
+        model(input_ids=torch.tensor([[10**6]]))
+    assert model.config._attn_implementation == "packed"
+
+
+def test_flash_attention_takes_the_borders_and_no_tree():
+    """What the call of flash_attention_2 is given; the kernel itself needs a GPU."""
+
+    class Backbone(torch.nn.Module):
+        config = type("Config", (), {"_attn_implementation": "flash_attention_2"})
+
+        def forward(self, **given: Any) -> Any:
+            self.given = given
+            return type("Out", (), {"last_hidden_state": torch.zeros(1, 5, 2)})
+
+    backbone = Backbone()
+    logprobs.hidden_states(backbone, pack([[1, 2, 3, 4], [5, 6, 7]], [2, 1]))
+    assert backbone.given["cu_seq_lens_q"].tolist() == backbone.given["cu_seq_lens_k"].tolist() == [0, 3, 5]
+    assert backbone.given["cu_seq_lens_q"].dtype == torch.int32
+    assert (backbone.given["max_length_q"], backbone.given["max_length_k"]) == (3, 3)
+    assert backbone.given["use_cache"] is False
+    with pytest.raises(UserError, match=r"cross scoring shares prompts.*set model\.attention=packed"):
+        logprobs.hidden_states(backbone, pack_tree([[1, 2]], [[[3, 4], [5]]]))

@@ -1,0 +1,192 @@
+"""Ways of running that must give one curve: accumulation, ranks, stored and live, resumed and straight."""
+
+import csv
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from var.build import Run
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.trajectory
+EVERY_LOSS = ["sft", "var", "var_own", "var_prompt", "var_grouped", "dpo", "ipo"]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """13 prompts with three scored answers of different lengths each."""
+    draw = random.Random(0)
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    with path.open("w") as file:
+        for i in range(13):
+            answers = [
+                {"text": "".join(draw.choices("abcdefgh ", k=draw.randint(2, 14))) + "z", "score": round(draw.gauss(i % 3, 1), 2)}
+                for _ in range(3)
+            ]
+            file.write(json.dumps({"id": f"r{i}", "prompt": f"question {i}?", "responses": answers}) + "\n")
+    return path
+
+
+@pytest.fixture
+def options(rows: Path, tiny_folder: Path, tmp_path: Path) -> list[str]:
+    return [
+        "data=files", f"data.path={rows}", f"model.path={tiny_folder}", "reward=score", "reward.mismatch_gap=0.7",
+        f"store={tmp_path}/store", f"cache={tmp_path}/cache", f"runs={tmp_path}/runs", "data.validation_prompts=0",
+        "trainer.precision=64-true", "trainer.log_every_n_steps=1", "trainer.accelerator=cpu",
+        "optim.optimizer.lr=3e-3", "data.short_micro_batch=keep", "loss=sft",
+    ]  # fmt: skip
+
+
+def fit(options: list[str], folder: Path, *more: str) -> tuple[Run, Any, list[dict[str, str]]]:
+    """Train as train.py does; returns the run, the policy's weights and the curve."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("train", [*options, *more])
+    run = Run.compose(cfg, folder)
+    torch.manual_seed(0)
+    trainer, module = run.trainer(), run.module()
+    trainer.fit(module, run.data, ckpt_path=run.checkpoint())
+    with (folder / "metrics.csv").open(newline="") as file:
+        curve = list(csv.DictReader(file))
+    return run, {name: value.clone() for name, value in module.policy.state_dict().items()}, curve
+
+
+def column(curve: list[dict[str, str]], name: str) -> list[float]:
+    return [float(row[name]) for row in curve if row.get(name)]
+
+
+@pytest.mark.parametrize("loss", ["sft", "var_grouped", "dpo"])
+def test_accumulation_gives_one_curve(loss: str, options: list[str], tmp_path: Path) -> None:
+    """1×8, 2×4, 8×1: the same weights, loss and gradient norm, in the short last step too (huggingface/trl #2175,
+    Lightning-AI/pytorch-lightning #20350, #19987). 39 responses are four steps of 8 and one of 7."""
+    results = {}
+    for b in (8, 4, 1):
+        more = (f"loss={loss}", "data.global_batch=8", f"data.micro_batch={b}")
+        results[b] = fit(options, tmp_path / str(b), *more)
+    for b in (4, 1):
+        for name in ("train/loss", "train/grad_norm", "train/lr"):
+            assert_close(column(results[b][2], name), column(results[8][2], name), rtol=1e-9, atol=1e-9)
+        assert_close(results[b][1], results[8][1], rtol=1e-8, atol=1e-9)
+
+
+def test_an_epoch_shorter_than_the_window_is_one_exact_step(options: list[str], tmp_path: Path) -> None:
+    """Lightning-AI/pytorch-lightning #21808: accumulation is not ignored, nor is the divisor the full window's."""
+    whole = fit(options, tmp_path / "a", "data.limit=2", "data.global_batch=8", "data.micro_batch=8", "trainer.epochs=3")
+    split = fit(options, tmp_path / "b", "data.limit=2", "data.global_batch=8", "data.micro_batch=2", "trainer.epochs=3")
+    assert whole[0].data.plan.steps == split[0].data.plan.steps == 1
+    assert_close(split[1], whole[1], rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "var", "var_own", "var_sum"])
+def test_stored_and_live_reference_give_one_curve(loss: str, options: list[str], tmp_path: Path) -> None:
+    """The reference run in each step and its stored float32 numbers differ by rounding alone."""
+    more = (f"loss={loss}", "data.micro_batch=4", "data.global_batch=8", "trainer.precision=32-true", "trainer.epochs=3")
+    stored = fit(options, tmp_path / "stored", *more)
+    live = fit(options, tmp_path / "live", *more, "reference=live")
+    assert_close(column(live[2], "train/loss"), column(stored[2], "train/loss"), rtol=2e-5, atol=2e-5)
+    moved = max(float((a - b).abs().max()) for a, b in zip(stored[1].values(), _start(stored[0]).values(), strict=True))
+    apart = max(float((a - b).abs().max()) for a, b in zip(stored[1].values(), live[1].values(), strict=True))
+    assert apart < 0.02 * moved
+
+
+def _start(run: Run) -> dict[str, torch.Tensor]:
+    return dict(run.module().policy.state_dict())
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_resumed_is_straight(accumulate: int, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in the middle of an epoch, the run goes on with the next rows of the plan: weights equal to the last
+    bit, the curve without gap or double (Lightning #18780, accelerate PR #4238)."""
+    from var.datamodule import AlignmentData
+
+    seen: list[tuple[str, ...]] = []
+    real = AlignmentData.batch
+
+    def watched(self: AlignmentData, *arguments: Any) -> Any:
+        batch = real(self, *arguments)
+        seen.append(batch.ids)
+        return batch
+
+    monkeypatch.setattr(AlignmentData, "batch", watched)
+    more = (
+        "loss=var_grouped", "data.global_batch=4", f"data.micro_batch={4 // accumulate}", "trainer.epochs=3",
+        "trainer.checkpoint_every_n_steps=4", "trainer.precision=32-true",
+    )  # fmt: skip
+    straight = fit(options, tmp_path / "straight", *more)
+    order = list(seen)
+    steps = straight[0].data.plan.steps
+    seen.clear()
+    kill_at = (steps + 6) * accumulate  # in the second epoch, two steps after a checkpoint
+
+    def killing(self: AlignmentData, *arguments: Any) -> Any:
+        if len(seen) == kill_at:
+            raise Killed
+        return watched(self, *arguments)
+
+    monkeypatch.setattr(AlignmentData, "batch", killing)
+    with pytest.raises(Killed):
+        fit(options, tmp_path / "killed", *more)
+    monkeypatch.setattr(AlignmentData, "batch", watched)
+    before, seen[:] = list(seen), []
+    resumed = fit(options, tmp_path / "killed", *more)
+    last = (steps + 6) // 4 * 4 * accumulate
+    assert before[:last] + seen == order
+    assert all(torch.equal(straight[1][name], resumed[1][name]) for name in straight[1])
+    assert column(resumed[2], "step") == column(straight[2], "step")
+    assert column(resumed[2], "train/loss") == column(straight[2], "train/loss")
+
+
+def test_resuming_with_other_data_is_refused(options: list[str], tmp_path: Path) -> None:
+    """NVIDIA-NeMo/RL PR #2519: another data set would have its first rows skipped in silence."""
+    more = ("trainer.checkpoint_every_n_steps=2", "data.micro_batch=4", "data.global_batch=4")
+    fit(options, tmp_path / "run", *more, "trainer.max_steps=2")
+    with pytest.raises(ValueError, match="the checkpoint was made with plan .* Resume with the same data"):
+        fit(options, tmp_path / "run", *more, "data.limit=9")
+
+
+def launch(processes: int, *overrides: str) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    if processes == 1:
+        command = [sys.executable]
+    done = subprocess.run(
+        [*command, str(ROOT / "train.py"), *overrides], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("loss", ["var_grouped", "dpo"])
+def test_ranks_give_one_curve(strategy: str, loss: str, options: list[str], tmp_path: Path) -> None:
+    """Two processes over gloo, with a short last step in which one of them has no micro-batch, are one process."""
+    common = [
+        *options, f"loss={loss}", "data.micro_batch=2", "data.global_batch=4", "trainer.precision=32-true",
+        "data.validation_prompts=2", "eval.sampling.responses=2", "eval.sampling.max_new_tokens=4",
+    ]  # fmt: skip
+    launch(1, *common, f"runs={tmp_path}/one")
+    launch(2, *common, f"runs={tmp_path}/two", f"strategy={strategy}", "trainer.devices=2")
+    one, two = (next((tmp_path / name).glob("*/summary.json")).parent for name in ("one", "two"))
+    a, b = (load_file(folder / "model" / "model.safetensors") for folder in (one, two))
+    assert a.keys() == b.keys()
+    assert_close(b, a, rtol=1e-4, atol=1e-5)
+    curves = []
+    for folder in (one, two):
+        with (folder / "metrics.csv").open(newline="") as file:
+            curves.append(list(csv.DictReader(file)))
+    for name in ("train/loss", "train/nll", "train/grad_norm"):
+        assert_close(column(curves[1], name), column(curves[0], name), rtol=1e-4, atol=1e-5)
+    assert json.loads((two / "summary.json").read_text())["devices"] == 2
