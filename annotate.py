@@ -6,7 +6,7 @@ from omegaconf import DictConfig
 from var import config
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+@hydra.main(version_base="1.3", config_path=config.FOLDER, config_name="train")
 def main(cfg: DictConfig) -> None:
     """Sample, score and annotate whatever this configuration's run would need, on every rank of the launcher."""
     from pathlib import Path

@@ -6,7 +6,7 @@ from omegaconf import DictConfig
 from var import config
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+@hydra.main(version_base="1.3", config_path=config.FOLDER, config_name="train")
 def main(cfg: DictConfig) -> float | None:
     """One run; returns the validation reward after training, for sweepers."""
     import json
@@ -33,7 +33,7 @@ def main(cfg: DictConfig) -> float | None:
     seed_everything(cfg.seed, verbose=False)
     trainer, module = run.trainer(), run.module()
     begun = time.perf_counter()
-    trainer.fit(module, run.data, ckpt_path=run.checkpoint())  # its setup fills the store: see AlignmentData.prepare
+    trainer.fit(module, run.data, ckpt_path=run.checkpoint)  # its setup fills the store: see AlignmentData.prepare
     report = run.report(trainer, time.perf_counter() - begun)
     run.export(trainer, module, report)
     if trainer.is_global_zero:

@@ -187,6 +187,13 @@ def test_prompt_with_pairs():
     assert_close(weights(Prompt(kappa=2, baseline="zero"), data), f64(2.25, 0.75, 0.75, 0.25), rtol=1e-9, atol=0)
 
 
+def test_prompts_constant_is_of_the_rows_that_are_kept():
+    """The pairs above beside one without signal, whose reward would move c: w as above, and nothing for it."""
+    data = table(torch.cat([f64(4.5, 1.5, 0.5, 1 / 6).log(), f64(5, 5)]), group=[0, 0, 1, 1, 2, 2])
+    found = weights(Prompt(kappa=2, baseline="zero", drop_uninformative=True), data)
+    assert_close(found, f64(2.25, 0.75, 0.75, 0.25, 0, 0), rtol=1e-9, atol=0)
+
+
 def test_prompt_subtracts_the_value_of_the_prompt():
     """Two prompts: V is the other one's reward, so (r − V)/λ = ±Δr/λ; κ = 1: w = 2σ(±2) at Δr = 1, λ = 1/2.
     With V = 0 it is r/λ less its mean: 2σ(±1)."""
@@ -267,9 +274,10 @@ def test_huge_rewards_and_a_small_temperature_stay_finite(scale):
 
 
 def test_kappa_holds_however_far_rewards_are_from_zero():
-    """c follows the rewards: w = 5/3, 1/3 as above, at r/λ near 1e8."""
-    data = table(f64(2, 2 / 7).log() + 1e8)
-    assert_close(weights(Prompt(kappa=4, baseline="zero"), data), f64(5 / 3, 1 / 3), rtol=1e-6, atol=0)
+    """c follows the rewards: w = 5/3, 1/3 as above, at r/λ near ±1e8."""
+    for far in (1e8, -1e8):
+        data = table(f64(2, 2 / 7).log() + far)
+        assert_close(weights(Prompt(kappa=4, baseline="zero"), data), f64(5 / 3, 1 / 3), rtol=1e-6, atol=0)
 
 
 def test_wrong_settings_say_what_is_allowed():

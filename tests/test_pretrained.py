@@ -152,8 +152,10 @@ def test_a_model_loads_in_evaluation_mode_with_its_dtype_and_attention(tiny_fold
 
 
 def test_the_meta_model_has_the_sizes_and_no_storage(tmp_path: Path):
-    sizes = {"model_type": "llama", "vocab_size": 264, "hidden_size": 32, "intermediate_size": 48,
-             "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}  # fmt: skip
+    sizes = dict(
+        model_type="llama", vocab_size=264, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
     meta = pretrained("gated/model", tmp_path, architecture=sizes).meta()
     assert {p.device.type for p in meta.parameters()} == {"meta"}
     assert sum(p.numel() for p in meta.parameters()) == sum(p.numel() for p in tiny_model().parameters())

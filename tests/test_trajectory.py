@@ -19,7 +19,6 @@ from var.build import Run
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.trajectory
-EVERY_LOSS = ["sft", "var", "var_own", "var_prompt", "var_grouped", "dpo", "ipo"]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +29,10 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with path.open("w") as file:
         for i in range(13):
             answers = [
-                {"text": "".join(draw.choices("abcdefgh ", k=draw.randint(2, 14))) + "z", "score": round(draw.gauss(i % 3, 1), 2)}
+                {
+                    "text": "".join(draw.choices("abcdefgh ", k=draw.randint(2, 14))) + "z",
+                    "score": round(draw.gauss(i % 3, 1), 2),
+                }
                 for _ in range(3)
             ]
             file.write(json.dumps({"id": f"r{i}", "prompt": f"question {i}?", "responses": answers}) + "\n")
@@ -55,7 +57,7 @@ def fit(options: list[str], folder: Path, *more: str) -> tuple[Run, Any, list[di
     run = Run.compose(cfg, folder)
     torch.manual_seed(0)
     trainer, module = run.trainer(), run.module()
-    trainer.fit(module, run.data, ckpt_path=run.checkpoint())
+    trainer.fit(module, run.data, ckpt_path=run.checkpoint)
     with (folder / "metrics.csv").open(newline="") as file:
         curve = list(csv.DictReader(file))
     return run, {name: value.clone() for name, value in module.policy.state_dict().items()}, curve
@@ -81,8 +83,12 @@ def test_accumulation_gives_one_curve(loss: str, options: list[str], tmp_path: P
 
 def test_an_epoch_shorter_than_the_window_is_one_exact_step(options: list[str], tmp_path: Path) -> None:
     """Lightning-AI/pytorch-lightning #21808: accumulation is not ignored, nor is the divisor the full window's."""
-    whole = fit(options, tmp_path / "a", "data.limit=2", "data.global_batch=8", "data.micro_batch=8", "trainer.epochs=3")
-    split = fit(options, tmp_path / "b", "data.limit=2", "data.global_batch=8", "data.micro_batch=2", "trainer.epochs=3")
+    whole = fit(
+        options, tmp_path / "a", "data.limit=2", "data.global_batch=8", "data.micro_batch=8", "trainer.epochs=3"
+    )
+    split = fit(
+        options, tmp_path / "b", "data.limit=2", "data.global_batch=8", "data.micro_batch=2", "trainer.epochs=3"
+    )
     assert whole[0].data.plan.steps == split[0].data.plan.steps == 1
     assert_close(split[1], whole[1], rtol=1e-9, atol=1e-10)
 
@@ -90,7 +96,13 @@ def test_an_epoch_shorter_than_the_window_is_one_exact_step(options: list[str], 
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "var", "var_own", "var_sum"])
 def test_stored_and_live_reference_give_one_curve(loss: str, options: list[str], tmp_path: Path) -> None:
     """The reference run in each step and its stored float32 numbers differ by rounding alone."""
-    more = (f"loss={loss}", "data.micro_batch=4", "data.global_batch=8", "trainer.precision=32-true", "trainer.epochs=3")
+    more = (
+        f"loss={loss}",
+        "data.micro_batch=4",
+        "data.global_batch=8",
+        "trainer.precision=32-true",
+        "trainer.epochs=3",
+    )
     stored = fit(options, tmp_path / "stored", *more)
     live = fit(options, tmp_path / "live", *more, "reference=live")
     assert_close(column(live[2], "train/loss"), column(stored[2], "train/loss"), rtol=2e-5, atol=2e-5)
@@ -108,7 +120,9 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_resumed_is_straight(accumulate: int, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumed_is_straight(
+    accumulate: int, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Killed in the middle of an epoch, the run goes on with the next rows of the plan: weights equal to the last
     bit, the curve without gap or double (Lightning #18780, accelerate PR #4238)."""
     from var.datamodule import AlignmentData
@@ -154,7 +168,7 @@ def test_resuming_with_other_data_is_refused(options: list[str], tmp_path: Path)
     """NVIDIA-NeMo/RL PR #2519: another data set would have its first rows skipped in silence."""
     more = ("trainer.checkpoint_every_n_steps=2", "data.micro_batch=4", "data.global_batch=4")
     fit(options, tmp_path / "run", *more, "trainer.max_steps=2")
-    with pytest.raises(ValueError, match="the checkpoint was made with plan .* Resume with the same data"):
+    with pytest.raises(ValueError, match=r"the checkpoint was made with plan .* Resume with the same data"):
         fit(options, tmp_path / "run", *more, "data.limit=9")
 
 

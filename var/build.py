@@ -4,7 +4,9 @@ import logging
 import os
 import shlex
 import sys
+import warnings
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +18,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint, RichModelSummary, RichProgressBar
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
+from torch.distributed.fsdp import FSDPModule
 
 from var import summary
 from var.annotate.fill import Annotator, Reference
@@ -217,7 +220,7 @@ class Run:
             accumulate_grad_batches=accumulation(cfg, settings),
             gradient_clip_val=settings.gradient_clip or None,
             log_every_n_steps=settings.log_every_n_steps,
-            logger=[Curves(self.folder / "metrics.csv"), *loggers(cfg, self.folder)],
+            logger=[Curves(self.folder / "metrics.csv", fresh=self.checkpoint is None), *loggers(cfg, self.folder)],
             callbacks=callbacks,
             profiler=settings.profiler,
             default_root_dir=self.folder,
@@ -227,6 +230,7 @@ class Run:
             num_sanity_val_steps=0,
         )
 
+    @cached_property
     def checkpoint(self) -> str | None:
         """Where to go on from: what resume says, or this folder's last checkpoint."""
         resume, last = self.cfg.resume, self.folder / "checkpoints" / "last.ckpt"
@@ -284,11 +288,14 @@ class Run:
     def export(self, trainer: lightning.Trainer, module: AlignmentModule, report: dict[str, Any]) -> None:
         """model/ in Hugging Face form; of a sharded model, gathered on the first rank."""
         state = None
-        if getattr(module.policy, "sharded", False):
+        if isinstance(module.policy, FSDPModule):
             from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
             state = get_model_state_dict(module.policy.model, options=options)
+            if module.policy.model.config.tie_word_embeddings:  # gathered apart, they are one tensor in the file
+                for name in module.policy.model._tied_weights_keys or ():
+                    state.pop(name, None)
         if not trainer.is_global_zero:
             return
         validation = report["validation"]
@@ -336,6 +343,9 @@ def quieten() -> None:
     datasets.disable_progress_bars()
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what fails is an error of ours, told once
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 
 
 def values(node: DictConfig) -> dict[str, Any]:
@@ -387,7 +397,7 @@ def refuse_ranks_under_multirun(world: int) -> None:
     if multirun and world > 1 and "SUBMITIT_EXECUTOR" not in os.environ:
         raise UserError(
             f"-m with {world} processes a job: each of them would start the whole sweep again. Launch the jobs with "
-            f"hydra/launcher=submitit_local hydra.launcher.tasks_per_node={world}, or run them one by one under torchrun"
+            f"hydra/launcher=submitit_local hydra.launcher.tasks_per_node={world}, or one by one under torchrun"
         )
 
 

@@ -26,9 +26,11 @@ from var.rewards.scale import Scale
 class Curves(Logger):
     """metrics.csv of a run. Unlike Lightning's CSVLogger it goes on after a resume instead of starting anew."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, fresh: bool) -> None:
         super().__init__()
         self.path, self.columns = path, list[str]()
+        if fresh and rank_zero_only.rank == 0:  # what a run left that was killed before its first checkpoint
+            path.unlink(missing_ok=True)
         if path.exists():
             with path.open(newline="") as file:
                 self.columns = list(csv.DictReader(file).fieldnames or ())
@@ -94,7 +96,7 @@ class StepMetrics(Callback):
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         self._step = trainer.global_step
         for logger in trainer.loggers:
-            if isinstance(logger, Curves) and trainer.global_step:
+            if isinstance(logger, Curves):
                 logger.forget_after(trainer.global_step)
 
     def _is_due(self, trainer: lightning.Trainer, step: int) -> bool:
@@ -231,7 +233,8 @@ class Validation(Callback):
     def _sample(self, trainer: lightning.Trainer, module: AlignmentModule, title: str) -> list[list[tuple[str, bool]]]:
         data: AlignmentData = trainer.datamodule  # type: ignore[attr-defined]
         prompts = [row.prompt for row in data.validation]
-        with stage(title, len(prompts), "prompts") as advance, self.annotator.reference.precision():
+        precision = self.annotator.reference.precision()
+        with stage(title, len(prompts), "prompts") as advance, precision, module.policy.whole():
             return sample(module.policy.model, self.annotator.chat, prompts, self.sampling, advance)
 
     def _judge(self, data: AlignmentData, texts: list[list[tuple[str, bool]]]) -> Answers:

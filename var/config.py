@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from var.problems import Problems, UserError
 
 # What a run's folder does not depend on: the same training goes on under another logger or on other devices.
+FOLDER = str(Path(__file__).parent.parent / "conf")
 # What the entry points read themselves, beside the dataclasses that read the rest.
 NAMES = {("strategy", "name"), ("data", "name"), ("data", "source"), ("model", "learning_rate")}
 ELSEWHERE = {"hydra", "resume", "logger", "store", "cache", "runs", "annotate", "dry"}
@@ -46,7 +47,7 @@ def leaves(node: Any, path: str = "") -> Iterator[str]:
     for key in node:
         if key not in ("_target_", "_partial_"):
             child = node._get_node(key)
-            yield from leaves(child, f"{path}.{key}" if path else str(key))
+            yield from leaves(child, ".".join(filter(None, (path, str(key)))))
 
 
 def check(cfg: DictConfig, schemas: Mapping[str, Any]) -> None:
@@ -61,8 +62,8 @@ def check(cfg: DictConfig, schemas: Mapping[str, Any]) -> None:
         target = node.get("_target_") or schemas.get(path)
         if target is not None:
             _check_part(path, node, _locate(target) if isinstance(target, str) else target, referred, problems)
-    for key in OmegaConf.missing_keys(cfg):
-        problems.add(key, f"must be given: {key}=…")
+    for missing in sorted(map(str, OmegaConf.missing_keys(cfg))):
+        problems.add(missing, f"must be given: {missing}=…")
     problems.check()
 
 
@@ -71,7 +72,7 @@ def _parts(node: DictConfig, path: str = "") -> Iterator[tuple[str, DictConfig]]
     for key in node:
         child = node._get_node(key)
         if key != "hydra" and isinstance(child, DictConfig) and not child._is_none() and not child._is_interpolation():
-            yield from _parts(child, f"{path}.{key}" if path else str(key))
+            yield from _parts(child, ".".join(filter(None, (path, str(key)))))
 
 
 def _locate(name: str) -> Any:
@@ -179,11 +180,10 @@ def nearest(key: str, config_name: str) -> str | None:
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    folder = Path(__file__).parent.parent / "conf"
-    chosen = [a for a in sys.argv[1:] if (folder / a.split("=")[0]).is_dir() and "," not in a]
+    chosen = [a for a in sys.argv[1:] if Path(FOLDER, a.split("=")[0]).is_dir() and "," not in a]
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(folder), version_base="1.3"):
+        with initialize_config_dir(FOLDER, version_base="1.3"):
             known = list(leaves(compose(config_name, chosen)))
     except Exception:
         return None

@@ -93,7 +93,8 @@ class AlignmentData(lightning.LightningDataModule):
             return
         begun = time.perf_counter()
         needs = self.loss.needs
-        self.rows, self.validation = self._rows()
+        self.annotator.check()
+        self.rows = self._rows()
         self.sequences = self._sequences(needs)
         rewards = self._rewards() if Need.REWARDS in needs else None
         weights = self._weights(needs, rewards)
@@ -102,8 +103,8 @@ class AlignmentData(lightning.LightningDataModule):
         self.seconds = time.perf_counter() - begun
         self._ready = True
 
-    def _rows(self) -> tuple[Rows, Rows]:
-        """Training rows, with responses, and the held-out prompts."""
+    def _rows(self) -> Rows:
+        """Training rows, with responses; `validation` are the rows of the held-out prompts."""
         settings = self.settings
         rows = read(self.source, self.annotator.cache)
         self.facts["rows"] = len(rows)
@@ -121,7 +122,7 @@ class AlignmentData(lightning.LightningDataModule):
         held = np.random.default_rng(settings.seed).permutation(len(prompts))[: settings.validation_prompts]
         is_held = np.isin(rows.keys, prompts[held])
         first = np.unique(rows.keys, return_index=True)[1]
-        validation = rows.select(np.sort(first[is_held[first]]))
+        self.validation = rows.select(np.sort(first[is_held[first]]))
         train = rows.select(np.flatnonzero(~is_held))
         if not len(train[0].responses):
             if any(len(row.responses) for row in train):
@@ -129,7 +130,7 @@ class AlignmentData(lightning.LightningDataModule):
             texts = self.annotator.sampled(train, self.sampling)
             train, counts = with_responses(train, texts, self.annotator.cache)
             self.facts.update({name: count for name, count in counts.items() if count})
-        return train, validation
+        return train
 
     def _sequences(self, needs: frozenset[Need]) -> Sequences:
         settings = self.settings
@@ -160,12 +161,12 @@ class AlignmentData(lightning.LightningDataModule):
             raw = sequences.column("score")
             if np.isnan(raw).any():
                 problems = Problems("reward=score, but the data carries no score")
-                for i in np.flatnonzero(np.isnan(raw)):
+                for i in np.flatnonzero(np.isnan(raw)).tolist():
                     problems.add(f"row {sequences.tokens(i)[2]}", "no score")
                 problems.check("Choose a reward that scores text, as reward=offsetbias-rm-8b.")
         self.scale = self.scale.fitted(raw)
         self.facts["reward"] = {"mean": float(raw.mean()), "sd": float(raw.std()), "scale": self.scale.describe()}
-        return torch.from_numpy(self.scale(raw))
+        return torch.from_numpy(np.array(self.scale(raw)))
 
     def _weights(self, needs: frozenset[Need], rewards: torch.Tensor | None) -> torch.Tensor | None:
         """Makes the plan, fills what depends on it, and returns the weights [n] where the loss has some."""
@@ -242,6 +243,8 @@ class AlignmentData(lightning.LightningDataModule):
         self.facts["sequences left out with them"] = int((~keep & silent).sum())
         if (~keep & ~silent).any():
             self.facts["sequences left out under loss.min_weight"] = int((~keep & ~silent).sum())
+        if not keep.any() and not silent.all():
+            raise UserError(f"no weight reaches loss.min_weight={self.loss.min_weight}; lower it or raise the temperature")
         if not keep.any():
             raise UserError(
                 "every group's rewards are all equal, so nothing tells a good answer from a bad one; sample more "
@@ -275,7 +278,7 @@ class AlignmentData(lightning.LightningDataModule):
         """Micro-batch `index` of the plan, with the response tokens and sequences of its whole optimiser step."""
         members = self.members[index]
         members = members[members >= 0]
-        ids, starts, names = zip(*(self.sequences.tokens(i) for i in members), strict=True)
+        ids, starts, names = zip(*(self.sequences.tokens(i) for i in members.tolist()), strict=True)
         extra: dict[str, Any] = {}
         for name in ("weights", "rewards"):
             if name in self._columns:
@@ -285,7 +288,7 @@ class AlignmentData(lightning.LightningDataModule):
         if "reference_logps" in self._columns:
             column = self._columns["reference_logps"]
             extra["reference_logps"] = torch.tensor([x for i in members for x in column[int(i)].as_py()])
-        group = np.unique(self.sequences.group[members], return_inverse=True)[1]
+        group = np.unique(self.sequences.group[members], return_inverse=True)[1].tolist()
         return pack(ids, starts, names, group, global_tokens=tokens, global_sequences=sequences, **extra)
 
     def train_dataloader(self) -> "PlanLoader":
@@ -315,6 +318,13 @@ class PlanLoader:
 
     def __len__(self) -> int:
         return self.data.plan.length(self.world)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing of its own: the position is the DataModule's. Without the pair Lightning warns at each resume."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See state_dict."""
 
     def __iter__(self) -> Iterator[Packed]:
         assert self.data.trainer is not None

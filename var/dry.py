@@ -11,9 +11,8 @@ if TYPE_CHECKING:
 
 def show(run: "Run") -> None:
     """Print all of it; what cannot be known before something is computed says so."""
-    cfg = run.cfg
     say("The loss needs:")
-    for need in sorted(run.data.loss.needs, key=lambda n: n.name) or []:
+    for need in sorted(run.data.loss.needs, key=lambda n: n.name):
         say(f"  {need.key} {need.value.shape}, {need.value.unit}: {need.value.writer}")
     if not run.data.loss.needs:
         say("  nothing but the responses")
@@ -73,5 +72,4 @@ def row(run: "Run") -> None:
         say(f"  row {name}: {start} prompt tokens, {len(ids) - start} response tokens")
         say(f"{tokenizer.decode(ids[:start])}⟦{tokenizer.decode(ids[start:])}⟧")
         return
-    rows = getattr(run.data, "validation", None) or run.data.source_rows()
-    say(f"{run.annotator.chat.render(rows[0].prompt)}⟦… its responses are sampled first …⟧")
+    say(f"{run.annotator.chat.render(run.data.validation[0].prompt)}⟦… the responses are sampled first …⟧")

@@ -99,7 +99,7 @@ def refuse_leaks(model: Any) -> None:
         raise UserError(f"{model.config.model_type} has {what}; sequences can only be packed for plain attention")
 
 
-def hidden_states(backbone: nn.Module, batch: Packed) -> Tensor:
+def hidden_states(backbone: Any, batch: Packed) -> Tensor:
     """[T, H]: the last hidden states of a transformers backbone over the packed tokens."""
     options: dict[str, Any] = {"segments": batch.segments}
     if backbone.config._attn_implementation == "flash_attention_2":

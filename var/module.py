@@ -7,6 +7,7 @@ from typing import Any, Literal
 import lightning
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from var.losses.var import in_batch_table
 from var.losses.weighted import Mean
@@ -72,8 +73,8 @@ class AlignmentModule(lightning.LightningModule):
         logps = self.policy(batch)  # [N] nats
         loss, metrics = self.loss(logps, batch)
         metrics["loss"] = Mean(loss.detach() * batch.global_tokens, float(len(logps)))
-        for name, (total, count) in metrics.items():
-            pair = torch.stack([total, torch.as_tensor(count).to(total)]).detach().double()
+        for name, (total, number) in metrics.items():
+            pair = torch.stack([total, torch.as_tensor(number).to(total)]).detach().double()
             if batch.global_tokens == float("inf"):  # a filler that keeps the ranks in step counts for nothing
                 pair = torch.zeros_like(pair)
             self._sums[name] = self._sums[name] + pair if name in self._sums else pair
@@ -105,7 +106,7 @@ class AlignmentModule(lightning.LightningModule):
         for reference in self._reference:
             reference.to(self.device)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         optimizer = self.optimizer([p for p in self.policy.parameters() if p.requires_grad])
         steps = int(self.trainer.estimated_stepping_batches)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule.factor(step, steps))
@@ -114,17 +115,14 @@ class AlignmentModule(lightning.LightningModule):
     def configure_model(self) -> None:
         """FSDP2, by the model's own blocks, where the strategy gives a device mesh."""
         mesh = getattr(self, "_device_mesh", None)
-        if mesh is None or getattr(self.policy, "sharded", False):
+        if mesh is None or isinstance(self.policy, FSDPModule):
             return
-        from torch.distributed.fsdp import fully_shard
-
         axis = mesh["data_parallel"]
         names = set(self.policy.model._no_split_modules or ())
         for block in self.policy.model.modules():
             if type(block).__name__ in names:
                 fully_shard(block, mesh=axis)
         fully_shard(self.policy, mesh=axis)
-        self.policy.sharded = True
 
 
 def cross_logps(policy: Policy, batch: Packed) -> Tensor:

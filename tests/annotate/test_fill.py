@@ -316,7 +316,7 @@ def test_rewards_of_all_rows_and_of_any_triple(tiny_folder, tmp_path):
     found = one.row_rewards(rows)
     assert [values.tolist() for values in found] == [[len(r.text) + 100.0 for r in row.responses] for row in ROWS]
     prompt = ROWS[0].prompt
-    assert one.score([(prompt, "it is 0", "0"), (prompt, "it", "0"), (prompt, "it", None)]).tolist() == [107, 2, 2]
+    assert one.score([(prompt, "it is 0", "0"), (prompt, "it", "0"), (prompt, "it is 0", None)]).tolist() == [107, 2, 7]
 
 
 def test_cross_rewards_score_response_j_under_prompt_i_with_its_answer(tiny_folder, tmp_path):

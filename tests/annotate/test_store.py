@@ -135,10 +135,10 @@ def test_lists_of_floats_round_trip_in_float32(tmp_path):
 
 
 def test_a_duplicate_is_computed_once(tmp_path):
-    target, wanted, seen = shelf(tmp_path), keys(3, 1, 3, 3, 2, 1), list[int]()
+    target, wanted, seen = shelf(tmp_path), keys(3, 3, 1, 3, 2, 1), list[int]()
     assert target.fill(wanted, squares(wanted, seen), 2) == 3
     assert seen == [3, 1, 2]
-    assert target.read(wanted).to_pylist() == [9, 1, 9, 9, 4, 1]
+    assert target.read(wanted).to_pylist() == [9, 9, 1, 9, 4, 1]
 
 
 def test_only_what_is_missing_is_computed(tmp_path):
@@ -166,6 +166,23 @@ def test_a_kill_loses_at_most_the_shard_it_met(tmp_path):
     assert fill(again, range(1, 8)) == [5, 6, 7]
     assert again.read(wanted).to_pylist() == [1, 4, 9, 16, 25, 36, 49]
     assert reports == []
+
+
+def test_a_shard_is_not_seen_before_it_is_whole(tmp_path, monkeypatch):
+    """Another process that looks while one is written finds nothing, and nothing to complain of."""
+    found: list[list[bool]] = []
+    reports: list[str] = []
+    fsync = os.fsync
+
+    def look(descriptor: int) -> None:
+        found.append(shelf(tmp_path, warn=reports.append).missing(keys(1)).tolist())
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", look)
+    shelf(tmp_path).write(keys(1), [1.0])
+    assert found == [[True], [True]]  # identity.json, the shard
+    assert reports == []
+    assert shelf(tmp_path).read(keys(1)).to_pylist() == [1.0]
 
 
 def test_advance_counts_what_another_job_brought(tmp_path):
@@ -292,6 +309,7 @@ def test_two_processes_meet_one_damaged_shard(tmp_path, monkeypatch):
         assert target.missing(keys(1, 2)).all()
         monkeypatch.undo()
         assert fill(target, range(1, 3)) == [1, 2]
+        assert target.read(keys(1, 2)).to_pylist() == [1.0, 4.0]
 
 
 # --- a disk that does not take it

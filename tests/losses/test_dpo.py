@@ -61,7 +61,9 @@ def test_pairs_of_a_step_add_up_over_micro_batches(batch_of):
     parts = []
     for sequences, tokens in ((slice(0, 2), slice(0, 3)), (slice(2, 4), slice(3, 6))):
         batch = batch_of(LENGTHS[sequences], reference_logps=torch.tensor(REFERENCE[tokens]), global_sequences=4.0)
-        parts.append(DPO(beta=0.5)(torch.tensor(LOGPS[tokens]).double(), batch)[0].item())
+        part, metrics = DPO(beta=0.5)(torch.tensor(LOGPS[tokens]).double(), batch)
+        assert metrics["implicit_reward/accuracy"] == (float(sequences.start == 0), 1.0)  # margins 0.75, −2
+        parts.append(part.item())
     assert sum(parts) == pytest.approx(whole, rel=1e-15)
 
 

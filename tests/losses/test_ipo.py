@@ -23,7 +23,7 @@ def test_summed_by_hand(batch_of):
     loss.backward()
     assert loss.item() == 12.625
     assert_close(logps.grad, torch.tensor([0.5, 0.5, -0.5, -5, 5, 5], dtype=torch.float64))
-    assert float(metrics["implicit_reward/margin"].sum) == pytest.approx(0.5 * (1.5 - 4))
+    assert float(metrics["implicit_reward/margin"].total) == pytest.approx(0.5 * (1.5 - 4))
 
 
 def test_averaged_by_hand(batch_of):

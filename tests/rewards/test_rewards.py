@@ -71,12 +71,14 @@ def test_sentiment_is_the_compound_score():
 
 def test_sentiment_without_its_package_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
-    with pytest.raises(UserError) as error:
-        Sentiment()([PROMPT], ["x"], [None])
-    assert str(error.value) == "reward=sentiment needs an extra: pip install -e '.[sentiment]'"
+    for ask in (lambda: Sentiment()([PROMPT], ["x"], [None]), lambda: Sentiment().identity):
+        with pytest.raises(UserError) as error:
+            ask()
+        assert str(error.value) == "reward=sentiment needs an extra: pip install -e '.[sentiment]'"
 
 
 def test_programs_have_identities_of_their_own():
+    pytest.importorskip("vaderSentiment")
     identities = [ExactNumber().identity, Sentiment().identity, Score().identity]
     assert all(identities[i] != identities[j] for i in range(3) for j in range(i))
 

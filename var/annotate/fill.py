@@ -1,5 +1,6 @@
 """What fills the store: samples, rewards, reference log-probabilities, prompt features; only what is missing."""
 
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -104,6 +105,19 @@ class Annotator:
     @property
     def chat(self) -> Chat:
         return self.reference.pretrained.chat
+
+    def check(self) -> None:
+        """Touch everything that sampling and scoring will need, before the first of them costs anything."""
+        self.chat.suffix, self.chat.end_token, self.reference.identity, self.reward.identity  # noqa: B018
+        problems = Problems("folders that cannot be written")
+        for name, folder in (("store", self.store.root), ("cache", self.cache)):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=folder):
+                    pass
+            except OSError as error:
+                problems.add(f"{name}={folder}", str(error.strerror))
+        problems.check()
 
     def _bring(
         self, shelf: Shelf, title: str, unit: str, keys: Keys, compute: Callable[..., Any], shard: int = SHARD

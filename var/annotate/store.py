@@ -13,7 +13,6 @@ import json
 import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -139,8 +138,7 @@ class Shelf:
                 os.fsync(file.fileno())
             partial.replace(self.path / name)
         except OSError:
-            with suppress(OSError):  # on a read-only disk this fails too, and would hide why
-                partial.unlink()
+            partial.unlink(missing_ok=True)
             raise
 
     def fill(

@@ -13,10 +13,10 @@ Normalize = Literal["token", "sequence"]
 
 
 class Mean(NamedTuple):
-    """A metric of this micro-batch as sum and count, so that the mean over ranks and accumulation is exact."""
+    """A metric of this micro-batch as total and number, so that the mean over ranks and accumulation is exact."""
 
-    sum: Tensor
-    count: Tensor | float
+    total: Tensor
+    number: Tensor | float
 
 
 Metrics = dict[str, Mean]

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def whole(ids: Sequence[Sequence[int]]) -> Packed:
     return Packed(
         input_ids=torch.tensor([token for row in ids for token in row]),
         position_ids=torch.cat([torch.arange(n) for n in lengths]),
-        segments=tuple(Segment(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)),
+        segments=tuple(Segment(a, b) for a, b in pairwise(bounds)),
         predictor=empty,
         target=empty,
         sequence=empty,
