@@ -38,7 +38,7 @@ def main(cfg: DictConfig) -> float | None:
     run.export(trainer, module, report)
     if trainer.is_global_zero:
         summary.write(folder, report)
-        summary.plot(folder)
+        summary.plot([folder], folder / "plots" / "curves.png")
         summary.show(report, report["title"])
     run.close(trainer)
     return None if report["reward"] is None else float(report["reward"])

@@ -29,8 +29,8 @@ class Curves(Logger):
     def __init__(self, path: Path, fresh: bool) -> None:
         super().__init__()
         self.path, self.columns = path, list[str]()
-        if fresh and rank_zero_only.rank == 0:  # what a run left that was killed before its first checkpoint
-            path.unlink(missing_ok=True)
+        if fresh:
+            self._discard()
         if path.exists():
             with path.open(newline="") as file:
                 self.columns = list(csv.DictReader(file).fieldnames or ())
@@ -49,6 +49,11 @@ class Curves(Logger):
             self._rewrite(self._rows())
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, self.columns).writerow(row)
+
+    @rank_zero_only
+    def _discard(self) -> None:
+        """What a run left that was killed before its first checkpoint."""
+        self.path.unlink(missing_ok=True)
 
     @rank_zero_only
     def forget_after(self, step: int) -> None:

@@ -244,7 +244,7 @@ class AlignmentData(lightning.LightningDataModule):
         if (~keep & ~silent).any():
             self.facts["sequences left out under loss.min_weight"] = int((~keep & ~silent).sum())
         if not keep.any() and not silent.all():
-            raise UserError(f"no weight reaches loss.min_weight={self.loss.min_weight}; lower it or raise the temperature")
+            raise UserError(f"no weight reaches loss.min_weight={self.loss.min_weight}; lower it or raise λ")
         if not keep.any():
             raise UserError(
                 "every group's rewards are all equal, so nothing tells a good answer from a bad one; sample more "

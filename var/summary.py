@@ -1,10 +1,14 @@
-"""What a run leaves behind: summary.json, the closing table, and a figure of its curves."""
+"""What a run leaves behind: summary.json, the closing table, and a figure of its curves.
+
+Several runs in one figure: python -m var.summary runs/one runs/two figure.png
+"""
 
 import csv
 import json
 import platform
 import subprocess
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,12 @@ from rich.table import Table
 
 from var.progress import console
 
+PANELS = {
+    "train/loss": "loss, nats a token",
+    "validation/reward": "validation reward",
+    "train/weight/ess": "effective sample size",
+    "train/grad_norm": "gradient norm",
+}
 PACKAGES = ("torch", "lightning", "transformers", "datasets", "hydra-core")
 
 
@@ -69,25 +79,30 @@ def show(summary: Mapping[str, Any], title: str) -> None:
     console.print(f"Run: {summary['folder']}", markup=False)
 
 
-def plot(folder: Path) -> None:
-    """plots/curves.png from metrics.csv: loss, validation reward, effective sample size, gradient norm."""
+def plot(folders: Sequence[Path], target: Path) -> None:
+    """The curves of one run or of several: loss, validation reward, effective sample size, gradient norm."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    with (folder / "metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    panels = {
-        "train/loss": "loss, nats a token", "validation/reward": "validation reward",
-        "train/weight/ess": "effective sample size", "train/grad_norm": "gradient norm",
-    }  # fmt: skip
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 2.6), layout="constrained")
-    for axis, (name, label) in zip(axes, panels.items(), strict=True):
-        points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
-        if points:
-            axis.plot(*zip(*points, strict=True), marker="o", markersize=3)
-        axis.set(xlabel="optimiser step", title=label)
-    (folder / "plots").mkdir(exist_ok=True)
-    figure.savefig(folder / "plots" / "curves.png", dpi=120)
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(3.2 * len(PANELS), 2.6), layout="constrained")
+    for folder in folders:
+        with (folder / "metrics.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        for axis, (name, label) in zip(axes, PANELS.items(), strict=True):
+            points = [row for row in rows if row.get(name)]
+            steps, values = [int(row["step"]) for row in points], [float(row[name]) for row in points]
+            errors = [float(row["validation/reward_se"]) for row in points] if name == "validation/reward" else None
+            axis.errorbar(steps, values, errors, marker="o", markersize=3, label=folder.name.rsplit("-", 1)[0])
+            axis.set(xlabel="optimiser step", title=label)
+    if len(folders) > 1:
+        axes[0].legend(fontsize="x-small")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=120)
     plt.close(figure)
+
+
+if __name__ == "__main__":
+    *runs, out = map(Path, sys.argv[1:])
+    plot(runs, out)

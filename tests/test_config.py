@@ -1,0 +1,154 @@
+"""Every YAML composes and builds, its keys are read and pinned, and what the repository promises of itself holds."""
+
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from var.build import Run, check_config
+from var.config import FOLDER, check, fits, leaves, run_dir
+
+ROOT = Path(__file__).parent.parent
+YAMLS = sorted(p.relative_to(FOLDER) for p in Path(FOLDER).rglob("*.yaml"))
+GIVEN = {  # what a user must give
+    "data/files": ["data.path=x.jsonl"],
+    "data/prompts": ["data.path=x.txt"],
+    "data/hha": ["data.folder=x"],
+    "data/preferences": ["data.path=someone/pairs"],
+    "reward/classifier": ["reward.path=someone/rm"],
+}
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_dir(FOLDER, version_base="1.3"):
+        return compose("train", list(overrides))
+
+
+def test_every_yaml_is_seen() -> None:
+    assert len(YAMLS) == COUNT
+
+
+COUNT = 56
+
+
+@pytest.mark.parametrize("path", [p for p in YAMLS if not p.name.startswith("_") and len(p.parts) > 1], ids=str)
+def test_every_yaml_composes_and_builds(path: Path, tmp_path: Path) -> None:
+    group, name = str(path.parent), path.stem
+    overrides = [
+        f"{group}={name}" if group != "experiment" else f"+experiment={name}",
+        *GIVEN.get(f"{group}/{name}", ()),
+    ]
+    overrides += [f"store={tmp_path}/s", f"cache={tmp_path}/c"]
+    try:
+        run = Run.compose(composed(*overrides), tmp_path)
+    except ValueError as error:  # a path that is looked at when the source is built
+        assert "x" in GIVEN.get(f"{group}/{name}", [""])[0], error
+        check_config(composed(*overrides))
+        return
+    assert run.data.loss.needs is not None
+    assert callable(instantiate(run.cfg.optim.optimizer))
+    assert instantiate(run.cfg.optim.schedule).factor(0, 10) > 0
+
+
+def test_the_papers_command_composes() -> None:
+    """The hub configuration is complete; its model builds on the meta device (tests/test_models.py) and its memory is
+    known without a hub."""
+    cfg = composed("model=qwen2.5-7b", "data=offsetbias", "reward=offsetbias-rm-8b", "loss=var", "strategy=fsdp")
+    check_config(cfg)
+    run = Run.compose(cfg, Path("."))
+    assert sum(p.numel() for p in run.pretrained.meta().parameters()) == 7_615_616_512
+    assert cfg.data.global_batch % (8 * cfg.data.micro_batch) == 0
+
+
+def test_the_keys_are_pinned() -> None:
+    """A new key shows in review. To accept it: python -m pytest tests/test_config.py prints the list; edit keys.txt."""
+    known = (ROOT / "tests" / "keys.txt").read_text().split()
+    assert sorted(leaves(composed())) == known
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    rate: float
+    kind: Literal["a", "b"]
+    steps: int | None = None
+
+
+def test_wrong_types_unknown_and_absent_keys_are_told_at_once() -> None:
+    cfg = OmegaConf.create({"part": {"rate": "fast", "kind": "c", "step": 3}, "other": {"rate": 1}, "open": "???"})
+    with pytest.raises(ValueError, match="cannot be used") as error:
+        check(cfg, {"part": Reader, "other": Reader})
+    for line in (
+        "part.step: nothing reads this key; did you mean steps?",
+        "part.rate: 'fast' is no float",
+        "part.kind: 'c' is no a or b",
+        "other.kind: this key is not there",
+        "open: must be given: open=…",
+    ):
+        assert line in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "good"),
+    [
+        (1, float, True), (True, float, False), (1.5, int, False), (None, int | None, True), ("x", int | None, False),
+        ([1, 2], tuple[int, ...], True), (["a"], tuple[int, ...], False), ("a", Literal["a"], True), (True, bool, True),
+        (1, bool, False), ("x", str, True), (3, str, False),
+    ],
+)  # fmt: skip
+def test_fits(value: object, hint: object, good: bool) -> None:
+    assert fits(value, hint) is good
+
+
+def test_a_runs_folder_is_the_same_for_the_same_training(tmp_path: Path) -> None:
+    """Another logger, store or number of devices goes on with it; another seed or λ is another run."""
+
+    def folder(*overrides: str) -> str:
+        return run_dir(str(tmp_path), "m", "d", "l", _root_=composed(*overrides))
+
+    assert folder() == folder("logger=wandb", "store=elsewhere", "annotate=refuse")
+    assert len({folder(), folder("seed=1"), folder("loss.temperature=2"), folder("loss=sft")}) == 4
+    Path(first := folder("resume=false")).mkdir()
+    assert folder("resume=false") != first
+
+
+def test_git_does_not_hide_the_package() -> None:
+    """GitHub's Python .gitignore has a line `var/`."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    hidden = subprocess.run(["git", "check-ignore", "-q", "var/module.py"], cwd=ROOT)
+    assert hidden.returncode == 1
+
+
+def test_every_package_is_installed() -> None:
+    named = set(
+        re.findall(r'"(var[\w.]*)"', (ROOT / "pyproject.toml").read_text().split("packages = [")[1].split("]")[0])
+    )
+    there = {str(p.parent.relative_to(ROOT)).replace("/", ".") for p in (ROOT / "var").rglob("__init__.py")}
+    assert named == there
+
+
+def test_every_loss_and_estimator_is_in_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for path in Path(FOLDER, "loss").glob("*.yaml"):
+        assert f"| `{path.stem}` |" in readme, path.stem
+
+
+def test_the_readme_names_files_and_keys_that_exist() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for path in re.findall(r"`((?:var|conf|tests|experiments)/[\w./-]+)`", readme):
+        assert (ROOT / path).exists(), path
+    known = set(leaves(composed()))
+    for line in re.findall(r"^python (?:train|annotate)\.py (.*)$", readme, flags=re.M):
+        for word in line.split("#")[0].split():
+            key, _, value = word.partition("=")
+            if value and not key.startswith("+") and not Path(FOLDER, key).is_dir():
+                parts = [
+                    w for w in line.split("#")[0].split() if Path(FOLDER, w.split("=")[0]).is_dir() and "," not in w
+                ]
+                assert key in known | set(leaves(composed(*parts))), word
