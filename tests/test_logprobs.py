@@ -24,7 +24,13 @@ from var.policy import Policy
 from var.problems import UserError
 
 EXACT = {"rtol": 0, "atol": 1e-12}
-FAMILIES = {"llama": {}, "qwen2": {}, "qwen3": {"head_dim": 8}, "mistral": {"head_dim": 8}}
+FAMILIES = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "mistral": {"head_dim": 8},
+    "granite": {"attention_multiplier": 0.1},
+}
 draw = random.Random(0)
 IDS = [[draw.randrange(256) for _ in range(n)] for n in (12, 5, 9, 2, 7)]
 STARTS = [4, 4, 1, 1, 3]

@@ -128,13 +128,13 @@ class StepMetrics(Callback):
         assert isinstance(module, AlignmentModule)
         assert self._begun is not None
         self.tokens += len(batch.input_ids)
+        self.seconds += time.perf_counter() - self._begun
         step = trainer.global_step
         if step != self._step:
             self._step = step
             if self._is_due(trainer, step) or step >= trainer.estimated_stepping_batches:
                 self._log(trainer, module, step)
         self._ended = time.perf_counter()
-        self.seconds += self._ended - self._begun
 
     def _log(self, trainer: lightning.Trainer, module: AlignmentModule, step: int) -> None:
         means = module.take_metrics()

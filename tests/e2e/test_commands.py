@@ -253,6 +253,24 @@ def test_a_killed_run_goes_on_by_the_same_command(signal_at: int, own: list[str]
     assert steps[0] == steps[1]
 
 
+def test_the_readmes_own_loss_trains(own: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe of the README, as it stands there: one Python file and one YAML."""
+    readme = (ROOT / "README.md").read_text()
+    code = readme.split("**Your own loss.**")[1].split("```python\n")[1].split("```")[0]
+    imports = """
+from dataclasses import dataclass
+from torch import Tensor
+from var.losses.weighted import Metrics
+from var.needs import Need
+from var.packing import Packed
+"""
+    (tmp_path / "slic.py").write_text(imports + code)
+    monkeypatch.syspath_prepend(tmp_path)
+    done = run("train.py", *own, "loss=dpo", "~loss.beta", "~loss.label_smoothing", "+loss.margin=0.5",
+               "loss._target_=slic.SLiC", "reward=score")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
 class TestBadInput:
     """Each gives one clear error before the first expensive step."""
 
@@ -294,7 +312,8 @@ class TestBadInput:
         )
         assert done.returncode == 1
         for what in ("loss.temperature: 'hot' is no float", "trainer.epochs: 'two' is no int",
-                     "data.overlong: 'shrink' is no drop or cut or error", "reference: 'alive' is no stored or live"):  # fmt: skip
+                     "data.overlong: 'shrink' is no drop or cut or error",
+                     "reference: 'alive' is no stored or live"):  # fmt: skip
             assert what in done.stderr, done.stderr
 
     def test_settings_that_clash(self, own: list[str]) -> None:

@@ -11,7 +11,7 @@ import torch
 from var.annotate.fill import Reward
 from var.data.chat import Chat
 from var.data.rows import Rows
-from var.packing import pack
+from var.packing import pack_tree
 from var.policy import Policy
 from var.rewards.scale import Scale
 
@@ -77,13 +77,13 @@ def divergence(
 ) -> np.ndarray:
     """[P, K] nats: log π_θ(y|x) − log π_ref(y|x) of the policy's own answers; its mean estimates KL(π_θ ‖ π_ref).
 
-    An empty answer is its end token alone.
+    Each prompt is encoded once for its K answers. An empty answer is its end token alone.
     """
     out = []
     for row, several in zip(rows, texts, strict=True):
         prompt = chat.prompt(row.prompt)
-        ids = [prompt + _response_tokens(chat, text, done) for text, done in several]
-        batch = pack(ids, [len(prompt)] * len(ids)).to(next(policy.parameters()).device)
+        batch = pack_tree([prompt], [[_response_tokens(chat, text, done) for text, done in several]])
+        batch = batch.to(next(policy.parameters()).device)
         out.append(batch.sum_by_sequence(policy(batch) - reference(batch)).float().cpu().numpy())
         advance(1)
     return np.stack(out)
