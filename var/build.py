@@ -17,6 +17,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint, RichModelSummary, RichProgressBar
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.profilers import PyTorchProfiler, SimpleProfiler
 from omegaconf import DictConfig, OmegaConf
 from torch.distributed.fsdp import FSDPModule
 
@@ -34,6 +35,10 @@ from var.problems import Problems, UserError
 from var.progress import console, say
 from var.rewards.scale import Scale
 
+PROFILERS: dict[str, Any] = {
+    "simple": lambda folder: SimpleProfiler(folder, "profile"),
+    "pytorch": lambda folder: PyTorchProfiler(folder, "profile"),
+}
 PRECISIONS = {"32-true": None, "64-true": None, "bf16-mixed": torch.bfloat16}
 
 
@@ -222,7 +227,7 @@ class Run:
             log_every_n_steps=settings.log_every_n_steps,
             logger=[Curves(self.folder / "metrics.csv", fresh=self.checkpoint is None), *loggers(cfg, self.folder)],
             callbacks=callbacks,
-            profiler=settings.profiler,
+            profiler=PROFILERS[settings.profiler](self.folder) if settings.profiler else None,
             default_root_dir=self.folder,
             enable_progress_bar=console.is_terminal,
             enable_model_summary=console.is_terminal,

@@ -150,9 +150,7 @@ class StepMetrics(Callback):
             metrics["train/grad_norm"] = self.grad_norm
         metrics["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         metrics["train/epoch"] = float(trainer.current_epoch)
-        metrics["throughput/tokens_per_second"] = (
-            self.tokens * trainer.world_size / max(self.seconds + self.waited, 1e-9)
-        )
+        metrics["throughput/tokens_per_second"] = self.tokens_per_second * trainer.world_size
         metrics["throughput/share_waiting_for_data"] = self.waited / max(self.seconds + self.waited, 1e-9)
         if torch.cuda.is_available():
             metrics["throughput/peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
@@ -186,7 +184,6 @@ class Validation(Callback):
     ) -> None:
         self.sampling, self.every_n_steps, self.annotator, self.folder = sampling, every_n_steps, annotator, folder
         self.reward = reward  # None: the run's own
-        self.seconds = 0.0
         self.before: Answers | None = None
         self.result: dict[str, Any] = {}
         self._done = -1

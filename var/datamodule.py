@@ -9,7 +9,7 @@ import lightning
 import numpy as np
 import torch
 
-from var.annotate.fill import Annotator, Ranks, with_responses
+from var.annotate.fill import Annotator, Ranks, Triples, with_responses
 from var.data.plan import Plan, make_plan
 from var.data.rows import Rows, Source, read
 from var.data.sequences import Sequences, choose, encode, needs_rewards
@@ -152,11 +152,8 @@ class AlignmentData(lightning.LightningDataModule):
         """[n] float64, on the run's scale."""
         reward, sequences = self.annotator.reward, self.sequences
         if reward.scores_text:
-            items = []
-            for i in range(len(sequences)):
-                row = self.rows[sequences.row[i]]
-                items.append((row.prompt, row.responses[sequences.table[i]["response"]].text, row.answer))
-            raw = self.annotator.score(items)
+            response = np.array(sequences.table["response"])
+            raw = self.annotator.score(Triples(self.rows, sequences.row, sequences.row, response))
         else:
             raw = sequences.column("score")
             if np.isnan(raw).any():

@@ -28,6 +28,27 @@ TOKENS = 4096  # packed tokens of one scoring pass
 SHARD = 2048  # items of one shard; a killed run computes at most so many again
 
 
+Triple = tuple[Sequence[Message], str, str | None]  # prompt, response, answer
+
+
+class Triples(Sequence[Triple]):
+    """What is to be scored, read row by row when it is asked for: the texts of a large data set do not fit in memory.
+
+    prompt, row, response: [n] the row whose prompt is asked, the row that answers, and which of its responses.
+    """
+
+    def __init__(self, rows: Rows, prompt: np.ndarray, row: np.ndarray, response: np.ndarray) -> None:
+        self.rows, self.prompt, self.row, self.response = rows, prompt, row, response
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def __getitem__(self, index: Any) -> Any:
+        asked = self.rows[self.prompt[index]]
+        given = asked if self.prompt[index] == self.row[index] else self.rows[self.row[index]]
+        return asked.prompt, given.responses[self.response[index]].text, asked.answer
+
+
 class Reward(Protocol):
     """A reward of text. scores_text: False where it can only read the data's own scores."""
 
@@ -157,7 +178,7 @@ class Annotator:
         values = self._bring(shelf, title, "prompts", rows.keys, compute, shard=256).to_pylist()
         return [[(one["text"], one["finished"]) for one in several] for several in values]
 
-    def score(self, triples: Sequence[tuple[Sequence[Message], str, str | None]], title: str = "Scoring") -> np.ndarray:
+    def score(self, triples: Sequence[Triple], title: str = "Scoring") -> np.ndarray:
         """[n] raw rewards of (prompt, response, answer), any pairing of them."""
         shelf = self.store.shelf("rewards", {"reward": self.reward.identity}, pa.float64())
         keys = as_keys([content_hash(*triple) for triple in triples])
@@ -188,9 +209,11 @@ class Annotator:
                     problems.add(f"row {row.id}", "a response has no score")
             problems.check("Choose a reward that scores text, as reward=offsetbias-rm-8b.")
             return out
-        items = list(rows)
-        flat = self.score([(row.prompt, r.text, row.answer) for row in items for r in row.responses])
-        return np.split(flat, np.cumsum([len(row.responses) for row in items])[:-1])
+        sizes = np.array([len(row.responses) for row in rows])
+        index = np.repeat(np.arange(len(rows)), sizes)
+        response = np.concatenate([np.arange(size) for size in sizes])
+        flat = self.score(Triples(rows, index, index, response))
+        return np.split(flat, np.cumsum(sizes)[:-1])
 
     def reference_logps(self, sequences: Sequences) -> pa.Array:
         """[n] lists of float32: log π_ref of each response token, in nats."""
@@ -266,12 +289,8 @@ class Annotator:
             own = sequences.column("score")
             same = sequences.group[pairs[:, 0]] == sequences.group[pairs[:, 1]]
             return _matrix(own[pairs[:, 1]] - np.where(same, 0.0, gap), micro, place)
-        prompts, texts = {}, {}
-        for i in np.unique(pairs).tolist():
-            row = rows[sequences.row[i]]
-            prompts[i] = (row.prompt, row.answer)
-            texts[i] = row.responses[sequences.table[i]["response"]].text
-        triples = [(prompts[i][0], texts[j], prompts[i][1]) for i, j in pairs.tolist()]
+        rows_of, response_of = sequences.row, np.array(sequences.table["response"])
+        triples = Triples(rows, rows_of[pairs[:, 0]], rows_of[pairs[:, 1]], response_of[pairs[:, 1]])
         return _matrix(self.score(triples, "Cross scoring"), micro, place)
 
     def features(self, sequences: Sequences) -> np.ndarray:

@@ -1,0 +1,86 @@
+"""metrics.csv over a resume, the warning on weights, and metrics that are exact means."""
+
+import csv
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from var.callbacks import Curves, StepMetrics
+from var.losses.weighted import Mean
+from var.module import AlignmentModule, Schedule
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_curves_take_new_columns_and_go_on_after_a_resume(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    first = Curves(path, fresh=True)
+    first.log_metrics({"loss": 3.0}, 1)
+    first.log_metrics({"loss": 2.0, "reward": 0.5}, 2)
+    first.log_metrics({"loss": 1.5}, 3)
+    second = Curves(path, fresh=False)
+    second.forget_after(2)  # the checkpoint was written at step 2
+    second.log_metrics({"loss": 1.4}, 3)
+    assert [(r["step"], r["loss"], r["reward"]) for r in rows(path)] == [
+        ("1", "3.0", ""), ("2", "2.0", "0.5"), ("3", "1.4", ""),
+    ]  # fmt: skip
+    Curves(path, fresh=True)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("whole", "cause"),
+    [
+        ({"length_correlation": -0.6, "largest": 3.0}, "weights follow response length, the shortest taking most"),
+        ({"length_correlation": 0.0, "largest": 80.0}, "one response weighs 80 times the mean"),
+        ({"length_correlation": 0.0, "largest": 9.0}, "raise loss.temperature"),
+    ],
+)
+def test_a_low_effective_sample_size_is_told_once_with_its_cause(
+    whole: dict[str, float], cause: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """METHOD's health of weights: (Σw)²/Σw² over n. Weights 4, 0, 0, 0 have 1/4."""
+    watch = StepMetrics(ess_warning=0.3)
+    data = SimpleNamespace(facts={"weights": whole})
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    trainer: Any = SimpleNamespace(datamodule=data, loggers=[], optimizers=[optimizer], current_epoch=0, world_size=1)
+    module: Any = SimpleNamespace(log=lambda *_, **__: None)
+    module.take_metrics = lambda: {"loss": 1.0, "weight/mean": 1.0, "weight/square": 4.0}
+    watch._log(trainer, module, 5)
+    watch._log(trainer, module, 6)
+    printed = capsys.readouterr().out
+    assert printed.count("effective sample size is 0.25") == 1
+    assert cause in printed.replace("\n", " ")
+
+
+def test_metrics_are_sums_over_sums_not_means_of_means() -> None:
+    """huggingface/trl #2468: two micro-batches of 1 and 3 tokens, nll 5 and 1: (5 + 3)/4 = 2, not 3."""
+    module = AlignmentModule(torch.nn.Linear(1, 1), lambda *_: None, lambda _: None, SCHEDULE)  # type: ignore[arg-type,return-value]
+    for total, number in ((5.0, 1.0), (3.0, 3.0)):
+        pair = torch.stack([torch.tensor(total), torch.tensor(number)]).double()
+        module._sums["nll"] = module._sums.get("nll", torch.zeros(2, dtype=torch.float64)) + pair
+    assert module.take_metrics() == {"nll": 2.0}
+    assert not module._sums
+    assert Mean(torch.tensor(5.0), 1.0).number == 1.0
+
+
+SCHEDULE = Schedule(kind="cosine", warmup=0.2, floor=0.1)
+
+
+def test_the_schedule_by_hand() -> None:
+    """10 steps, 2 of warm-up: 1/3, 2/3, then floor + (1 − floor)(1 + cos(π·k/8))/2; at k = 4 the middle, 0.55."""
+    values = [SCHEDULE.factor(step, 10) for step in range(10)]
+    assert values[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])
+    assert values[6] == pytest.approx(0.55)
+    assert SCHEDULE.factor(10, 10) == pytest.approx(0.1)
+    linear = Schedule(kind="linear", warmup=0.0, floor=0.0)
+    assert [linear.factor(step, 4) for step in range(4)] == pytest.approx([1, 0.75, 0.5, 0.25])
+    assert Schedule(kind="constant", warmup=0.5, floor=0.0).factor(9, 10) == 1.0
+    with pytest.raises(ValueError, match="cosine, linear or constant"):
+        Schedule(kind="step", warmup=0.0, floor=0.0)  # type: ignore[arg-type]
