@@ -24,7 +24,7 @@ from torch.distributed.fsdp import FSDPModule
 from var import summary
 from var.annotate.fill import Annotator, Reference
 from var.annotate.store import Store
-from var.callbacks import Curves, StepMetrics, Validation
+from var.callbacks import Curves, PlanFile, StepMetrics, Validation
 from var.config import check
 from var.datamodule import AlignmentData, DataSettings
 from var.generate import Sampling
@@ -205,7 +205,7 @@ class Run:
             save_last="link",
             enable_version_counter=False,
         )
-        callbacks: list[Any] = [self.steps, saving, self.validation]
+        callbacks: list[Any] = [self.steps, saving, PlanFile(self.folder), self.validation]
         if console.is_terminal:
             callbacks += [RichProgressBar(), RichModelSummary(max_depth=1)]
         strategy = cfg.strategy.name

@@ -168,6 +168,18 @@ class StepMetrics(Callback):
         say(f"Warning: at step {step} the effective sample size is {ess:.2f} of the sequences; {cause}.")
 
 
+class PlanFile(Callback):
+    """plan.npz in the run's folder: the sequences of each micro-batch, in the first epoch's order, and their rows."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_fit_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        data: AlignmentData = trainer.datamodule  # type: ignore[attr-defined]
+        if trainer.is_global_zero:
+            np.savez(self.folder / "plan.npz", micro=data.members, tokens=data.plan.tokens, row=data.sequences.row)
+
+
 class Validation(Callback):
     """Reward, length and KL of sampled answers on held-out prompts: before, every n steps, and after.
 

@@ -216,3 +216,12 @@ def test_smollm2_trains_the_answer_and_im_end(smollm2: Path):
         assert encoded.ids[: encoded.start] == chat.prompt([{"role": "user", "content": "1 + 1?\n"}])
         assert text_of(tokenizer, encoded.ids[: encoded.start]).endswith("<|im_start|>assistant\n")
         assert encoded.ids.count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 3
+
+
+def test_a_space_before_the_end_token_is_trained_with_it() -> None:
+    """Llama 2's own template writes ` </s>` after an answer; the end token is the special one, not the space."""
+    template = TEMPLATE.replace("'<end>'", "' <end>'")
+    chat = Chat(byte_tokenizer(template))
+    encoded = chat.encode([{"role": "user", "content": "q"}], "yes")
+    assert chat.tokenizer.decode(encoded.ids[encoded.start :]) == "yes <end>"
+    assert encoded.ids[-1] == chat.end_token == chat.tokenizer.convert_tokens_to_ids("<end>")

@@ -53,14 +53,18 @@ class Chat:
 
     @cached_property
     def end_token(self) -> int:
-        """The token that ends a response: trained, and where sampling stops."""
+        """The token that ends a response: trained, and where sampling stops.
+
+        The first special token that the template writes after the response (Llama 2's writes a space before it).
+        """
         tokens = self._tokens(self.suffix)["input_ids"] if self.suffix else []
         if not tokens:
             raise UserError(
                 "the chat template writes nothing after an assistant's message, so the model would never learn to "
                 "stop; set model.chat_template to one that ends it with the end-of-sequence token"
             )
-        return int(tokens[0])
+        special = set(self.tokenizer.all_special_ids)
+        return int(next((token for token in tokens if token in special), tokens[0]))
 
     def render(self, prompt: Sequence[Message]) -> str:
         """The prompt as text, up to where the response begins."""
@@ -88,8 +92,9 @@ class Chat:
                 "one token spans the end of the prompt and the begin of the response, so the prompt's tokens are no "
                 "prefix of the row's"
             )
-        stop = next((t for t, (_, high) in enumerate(offsets) if high > end and t >= start), None)
-        if stop is None or ids[stop] != self.end_token:
+        after = (t for t, (_, high) in enumerate(offsets) if high > end and t >= start)
+        stop = next((t for t in after if ids[t] == self.end_token), None)
+        if stop is None:
             raise ValueError("the response's end token cannot be found in the rendered row")
         if stop == start:
             raise ValueError("the response is empty once the template has rendered it")
