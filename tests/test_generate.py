@@ -105,7 +105,10 @@ def test_settings_that_came_with_the_model_do_not_bend_the_draws(model: Any, cha
 
 
 def test_a_response_stops_at_the_templates_end_token_and_says_whether_it_did(model: Any, chat: Chat):
-    """The end token is made the one that greedy text has at its third place: two tokens are left, and it finished."""
+    """The end token is made the one that greedy text has at its third place: two tokens are left, and it finished.
+
+    After three calls of the model, not eight: text alone would not show where sampling stopped.
+    """
     ids = chat.prompt(PROMPTS[1])
     with torch.no_grad():
         model.set_attn_implementation("sdpa")
@@ -114,8 +117,12 @@ def test_a_response_stops_at_the_templates_end_token_and_says_whether_it_did(mod
     model.set_attn_implementation("packed")
     assert ids[-1] not in ids[-3:-1]
     chat.__dict__["end_token"] = ids[-1]
+    calls: list[int] = []
+    hook = model.register_forward_pre_hook(lambda *_: calls.append(1))
     (((text, finished),),) = sample(model, chat, [PROMPTS[1]], GREEDY)
+    hook.remove()
     assert (text, finished) == (chat.tokenizer.decode(ids[-3:-1], skip_special_tokens=True), True)
+    assert len(calls) == 3
     (((cut, finished),),) = sample(model, chat, [PROMPTS[1]], replace(GREEDY, max_new_tokens=2))
     assert (cut, finished) == (text, False)
     (((same, finished),),) = sample(model, chat, [PROMPTS[1]], replace(GREEDY, max_new_tokens=3))

@@ -159,10 +159,10 @@ class Run:
         pretrained = Pretrained(**known(Pretrained, cfg.model), cache=cfg.cache)
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if settings.gpu else "cpu"
         annotator = Annotator(
-            store=Store(Path(cfg.store), warn=say),
+            store=Store(Path(cfg.store).expanduser(), warn=say),
             reference=Reference(pretrained, device, PRECISIONS[settings.arithmetic]),
             reward=instantiate(cfg.reward),
-            cache=Path(cfg.cache),
+            cache=Path(cfg.cache).expanduser(),
             annotate=cfg.annotate,
             command=shlex.join(["python", "annotate.py", *overrides()]),
             dry=cfg.dry,
@@ -281,7 +281,7 @@ class Run:
             "hashes": {
                 "plan": data.plan.hash,
                 "weights": self.pretrained.weights,
-                "rows": data.rows.table._fingerprint,
+                "sequences": data.sequences.content,
             },
             "seeds": {"run": self.cfg.seed, "data": self.cfg.data.seed, "sampling": self.cfg.generate.seed},
             "devices": trainer.world_size,

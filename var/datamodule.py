@@ -192,7 +192,7 @@ class AlignmentData(lightning.LightningDataModule):
         tokens = sequences.length[self.kept].reshape(-1, unit).sum(1)
         self.plan: Plan = make_plan(
             tokens, unit, settings.micro_batch, settings.global_batch, settings.seed,
-            settings.short_micro_batch, settings.short_window,
+            settings.short_micro_batch, settings.short_window, sequences.content,
         )  # fmt: skip
         if self.plan.dropped:
             self.facts["sequences dropped with the last micro-batch or step"] = self.plan.dropped * unit
@@ -251,6 +251,7 @@ class AlignmentData(lightning.LightningDataModule):
     def _report(self, rewards: torch.Tensor | None, weights: torch.Tensor | None) -> None:
         sequences, facts = self.sequences, self.facts
         facts["sequences"] = len(sequences)
+        facts["sequences that end with the end token"] = sequences.ended
         facts.update(sequences.counts)
         if rewards is not None:
             table = self._table(rewards)

@@ -36,6 +36,7 @@ class Pretrained:
     cache: str = "~/.cache/var-align"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "cache", str(Path(self.cache).expanduser()))
         if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise UserError(f"model.dtype={self.dtype} is no torch dtype; float32 or bfloat16")
         if self.attention not in ("packed", "flash_attention_2"):

@@ -92,11 +92,11 @@ class Chat:
                 "one token spans the end of the prompt and the begin of the response, so the prompt's tokens are no "
                 "prefix of the row's"
             )
-        after = (t for t, (_, high) in enumerate(offsets) if high > end and t >= start)
+        after = [t for t, (_, high) in enumerate(offsets) if high > end and t >= start]
         stop = next((t for t in after if ids[t] == self.end_token), None)
         if stop is None:
             raise ValueError("the response's end token cannot be found in the rendered row")
-        if stop == start:
+        if after[0] == start:
             raise ValueError("the response is empty once the template has rendered it")
         return Encoded(ids=self._one_bos(ids[: stop + finished]), start=start)
 

@@ -17,6 +17,7 @@ class Plan:
     """micro: [M, B] units of each micro-batch (a unit is a sequence, or a pair where the loss compares pairs).
 
     tokens, sequences: [M] response tokens and sequences of each micro-batch.
+    content: a hash of the units' tokens.
     window: micro-batches of one optimiser step over all ranks and accumulation; the last one may be shorter.
     """
 
@@ -25,12 +26,13 @@ class Plan:
     sequences: np.ndarray
     window: int
     seed: int
+    content: str = ""
     dropped: int = 0
 
     @property
     def hash(self) -> str:
-        """Of the micro-batches, their tokens and the window; a checkpoint holds it, another data set is refused."""
-        digest = hashlib.sha256(f"{self.micro.shape}{self.window}{self.seed}".encode())
+        """Of the micro-batches, their content and the window; a checkpoint holds it, another data set is refused."""
+        digest = hashlib.sha256(f"{self.micro.shape}{self.window}{self.seed}{self.content}".encode())
         for array in (self.micro, self.tokens, self.sequences):
             digest.update(np.ascontiguousarray(array, dtype=np.int64).tobytes())
         return digest.hexdigest()[:16]
@@ -83,6 +85,7 @@ def make_plan(
     seed: int,
     short_micro_batch: Literal["drop", "keep", "error"],
     short_window: Literal["keep", "drop"],
+    content: str = "",
 ) -> Plan:
     """Shuffle the units, split them into micro-batches of exactly B. tokens: [units] response tokens of each.
 
@@ -118,5 +121,6 @@ def make_plan(
         sequences=present.sum(1) * sequences_per_unit,
         window=window,
         seed=seed,
+        content=content,
         dropped=n - int(present.sum()),
     )

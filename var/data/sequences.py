@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +44,8 @@ class Sequences:
     """n encoded sequences. table: on disk, columns as FEATURES. The arrays are [n] and in memory.
 
     group: 0..G-1, equal where the prompts are. length: response tokens, the end token among them.
-    counts: what was cut, dropped and left out, by name.
+    counts: what was cut, dropped and left out, by name. content: a hash of all tokens, whatever subset this is.
+    ended: of all sequences, those whose last token is the template's end token.
     """
 
     table: datasets.Dataset
@@ -52,6 +54,8 @@ class Sequences:
     length: np.ndarray
     group: np.ndarray
     counts: Counter[str]
+    content: str
+    ended: int
 
     def __len__(self) -> int:
         return len(self.row)
@@ -68,7 +72,9 @@ class Sequences:
     def where(self, indices: np.ndarray) -> "Sequences":
         """A subset, in the order of `indices`; groups keep their numbers."""
         arrays = (self.row[indices], self.start[indices], self.length[indices], self.group[indices])
-        return Sequences(self.table.select(indices), *arrays, counts=self.counts)
+        return Sequences(
+            self.table.select(indices), *arrays, counts=self.counts, content=self.content, ended=self.ended
+        )
 
 
 def choose(rows: Rows, responses: Responses, rewards: list[np.ndarray] | None = None) -> Choice:
@@ -142,7 +148,8 @@ def encode(
     if not (target / "done.json").exists():
         target.mkdir(parents=True, exist_ok=True)
         _write(rows, choice, chat, max_length, overlong, pairs, target)
-    counts = Counter(json.loads((target / "done.json").read_text())) + choice.counts
+    done = json.loads((target / "done.json").read_text())
+    counts = Counter(done["counts"]) + choice.counts
     table = datasets.Dataset.from_file(str(target / "sequences.arrow"))
     if not len(table):
         raise UserError(f"no sequence is left to train on: {dict(counts)}; raise data.max_length or see data.responses")
@@ -150,7 +157,8 @@ def encode(
     total = np.concatenate([chunk.value_lengths().to_numpy() for chunk in ids.chunks])
     keys = np.array([bytes(k) for k in table["prompt_key"]], dtype="S16")
     group = np.unique(keys, return_inverse=True)[1]
-    return Sequences(table, np.array(table["row"]), start, total - start, group, counts)
+    length, row = total - start, np.array(table["row"])
+    return Sequences(table, row, start, length, group, counts, done["content"], done["ended"])
 
 
 def _write(rows: Rows, choice: Choice, chat: Chat, max_length: int, overlong: str, pairs: bool, target: Path) -> None:
@@ -160,7 +168,8 @@ def _write(rows: Rows, choice: Choice, chat: Chat, max_length: int, overlong: st
     counts: Counter[str] = Counter()
     ended = total = 0
     unit = 2 if pairs else 1
-    partial = target / "sequences.arrow.partial"
+    content = hashlib.sha256()
+    partial = target / f"sequences.arrow.partial{os.getpid()}"
     with ArrowWriter(path=str(partial), features=FEATURES) as writer:
         for begin in range(0, len(choice.row), unit):
             records, dropped = [], False
@@ -207,10 +216,14 @@ def _write(rows: Rows, choice: Choice, chat: Chat, max_length: int, overlong: st
             for record in records:
                 ended += record["ids"][-1] == chat.end_token
                 total += 1
+                content.update(repr((record["start"], record["ids"])).encode())
                 writer.write(record)
         writer.finalize()
     if total and not ended:
         problems.add("all rows", "none ends with the template's end token; the model would never learn to stop")
+    if problems:
+        partial.unlink()
     problems.check("Set data.overlong=drop to leave overlong rows out, or raise data.max_length.")
     partial.replace(target / "sequences.arrow")
-    (target / "done.json").write_text(json.dumps({k: v for k, v in counts.items() if v}))
+    done = {"counts": {k: v for k, v in counts.items() if v}, "content": content.hexdigest()[:16], "ended": int(ended)}
+    (target / "done.json").write_text(json.dumps(done))

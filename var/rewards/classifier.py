@@ -31,7 +31,7 @@ class Classifier:
     dtype: str = "float32"
     max_length: int = 4096
     tokens: int = 8192
-    cache: str = ""
+    cache: str = "~/.cache/var-align"
     device: str = field(default="auto", compare=False)
 
     scores_text = True
