@@ -105,7 +105,8 @@ class StepMetrics(Callback):
                 logger.forget_after(trainer.global_step)
 
     def _is_due(self, trainer: lightning.Trainer, step: int) -> bool:
-        return step % trainer.log_every_n_steps == 0 or step == 1  # type: ignore[attr-defined]
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return step == 1 or step % every == 0 or step >= trainer.estimated_stepping_batches
 
     def on_train_batch_start(self, trainer: lightning.Trainer, *_: Any) -> None:
         now = time.perf_counter()
@@ -132,7 +133,7 @@ class StepMetrics(Callback):
         step = trainer.global_step
         if step != self._step:
             self._step = step
-            if self._is_due(trainer, step) or step >= trainer.estimated_stepping_batches:
+            if self._is_due(trainer, step):
                 self._log(trainer, module, step)
         self._ended = time.perf_counter()
 

@@ -1,6 +1,6 @@
 """What a run leaves behind: summary.json, the closing table, and a figure of its curves.
 
-Several runs in one figure: python -m var.summary runs/one runs/two figure.png
+Several runs as a table, and in one figure: python -m var.summary runs/one runs/two figure.png
 """
 
 import csv
@@ -103,6 +103,29 @@ def plot(folders: Sequence[Path], target: Path) -> None:
     plt.close(figure)
 
 
+def table(folders: Sequence[Path]) -> str:
+    """Runs side by side, in Markdown; the overrides say what differed."""
+    lines = [
+        "| run | steps | reward before | after | gain, paired | KL, nats | length | ESS/n |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for folder in folders:
+        done = json.loads((folder / "summary.json").read_text())
+        overrides = (folder / ".hydra" / "overrides.yaml").read_text().replace("- ", "").split("\n")
+        told = " ".join(o for o in overrides if o.startswith(("loss", "seed", "data.responses", "reward"))) or "default"
+        reward, length = done["validation"]["reward"], done["validation"]["length"]
+
+        def cell(value: Mapping[str, float] | None, digits: int = 3) -> str:
+            return "–" if value is None else f"{value['mean']:.{digits}f} ± {value['se']:.{digits}f}"
+
+        ess = "–" if done["ess"] is None else f"{done['ess']:.2f}"
+        cells = [f"`{told}`", str(done["steps"]), cell(reward["before"]), cell(reward["after"]), cell(reward["gain"])]
+        lines.append("| " + " | ".join([*cells, cell(done["kl"], 2), cell(length["after"], 1), ess]) + " |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    *runs, out = map(Path, sys.argv[1:])
-    plot(runs, out)
+    places = [Path(argument) for argument in sys.argv[1:]]
+    if places and places[-1].suffix == ".png":
+        plot(places[:-1], places.pop())
+    print(table(places))
