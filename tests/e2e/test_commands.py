@@ -375,7 +375,7 @@ def test_the_default_model_takes_a_step(smollm2: Path, tmp_path: Path) -> None:
     """SmolLM2-135M end to end: it samples, is rewarded, trained a step by VAR, evaluated and exported."""
     done = run(
         "train.py", "debug=step", "loss=var_grouped", "loss.estimator.drop_uninformative=false", "data.limit=8",
-        "data.validation_prompts=2", "generate.max_new_tokens=6", "generate.responses=2", "data.micro_batch=4",
+        "data.validation_prompts=2", "generate.max_new_tokens=16", "generate.responses=2", "data.micro_batch=4",
         "data.global_batch=4", "eval.sampling.responses=2", "loss.temperature_unit=reward",
         f"store={tmp_path}/store", f"runs={tmp_path}/runs", "logger=tensorboard",
     )  # fmt: skip

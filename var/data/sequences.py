@@ -220,7 +220,8 @@ def _write(rows: Rows, choice: Choice, chat: Chat, max_length: int, overlong: st
                 writer.write(record)
         writer.finalize()
     if total and not ended:
-        problems.add("all rows", "none ends with the template's end token; the model would never learn to stop")
+        what = "none ends with the template's end token; the model would never learn to stop. Every response was cut"
+        problems.add("all rows", f"{what}: raise data.max_length, or generate.max_new_tokens for sampled ones")
     if problems:
         partial.unlink()
     problems.check("Set data.overlong=drop to leave overlong rows out, or raise data.max_length.")
