@@ -204,3 +204,20 @@ def test_ranks_give_one_curve(strategy: str, loss: str, options: list[str], tmp_
     for name in ("train/loss", "train/nll", "train/grad_norm"):
         assert_close(column(curves[1], name), column(curves[0], name), rtol=1e-4, atol=1e-5)
     assert json.loads((two / "summary.json").read_text())["devices"] == 2
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_ranks_resumed_are_straight(strategy: str, options: list[str], tmp_path: Path) -> None:
+    """From a checkpoint (sharded under FSDP2) in the middle of an epoch: the weights to the last bit."""
+    common = [
+        *options, "loss=var_grouped", "data.micro_batch=2", "data.global_batch=4", "trainer.precision=32-true",
+        "trainer.checkpoint_every_n_steps=3", "optim.schedule.kind=constant", "optim.schedule.warmup=0",
+        f"strategy={strategy}", "trainer.devices=2",
+    ]  # fmt: skip
+    launch(2, *common, f"runs={tmp_path}/first", "trainer.max_steps=6")
+    checkpoint = next((tmp_path / "first").glob("*/checkpoints/last.ckpt"))
+    launch(2, *common, f"runs={tmp_path}/resumed", f"resume={checkpoint}")
+    launch(2, *common, f"runs={tmp_path}/straight")
+    a, b = (load_file(next((tmp_path / n).glob("*/model/model.safetensors"))) for n in ("straight", "resumed"))
+    assert all(torch.equal(a[name], b[name]) for name in a)

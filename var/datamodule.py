@@ -93,6 +93,10 @@ class AlignmentData(lightning.LightningDataModule):
             return
         begun = time.perf_counter()
         needs = self.loss.needs
+        if self.scale.kind == "zscore" and Need.REWARDS not in needs:
+            raise UserError(
+                "reward_scale=zscore takes its moments from training rewards, which this loss asks for none"
+            )
         self.annotator.check()
         self.rows = self._rows()
         self.sequences = self._sequences(needs)
