@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from var.annotate.fill import Annotator, Ranks, Triples, with_responses
-from var.data.plan import Plan, make_plan
+from var.data.plan import ABSENT, Plan, make_plan
 from var.data.rows import Rows, Source, read
 from var.data.sequences import Sequences, choose, encode, needs_rewards
 from var.estimators import Table, health, uninformative, within_prompt_deviation
@@ -80,6 +80,7 @@ class AlignmentData(lightning.LightningDataModule):
         self.annotator, self.sampling, self.scale, self.live = annotator, sampling, scale, live
         self.facts: dict[str, Any] = {}
         self.seconds = 0.0
+        self._columns: dict[str, Any] = {}
         self._start = (0, 0)
         self._ready = False
 
@@ -101,7 +102,17 @@ class AlignmentData(lightning.LightningDataModule):
         self.rows = self._rows()
         self.sequences = self._sequences(needs)
         rewards = self._rewards() if Need.REWARDS in needs else None
-        weights = self._weights(needs, rewards)
+        weights = self._own_weights(needs, rewards)
+        keep = np.ones(len(self.sequences), dtype=bool)
+        if weights is not None and Need.WEIGHT_COLUMN not in needs:
+            keep = weights.numpy() > 0
+        self._make_plan(2 if Need.PAIRS in needs else 1, keep)
+        if Need.CROSS_REWARDS in needs:
+            weights = self._planned_weights(needs, rewards)
+        elif Need.REFERENCE_LOGPS in needs and not self.live:
+            self._columns["reference_logps"] = self.annotator.reference_logps(self.sequences)
+        if weights is not None:
+            self._columns["weights"] = weights
         self._report(rewards, weights)
         self.annotator.reference.release()
         self.seconds = time.perf_counter() - begun
@@ -169,65 +180,54 @@ class AlignmentData(lightning.LightningDataModule):
         self.facts["reward"] = {"mean": float(raw.mean()), "sd": float(raw.std()), "scale": self.scale.describe()}
         return torch.from_numpy(np.array(self.scale(raw)))
 
-    def _weights(self, needs: frozenset[Need], rewards: torch.Tensor | None) -> torch.Tensor | None:
-        """Makes the plan, fills what depends on it, and returns the weights [n] where the loss has some."""
-        annotator, sequences = self.annotator, self.sequences
-        keep = np.ones(len(sequences), dtype=bool)
-        weights: torch.Tensor | None = None
-        weighs = hasattr(self.loss, "weights")
-        planned = weighs and self.loss.estimator.planned
-        features = cross_rewards = cross_logps = own = None
+    def _own_weights(self, needs: frozenset[Need], rewards: torch.Tensor | None) -> torch.Tensor | None:
+        """[n] weights that need no plan: the data's column, or an estimator over the own rewards; else None."""
         if Need.WEIGHT_COLUMN in needs:
-            column = sequences.column("weight")
+            column = self.sequences.column("weight")
             if np.isnan(column).any():
-                raise UserError(
-                    "loss=weighted reads a weight with each response; some responses of this data have none"
-                )
-            weights = torch.from_numpy(column)
+                raise UserError("loss=weighted reads a weight with each response; some of this data's have none")
+            return torch.from_numpy(column)
+        if not hasattr(self.loss, "weights") or self.loss.estimator.planned:
+            return None
+        features = None
         if Need.PROMPT_FEATURES in needs:
-            features = torch.from_numpy(annotator.features(sequences))
-        if weighs and not planned:
-            weights = self.loss.weights(self._table(rewards, features=features))
-            keep = weights.numpy() > 0
-            self._count_left_out(rewards, keep)
-        self.kept = np.flatnonzero(keep)
-        unit = 2 if Need.PAIRS in needs else 1
-        settings = self.settings
-        tokens = sequences.length[self.kept].reshape(-1, unit).sum(1)
+            features = torch.from_numpy(self.annotator.features(self.sequences))
+        weights: torch.Tensor = self.loss.weights(self._table(rewards, features=features))
+        self._count_left_out(rewards, weights.numpy() > 0)
+        return weights
+
+    def _make_plan(self, unit: int, keep: np.ndarray) -> None:
+        """`plan` of the sequences [n] that train, and `members` [M, B·unit]: the sequences of each micro-batch."""
+        settings, kept = self.settings, np.flatnonzero(keep)
+        tokens = self.sequences.length[kept].reshape(-1, unit).sum(1)
         self.plan: Plan = make_plan(
             tokens, unit, settings.micro_batch, settings.global_batch, settings.seed,
-            settings.short_micro_batch, settings.short_window, sequences.content,
+            settings.short_micro_batch, settings.short_window, self.sequences.content,
         )  # fmt: skip
         if self.plan.dropped:
             self.facts["sequences dropped with the last micro-batch or step"] = self.plan.dropped * unit
-        members = np.where(self.plan.micro < 0, -1, 0)[..., None] + self.plan.micro[..., None] * unit + np.arange(unit)
-        members = np.where(self.plan.micro[..., None] < 0, -1, members).reshape(len(self.plan.micro), -1)
-        self.members = np.where(members < 0, -1, self.kept[members])  # [M, B·unit] sequences of each micro-batch
-        self._columns: dict[str, Any] = {}
-        if Need.REFERENCE_LOGPS in needs and (not self.live or planned):
-            own = annotator.reference_logps(sequences)
-            if not planned:
-                self._columns["reference_logps"] = own
-        if Need.CROSS_REWARDS in needs:
-            cross_rewards = torch.from_numpy(self.scale(annotator.cross_rewards(self.rows, sequences, self.members)))
+        units = self.plan.micro[..., None]
+        places = np.where(units == ABSENT, 0, units * unit + np.arange(unit))
+        self.members = np.where(units == ABSENT, ABSENT, kept[places]).reshape(len(self.plan.micro), -1)
+
+    def _planned_weights(self, needs: frozenset[Need], rewards: torch.Tensor | None) -> torch.Tensor:
+        """[n] weights of an in-batch estimator, whose micro-batches are the plan's."""
+        annotator, sequences = self.annotator, self.sequences
+        columns: dict[str, Any] = {"micro": torch.from_numpy(self.members)}
+        if Need.REFERENCE_LOGPS in needs:
+            sums = [sum(values) for values in annotator.reference_logps(sequences).to_pylist()]
+            columns["reference_logps"] = torch.tensor(sums, dtype=torch.float64)
+        raw = annotator.cross_rewards(self.rows, sequences, self.members)
+        columns["cross_rewards"] = torch.from_numpy(self.scale(raw))
         if Need.CROSS_LOGPS in needs:
-            cross_logps = torch.from_numpy(annotator.cross_logps(sequences, self.members))
-        if weighs and planned:
-            sums = None if own is None else torch.tensor([sum(values) for values in own.to_pylist()]).double()
-            table = self._table(
-                rewards, reference_logps=sums, micro=torch.from_numpy(self.members),
-                cross_rewards=cross_rewards, cross_logps=cross_logps,
-            )  # fmt: skip
-            weights = self.loss.weights(table)
-            if self.live:  # the module's weights, divided by the same mean
-                assert rewards is not None
-                self.temperature = self.loss.scaled_temperature(table)
-                self.log_mean_weight = float(
-                    (self.loss.estimator(table, self.temperature) - weights.log())[self.members[0, 0]]
-                )
-                self._columns |= {"rewards": rewards, "cross_rewards": cross_rewards}
-        if weights is not None:
-            self._columns["weights"] = weights
+            columns["cross_logps"] = torch.from_numpy(annotator.cross_logps(sequences, self.members))
+        table = self._table(rewards, **columns)
+        weights: torch.Tensor = self.loss.weights(table)
+        if self.live:  # the module makes the weights of a step itself, and divides by the same mean
+            self.temperature = self.loss.scaled_temperature(table)
+            ratio = self.loss.estimator(table, self.temperature) - weights.log()
+            self.log_mean_weight = float(ratio[self.members[0, 0]])
+            self._columns |= {"rewards": table.rewards, "cross_rewards": table.cross_rewards}
         return weights
 
     def _table(self, rewards: torch.Tensor | None, **columns: Any) -> Table:
