@@ -86,19 +86,9 @@ def pack(
         segments.append(Segment(offset, offset + len(row) - 1))
         predictor.extend(range(offset + start - 1, offset + len(row) - 1))
         target.extend(row[start:])
-    lengths = torch.tensor([len(row) - start for row, start in zip(ids, starts, strict=True)])
-    return Packed(
-        input_ids=torch.tensor(tokens),
-        position_ids=torch.tensor(positions),
-        segments=tuple(segments),
-        predictor=torch.tensor(predictor),
-        target=torch.tensor(target),
-        sequence=torch.repeat_interleave(torch.arange(len(lengths)), lengths),
-        length=lengths,
-        group=torch.tensor(group) if group is not None else torch.arange(len(lengths)),
-        ids=tuple(names) if names is not None else tuple(str(i) for i in range(len(lengths))),
-        **extra,
-    )
+    lengths = [len(row) - start for row, start in zip(ids, starts, strict=True)]
+    groups = group if group is not None else range(len(lengths))
+    return _packed(tokens, positions, segments, predictor, target, lengths, groups, names, **extra)
 
 
 def pack_tree(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[Sequence[int]]]) -> Packed:
@@ -131,6 +121,20 @@ def pack_tree(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[Seq
             target.extend(branch)
             group.append(i)
             lengths.append(len(branch))
+    return _packed(tokens, positions, segments, predictor, target, lengths, group)
+
+
+def _packed(
+    tokens: list[int],
+    positions: list[int],
+    segments: list[Segment],
+    predictor: list[int],
+    target: list[int],
+    lengths: list[int],
+    group: Sequence[int],
+    names: Sequence[str] | None = None,
+    **extra: Any,
+) -> Packed:
     length = torch.tensor(lengths)
     return Packed(
         input_ids=torch.tensor(tokens),
@@ -140,6 +144,7 @@ def pack_tree(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[Seq
         target=torch.tensor(target),
         sequence=torch.repeat_interleave(torch.arange(len(length)), length),
         length=length,
-        group=torch.tensor(group),
-        ids=tuple(str(i) for i in range(len(length))),
+        group=torch.tensor(list(group)),
+        ids=tuple(names) if names is not None else tuple(str(i) for i in range(len(length))),
+        **extra,
     )
