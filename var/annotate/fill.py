@@ -225,7 +225,7 @@ class Annotator:
         @torch.inference_mode()
         def compute(indices: np.ndarray, advance: Callable[[int], None]) -> list[list[float]]:
             out: dict[int, list[float]] = {}
-            for batch in _budget(indices, [len(sequences.tokens(i)[0]) for i in indices]):
+            for batch in _budget(indices, (sequences.start + sequences.length)[indices].tolist()):
                 ids, starts, _ = zip(*(sequences.tokens(i) for i in batch), strict=True)
                 packed = pack(ids, starts)
                 with self.reference.precision():
