@@ -13,6 +13,7 @@ from var.estimators import (
     Grouped,
     InBatch,
     Prompt,
+    Sampled,
     Table,
     Value,
     health,
@@ -240,6 +241,36 @@ def test_value_is_capped_in_units_of_the_mean():
     assert_close(weights(Value(), data, 0.5), f64(1.9640275800758169, 0.0359724199241831))
     assert_close(weights(Value(cap=1.5), data, 0.5), f64(1.5, 0.0359724199241831))
     assert_close(VAR(estimator=Value(cap=1.5), temperature=0.5).weights(data).mean(), f64(1.0)[0])
+
+
+def sampled() -> Table:
+    """e^{r/λ} of the rows 2, 6, 9, of prompts 1, 0, 1; of the candidates 4, 8 to prompt 0 and 1, 3 to prompt 1. λ = 1/2."""
+    candidates = torch.tensor([[4.0, 8.0], [1.0, 3.0]], dtype=torch.float64).log() / 2
+    return table(f64(2.0, 6.0, 9.0).log() / 2, group=[1, 0, 1], candidates=candidates)
+
+
+def test_sampled_divides_by_the_mean_over_its_own_candidates():
+    """Z = 6 and 2: weights 2/2, 6/6, 9/2, whose mean is 13/6. Capped at 2 they are 6/13, 6/13 and 2."""
+    estimator = Sampled(candidates=2, cap=None)
+    assert_close(weights(estimator, sampled(), 0.5), f64(1.0, 1.0, 4.5), rtol=1e-14, atol=0)
+    assert_close(weights(Sampled(candidates=2), sampled(), 0.5), f64(6 / 13, 6 / 13, 27 / 13), rtol=1e-14, atol=0)
+    assert_close(weights(Sampled(candidates=2, cap=2.0), sampled(), 0.5), f64(6 / 13, 6 / 13, 2), rtol=1e-14, atol=0)
+    assert_close(VAR(estimator=estimator, temperature=0.5).weights(sampled()).mean(), f64(1.0)[0])
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e5])
+def test_sampled_takes_the_candidates_in_log_space(scale: float):
+    """Rewards of ±10⁵ at λ = 0.01: e^{r/λ} overflows, its log does not."""
+    data = table(f64(-1.0, 1.0) * scale, candidates=f64(-1.0, 1.0)[:, None] * scale)
+    assert_close(weights(Sampled(candidates=1, cap=None), data, 0.01), f64(1.0, 1.0))
+
+
+def test_sampled_needs_rewards_of_candidates_and_refuses_wrong_settings():
+    assert Sampled().needs == {Need.REWARDS, Need.CANDIDATE_REWARDS}
+    assert not Sampled().planned
+    for bad in ({"candidates": 0}, {"cap": 1.0}, {"cap": float("nan")}):
+        with pytest.raises(UserError, match=r"^loss\.estimator: candidates is at least 1, cap above 1 or null$"):
+            Sampled(**bad)
 
 
 def test_global_is_the_exponential_over_its_mean():

@@ -10,9 +10,10 @@ from torch.testing import assert_close
 
 import var.logprobs  # noqa: F401  registers the packed attention
 from tests.conftest import TEMPLATE, byte_tokenizer, tiny_config
+from var.packing import whole
 from var.policy import Scorer
 from var.problems import UserError
-from var.rewards.classifier import Classifier, whole
+from var.rewards.classifier import Classifier
 
 draw = random.Random(0)
 IDS = [[draw.randrange(1, 256) for _ in range(draw.randint(1, 14))] for _ in range(8)]

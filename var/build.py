@@ -5,7 +5,7 @@ import os
 import shlex
 import sys
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -24,12 +24,13 @@ from torch.distributed.fsdp import FSDPModule
 from var import summary
 from var.annotate.fill import Annotator, Reference
 from var.annotate.store import Store
-from var.callbacks import Curves, PlanFile, StepMetrics, Validation
+from var.callbacks import Budget, Curves, PairAccuracy, PlanFile, StepMetrics, Validation
 from var.config import check
 from var.datamodule import AlignmentData, DataSettings
 from var.generate import Sampling
 from var.module import AlignmentModule
-from var.policy import Policy
+from var.needs import Need
+from var.policy import ActorCritic, Policy, Scorer
 from var.pretrained import Pretrained, export
 from var.problems import Problems, UserError
 from var.progress import console, say
@@ -57,6 +58,7 @@ class RunSettings:
     logger: Any
     eval: Any
     seed: int
+    init: str | None
     reward_scale: Literal["raw", "sigmoid", "zscore"]
     reference: Literal["stored", "live"]
     annotate: Literal["fill", "refuse"]
@@ -73,6 +75,7 @@ class TrainerSettings:
 
     epochs: int
     max_steps: int
+    max_seconds: float | None
     accelerator: Literal["auto", "cpu", "gpu"]
     devices: Literal["auto"] | int
     num_nodes: int
@@ -157,6 +160,8 @@ class Run:
         if cfg.dry and cfg.annotate == "refuse":
             raise UserError("debug=dry computes nothing, so annotate=refuse does nothing beside it")
         pretrained = Pretrained(**known(Pretrained, cfg.model), cache=cfg.cache)
+        if cfg.init:
+            pretrained = replace(pretrained, path=str(exported(cfg.init)), revision=None, chat_template=None)
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if settings.gpu else "cpu"
         annotator = Annotator(
             store=Store(Path(cfg.store).expanduser(), warn=say),
@@ -181,14 +186,20 @@ class Run:
 
     def module(self) -> AlignmentModule:
         """The policy, loaded and ready to train, with its loss."""
-        cfg = self.cfg
+        cfg, needs = self.cfg, self.data.loss.needs
         dtype = {"64-true": torch.float64}.get(self.settings.arithmetic)
-        model = self.pretrained.load().train()
+        policy: Policy | ActorCritic | Scorer
+        if Need.SCALAR_HEAD in needs:
+            policy = Scorer(self.pretrained.load_scorer().train())
+        else:
+            policy = Policy(self.pretrained.load().train())
+        if Need.VALUES in needs:
+            policy = ActorCritic(policy)  # type: ignore[arg-type]
         reference = None
         if cfg.reference == "live":
             reference = Policy(self.pretrained.load()).eval().requires_grad_(False)
         module = AlignmentModule(
-            Policy(model), self.data.loss, instantiate(cfg.optim.optimizer), instantiate(cfg.optim.schedule), reference
+            policy, self.data.loss, instantiate(cfg.optim.optimizer), instantiate(cfg.optim.schedule), reference
         )
         return module.to(dtype) if dtype else module
 
@@ -196,7 +207,9 @@ class Run:
         cfg, settings = self.cfg, self.settings
         reward = instantiate(cfg.eval.reward) if cfg.eval.reward else None
         sampling = Sampling(**cfg.eval.sampling)
-        self.validation = Validation(sampling, cfg.eval.every_n_steps, reward, self.annotator, self.folder)
+        self.validation: Validation | PairAccuracy = PairAccuracy()
+        if Need.SCALAR_HEAD not in self.data.loss.needs:
+            self.validation = Validation(sampling, cfg.eval.every_n_steps, reward, self.annotator, self.folder)
         self.steps = StepMetrics(settings.ess_warning)
         saving = ModelCheckpoint(
             self.folder / "checkpoints",
@@ -206,6 +219,8 @@ class Run:
             enable_version_counter=False,
         )
         callbacks: list[Any] = [self.steps, saving, PlanFile(self.folder), self.validation]
+        if settings.max_seconds is not None:
+            callbacks.append(Budget(settings.max_seconds))
         if console.is_terminal:
             callbacks += [RichProgressBar(), RichModelSummary(max_depth=1)]
         strategy = cfg.strategy.name
@@ -255,16 +270,17 @@ class Run:
         before, after = result.get("before"), result.get("after")
         validation: dict[str, Any] = {}
         if before and after:
-            validation = {
-                name: {"before": before[name], "after": after[name]} for name in ("reward", "length", "cut")
-            } | {"kl": result["kl"]}
-            validation["reward"]["gain"] = result.get("gain")
-        training = self.steps.seconds + self.steps.waited
+            validation = {name: {"before": before[name], "after": after[name]} for name in before}
+            if "kl" in result:
+                validation["kl"] = result["kl"]
+                validation["reward"]["gain"] = result.get("gain")
+        outcome = validation.get("reward") or validation.get("accuracy")
+        training = self.steps.seconds + self.steps.waited - data.seconds_of_rollouts
         name = f"{self.cfg.model.name}, {self.cfg.data.name}, {HydraConfig.get().runtime.choices.get('loss')}"
         return {
             "title": name,
             "folder": str(self.folder),
-            "reward": validation["reward"]["after"]["mean"] if validation and validation["reward"]["after"] else None,
+            "reward": outcome["after"]["mean"] if outcome and outcome["after"] else None,
             "validation": validation,
             "kl": validation.get("kl"),
             "length": validation.get("length"),
@@ -274,14 +290,14 @@ class Run:
             "data": data.facts,
             "computed": self.annotator.computed,
             "seconds": {
-                "annotating": data.seconds,
+                "annotating": data.seconds + data.seconds_of_rollouts,
                 "training": training,
-                "evaluating": max(0.0, seconds - training - data.seconds),
+                "evaluating": max(0.0, seconds - training - data.seconds - data.seconds_of_rollouts),
             },
             "hashes": {
                 "plan": data.plan.hash,
                 "weights": self.pretrained.weights,
-                "sequences": data.sequences.content,
+                "sequences": data.content,
             },
             "seeds": {"run": self.cfg.seed, "data": self.cfg.data.seed, "sampling": self.cfg.generate.seed},
             "devices": trainer.world_size,
@@ -306,16 +322,22 @@ class Run:
         validation = report["validation"]
 
         def cell(name: str, when: str) -> str:
-            value = validation[name][when] if validation else None
+            value = validation[name][when]
             return f"{value['mean']:.3f} ± {value['se']:.3f}" if value else "–"
 
+        labels = {
+            "reward": "validation reward",
+            "length": "response length, tokens",
+            "accuracy": "accuracy on held-out pairs",
+        }
         table = "\n".join(
             f"| {label} | {cell(name, 'before')} | {cell(name, 'after')} |"
-            for name, label in (("reward", "validation reward"), ("length", "response length, tokens"))
+            for name, label in labels.items()
+            if name in validation
         )
         choices = HydraConfig.get().runtime.choices
         card = {
-            "base": self.cfg.model.path, "name": self.folder.name, "loss": choices.get("loss"),
+            "base": self.cfg.init or self.cfg.model.path, "name": self.folder.name, "loss": choices.get("loss"),
             "doc": (type(module.loss).__module__), "version": summary.version("var-align"), "table": table,
             "data": self.cfg.data.name, "plan": self.data.plan.hash, "reward": choices.get("reward"),
             "steps": report["steps"], "seed": self.cfg.seed,
@@ -382,6 +404,14 @@ def check_config(cfg: DictConfig) -> None:
             "logger.tensorboard": TensorBoardSettings,
         },
     )
+
+
+def exported(run: str) -> Path:
+    """The model that an earlier run exported; a folder in Hugging Face form is one itself."""
+    for folder in (Path(run).expanduser() / "model", Path(run).expanduser()):
+        if (folder / "config.json").exists():
+            return folder
+    raise UserError(f"init={run} is neither a finished run (its folder holds no model/) nor a model's folder")
 
 
 def accumulation(cfg: DictConfig, settings: TrainerSettings) -> int:

@@ -19,6 +19,8 @@ from var.datamodule import AlignmentData
 from var.evaluate.validation import Answers, clustered, divergence, judge, samples
 from var.generate import Sampling, sample
 from var.module import AlignmentModule
+from var.packing import whole
+from var.policy import ActorCritic, gathered
 from var.progress import say, stage
 from var.rewards.scale import Scale
 
@@ -103,6 +105,11 @@ class StepMetrics(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, Curves):
                 logger.forget_after(trainer.global_step)
+        self.restart()
+
+    def restart(self) -> None:
+        """What went before was no waiting for data."""
+        self._ended = time.perf_counter()
 
     def _is_due(self, trainer: lightning.Trainer, step: int) -> bool:
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -135,16 +142,17 @@ class StepMetrics(Callback):
             self._step = step
             if self._is_due(trainer, step):
                 self._log(trainer, module, step)
-        self._ended = time.perf_counter()
+        self.restart()
 
     def _log(self, trainer: lightning.Trainer, module: AlignmentModule, step: int) -> None:
         means = module.take_metrics()
         metrics = {f"train/{name}": value for name, value in means.items()}
         if "weight/square" in means:
-            ess = means["weight/mean"] ** 2 / means["weight/square"]
+            square = means["weight/square"]
+            ess = means["weight/mean"] ** 2 / square if square else 0.0  # online, a step's weights may all be 0
             metrics["train/weight/ess"] = ess
             del metrics["train/weight/square"]
-            if ess < self.ess_warning and not self.warned:
+            if 0 < ess < self.ess_warning and not self.warned:
                 self.warned = True
                 self._warn(trainer, step, ess)
         if self.grad_norm is not None:
@@ -169,6 +177,11 @@ class StepMetrics(Callback):
         say(f"Warning: at step {step} the effective sample size is {ess:.2f} of the sequences; {cause}.")
 
 
+def step_metrics(trainer: lightning.Trainer) -> StepMetrics:
+    """The run's own."""
+    return next(c for c in trainer.callbacks if isinstance(c, StepMetrics))  # type: ignore[attr-defined]
+
+
 class PlanFile(Callback):
     """plan.npz in the run's folder: the sequences of each micro-batch, in the first epoch's order, and their rows."""
 
@@ -178,7 +191,63 @@ class PlanFile(Callback):
     def on_fit_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         data: AlignmentData = trainer.datamodule  # type: ignore[attr-defined]
         if trainer.is_global_zero:
-            np.savez(self.folder / "plan.npz", micro=data.members, tokens=data.plan.tokens, row=data.sequences.row)
+            np.savez(self.folder / "plan.npz", micro=data.members, tokens=data.plan.tokens, row=data.rows_of_members)
+
+
+class Budget(Callback):
+    """Stop at the first step after so many seconds of sampling, scoring and training; evaluation is not counted.
+
+    The learning rate's schedule knows nothing of it: a constant one goes with a budget.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self._step = seconds, 0
+
+    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        self._step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._step:  # within a step, what it has accumulated would be lost
+            return
+        self._step = trainer.global_step
+        steps = step_metrics(trainer)
+        spent = trainer.datamodule.seconds + steps.seconds + steps.waited  # type: ignore[attr-defined]
+        over = trainer.strategy.reduce_boolean_decision(spent >= self.seconds, all=False)
+        trainer.should_stop = trainer.should_stop or over
+
+
+class PairAccuracy(Callback):
+    """Of a reward model: the share of held-out pairs whose better response scores higher, before and after."""
+
+    def __init__(self) -> None:
+        self.result: dict[str, Any] = {}
+
+    def on_fit_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        self._measure(trainer, module, "before")
+
+    def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        self._measure(trainer, module, "after")
+
+    @torch.no_grad()
+    def _measure(self, trainer: lightning.Trainer, module: lightning.LightningModule, when: str) -> None:
+        data: AlignmentData = trainer.datamodule  # type: ignore[attr-defined]
+        pairs = data.validation_pairs
+        if pairs is None:
+            return
+        assert isinstance(module, AlignmentModule)
+        won = []
+        with stage(f"Accuracy {when}", len(pairs) // 2, "pairs") as advance, data.annotator.reference.precision():
+            for i in range(0, len(pairs), 2):
+                ids = [data.annotator.chat.closed(pairs.tokens(at)[0]) for at in (i, i + 1)]
+                better, worse = module.policy(whole(ids).to(module.device)).tolist()
+                won.append(0.5 if better == worse else float(better > worse))
+                advance(1)
+        accuracy = clustered(np.array(won)[:, None])
+        self.result[when] = {"accuracy": accuracy._asdict()}
+        step = trainer.global_step
+        log(trainer, {"validation/accuracy": accuracy.mean, "validation/accuracy_se": accuracy.se}, step)
 
 
 class Validation(Callback):
@@ -222,6 +291,7 @@ class Validation(Callback):
             assert isinstance(module, AlignmentModule)
             data: AlignmentData = trainer.datamodule  # type: ignore[attr-defined]
             self._log(trainer, self._judge(data, self._sample(trainer, module, f"Evaluating step {step}")), step)
+            step_metrics(trainer).restart()
 
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         if self.before is None:
@@ -233,7 +303,9 @@ class Validation(Callback):
         reference = self.annotator.reference
         module.policy.eval()
         with stage("KL to the reference", len(texts), "prompts") as advance, reference.precision():
-            kl = divergence(module.policy, reference.policy, self.annotator.chat, data.validation, texts, advance)
+            policy = module.policy.policy if isinstance(module.policy, ActorCritic) else module.policy
+            with gathered(module.policy):
+                kl = divergence(policy, reference.policy, self.annotator.chat, data.validation, texts, advance)  # type: ignore[arg-type]
         reference.release()
         self.result["after"] = self._summary(after)
         self.result["kl"] = clustered(kl)._asdict()
@@ -249,7 +321,7 @@ class Validation(Callback):
         data: AlignmentData = trainer.datamodule  # type: ignore[attr-defined]
         prompts = [row.prompt for row in data.validation]
         precision = self.annotator.reference.precision()
-        with stage(title, len(prompts), "prompts") as advance, precision, module.policy.whole():
+        with stage(title, len(prompts), "prompts") as advance, precision, gathered(module.policy):
             return sample(module.policy.model, self.annotator.chat, prompts, self.sampling, advance)
 
     def _judge(self, data: AlignmentData, texts: list[list[tuple[str, bool]]]) -> Answers:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import lightning
@@ -10,23 +10,24 @@ import numpy as np
 import torch
 
 from var.annotate.fill import Annotator, Ranks, Triples, with_responses
-from var.data.plan import ABSENT, Plan, make_plan
+from var.data.plan import ABSENT, Plan, Share, draw, make_plan
 from var.data.rows import Rows, Source, read
 from var.data.sequences import Sequences, choose, encode, needs_rewards
 from var.estimators import Table, health, uninformative, within_prompt_deviation
 from var.generate import Sampling
 from var.needs import Need
-from var.packing import Packed, pack
+from var.packing import Packed, pack, whole
 from var.problems import Problems, UserError
 from var.progress import say
 from var.rewards.scale import Scale
+from var.rollout import RolloutLoader
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
     """conf/data/_base.yaml has the meaning of each."""
 
-    responses: Literal["auto", "chosen", "both", "best", "all"]
+    responses: Literal["auto", "chosen", "both", "best", "all", "sampled"]
     max_length: int
     overlong: Literal["drop", "cut", "error"]
     validation_prompts: int
@@ -40,7 +41,7 @@ class DataSettings:
     def __post_init__(self) -> None:
         problems = Problems("data settings")
         choices = {
-            "responses": ("auto", "chosen", "both", "best", "all"),
+            "responses": ("auto", "chosen", "both", "best", "all", "sampled"),
             "overlong": ("drop", "cut", "error"),
             "short_micro_batch": ("drop", "keep", "error"),
             "short_window": ("keep", "drop"),
@@ -79,7 +80,10 @@ class AlignmentData(lightning.LightningDataModule):
         self.source, self.settings, self.loss = source, settings, loss
         self.annotator, self.sampling, self.scale, self.live = annotator, sampling, scale, live
         self.facts: dict[str, Any] = {}
-        self.seconds = 0.0
+        self.seconds = self.seconds_of_rollouts = 0.0
+        self.plan: Plan
+        self.content = ""  # a hash of what trains
+        self.validation_pairs: Sequences | None = None
         self._columns: dict[str, Any] = {}
         self._start = (0, 0)
         self._ready = False
@@ -94,32 +98,53 @@ class AlignmentData(lightning.LightningDataModule):
             return
         begun = time.perf_counter()
         needs = self.loss.needs
-        if self.scale.kind == "zscore" and Need.REWARDS not in needs:
+        if self.scale.kind == "zscore" and (Need.REWARDS not in needs or Need.ROLLOUT in needs):
             raise UserError(
                 "reward_scale=zscore takes its moments from training rewards, which this loss asks for none"
             )
         self.annotator.check()
-        self.rows = self._rows()
+        self.rows = self._rows(needs)
+        if Need.ROLLOUT in needs:
+            self._plan_prompts()
+        else:
+            self._annotate(needs)
+            self.annotator.reference.release()
+        self.seconds = time.perf_counter() - begun
+        self._ready = True
+
+    def _annotate(self, needs: frozenset[Need]) -> None:
+        """What an offline loss trains on: sequences, their plan, and the columns that the loss needs."""
+        if self.live and not needs & {Need.REFERENCE_LOGPS, Need.CROSS_LOGPS}:
+            raise UserError("this loss asks nothing of the reference in a step, so reference=live does nothing here")
         self.sequences = self._sequences(needs)
-        rewards = self._rewards() if Need.REWARDS in needs else None
+        rewards = self._rewards() if Need.REWARDS in needs or Need.ADVANTAGES in needs else None
         weights = self._own_weights(needs, rewards)
-        keep = np.ones(len(self.sequences), dtype=bool)
+        train = np.arange(len(self.sequences))
         if weights is not None and Need.WEIGHT_COLUMN not in needs:
-            keep = weights.numpy() > 0
-        self._make_plan(2 if Need.PAIRS in needs else 1, keep)
+            train = np.flatnonzero(weights.numpy() > 0)
+        if Need.ADVANTAGES in needs:
+            train = self._advantages(rewards)
+        self._make_plan(needs, train)
         if Need.CROSS_REWARDS in needs:
             weights = self._planned_weights(needs, rewards)
         elif Need.REFERENCE_LOGPS in needs and not self.live:
             self._columns["reference_logps"] = self.annotator.reference_logps(self.sequences)
+        if Need.MISMATCHED_LOGPS in needs:
+            if self.settings.micro_batch < 2:
+                raise UserError("this loss pairs each prompt with its neighbour's response: data.micro_batch is ≥ 2")
+            if not self.live:
+                self._columns["mismatched"] = self.annotator.mismatched_logps(self.sequences, self.members)
+        if Need.DESIRABLE in needs:
+            self._columns["desirable"] = self._desirable(rewards)
+        if rewards is not None:
+            self._columns["rewards"] = rewards
         if weights is not None:
             self._columns["weights"] = weights
         self._report(rewards, weights)
-        self.annotator.reference.release()
-        self.seconds = time.perf_counter() - begun
-        self._ready = True
 
-    def _rows(self) -> Rows:
-        """Training rows, with responses; `validation` are the rows of the held-out prompts."""
+    def _rows(self, needs: frozenset[Need]) -> Rows:
+        """Training rows, with responses; `validation` are the rows of the held-out prompts, `development` those that
+        a value estimate is fitted on."""
         settings = self.settings
         rows = read(self.source, self.annotator.cache)
         self.facts["rows"] = len(rows)
@@ -129,19 +154,33 @@ class AlignmentData(lightning.LightningDataModule):
             self.facts["rows beyond data.limit"] = len(rows) - settings.limit
             rows = rows.select(np.arange(settings.limit))
         prompts = np.unique(rows.keys)
-        if settings.validation_prompts >= len(prompts):
+        develop = self.loss.value.development_prompts if Need.ADVANTAGES in needs else 0
+        if settings.validation_prompts + develop >= len(prompts):
             raise UserError(
-                f"data.validation_prompts={settings.validation_prompts} holds out all of the {len(prompts)} distinct "
-                "prompts; lower it"
+                f"data.validation_prompts={settings.validation_prompts}"
+                + (f" and loss.value.development_prompts={develop}" if develop else "")
+                + f" holds out all of the {len(prompts)} distinct prompts; lower it"
             )
-        held = np.random.default_rng(settings.seed).permutation(len(prompts))[: settings.validation_prompts]
-        is_held = np.isin(rows.keys, prompts[held])
+        order = np.random.default_rng(settings.seed).permutation(len(prompts))
+        held, developing = np.split(order[: settings.validation_prompts + develop], [settings.validation_prompts])
         first = np.unique(rows.keys, return_index=True)[1]
-        self.validation = rows.select(np.sort(first[is_held[first]]))
-        train = rows.select(np.flatnonzero(~is_held))
-        if not len(train[0].responses):
-            if any(len(row.responses) for row in train):
-                raise UserError("some rows have responses and some have none; a data set is one or the other")
+
+        def only(which: np.ndarray) -> Rows:
+            inside = np.isin(rows.keys, prompts[which])
+            return rows.select(np.sort(first[inside[first]]))
+
+        self.validation = only(held)
+        self.development = only(developing)
+        if develop:
+            self.facts["prompts set apart for the value estimate"] = develop
+        train = rows.select(np.flatnonzero(~np.isin(rows.keys, prompts[order[: len(held) + develop]])))
+        given = sum(len(row.responses) > 0 for row in train)
+        if Need.ROLLOUT in needs or settings.responses == "sampled":
+            if given:
+                self.facts["rows whose own responses are not used"] = given
+        elif 0 < given < len(train):
+            raise UserError("some rows have responses and some have none; a data set is one or the other")
+        if Need.ROLLOUT not in needs and (settings.responses == "sampled" or not given):
             texts = self.annotator.sampled(train, self.sampling)
             train, counts = with_responses(train, texts, self.annotator.cache)
             self.facts.update({name: count for name, count in counts.items() if count})
@@ -150,18 +189,91 @@ class AlignmentData(lightning.LightningDataModule):
     def _sequences(self, needs: frozenset[Need]) -> Sequences:
         settings = self.settings
         pairs = Need.PAIRS in needs
+        # of a pair, the better one is desirable; a threshold on the reward needs no pairs
+        both = pairs or (Need.DESIRABLE in needs and self.loss.threshold is None)
         responses = settings.responses
-        if responses == "auto":
-            responses = "both" if pairs else "all"
-        elif pairs and responses != "both":
+        if responses == "auto" or (responses == "sampled" and both):
+            responses = "both" if both else "all"
+        elif responses == "sampled":
+            responses = "all"
+        elif both and responses != "both":
             raise UserError(f"this loss compares pairs, and data.responses={responses} makes none; set both or auto")
         rewards = None
         if needs_rewards(self.rows, responses):
             rewards = self.annotator.row_rewards(self.rows)
         choice = choose(self.rows, responses, rewards)
         self.facts["responses"] = responses
+        self._better = choice.row[0::2], choice.response[0::2]
         cache = self.annotator.cache
+        if Need.SCALAR_HEAD in needs and len(self.validation):
+            self.validation_pairs = self._validation_pairs()
         return encode(self.rows, choice, self.annotator.chat, settings.max_length, settings.overlong, pairs, cache)
+
+    def _validation_pairs(self) -> Sequences | None:
+        """Pairs of the held-out rows, for a reward model's accuracy; None where they have none."""
+        settings, annotator, rows = self.settings, self.annotator, self.validation
+        if not len(rows[0].responses):
+            rows = with_responses(rows, annotator.sampled(rows, self.sampling), annotator.cache)[0]
+        rewards = annotator.row_rewards(rows) if needs_rewards(rows, "both") else None
+        choice = choose(rows, "both", rewards)
+        if not len(choice.row):
+            return None
+        return encode(rows, choice, annotator.chat, settings.max_length, settings.overlong, True, annotator.cache)
+
+    def _desirable(self, rewards: torch.Tensor | None) -> torch.Tensor:
+        """[n] bool: by a threshold on the reward, or the better one of a pair."""
+        if self.loss.threshold is not None:
+            assert rewards is not None
+            out = rewards > self.loss.threshold
+        else:
+            better = set(zip(*(part.tolist() for part in self._better), strict=True))
+            both = zip(self.sequences.row.tolist(), self.sequences.table["response"], strict=True)
+            out = torch.tensor([pair in better for pair in both])
+        self.facts["desirable sequences"] = int(out.sum())
+        return out
+
+    def _advantages(self, rewards: torch.Tensor | None) -> np.ndarray:
+        """Brings the column of r − V(x); returns the sequences that train, which A-LoL draws by it."""
+        assert rewards is not None
+        head, annotator = self.loss.value, self.annotator
+        values = annotator.values(head, self.development, self.sequences, self.sampling, self.scale)
+        advantages = rewards - torch.tensor(values, dtype=torch.float64)[torch.from_numpy(self.sequences.group)]
+        self._columns["advantages"] = advantages
+        train = draw(advantages.numpy(), self.loss.draw, self.settings.seed)
+        self.facts["advantages"] = {
+            "positive": float((advantages > 0).double().mean()), "mean": float(advantages.mean()),
+            "drawn": len(train), "distinct": len(np.unique(train)),
+        }  # fmt: skip
+        return train
+
+    def _plan_prompts(self) -> None:
+        """What an online loss trains on: a plan over prompts; their responses come while the policy trains."""
+        if not self.annotator.reward.scores_text:
+            raise UserError(
+                "an online loss rewards new text, and reward=score reads only the data's own; choose another"
+            )
+        if self.sampling.temperature != 1 or self.sampling.top_p != 1:
+            raise UserError(
+                "an online loss takes its ratios and its KL to the policy that sampled: generate.temperature and "
+                "generate.top_p are 1"
+            )
+        settings = self.settings
+        if self.live:
+            raise UserError("an online loss runs its reference beside each rollout; reference=live does nothing here")
+        prompts = np.sort(np.unique(self.rows.keys, return_index=True)[1])
+        size = np.full(len(prompts), self.sampling.responses)
+        self.plan = make_plan(
+            size, size, settings.micro_batch, settings.global_batch, settings.seed,
+            settings.short_micro_batch, settings.short_window, self.rows.table._fingerprint,
+        )  # fmt: skip
+        self.members = np.where(self.plan.micro == ABSENT, ABSENT, prompts[self.plan.micro])
+        if len(self.plan.micro) % self.plan.window and self.loss.rollout.passes > 1:
+            raise UserError("with loss.rollout.passes above 1 every step must be whole: set data.short_window=drop")
+        self.content = self.rows.table._fingerprint
+        self.facts["prompts"] = len(prompts)
+        if self.plan.dropped:
+            self.facts["prompts dropped with the last micro-batch or step"] = self.plan.dropped
+        self._report_plan()
 
     def _rewards(self) -> torch.Tensor:
         """[n] float64, on the run's scale."""
@@ -189,26 +301,46 @@ class AlignmentData(lightning.LightningDataModule):
             return torch.from_numpy(column)
         if not hasattr(self.loss, "weights") or self.loss.estimator.planned:
             return None
-        features = None
+        columns: dict[str, Any] = {}
         if Need.PROMPT_FEATURES in needs:
-            features = torch.from_numpy(self.annotator.features(self.sequences))
-        weights: torch.Tensor = self.loss.weights(self._table(rewards, features=features))
+            columns["features"] = torch.from_numpy(self.annotator.features(self.sequences))
+        if Need.CANDIDATE_REWARDS in needs:
+            columns["candidates"] = torch.from_numpy(self._candidates())
+        weights: torch.Tensor = self.loss.weights(self._table(rewards, **columns))
         self._count_left_out(rewards, weights.numpy() > 0)
         return weights
 
-    def _make_plan(self, unit: int, keep: np.ndarray) -> None:
-        """`plan` of the sequences [n] that train, and `members` [M, B·unit]: the sequences of each micro-batch."""
-        settings, kept = self.settings, np.flatnonzero(keep)
-        tokens = self.sequences.length[kept].reshape(-1, unit).sum(1)
-        self.plan: Plan = make_plan(
-            tokens, unit, settings.micro_batch, settings.global_batch, settings.seed,
-            settings.short_micro_batch, settings.short_window, self.sequences.content,
+    def _candidates(self) -> np.ndarray:
+        """[G, K] rewards, on the run's scale, of K responses of the reference to each group's prompt."""
+        estimator, sampling = self.loss.estimator, self.sampling
+        if estimator.seed == sampling.seed:
+            raise UserError("loss.estimator.seed is generate.seed: the candidates would be the data's own answers")
+        first = np.unique(self.sequences.group, return_index=True)[1]
+        sampling = replace(sampling, responses=estimator.candidates, seed=estimator.seed)
+        return self.scale(self.annotator.candidates(self.rows.select(self.sequences.row[first]), sampling))
+
+    def _make_plan(self, needs: frozenset[Need], train: np.ndarray) -> None:
+        """`plan` of the sequences `train`, and `members` [M, W]: the sequences of each micro-batch, or ABSENT."""
+        settings, sequences = self.settings, self.sequences
+        if Need.PAIRS in needs:
+            units = train.reshape(-1, 2)
+        elif Need.GROUPS in needs:
+            units = by_group(sequences.group[train], train)
+        else:
+            units = train[:, None]
+        present = units != ABSENT
+        tokens = np.where(present, sequences.length[units], 0).sum(1)
+        self.plan = make_plan(
+            tokens, present.sum(1), settings.micro_batch, settings.global_batch, settings.seed,
+            settings.short_micro_batch, settings.short_window, sequences.content,
         )  # fmt: skip
         if self.plan.dropped:
-            self.facts["sequences dropped with the last micro-batch or step"] = self.plan.dropped * unit
-        units = self.plan.micro[..., None]
-        places = np.where(units == ABSENT, 0, units * unit + np.arange(unit))
-        self.members = np.where(units == ABSENT, ABSENT, kept[places]).reshape(len(self.plan.micro), -1)
+            self.facts["sequences dropped with the last micro-batch or step"] = int(
+                present.sum() - self.plan.sequences.sum()
+            )
+        micro = self.plan.micro[..., None]
+        self.members = np.where(micro == ABSENT, ABSENT, units[self.plan.micro]).reshape(len(self.plan.micro), -1)
+        self.content = sequences.content
 
     def _planned_weights(self, needs: frozenset[Need], rewards: torch.Tensor | None) -> torch.Tensor:
         """[n] weights of an in-batch estimator, whose micro-batches are the plan's."""
@@ -227,7 +359,7 @@ class AlignmentData(lightning.LightningDataModule):
             self.temperature = self.loss.scaled_temperature(table)
             ratio = self.loss.estimator(table, self.temperature) - weights.log()
             self.log_mean_weight = float(ratio[self.members[0, 0]])
-            self._columns |= {"rewards": table.rewards, "cross_rewards": table.cross_rewards}
+            self._columns["cross_rewards"] = table.cross_rewards
         return weights
 
     def _table(self, rewards: torch.Tensor | None, **columns: Any) -> Table:
@@ -266,6 +398,10 @@ class AlignmentData(lightning.LightningDataModule):
         if weights is not None:
             used = np.unique(self.members[self.members >= 0])
             facts["weights"] = health(weights[used], torch.from_numpy(sequences.length[used]))._asdict()
+        self._report_plan()
+
+    def _report_plan(self) -> None:
+        facts = self.facts
         facts["micro_batches"], facts["steps_per_epoch"] = len(self.plan.micro), self.plan.steps
         facts["plan"] = self.plan.hash
         for name, value in facts.items():
@@ -276,26 +412,45 @@ class AlignmentData(lightning.LightningDataModule):
             )
             say(f"  {name.replace('_', ' ')}: {shown}")
 
-    def batch(self, index: int, tokens: float = 1.0, sequences: float = 1.0) -> Packed:
-        """Micro-batch `index` of the plan, with the response tokens and sequences of its whole optimiser step."""
-        members = self.members[index]
+    def batch(self, share: Share) -> Packed:
+        """A micro-batch of the plan, with the divisors of its whole optimiser step."""
+        members = self.members[share.micro_batch]
         members = members[members >= 0]
         ids, starts, names = zip(*(self.sequences.tokens(i) for i in members.tolist()), strict=True)
         extra: dict[str, Any] = {}
-        for name in ("weights", "rewards"):
+        for name in ("weights", "rewards", "advantages"):
             if name in self._columns:
                 extra[name] = self._columns[name][members].float()
+        if "desirable" in self._columns:
+            extra["desirable"] = self._columns["desirable"][members]
         if "cross_rewards" in self._columns:
-            extra["cross_rewards"] = self._columns["cross_rewards"][index, : len(members), : len(members)].float()
+            extra["cross_rewards"] = self._columns["cross_rewards"][
+                share.micro_batch, : len(members), : len(members)
+            ].float()
+        if "mismatched" in self._columns:
+            extra["mismatched_reference_logps"] = self._columns["mismatched"][share.micro_batch, : len(members)].float()
         if "reference_logps" in self._columns:
             column = self._columns["reference_logps"]
             extra["reference_logps"] = torch.tensor([x for i in members for x in column[int(i)].as_py()])
         group = np.unique(self.sequences.group[members], return_inverse=True)[1].tolist()
-        return pack(ids, starts, names, group, global_tokens=tokens, global_sequences=sequences, **extra)
+        divisors = {
+            "global_tokens": share.tokens, "global_sequences": share.sequences, "global_groups": share.units,
+        }  # fmt: skip
+        if Need.SCALAR_HEAD in self.loss.needs:
+            ids = tuple(map(self.annotator.chat.closed, ids))
+            return whole(ids, names, group, **divisors, **extra)
+        return pack(ids, starts, names, group, **divisors, **extra)
 
-    def train_dataloader(self) -> "PlanLoader":
+    @property
+    def rows_of_members(self) -> np.ndarray:
+        """The row of each thing that `members` counts: sequences, or, online, the rows themselves."""
+        return np.arange(len(self.rows)) if Need.ROLLOUT in self.loss.needs else self.sequences.row
+
+    def train_dataloader(self) -> "PlanLoader | RolloutLoader":
         ranks = Ranks.current()
-        return PlanLoader(self, ranks.rank, ranks.world)
+        if Need.ROLLOUT in self.loss.needs:
+            return RolloutLoader(self, ranks)
+        return PlanLoader(self, ranks)
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the plan and its hash: resuming is an index into a stored array."""
@@ -311,15 +466,23 @@ class AlignmentData(lightning.LightningDataModule):
             )
         self._start = (state["epoch"], state["position"])
 
+    def position(self, length: int) -> tuple[int, int]:
+        """The epoch, and the micro-batch of it from which a loader of so many goes on; asked once an epoch."""
+        assert self.trainer is not None
+        epoch = self.trainer.current_epoch
+        at, position = self._start
+        self._start = (0, 0)
+        return epoch, position if at == epoch and position < length else 0
+
 
 class PlanLoader:
     """This rank's micro-batches, epoch by epoch, from where a resumed run stopped."""
 
-    def __init__(self, data: AlignmentData, rank: int, world: int) -> None:
-        self.data, self.rank, self.world = data, rank, world
+    def __init__(self, data: AlignmentData, ranks: Ranks) -> None:
+        self.data, self.ranks = data, ranks
 
     def __len__(self) -> int:
-        return self.data.plan.length(self.world)
+        return self.data.plan.length(self.ranks.world)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing of its own: the position is the DataModule's. Without the pair Lightning warns at each resume."""
@@ -329,11 +492,17 @@ class PlanLoader:
         """See state_dict."""
 
     def __iter__(self) -> Iterator[Packed]:
-        assert self.data.trainer is not None
-        epoch = self.data.trainer.current_epoch
-        at, position = self.data._start
-        begin = position if at == epoch and position < len(self) else 0
-        self.data._start = (0, 0)
-        for n, (index, tokens, sequences) in enumerate(self.data.plan.batches(epoch, self.rank, self.world)):
+        epoch, begin = self.data.position(len(self))
+        for n, share in enumerate(self.data.plan.batches(epoch, self.ranks.rank, self.ranks.world)):
             if n >= begin:
-                yield self.data.batch(index, tokens, sequences)
+                yield self.data.batch(share)
+
+
+def by_group(group: np.ndarray, members: np.ndarray) -> np.ndarray:
+    """[G, K] the members of each group, side by side, ABSENT where a group has fewer than the largest."""
+    order = np.argsort(group, kind="stable")
+    _, start, count = np.unique(group[order], return_index=True, return_counts=True)
+    out = np.full((len(count), count.max()), ABSENT)
+    place = np.arange(len(order)) - np.repeat(start, count)
+    out[np.repeat(np.arange(len(count)), count), place] = members[order]
+    return out

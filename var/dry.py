@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from var.annotate.fill import Unfilled
+from var.needs import Need
 from var.progress import say
 
 if TYPE_CHECKING:
@@ -56,10 +57,8 @@ def memory(run: "Run") -> None:
     for name, size in parts.items():
         say(f"  {name}: {size / 2**30:.2f} GiB")
     say(f"  together: {sum(parts.values()) / 2**30:.2f} GiB")
-    say(
-        "  reference: "
-        + ("a second copy of the weights" if cfg.reference == "live" else "none, its numbers are stored")
-    )
+    beside = cfg.reference == "live" or run.data.loss.needs >= {Need.ROLLOUT, Need.REFERENCE_LOGPS}
+    say("  reference: " + ("a second copy of the weights" if beside else "none, its numbers are stored"))
 
 
 def row(run: "Run") -> None:

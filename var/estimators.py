@@ -25,6 +25,7 @@ class Table:
     tokens. reference_logps [n] nats, summed over response tokens. features [G, F]: of each group's prompt.
     micro [M, B] int: the plan's sequences, -1 where the last micro-batch is short. cross_rewards, cross_logps
     [M, B, B]: row i a prompt, column j a response of the micro-batch; reward units, and nats summed over tokens.
+    candidates [G, K]: rewards of K responses that the reference gave to each group's prompt.
     """
 
     rewards: Tensor
@@ -35,6 +36,7 @@ class Table:
     micro: Tensor | None = None
     cross_rewards: Tensor | None = None
     cross_logps: Tensor | None = None
+    candidates: Tensor | None = None
 
 
 def in_batch_log_weights(rewards: Tensor, logps: Tensor) -> Tensor:
@@ -183,6 +185,35 @@ class Value:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """e^{r/λ} / ((1/K) Σ_k e^{r_k/λ}) over K responses that the reference sampled: the paper's 8∗ (its Table 7).
+
+    candidates: K. seed: theirs, another than the data's, lest an answer be in its own normaliser where the data was
+    sampled too. cap: the largest weight, the mean being 1, as Value's; null for none.
+    """
+
+    candidates: int = 8
+    seed: int = 1
+    cap: float | None = 5.0
+
+    planned = False
+
+    def __post_init__(self) -> None:
+        if self.candidates < 1 or not (self.cap is None or self.cap > 1):
+            raise UserError("loss.estimator: candidates is at least 1, cap above 1 or null")
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({Need.REWARDS, Need.CANDIDATE_REWARDS})
+
+    def __call__(self, table: Table, temperature: float) -> Tensor:
+        assert table.candidates is not None
+        log_partition = (table.candidates / temperature).logsumexp(1) - float(np.log(self.candidates))
+        out = table.rewards / temperature - log_partition[table.group]
+        return out if self.cap is None else normalise(out).clamp(max=float(np.log(self.cap)))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Global:
     """exp(r/λ) over its mean on the data set: reward-weighted regression; the control, drowned by prompt offsets."""
 
@@ -196,7 +227,7 @@ class Global:
         return table.rewards / temperature
 
 
-Estimator = InBatch | Grouped | Prompt | Value | Global
+Estimator = InBatch | Grouped | Prompt | Value | Sampled | Global
 
 
 def normalise(log_weights: Tensor) -> Tensor:

@@ -43,7 +43,6 @@ class Sampling:
         return asdict(self)
 
 
-@torch.inference_mode()
 def sample(
     model: Any,
     chat: Chat,
@@ -51,14 +50,29 @@ def sample(
     sampling: Sampling,
     advance: Callable[[int], None] = lambda done: None,
 ) -> list[list[tuple[str, bool]]]:
-    """K (text, finished) for each prompt, in order, the text without the end token; it may be empty.
+    """K (text, finished) for each prompt, in order, the text without the end token; it may be empty."""
+    encoded = [chat.prompt(prompt) for prompt in prompts]
+    return [
+        [(chat.tokenizer.decode(ids, skip_special_tokens=True), finished) for ids, finished in several]
+        for several in sample_tokens(model, chat, encoded, sampling, advance)
+    ]
+
+
+@torch.inference_mode()
+def sample_tokens(
+    model: Any,
+    chat: Chat,
+    encoded: Sequence[list[int]],
+    sampling: Sampling,
+    advance: Callable[[int], None] = lambda done: None,
+) -> list[list[tuple[list[int], bool]]]:
+    """K (tokens, finished) for each encoded prompt, in order, without the end token.
 
     Prompts are batched by length, so little is padded; padding stands on the left, by transformers' own masks.
     """
     tokenizer, k = chat.tokenizer, sampling.responses
-    encoded = [chat.prompt(prompt) for prompt in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: (len(encoded[i]), encoded[i]))
-    texts: list[list[tuple[str, bool]]] = [[] for _ in prompts]
+    order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), encoded[i]))
+    responses: list[list[tuple[list[int], bool]]] = [[] for _ in encoded]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else chat.end_token
     device = model.device
     step = sampling.batch // k
@@ -87,11 +101,10 @@ def sample(
             for at, i in enumerate(batch):
                 for row in out[at * k : (at + 1) * k]:
                     finished = chat.end_token in row
-                    ids = row[: row.index(chat.end_token)] if finished else row
-                    texts[i].append((tokenizer.decode(ids, skip_special_tokens=True), finished))
+                    responses[i].append((row[: row.index(chat.end_token)] if finished else row, finished))
             advance(len(batch))
     model.train(training)
-    return texts
+    return responses
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """AlignmentModule: a policy, a loss, and optionally the live reference; one training step for every objective."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -12,8 +12,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from var.losses.var import in_batch_table
 from var.losses.weighted import Mean
 from var.needs import Need
-from var.packing import Packed, pack_tree
-from var.policy import Policy
+from var.packing import Packed, pack, pack_tree
+from var.policy import ActorCritic, Policy, Scorer
 from var.problems import UserError
 
 
@@ -45,13 +45,14 @@ class Schedule:
 
 
 class AlignmentModule(lightning.LightningModule):
-    """policy: trained. loss: from log-probabilities and the batch to a scalar. reference: run in each step where it
-    is given (reference=live), else the batch carries what the loss needs of it.
+    """policy: trained; its forward gives the loss log-probabilities (a Scorer's, scores; an ActorCritic's, values
+    too). loss: from them and the batch to a scalar. reference: run in each step where it is given (reference=live),
+    else the batch carries what the loss needs of it.
     """
 
     def __init__(
         self,
-        policy: Policy,
+        policy: Policy | ActorCritic | Scorer,
         loss: Callable[[Tensor, Packed], tuple[Tensor, dict[str, Mean]]],
         optimizer: Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer],
         schedule: Schedule,
@@ -70,33 +71,47 @@ class AlignmentModule(lightning.LightningModule):
         """
         for reference in self._reference:
             batch = self.with_live_reference(reference, batch)
-        logps = self.policy(batch)  # [N] nats
-        loss, metrics = self.loss(logps, batch)
-        metrics["loss"] = Mean(loss.detach() * batch.global_tokens, float(len(logps)))
-        for name, (total, number) in metrics.items():
-            pair = torch.stack([total, torch.as_tensor(number).to(total)]).detach().double()
-            if batch.global_tokens == float("inf"):  # a filler that keeps the ranks in step counts for nothing
-                pair = torch.zeros_like(pair)
-            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+        if Need.MISMATCHED_LOGPS in self.loss.needs:  # type: ignore[attr-defined]
+            batch = replace(batch, mismatched_logps=mismatched_logps(self.policy, batch))
+        outputs = self.policy(batch)  # [N] nats; a Scorer's [B]; an ActorCritic's values too
+        if isinstance(outputs, tuple):
+            outputs, batch = outputs[0], replace(batch, values=outputs[1])
+        loss, metrics = self.loss(outputs, as_it_sampled(batch, outputs))
+        whole = batch.global_tokens if len(batch.target) else batch.global_sequences
+        metrics["loss"] = Mean(loss.detach() * whole, float(len(outputs)))
+        if whole == float("inf"):  # a filler that keeps the ranks in step counts for nothing
+            metrics = {name: Mean(torch.zeros_like(total), 0.0) for name, (total, _) in metrics.items()}
+        self.record(metrics)
         return loss * self.trainer.world_size * self.trainer.accumulate_grad_batches
 
+    def record(self, metrics: Mapping[str, Mean]) -> None:
+        """Add to what take_metrics will report."""
+        for name, (total, number) in metrics.items():
+            pair = torch.stack([total, torch.as_tensor(number).to(total)]).detach().double()
+            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+
     def take_metrics(self) -> dict[str, float]:
-        """The means since the last call, over micro-batches and ranks; one reduction for all of them."""
+        """The means since the last call, over micro-batches and ranks; one reduction for all of them.
+
+        What nothing was counted of (KTO's undesirable rows, where there were none) is left out.
+        """
         names = sorted(self._sums)
         sums = torch.stack([self._sums.pop(name) for name in names])
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(sums)
-        return dict(zip(names, (sums[:, 0] / sums[:, 1]).tolist(), strict=True))
+        return {name: total / number for name, (total, number) in zip(names, sums.tolist(), strict=True) if number}
 
     @torch.no_grad()
     def with_live_reference(self, reference: Policy, batch: Packed) -> Packed:
         """The batch with what the loss needs of the reference, computed now: as the paper trains."""
-        needs, weighs = self.loss.needs, hasattr(self.loss, "weights")  # type: ignore[attr-defined]
+        needs = self.loss.needs  # type: ignore[attr-defined]
         if Need.REFERENCE_LOGPS in needs:
             batch = replace(batch, reference_logps=reference(batch))
         if Need.CROSS_LOGPS in needs:
             batch = replace(batch, cross_logps=cross_logps(reference, batch))
-        if weighs:
+        if Need.MISMATCHED_LOGPS in needs:
+            batch = replace(batch, mismatched_reference_logps=mismatched_logps(reference, batch))
+        if batch.cross_rewards is not None:
             data = self.trainer.datamodule  # type: ignore[attr-defined]
             log_weights = self.loss.estimator(in_batch_table(batch), data.temperature)  # type: ignore[attr-defined]
             batch = replace(batch, weights=(log_weights - data.log_mean_weight).exp().float())
@@ -118,11 +133,21 @@ class AlignmentModule(lightning.LightningModule):
         if mesh is None or isinstance(self.policy, FSDPModule):
             return
         axis = mesh["data_parallel"]
-        names = set(self.policy.model._no_split_modules or ())
-        for block in self.policy.model.modules():
+        model: Any = self.policy.model
+        names = set(model._no_split_modules or ())
+        for block in model.modules():
             if type(block).__name__ in names:
                 fully_shard(block, mesh=axis)
         fully_shard(self.policy, mesh=axis)
+
+
+def as_it_sampled(batch: Packed, logps: Tensor) -> Packed:
+    """A rollout that trains once comes without the sampling policy's numbers: the policy has not moved since."""
+    return replace(
+        batch,
+        old_logps=logps.detach() if batch.old_logps is None else batch.old_logps,
+        old_values=batch.values.detach() if batch.values is not None and batch.old_values is None else batch.old_values,
+    )
 
 
 def cross_logps(policy: Policy, batch: Packed) -> Tensor:
@@ -132,6 +157,18 @@ def cross_logps(policy: Policy, batch: Packed) -> Tensor:
     responses = [row[start:] for row, start in zip(ids, starts, strict=True)]
     tree = pack_tree(prompts, [responses] * len(prompts)).to(batch.input_ids.device)
     return tree.sum_by_sequence(policy(tree)).view(len(batch), len(batch))
+
+
+@torch.no_grad()
+def mismatched_logps(policy: Callable[[Packed], Tensor], batch: Packed) -> Tensor:
+    """[B] nats, summed: log π(y_{i+1}|x_i), the next sequence's response under each prompt (KTO's estimate of a KL)."""
+    ids, starts = sequences_of(batch)
+    responses = [row[start:] for row, start in zip(ids, starts, strict=True)]
+    rows = [
+        row[:start] + response for row, start, response in zip(ids, starts, [*responses[1:], responses[0]], strict=True)
+    ]
+    packed = pack(rows, starts).to(batch.input_ids.device)
+    return packed.sum_by_sequence(policy(packed))
 
 
 def sequences_of(batch: Packed) -> tuple[list[list[int]], list[int]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +27,10 @@ class Packed:
     predictor: [N] index into the T tokens: the position whose logits predict the response token.
     target: [N] the response tokens. sequence: [N] their sequence, 0..B-1. length: [B] response tokens.
     group: [B] the prompt a sequence answers, 0..G-1. ids: [B] names for messages.
-    global_tokens, global_sequences: of the whole optimiser step, over ranks and accumulation: the loss's divisors.
-    The rest is what losses ask for (needs.py), absent where none does.
+    global_tokens, global_sequences, global_groups: of the whole optimiser step, over ranks and accumulation: the
+    loss's divisors. Groups are pairs where the loss compares pairs.
+    The rest is what losses ask for (needs.py), absent where none does. weights, rewards, advantages [B]; cross_*
+    [B, B]; *_logps [N], of the response tokens, but mismatched_* [B], summed; values [N], which may hold a gradient.
     """
 
     input_ids: Tensor
@@ -41,11 +44,19 @@ class Packed:
     ids: tuple[str, ...]
     global_tokens: float = 1.0
     global_sequences: float = 1.0
+    global_groups: float = 1.0
     weights: Tensor | None = None
     rewards: Tensor | None = None
     cross_rewards: Tensor | None = None
     reference_logps: Tensor | None = None
     cross_logps: Tensor | None = None
+    advantages: Tensor | None = None
+    desirable: Tensor | None = None
+    mismatched_logps: Tensor | None = None
+    mismatched_reference_logps: Tensor | None = None
+    old_logps: Tensor | None = None
+    values: Tensor | None = None
+    old_values: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.length)
@@ -122,6 +133,30 @@ def pack_tree(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[Seq
             group.append(i)
             lengths.append(len(branch))
     return _packed(tokens, positions, segments, predictor, target, lengths, group)
+
+
+def whole(
+    ids: Sequence[Sequence[int]],
+    names: Sequence[str] | None = None,
+    group: Sequence[int] | None = None,
+    **extra: Any,
+) -> Packed:
+    """Whole sequences in one row, for a Scorer: nothing is response, every token is seen."""
+    lengths = [len(row) for row in ids]
+    bounds = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    empty = torch.zeros(0, dtype=torch.long)
+    return Packed(
+        input_ids=torch.tensor([token for row in ids for token in row]),
+        position_ids=torch.cat([torch.arange(n) for n in lengths]),
+        segments=tuple(Segment(a, b) for a, b in pairwise(bounds)),
+        predictor=empty,
+        target=empty,
+        sequence=empty,
+        length=torch.zeros(len(lengths), dtype=torch.long),
+        group=torch.tensor(list(group) if group is not None else range(len(lengths))),
+        ids=tuple(names) if names is not None else tuple(str(i) for i in range(len(lengths))),
+        **extra,
+    )
 
 
 def _packed(

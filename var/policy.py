@@ -29,26 +29,60 @@ class Policy(nn.Module):
 
     def forward(self, batch: Packed) -> Tensor:
         """Returns [N] nats, in the order of batch.target."""
-        hidden = hidden_states(self.model.base_model, batch)[batch.predictor]
+        return self.logps(self.predicting(batch), batch)
+
+    def predicting(self, batch: Packed) -> Tensor:
+        """[N, H]: the hidden state before each response token."""
+        return hidden_states(self.model.base_model, batch)[batch.predictor]
+
+    def logps(self, hidden: Tensor, batch: Packed) -> Tensor:
+        """[N] nats, of what `predicting` returned."""
         return token_logps(hidden, self.model.get_output_embeddings().weight, batch.target)
 
-    @contextmanager
-    def whole(self) -> Iterator[None]:
-        """Within, the model can be called past this forward (sampling does): FSDP's own parameters are gathered."""
-        if not isinstance(self, FSDPModule):
-            yield
-            return
-        self.unshard()
-        try:
-            yield
-        finally:
-            self.reshard()
-
     @torch.no_grad()
-    def prompt_features(self, batch: Packed) -> Tensor:
-        """[B, 2H]: the last and the mean hidden state of each packed segment, for a value estimate of the prompt."""
+    def prompt_states(self, batch: Packed) -> list[Tensor]:
+        """[T, H] of each packed segment: its hidden states, for a value estimate of the prompt."""
         hidden = hidden_states(self.model.base_model, batch)
-        return torch.stack([torch.cat([hidden[s.stop - 1], hidden[s.start : s.stop].mean(0)]) for s in batch.segments])
+        return [hidden[s.start : s.stop] for s in batch.segments]
+
+    def prompt_features(self, batch: Packed) -> Tensor:
+        """[B, 2H]: the last and the mean hidden state of each packed segment."""
+        return torch.stack([torch.cat([states[-1], states.mean(0)]) for states in self.prompt_states(batch)])
+
+
+class ActorCritic(nn.Module):
+    """A policy and a value head on its hidden states, for PPO: forward(batch) is both, one value a response token."""
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__()
+        self.policy = policy
+        self.head = nn.Linear(policy.model.config.hidden_size, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    @property
+    def model(self) -> Any:
+        return self.policy.model
+
+    def forward(self, batch: Packed) -> tuple[Tensor, Tensor]:
+        """Returns [N] nats and [N] reward units, the value of the state before each response token."""
+        hidden = self.policy.predicting(batch)
+        with torch.autocast(hidden.device.type, enabled=False):
+            values = self.head(hidden.to(self.head.weight.dtype))[:, 0]
+        return self.policy.logps(hidden, batch), values
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Within, a part of a module can be called past its forward (sampling does): FSDP's parameters are gathered."""
+    if not isinstance(module, FSDPModule):
+        yield
+        return
+    module.unshard()
+    try:
+        yield
+    finally:
+        module.reshard()
 
 
 class Scorer(nn.Module):

@@ -110,15 +110,31 @@ class Pretrained:
         """The transformers model, dropout off, on the CPU, in evaluation mode."""
         from transformers import AutoModelForCausalLM
 
+        return self._ready(AutoModelForCausalLM.from_pretrained(self.folder, **self._options))
+
+    def load_scorer(self) -> Any:
+        """The model with one label in place of its head; a new head is zero, so that scores start equal."""
+        from transformers import AutoModelForSequenceClassification
+
+        tokenizer = self.chat.tokenizer
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        model, found = AutoModelForSequenceClassification.from_pretrained(
+            self.folder, num_labels=1, pad_token_id=pad, output_loading_info=True, **self._options
+        )
+        if "score.weight" in found["missing_keys"]:
+            torch.nn.init.zeros_(model.score.weight)
+        return self._ready(model)
+
+    @property
+    def _options(self) -> dict[str, Any]:
         import var.logprobs  # noqa: F401  registers the packed attention
 
-        model = AutoModelForCausalLM.from_pretrained(
-            self.folder,
-            dtype=getattr(torch, self.dtype),
-            attn_implementation=self.attention,
-            trust_remote_code=self.trust_remote_code,
-            use_safetensors=True,
-        )
+        return {
+            "dtype": getattr(torch, self.dtype), "attn_implementation": self.attention,
+            "trust_remote_code": self.trust_remote_code, "use_safetensors": True,
+        }  # fmt: skip
+
+    def _ready(self, model: Any) -> Any:
         for dropout in model.modules():
             if isinstance(dropout, torch.nn.Dropout):
                 dropout.p = 0.0
@@ -197,7 +213,8 @@ def export(
     """Write the model in Hugging Face form with tokenizer, chat template and a model card that says how it was made."""
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    policy_model.generation_config.eos_token_id = chat.end_token
+    if policy_model.can_generate():
+        policy_model.generation_config.eos_token_id = chat.end_token
     attention = policy_model.config._attn_implementation
     policy_model.config._attn_implementation = "sdpa"  # `packed` is known to this project alone
     policy_model.save_pretrained(partial, state_dict=state)

@@ -60,7 +60,10 @@ def show(summary: Mapping[str, Any], title: str) -> None:
     def estimate(value: Mapping[str, float] | None, digits: int = 3) -> str:
         return "–" if value is None else f"{value['mean']:.{digits}f} ± {value['se']:.{digits}f}"
 
-    if validation:
+    if "accuracy" in validation:
+        accuracy = validation["accuracy"]
+        table.add_row("accuracy on held-out pairs", estimate(accuracy["before"]), estimate(accuracy["after"]))
+    elif validation:
         reward, length = validation["reward"], validation["length"]
         table.add_row("validation reward", estimate(reward["before"]), estimate(reward["after"]))
         table.add_row("its gain, paired by prompt", "", estimate(reward["gain"]))
@@ -113,14 +116,15 @@ def table(folders: Sequence[Path]) -> str:
         done = json.loads((folder / "summary.json").read_text())
         overrides = (folder / ".hydra" / "overrides.yaml").read_text().replace("- ", "").split("\n")
         told = " ".join(o for o in overrides if o.startswith(("loss", "seed", "data.responses", "reward"))) or "default"
-        reward, length = done["validation"]["reward"], done["validation"]["length"]
+        reward = done["validation"].get("reward") or done["validation"].get("accuracy") or {}
+        length = done["validation"].get("length") or {}
 
         def cell(value: Mapping[str, float] | None, digits: int = 3) -> str:
             return "–" if value is None else f"{value['mean']:.{digits}f} ± {value['se']:.{digits}f}"
 
         ess = "–" if done["ess"] is None else f"{done['ess']:.2f}"
-        cells = [f"`{told}`", str(done["steps"]), cell(reward["before"]), cell(reward["after"]), cell(reward["gain"])]
-        lines.append("| " + " | ".join([*cells, cell(done["kl"], 2), cell(length["after"], 1), ess]) + " |")
+        cells = [f"`{told}`", str(done["steps"]), *(cell(reward.get(when)) for when in ("before", "after", "gain"))]
+        lines.append("| " + " | ".join([*cells, cell(done["kl"], 2), cell(length.get("after"), 1), ess]) + " |")
     return "\n".join(lines)
 
 

@@ -14,15 +14,17 @@ from safetensors.torch import load_file, save_file
 
 from var.annotate.fill import Annotator, Ranks, Reference, Unfilled, with_responses
 from var.annotate.store import Store
+from var.annotate.values import ValueHead
 from var.data.plan import make_plan
 from var.data.rows import Response, Row, Rows, read
 from var.data.sequences import Sequences, choose, encode
 from var.generate import Sampling
-from var.packing import Packed, pack
+from var.packing import Packed, pack, whole
 from var.policy import Policy
 from var.pretrained import Pretrained
 from var.problems import UserError
 from var.rewards.programmatic import ExactNumber
+from var.rewards.scale import Scale
 from var.rewards.score import Score
 
 SAMPLING = Sampling(responses=2, temperature=1.0, top_p=1.0, max_new_tokens=4, batch=4, seed=0)
@@ -179,6 +181,77 @@ def test_8_by_8_serves_4_by_4_and_2_by_2(tiny_folder, tmp_path):
             assert np.array_equal(two.cross_rewards(rows, sequences, micro)[m], rewards[block, block])
         assert two.computed == {}
         assert "policy" not in vars(two.reference)  # the model was not even loaded
+
+
+def test_mismatched_logps_are_those_of_the_next_response(tiny_folder, tmp_path, alone):
+    """[m, b] is log π_ref(y_{b+1}|x_b), the last with the first, within each micro-batch; a short one goes round among
+    those that are there, and holds 0 where it is short. Pairs that cross_logps brought are read."""
+    one = annotator(tiny_folder, tmp_path)
+    _, sequences = data(one)
+    micro = plan(sequences, 3)
+    found = one.mismatched_logps(sequences, micro)
+    assert (found.shape, found.dtype) == ((3, 3), torch.float64)
+    assert (micro[:2] >= 0).all()
+    assert micro[2, 2] == -1
+    for members, row in zip(micro, found, strict=True):
+        members = members[members >= 0]
+        for b, member in enumerate(members):
+            following = members[(b + 1) % len(members)]
+            assert_allclose(row[b], alone(parts(sequences, member)[0], parts(sequences, following)[1]).sum(), atol=1e-4)
+    assert found[2, 2] == 0
+    assert one.computed == {"Cross log-probabilities": 8}
+    one.cross_logps(sequences, micro)
+    again = annotator(tiny_folder, tmp_path, annotate="refuse").mismatched_logps(sequences, micro)
+    assert torch.equal(again, found)
+
+
+HEAD = ValueHead(
+    development_prompts=2, epochs=3, learning_rate=1e-2, heads=4, batch=2, lowest=0.0, largest=200.0, seed=0
+)
+
+
+def test_values_are_the_heads_of_each_groups_prompt_and_are_stored(tiny_folder, tmp_path):
+    """The head is fitted on the mean reward, on the run's scale, of the reference's answers to the development prompts.
+    A second call computes nothing; another head, other development prompts or another scale are other values."""
+    one = annotator(tiny_folder, tmp_path)
+    _, sequences = data(one, ROWS[2:])
+    development = read(Given(ROWS[:2]), one.cache)
+    found = one.values(HEAD, development, sequences, SAMPLING, Scale())
+    assert found.shape == (4,)
+    assert one.computed == {"Sampling candidates": 2, "Scoring candidates": 4, "Values": 4}
+
+    texts = one.sampled(development, SAMPLING)
+    means = torch.tensor([
+        sum(one.reward([row.prompt] * 2, [text for text, _ in several], [row.answer] * 2)) / 2
+        for row, several in zip(ROWS, texts, strict=False)
+    ])  # fmt: skip
+    policy = Policy(one.reference.pretrained.load())
+
+    def states(prompts: list[list[int]]) -> list[torch.Tensor]:
+        return [policy.prompt_states(whole([prompt]))[0] for prompt in prompts]
+
+    head = HEAD.fit(states([one.chat.prompt(row.prompt) for row in ROWS[:2]]), means)
+    for i in range(len(sequences)):
+        expected = HEAD.predict(head, states([parts(sequences, i)[0]]))
+        assert_allclose(found[sequences.group[i]], expected[0], rtol=1e-4)
+    assert len(set(found.tolist())) == 4
+
+    two = annotator(tiny_folder, tmp_path, annotate="refuse")
+    assert two.values(HEAD, development, sequences, SAMPLING, Scale()).tolist() == found.tolist()
+    assert two.computed == {}
+    assert "policy" not in vars(two.reference)
+    three = annotator(tiny_folder, tmp_path)
+    three.values(replace(HEAD, seed=1), development, sequences, SAMPLING, Scale())
+    three.values(HEAD, read(Given(ROWS[1:2]), three.cache), sequences, SAMPLING, Scale())
+    three.values(HEAD, development, sequences, SAMPLING, Scale(kind="sigmoid"))
+    assert three.computed == {"Values": 12}
+
+
+def test_values_need_a_reward_of_text(tiny_folder, tmp_path):
+    one = annotator(tiny_folder, tmp_path, Score())
+    rows, sequences = data(one)
+    with pytest.raises(UserError, match=r"reward=score reads only the data's own"):
+        one.values(HEAD, rows, sequences, SAMPLING, Scale())
 
 
 def everything(one: Annotator) -> list[Any]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from var.problems import UserError
-from var.rewards.programmatic import ExactNumber, Sentiment
+from var.rewards.programmatic import ExactNumber, NearNumber, Sentiment
 from var.rewards.scale import Scale
 from var.rewards.score import Score
 
@@ -47,16 +47,31 @@ def test_exact_number_of_many_keeps_the_order():
     assert ExactNumber()([PROMPT] * 3, ["1", "2", "3"], ["1", "1", "3"]) == [1.0, 0.0, 1.0]
 
 
+@pytest.mark.parametrize(
+    ("text", "answer", "expected"),
+    [
+        ("7", "7", 1.0),
+        ("it is 5", "7", 0.75),
+        ("9 or 8", "7", 0.875),
+        ("-3", "0", 0.0),
+        ("none", "0", 0.0),
+        ("99", "7", 0),
+    ],
+)
+def test_near_number_falls_with_the_distance_over_one_plus_the_answer(text, answer, expected):
+    assert NearNumber()([PROMPT], [text], [answer]) == [expected]
+
+
 def test_a_row_without_an_answer_is_an_error():
     with pytest.raises(UserError) as error:
         ExactNumber()([PROMPT] * 2, ["1", "2"], ["1", None])
-    assert str(error.value) == "reward=exact_number compares with a row's `answer`; these rows have none"
+    assert str(error.value) == "this reward compares with a row's `answer`; these rows have none"
 
 
 def test_an_answer_that_is_no_number_is_an_error_that_names_it():
     with pytest.raises(UserError) as error:
         ExactNumber()([PROMPT] * 3, ["1", "2", "3"], ["1", "yes", "#### 3"])
-    assert str(error.value) == "reward=exact_number compares with a number, and a row's `answer` is 'yes'"
+    assert str(error.value) == "this reward compares with a number, and a row's `answer` is 'yes'"
 
 
 def test_sentiment_is_the_compound_score():

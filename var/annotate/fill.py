@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -13,16 +13,18 @@ import pyarrow as pa
 import torch
 
 from var.annotate.store import Keys, Shelf, Store, as_keys
+from var.annotate.values import ValueHead
 from var.data import rows as rows_module
 from var.data.chat import Chat
 from var.data.rows import Message, Response, Row, Rows, content_hash
 from var.data.sequences import Sequences
 from var.generate import Sampling, sample
-from var.packing import pack, pack_tree
+from var.packing import pack, pack_tree, whole
 from var.policy import Policy
 from var.pretrained import Pretrained
 from var.problems import Problems, UserError
 from var.progress import stage
+from var.rewards.scale import Scale
 
 TOKENS = 4096  # packed tokens of one scoring pass
 SHARD = 2048  # items of one shard; a killed run computes at most so many again
@@ -238,8 +240,24 @@ class Annotator:
 
     def cross_logps(self, sequences: Sequences, micro: np.ndarray) -> np.ndarray:
         """[M, B, B] nats: log π_ref(y_j|x_i), summed over tokens, of each micro-batch; 0 where it is short."""
-        shelf = self.store.shelf("cross_logps", self.reference.identity, pa.float64())
         pairs, place = _pairs(micro)
+        return _matrix(self._pair_logps(sequences, pairs), micro, place)
+
+    def mismatched_logps(self, sequences: Sequences, micro: np.ndarray) -> torch.Tensor:
+        """[M, W] nats: the reference's log-probability of the next response of a micro-batch under each prompt."""
+        following = np.full_like(micro, -1)
+        for m, members in enumerate(micro):
+            members = members[members >= 0]
+            following[m, : len(members)] = np.roll(members, -1)
+        place = micro >= 0  # absent members stand last
+        out = torch.zeros(micro.shape, dtype=torch.float64)
+        pairs = np.stack([micro[place], following[place]], axis=1)
+        out[torch.from_numpy(place)] = torch.from_numpy(self._pair_logps(sequences, pairs).copy())
+        return out
+
+    def _pair_logps(self, sequences: Sequences, pairs: np.ndarray) -> np.ndarray:
+        """[P] nats: the reference's summed log-probability of response j under the prompt of i, for pairs [P, 2]."""
+        shelf = self.store.shelf("cross_logps", self.reference.identity, pa.float64())
         tokens = {int(i): sequences.tokens(i)[:2] for i in np.unique(pairs)}
         keys = as_keys(
             [_token_key(tokens[i][0][: tokens[i][1]], tokens[j][0][tokens[j][1] :]) for i, j in pairs.tolist()]
@@ -271,8 +289,7 @@ class Annotator:
                 advance(len(batch))
             return [out[i] for i in indices]
 
-        values = self._bring(shelf, "Cross log-probabilities", "pairs", keys, compute)
-        return _matrix(values.to_numpy(), micro, place)
+        return self._bring(shelf, "Cross log-probabilities", "pairs", keys, compute).to_numpy()
 
     def cross_rewards(self, rows: Rows, sequences: Sequences, micro: np.ndarray) -> np.ndarray:
         """[M, B, B] raw rewards r(x_i, y_j) of each micro-batch; 0 where it is short."""
@@ -293,6 +310,62 @@ class Annotator:
         triples = Triples(rows, rows_of[pairs[:, 0]], rows_of[pairs[:, 1]], response_of[pairs[:, 1]])
         return _matrix(self.score(triples, "Cross scoring"), micro, place)
 
+    def candidates(self, rows: Rows, sampling: Sampling) -> np.ndarray:
+        """[R, K] raw rewards of K sampled responses to each row's prompt, the empty ones too."""
+        if not self.reward.scores_text:
+            raise UserError(
+                "this loss rewards responses that the reference samples, and reward=score reads only the data's own; "
+                "choose a reward that scores text"
+            )
+        texts = self.sampled(rows, sampling, "Sampling candidates")
+        triples = [
+            (row.prompt, text, row.answer) for row, several in zip(rows, texts, strict=True) for text, _ in several
+        ]
+        return self.score(triples, "Scoring candidates").reshape(len(rows), sampling.responses)
+
+    def values(
+        self, head: ValueHead, development: Rows, sequences: Sequences, sampling: Sampling, scale: Scale
+    ) -> np.ndarray:
+        """[G] V(x): the reference's expected reward of each group's prompt, by a head on its hidden states.
+
+        The head is fitted on the rewards of the reference's own answers to `development`, prompts that do not train.
+        """
+        rewards = torch.from_numpy(scale(self.candidates(development, sampling)).mean(1)).float()
+        identity = {
+            "reference": self.reference.identity, "reward": self.reward.identity, "scale": scale.describe(),
+            "sampling": sampling.identity, "head": asdict(head),
+            "development": [bytes(key).hex() for key in development.keys],
+        }  # fmt: skip
+        first = np.unique(sequences.group, return_index=True)[1]
+        prompts = [ids[:start] for ids, start, _ in map(sequences.tokens, first.tolist())]
+        fitted: list[torch.nn.Module] = []
+
+        def compute(indices: np.ndarray, advance: Callable[[int], None]) -> list[float]:
+            if not fitted:
+                states = self._states([self.chat.prompt(row.prompt) for row in development])
+                fitted.append(head.fit(states, rewards))
+            out: list[float] = []
+            for begin in range(0, len(indices), 64):
+                some = indices[begin : begin + 64]
+                out.extend(head.predict(fitted[0], self._states([prompts[i] for i in some])).tolist())
+                advance(len(some))
+            return out
+
+        shelf = self.store.shelf("values", identity, pa.float32())
+        keys = as_keys([_token_key(prompt, ()) for prompt in prompts])
+        return self._bring(shelf, "Values", "prompts", keys, compute).to_numpy()
+
+    @torch.inference_mode()
+    def _states(self, prompts: list[list[int]]) -> list[torch.Tensor]:
+        """[T, H] each, float32 on the CPU: the reference's last hidden states of prompts."""
+        out: dict[int, torch.Tensor] = {}
+        for batch in _budget(np.arange(len(prompts)), list(map(len, prompts))):
+            packed = whole([prompts[i] for i in batch]).to(self.reference.device)
+            with self.reference.precision():
+                states = self.reference.policy.prompt_states(packed)
+            out.update(zip(batch, (part.float().cpu() for part in states), strict=True))
+        return [out[i].clone() for i in range(len(prompts))]
+
     def features(self, sequences: Sequences) -> np.ndarray:
         """[G, 2H] float32: the reference's last and mean hidden state of each group's prompt."""
         groups = int(sequences.group.max()) + 1
@@ -307,8 +380,6 @@ class Annotator:
 
         @torch.inference_mode()
         def compute(indices: np.ndarray, advance: Callable[[int], None]) -> list[np.ndarray]:
-            from var.rewards.classifier import whole
-
             out: dict[int, np.ndarray] = {}
             for batch in _budget(indices, [len(prompts[i]) for i in indices]):
                 packed = whole([prompts[i] for i in batch]).to(self.reference.device)
@@ -343,7 +414,7 @@ def with_responses(rows: Rows, texts: list[list[tuple[str, bool]]], cache: Path)
             counts["sampled responses"] += len(several)
             counts["sampled responses left out as empty"] += len(several) - len(responses)
             counts["sampled responses cut"] += sum(not r.finished for r in responses)
-            out.append(replace(row, responses=tuple(responses)))
+            out.append(replace(row, responses=tuple(responses), ordered=False))
         return out
 
     target = cache / "rows" / content_hash(rows.table._fingerprint, texts).hex()

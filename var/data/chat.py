@@ -66,6 +66,16 @@ class Chat:
         special = set(self.tokenizer.all_special_ids)
         return int(next((token for token in tokens if token in special), tokens[0]))
 
+    @cached_property
+    def tail(self) -> list[int]:
+        """The tokens that the template writes after the end token; a reward model reads them too."""
+        tokens = list(self._tokens(self.suffix)["input_ids"])
+        return tokens[tokens.index(self.end_token) + 1 :]
+
+    def closed(self, ids: list[int]) -> list[int]:
+        """The tokens of a whole rendered row, of `encode`'s ids: the form that a reward model scores."""
+        return [*ids, *([] if ids[-1] == self.end_token else [self.end_token]), *self.tail]
+
     def render(self, prompt: Sequence[Message]) -> str:
         """The prompt as text, up to where the response begins."""
         return self._template(prompt, add_generation_prompt=True)

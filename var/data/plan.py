@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -12,9 +12,18 @@ from var.problems import UserError
 ABSENT = -1  # fills the last, short micro-batch
 
 
+class Share(NamedTuple):
+    """A micro-batch, and the response tokens, sequences and units of its whole optimiser step."""
+
+    micro_batch: int
+    tokens: float
+    sequences: float
+    units: float
+
+
 @dataclass(frozen=True)
 class Plan:
-    """micro: [M, B] units of each micro-batch (a unit is a sequence, or a pair where the loss compares pairs).
+    """micro: [M, B] units of each micro-batch: a sequence, or what the loss compares, a pair or all of a prompt's.
 
     tokens, sequences: [M] response tokens and sequences of each micro-batch.
     content: a hash of the units' tokens.
@@ -55,21 +64,22 @@ class Plan:
         shuffled = steps[np.random.default_rng([self.seed, epoch]).permutation(whole)].ravel()
         return np.concatenate([shuffled, order[whole * self.window :]])
 
-    def batches(self, epoch: int, rank: int, world: int) -> Iterator[tuple[int, float, float]]:
-        """This rank's micro-batches of an epoch, each with the response tokens and sequences of its whole step.
+    def batches(self, epoch: int, rank: int, world: int) -> Iterator[Share]:
+        """This rank's micro-batches of an epoch.
 
-        Yields (micro-batch, tokens, sequences). Where a short step leaves a rank without one, it gets the step's
-        last micro-batch again with infinite divisors: it counts for nothing, and the ranks stay in step.
+        Where a short step leaves a rank without one, it gets the step's last micro-batch again with infinite
+        divisors: it counts for nothing, and the ranks stay in step.
         """
         order = self.epoch(epoch)
         for begin in range(0, len(order), self.window):
             step = order[begin : begin + self.window]
-            tokens, sequences = float(self.tokens[step].sum()), float(self.sequences[step].sum())
+            units = float((self.micro[step] != ABSENT).sum())
+            totals = (float(self.tokens[step].sum()), float(self.sequences[step].sum()), units)
             for at in range(0, len(step), world):
                 if at + rank < len(step):
-                    yield int(step[at + rank]), tokens, sequences
+                    yield Share(int(step[at + rank]), *totals)
                 else:
-                    yield int(step[-1]), float("inf"), float("inf")
+                    yield Share(int(step[-1]), *[float("inf")] * 3)
 
     def length(self, world: int) -> int:
         """Micro-batches of one rank in an epoch."""
@@ -79,7 +89,7 @@ class Plan:
 
 def make_plan(
     tokens: np.ndarray,
-    sequences_per_unit: int,
+    sequences_per_unit: int | np.ndarray,
     micro_batch: int,
     global_batch: int,
     seed: int,
@@ -87,7 +97,9 @@ def make_plan(
     short_window: Literal["keep", "drop"],
     content: str = "",
 ) -> Plan:
-    """Shuffle the units, split them into micro-batches of exactly B. tokens: [units] response tokens of each.
+    """Shuffle the units, split them into micro-batches of exactly B.
+
+    tokens: [units] response tokens of each. sequences_per_unit: one number, or [units].
 
     B = 2, 4, 8 of one seed nest: a micro-batch of 8 is two of 4.
     """
@@ -115,12 +127,34 @@ def make_plan(
             "data.micro_batch and data.global_batch, or set data.short_micro_batch=keep data.short_window=keep"
         )
     present = micro != ABSENT
+    sizes = np.broadcast_to(sequences_per_unit, n)
     return Plan(
         micro=micro,
         tokens=np.where(present, np.asarray(tokens)[micro], 0).sum(1),
-        sequences=present.sum(1) * sequences_per_unit,
+        sequences=np.where(present, sizes[micro], 0).sum(1),
         window=window,
         seed=seed,
         content=content,
         dropped=n - int(present.sum()),
     )
+
+
+def draw(advantages: np.ndarray, kind: Literal["all", "uniform", "priority"], seed: int) -> np.ndarray:
+    """Indices of the rows that train, by their advantages [n], as A-LoL draws them; the plan orders them after.
+
+    all: every row. uniform: those of A > 0, once each. priority: as many draws as there are rows of A > 0, with
+    replacement, ∝ max(A, 0).
+    """
+    positive = np.flatnonzero(advantages > 0)
+    if not len(positive):
+        raise UserError(
+            "no response's reward is above V(x), the reference's expected reward at its prompt: no advantage is "
+            "positive, and nothing would be learnt; use another reward, responses or loss.value"
+        )
+    if kind == "all":
+        return np.arange(len(advantages))
+    if kind == "uniform":
+        return positive
+    odds = np.asarray(advantages[positive], dtype=np.float64)
+    # [seed, 0, 1]: neither the stream of the plan's first order, [seed], nor that of an epoch, [seed, epoch]
+    return np.random.default_rng([seed, 0, 1]).choice(positive, size=len(positive), p=odds / odds.sum())

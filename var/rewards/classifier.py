@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from var.data.rows import Message
-from var.packing import Packed, Segment
+from var.packing import whole
 from var.policy import Scorer
 from var.problems import UserError
 
@@ -112,21 +111,3 @@ class Classifier:
         if bos and ids[:2] == [self._tokenizer.bos_token_id] * 2:
             raise UserError(f"two BOS tokens ({bos}) at the start: the reward model's template writes one twice")
         return ids
-
-
-def whole(ids: Sequence[Sequence[int]]) -> Packed:
-    """Whole sequences in one row, for a Scorer: nothing is response, every token is seen."""
-    lengths = [len(row) for row in ids]
-    bounds = [0, *torch.tensor(lengths).cumsum(0).tolist()]
-    empty = torch.zeros(0, dtype=torch.long)
-    return Packed(
-        input_ids=torch.tensor([token for row in ids for token in row]),
-        position_ids=torch.cat([torch.arange(n) for n in lengths]),
-        segments=tuple(Segment(a, b) for a, b in pairwise(bounds)),
-        predictor=empty,
-        target=empty,
-        sequence=empty,
-        length=torch.zeros(len(lengths), dtype=torch.long),
-        group=torch.arange(len(lengths)),
-        ids=tuple(str(i) for i in range(len(lengths))),
-    )

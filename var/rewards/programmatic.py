@@ -25,16 +25,43 @@ class ExactNumber:
     def __call__(
         self, prompts: Sequence[Sequence[Message]], responses: Sequence[str], answers: Sequence[str | None]
     ) -> list[float]:
-        if any(answer is None for answer in answers):
-            raise UserError("reward=exact_number compares with a row's `answer`; these rows have none")
-        return [float(_last_number(text) == _number(answer)) for text, answer in zip(responses, answers, strict=True)]
+        return [float(found == wanted) for found, wanted in _numbers(responses, answers)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NearNumber:
+    """How near the last number n of the response is to the row's answer a: 1 − |n − a|/(1 + |a|), at least 0.
+
+    0 where there is no number. Graded, so that of two wrong answers one is better.
+    """
+
+    scores_text = True
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"program": "near_number", "version": 1}
+
+    def __call__(
+        self, prompts: Sequence[Sequence[Message]], responses: Sequence[str], answers: Sequence[str | None]
+    ) -> list[float]:
+        return [
+            0.0 if found is None else max(0.0, 1 - abs(found - wanted) / (1 + abs(wanted)))
+            for found, wanted in _numbers(responses, answers)
+        ]
+
+
+def _numbers(responses: Sequence[str], answers: Sequence[str | None]) -> list[tuple[float | None, float]]:
+    """The last number of each response, and the one that its row wants."""
+    if any(answer is None for answer in answers):
+        raise UserError("this reward compares with a row's `answer`; these rows have none")
+    return [(_last_number(text), _number(answer)) for text, answer in zip(responses, answers, strict=True)]
 
 
 def _number(answer: str | None) -> float:
     try:
         return float((answer or "").replace(",", ""))
     except ValueError:
-        raise UserError(f"reward=exact_number compares with a number, and a row's `answer` is {answer!r}") from None
+        raise UserError(f"this reward compares with a number, and a row's `answer` is {answer!r}") from None
 
 
 def _last_number(text: str) -> float | None:

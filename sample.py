@@ -1,0 +1,56 @@
+"""Answers of a model to the data's prompts, rewarded, as rows to train on: `python sample.py init=runs/… out=rows.jsonl`."""
+
+import hydra
+from omegaconf import DictConfig
+
+from var import config
+
+
+@hydra.main(version_base="1.3", config_path=config.FOLDER, config_name="sample")
+def main(cfg: DictConfig) -> None:
+    """K responses to every prompt, held-out ones too (the same seed holds them out again), from the reference."""
+    import json
+    from pathlib import Path
+
+    import numpy as np
+    from omegaconf import OmegaConf, open_dict
+
+    from var.build import Run
+    from var.data.rows import read
+    from var.problems import UserError
+    from var.progress import say
+
+    if OmegaConf.is_missing(cfg, "out"):
+        raise UserError("out must be given: out=rows.jsonl")
+    out = Path(cfg.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open_dict(cfg):
+        del cfg.out
+    run = Run.compose(cfg, Path("."))
+    run.annotator.check()
+    rows = read(run.data.source, run.annotator.cache)
+    if run.data.settings.limit is not None:
+        rows = rows.select(np.arange(min(run.data.settings.limit, len(rows))))
+    texts = run.annotator.sampled(rows, run.data.sampling)
+    scores = run.annotator.candidates(rows, run.data.sampling) if run.annotator.reward.scores_text else None
+    written, empty = 0, 0
+    partial = out.with_name(f"{out.name}.partial")
+    with partial.open("w") as file:
+        for i, (row, several) in enumerate(zip(rows, texts, strict=True)):
+            responses = [
+                {"text": text, "finished": finished, "source": cfg.init or cfg.model.path}
+                | ({} if scores is None else {"score": float(scores[i, k])})
+                for k, (text, finished) in enumerate(several)
+            ]
+            kept = [response for response in responses if response["text"].strip()]
+            empty += len(responses) - len(kept)
+            written += len(kept)
+            if kept:
+                record = {"id": row.id, "prompt": row.prompt, "responses": kept, "answer": row.answer}
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    partial.replace(out)
+    say(f"{written} responses to {len(rows)} prompts in {out}; left out, as empty: {empty}")
+
+
+if __name__ == "__main__":
+    config.run(main, "sample")

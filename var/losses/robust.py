@@ -1,0 +1,40 @@
+"""Robust DPO (Chowdhury et al., arXiv 2403.00409): DPO's loss, made unbiased for labels flipped at a known rate."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from var.losses.dpo import log_ratios, pair_metrics
+from var.losses.weighted import Metrics
+from var.needs import Need
+from var.packing import Packed
+from var.problems import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Robust:
+    """beta: β > 0, the KL coefficient. label_smoothing: ε, the rate at which labels are flipped, in (0, 1/2).
+
+    The expectation over flips is DPO's loss on the true labels; conservative DPO (loss=dpo) is biased towards ties.
+    The price: there is no minimum, the slope in the margin h tending to −β ε / (1 − 2ε) and never to 0.
+    """
+
+    beta: float = 0.1
+    label_smoothing: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not self.beta > 0 or not 0 < self.label_smoothing < 0.5:
+            raise UserError("loss.beta is β > 0 and loss.label_smoothing lies in (0, 0.5); for 0 use loss=dpo")
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({Need.PAIRS, Need.REFERENCE_LOGPS})
+
+    def __call__(self, logps: Tensor, batch: Packed) -> tuple[Tensor, Metrics]:
+        """logps: [N] nats; the batch's sequences alternate, better and worse. Mean over the step's pairs."""
+        ratio = log_ratios(logps, batch)
+        margin = self.beta * (ratio[0::2] - ratio[1::2])
+        flipped = self.label_smoothing
+        losses = (flipped * logsigmoid(-margin) - (1 - flipped) * logsigmoid(margin)) / (1 - 2 * flipped)
+        return losses.sum() / (batch.global_sequences / 2), pair_metrics(logps, batch, self.beta * ratio)
