@@ -1,4 +1,4 @@
-"""Answers of a model to the data's prompts, rewarded, as rows to train on: `python sample.py init=runs/… out=rows.jsonl`."""
+"""A model's answers to the data's prompts, rewarded, as rows: `python sample.py init=runs/… out=rows.jsonl`."""
 
 import hydra
 from omegaconf import DictConfig

@@ -244,7 +244,7 @@ def test_value_is_capped_in_units_of_the_mean():
 
 
 def sampled() -> Table:
-    """e^{r/λ} of the rows 2, 6, 9, of prompts 1, 0, 1; of the candidates 4, 8 to prompt 0 and 1, 3 to prompt 1. λ = 1/2."""
+    """e^{r/λ} of the rows 2, 6, 9, of prompts 1, 0, 1; of the candidates 4, 8 of prompt 0 and 1, 3 of 1. λ = 1/2."""
     candidates = torch.tensor([[4.0, 8.0], [1.0, 3.0]], dtype=torch.float64).log() / 2
     return table(f64(2.0, 6.0, 9.0).log() / 2, group=[1, 0, 1], candidates=candidates)
 

@@ -216,9 +216,7 @@ def test_fillers_count_for_nothing_on_two_ranks(make: Callable[..., Made], monke
         assert module._sums[name][1] == 6, name
 
 
-def test_the_tokens_of_a_step_are_summed_over_ranks(
-    make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_tokens_of_a_step_are_summed_over_ranks(make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch) -> None:
     """As the other rank had 1000 tokens in each step."""
     data, _ = make("data.micro_batch=1", "data.global_batch=2")
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda counts: counts.add_(1000))
@@ -287,7 +285,9 @@ def test_passes_repeat_the_same_batches(make: Callable[..., Made], monkeypatch: 
     assert sampler.calls == 3
     for at in range(0, 12, 4):
         a, b, c, d = batches[at : at + 4]
-        assert (a is c) and (b is d) and (a is not b)
+        assert a is c
+        assert b is d
+        assert a is not b
 
 
 def test_several_steps_are_sampled_at_once(make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch) -> None:

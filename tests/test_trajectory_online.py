@@ -125,9 +125,7 @@ def test_a_rollout_trains_the_policy_that_sampled_it(
 
 
 @pytest.mark.parametrize("loss", ["grpo", "ppo"])
-def test_resumed_is_straight(
-    loss: str, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resumed_is_straight(loss: str, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed in the second epoch, two steps after a checkpoint: the same answers, the weights to the last bit."""
     more = (
         f"loss={loss}", "data.global_batch=4", "data.micro_batch=2", "trainer.checkpoint_every_n_steps=3",

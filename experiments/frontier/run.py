@@ -21,17 +21,15 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 METHODS = {
-    "SFT": ["loss=sft"],
     "SFT on the best of 4": ["loss=sft", "data.responses=best"],
     "VAR, in-batch (the paper's)": ["loss=var"],
     "VAR, prompt": ["loss=var_prompt"],
     "VAR, grouped": ["loss=var_grouped"],
-    "VAR, sampled Z": ["loss=var_sampled"],
+    "VAR, sampled Z": ["loss=var_sampled", "generate.responses=2", "loss.estimator.candidates=4"],
     "DPO": ["loss=dpo", "data.micro_batch=4", "data.global_batch=4"],  # pairs: 8 sequences a step, as the others
     "InfoNCA": ["loss=infonca", "data.micro_batch=2", "data.global_batch=2"],  # groups of 4
     "A-LoL": ["loss=alol", "loss.value.development_prompts=10"],
     "GRPO": ["loss=grpo", "data.micro_batch=2", "data.global_batch=2"],  # prompts, 4 answers each
-    "VAR, online": ["loss=var_online", "data.micro_batch=2", "data.global_batch=2"],
 }
 
 
@@ -70,7 +68,7 @@ def run(method: str, seed: int, folder: Path) -> None:
 def held_out_answers(folder: Path) -> None:
     """Sampled and kept once, by a run of no training."""
     if not (folder / "store").exists():
-        words = [*command("SFT", 0, folder)[:-1], f"store={folder}/filling", "trainer.max_seconds=0"]
+        words = [*command("SFT on the best of 4", 0, folder)[:-1], f"store={folder}/filling", "trainer.max_seconds=0"]
         subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
         shutil.rmtree(folder / "runs")
         for shelf in list((folder / "filling" / "responses").iterdir()):  # only those of the evaluation's seed stay

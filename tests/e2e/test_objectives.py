@@ -6,7 +6,6 @@ import math
 import random
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -60,9 +59,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def base(
-    rows: Path, shared: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> list[str]:
+def base(rows: Path, shared: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     (tmp_path / "distinct.py").write_text(DISTINCT)
     monkeypatch.syspath_prepend(tmp_path)
     return [
@@ -145,7 +142,7 @@ def test_a_trained_reward_model_scores_as_a_reward_what_it_scored(
         prompt, response = tokenizer.decode(row[2:-1]).split("<end><assistant>")
         prompt = [{"role": "user", "content": prompt}]
         assert classifier.encode(prompt, response) == row
-        assert classifier(prompt and [prompt], [response], [None]) == pytest.approx([score], abs=1e-6)
+        assert classifier([prompt], [response], [None]) == pytest.approx([score], abs=1e-6)
     assert np.std(scores) > 1e-3
 
     reward = ["reward=classifier", f"reward.path={folder}/model"]
@@ -259,7 +256,8 @@ def test_sampled_responses_stand_in_for_the_datas_own(base: list[str], tmp_path:
 
 
 def test_advantages(base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Development prompts neither train nor are held out; `priority` draws rows above V(x) alone, some of them twice."""
+    """Development prompts neither train nor are held out; `priority` draws rows above V(x) alone, some of them twice;
+    `all` draws the others too."""
     from var.datamodule import AlignmentData
 
     prepared: list[AlignmentData] = []

@@ -154,7 +154,7 @@ ESTIMATORS: Mapping[str, Weigher] = {
 
 
 def record(
-    world: World, name: str, size: int, temperature: float, *, draws: int = 400, blocks: int = 8, seed: int = 0
+    world: World, name: str, size: int, temperature: float, *, draws: int = 200, blocks: int = 8, seed: int = 0
 ) -> Record:
     """One estimator's fixed point in one world. *_error: the standard error from the draws, a jackknife over blocks."""
     generator = torch.Generator().manual_seed(seed)
@@ -197,7 +197,7 @@ def table(
     worlds: Iterable[str] = tuple(WORLDS),
     seeds: Iterable[int] = (0, 1, 2),
     settings: Iterable[tuple[str, int, float]] = SETTINGS,
-    draws: int = 400,
+    draws: int = 200,
     **options: int,
 ) -> list[Record]:
     """METHOD's table of fixed points: a record for each world, seed and setting. options: draw's, to make it small."""
