@@ -33,7 +33,7 @@ def main(cfg: DictConfig) -> None:
         rows = rows.select(np.arange(min(run.data.settings.limit, len(rows))))
     texts = run.annotator.sampled(rows, run.data.sampling)
     scores = run.annotator.candidates(rows, run.data.sampling) if run.annotator.reward.scores_text else None
-    written, empty = 0, 0
+    written = empty = unanswered = 0
     partial = out.with_name(f"{out.name}.partial")
     with partial.open("w") as file:
         for i, (row, several) in enumerate(zip(rows, texts, strict=True)):
@@ -45,11 +45,14 @@ def main(cfg: DictConfig) -> None:
             kept = [response for response in responses if response["text"].strip()]
             empty += len(responses) - len(kept)
             written += len(kept)
+            unanswered += not kept
             if kept:
                 record = {"id": row.id, "prompt": row.prompt, "responses": kept, "answer": row.answer}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
     partial.replace(out)
-    say(f"{written} responses to {len(rows)} prompts in {out}; left out, as empty: {empty}")
+    say(f"{written} responses to {len(rows) - unanswered} prompts in {out}; left out, as empty: {empty}")
+    if unanswered:  # held-out prompts are drawn among the distinct ones
+        say(f"Warning: {unanswered} prompts have no answer left; training on {out} will hold out others than here.")
 
 
 if __name__ == "__main__":

@@ -199,7 +199,8 @@ def test_a_rollout_of_several_steps_has_each_steps_divisors(make: Callable[..., 
 def test_fillers_count_for_nothing_on_two_ranks(make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch) -> None:
     """Seven prompts, one a micro-batch, two ranks: in the last step the second rank repeats the first one's."""
     data, module = make("data.micro_batch=1", "data.global_batch=2")
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda counts: counts)  # each rank's own
+    counted: list[float] = []  # each rank's own, step by step
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda counts: counted.extend(counts.tolist()))
     one = epoch(data, ranks=Ranks(0, 2))
     recorded = dict(module._sums)
     module._sums.clear()
@@ -210,6 +211,7 @@ def test_fillers_count_for_nothing_on_two_ranks(make: Callable[..., Made], monke
         assert batch.global_tokens == len(batch.target)
         assert (batch.global_sequences, batch.global_groups) in ((4.0, 2.0), (2.0, 1.0))
     filler = two[3]
+    assert counted == [float(len(batch.target)) for batch in (*one, *two[:3])] + [0.0]
     assert filler.global_tokens == filler.global_sequences == filler.global_groups == math.inf
     assert recorded["rollout/reward"][1] == 8
     for name in ("rollout/reward", "rollout/length", "rollout/cut"):
@@ -233,6 +235,9 @@ def test_old_logps_are_the_sampling_policys(make: Callable[..., Made], more: lis
     """Where a rollout trains more than one step; else they are the policy's own, and absent. The policy moves on
     after the first micro-batch has been handed out."""
     data, module = make(*more)
+    with torch.no_grad():
+        for parameter in module.policy.parameters():
+            parameter.mul_(1.1)  # no longer the reference
     sampling = {name: value.clone() for name, value in module.policy.state_dict().items()}
     batches = []
     for batch in RolloutLoader(data, Ranks()):

@@ -76,6 +76,9 @@ def test_accumulation_gives_one_curve(loss: tuple[str, ...], options: list[str],
     same(split, whole)
     for name in ("rollout/reward", "rollout/length", "rollout/cut", "nll", "reward/mean"):
         assert_close(column(split[2], f"train/{name}"), column(whole[2], f"train/{name}"))
+    ratios = column(whole[2], "train/ratio/mean")  # to the policy that sampled: the same one, or one of a step before
+    if ratios:
+        assert (max(abs(ratio - 1) for ratio in ratios) > 1e-6) == ("loss.rollout.steps=2" in loss)
 
 
 def test_groups_of_unequal_size_accumulate(options: list[str], tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """From a checked configuration to the parts of a run. The only module below the entry points that sees a config."""
 
+import json
 import logging
 import os
 import shlex
@@ -410,6 +411,9 @@ def exported(run: str) -> Path:
     """The model that an earlier run exported; a folder in Hugging Face form is one itself."""
     for folder in (Path(run).expanduser() / "model", Path(run).expanduser()):
         if (folder / "config.json").exists():
+            kind = (json.loads((folder / "config.json").read_text()).get("architectures") or [""])[0]
+            if kind.endswith("ForSequenceClassification"):
+                raise UserError(f"init={run} is a reward model; reward=classifier reward.path={folder} scores with it")
             return folder
     raise UserError(f"init={run} is neither a finished run (its folder holds no model/) nor a model's folder")
 

@@ -98,7 +98,8 @@ class AlignmentData(lightning.LightningDataModule):
             return
         begun = time.perf_counter()
         needs = self.loss.needs
-        if self.scale.kind == "zscore" and (Need.REWARDS not in needs or Need.ROLLOUT in needs):
+        asked = needs & {Need.REWARDS, Need.ADVANTAGES} and Need.ROLLOUT not in needs
+        if self.scale.kind == "zscore" and not asked:
             raise UserError(
                 "reward_scale=zscore takes its moments from training rewards, which this loss asks for none"
             )
@@ -130,8 +131,11 @@ class AlignmentData(lightning.LightningDataModule):
         elif Need.REFERENCE_LOGPS in needs and not self.live:
             self._columns["reference_logps"] = self.annotator.reference_logps(self.sequences)
         if Need.MISMATCHED_LOGPS in needs:
-            if self.settings.micro_batch < 2:
-                raise UserError("this loss pairs each prompt with its neighbour's response: data.micro_batch is ≥ 2")
+            if (self.plan.sequences < 2).any():
+                raise UserError(
+                    "this loss pairs each prompt with its neighbour's response: data.micro_batch is ≥ 2, and a short "
+                    "one of a single row is dropped (data.short_micro_batch=drop)"
+                )
             if not self.live:
                 self._columns["mismatched"] = self.annotator.mismatched_logps(self.sequences, self.members)
         if Need.DESIRABLE in needs:
@@ -260,7 +264,9 @@ class AlignmentData(lightning.LightningDataModule):
         settings = self.settings
         if self.live:
             raise UserError("an online loss runs its reference beside each rollout; reference=live does nothing here")
-        prompts = np.sort(np.unique(self.rows.keys, return_index=True)[1])
+        if settings.responses not in ("auto", "sampled"):
+            raise UserError(f"an online loss samples its own answers; data.responses={settings.responses} does nothing")
+        prompts = self._fitting(np.sort(np.unique(self.rows.keys, return_index=True)[1]))
         size = np.full(len(prompts), self.sampling.responses)
         self.plan = make_plan(
             size, size, settings.micro_batch, settings.global_batch, settings.seed,
@@ -274,6 +280,22 @@ class AlignmentData(lightning.LightningDataModule):
         if self.plan.dropped:
             self.facts["prompts dropped with the last micro-batch or step"] = self.plan.dropped
         self._report_plan()
+
+    def _fitting(self, prompts: np.ndarray) -> np.ndarray:
+        """The rows whose prompt leaves room for a whole answer within data.max_length; the others as overlong says."""
+        chat, settings, room = self.annotator.chat, self.settings, self.sampling.max_new_tokens
+        length = np.array([len(chat.prompt(self.rows[i].prompt)) for i in prompts.tolist()])
+        fits = length + room <= settings.max_length
+        if settings.overlong != "drop":  # a prompt is never cut
+            problems = Problems("prompts that leave no room for an answer")
+            for i in prompts[~fits].tolist():
+                problems.add(f"row {self.rows[i].id}", f"and {room} new tokens exceed data.max_length")
+            problems.check("Set data.overlong=drop to leave them out, or raise data.max_length.")
+        if not fits.all():
+            self.facts["prompts dropped as overlong"] = int((~fits).sum())
+        if not fits.any():
+            raise UserError(f"no prompt leaves room for generate.max_new_tokens={room} within data.max_length")
+        return prompts[fits]
 
     def _rewards(self) -> torch.Tensor:
         """[n] float64, on the run's scale."""

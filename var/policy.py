@@ -74,15 +74,23 @@ class ActorCritic(nn.Module):
 
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
-    """Within, a part of a module can be called past its forward (sampling does): FSDP's parameters are gathered."""
+    """Within, a part of a module can be called past its forward, by each rank as often as it likes (sampling does):
+    FSDP's parameters are gathered, all of them, and stay so; the whole model has room on each device.
+    """
     if not isinstance(module, FSDPModule):
         yield
         return
-    module.unshard()
+    module._get_fsdp_state()._lazy_init()  # before the first forward nothing has said which module is the root
+    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    module.set_reshard_after_forward(False)
+    for part in parts:
+        part.unshard()
     try:
         yield
     finally:
-        module.reshard()
+        for part in parts:
+            part.set_reshard_after_forward(part is not module, recurse=False)  # as fully_shard leaves them
+            part.reshard()
 
 
 class Scorer(nn.Module):

@@ -221,8 +221,8 @@ def test_values_are_the_heads_of_each_groups_prompt_and_are_stored(tiny_folder, 
     assert one.computed == {"Sampling candidates": 2, "Scoring candidates": 4, "Values": 4}
 
     texts = one.sampled(development, SAMPLING)
-    means = torch.tensor([
-        sum(one.reward([row.prompt] * 2, [text for text, _ in several], [row.answer] * 2)) / 2
+    raw = np.array([
+        one.reward([row.prompt] * 2, [text for text, _ in several], [row.answer] * 2)
         for row, several in zip(ROWS, texts, strict=False)
     ])  # fmt: skip
     policy = Policy(one.reference.pretrained.load())
@@ -230,10 +230,13 @@ def test_values_are_the_heads_of_each_groups_prompt_and_are_stored(tiny_folder, 
     def states(prompts: list[list[int]]) -> list[torch.Tensor]:
         return [policy.prompt_states(whole([prompt]))[0] for prompt in prompts]
 
-    head = HEAD.fit(states([one.chat.prompt(row.prompt) for row in ROWS[:2]]), means)
-    for i in range(len(sequences)):
-        expected = HEAD.predict(head, states([parts(sequences, i)[0]]))
-        assert_allclose(found[sequences.group[i]], expected[0], rtol=1e-4)
+    for scale in (Scale(), Scale(kind="sigmoid")):
+        means = torch.from_numpy(np.array(scale(raw)).mean(1)).float()
+        head = HEAD.fit(states([one.chat.prompt(row.prompt) for row in ROWS[:2]]), means)
+        values = one.values(HEAD, development, sequences, SAMPLING, scale)
+        for i in range(len(sequences)):
+            expected = HEAD.predict(head, states([parts(sequences, i)[0]]))
+            assert_allclose(values[sequences.group[i]], expected[0], rtol=1e-4)
     assert len(set(found.tolist())) == 4
 
     two = annotator(tiny_folder, tmp_path, annotate="refuse")
@@ -243,8 +246,8 @@ def test_values_are_the_heads_of_each_groups_prompt_and_are_stored(tiny_folder, 
     three = annotator(tiny_folder, tmp_path)
     three.values(replace(HEAD, seed=1), development, sequences, SAMPLING, Scale())
     three.values(HEAD, read(Given(ROWS[1:2]), three.cache), sequences, SAMPLING, Scale())
-    three.values(HEAD, development, sequences, SAMPLING, Scale(kind="sigmoid"))
-    assert three.computed == {"Values": 12}
+    three.values(HEAD, development, sequences, replace(SAMPLING, seed=5), Scale())
+    assert three.computed["Values"] == 12
 
 
 def test_values_need_a_reward_of_text(tiny_folder, tmp_path):

@@ -41,13 +41,13 @@ class Distinct:
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """12 prompts with three weighted answers each."""
+    """12 prompts with three weighted answers each, the last of them cut."""
     draw = random.Random(2)
     path = tmp_path_factory.mktemp("data") / "rows.jsonl"
     with path.open("w") as file:
         for i in range(12):
             texts = ["".join(draw.choices("abcdefgh", k=draw.randint(1, 6))) + str(k) for k in range(3)]
-            responses = [{"text": text, "weight": draw.uniform(0.5, 1.5)} for text in texts]
+            responses = [{"text": t, "weight": draw.uniform(0.5, 1.5), "finished": t[-1] != "2"} for t in texts]
             file.write(json.dumps({"id": f"r{i}", "prompt": f"{i}?", "responses": responses}) + "\n")
     return path
 
@@ -124,6 +124,8 @@ def test_a_trained_reward_model_scores_as_a_reward_what_it_scored(
     def measured(self: Any, trainer: Any, module: Any) -> None:
         data = trainer.datamodule
         ids = [data.annotator.chat.closed(data.sequences.tokens(i)[0]) for i in range(len(data.sequences))]
+        batch = data.batch(next(iter(data.plan.batches(0, 0, 1))))
+        assert all(batch.input_ids[s.start : s.stop].tolist() in ids for s in batch.segments)
         with torch.no_grad():
             seen.append((ids, module.policy(whole(ids)).tolist()))
         real(self, trainer, module)
@@ -203,20 +205,30 @@ def held_out(folder: Path) -> set[str]:
     return {json.dumps(json.loads(line)["prompt"]) for line in (folder / "samples.jsonl").read_text().splitlines()}
 
 
-def test_rounds(base: list[str], rows: Path, tmp_path: Path) -> None:
-    """sample.py answers all prompts by an earlier run's model; data=files reads its rows, holds out the same prompts,
-    and a second round trains on them from there."""
+def test_rounds(base: list[str], rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sample.py answers all prompts by an earlier run's model, empty answers left out; data=files reads its rows, holds
+    out the same prompts, and a second round trains on them from there."""
+    from var.annotate.fill import Annotator
+
+    real = Annotator.sampled
+
+    def with_an_empty_one(self: Annotator, *arguments: Any) -> Any:
+        texts = real(self, *arguments)
+        return [[(" ", True), *texts[0][1:]], *texts[1:]]
+
     held = "data.validation_prompts=3"
     first = trained(base, "loss=var_grouped", held, "data.responses=sampled", runs=tmp_path / "first")
     out = tmp_path / "rounds" / "rows.jsonl"
-    done = run("sample.py", *base, held, f"init={first}", f"out={out}")
+    with monkeypatch.context() as patched:
+        patched.setattr(Annotator, "sampled", with_an_empty_one)
+        done = run("sample.py", *base, held, f"init={first}", f"out={out}")
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in out.read_text().splitlines()]
     given = [json.loads(line) for line in rows.read_text().splitlines()]
     assert [record["id"] for record in records] == [row["id"] for row in given]
     own = {response["text"] for row in given for response in row["responses"]}
+    assert [len(record["responses"]) for record in records] == [2] + [3] * 11
     for record in records:
-        assert 0 < len(record["responses"]) <= 3
         for response in record["responses"]:
             text = response["text"]
             assert response["score"] == len(set(text)) / max(8, len(text))

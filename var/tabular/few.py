@@ -17,7 +17,8 @@ from var.tabular.world import Record, World, draw
 
 ANSWERS = 4  # of π_ref to each prompt that has data
 ROLLOUT = 32  # answers of the policy a step, online
-MARKS = (4, 8, 16, 32, 64, 128, 256)  # steps after which a policy may be taken
+MARKS = (4, 8, 16, 32, 64)  # steps after which a policy may be taken
+ROLLOUT_MARKS = (4, 8, 16, 64, 256)
 
 
 def few_world(seed: int = 0) -> World:
@@ -34,9 +35,7 @@ def part(world: World, prompts: slice) -> World:
     )  # fmt: skip
 
 
-def few_run(
-    world: World, method: Method, value: Any, *, rate: float, seed: int, marks: Iterable[int] = MARKS
-) -> list[Record]:
+def few_run(world: World, method: Method, value: Any, *, rate: float, seed: int, marks: Iterable[int]) -> list[Record]:
     """One data set of the second regime: ANSWERS of π_ref to each prompt of the first half, trained on as one batch;
     online, ROLLOUT answers of the policy a step. Judged on the second half after each of the `marks`, at λ = 1."""
     half, generator = len(world) // 2, torch.Generator().manual_seed(seed)
@@ -87,29 +86,34 @@ def table(
     *,
     methods: Iterable[Method] = METHODS,
     seeds: Iterable[int] = range(8),
-    rates: Iterable[float] = (0.02, 0.1),
-    marks: Iterable[int] = MARKS,
     make: Callable[[int], World] = few_world,
 ) -> list[Record]:
-    """Second regime: each objective at the knob, learning rate and number of steps that serve RLHF's objective at λ = 1
+    """Each objective at the knob and number of steps (online: learning rate too) that serve RLHF's objective at λ = 1
     best on new prompts, the mean over seeds; an online one once within the rewards that the others have, and once
-    beyond. *_error: standard errors over seeds, each a world and data of its own. lost: λ KL(π ‖ π*), what RLHF's
-    objective is below its maximum.
+    beyond. lost: λ KL(π ‖ π*), what RLHF's objective is below its maximum; gain: what π_ref loses, less that.
+    *_error: standard errors over seeds, each a world and data of its own; the gain's is paired.
     """
     worlds = {seed: make(seed) for seed in seeds}
     half = len(next(iter(worlds.values()))) // 2
     judged = [part(world, slice(half, None)) for world in worlds.values()]
-    out: list[Record] = [{"method": "π_ref", **averaged([world.summary(world.logps, 1.0) for world in judged])}]
+    start = [world.summary(world.logps, 1.0) for world in judged]
+    out: list[Record] = [{"method": "π_ref", **averaged(start, start)}]
     for method in methods:
         if not method.few:
             continue
         tried: list[Record] = []
         for value in (v for v in method.values if not method.best or v <= ANSWERS):
+            rates, marks = ((0.02, 0.1), ROLLOUT_MARKS) if method.online else ((0.02,), MARKS)
             for rate in rates:
                 runs = [few_run(w, method, value, rate=rate, seed=seed, marks=marks) for seed, w in worlds.items()]
                 head = {"method": method.name, "knob": method.knob, "value": value, "rate": rate}
                 tried += [
-                    {**head, "step": found[0]["step"], "evaluations": found[0]["evaluations"], **averaged(list(found))}
+                    {
+                        **head,
+                        "step": found[0]["step"],
+                        "evaluations": found[0]["evaluations"],
+                        **averaged(list(found), start),
+                    }
                     for found in zip(*runs, strict=True)
                 ]
         within = [record for record in tried if method.online is False or record["evaluations"] <= ANSWERS * half]
@@ -120,13 +124,16 @@ def table(
     return [{"regime": "few", **record} for record in out]
 
 
-def averaged(runs: list[Record]) -> Record:
-    """Means over seeds of what `summary` says, and standard errors."""
-    names = {"lost": "kl_policy_optimum", "kl_optimum_policy": "kl_optimum_policy", "reward": "reward",
-             "kl_policy_reference": "kl_policy_reference"}  # fmt: skip
+def averaged(runs: list[Record], start: list[Record]) -> Record:
+    """Means over seeds of what `summary` says, and standard errors. start: π_ref's."""
+    columns = {key: [run[key] for run in runs] for key in ("kl_optimum_policy", "reward", "kl_policy_reference")}
+    columns["lost"] = [run["kl_policy_optimum"] for run in runs]
+    columns["gain"] = [
+        old["kl_policy_optimum"] - run["kl_policy_optimum"] for old, run in zip(start, runs, strict=True)
+    ]
     out: Record = {}
-    for name, key in names.items():
-        numbers = torch.tensor([run[key] for run in runs], dtype=torch.float64)
-        out[name] = float(numbers.mean())
-        out[f"{name}_error"] = float(numbers.std() / len(numbers) ** 0.5) if len(numbers) > 1 else math.nan
+    for key, column in columns.items():
+        numbers = torch.tensor(column, dtype=torch.float64)
+        out[key] = float(numbers.mean())
+        out[f"{key}_error"] = float(numbers.std() / len(numbers) ** 0.5) if len(numbers) > 1 else math.nan
     return out

@@ -4,13 +4,13 @@ The policy is a table, the data fresh answers of π_ref (of the policy itself, f
 falls to 0: what is left is the objective's own fixed point. few.py asks the same of few rows.
 """
 
-import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from var.tabular.argument import temperature_at
 from var.tabular.methods import METHODS, Method, new_policy, rows_of, train
 from var.tabular.policies import Rows, Table, TabularPolicy, make_rows
 from var.tabular.world import Record, World, draw
@@ -50,31 +50,19 @@ def stream(
             yield rows.take(index)
 
 
-def equal_kl(world: World, kl: float) -> tuple[float, Record]:
-    """The λ whose π* is `kl` nats from π_ref, by bisection, and π*'s numbers there."""
-    low, high = math.log(1e-3), math.log(1e4)
-    for _ in range(50):
-        middle = (low + high) / 2
-        if world.summary(world.optimum(math.exp(middle)), 1.0)["kl_policy_reference"] > kl:
-            low = middle
-        else:
-            high = middle
-    temperature = math.exp(high)
-    return temperature, world.summary(world.optimum(temperature), temperature)
-
-
 def numbers(world: World, logps: Tensor, temperature: float | None) -> Record:
     """Where a policy lies: reward, KL from π_ref, mean length; regret, what π* has more at the same KL, the λ of that
     π* and the divergences from it; and those from π* at the method's own λ, where it has one."""
     found = world.summary(logps, 1.0)
-    same, best = equal_kl(world, found["kl_policy_reference"])
+    same = temperature_at(world, found["kl_policy_reference"])
+    best = world.reward(world.optimum(same))
     at_same = world.summary(logps, same)
     own = {} if temperature is None else world.summary(logps, temperature)
     return {
         "reward": found["reward"],
         "kl_policy_reference": found["kl_policy_reference"],
         "length": found["length"],
-        "regret": best["reward"] - found["reward"],
+        "regret": best - found["reward"],
         "temperature_of_equal_kl": same,
         "kl_optimum_policy_of_equal_kl": at_same["kl_optimum_policy"],
         "temperature": temperature,
@@ -108,7 +96,7 @@ def table(
     *,
     world: World | None = None,
     methods: Iterable[Method] = METHODS,
-    steps: int = 1000,
+    steps: int = 500,
     sequences: int = 1024,
     rate: float = 0.05,
     seed: int = 0,

@@ -48,6 +48,16 @@ class Method:
         """Trains on answers of the policy itself."""
         return Need.ROLLOUT in self.build(self.values[0]).needs
 
+    @property
+    def family(self) -> str:
+        """By what the loss needs."""
+        if self.online:
+            return "online"
+        needs = self.build(self.values[0]).needs
+        if needs & {Need.PAIRS, Need.GROUPS, Need.DESIRABLE}:
+            return "preferences"
+        return "A-LoL and its baselines" if self.sigmoid or Need.ADVANTAGES in needs else "SFT and VAR"
+
     def build(self, value: Any = None) -> Any:
         """The loss, at a value of the knob."""
         turned = {self.knob: value} if self.knob not in (None, *DATA_KNOBS) else {}

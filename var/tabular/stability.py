@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from var.tabular.argument import entropy_bound
 from var.tabular.few import ANSWERS, few_world, part
 from var.tabular.methods import Method, load, new_policy, rows_of, train, var
 from var.tabular.policies import Rows, Shared, make_rows
@@ -45,7 +46,10 @@ def run(
     loss = method.build(value)
     policy = new_policy(Shared, world, loss)
     rows = rows_of(known, method, value, prompts, given, generator)
-    bound = weighted_bound(known, rows) if "weights" in rows.columns else None
+    bound = None
+    if (weights := rows.columns.get("weights")) is not None:
+        divisor = float(known.responses.length[rows.responses].sum())
+        bound = entropy_bound(weights, rows.prompts, rows.responses, divisor)
     out: list[Record] = []
 
     def watch(step: int, value: float) -> None:
@@ -64,14 +68,3 @@ def run(
 
     train(policy, known, loss, source(), steps=steps, rate=rate, decay=False, watch=watch)
     return out
-
-
-def weighted_bound(world: World, rows: Rows) -> float:
-    """Of the weighted NLL per response token: Σ_x c(x) H(p(·|x)) over tokens, with the weights of equal (x, y) added
-    up to w(x, y), c(x) = Σ_y w(x, y) and p = w/c; equality where π_θ = p."""
-    weights = torch.zeros_like(world.logps).index_put(
-        (rows.prompts, rows.responses), rows.columns["weights"], accumulate=True
-    )
-    total = weights.sum(1)
-    entropy = torch.special.entr(weights / total.clamp(min=1e-300)[:, None]).sum(1)
-    return float((total * entropy).sum() / world.responses.length[rows.responses].sum())
