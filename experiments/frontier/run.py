@@ -30,6 +30,7 @@ METHODS = {
     "InfoNCA": ["loss=infonca", "data.micro_batch=2", "data.global_batch=2"],  # groups of 4
     "A-LoL": ["loss=alol", "loss.value.development_prompts=10"],
     "GRPO": ["loss=grpo", "data.micro_batch=2", "data.global_batch=2"],  # prompts, 4 answers each
+    "VAR, prompt, λ = 0.3 sd": ["loss=var_prompt", "loss.temperature=0.3"],
 }
 
 

@@ -1,6 +1,8 @@
 """GRPO (Shao et al., arXiv 2402.03300, Eq. 3 and 4), Dr. GRPO (Liu et al., arXiv 2503.20783) and DAPO's loss (Yu et
 al., arXiv 2503.14476, Eq. 8): one class, three files of settings.
 
+β's term estimates KL(π_θ ‖ π_ref) in value; its gradient where the ratio is 1 is that of KL(π_ref ‖ π_θ), so that the
+fixed point is not π* (var/tabular measures it; RLOO's and PPO's is).
 DAPO divides by the tokens of the step, where the paper writes those of a group; its sampling until a group has a signal
 and its penalty on long answers are not here. The KL term is the paper's, not multiplied by the ratio as in TRL.
 """
