@@ -1,6 +1,6 @@
 """VAR beside GRPO, time per prompt: one epoch of each over the same prompts, in turn, by train.py itself.
 
-    python experiments/benchmarks/online.py /tmp/online --prompts 32 --answers 4 --rounds 3
+    python experiments/benchmarks/online.py runs/online --prompts 32 --answers 4 --rounds 3
 
 VAR trains one stored answer a prompt; its time is told without sampling and scoring (the paper's Table 4 times the
 training epoch) and with them. GRPO samples K answers a prompt, rewards them, runs the reference (β > 0) and trains on
