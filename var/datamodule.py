@@ -337,9 +337,9 @@ class AlignmentData(lightning.LightningDataModule):
         estimator, sampling = self.loss.estimator, self.sampling
         if estimator.seed == sampling.seed:
             raise UserError("loss.estimator.seed is generate.seed: the candidates would be the data's own answers")
-        first = np.unique(self.sequences.group, return_index=True)[1]
         sampling = replace(sampling, responses=estimator.candidates, seed=estimator.seed)
-        return self.scale(self.annotator.candidates(self.rows.select(self.sequences.row[first]), sampling))
+        rows = self.rows.select(self.sequences.row[self.sequences.first])
+        return self.scale(self.annotator.candidates(rows, sampling))
 
     def _make_plan(self, needs: frozenset[Need], train: np.ndarray) -> None:
         """`plan` of the sequences `train`, and `members` [M, W]: the sequences of each micro-batch, or ABSENT."""
@@ -414,9 +414,8 @@ class AlignmentData(lightning.LightningDataModule):
         if rewards is not None:
             table = self._table(rewards)
             facts["reward"]["within_prompt_sd"] = within_prompt_deviation(rewards, table.group)
-            first = np.unique(sequences.group, return_index=True)[1]
-            facts["groups"] = len(first)
-            facts["groups without signal"] = int(uninformative(table)[first].sum())
+            facts["groups"] = len(sequences.first)
+            facts["groups without signal"] = int(uninformative(table)[sequences.first].sum())
         if weights is not None:
             used = np.unique(self.members[self.members >= 0])
             facts["weights"] = health(weights[used], torch.from_numpy(sequences.length[used]))._asdict()

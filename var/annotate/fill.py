@@ -336,8 +336,7 @@ class Annotator:
             "sampling": sampling.identity, "head": asdict(head),
             "development": [bytes(key).hex() for key in development.keys],
         }  # fmt: skip
-        first = np.unique(sequences.group, return_index=True)[1]
-        prompts = [ids[:start] for ids, start, _ in map(sequences.tokens, first.tolist())]
+        prompts = [ids[:start] for ids, start, _ in map(sequences.tokens, sequences.first.tolist())]
         fitted: list[torch.nn.Module] = []
 
         def compute(indices: np.ndarray, advance: Callable[[int], None]) -> list[float]:

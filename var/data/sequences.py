@@ -60,6 +60,11 @@ class Sequences:
     def __len__(self) -> int:
         return len(self.row)
 
+    @property
+    def first(self) -> np.ndarray:
+        """[G] the first sequence of each group, which stands for its prompt."""
+        return np.unique(self.group, return_index=True)[1]
+
     def tokens(self, index: int) -> tuple[list[int], int, str]:
         """Token ids, where the response starts, and a name for messages."""
         record = self.table[int(index)]
