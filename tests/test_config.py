@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from var.build import Run, check_config
 from var.config import FOLDER, check, fits, leaves, run_dir
+from var.evaluate.build import Evaluation
 
 ROOT = Path(__file__).parent.parent
 YAMLS = sorted(p.relative_to(FOLDER) for p in Path(FOLDER).rglob("*.yaml"))
@@ -21,21 +22,23 @@ GIVEN = {  # what a user must give
     "data/prompts": ["data.path=x.txt"],
     "data/hha": ["data.folder=x"],
     "experiment/hha": ["data.folder=x"],
+    "benchmarks/local": ["benchmarks.folder=x"],
+    "reward/ensemble": ["+reward@reward.members.a=exact_number"],
     "data/preferences": ["data.path=someone/pairs"],
     "reward/classifier": ["reward.path=someone/rm"],
 }
 
 
-def composed(*overrides: str) -> DictConfig:
+def composed(*overrides: str, root: str = "train") -> DictConfig:
     with initialize_config_dir(FOLDER, version_base="1.3"):
-        return compose("train", list(overrides))
+        return compose(root, list(overrides))
 
 
 def test_every_yaml_is_seen() -> None:
     assert len(YAMLS) == COUNT
 
 
-COUNT = 86
+COUNT = 98
 
 
 @pytest.mark.parametrize("path", [p for p in YAMLS if not p.name.startswith("_") and len(p.parts) > 1], ids=str)
@@ -46,6 +49,10 @@ def test_every_yaml_composes_and_builds(path: Path, tmp_path: Path) -> None:
         *GIVEN.get(f"{group}/{name}", ()),
     ]
     overrides += [f"store={tmp_path}/s", f"cache={tmp_path}/c"]
+    if group in ("judge", "benchmarks"):
+        evaluation = Evaluation.compose(composed(*overrides, root="eval"))
+        assert evaluation.judge or evaluation.benchmarks
+        return
     try:
         run = Run.compose(composed(*overrides), tmp_path)
     except ValueError:  # a path that is looked at when the source is built

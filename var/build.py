@@ -32,7 +32,7 @@ from var.generate import Sampling
 from var.module import AlignmentModule
 from var.needs import Need
 from var.policy import ActorCritic, Policy, Scorer
-from var.pretrained import Pretrained, export
+from var.pretrained import ADAPTER, Pretrained, export
 from var.problems import Problems, UserError
 from var.progress import console, say
 from var.rewards.scale import Scale
@@ -408,8 +408,12 @@ def check_config(cfg: DictConfig) -> None:
 
 
 def exported(run: str) -> Path:
-    """The model that an earlier run exported; a folder in Hugging Face form is one itself."""
+    """The model that an earlier run exported; a folder in Hugging Face form, or of a LoRA adapter, is one itself."""
     for folder in (Path(run).expanduser() / "model", Path(run).expanduser()):
+        if (folder / ADAPTER).exists():
+            if json.loads((folder / ADAPTER).read_text()).get("task_type") == "SEQ_CLS":
+                raise UserError(f"init={run} is a reward model's adapter, and a run starts from a language model")
+            return folder
         if (folder / "config.json").exists():
             kind = (json.loads((folder / "config.json").read_text()).get("architectures") or [""])[0]
             if kind.endswith("ForSequenceClassification"):

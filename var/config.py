@@ -57,7 +57,7 @@ def check(cfg: DictConfig, schemas: Mapping[str, Any]) -> None:
     too, where another one refers to it.
     """
     problems = Problems("the configuration cannot be used")
-    referred = set(re.findall(r"\$\{([\w.]+)\}", str(OmegaConf.to_container(cfg, resolve=False))))
+    referred = set(_referred(OmegaConf.to_container(cfg, resolve=False), ()))
     for path, node in _parts(cfg):
         target = node.get("_target_") or schemas.get(path)
         if target is not None:
@@ -65,6 +65,17 @@ def check(cfg: DictConfig, schemas: Mapping[str, Any]) -> None:
     for missing in sorted(map(str, OmegaConf.missing_keys(cfg))):
         problems.add(missing, f"must be given: {missing}=…")
     problems.check()
+
+
+def _referred(value: Any, place: tuple[str, ...]) -> Iterator[str]:
+    """The keys that some interpolation reads; of `${..key}`, too, which counts from where it stands."""
+    if isinstance(value, dict):
+        for key, child in value.items():
+            yield from _referred(child, (*place, str(key)))
+    for reference in re.findall(r"\$\{([\w.]+)\}", value) if isinstance(value, str) else ():
+        key = reference.lstrip(".")
+        up = len(reference) - len(key)
+        yield ".".join((*place[: len(place) - up], key)) if up else key
 
 
 def _parts(node: DictConfig, path: str = "") -> Iterator[tuple[str, DictConfig]]:

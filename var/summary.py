@@ -44,10 +44,10 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write(folder: Path, summary: Mapping[str, Any]) -> None:
-    partial = folder / "summary.json.partial"
+def write(folder: Path, summary: Mapping[str, Any], name: str = "summary.json") -> None:
+    partial = folder / f"{name}.partial"
     partial.write_text(json.dumps(summary, indent=1, ensure_ascii=False, default=str))
-    partial.replace(folder / "summary.json")
+    partial.replace(folder / name)
 
 
 def show(summary: Mapping[str, Any], title: str) -> None:

@@ -135,7 +135,8 @@ def test_all_faulty_lines_are_told_at_once(tmp_path):
         "  a.jsonl:3: response 0 is empty (row 3)",
         "  a.jsonl:4: the score of response 0 is nan (row 4)",
         "  a.jsonl:5: id '1' is also the id of a.jsonl:1",
-        "  a.jsonl:6: unknown keys ['respones']; a row has ['answer', 'id', 'ordered', 'prompt', 'responses']",
+        "  a.jsonl:6: unknown keys ['respones']; a row has ['answer', 'id', 'ordered', 'prompt', 'responses', "
+        "'sampling', 'subset']",
         "  a.jsonl:7: 'responses' must be a list, got 'yes'",
         "  a.jsonl:8: 'ordered' must be true or false, got 'false'",
         "  a.jsonl:9: its text cannot be written as UTF-8: half a surrogate pair '\\ud83d' (row 9)",
@@ -365,6 +366,30 @@ def test_hha_puts_the_chosen_one_first_with_its_reward(tmp_path, name):
     assert (len(rows), rows.left_out) == (3, 1)
 
 
+def test_hha_by_score_puts_the_higher_reward_first_and_leaves_out_ties(tmp_path):
+    """Whichever people chose; by them, a tie is a pair like another."""
+    tie = {**hha(), "reward": [0.5, 0.5]}
+    lines(tmp_path / "d" / "helpful_base.json", hha(), hha(best=1), tie, {**hha(), "reward": [-2, 3]})
+    folder = str(tmp_path / "d")
+    rows = read(HHA(folder=folder, skip_bad=False, order="score"), tmp_path / "cache")
+    assert ([row.id for row in rows], rows.left_out) == (["helpful_base-0", "helpful_base-1", "helpful_base-3"], 1)
+    pairs = [[(r.text, r.score) for r in row.responses] for row in rows]
+    assert pairs == [[("first", 0.5), ("second", -1.25)]] * 2 + [[("second", 3.0), ("first", -2.0)]]
+    assert all(row.ordered for row in rows)
+    rows = read(HHA(folder=folder, skip_bad=False), tmp_path / "cache")
+    assert (len(rows), rows.left_out) == (4, 0)
+    assert [row.responses[0].text for row in rows] == ["first", "second", "first", "first"]
+
+
+def test_hha_says_which_part_a_row_is_of_and_the_identity_its_order(tmp_path):
+    for name in ("helpful_base.json", "harmless_base.json"):
+        lines(tmp_path / "d" / name, hha())
+    sources = [HHA(folder=str(tmp_path / "d"), skip_bad=False, order=order) for order in ("chosen", "score")]
+    assert sources[0].identity() != sources[1].identity()
+    for source in sources:
+        assert [row.subset for row in read(source, tmp_path / "cache")] == ["harmless_base", "helpful_base"]
+
+
 def test_hha_says_what_its_folder_lacks(tmp_path):
     lines(tmp_path / "d" / "hha_test_helpful_base.jsonl", hha())
     with pytest.raises(UserError, match=r"lacks LoL-RL's list of bad rows, hha_bad.*skip_bad=false"):
@@ -372,7 +397,7 @@ def test_hha_says_what_its_folder_lacks(tmp_path):
     with pytest.raises(UserError, match=r"lacks hha_test_harmless_base.jsonl.gz; set `data.folder=`"):
         HHA(folder=str(tmp_path / "d"), subsets=("harmless_base", "helpful_base"), skip_bad=False).identity()
     with pytest.raises(ValueError, match="the last turn of 'prefix' must be an empty"):
-        HHA(folder="d").row("w", ("id", {**hha(), "prefix": [["<|prompter|>a"], ["<|prompter|>a"]]}))
+        HHA(folder="d").row("w", ("helpful_base", 0, {**hha(), "prefix": [["<|prompter|>a"], ["<|prompter|>a"]]}))
 
 
 # --- real data
@@ -392,6 +417,20 @@ def test_hha_counts_on_real_data(tmp_path, subset, total, bad, bad_or_empty):
     assert (len(rows), rows.left_out) == (total - bad_or_empty, bad_or_empty)
     scores = [[response.score or 0.0 for response in row.responses] for row in rows]
     assert 0.55 < sum(chosen > rejected for chosen, rejected in scores) / len(rows) < 0.67
+
+
+@real
+@pytest.mark.parametrize(
+    ("subset", "ties", "other"), [("harmless_base", 0, 873), ("helpful_base", 2, 773), ("helpful_online", 9, 476)]
+)
+def test_hha_by_score_on_real_data(tmp_path, subset, ties, other):
+    """The same rows less the ties; in 34 to 44 of 100 another one is first than people chose."""
+    sources = [HHA(folder=str(REAL), subsets=(subset,), order=order) for order in ("chosen", "score")]
+    chosen, scored = (read(source, tmp_path) for source in sources)
+    assert len(chosen) - len(scored) == scored.left_out - chosen.left_out == ties
+    first = {row.id: row.responses[0].text for row in chosen}
+    assert sum(first[row.id] != row.responses[0].text for row in scored) == other
+    assert all((row.responses[0].score or 0.0) > (row.responses[1].score or 0.0) for row in scored)
 
 
 @real
@@ -478,7 +517,7 @@ def test_identity_follows_settings_and_files(tmp_path):
 
 
 def test_every_adapter_has_a_yaml_with_all_its_fields():
-    assert len(CONF) == 8
+    assert len(CONF) == 9
     for file in CONF:
         config = OmegaConf.load(file)
         assert isinstance(config, DictConfig)

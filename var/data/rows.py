@@ -16,7 +16,7 @@ import numpy as np
 from var.problems import Problems
 
 Message = dict[str, str]
-FORMAT = 1  # raised when an adapter or Row changes what the same source gives
+FORMAT = 2  # raised when an adapter or Row changes what the same source gives
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,8 @@ class Row:
     responses: none (a prompt alone, to be sampled), one or several.
     ordered: the responses stand in order of preference, the best one first and the worst one last.
     answer: what a programmatic reward compares with.
+    subset: the part of the data set that it is of, where results are told apart by it.
+    sampling: JSON, how its responses were sampled, where sample.py wrote them.
     """
 
     id: str
@@ -47,6 +49,8 @@ class Row:
     responses: tuple[Response, ...] = ()
     ordered: bool = False
     answer: str | None = None
+    subset: str | None = None
+    sampling: str | None = None
 
 
 FEATURES = datasets.Features(
@@ -64,6 +68,8 @@ FEATURES = datasets.Features(
         ),
         "ordered": datasets.Value("bool"),
         "answer": datasets.Value("string"),
+        "subset": datasets.Value("string"),
+        "sampling": datasets.Value("string"),
     }
 )
 
@@ -117,6 +123,7 @@ def from_record(record: Mapping[str, Any]) -> Row:
     answer, responses, ordered = record.get("answer"), record.get("responses"), record.get("ordered")
     if not isinstance(responses, list | tuple | None):
         raise ValueError(f"'responses' must be a list, got {responses!r}")
+    sampling = record.get("sampling")
     if not isinstance(ordered, bool | None):
         raise ValueError(f"'ordered' must be true or false, got {ordered!r}")
     return Row(
@@ -125,6 +132,8 @@ def from_record(record: Mapping[str, Any]) -> Row:
         responses=tuple(_response(value) for value in responses or ()),
         ordered=bool(ordered),
         answer=None if answer is None else str(answer),
+        subset=None if record.get("subset") is None else str(record["subset"]),
+        sampling=sampling if isinstance(sampling, str | None) else json.dumps(sampling, ensure_ascii=False),
     )
 
 

@@ -2,9 +2,9 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from var.data.rows import Message, Row
 from var.data.sources import local
@@ -19,11 +19,12 @@ BAD = ("hha_bad_test_indices.json", "bad_test_indices.json")
 
 @dataclass(frozen=True, kw_only=True)
 class HHA:
-    """Pairs, the chosen one (`sft_index`) first; `reward` is the score. The chosen one has the higher in 56 to 66%.
+    """Pairs, the better one first; `reward` is the score. The chosen one (`sft_index`) has the higher in 56 to 66%.
 
     folder: holds hha_test_<subset>.jsonl.gz (or .jsonl), or LoL-RL's own data/hh_test with <subset>.json.
     subsets: null reads every one of the four test sets that is there; `dev` reads hha_dev.
     skip_bad: leave out LoL-RL's list of bad rows, by position in the file from 0.
+    order: what makes a response the better one: `chosen`, by people, or the higher `score`; ties are left out there.
     Left out and counted: these, and pairs with an empty answer (4, 4 and 3 rows of the first three sets).
     In nearly all of it a turn ends at its first blank line: a list that HH-RLHF has is cut after its "like this:".
     """
@@ -31,6 +32,7 @@ class HHA:
     folder: str
     subsets: tuple[str, ...] | None = None
     skip_bad: bool = True
+    order: Literal["chosen", "score"] = "chosen"
 
     def records(self) -> Iterator[tuple[str, Any]]:
         bad = self._bad()
@@ -38,12 +40,12 @@ class HHA:
             skipped = set(bad.get(f"{subset}.json", ()))
             for where, line in local.records([file]):
                 position = int(where.rpartition(":")[2]) - 1
-                yield where, None if position in skipped else (f"{subset}-{position}", line)
+                yield where, None if position in skipped else (subset, position, line)
 
-    def row(self, where: str, record: tuple[str, Any] | None) -> Row | None:
+    def row(self, where: str, record: tuple[str, int, Any] | None) -> Row | None:
         if record is None:
             return None
-        id, line = record
+        subset, position, line = record
         value = local.parse(line)
         first, second = (turns(prefix) for prefix in value["prefix"])
         if first != second:
@@ -51,8 +53,13 @@ class HHA:
         texts, rewards, best = value["suffix"], value["reward"], value["sft_index"]
         if len(texts) != 2 or len(rewards) != 2 or best not in (0, 1):
             raise ValueError(f"expected two of 'suffix' and 'reward' and a 'sft_index' of 0 or 1, got {best!r}")
+        if self.order == "score":
+            if rewards[0] == rewards[1]:
+                return None
+            best = int(rewards[1] > rewards[0])
         scores = (float(rewards[best]), float(rewards[1 - best]))
-        return pair(id, first, texts[best], texts[1 - best], scores)
+        row = pair(f"{subset}-{position}", first, texts[best], texts[1 - best], scores)
+        return None if row is None else replace(row, subset=subset)
 
     def identity(self) -> Mapping[str, Any]:
         files = list(self._files().values())

@@ -1,0 +1,110 @@
+"""Problems of the package reasoning-gym as rows; what is wrong with a task or its options is told before a row."""
+
+import ast
+import json
+import sys
+from importlib.metadata import version
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+
+from var.config import FOLDER
+from var.data.rows import read
+from var.data.sources.reasoning_gym import ReasoningGym, read_problem, written
+from var.problems import UserError
+
+reasoning_gym = pytest.importorskip("reasoning_gym")
+
+
+def test_rows_are_the_packages_own_problems(tmp_path):
+    """By a call of the package itself: question, answer and all that its score reads."""
+    rows = read(ReasoningGym(task="gcd", size=6, seed=3, options={"max_value": 30}), tmp_path)
+    own = reasoning_gym.create_dataset("gcd", size=6, seed=3, max_value=30)
+    assert [row.id for row in rows] == [f"gcd-{i}" for i in range(6)]
+    for row, problem in zip(rows, own, strict=True):
+        assert row.prompt == ({"role": "user", "content": problem["question"]},)
+        assert read_problem(row.answer) == {"task": "gcd", "options": {"max_value": 30}, **problem}
+        assert row.responses == ()
+
+
+def test_a_question_that_came_before_is_left_out_and_counted(tmp_path):
+    """Products of two one-digit numbers: at most a hundred questions among 400."""
+    options = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+    rows = read(ReasoningGym(task="products", size=400, options=options), tmp_path)
+    questions = [row.prompt[0]["content"] for row in rows]
+    assert len(set(questions)) == len(questions) == 400 - rows.left_out
+    assert 50 < len(rows) <= 100
+
+
+def test_the_identity_follows_every_setting_and_the_packages_version(tmp_path):
+    sources = [
+        ReasoningGym(), ReasoningGym(task="gcd"), ReasoningGym(size=9), ReasoningGym(seed=1),
+        ReasoningGym(options={"min_terms": 2}),
+    ]  # fmt: skip
+    assert len({json.dumps(source.identity(), sort_keys=True) for source in sources}) == len(sources)
+    assert sources[0].identity() == {
+        "source": "ReasoningGym", "task": "chain_sum", "size": 500, "seed": 0, "options": None,
+        "package": version("reasoning-gym"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"task": "chain_sums"}, "data.source.task=chain_sums: reasoning-gym has no such task; did you mean chain_sum"),
+        ({"task": "#"}, "reasoning-gym has no such task; it has ab, acre, advanced_geometry, "),
+        ({"options": {"terms": 3}}, "data.source.options: chain_sum has no terms; it has allow_negation, "),
+        ({"options": {"min_terms": 9}}, "data.source.options={'min_terms': 9} do not fit chain_sum: "),
+        ({"task": "composite"}, "do not fit composite: Must specify at least one dataset"),
+    ],
+)
+def test_a_task_or_an_option_that_is_not_there_is_told_with_what_is(settings, told, tmp_path):
+    with pytest.raises(UserError) as error:
+        read(ReasoningGym(**settings), tmp_path)
+    assert told in str(error.value)
+
+
+def test_size_and_seed_are_the_sources_own():
+    with pytest.raises(UserError, match=r"holds \['seed'\]: set data.source.size and data.source.seed"):
+        ReasoningGym(options={"seed": 1})
+    with pytest.raises(UserError, match=r"data.source.size=0: at least 1"):
+        ReasoningGym(size=0)
+
+
+def test_without_the_package_it_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(UserError) as error:
+        read(ReasoningGym(), tmp_path)
+    assert str(error.value) == "reasoning_gym needs an extra: pip install -e '.[verifiers]'"
+
+
+def test_a_problem_is_written_as_it_is():
+    """Tuples, sets, numbers as keys; numpy's scalars become Python's."""
+    import numpy as np
+
+    problem = {
+        "task": "t", "options": None, "answer": np.str_("x"), "metadata": {1: (np.int64(2), [True, None]), "s": {0.5}},
+    }  # fmt: skip
+    found = read_problem(written(problem))
+    assert found == problem
+    assert type(found["metadata"][1]) is tuple
+    assert "np." not in written(problem)
+    with pytest.raises(ValueError, match="something other than numbers, text and containers"):
+        written({"task": object()})
+
+
+@pytest.mark.parametrize("answer", ["42", "", "{'task': 'gcd'}", "__import__('os')", "(" * 500])
+def test_an_answer_that_is_no_problem_is_told(answer):
+    with pytest.raises(ValueError, match="no problem of reasoning-gym's but"):
+        read_problem(answer)
+
+
+def test_options_come_from_the_command_line(tmp_path):
+    overrides = ["data=reasoning_gym", "data.source.task=gcd", "data.source.options={max_value: 30, min_numbers: 2}"]
+    with initialize_config_dir(FOLDER, version_base="1.3"):
+        source = instantiate(compose("train", overrides).data.source)
+    assert source == ReasoningGym(task="gcd", options={"max_value": 30, "min_numbers": 2})
+    json.dumps(source.identity())
+    listed = instantiate({"_target_": f"{ReasoningGym.__module__}.ReasoningGym", "options": {"x": [1, {"y": [2]}]}})
+    assert ast.literal_eval(repr(listed.options)) == {"x": [1, {"y": [2]}]}

@@ -1,0 +1,137 @@
+"""Arena-Hard 0.1: five verdicts in two orders, by hand, and against a real server on this machine."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from tests.evaluate.server import Broken, completion, served, shown
+from var.evaluate.arena import FIRST, ArenaHard, bootstrap
+from var.evaluate.judge import Pair, rates
+from var.problems import UserError
+from var.remote import Client
+
+
+def pair(id: str, seed: int = 0) -> Pair:
+    return Pair(id, None, seed, ({"role": "user", "content": f"question {id}."},), "<answer ours>", "<answer theirs>")
+
+
+@pytest.fixture
+def arena(tmp_path):
+    def build(url: str, **options) -> ArenaHard:
+        client = Client(base_url=url, model="judge", api_key_env=None, retries=1, timeout=20.0, cache=str(tmp_path))
+        return ArenaHard(client=client, **options)
+
+    return build
+
+
+def scripted(**games: tuple[str, str]):
+    """For each question the verdicts of its two games, ours first and theirs first."""
+
+    def reply(body, before):
+        ((first, second),) = (both for id, both in games.items() if f"question {id}." in body["messages"][1]["content"])
+        return completion(f"Mine would be … so [[{first if shown(body)[0] == '<answer ours>' else second}]]")
+
+    return reply
+
+
+@pytest.fixture
+def found(arena):
+    verdicts = {"a": ("A>>B", "B>>A"), "b": ("A>>B", "A>B"), "c": ("A=B", "B=A"), "d": ("B>A", "A>B")}
+    with served(scripted(**verdicts)) as server:
+        judge = arena(server.base_url)
+        judge.check()
+        return judge([pair(id) for id in "abcd"], lambda done: None)
+
+
+def test_two_games_by_hand(found):
+    """a: clearly ours, twice: six ones. b: clearly ours, then slightly theirs: 1, 1, 1, 0. c: equal twice. d: slightly
+    theirs, twice. All counts: 6 + 3 + 1 + 0 of 6 + 4 + 2 + 2: 10/14. A pair's score is the mean of its own."""
+    assert found.scores.tolist() == [1.0, 0.75, 0.5, 0.0]
+    assert found.outcomes == ["win", "win", "tie", "loss"]
+    assert found.facts["win_rate"] == pytest.approx(1000 / 14)
+    assert found.facts["inconsistent"] == 1  # b
+    assert found.facts["first_shown_wins"] == pytest.approx(4 / 6)  # a's first, b's both, d's second
+    assert [game["verdict"] for game in found.games[:3]] == ["A>>B", "B>>A", "A>>B"]
+    assert rates(found, [pair(id) for id in "abcd"])["all"]["win_rate"] == 50.0
+    json.dumps([found.facts, found.games], allow_nan=False)
+
+
+def test_the_quantiles_are_of_all_counts(found):
+    counts = np.array([1.0] * 6 + [1.0, 1.0, 1.0, 0.0] + [0.5, 0.5] + [0.0, 0.0])
+    low, high = bootstrap(counts, 100, 0)
+    assert (found.facts["win_rate_5"], found.facts["win_rate_95"]) == (100 * low, 100 * high)
+    assert 40 < 100 * low < 1000 / 14 < 100 * high < 95
+
+
+def test_the_bootstrap_has_the_spread_of_a_mean():
+    """Of 400 counts of 0 and 1, half and half, the mean's sd is 1/40: quantiles ½ ∓ 1.645/40. The seed decides."""
+    counts = np.tile([0.0, 1.0], 200)
+    low, high = bootstrap(counts, 4000, 0)
+    assert (low, high) == (pytest.approx(0.5 - 1.645 / 40, abs=0.004), pytest.approx(0.5 + 1.645 / 40, abs=0.004))
+    assert bootstrap(counts, 50, 1) == bootstrap(counts, 50, 1) != bootstrap(counts, 50, 2)
+    assert bootstrap(np.ones(7), 10, 0) == (1.0, 1.0)
+
+
+def test_labels_are_the_same_from_either_end():
+    """A>B and B<A say one thing; A>B and B>A say opposite things."""
+    turned = str.maketrans("AB<>", "BA<>")
+    mirrored = str.maketrans("<>", "><")
+    for label, counts in FIRST.items():
+        assert [1 - count for count in counts] == FIRST[label.translate(turned)]
+        assert [1 - count for count in counts] == FIRST[label.translate(mirrored)]
+    assert sorted(map(len, FIRST.values())) == [1] * 6 + [3] * 4
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("[[A>>>B]]", "no verdict"),
+        ("[[A>B]] [[A>>B]]", "several verdicts"),
+        ("A>B", "no verdict"),
+        ("[[A]]", "no verdict"),
+    ],
+)
+def test_a_game_without_one_known_label_is_an_error(arena, text, kind):
+    """One game of `a` is in error: the pair is, though its other game has a verdict; b stands."""
+
+    def reply(body, before):
+        odd = "question a." in str(body) and shown(body)[0] == "<answer ours>"
+        return completion(text if odd else "[[A>B]]" if shown(body)[0] == "<answer ours>" else "[[B>A]]")
+
+    with served(reply) as server:
+        found = arena(server.base_url, max_errors=0.5)([pair("a"), pair("b")], lambda done: None)
+    assert found.outcomes == ["error", "win"]
+    assert math.isnan(found.scores[0])
+    assert found.facts["errors"] == {kind: 1}
+    assert found.facts["win_rate"] == found.facts["win_rate_5"] == 100.0
+
+
+def test_above_max_errors_no_number_is_given(arena):
+    with served(lambda body, before: Broken(400, text='{"error": {"message": "no such model"}}')) as server:
+        found = arena(server.base_url)([pair("a")], lambda done: None)
+    assert found.facts["errors"] == {"failed": 2}
+    assert "no such model" in found.facts["first_failure"]
+    assert found.facts["reason"].startswith("1 of 1 pairs are in error")
+    assert found.facts["win_rate"] is found.facts["win_rate_5"] is found.facts["win_rate_95"] is None
+
+
+def test_the_request_is_the_protocols(arena):
+    with served(scripted(a=("A>B", "B>A"))) as server:
+        arena(server.base_url)([pair("a")], lambda done: None)
+    assert {key: server.bodies[0][key] for key in ("temperature", "max_tokens")} == {
+        "temperature": 0,
+        "max_tokens": 4096,
+    }
+    system = server.bodies[0]["messages"][0]["content"]
+    assert all(f"[[{label}]]" in system for label in ("A>>B", "A>B", "A=B", "B>A", "B>>A"))
+    assert sorted(map(shown, server.bodies)) == [
+        ("<answer ours>", "<answer theirs>"), ("<answer theirs>", "<answer ours>"),
+    ]  # fmt: skip
+
+
+def test_settings_that_cannot_be_are_refused(arena):
+    for wrong in ({"max_errors": -0.1}, {"bootstraps": 0}):
+        with pytest.raises(UserError, match=r"judge\."):
+            arena("http://127.0.0.1:1/v1", **wrong)

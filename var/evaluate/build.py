@@ -1,0 +1,276 @@
+"""From eval.py's configuration to an evaluation, and what it leaves behind."""
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from rich.table import Table
+
+from var import summary
+from var.annotate.fill import Annotator, Reference
+from var.annotate.store import Store
+from var.build import exported, known, quieten, values
+from var.config import check
+from var.data.rows import Rows, read
+from var.datamodule import AlignmentData, DataSettings
+from var.evaluate import diversity, evaluation
+from var.generate import Sampling
+from var.logprobs import attention
+from var.pretrained import Pretrained
+from var.problems import UserError
+from var.progress import console, say
+from var.rewards.scale import Scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """The top level of conf/eval.yaml, which has the meaning of each."""
+
+    model: Any
+    data: Any
+    reward: Any
+    generate: Any
+    judge: Any
+    benchmarks: Any
+    seed: int
+    seeds: list[int]
+    init: str | None
+    reference: str | None
+    held_out: bool
+    prompts: int | None
+    against: Literal["reference", "chosen"]
+    judged: int | None
+    averages: Any
+    second_reward: Any
+    precision: Literal["float32", "bfloat16"]
+    store: str
+    cache: str
+    out: str
+
+
+@dataclass(frozen=True)
+class _Nothing:
+    """A loss that asks for nothing: the data's split is the same for every one."""
+
+    needs: frozenset[Any] = frozenset()
+
+
+@dataclass
+class Evaluation:
+    """The parts of one evaluation."""
+
+    cfg: DictConfig
+    policy: Annotator
+    reference: Annotator | None
+    rewards: dict[str, Any]
+    judge: Any
+    benchmarks: Any
+    sampling: Sampling
+
+    @classmethod
+    def compose(cls, cfg: DictConfig) -> "Evaluation":
+        """Check the configuration as a whole, then build what is light: no model is loaded."""
+        quieten()
+        check(cfg, {"": EvalConfig, "model": Pretrained, "data": DataSettings, "generate": Sampling})
+        if not cfg.seeds or len(set(cfg.seeds)) < len(cfg.seeds):
+            raise UserError(f"seeds are one or several different numbers, got {list(cfg.seeds)}")
+        sampling = Sampling(**cfg.generate)
+        if sampling.responses != 1:
+            raise UserError("eval.py samples one answer a prompt and seed: leave generate.responses at 1, set seeds")
+        if sampling.temperature == 0 and len(cfg.seeds) > 1:
+            raise UserError("at temperature 0 all seeds are one: set seeds=[0]")
+        pretrained = Pretrained(**known(Pretrained, cfg.model), cache=cfg.cache)
+        start = pretrained if cfg.init else None
+        if cfg.init:
+            folder = exported(cfg.init)
+            trained = folder / "config.yaml"
+            if cfg.reference == "auto" and trained.exists() and (before := OmegaConf.select(OmegaConf.load(trained), "init")):
+                start = replace(pretrained, path=str(exported(before)), revision=None, chat_template=None)
+            pretrained = replace(pretrained, path=str(folder), revision=None, chat_template=None)
+        if cfg.reference is None:
+            start = None
+        elif cfg.reference != "auto":
+            start = replace(pretrained, path=str(exported(cfg.reference)), revision=None)
+        reward = instantiate(cfg.reward)
+
+        def annotator(model: Pretrained) -> Annotator:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            dtype = torch.bfloat16 if cfg.precision == "bfloat16" else None
+            store = Store(Path(cfg.store).expanduser(), warn=say)
+            return Annotator(store, Reference(model, device, dtype), reward, Path(cfg.cache).expanduser())
+
+        rewards = {"reward": reward}
+        if cfg.second_reward:
+            rewards["second_reward"] = instantiate(cfg.second_reward)
+        return cls(
+            cfg, annotator(pretrained), annotator(start) if start else None, rewards,
+            instantiate(cfg.judge) if cfg.judge else None, instantiate(cfg.benchmarks) if cfg.benchmarks else None,
+            sampling,
+        )  # fmt: skip
+
+    def check(self) -> None:
+        """What would fail later is told now."""
+        for annotator in filter(None, (self.policy, self.reference)):
+            annotator.check()
+        for name, reward in self.rewards.items():
+            if not reward.scores_text:
+                raise UserError(f"{name}=score reads the data's own scores and cannot score new text; choose another")
+            reward.identity  # noqa: B018
+        if self.benchmarks:
+            self.benchmarks.check()
+        if self.judge:
+            self.judge.check()
+            if self.cfg.against == "reference" and self.reference is None:
+                raise UserError(
+                    "the judge sets the answers against the reference's, and there is none: set reference=<folder>, "
+                    "or against=chosen"
+                )
+            if self.cfg.against == "chosen" and not all(row.ordered for row in self.rows):
+                raise UserError("against=chosen, and these rows have no chosen response")
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The prompts, one row each."""
+        cfg = self.cfg
+        if cfg.held_out:
+            data = AlignmentData(
+                instantiate(cfg.data.source), DataSettings(**known(DataSettings, cfg.data)), _Nothing(), self.policy,
+                self.sampling, Scale(),
+            )  # fmt: skip
+            rows = data.split()[0]
+        else:
+            rows = read(instantiate(cfg.data.source), self.policy.cache)
+        chosen = evaluation.draw(rows, evaluation.subsets(rows, cfg.data.name), cfg.prompts, cfg.seed)
+        say(
+            f"{len(chosen)} of {len(np.unique(rows.keys))} "
+            + ("held-out prompts; held_out=false takes all" if cfg.held_out else "prompts of the whole data set")
+        )
+        return rows.select(chosen)
+
+    @cached_property
+    def folder(self) -> Path:
+        content = {k: v for k, v in values(self.cfg).items() if k not in ("store", "cache", "out")}
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:8]
+        name = Path(self.cfg.init).name if self.cfg.init else self.cfg.model.name
+        return Path(self.cfg.out).expanduser() / f"{name}_{self.cfg.data.name}-{digest}"
+
+    def run(self) -> dict[str, Any]:
+        """Sample, score, measure, write."""
+        cfg, rows, seeds = self.cfg, self.rows, list(self.cfg.seeds)
+        labels = evaluation.subsets(rows, cfg.data.name)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        sides = {"model": self.policy, "reference": self.reference}
+        texts, sizes, rewards = {}, {}, {}
+        for side, annotator in sides.items():
+            if annotator is None:
+                continue
+            texts[side] = evaluation.answers(annotator, rows, self.sampling, seeds, f"Answers of the {side}")
+            annotator.reference.release()
+            sizes[side] = evaluation.tokens(annotator, rows, texts[side]).length.reshape(len(rows), -1)
+            rewards[side] = {
+                name: evaluation.scores(annotator, reward, rows, texts[side], f"{name} of the {side}")
+                for name, reward in self.rewards.items()
+            }
+        result: dict[str, Any] = {"title": f"{cfg.init or cfg.model.path} on {cfg.data.name}", "seeds": seeds}
+        for side in texts:
+            numbers = dict(rewards[side])
+            if side == "model" and self.reference:
+                numbers["kl"] = evaluation.divergence(self.policy, self.reference, rows, texts[side])
+            measured = evaluation.measure(labels, texts[side], sizes[side], numbers)
+            result[side] = {"subsets": measured, "averages": evaluation.averages(measured, values(cfg.averages))}
+        if "reference" in texts:
+            result["against_reference"] = {
+                name: evaluation.compare(
+                    labels, rewards["model"][name] - rewards["reference"][name], sizes["model"], sizes["reference"]
+                )
+                for name in self.rewards
+            }
+        plain = {side: [[text for text, _ in several] for several in found] for side, found in texts.items()}
+        result["distinct"] = diversity.distinct(plain)
+        if self.judge:
+            own = [[(row.responses[0].text, True)] * len(seeds) for row in rows] if cfg.against == "chosen" else None
+            opponents = own or texts["reference"]
+            result["win_rates"], games = evaluation.judged(
+                self.judge, rows, labels, texts["model"], opponents, cfg.judged, seeds
+            )
+            self._lines("games.jsonl", games)
+        if self.benchmarks:
+            from var.evaluate import benchmarks
+
+            model = self.policy.reference.policy.model
+            with attention(model, "sdpa"):
+                result["benchmarks"] = benchmarks.run(
+                    self.benchmarks, model, self.policy.chat.tokenizer, self.folder / "benchmarks"
+                )
+        result["depends_on"] = {
+            "weights": {side: annotator.reference.identity for side, annotator in sides.items() if annotator},
+            "rewards": {name: reward.identity for name, reward in self.rewards.items()},
+            "prompts": hashlib.sha256(rows.keys.tobytes()).hexdigest()[:16],
+            "sampling": self.sampling.identity,
+            "config": values(cfg),
+            **summary.environment(),
+        }
+        self._lines("answers.jsonl", self._records(labels, texts, rewards))
+        summary.write(self.folder, result, "result.json")
+        self.show(result)
+        return result
+
+    def _records(self, labels: np.ndarray, texts: Any, rewards: Any) -> list[dict[str, Any]]:
+        return [
+            {
+                "id": row.id, "subset": str(labels[i]), "prompt": list(row.prompt), "answer": row.answer,
+                **{
+                    side: [
+                        {"text": t, "finished": f, **{name: float(v[i, s]) for name, v in rewards[side].items()}}
+                        for s, (t, f) in enumerate(found[i])
+                    ]
+                    for side, found in texts.items()
+                },
+            }
+            for i, row in enumerate(self.rows)
+        ]  # fmt: skip
+
+    def _lines(self, name: str, records: list[dict[str, Any]]) -> None:
+        partial = self.folder / f"{name}.partial"
+        with partial.open("w") as file:
+            for record in records:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        partial.replace(self.folder / name)
+
+    def show(self, result: dict[str, Any]) -> None:
+        """The closing table: mean ± standard error by prompt."""
+        table = Table(title=result["title"], title_justify="left")
+        table.add_column("")
+        for side in ("reference", "model"):
+            table.add_column(side, justify="right")
+        measured = result["model"]["subsets"]
+        for name, part in measured.items():
+            before = result.get("reference", {}).get("subsets", {}).get(name, {})
+            for key in ("reward", "second_reward", "kl", "length"):
+                if key in part:
+                    table.add_row(f"{name}: {key}", cell(before.get(key)), cell(part[key]))
+            table.add_row(f"{name}: share cut", f"{before['cut']:.2f}" if before else "–", f"{part['cut']:.2f}")
+        for name, part in result["model"]["averages"].items():
+            before = result.get("reference", {}).get("averages", {}).get(name, {})
+            table.add_row(f"average, {name}: reward", cell(before.get("reward")), cell(part["reward"]))
+        if "win_rates" in result:
+            table.add_row(f"win rate in %, against {self.cfg.against}", "", cell(result["win_rates"]["all"]))
+        console.print(table)
+        for score in result.get("benchmarks", {}).get("scores", []):
+            say(" ".join(f"{key}={value}" for key, value in score.items() if not isinstance(value, list | dict)))
+        console.print(f"Result: {self.folder}/result.json", markup=False)
+
+
+def cell(value: dict[str, Any] | None) -> str:
+    if value is None:
+        return "–"
+    mean = value.get("mean", value.get("win_rate"))
+    error = value.get("se_prompts", value.get("se"))
+    return "–" if mean is None else f"{mean:.3f}" + ("" if error is None else f" ± {error:.3f}")

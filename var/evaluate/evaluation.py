@@ -1,0 +1,194 @@
+"""One evaluation: a model's answers to prompts of several subsets, what they are worth, and what that depends on."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from var.annotate.fill import Annotator, Reward
+from var.data.rows import Rows
+from var.evaluate import diversity, lengths
+from var.evaluate.judge import Judge, Pair, rates
+from var.generate import Sampling
+from var.problems import UserError
+from var.progress import say, stage
+
+Texts = list[list[tuple[str, bool]]]  # of each prompt, one (text, finished) a seed
+
+
+def subsets(rows: Rows, name: str) -> np.ndarray:
+    """[P] the subset of each row; where the data tells none apart, `name`."""
+    return np.array([row.subset or name for row in rows])
+
+
+def draw(rows: Rows, labels: np.ndarray, prompts: int | None, seed: int) -> np.ndarray:
+    """[n] rows: one of each distinct prompt, at most `prompts` of a subset, by a seeded shuffle."""
+    first = np.sort(np.unique(rows.keys, return_index=True)[1])
+    if prompts is None:
+        return first
+    shuffled = np.random.default_rng(seed).permutation(first)
+    return np.sort(np.concatenate([shuffled[labels[shuffled] == name][:prompts] for name in np.unique(labels)]))
+
+
+def answers(annotator: Annotator, rows: Rows, sampling: Sampling, seeds: Sequence[int], title: str) -> Texts:
+    """One answer a prompt and seed, from the store where it holds them."""
+    drawn = [annotator.sampled(rows, replace(sampling, seed=seed), f"{title}, seed {seed}") for seed in seeds]
+    return [[one[i][0] for one in drawn] for i in range(len(rows))]
+
+
+def scores(annotator: Annotator, reward: Reward, rows: Rows, texts: Texts, title: str) -> np.ndarray:
+    """[P, S] raw rewards, from the store where it holds them."""
+    triples = [(row.prompt, text, row.answer) for row, several in zip(rows, texts, strict=True) for text, _ in several]
+    return replace(annotator, reward=reward).score(triples, title).reshape(len(texts), -1)
+
+
+@dataclass
+class _Tokens:
+    """Answers as the engine takes them: prompt and response tokens, an empty answer as its end token alone."""
+
+    ids: list[list[int]]
+    start: np.ndarray
+    length: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def tokens(self, index: int) -> tuple[list[int], int, str]:
+        return self.ids[index], int(self.start[index]), ""
+
+
+def tokens(annotator: Annotator, rows: Rows, texts: Texts) -> _Tokens:
+    chat, ids, start = annotator.chat, [], []
+    for row, several in zip(rows, texts, strict=True):
+        prompt = chat.prompt(row.prompt)
+        for text, finished in several:
+            response = list(chat.tokenizer(text, add_special_tokens=False)["input_ids"])
+            ids.append([*prompt, *response, *([chat.end_token] if finished or not response else [])])
+            start.append(len(prompt))
+    starts = np.array(start)
+    return _Tokens(ids, starts, np.array(list(map(len, ids))) - starts)
+
+
+def divergence(policy: Annotator, reference: Annotator, rows: Rows, texts: Texts) -> np.ndarray:
+    """[P, S] nats: log π(y|x) − log π_ref(y|x) of the policy's own answers; its mean estimates KL(π ‖ π_ref).
+
+    The answers' text is tokenised again, which may differ from the tokens that were sampled.
+    """
+    if policy.chat.tokenizer.get_vocab() != reference.chat.tokenizer.get_vocab():
+        raise UserError("model and reference have different vocabularies, so a KL between them means nothing")
+    encoded = tokens(policy, rows, texts)
+    sums = []
+    for annotator in (policy, reference):
+        values = annotator.reference_logps(encoded)  # type: ignore[arg-type]
+        annotator.reference.release()
+        sums.append(np.array([sum(several) for several in values.to_pylist()]))
+    return (sums[0] - sums[1]).reshape(len(texts), -1)
+
+
+def estimate(values: np.ndarray) -> dict[str, Any]:
+    """Of [P, S]: the mean, its standard error over the S seeds and, clustered, over the P prompts."""
+    seeds = values.mean(0)
+    return {
+        "mean": float(values.mean()),
+        "se_seeds": float(seeds.std(ddof=1) / np.sqrt(len(seeds))) if len(seeds) > 1 else None,
+        "se_prompts": lengths.estimate(values)["se"],
+        "by_seed": seeds.tolist(),
+    }
+
+
+def average(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The mean of subsets' estimates, each subset counting once, as the paper's tables have it."""
+    by_seed = np.array([part["by_seed"] for part in parts]).mean(0)
+    errors = [part["se_prompts"] for part in parts]
+    known = all(error is not None for error in errors)
+    return {
+        "mean": float(by_seed.mean()),
+        "se_seeds": float(by_seed.std(ddof=1) / np.sqrt(len(by_seed))) if len(by_seed) > 1 else None,
+        "se_prompts": float(np.sqrt(np.square(errors).sum()) / len(errors)) if known else None,
+        "by_seed": by_seed.tolist(),
+    }
+
+
+def measure(
+    labels: np.ndarray, texts: Texts, sizes: np.ndarray, values: Mapping[str, np.ndarray]
+) -> dict[str, dict[str, Any]]:
+    """Of each subset: prompts, every [P, S] of `values` (rewards, KL) as an estimate, lengths, repetition, diversity.
+
+    A reward is given raw and as 100·sigmoid, the scale on which the paper's tables seem to stand.
+    """
+    finished = np.array([[done for _, done in several] for several in texts])
+    out: dict[str, dict[str, Any]] = {}
+    for name in np.unique(labels):
+        here = labels == name
+        part = [[text for text, _ in several] for several, inside in zip(texts, here, strict=True) if inside]
+        out[str(name)] = {
+            "prompts": int(here.sum()),
+            **{key: estimate(value[here]) for key, value in values.items()},
+            **{f"{key}_sigmoid": estimate(_sigmoid(value[here])) for key, value in values.items() if "reward" in key},
+            "length": lengths.distribution(sizes[here].astype(float)),
+            **diversity.describe(part, finished[here]),
+        }
+    return out
+
+
+def _sigmoid(values: np.ndarray) -> np.ndarray:
+    return 100 * np.exp(-np.logaddexp(0, -values))
+
+
+def averages(measured: Mapping[str, Mapping[str, Any]], wanted: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Means over subsets, of those that are there: `of` names them."""
+    out = {}
+    for name, members in {**wanted, "all": list(measured)}.items():
+        there = [measured[member] for member in members if member in measured]
+        if there:
+            keys = [key for key, value in there[0].items() if isinstance(value, dict) and "by_seed" in value]
+            out[name] = {
+                "of": [member for member in members if member in measured],
+                **{key: average([part[key] for part in there]) for key in keys},
+            }
+    return out
+
+
+def compare(
+    labels: np.ndarray, gain: np.ndarray, sizes: np.ndarray, opponent_sizes: np.ndarray
+) -> dict[str, dict[str, Any]]:
+    """Of each subset: the gain in reward, paired, as it is, at equal length by regression, and at matched lengths."""
+    difference = (sizes - opponent_sizes).astype(float)
+    return {
+        str(name): {
+            "gain": estimate(gain[labels == name]),
+            "length_controlled": lengths.length_controlled(gain[labels == name], difference[labels == name]),
+            "matched_lengths": lengths.matched(
+                gain[labels == name], sizes[labels == name].astype(float), opponent_sizes[labels == name].astype(float)
+            ),
+        }
+        for name in np.unique(labels)
+    }
+
+
+def judged(
+    judge: Judge,
+    rows: Rows,
+    labels: np.ndarray,
+    texts: Texts,
+    opponents: Texts,
+    limit: int | None,
+    seeds: Sequence[int],
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Win rates against the opponents' answers, and one record a game."""
+    pairs, seen = [], dict.fromkeys(labels.tolist(), 0)
+    for row, label, several, other in zip(rows, labels.tolist(), texts, opponents, strict=True):
+        seen[label] += 1
+        if limit is None or seen[label] <= limit:
+            for s, seed in enumerate(seeds):
+                pairs.append(
+                    Pair(
+                        id=row.id, subset=label, seed=seed, prompt=row.prompt, gold=row.answer,
+                        answer=several[s][0], opponent=other[s][0],
+                    )
+                )  # fmt: skip
+    say(f"Judge: {judge.describe(pairs)}")
+    with stage("Judging", len(pairs), "pairs") as advance:
+        judgement = judge(pairs, advance)
+    return {**rates(judgement, pairs), "facts": judgement.facts}, judgement.games
