@@ -37,7 +37,7 @@ def run(command: str, *overrides: str, **environment: str) -> subprocess.Complet
     patched = mock.patch.object(sys, "argv", arguments), mock.patch.dict(os.environ, environment)
     with patched[0], patched[1], redirect_stdout(out), redirect_stderr(err):
         try:
-            config.run(module.main, "train")
+            config.run(module.main, "eval" if command == "eval.py" else "train")
         except SystemExit as stop:
             code = int(stop.code or 0)
         finally:
