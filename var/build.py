@@ -275,6 +275,7 @@ class Run:
             if "kl" in result:
                 validation["kl"] = result["kl"]
                 validation["reward"]["gain"] = result.get("gain")
+                validation["win_rate"] = result.get("win_rate")
         outcome = validation.get("reward") or validation.get("accuracy")
         training = self.steps.seconds + self.steps.waited - data.seconds_of_rollouts
         name = f"{self.cfg.model.name}, {self.cfg.data.name}, {HydraConfig.get().runtime.choices.get('loss')}"

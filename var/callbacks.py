@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from var.annotate.fill import Annotator, Reward
 from var.datamodule import AlignmentData
-from var.evaluate.validation import Answers, clustered, divergence, judge, samples
+from var.evaluate.validation import Answers, clustered, divergence, judge, samples, win_rate
 from var.generate import Sampling, sample
 from var.module import AlignmentModule
 from var.packing import whole
@@ -251,7 +251,7 @@ class PairAccuracy(Callback):
 
 
 class Validation(Callback):
-    """Reward, length and KL of sampled answers on held-out prompts: before, every n steps, and after.
+    """Reward, win rate against the start, length and KL of answers to held-out prompts: before, every n steps, after.
 
     The answers before training are the reference's and come from the store. result: for the summary.
     """
@@ -290,7 +290,9 @@ class Validation(Callback):
             self._done = step
             assert isinstance(module, AlignmentModule)
             data: AlignmentData = trainer.datamodule  # type: ignore[attr-defined]
-            self._log(trainer, self._judge(data, self._sample(trainer, module, f"Evaluating step {step}")), step)
+            texts = self._sample(trainer, module, f"Evaluating step {step}")
+            kl = self._divergence(data, module, texts)
+            self._log(trainer, self._judge(data, texts), step, {"validation/kl": float(kl.mean())})
             step_metrics(trainer).restart()
 
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
@@ -300,17 +302,12 @@ class Validation(Callback):
         data: AlignmentData = trainer.datamodule  # type: ignore[attr-defined]
         texts = self._sample(trainer, module, "Evaluating the end")
         after = self._judge(data, texts)
-        reference = self.annotator.reference
-        module.policy.eval()
-        with stage("KL to the reference", len(texts), "prompts") as advance, reference.precision():
-            policy = module.policy.policy if isinstance(module.policy, ActorCritic) else module.policy
-            with gathered(module.policy):
-                kl = divergence(policy, reference.policy, self.annotator.chat, data.validation, texts, advance)  # type: ignore[arg-type]
-        reference.release()
+        kl = self._divergence(data, module, texts)
         self.result["after"] = self._summary(after)
         self.result["kl"] = clustered(kl)._asdict()
         if after.rewards is not None and self.before.rewards is not None:
             self.result["gain"] = clustered(after.rewards - self.before.rewards)._asdict()
+            self.result["win_rate"] = clustered(win_rate(after.rewards, self.before.rewards)[:, None])._asdict()
         self._log(trainer, after, trainer.global_step, {"validation/kl": float(kl.mean())})
         if trainer.is_global_zero:
             with (self.folder / "samples.jsonl").open("w") as file:
@@ -323,6 +320,20 @@ class Validation(Callback):
         precision = self.annotator.reference.precision()
         with stage(title, len(prompts), "prompts") as advance, precision, gathered(module.policy):
             return sample(module.policy.model, self.annotator.chat, prompts, self.sampling, advance)
+
+    def _divergence(
+        self, data: AlignmentData, module: AlignmentModule, texts: list[list[tuple[str, bool]]]
+    ) -> np.ndarray:
+        """[P, K] nats of the policy's own answers; the module is left in the mode in which it came."""
+        reference, training = self.annotator.reference, module.policy.training
+        module.policy.eval()
+        with stage("KL to the reference", len(texts), "prompts") as advance, reference.precision():
+            policy = module.policy.policy if isinstance(module.policy, ActorCritic) else module.policy
+            with gathered(module.policy):
+                kl = divergence(policy, reference.policy, self.annotator.chat, data.validation, texts, advance)  # type: ignore[arg-type]
+        reference.release()
+        module.policy.train(training)
+        return kl
 
     def _judge(self, data: AlignmentData, texts: list[list[tuple[str, bool]]]) -> Answers:
         if self.reward is not None:
@@ -341,4 +352,6 @@ class Validation(Callback):
         if answers.rewards is not None:
             metrics["validation/reward"] = float(answers.rewards.mean())
             metrics["validation/reward_se"] = clustered(answers.rewards).se
+            if self.before is not None and self.before.rewards is not None:
+                metrics["validation/win_rate"] = float(win_rate(answers.rewards, self.before.rewards).mean())
         log(trainer, metrics, step)

@@ -19,10 +19,15 @@ from var.progress import console
 
 PANELS = {
     "train/loss": "loss, nats a token",
-    "validation/reward": "validation reward",
     "train/weight/ess": "effective sample size",
     "train/grad_norm": "gradient norm",
+    "throughput/tokens_per_second": "tokens per second",
+    "validation/reward": "validation reward",
+    "validation/win_rate": "win rate against the start",
+    "validation/length": "response length, tokens",
+    "validation/kl": "KL to the reference, nats",
 }
+COLUMNS = 4
 PACKAGES = ("torch", "lightning", "transformers", "datasets", "hydra-core")
 
 
@@ -83,13 +88,16 @@ def show(summary: Mapping[str, Any], title: str) -> None:
 
 
 def plot(folders: Sequence[Path], target: Path) -> None:
-    """The curves of one run or of several: loss, validation reward, effective sample size, gradient norm."""
+    """The curves of one run or of several: training above, validation on prompts that it never saw below."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(3.2 * len(PANELS), 2.6), layout="constrained")
+    rows_of_panels = len(PANELS) // COLUMNS
+    size = (3.2 * COLUMNS, 2.6 * rows_of_panels)
+    figure = plt.figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows_of_panels, COLUMNS).ravel()
     for folder in folders:
         with (folder / "metrics.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))

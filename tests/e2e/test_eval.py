@@ -1,5 +1,6 @@
 """eval.py on a tiny random model: numbers that are known, a second run that computes nothing, inputs it refuses."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -78,3 +79,24 @@ def test_what_cannot_be_is_told_first(evaluated: list[str], message: str, overri
     assert done.returncode == 1, done.stdout
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_validation_while_training_is_a_curve_of_reward_win_rate_length_and_kl(tiny_folder: Path, tmp_path: Path):
+    """Under bf16-mixed too, with its gradients clipped."""
+    done = run(
+        "train.py", f"model.path={tiny_folder}", f"store={tmp_path}/store", f"cache={tmp_path}/cache",
+        f"runs={tmp_path}/runs", "data.source.problems=30", "data.validation_prompts=4", "reward=near_number",
+        "loss=sft", "trainer.max_steps=3", "trainer.log_every_n_steps=1", "eval.every_n_steps=1",
+        "trainer.precision=bf16-mixed", "trainer.accelerator=cpu", "generate.max_new_tokens=6",
+        "optim.optimizer.lr=1e-2",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    with (folder / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for name in ("reward", "win_rate", "length", "kl"):
+        points = {int(row["step"]): float(row[f"validation/{name}"]) for row in rows if row.get(f"validation/{name}")}
+        assert set(points) >= {1, 2, 3}, name
+        assert name != "kl" or points[3] > points[1] > 0
+    summary = json.loads((folder / "summary.json").read_text())
+    assert 0 <= summary["validation"]["win_rate"]["mean"] <= 1

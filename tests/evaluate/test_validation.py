@@ -14,7 +14,7 @@ from numpy.testing import assert_allclose
 
 from var.data.chat import Chat
 from var.data.rows import FEATURES, Rows
-from var.evaluate.validation import Estimate, clustered, divergence, judge, samples
+from var.evaluate.validation import Estimate, clustered, divergence, judge, samples, win_rate
 from var.policy import Policy
 from var.pretrained import Pretrained
 from var.rewards.programmatic import ExactNumber
@@ -26,7 +26,7 @@ TEXTS = [[("3", True), ("it is 44", False)], [("", True), ("4.", True)]]
 
 @pytest.fixture(scope="module")
 def rows() -> Rows:
-    rest = {"responses": [], "ordered": False}
+    rest = {"responses": [], "ordered": False, "subset": None, "sampling": None}
     records = [
         {"id": f"r{i}", "prompt": [{"role": "user", "content": text}], "answer": answer, **rest}
         for i, (text, answer) in enumerate((("1 + 2", "3"), ("2 + 2", "4")))
@@ -122,3 +122,9 @@ def test_samples_hold_both_answers_side_by_side(rows, tokenizer):
         "after": {"texts": ["3", "3"], "rewards": None, "lengths": [1, 1]},
     }  # fmt: skip
     assert set(samples(rows, None, after)[0]) == {"id", "prompt", "answer", "after"}
+
+
+def test_a_win_rate_counts_every_pair_of_a_prompts_answers_and_half_of_a_tie():
+    """Answers 1, 3 against 1, 2: a tie, a loss, two wins; 0, 0 against 1, 2: four losses."""
+    after, before = np.array([[1.0, 3.0], [0.0, 0.0]]), np.array([[1.0, 2.0], [1.0, 2.0]])
+    assert win_rate(after, before).tolist() == [2.5 / 4, 0.0]

@@ -91,7 +91,11 @@ class Evaluation:
         if cfg.init:
             folder = exported(cfg.init)
             trained = folder / "config.yaml"
-            if cfg.reference == "auto" and trained.exists() and (before := OmegaConf.select(OmegaConf.load(trained), "init")):
+            if (
+                cfg.reference == "auto"
+                and trained.exists()
+                and (before := OmegaConf.select(OmegaConf.load(trained), "init"))
+            ):
                 start = replace(pretrained, path=str(exported(before)), revision=None, chat_template=None)
             pretrained = replace(pretrained, path=str(folder), revision=None, chat_template=None)
         if cfg.reference is None:

@@ -66,6 +66,12 @@ def judge(rows: Rows, texts: list[list[tuple[str, bool]]], reward: Reward | None
     )
 
 
+def win_rate(after: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """[P] share of a prompt's pairs (k, k') in which the reward prefers the answer after, ties half; both [P, K]."""
+    ahead = after[:, :, None] - before[:, None, :]
+    return ((ahead > 0) + 0.5 * (ahead == 0)).mean(axis=(1, 2))
+
+
 @torch.inference_mode()
 def divergence(
     policy: Policy,
