@@ -22,6 +22,7 @@ GIVEN = {  # what a user must give
     "data/prompts": ["data.path=x.txt"],
     "data/hha": ["data.folder=x"],
     "experiment/hha": ["data.folder=x"],
+    "reward/endpoint": ["reward.client.base_url=http://127.0.0.1:9"],
     "benchmarks/local": ["benchmarks.folder=x"],
     "reward/ensemble": ["+reward@reward.members.a=exact_number"],
     "data/preferences": ["data.path=someone/pairs"],
@@ -38,7 +39,7 @@ def test_every_yaml_is_seen() -> None:
     assert len(YAMLS) == COUNT
 
 
-COUNT = 98
+COUNT = 102
 
 
 @pytest.mark.parametrize("path", [p for p in YAMLS if not p.name.startswith("_") and len(p.parts) > 1], ids=str)
@@ -49,6 +50,10 @@ def test_every_yaml_composes_and_builds(path: Path, tmp_path: Path) -> None:
         *GIVEN.get(f"{group}/{name}", ()),
     ]
     overrides += [f"store={tmp_path}/s", f"cache={tmp_path}/c"]
+    if group == "sampler":
+        given = [f"sampler.client.{key}=http://x" for key in ("base_url", "model")] if name == "endpoint" else []
+        assert instantiate(composed(f"+sampler={name}", *given).sampler)
+        return
     if group in ("judge", "benchmarks"):
         evaluation = Evaluation.compose(composed(*overrides, root="eval"))
         assert evaluation.judge or evaluation.benchmarks

@@ -14,14 +14,16 @@ from var.policy import Scorer
 from var.problems import UserError
 
 DECODERS = {"llama", "qwen2", "qwen3", "mistral"}  # `score` on a backbone that attends by AttentionInterface
+GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # how transformers ends a language model's name
 
 
 @dataclass(frozen=True, kw_only=True)
 class Classifier:
     """The raw logit of a one-label classifier for the chat-rendered prompt and response.
 
-    path: hub id or folder with safetensors. chat_template: where the tokenizer has none. dtype: of the weights; it is
-    in the store's key. tokens: packed tokens at once. The template writes the BOS; no second one is added.
+    path: hub id, folder with safetensors, or a finished run's folder. chat_template: where the tokenizer has none.
+    dtype: of the weights; it is in the store's key. tokens: packed tokens at once. The template writes the BOS; no
+    second one is added.
     """
 
     path: str
@@ -39,8 +41,10 @@ class Classifier:
     def _files(self) -> Any:
         from var.pretrained import Pretrained
 
+        exported = Path(self.path) / "model"  # of a finished run
+        path = str(exported) if (exported / "config.json").exists() else self.path
         return Pretrained(
-            name=Path(self.path).name, path=self.path, revision=self.revision, chat_template=self.chat_template,
+            name=Path(self.path).name, path=path, revision=self.revision, chat_template=self.chat_template,
             dtype=self.dtype, attention="packed", trust_remote_code=False, gradient_checkpointing=False,
             architecture={}, cache=self.cache,
         )  # fmt: skip
@@ -60,19 +64,32 @@ class Classifier:
         return tokenizer
 
     @cached_property
+    def _config(self) -> Any:
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(self._files.folder)
+        if kinds := [kind for kind in config.architectures or () if kind.endswith(GENERATES)]:
+            raise UserError(
+                f"reward.path={self.path} is a language model ({kinds[0]}), which gives no score; a reward model is a "
+                "sequence classifier with one label, as loss=bradley_terry trains it"
+            )
+        if config.num_labels != 1:
+            raise UserError(f"the reward model {self.path} has {config.num_labels} labels; a reward model has one")
+        return config
+
+    @cached_property
     def _scorer(self) -> Scorer:
-        from transformers import AutoConfig, AutoModelForSequenceClassification
+        from transformers import AutoModelForSequenceClassification
 
         import var.logprobs  # noqa: F401  registers the packed attention
 
-        folder = self._files.folder
-        config = AutoConfig.from_pretrained(folder)
-        if config.num_labels != 1:
-            raise UserError(f"the reward model {self.path} has {config.num_labels} labels; a reward model has one")
-        options = {"attn_implementation": "packed"} if config.model_type in DECODERS else {}
-        model = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=getattr(torch, self.dtype), use_safetensors=True, **options
-        )
+        options = {"attn_implementation": "packed"} if self._config.model_type in DECODERS else {}
+        model, found = AutoModelForSequenceClassification.from_pretrained(
+            self._files.folder, dtype=getattr(torch, self.dtype), use_safetensors=True, output_loading_info=True,
+            **options,
+        )  # fmt: skip
+        if found["missing_keys"]:  # transformers would fill them at random, with a warning
+            raise UserError(f"the reward model {self.path} lacks weights: {', '.join(sorted(found['missing_keys']))}")
         return Scorer(model.to(self._device)).eval()
 
     @property
@@ -81,6 +98,7 @@ class Classifier:
 
     @property
     def identity(self) -> dict[str, Any]:
+        self._config  # noqa: B018  what is no reward model is told before anything is sampled
         return {
             "weights": self._files.weights, "dtype": self.dtype, "template": self._tokenizer.chat_template,
             "max_length": self.max_length,

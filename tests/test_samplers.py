@@ -1,0 +1,302 @@
+"""Samplers: one interface over transformers, vLLM (a stand-in that records what it is asked) and a real server."""
+
+import importlib.machinery
+import importlib.util
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+
+from tests.server import Broken, completion, served
+from var.annotate.fill import Reference
+from var.config import FOLDER, check
+from var.generate import VLLM, Endpoint, Sampling, Transformers, sample
+from var.pretrained import Pretrained
+from var.problems import UserError
+from var.remote import Client
+
+SAMPLING = Sampling(responses=2, temperature=0.7, top_p=0.9, max_new_tokens=8, batch=6, seed=0)
+
+
+def ask(*texts: str) -> list[list[Any]]:
+    return [[{"role": "user", "content": text}] for text in texts]
+
+
+PROMPTS = ask("ab", "a longer one", "c")
+
+
+@pytest.fixture
+def reference(tiny_folder: Path, tmp_path: Path) -> Reference:
+    pretrained = Pretrained(
+        name="tiny", path=str(tiny_folder), revision=None, chat_template=None, dtype="float32", attention="packed",
+        trust_remote_code=False, gradient_checkpointing=False, architecture={}, cache=str(tmp_path),
+    )  # fmt: skip
+    return Reference(pretrained, "cpu")
+
+
+# --- transformers
+
+
+def test_transformers_samples_as_the_reference_scores(reference: Reference):
+    """The same text as `sample` gives; under the reference's autocast it is another policy, and another identity."""
+    sampler = Transformers()
+    sampler.check()
+    done: list[int] = []
+    texts = sampler(reference, PROMPTS, SAMPLING, done.append)
+    assert texts == sample(reference.policy.model, reference.pretrained.chat, PROMPTS, SAMPLING)
+    assert sum(done) == 3
+    assert sampler.identity(reference) == {"reference": reference.identity}
+    half = Reference(reference.pretrained, "cpu", torch.bfloat16)
+    seen: list[torch.dtype] = []
+    half.policy.model.lm_head.register_forward_hook(lambda module, given, out: seen.append(out.dtype))
+    sampler(half, PROMPTS, SAMPLING)
+    assert set(seen) == {torch.bfloat16}
+    sampler.release()
+    assert "policy" in reference.__dict__
+
+
+# --- vLLM
+
+
+class Engine:
+    """vllm.LLM as it is documented: `generate` of prompts' tokens and one SamplingParams each; n outputs a prompt.
+
+    A response is the prompt's last token, so often as its number says, and the end token, where there is room.
+    """
+
+    loaded: list[dict[str, Any]] = []  # noqa: RUF012
+    asked: list[Any] = []  # noqa: RUF012
+
+    def __init__(self, **settings: Any) -> None:
+        self.loaded.append(settings)
+
+    def generate(self, prompts: list[Any], params: list[Any], use_tqdm: bool) -> list[Any]:
+        assert use_tqdm is False
+        assert len(prompts) == len(params)
+        self.asked.extend(zip(prompts, params, strict=True))
+        return [
+            SimpleNamespace(outputs=[self._one(p, s, k) for k in range(s.n)]) for p, s in self.asked[-len(prompts) :]
+        ]
+
+    @staticmethod
+    def _one(prompt: Any, params: Any, k: int) -> Any:
+        ids = [97] * k + params.stop_token_ids if k else [98] * params.max_tokens
+        return SimpleNamespace(token_ids=tuple(ids))
+
+
+@pytest.fixture
+def vllm(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A stand-in for the package; returns how often it was cleaned up."""
+    cleaned: list[str] = []
+    parts = {
+        "vllm": {"LLM": Engine, "SamplingParams": lambda **given: SimpleNamespace(**given)},
+        "vllm.distributed": {},
+        "vllm.distributed.parallel_state": {"cleanup_dist_env_and_memory": lambda: cleaned.append("cleaned")},
+    }
+    for name, content in parts.items():
+        module = ModuleType(name)
+        module.__dict__.update(content, __spec__=importlib.machinery.ModuleSpec(name, None))
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(Engine, "loaded", [])
+    monkeypatch.setattr(Engine, "asked", [])
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    return cleaned
+
+
+def test_vllm_gets_the_references_weights_and_the_templates_tokens(reference: Reference, vllm: list[str]):
+    sampler = VLLM(gpu_memory_utilization=0.5, tensor_parallel_size=2, max_model_len=64)
+    sampler.check()
+    done: list[int] = []
+    sampler(reference, PROMPTS, SAMPLING, done.append)
+    assert done == [3]
+    assert Engine.loaded == [
+        {
+            "model": str(reference.pretrained.folder), "dtype": "float32", "generation_config": "vllm",
+            "trust_remote_code": False, "gpu_memory_utilization": 0.5, "tensor_parallel_size": 2, "max_model_len": 64,
+        }
+    ]  # fmt: skip
+    chat = reference.pretrained.chat
+    assert [prompt["prompt_token_ids"] for prompt, _ in Engine.asked] == [chat.prompt(prompt) for prompt in PROMPTS]
+    assert Engine.asked[0][0]["prompt_token_ids"].count(256) == 1  # one BOS
+    params = Engine.asked[0][1]
+    assert vars(params) == {
+        "n": 2, "temperature": 0.7, "top_p": 0.9, "max_tokens": 8, "seed": params.seed,
+        "stop_token_ids": [chat.end_token], "ignore_eos": True, "detokenize": False,
+    }  # fmt: skip
+
+
+def test_vllms_tokens_become_text_without_the_end_token(reference: Reference, vllm: list[str]):
+    """By hand: the stand-in's first response is cut after 8 tokens, its second is one token and the end."""
+    texts = VLLM()(reference, PROMPTS, SAMPLING)
+    decode = reference.pretrained.chat.tokenizer.decode
+    assert texts == [[(decode([98] * 8), False), (decode([97]), True)]] * 3
+
+
+def test_vllms_seed_is_the_prompts_own_wherever_it_stands(reference: Reference, vllm: list[str]):
+    sampler = VLLM()
+    for sampling, prompts in (
+        (SAMPLING, PROMPTS),
+        (SAMPLING, PROMPTS[::-1]),
+        (replace(SAMPLING, seed=1), PROMPTS),
+    ):
+        sampler(reference, prompts, sampling)
+    seeds = [params.seed for _, params in Engine.asked]
+    assert seeds[:3] == seeds[5:2:-1]
+    assert len(set(seeds[:3] + seeds[6:])) == 6
+    assert all(0 <= seed < 2**31 for seed in seeds)
+
+
+def test_vllm_loads_once_and_is_freed(reference: Reference, vllm: list[str]):
+    sampler = VLLM()
+    sampler.release()
+    assert vllm == []
+    sampler(reference, PROMPTS[:1], SAMPLING)
+    sampler(reference, PROMPTS[1:], SAMPLING)
+    assert len(Engine.loaded) == 1
+    sampler.release()
+    assert vllm == ["cleaned"]
+    sampler(Reference(reference.pretrained, "cpu", torch.bfloat16), PROMPTS[:1], SAMPLING)
+    assert [settings["dtype"] for settings in Engine.loaded] == ["float32", "bfloat16"]
+    sampler(reference, PROMPTS[:1], SAMPLING)  # another model takes the place of the one before
+    assert (len(Engine.loaded), vllm) == (3, ["cleaned", "cleaned"])
+
+
+def test_vllms_text_is_kept_apart_from_transformers(reference: Reference):
+    identity = VLLM().identity(reference)
+    assert identity != Transformers().identity(reference)
+    assert identity["reference"] == reference.identity
+    assert VLLM(gpu_memory_utilization=0.5).identity(reference) == identity
+
+
+def test_vllm_refuses_what_it_cannot_do(reference: Reference, vllm: list[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(reference.pretrained.__dict__, "base", reference.pretrained)
+    with pytest.raises(UserError, match="is an adapter; sampler=transformers merges it"):
+        VLLM().identity(reference)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"runs in one process.*annotate\.py without torchrun"):
+        VLLM().check()
+    for wrong in ({"gpu_memory_utilization": 0.0}, {"gpu_memory_utilization": 1.5}, {"tensor_parallel_size": 0}):
+        with pytest.raises(UserError, match="gpu_memory_utilization is in"):
+            VLLM(**wrong)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vllm is installed")
+def test_vllm_without_its_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(UserError) as error:
+        VLLM().check()
+    assert str(error.value) == "sampler=vllm needs an extra: pip install -e '.[vllm]'"
+
+
+# --- an endpoint
+
+
+def endpoint(url: str, folder: Path, **options: Any) -> Endpoint:
+    client = Client(base_url=url, model="tiny", api_key_env=None, retries=1, timeout=5.0, cache=str(folder))
+    return Endpoint(client=client, **options)
+
+
+def seeded(body: dict[str, Any], before: int) -> Any:
+    """Text of the prompt and the seed; an odd seed is cut off."""
+    text = f"{body['messages'][-1]['content']} {body['seed']}"
+    return completion(text, finish="length" if body["seed"] % 2 else "stop")
+
+
+def test_an_endpoint_is_asked_for_each_response_with_a_seed_of_its_own(reference: Reference, tmp_path: Path):
+    sampling = replace(SAMPLING, responses=4)
+    with served(seeded) as server:
+        done: list[int] = []
+        texts = endpoint(server.base_url, tmp_path / "a")(reference, PROMPTS, sampling, done.append)
+        again = endpoint(server.base_url, tmp_path / "b")(reference, PROMPTS[::-1], sampling)
+        other = endpoint(server.base_url, tmp_path / "a")(reference, PROMPTS, replace(sampling, seed=1))
+    assert sum(done) == 3
+    assert texts == again[::-1] != other
+    assert [len(several) for several in texts] == [4, 4, 4]
+    assert [{text.rsplit(" ", 1)[0] for text, _ in several} for several in texts] == [{"ab"}, {"a longer one"}, {"c"}]
+    seeds = [int(text.rsplit(" ", 1)[1]) for several in texts for text, _ in several]
+    assert len(set(seeds)) == 12
+    assert all(0 <= seed < 2**31 for seed in seeds)
+    ends = [finished for several in texts for _, finished in several]
+    assert ends == [seed % 2 == 0 for seed in seeds]
+    assert len(set(ends)) == 2
+    assert server.bodies[0] == {
+        "model": "tiny", "messages": server.bodies[0]["messages"], "temperature": 0.7, "top_p": 0.9, "max_tokens": 8,
+        "seed": server.bodies[0]["seed"],
+    }  # fmt: skip
+
+
+def test_a_requests_fields_can_be_put_in_and_left_out(reference: Reference, tmp_path: Path):
+    with served(lambda body, before: completion("x")) as server:
+        sampler = endpoint(
+            server.base_url, tmp_path, request={"max_tokens": None, "max_completion_tokens": 8, "top_k": -1}
+        )
+        sampler(reference, PROMPTS[:1], SAMPLING)
+    assert server.bodies[0].keys() == {
+        "model", "messages", "temperature", "top_p", "seed", "max_completion_tokens", "top_k"
+    }  # fmt: skip
+
+
+def test_an_empty_response_is_one_and_none_is_a_failure(reference: Reference, tmp_path: Path):
+    with served(lambda body, before: completion("")) as server:
+        assert endpoint(server.base_url, tmp_path)(reference, PROMPTS[:1], SAMPLING) == [[("", True), ("", True)]]
+    for reply in (completion(None), {"choices": []}, {"data": 1}):
+        with (
+            served(lambda body, before, reply=reply: reply) as server,
+            pytest.raises(UserError, match="no text in the"),
+        ):
+            endpoint(server.base_url, tmp_path / "none")(reference, PROMPTS[:1], SAMPLING)
+
+
+def test_what_does_not_come_is_counted_named_and_asked_again(reference: Reference, tmp_path: Path):
+    down = True
+
+    def sick(body: dict[str, Any], before: int) -> Any:
+        return Broken(400, "too long") if down and "longer" in str(body) else seeded(body, before)
+
+    with served(sick) as server:
+        with pytest.raises(UserError) as error:
+            endpoint(server.base_url, tmp_path)(reference, PROMPTS, SAMPLING)
+        assert str(error.value) == (
+            f"{server.base_url} left responses out (2):\n"
+            "  prompt 'a longer one': 400: too long\n"
+            "  prompt 'a longer one': 400: too long\n"
+            "4 of 6 came and are kept: the same command asks only for the rest."
+        )
+        down, before = False, len(server.bodies)
+        texts = endpoint(server.base_url, tmp_path)(reference, PROMPTS, SAMPLING)
+        assert len(server.bodies) - before == 2
+    assert [several[0][0].split(" ")[0] for several in texts] == ["ab", "a", "c"]
+
+
+def test_an_endpoints_identity_is_its_address_model_and_request(reference: Reference, tmp_path: Path):
+    identity = endpoint("http://127.0.0.1:9/v1", tmp_path).identity(reference)
+    assert identity == {"base_url": "http://127.0.0.1:9/v1", "model": "tiny", "request": {}}
+    assert endpoint("http://127.0.0.1:9/v1", tmp_path, request={"top_k": 1}).identity(reference) != identity
+
+
+def test_an_endpoints_key_is_checked_before_it_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("SOME_KEY", raising=False)
+    client = Client(base_url="http://127.0.0.1:9/v1", model="tiny", api_key_env="SOME_KEY", cache=str(tmp_path))
+    with pytest.raises(UserError, match="SOME_KEY is not set"):
+        Endpoint(client=client).check()
+
+
+# --- the configuration
+
+
+@pytest.mark.parametrize("name", ["transformers", "vllm", "endpoint"])
+def test_every_sampler_composes_states_all_its_settings_and_has_its_own_defaults(name: str, tmp_path: Path):
+    given = ["sampler.client.base_url=http://127.0.0.1:9/v1", "sampler.client.model=x"] if name == "endpoint" else []
+    with initialize_config_dir(FOLDER, version_base="1.3"):
+        cfg = compose(f"sampler/{name}", [f"+cache={tmp_path}", *given])
+    check(cfg, {})
+    sampler = instantiate(cfg.sampler)
+    stated = {key for key in cfg.sampler if key not in ("_target_", "_convert_")}
+    assert stated == {one.name for one in fields(sampler) if one.init}
+    assert sampler == type(sampler)(**({"client": sampler.client} if name == "endpoint" else {}))
