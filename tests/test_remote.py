@@ -65,7 +65,8 @@ def test_what_was_answered_is_never_asked_again(tmp_path: Path):
         client(server.base_url, tmp_path, model="other").ask(BODIES[:1])
         client(server.base_url, tmp_path).ask(BODIES[:1], path="/other")
         client(server.base_url, tmp_path).ask([{**BODIES[0], "temperature": 1}])
-        assert len(server.bodies) == 9
+        client(server.base_url, tmp_path).ask(BODIES[:1], version="2")
+        assert len(server.bodies) == 10
         assert server.paths[7] == "/v1/other"
 
 
@@ -168,7 +169,7 @@ def test_an_endpoint_that_is_down_is_not_asked_for_all(tmp_path: Path):
     bodies = [{"n": i} for i in range(50)]
 
     def dying(body: dict[str, Any], before: int) -> Any:
-        return {"said": "yes"} if body["n"] < 4 else Broken(503)
+        return {"said": "yes"} if body["n"] < 4 else Broken(503 if body["n"] % 2 else 429)
 
     with served(dying) as server:
         one = client(server.base_url, tmp_path, retries=0, concurrency=1)

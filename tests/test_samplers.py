@@ -133,6 +133,7 @@ def test_vllm_gets_the_references_weights_and_the_templates_tokens(reference: Re
 
 def test_vllms_tokens_become_text_without_the_end_token(reference: Reference, vllm: list[str]):
     """By hand: the stand-in's first response is cut after 8 tokens, its second is one token and the end."""
+    reference.pretrained.chat.__dict__["end_token"] = 99  # no special token, which decoding would leave out anyway
     texts = VLLM()(reference, PROMPTS, SAMPLING)
     decode = reference.pretrained.chat.tokenizer.decode
     assert texts == [[(decode([98] * 8), False), (decode([97]), True)]] * 3
@@ -276,8 +277,17 @@ def test_what_does_not_come_is_counted_named_and_asked_again(reference: Referenc
 
 def test_an_endpoints_identity_is_its_address_model_and_request(reference: Reference, tmp_path: Path):
     identity = endpoint("http://127.0.0.1:9/v1", tmp_path).identity(reference)
-    assert identity == {"base_url": "http://127.0.0.1:9/v1", "model": "tiny", "request": {}}
+    assert identity == {"base_url": "http://127.0.0.1:9/v1", "model": "tiny", "request": {}, "version": ""}
     assert endpoint("http://127.0.0.1:9/v1", tmp_path, request={"top_k": 1}).identity(reference) != identity
+
+
+def test_another_version_is_sampled_anew(reference: Reference, tmp_path: Path):
+    with served(seeded) as server:
+        first, second = endpoint(server.base_url, tmp_path), endpoint(server.base_url, tmp_path, version="2")
+        assert first.identity(reference) != second.identity(reference)
+        for sampler in (first, second, second):
+            sampler(reference, PROMPTS[:1], SAMPLING)
+    assert len(server.bodies) == 4
 
 
 def test_an_endpoints_key_is_checked_before_it_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -264,15 +264,17 @@ class Endpoint:
 
     The server renders the messages itself, and nobody checks that its weights and template are those of `model=`: the
     responses are scored by the local reference as if they were its own. request: further fields of the body, as
-    {top_k: -1} where the server's defaults bend the draws; one that is null is left out. A server without seeds gives
-    other texts to the same seed, but what it gave once is kept.
+    {top_k: -1} where the server's defaults bend the draws; one that is null is left out. version: any text that tells
+    one state of the server's model from another. A server without seeds gives other texts to the same seed, but what
+    it gave once is kept.
     """
 
     client: Client
     request: Mapping[str, Any] = field(default_factory=dict)
+    version: str = ""
 
     def identity(self, reference: Any) -> dict[str, Any]:
-        return {**self.client.identity, "request": dict(self.request)}
+        return {**self.client.identity, "request": dict(self.request), "version": self.version}
 
     def check(self) -> None:
         self.client.check()
@@ -293,7 +295,7 @@ class Endpoint:
                 advance(finished)
 
         bodies = [self._body(prompt, draw, sampling) for prompt in prompts for draw in range(k)]
-        replies = self.client.ask(bodies, advance=counted, accept=_wordless)
+        replies = self.client.ask(bodies, advance=counted, accept=_wordless, version=self.version)
         problems = Problems(f"{self.client.base_url} left responses out", shown=5)
         for at, reply in enumerate(replies):
             if isinstance(reply, Failure):

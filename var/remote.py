@@ -100,19 +100,21 @@ class Client:
         path: str = "/chat/completions",
         advance: Callable[[int], None] = lambda done: None,
         accept: Callable[[Reply], str | None] = lambda reply: None,
+        version: str = "",
     ) -> list[Reply | Failure]:
         """The reply to each body, in order; {"model": model, **body} is sent to base_url + path.
 
         What was answered before is not asked again, and equal bodies are asked once. Each reply is on disk as soon as
         it came, so a killed run loses none; failures are not kept. accept: why a reply is of no use, None where it
         is; such a reply is a failure at once. advance: called with the number of bodies that got a reply or failed.
+        version: of what is behind the address; under another one everything is asked anew.
         """
         try:
             asyncio.get_running_loop()
         except RuntimeError:
-            return self._ask(bodies, path, advance, accept)
+            return self._ask(bodies, path, advance, accept, version)
         with ThreadPoolExecutor(1) as pool:  # a notebook's loop is running, and a thread has one
-            return pool.submit(self._ask, bodies, path, advance, accept).result()
+            return pool.submit(self._ask, bodies, path, advance, accept, version).result()
 
     def estimate(self, bodies: Sequence[Mapping[str, Any]], tokens_out: int, path: str = "/chat/completions") -> str:
         """What asking will take: 132 calls (40 answered before), about 80,000 tokens in and 66,000 out, at most 0.42.
@@ -134,8 +136,9 @@ class Client:
         path: str,
         advance: Callable[[int], None],
         accept: Callable[[Reply], str | None],
+        version: str,
     ) -> list[Reply | Failure]:
-        keys = [self._key(body, path) for body in bodies]
+        keys = [self._key(body, path, version) for body in bodies]
         times = Counter(keys)
         replies: dict[bytes, Reply | Failure] = {}
         with self._kept() as kept:
@@ -253,8 +256,8 @@ class Client:
     def _cost(self, tokens_in: int, tokens_out: int) -> float:
         return (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
 
-    def _key(self, body: Mapping[str, Any], path: str) -> bytes:
-        content = [self.base_url.rstrip("/"), path, {"model": self.model, **body}]
+    def _key(self, body: Mapping[str, Any], path: str, version: str = "") -> bytes:
+        content = [self.base_url.rstrip("/"), path, {"model": self.model, **body}, version]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).digest()
 
     @contextmanager

@@ -144,6 +144,15 @@ def test_the_identity_tells_server_model_protocol_and_version(tmp_path: Path):
     assert all(one.scores_text for one in variants)
 
 
+def test_another_version_is_scored_anew(tmp_path: Path):
+    with served(length) as server:
+        scored(reward(server.base_url, tmp_path), "x")
+        scored(reward(server.base_url, tmp_path, version="2"), "x")
+        assert server.bodies[0] == server.bodies[1]
+        scored(reward(server.base_url, tmp_path, version="2"), "x")
+    assert len(server.bodies) == 2
+
+
 def test_a_missing_key_is_told_by_the_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("RM_KEY", raising=False)
     client = Client(base_url="http://127.0.0.1:9", model="rm", api_key_env="RM_KEY", cache=str(tmp_path))
