@@ -12,7 +12,6 @@ def main(cfg: DictConfig) -> None:
     import json
     from pathlib import Path
 
-    import numpy as np
     from omegaconf import OmegaConf, open_dict
 
     from var.build import Run
@@ -28,9 +27,7 @@ def main(cfg: DictConfig) -> None:
         del cfg.out
     run = Run.compose(cfg, Path("."))
     run.annotator.check()
-    rows = read(run.data.source, run.annotator.cache)
-    if run.data.settings.limit is not None:
-        rows = rows.select(np.arange(min(run.data.settings.limit, len(rows))))
+    rows = read(run.data.source, run.annotator.cache).head(run.data.settings.limit)
     texts = run.annotator.sampled(rows, run.data.sampling)
     scores = run.annotator.candidates(rows, run.data.sampling) if run.annotator.reward.scores_text else None
     written = empty = unanswered = 0

@@ -1,6 +1,7 @@
 """An endpoint on this machine: a real HTTP server in a thread, whose replies a test scripts."""
 
 import json
+import re
 import socket
 import threading
 import time
@@ -106,3 +107,9 @@ def completion(text: str | None, finish: str = "stop", **choice: Any) -> dict[st
         "choices": [{"index": 0, "message": message, "finish_reason": finish, **choice}],
         "usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15},
     }
+
+
+def shown(body: dict[str, Any]) -> tuple[str, str]:
+    """The two answers in the order in which the judge sees them; a test writes them as <answer …>."""
+    first, second = re.findall(r"<answer.*?>", body["messages"][-1]["content"], flags=re.DOTALL)
+    return first, second

@@ -59,6 +59,26 @@ class DataSettings:
         problems.check()
 
 
+def split(rows: Rows, settings: DataSettings, develop: int = 0) -> tuple[Rows, Rows, Rows]:
+    """Rows of the held-out prompts and of `develop` further ones, one a prompt, and all rows of the others."""
+    prompts, first = np.unique(rows.keys, return_index=True)
+    if settings.validation_prompts + develop >= len(prompts):
+        raise UserError(
+            f"data.validation_prompts={settings.validation_prompts}"
+            + (f" and loss.value.development_prompts={develop}" if develop else "")
+            + f" holds out all of the {len(prompts)} distinct prompts; lower it"
+        )
+    order = np.random.default_rng(settings.seed).permutation(len(prompts))
+    held, developing = np.split(order[: settings.validation_prompts + develop], [settings.validation_prompts])
+
+    def only(which: np.ndarray) -> Rows:
+        inside = np.isin(rows.keys, prompts[which])
+        return rows.select(np.sort(first[inside[first]]))
+
+    train = rows.select(np.flatnonzero(~np.isin(rows.keys, prompts[order[: len(held) + develop]])))
+    return only(held), only(developing), train
+
+
 class AlignmentData(lightning.LightningDataModule):
     """Brings a loss what it needs. `prepare` (or Lightning's setup) does all of it; `facts` says what was found.
 
@@ -146,40 +166,18 @@ class AlignmentData(lightning.LightningDataModule):
             self._columns["weights"] = weights
         self._report(rewards, weights)
 
-    def split(self, develop: int = 0) -> tuple[Rows, Rows, Rows]:
-        """Rows of held-out prompts and of `develop` further ones, one a prompt, and all rows of the others."""
+    def _rows(self, needs: frozenset[Need]) -> Rows:
+        """Training rows, with responses; `validation` are the rows of the held-out prompts, `development` those that
+        a value estimate is fitted on."""
         settings = self.settings
+        develop = self.loss.value.development_prompts if Need.ADVANTAGES in needs else 0
         rows = read(self.source, self.annotator.cache)
         self.facts["rows"] = len(rows)
         if rows.left_out:
             self.facts["rows left out by the adapter"] = rows.left_out
         if settings.limit is not None and settings.limit < len(rows):
             self.facts["rows beyond data.limit"] = len(rows) - settings.limit
-            rows = rows.select(np.arange(settings.limit))
-        prompts = np.unique(rows.keys)
-        if settings.validation_prompts + develop >= len(prompts):
-            raise UserError(
-                f"data.validation_prompts={settings.validation_prompts}"
-                + (f" and loss.value.development_prompts={develop}" if develop else "")
-                + f" holds out all of the {len(prompts)} distinct prompts; lower it"
-            )
-        order = np.random.default_rng(settings.seed).permutation(len(prompts))
-        held, developing = np.split(order[: settings.validation_prompts + develop], [settings.validation_prompts])
-        first = np.unique(rows.keys, return_index=True)[1]
-
-        def only(which: np.ndarray) -> Rows:
-            inside = np.isin(rows.keys, prompts[which])
-            return rows.select(np.sort(first[inside[first]]))
-
-        train = rows.select(np.flatnonzero(~np.isin(rows.keys, prompts[order[: len(held) + develop]])))
-        return only(held), only(developing), train
-
-    def _rows(self, needs: frozenset[Need]) -> Rows:
-        """Training rows, with responses; `validation` are the rows of the held-out prompts, `development` those that
-        a value estimate is fitted on."""
-        settings = self.settings
-        develop = self.loss.value.development_prompts if Need.ADVANTAGES in needs else 0
-        self.validation, self.development, train = self.split(develop)
+        self.validation, self.development, train = split(rows.head(settings.limit), settings, develop)
         if develop:
             self.facts["prompts set apart for the value estimate"] = develop
         given = sum(len(row.responses) > 0 for row in train)

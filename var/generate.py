@@ -16,7 +16,7 @@ from var.data.chat import Chat
 from var.data.rows import Message
 from var.logprobs import attention
 from var.problems import Problems, UserError
-from var.remote import Client, Failure
+from var.remote import Client, Failure, grouped, written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ def sample(
     """K (text, finished) for each prompt, in order, the text without the end token; it may be empty."""
     encoded = [chat.prompt(prompt) for prompt in prompts]
     return [
-        [(chat.tokenizer.decode(ids, skip_special_tokens=True), finished) for ids, finished in several]
+        [(_text(chat, ids), finished) for ids, finished in several]
         for several in sample_tokens(model, chat, encoded, sampling, advance)
     ]
 
@@ -104,8 +104,7 @@ def sample_tokens(
             )[:, width:].tolist()
             for at, i in enumerate(batch):
                 for row in out[at * k : (at + 1) * k]:
-                    finished = chat.end_token in row
-                    responses[i].append((row[: row.index(chat.end_token)] if finished else row, finished))
+                    responses[i].append(_until_end(chat, row))
             advance(len(batch))
     model.train(training)
     return responses
@@ -232,7 +231,8 @@ class VLLM:
         ]  # fmt: skip
         outputs = self._load(reference).generate([{"prompt_token_ids": ids} for ids in encoded], drawn, use_tqdm=False)
         advance(len(prompts))
-        return [[_ended(chat, list(one.token_ids)) for one in output.outputs] for output in outputs]
+        ended = [[_until_end(chat, list(one.token_ids)) for one in output.outputs] for output in outputs]
+        return [[(_text(chat, ids), finished) for ids, finished in several] for several in ended]
 
     def _load(self, reference: Any) -> Any:
         from vllm import LLM
@@ -286,16 +286,9 @@ class Endpoint:
         sampling: Sampling,
         advance: Callable[[int], None] = lambda done: None,
     ) -> list[list[tuple[str, bool]]]:
-        k, seen = sampling.responses, 0
-
-        def counted(done: int) -> None:
-            nonlocal seen
-            before, seen = seen, seen + done
-            if finished := seen // k - before // k:
-                advance(finished)
-
+        k = sampling.responses
         bodies = [self._body(prompt, draw, sampling) for prompt in prompts for draw in range(k)]
-        replies = self.client.ask(bodies, advance=counted, accept=_wordless, version=self.version)
+        replies = self.client.ask(bodies, advance=grouped(advance, k), accept=_wordless, version=self.version)
         problems = Problems(f"{self.client.base_url} left responses out", shown=5)
         for at, reply in enumerate(replies):
             if isinstance(reply, Failure):
@@ -321,19 +314,17 @@ class Endpoint:
 
 
 def _wordless(reply: dict[str, Any]) -> str | None:
-    try:
-        content = reply["choices"][0]["message"]["content"]
-    except (LookupError, TypeError):
-        content = None
-    return None if isinstance(content, str) else f"no text in the reply {str(reply)[:120]}"
+    return None if written(reply) is not None else f"no text in the reply {str(reply)[:120]}"
 
 
-def _ended(chat: Chat, ids: list[int]) -> tuple[str, bool]:
-    """The text of sampled tokens up to the end token, and whether there is one."""
+def _until_end(chat: Chat, ids: list[int]) -> tuple[list[int], bool]:
+    """Sampled tokens up to the end token, and whether there is one."""
     finished = chat.end_token in ids
-    return chat.tokenizer.decode(
-        ids[: ids.index(chat.end_token)] if finished else ids, skip_special_tokens=True
-    ), finished
+    return (ids[: ids.index(chat.end_token)] if finished else ids), finished
+
+
+def _text(chat: Chat, ids: list[int]) -> str:
+    return str(chat.tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def _short(seed: int) -> int:

@@ -277,6 +277,28 @@ class Client:
             ) from error
 
 
+def written(reply: Mapping[str, Any]) -> str | None:
+    """The text of a chat completion; None where there is none."""
+    try:
+        content = reply["choices"][0]["message"]["content"]
+    except (LookupError, TypeError):
+        return None
+    return content if isinstance(content, str) else None
+
+
+def grouped(advance: Callable[[int], None], size: int) -> Callable[[int], None]:
+    """`advance` for items that take `size` bodies each: it is told of items that are done, not of bodies."""
+    seen = 0
+
+    def counted(done: int) -> None:
+        nonlocal seen
+        before, seen = seen, seen + done
+        if items := seen // size - before // size:
+            advance(items)
+
+    return counted
+
+
 def _read(kept: sqlite3.Connection, key: bytes) -> str | None:
     row = kept.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
     return None if row is None else str(row[0])

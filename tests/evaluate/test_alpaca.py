@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from tests.evaluate.server import completion, served, shown
+from tests.server import completion, served, shown
 from var.evaluate.alpaca import (
     MATCHED,
     AlpacaEval,

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from tests.evaluate.server import Broken, completion, served, shown
+from tests.server import Broken, completion, served, shown
 from var.evaluate.arena import FIRST, ArenaHard, bootstrap
 from var.evaluate.judge import Pair, rates
 from var.problems import UserError

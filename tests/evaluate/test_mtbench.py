@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.evaluate.server import Broken, completion, served, shown
+from tests.server import Broken, completion, served, shown
 from var.evaluate.judge import Pair, rates
 from var.evaluate.mtbench import TEMPLATE, MTBench
 from var.problems import UserError

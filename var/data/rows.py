@@ -110,6 +110,10 @@ class Rows:
     def select(self, indices: Any) -> "Rows":
         return Rows(self.table.select(indices), self.keys[indices])
 
+    def head(self, limit: int | None) -> "Rows":
+        """The first `limit` rows; None: all."""
+        return self if limit is None or limit >= len(self) else self.select(np.arange(limit))
+
 
 def from_record(record: Mapping[str, Any]) -> Row:
     """A Row from a table's record or from a line of our own JSONL; an unknown key or a wrong type is a ValueError."""

@@ -24,13 +24,13 @@ from var.evaluate.judge import (
     Pair,
     Template,
     Unread,
-    clustered_error,
     facts,
     outcome,
     read_template,
     share_of_errors,
     spent,
 )
+from var.evaluate.lengths import clustered_error
 from var.problems import Problems, UserError
 from var.remote import Client
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from var.evaluate.judge import (
+    ASSISTANTS,
     Games,
     Judgement,
     Pair,
@@ -48,11 +49,7 @@ TEMPLATE = Template(
         "[[B>A]] assistant B is a little better\n"
         "[[B>>A]] assistant B is much better"
     ),
-    user=(
-        "===== The prompt =====\n{question}\n\n"
-        "===== Answer of assistant A =====\n{answer_a}\n===== End of answer A =====\n\n"
-        "===== Answer of assistant B =====\n{answer_b}\n===== End of answer B ====="
-    ),
+    user="===== The prompt =====\n{question}\n\n" + ASSISTANTS,
 )
 
 

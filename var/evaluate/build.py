@@ -19,14 +19,13 @@ from var.annotate.store import Store
 from var.build import exported, known, quieten, values
 from var.config import check
 from var.data.rows import Rows, read
-from var.datamodule import AlignmentData, DataSettings
+from var.datamodule import DataSettings, split
 from var.evaluate import diversity, evaluation
 from var.generate import Sampling
 from var.logprobs import attention
 from var.pretrained import Pretrained
 from var.problems import UserError
 from var.progress import console, say
-from var.rewards.scale import Scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +52,6 @@ class EvalConfig:
     store: str
     cache: str
     out: str
-
-
-@dataclass(frozen=True)
-class _Nothing:
-    """A loss that asks for nothing: the data's split is the same for every one."""
-
-    needs: frozenset[Any] = frozenset()
 
 
 @dataclass
@@ -123,6 +115,8 @@ class Evaluation:
         """What would fail later is told now."""
         for annotator in filter(None, (self.policy, self.reference)):
             annotator.check()
+        if self.reference and self.reference.chat.tokenizer.get_vocab() != self.policy.chat.tokenizer.get_vocab():
+            raise UserError("model and reference have different vocabularies, so a KL between them means nothing")
         for name, reward in self.rewards.items():
             if not reward.scores_text:
                 raise UserError(f"{name}=score reads the data's own scores and cannot score new text; choose another")
@@ -143,14 +137,10 @@ class Evaluation:
     def rows(self) -> Rows:
         """The prompts, one row each."""
         cfg = self.cfg
+        rows = read(instantiate(cfg.data.source), self.policy.cache)
         if cfg.held_out:
-            data = AlignmentData(
-                instantiate(cfg.data.source), DataSettings(**known(DataSettings, cfg.data)), _Nothing(), self.policy,
-                self.sampling, Scale(),
-            )  # fmt: skip
-            rows = data.split()[0]
-        else:
-            rows = read(instantiate(cfg.data.source), self.policy.cache)
+            settings = DataSettings(**known(DataSettings, cfg.data))
+            rows = split(rows.head(settings.limit), settings)[0]
         chosen = evaluation.draw(rows, evaluation.subsets(rows, cfg.data.name), cfg.prompts, cfg.seed)
         say(
             f"{len(chosen)} of {len(np.unique(rows.keys))} "
@@ -171,13 +161,16 @@ class Evaluation:
         labels = evaluation.subsets(rows, cfg.data.name)
         self.folder.mkdir(parents=True, exist_ok=True)
         sides = {"model": self.policy, "reference": self.reference}
-        texts, sizes, rewards = {}, {}, {}
+        texts, encoded, sizes, rewards, logps = {}, {}, {}, {}, {}
         for side, annotator in sides.items():
             if annotator is None:
                 continue
             texts[side] = evaluation.answers(annotator, rows, self.sampling, seeds, f"Answers of the {side}")
+            encoded[side] = evaluation.tokens(annotator, rows, texts[side])
+            sizes[side] = encoded[side].length.reshape(len(rows), -1)
+            if self.reference:  # both read the policy's answers, while they are loaded
+                logps[side] = evaluation.logps(annotator, encoded["model"]).reshape(len(rows), -1)
             annotator.reference.release()
-            sizes[side] = evaluation.tokens(annotator, rows, texts[side]).length.reshape(len(rows), -1)
             rewards[side] = {
                 name: evaluation.scores(annotator, reward, rows, texts[side], f"{name} of the {side}")
                 for name, reward in self.rewards.items()
@@ -186,7 +179,7 @@ class Evaluation:
         for side in texts:
             numbers = dict(rewards[side])
             if side == "model" and self.reference:
-                numbers["kl"] = evaluation.divergence(self.policy, self.reference, rows, texts[side])
+                numbers["kl"] = logps["model"] - logps["reference"]  # its mean estimates KL(π ‖ π_ref)
             measured = evaluation.measure(labels, texts[side], sizes[side], numbers)
             result[side] = {"subsets": measured, "averages": evaluation.averages(measured, values(cfg.averages))}
         if "reference" in texts:

@@ -10,8 +10,8 @@ from var.annotate.fill import Annotator, Reward
 from var.data.rows import Rows
 from var.evaluate import diversity, lengths
 from var.evaluate.judge import Judge, Pair, rates
+from var.evaluate.validation import response_tokens
 from var.generate import Sampling
-from var.problems import UserError
 from var.progress import say, stage
 
 Texts = list[list[tuple[str, bool]]]  # of each prompt, one (text, finished) a seed
@@ -63,27 +63,19 @@ def tokens(annotator: Annotator, rows: Rows, texts: Texts) -> _Tokens:
     for row, several in zip(rows, texts, strict=True):
         prompt = chat.prompt(row.prompt)
         for text, finished in several:
-            response = list(chat.tokenizer(text, add_special_tokens=False)["input_ids"])
-            ids.append([*prompt, *response, *([chat.end_token] if finished or not response else [])])
+            ids.append([*prompt, *response_tokens(chat, text, finished)])
             start.append(len(prompt))
     starts = np.array(start)
     return _Tokens(ids, starts, np.array(list(map(len, ids))) - starts)
 
 
-def divergence(policy: Annotator, reference: Annotator, rows: Rows, texts: Texts) -> np.ndarray:
-    """[P, S] nats: log π(y|x) − log π_ref(y|x) of the policy's own answers; its mean estimates KL(π ‖ π_ref).
+def logps(annotator: Annotator, encoded: _Tokens) -> np.ndarray:
+    """[P · S] nats: the annotator's model's log-probability of each answer, summed over tokens.
 
     The answers' text is tokenised again, which may differ from the tokens that were sampled.
     """
-    if policy.chat.tokenizer.get_vocab() != reference.chat.tokenizer.get_vocab():
-        raise UserError("model and reference have different vocabularies, so a KL between them means nothing")
-    encoded = tokens(policy, rows, texts)
-    sums = []
-    for annotator in (policy, reference):
-        values = annotator.reference_logps(encoded)  # type: ignore[arg-type]
-        annotator.reference.release()
-        sums.append(np.array([sum(several) for several in values.to_pylist()]))
-    return (sums[0] - sums[1]).reshape(len(texts), -1)
+    values = annotator.reference_logps(encoded)  # type: ignore[arg-type]
+    return np.array([sum(several) for several in values.to_pylist()])
 
 
 def estimate(values: np.ndarray) -> dict[str, Any]:

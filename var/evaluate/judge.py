@@ -13,8 +13,9 @@ import numpy as np
 
 from var.annotate.fill import Reward
 from var.data.rows import Message, content_hash
+from var.evaluate.lengths import clustered_error
 from var.problems import Problems, UserError
-from var.remote import Client, Failure
+from var.remote import Client, Failure, grouped, written
 
 Outcome = Literal["win", "tie", "loss", "error"]
 
@@ -136,16 +137,6 @@ def too_many(outcomes: Sequence[Outcome], limit: float) -> str | None:
     )
 
 
-def clustered_error(values: np.ndarray, clusters: Sequence[str]) -> float | None:
-    """Standard error of the mean of [n] values, clusters [n] of any sizes: √(G/(G−1) Σ_g (Σ_i∈g (v_i − v̄))²) / n."""
-    sums: dict[str, float] = defaultdict(float)
-    for cluster, value in zip(clusters, values - values.mean(), strict=True):
-        sums[cluster] += float(value)
-    if len(sums) < 2:
-        return None
-    return math.sqrt(len(sums) / (len(sums) - 1) * sum(s**2 for s in sums.values())) / len(values)
-
-
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known and len(known) == len(values) else None
@@ -190,6 +181,12 @@ class Template:
         filled = PLACE.sub(lambda match: values[PLACES[match[1]]], self.user)
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         return [*system, {"role": "user", "content": filled}]
+
+
+ASSISTANTS = (
+    "===== Answer of assistant A =====\n{answer_a}\n===== End of answer A =====\n\n"
+    "===== Answer of assistant B =====\n{answer_b}\n===== End of answer B ====="
+)  # how our own wordings show the two answers
 
 
 def question(prompt: Sequence[Message]) -> str:
@@ -283,16 +280,8 @@ class Games:
         advance: called with the pairs that are done, not with the games.
         """
         bodies, order = self.bodies(pairs), self.each(pairs)
-        size, seen = max(1, len(order) // max(1, len(pairs))), 0
-
-        def counted(done: int) -> None:
-            nonlocal seen
-            before, seen = seen, seen + done
-            if pairs_done := seen // size - before // size:
-                advance(pairs_done)
-
         records = []
-        replies = self.client.ask(bodies, advance=counted)
+        replies = self.client.ask(bodies, advance=grouped(advance, self._size))
         for (i, first), body, reply in zip(order, bodies, replies, strict=True):
             record: dict[str, Any] = {
                 "id": pairs[i].id, "subset": pairs[i].subset, "seed": pairs[i].seed,
@@ -312,17 +301,12 @@ class Games:
         return records
 
     def by_pair(self, records: Sequence[Any]) -> list[Sequence[Any]]:
-        size = 2 if self.orders == "both" else 1
-        return [records[at : at + size] for at in range(0, len(records), size)]
+        return [records[at : at + self._size] for at in range(0, len(records), self._size)]
 
-
-def written(reply: Mapping[str, Any]) -> str | None:
-    """The text of a chat completion; None where there is none."""
-    try:
-        content = reply["choices"][0]["message"]["content"]
-    except (LookupError, TypeError):
-        return None
-    return content if isinstance(content, str) else None
+    @property
+    def _size(self) -> int:
+        """Games of a pair."""
+        return 2 if self.orders == "both" else 1
 
 
 def verdict(reply: Mapping[str, Any], pattern: re.Pattern[str]) -> str:

@@ -7,6 +7,7 @@ causal, and both are descriptions. The bounded form follows length-controlled Al
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -95,11 +96,17 @@ def clustered_ols(y: np.ndarray, X: np.ndarray, cluster: np.ndarray) -> tuple[np
     return coefficients, small * bread @ (scores.T @ scores) @ bread
 
 
+def clustered_error(values: np.ndarray, clusters: np.ndarray | Sequence[str]) -> float | None:
+    """Standard error of the mean of [n] values, clusters [n] of any sizes: √(G/(G−1) Σ_g (Σ_i∈g (v_i − v̄))²) / n."""
+    cluster = np.asarray(clusters)
+    if len(np.unique(cluster)) < 2:
+        return None
+    _, covariance = clustered_ols(values, np.ones((len(values), 1)), cluster)
+    return float(math.sqrt(covariance[0, 0]))
+
+
 def _mean(y: np.ndarray, prompt: np.ndarray) -> dict[str, float | None]:
-    if prompt.min() == prompt.max():
-        return {"mean": float(y.mean()), "se": None}
-    _, covariance = clustered_ols(y, np.ones((len(y), 1)), prompt)
-    return {"mean": float(y.mean()), "se": float(math.sqrt(covariance[0, 0]))}
+    return {"mean": float(y.mean()), "se": clustered_error(y, prompt)}
 
 
 def _pairs(y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from var.evaluate.judge import (
+    ASSISTANTS,
     Games,
     Judgement,
     Outcome,
@@ -39,11 +40,7 @@ TEMPLATE = Template(
         "First write a short comparison. Then end with your verdict in double brackets, once and exactly so: [[A]] if "
         "assistant A is better, [[B]] if assistant B is better, [[C]] if neither is."
     ),
-    user=(
-        "===== The user's question =====\n{question}\n\n"
-        "===== Answer of assistant A =====\n{answer_a}\n===== End of answer A =====\n\n"
-        "===== Answer of assistant B =====\n{answer_b}\n===== End of answer B ====="
-    ),
+    user="===== The user's question =====\n{question}\n\n" + ASSISTANTS,
 )
 
 

@@ -88,14 +88,15 @@ def divergence(
     out = []
     for row, several in zip(rows, texts, strict=True):
         prompt = chat.prompt(row.prompt)
-        batch = pack_tree([prompt], [[_response_tokens(chat, text, done) for text, done in several]])
+        batch = pack_tree([prompt], [[response_tokens(chat, text, done) for text, done in several]])
         batch = batch.to(next(policy.parameters()).device)
         out.append(batch.sum_by_sequence(policy(batch) - reference(batch)).float().cpu().numpy())
         advance(1)
     return np.stack(out)
 
 
-def _response_tokens(chat: Chat, text: str, finished: bool) -> list[int]:
+def response_tokens(chat: Chat, text: str, finished: bool) -> list[int]:
+    """An answer's tokens and, where it is finished, the end token; an empty one is its end token alone."""
     ids = list(chat.tokenizer(text, add_special_tokens=False)["input_ids"])
     return [*ids, chat.end_token] if finished or not ids else ids
 
