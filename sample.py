@@ -30,6 +30,7 @@ def main(cfg: DictConfig) -> None:
     rows = read(run.data.source, run.annotator.cache).head(run.data.settings.limit)
     texts = run.annotator.sampled(rows, run.data.sampling)
     scores = run.annotator.candidates(rows, run.data.sampling) if run.annotator.reward.scores_text else None
+    sampling = run.annotator.source(run.data.sampling)
     written = empty = unanswered = 0
     partial = out.with_name(f"{out.name}.partial")
     with partial.open("w") as file:
@@ -44,7 +45,10 @@ def main(cfg: DictConfig) -> None:
             written += len(kept)
             unanswered += not kept
             if kept:
-                record = {"id": row.id, "prompt": row.prompt, "responses": kept, "answer": row.answer}
+                record = {
+                    "id": row.id, "prompt": row.prompt, "responses": kept, "answer": row.answer, "subset": row.subset,
+                    "sampling": sampling,
+                }  # fmt: skip
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
     partial.replace(out)
     say(f"{written} responses to {len(rows) - unanswered} prompts in {out}; left out, as empty: {empty}")

@@ -26,6 +26,7 @@ GIVEN = {  # what a user must give
     "benchmarks/local": ["benchmarks.folder=x"],
     "reward/ensemble": ["+reward@reward.members.a=exact_number"],
     "data/preferences": ["data.path=someone/pairs"],
+    "sampler/endpoint": [f"sampler.client.{key}=http://x" for key in ("base_url", "model")],
     "reward/classifier": ["reward.path=someone/rm"],
 }
 
@@ -50,10 +51,6 @@ def test_every_yaml_composes_and_builds(path: Path, tmp_path: Path) -> None:
         *GIVEN.get(f"{group}/{name}", ()),
     ]
     overrides += [f"store={tmp_path}/s", f"cache={tmp_path}/c"]
-    if group == "sampler":
-        given = [f"sampler.client.{key}=http://x" for key in ("base_url", "model")] if name == "endpoint" else []
-        assert instantiate(composed(f"+sampler={name}", *given).sampler)
-        return
     if group in ("judge", "benchmarks"):
         evaluation = Evaluation.compose(composed(*overrides, root="eval"))
         assert evaluation.judge or evaluation.benchmarks

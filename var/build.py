@@ -27,7 +27,7 @@ from var.annotate.fill import Annotator, Reference
 from var.annotate.store import Store
 from var.callbacks import Budget, Curves, PairAccuracy, PlanFile, StepMetrics, Validation
 from var.config import check
-from var.datamodule import AlignmentData, DataSettings
+from var.datamodule import AlignmentData, DataGroup, DataSettings
 from var.generate import Sampling
 from var.module import AlignmentModule
 from var.needs import Need
@@ -52,6 +52,7 @@ class RunSettings:
     data: Any
     reward: Any
     generate: Any
+    sampler: Any
     loss: Any
     optim: Any
     trainer: Any
@@ -119,6 +120,8 @@ class OptimSettings:
 class EvalSettings:
     every_n_steps: int | None
     reward: Any
+    judge: Any
+    judged: int | None
     sampling: Any
 
 
@@ -169,6 +172,7 @@ class Run:
             reference=Reference(pretrained, device, PRECISIONS[settings.arithmetic]),
             reward=instantiate(cfg.reward),
             cache=Path(cfg.cache).expanduser(),
+            sampler=instantiate(cfg.sampler),
             annotate=cfg.annotate,
             command=shlex.join(["python", "annotate.py", *overrides()]),
             dry=cfg.dry,
@@ -209,8 +213,15 @@ class Run:
         reward = instantiate(cfg.eval.reward) if cfg.eval.reward else None
         sampling = Sampling(**cfg.eval.sampling)
         self.validation: Validation | PairAccuracy = PairAccuracy()
+        judge = instantiate(cfg.eval.judge) if cfg.eval.judge else None
+        if judge:
+            judge.check()
         if Need.SCALAR_HEAD not in self.data.loss.needs:
-            self.validation = Validation(sampling, cfg.eval.every_n_steps, reward, self.annotator, self.folder)
+            self.validation = Validation(
+                sampling, cfg.eval.every_n_steps, reward, judge, cfg.eval.judged, self.annotator, self.folder
+            )
+        elif judge:
+            raise UserError("eval.judge compares answers, and a reward model gives none")
         self.steps = StepMetrics(settings.ess_warning)
         saving = ModelCheckpoint(
             self.folder / "checkpoints",
@@ -276,6 +287,7 @@ class Run:
                 validation["kl"] = result["kl"]
                 validation["reward"]["gain"] = result.get("gain")
                 validation["win_rate"] = result.get("win_rate")
+                validation["judge"] = result.get("judge")
         outcome = validation.get("reward") or validation.get("accuracy")
         training = self.steps.seconds + self.steps.waited - data.seconds_of_rollouts
         name = f"{self.cfg.model.name}, {self.cfg.data.name}, {HydraConfig.get().runtime.choices.get('loss')}"
@@ -351,7 +363,7 @@ class Run:
         """The reference's answers on the held-out prompts, which an evaluation before training reads."""
         if len(self.data.validation):
             sampling = Sampling(**self.cfg.eval.sampling)
-            self.annotator.sampled(self.data.validation, sampling, "Evaluating the start")
+            self.annotator.here.sampled(self.data.validation, sampling, "Evaluating the start")
 
     def close(self, trainer: lightning.Trainer) -> None:
         """Finish what would leak into the next job of a sweep."""
@@ -395,7 +407,7 @@ def check_config(cfg: DictConfig) -> None:
         {
             "": RunSettings,
             "model": Pretrained,
-            "data": DataSettings,
+            "data": DataGroup,
             "generate": Sampling,
             "optim": OptimSettings,
             "trainer": TrainerSettings,

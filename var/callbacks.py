@@ -16,11 +16,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from var.annotate.fill import Annotator, Reward
 from var.datamodule import AlignmentData
-from var.evaluate.validation import Answers, clustered, divergence, judge, samples, win_rate
+from var.evaluate.judge import Judge, Pair, rates
+from var.evaluate.validation import Answers, clustered, divergence, rewarded, samples, win_rate
 from var.generate import Sampling, sample
 from var.module import AlignmentModule
 from var.packing import whole
 from var.policy import ActorCritic, gathered
+from var.problems import UserError
 from var.progress import say, stage
 from var.rewards.scale import Scale
 
@@ -250,10 +252,17 @@ class PairAccuracy(Callback):
         log(trainer, {"validation/accuracy": accuracy.mean, "validation/accuracy_se": accuracy.se}, step)
 
 
+def _judged(verdicts: Mapping[str, Any] | None) -> dict[str, float]:
+    """The curve's point, on the scale of validation/win_rate."""
+    rate = verdicts["win_rate"] if verdicts else None
+    return {} if rate is None else {"validation/judge_win_rate": rate / 100}
+
+
 class Validation(Callback):
     """Reward, win rate against the start, length and KL of answers to held-out prompts: before, every n steps, after.
 
-    The answers before training are the reference's and come from the store. result: for the summary.
+    The answers before training are the reference's and come from the store. reward: None: the run's own. judge: sees
+    the first answer to each of the first `judged` prompts, after and before; None: none. result: for the summary.
     """
 
     def __init__(
@@ -261,11 +270,13 @@ class Validation(Callback):
         sampling: Sampling,
         every_n_steps: int | None,
         reward: Reward | None,
+        judge: Judge | None,
+        judged: int | None,
         annotator: Annotator,
         folder: Path,
     ) -> None:
         self.sampling, self.every_n_steps, self.annotator, self.folder = sampling, every_n_steps, annotator, folder
-        self.reward = reward  # None: the run's own
+        self.reward, self.judge, self.judged = reward, judge, judged
         self.before: Answers | None = None
         self.result: dict[str, Any] = {}
         self._done = -1
@@ -274,8 +285,8 @@ class Validation(Callback):
         data: AlignmentData = trainer.datamodule  # type: ignore[attr-defined]
         if not len(data.validation):
             return
-        texts = self.annotator.sampled(data.validation, self.sampling, "Evaluating the start")
-        self.before = self._judge(data, texts)
+        texts = self.annotator.here.sampled(data.validation, self.sampling, "Evaluating the start")
+        self.before = self._rewarded(data, texts)
         self.annotator.reference.release()
         self.result["before"] = self._summary(self.before)
         if trainer.global_step == 0:
@@ -292,7 +303,9 @@ class Validation(Callback):
             data: AlignmentData = trainer.datamodule  # type: ignore[attr-defined]
             texts = self._sample(trainer, module, f"Evaluating step {step}")
             kl = self._divergence(data, module, texts)
-            self._log(trainer, self._judge(data, texts), step, {"validation/kl": float(kl.mean())})
+            after = self._rewarded(data, texts)
+            verdicts = self._verdicts(trainer, data, after)
+            self._log(trainer, after, step, {"validation/kl": float(kl.mean()), **_judged(verdicts)})
             step_metrics(trainer).restart()
 
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
@@ -301,14 +314,16 @@ class Validation(Callback):
         assert isinstance(module, AlignmentModule)
         data: AlignmentData = trainer.datamodule  # type: ignore[attr-defined]
         texts = self._sample(trainer, module, "Evaluating the end")
-        after = self._judge(data, texts)
+        after = self._rewarded(data, texts)
         kl = self._divergence(data, module, texts)
         self.result["after"] = self._summary(after)
         self.result["kl"] = clustered(kl)._asdict()
         if after.rewards is not None and self.before.rewards is not None:
             self.result["gain"] = clustered(after.rewards - self.before.rewards)._asdict()
             self.result["win_rate"] = clustered(win_rate(after.rewards, self.before.rewards)[:, None])._asdict()
-        self._log(trainer, after, trainer.global_step, {"validation/kl": float(kl.mean())})
+        verdicts = self.result["judge"] = self._verdicts(trainer, data, after)
+        extra = {"validation/kl": float(kl.mean()), **_judged(verdicts)}
+        self._log(trainer, after, trainer.global_step, extra)
         if trainer.is_global_zero:
             with (self.folder / "samples.jsonl").open("w") as file:
                 for record in samples(data.validation, self.before, after):
@@ -335,10 +350,33 @@ class Validation(Callback):
         module.policy.train(training)
         return kl
 
-    def _judge(self, data: AlignmentData, texts: list[list[tuple[str, bool]]]) -> Answers:
+    def _rewarded(self, data: AlignmentData, texts: list[list[tuple[str, bool]]]) -> Answers:
         if self.reward is not None:
-            return judge(data.validation, texts, self.reward, Scale(), self.annotator.chat)
-        return judge(data.validation, texts, self.annotator.reward, data.scale, self.annotator.chat)
+            return rewarded(data.validation, texts, self.reward, Scale(), self.annotator.chat)
+        return rewarded(data.validation, texts, self.annotator.reward, data.scale, self.annotator.chat)
+
+    def _verdicts(self, trainer: lightning.Trainer, data: AlignmentData, after: Answers) -> dict[str, Any] | None:
+        """The judge's rates, asked for by the first process; a judge that fails does not end the training."""
+        if self.judge is None or not trainer.is_global_zero:
+            return None
+        assert self.before is not None
+        pairs = [
+            Pair(
+                id=row.id, subset=None, seed=0, prompt=row.prompt, gold=row.answer,
+                answer=after.texts[i][0], opponent=self.before.texts[i][0],
+            )
+            for i, row in enumerate(data.validation.head(self.judged))
+        ]  # fmt: skip
+        try:
+            with stage("Judging", len(pairs), "pairs") as advance:
+                judgement = self.judge(pairs, advance)
+        except UserError as error:
+            say(f"Warning: the judge gave no verdict, training goes on: {error}")
+            return None
+        rated = rates(judgement, pairs)["all"]
+        if rated["reason"]:
+            say(f"Warning: no win rate by the judge: {rated['reason']}")
+        return {**rated, "facts": judgement.facts}
 
     def _summary(self, answers: Answers) -> dict[str, Any]:
         return {

@@ -20,7 +20,7 @@ from var.problems import Problems, UserError
 # What a run's folder does not depend on: the same training goes on under another logger or on other devices.
 FOLDER = str(Path(__file__).parent.parent / "conf")
 # What the entry points read themselves, beside the dataclasses that read the rest.
-NAMES = {("strategy", "name"), ("data", "name"), ("data", "source"), ("model", "learning_rate")}
+NAMES = {("strategy", "name"), ("model", "learning_rate")}
 ELSEWHERE = {"hydra", "resume", "logger", "store", "cache", "runs", "annotate", "dry"}
 
 

@@ -14,7 +14,7 @@ from var.data.plan import ABSENT, Plan, Share, draw, make_plan
 from var.data.rows import Rows, Source, read
 from var.data.sequences import Sequences, choose, encode, needs_rewards
 from var.estimators import Table, health, uninformative, within_prompt_deviation
-from var.generate import Sampling
+from var.generate import Sampling, Transformers
 from var.needs import Need
 from var.packing import Packed, pack, whole
 from var.problems import Problems, UserError
@@ -57,6 +57,14 @@ class DataSettings:
         if self.validation_prompts < 0:
             problems.add("data.validation_prompts", "must be at least 0")
         problems.check()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataGroup(DataSettings):
+    """A data group of the configuration: its settings, and the set's name and adapter."""
+
+    name: str
+    source: Any
 
 
 def split(rows: Rows, settings: DataSettings, develop: int = 0) -> tuple[Rows, Rows, Rows]:
@@ -258,6 +266,8 @@ class AlignmentData(lightning.LightningDataModule):
             raise UserError(
                 "an online loss rewards new text, and reward=score reads only the data's own; choose another"
             )
+        if not isinstance(self.annotator.sampler, Transformers):
+            raise UserError("an online loss samples from the policy as it trains: leave sampler at transformers")
         if self.sampling.temperature != 1 or self.sampling.top_p != 1:
             raise UserError(
                 "an online loss takes its ratios and its KL to the policy that sampled: generate.temperature and "

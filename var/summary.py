@@ -27,6 +27,7 @@ PANELS = {
     "validation/length": "response length, tokens",
     "validation/kl": "KL to the reference, nats",
 }
+JUDGED = "validation/judge_win_rate"
 COLUMNS = 4
 PACKAGES = ("torch", "lightning", "transformers", "datasets", "hydra-core")
 
@@ -72,6 +73,11 @@ def show(summary: Mapping[str, Any], title: str) -> None:
         reward, length = validation["reward"], validation["length"]
         table.add_row("validation reward", estimate(reward["before"]), estimate(reward["after"]))
         table.add_row("its gain, paired by prompt", "", estimate(reward["gain"]))
+        table.add_row("its win rate against the start", "", estimate(validation.get("win_rate")))
+        if judged := validation.get("judge"):
+            known = judged["win_rate"] is not None
+            rate = {"mean": judged["win_rate"] / 100, "se": judged["se_prompts"] / 100} if known else None
+            table.add_row("the judge's win rate", "", estimate(rate))
         table.add_row("response length, tokens", estimate(length["before"], 1), estimate(length["after"], 1))
         table.add_row("KL to the reference, nats", "0", estimate(validation["kl"]))
     table.add_row("optimiser steps", "", str(summary["steps"]))
@@ -105,7 +111,10 @@ def plot(folders: Sequence[Path], target: Path) -> None:
             points = [row for row in rows if row.get(name)]
             steps, values = [int(row["step"]) for row in points], [float(row[name]) for row in points]
             errors = [float(row["validation/reward_se"]) for row in points] if name == "validation/reward" else None
-            axis.errorbar(steps, values, errors, marker="o", markersize=3, label=folder.name.rsplit("-", 1)[0])
+            line = axis.errorbar(steps, values, errors, marker="o", markersize=3, label=folder.name.rsplit("-", 1)[0])
+            if name == "validation/win_rate" and (judged := [row for row in rows if row.get(JUDGED)]):
+                steps, values = [int(row["step"]) for row in judged], [float(row[JUDGED]) for row in judged]
+                axis.plot(steps, values, "s--", color=line[0].get_color(), markersize=3)  # a judge's, dashed
             axis.set(xlabel="optimiser step", title=label)
     if len(folders) > 1:
         axes[0].legend(fontsize="x-small")

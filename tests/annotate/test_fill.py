@@ -368,6 +368,41 @@ def test_sampled_twice_is_the_same_text(tiny_folder, tmp_path):
     assert two.sampled(picked, SAMPLING) == [texts[4], texts[1]]
 
 
+class Elsewhere:
+    """A sampler that writes down what is done with it."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+
+    def identity(self, reference: Reference) -> dict[str, Any]:
+        return {"sampler": "elsewhere"}
+
+    def check(self) -> None:
+        self.done.append("check")
+
+    def __call__(self, reference: Any, prompts: Any, sampling: Any, advance: Any) -> Any:
+        self.done.append(f"sample {len(prompts)}")
+        return [[(prompt[-1]["content"][-2:], True)] * sampling.responses for prompt in prompts]
+
+    def release(self) -> None:
+        self.done.append("release")
+
+
+def test_another_sampler_has_a_shelf_of_its_own_and_is_let_go(tiny_folder, tmp_path):
+    """It is looked at when something is missing: what is stored can be read where it cannot run."""
+    elsewhere = Elsewhere()
+    one = annotator(tiny_folder, tmp_path, sampler=elsewhere)
+    rows, _ = data(one)
+    texts = one.sampled(rows, SAMPLING)
+    assert texts[0] == [(" ?", True)] * 2
+    assert elsewhere.done == ["check", "sample 6", "release"]
+    assert one.here.sampled(rows, SAMPLING) == annotator(tiny_folder, tmp_path).sampled(rows, SAMPLING) != texts
+    again = Elsewhere()
+    assert annotator(tiny_folder, tmp_path, sampler=again).sampled(rows, SAMPLING) == texts
+    assert again.done == ["release"]
+    assert one.source(SAMPLING) == {"sampler": "elsewhere", "sampling": SAMPLING.identity}
+
+
 def test_sampled_responses_as_rows_are_counted(tiny_folder, tmp_path):
     one = annotator(tiny_folder, tmp_path)
     rows, _ = data(one)

@@ -8,6 +8,7 @@ import pytest
 
 from tests.conftest import byte_tokenizer, tiny_model
 from tests.e2e.test_commands import run
+from tests.server import Broken, completion, served
 
 pytestmark = pytest.mark.e2e
 
@@ -100,3 +101,139 @@ def test_validation_while_training_is_a_curve_of_reward_win_rate_length_and_kl(t
         assert name != "kl" or points[3] > points[1] > 0
     summary = json.loads((folder / "summary.json").read_text())
     assert 0 <= summary["validation"]["win_rate"]["mean"] <= 1
+
+
+# --- answers from elsewhere, several data sets, another sampler
+
+
+@pytest.fixture(scope="module")
+def sampled(evaluated: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two answers to each of 30 problems, as sample.py writes them."""
+    out = tmp_path_factory.mktemp("sampled") / "answers.jsonl"
+    options = [option for option in evaluated if not option.startswith(("out=", "seeds="))]
+    done = run("sample.py", *options, "generate.responses=2", f"out={out}")
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_a_file_of_answers_is_evaluated_as_its_model_is(evaluated: list[str], sampled: Path, tmp_path: Path):
+    """Found by prompt, whatever their order; what sample.py left out as empty counts as an empty answer."""
+    records = [json.loads(line) for line in sampled.read_text().splitlines()]
+    next(record for record in records if len(record["responses"]) == 2)["responses"].pop(0)
+    (tmp_path / "answers.jsonl").write_text("\n".join(json.dumps(record) for record in reversed(records)))
+    options = [*evaluated[:-1], f"answers={tmp_path}/answers.jsonl", "held_out=false", f"out={tmp_path}/evals"]
+    done = run("eval.py", *options)
+    assert done.returncode == 0, done.stderr
+    place, found = result(options)
+    answers = {r["id"]: r for r in map(json.loads, (place / "answers.jsonl").read_text().splitlines())}
+    assert len(answers) == 30
+    for record in records:
+        texts = [one["text"] for one in answers[record["id"]]["model"]]
+        own = [one["text"] for one in record["responses"]]
+        assert texts == [*own, *[""] * (2 - len(own))]
+    part = found["model"]["subsets"]["arithmetic"]
+    rewards = [one["reward"] for record in answers.values() for one in record["model"]]
+    assert part["reward"]["mean"] == pytest.approx(sum(rewards) / 60)
+    assert "kl" not in part
+    assert found["depends_on"]["answers"]["model"]["sha256"]
+    assert found["depends_on"]["weights"] == {}
+    assert place.name.startswith("answers_arithmetic-")
+
+
+@pytest.mark.parametrize(
+    ("message", "overrides"),
+    [
+        ("2 answers, and seeds asks for 3", ["seeds=[0,1,2]"]),
+        ("no answers, and seeds asks for 2", ["data.source.seed=1"]),
+        ("init= would do nothing", ["init=runs/x"]),
+        ("benchmarks run a model", ["benchmarks=local", "benchmarks.folder=x"]),
+        ("there is none: set reference=", ["judge=reward"]),
+        ("no such file or folder; set `answers=`", ["answers=nowhere.jsonl"]),
+    ],
+)
+def test_a_file_that_does_not_answer_is_told_first(
+    evaluated: list[str], sampled: Path, message: str, overrides: list[str]
+):
+    done = run("eval.py", *evaluated, f"answers={sampled}", *overrides)
+    assert done.returncode == 1, done.stdout
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_several_data_sets_are_evaluated_at_once(evaluated: list[str], sampled: Path, tmp_path: Path):
+    """One by its held-out prompts, the other one whole; its own limit holds without a hold-out."""
+    rows = tmp_path / "rows.jsonl"
+    own = [{"id": f"r{i}", "prompt": f"{i}?", "subset": "odd" if i % 2 else "even", "answer": "1"} for i in range(5)]
+    rows.write_text("\n".join(map(json.dumps, own)))
+    more = ["+data@more.own=files", f"more.own.path={rows}", "more.own.name=own", "more.own.limit=4"]
+    options = [*evaluated[:-1], *more, "held_out=[arithmetic]", f"out={tmp_path}/evals"]
+    done = run("eval.py", *options, "+averages.some=[odd,absent]")
+    assert done.returncode == 0, done.stderr
+    assert "average, some (1 of 2 subsets): reward" in done.stdout
+    place, found = result(options)
+    assert place.name.startswith("tiny_arithmetic+own-")
+    prompts = {name: part["prompts"] for name, part in found["model"]["subsets"].items()}
+    assert prompts == {"arithmetic": 6, "even": 2, "odd": 2}
+    assert found["model"]["averages"]["all of own"]["of"] == ["even", "odd"]
+    assert set(found["model"]["averages"]) == {"some", "all of arithmetic", "all of own"}
+
+    for message, overrides in (
+        ("must have different names", ["more.own.name=arithmetic"]),
+        ("held_out names ['other']", ["held_out=[other]"]),
+        ("more.own.nonsense: nothing reads this key", ["+more.own.nonsense=1"]),
+        ("data sets share", ["+data@more.twice=files", f"more.twice.path={rows}", "more.twice.name=twice"]),
+    ):
+        done = run("eval.py", *options, *overrides)
+        assert done.returncode == 1, message
+        assert message in done.stderr
+
+
+def test_answers_come_from_the_sampler_that_is_chosen(evaluated: list[str], tmp_path: Path):
+    with served(lambda body, before: completion(f"the answer is {body['seed'] % 7}")) as server:
+        client = [f"sampler.client.base_url={server.base_url}", "sampler.client.model=tiny"]
+        options = [*evaluated[:-1], "sampler=endpoint", *client, f"out={tmp_path}/evals"]
+        done = run("eval.py", *options)
+        assert done.returncode == 0, done.stderr
+        assert len(server.bodies) == 12
+        place, found = result(options)
+        first = json.loads((place / "answers.jsonl").read_text().splitlines()[0])
+        assert all(one["text"].startswith("the answer is ") for one in first["model"])
+        assert found["depends_on"]["answers"]["model"]["model"] == "tiny"
+        assert run("eval.py", *options).returncode == 0
+        assert len(server.bodies) == 12
+
+
+# --- a judge while training
+
+
+def test_a_judge_while_training_gives_a_curve_and_no_failure_of_it_ends_the_run(tiny_folder: Path, tmp_path: Path):
+    """Two games of each of the 3 judged prompts at each of 2 evaluations; the judge prefers the answer shown first, so
+    every pair is a tie. Then it is down."""
+    options = [
+        f"model.path={tiny_folder}", f"store={tmp_path}/store", f"cache={tmp_path}/cache", f"runs={tmp_path}/runs",
+        "data.source.problems=30", "data.validation_prompts=4", "reward=near_number", "loss=sft",
+        "trainer.max_steps=2", "trainer.accelerator=cpu",
+        "optim.optimizer.lr=1e-2", "eval.every_n_steps=1", "generate.max_new_tokens=6",
+        "eval.judged=3", "+judge@eval.judge=mtbench", "eval.judge.client.api_key_env=null",
+        "eval.judge.client.retries=0",
+    ]  # fmt: skip
+    with served(lambda body, before: completion("[[A]]")) as server:
+        done = run("train.py", *options, f"eval.judge.client.base_url={server.base_url}")
+        assert done.returncode == 0, done.stderr
+        assert 6 <= len(server.bodies) <= 12  # an answer that did not change is asked once
+    assert "the judge's win rate" in done.stdout
+    (folder,) = (tmp_path / "runs").iterdir()
+    summary = json.loads((folder / "summary.json").read_text())
+    judged = summary["validation"]["judge"]
+    assert (judged["n"], judged["tie"], judged["win_rate"]) == (3, 3, 0.0)
+    with (folder / "metrics.csv").open(newline="") as file:
+        points = [row for row in csv.DictReader(file) if row["validation/judge_win_rate"]]
+    assert [int(row["step"]) for row in points] == [1, 2]
+
+    with served(lambda body, before: Broken(401)) as server:
+        done = run("train.py", *options, f"eval.judge.client.base_url={server.base_url}", "resume=false", "seed=1")
+    assert done.returncode == 0, done.stderr
+    assert "the judge gave no verdict, training goes on" in done.stdout
+    done = run("train.py", *options[:-2], "eval.judge.client.api_key_env=NO_SUCH_KEY", "seed=2")
+    assert done.returncode == 1
+    assert "NO_SUCH_KEY is not set" in done.stderr

@@ -234,6 +234,9 @@ def test_rounds(base: list[str], rows: Path, tmp_path: Path, monkeypatch: pytest
             assert response["score"] == len(set(text)) / max(8, len(text))
             assert response["source"] == str(first)
             assert text not in own
+        drawn = record["sampling"]
+        assert drawn["sampling"]["responses"] == 3
+        assert drawn["reference"]["weights"]
     assert f"{sum(len(record['responses']) for record in records)} responses to 12 prompts in {out}" in done.stdout
     assert [path.name for path in out.parent.iterdir()] == ["rows.jsonl"]
 

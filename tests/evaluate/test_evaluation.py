@@ -32,8 +32,8 @@ def test_subsets_count_once_each_in_an_average():
 
 def test_the_averages_name_the_subsets_that_are_there():
     measured = measure(LABELS, TEXTS, np.array([[2, 1]] * 3), {"reward": REWARD})
-    found = averages(measured, {"some": ["b", "missing"], "none": ["missing"]})
-    assert found["some"]["of"] == ["b"]
+    found = averages(measured, {"some": ["b", "missing"], "none": ["missing"], "all": ["a", "b"]})
+    assert (found["some"]["of"], found["some"]["without"]) == (["b"], ["missing"])
     assert found["some"]["reward"]["mean"] == 0.5
     assert set(found) == {"some", "all"}
     assert found["all"]["of"] == ["a", "b"]

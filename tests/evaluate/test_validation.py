@@ -14,7 +14,7 @@ from numpy.testing import assert_allclose
 
 from var.data.chat import Chat
 from var.data.rows import FEATURES, Rows
-from var.evaluate.validation import Estimate, clustered, divergence, judge, samples, win_rate
+from var.evaluate.validation import Estimate, clustered, divergence, rewarded, samples, win_rate
 from var.policy import Policy
 from var.pretrained import Pretrained
 from var.rewards.programmatic import ExactNumber
@@ -60,7 +60,7 @@ def test_one_prompt_has_no_error():
 def test_answers_are_judged_by_the_rows_answer_on_the_given_scale(rows, tokenizer):
     """Right: "3", "4."; bytes are tokens, and the end token is not counted. Scaled: (r − 1/2)/(1/4)."""
     scale = Scale(kind="zscore", mean=0.5, sd=0.25)
-    found = judge(rows, TEXTS, ExactNumber(), scale, Chat(tokenizer))
+    found = rewarded(rows, TEXTS, ExactNumber(), scale, Chat(tokenizer))
     assert found.rewards is not None
     assert found.rewards.tolist() == [[2.0, -2.0], [-2.0, 2.0]]
     assert found.lengths.tolist() == [[1, 8], [0, 2]]
@@ -70,7 +70,7 @@ def test_answers_are_judged_by_the_rows_answer_on_the_given_scale(rows, tokenize
 
 def test_a_reward_that_cannot_score_text_leaves_lengths_alone(rows, tokenizer):
     for reward in (None, Score()):
-        found = judge(rows, TEXTS, reward, Scale(), Chat(tokenizer))
+        found = rewarded(rows, TEXTS, reward, Scale(), Chat(tokenizer))
         assert found.rewards is None
         assert found.lengths.tolist() == [[1, 8], [0, 2]]
 
@@ -113,8 +113,8 @@ def attention(model: Any) -> Any:
 
 
 def test_samples_hold_both_answers_side_by_side(rows, tokenizer):
-    before = judge(rows, TEXTS, ExactNumber(), Scale(), Chat(tokenizer))
-    after = judge(rows, [[("3", True), ("3", True)]] * 2, Score(), Scale(), Chat(tokenizer))
+    before = rewarded(rows, TEXTS, ExactNumber(), Scale(), Chat(tokenizer))
+    after = rewarded(rows, [[("3", True), ("3", True)]] * 2, Score(), Scale(), Chat(tokenizer))
     found = json.loads(json.dumps(samples(rows, before, after)))
     assert found[1] == {
         "id": "r1", "prompt": [{"role": "user", "content": "2 + 2"}], "answer": "4",

@@ -18,7 +18,7 @@ from var.data import rows as rows_module
 from var.data.chat import Chat
 from var.data.rows import Message, Response, Row, Rows, content_hash
 from var.data.sequences import Sequences
-from var.generate import Sampling, sample
+from var.generate import Sampler, Sampling, Transformers
 from var.packing import pack, pack_tree, whole
 from var.policy import Policy
 from var.pretrained import Pretrained
@@ -111,6 +111,7 @@ class Annotator:
     """Brings numbers from the store; computes and stores what is missing, or refuses with the command that does.
 
     annotate: `fill` or `refuse`. command: the shell line that fills the store for this very configuration.
+    sampler: where the reference's responses come from.
     computed: how many items of each kind this process computed.
     """
 
@@ -118,6 +119,7 @@ class Annotator:
     reference: Reference
     reward: Reward
     cache: Path
+    sampler: Sampler = field(default_factory=Transformers)
     annotate: Literal["fill", "refuse"] = "fill"
     command: str = "python annotate.py"
     ranks: Ranks = field(default_factory=Ranks)
@@ -128,6 +130,11 @@ class Annotator:
     @property
     def chat(self) -> Chat:
         return self.reference.pretrained.chat
+
+    @property
+    def here(self) -> "Annotator":
+        """The same with the reference itself as sampler: for what is set beside answers that the policy draws so."""
+        return replace(self, sampler=Transformers())
 
     def check(self) -> None:
         """Touch everything that sampling and scoring will need, before the first of them costs anything."""
@@ -165,19 +172,23 @@ class Annotator:
         self.ranks.barrier()
         return shelf.read(keys)
 
+    def source(self, sampling: Sampling) -> dict[str, Any]:
+        """What the text of sampled responses depends on, beside their prompts."""
+        return {**self.sampler.identity(self.reference), "sampling": sampling.identity}
+
     def sampled(self, rows: Rows, sampling: Sampling, title: str = "Sampling") -> list[list[tuple[str, bool]]]:
         """K (text, finished) for each row's prompt, from the reference."""
         one = pa.struct([("text", pa.string()), ("finished", pa.bool_())])
-        identity = {"reference": self.reference.identity, "sampling": sampling.identity}
-        shelf = self.store.shelf("responses", identity, pa.list_(one))
+        shelf = self.store.shelf("responses", self.source(sampling), pa.list_(one))
 
         def compute(indices: np.ndarray, advance: Callable[[int], None]) -> list[list[dict[str, Any]]]:
+            self.sampler.check()  # here: what is stored needs no sampler, on this machine or at all
             prompts = [rows[i].prompt for i in indices]
-            with self.reference.precision():
-                texts = sample(self.reference.policy.model, self.chat, prompts, sampling, advance)
+            texts = self.sampler(self.reference, prompts, sampling, advance)
             return [[{"text": t, "finished": f} for t, f in several] for several in texts]
 
         values = self._bring(shelf, title, "prompts", rows.keys, compute, shard=256).to_pylist()
+        self.sampler.release()
         return [[(one["text"], one["finished"]) for one in several] for several in values]
 
     def score(self, triples: Sequence[Triple], title: str = "Scoring") -> np.ndarray:
@@ -332,8 +343,8 @@ class Annotator:
         """
         rewards = torch.from_numpy(scale(self.candidates(development, sampling)).mean(1)).float()
         identity = {
-            "reference": self.reference.identity, "reward": self.reward.identity, "scale": scale.describe(),
-            "sampling": sampling.identity, "head": asdict(head),
+            **self.source(sampling), "reference": self.reference.identity, "reward": self.reward.identity,
+            "scale": scale.describe(), "head": asdict(head),
             "development": [bytes(key).hex() for key in development.keys],
         }  # fmt: skip
         prompts = [ids[:start] for ids, start, _ in map(sequences.tokens, sequences.first.tolist())]

@@ -5,7 +5,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -113,6 +113,16 @@ class Rows:
     def head(self, limit: int | None) -> "Rows":
         """The first `limit` rows; None: all."""
         return self if limit is None or limit >= len(self) else self.select(np.arange(limit))
+
+
+def joined(parts: Sequence[Rows]) -> Rows:
+    """The rows of several sets, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    return Rows(
+        datasets.concatenate_datasets([part.table for part in parts]), np.concatenate([part.keys for part in parts]),
+        sum(part.left_out for part in parts),
+    )  # fmt: skip
 
 
 def from_record(record: Mapping[str, Any]) -> Row:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.table import Table
 
 from var import summary
@@ -18,13 +19,14 @@ from var.annotate.fill import Annotator, Reference
 from var.annotate.store import Store
 from var.build import exported, known, quieten, values
 from var.config import check
-from var.data.rows import Rows, read
-from var.datamodule import DataSettings, split
+from var.data.rows import Rows, joined, read
+from var.data.sources.files import Files
+from var.data.sources.local import listed
+from var.datamodule import DataGroup, DataSettings, split
 from var.evaluate import diversity, evaluation
 from var.generate import Sampling
-from var.logprobs import attention
 from var.pretrained import Pretrained
-from var.problems import UserError
+from var.problems import Problems, UserError
 from var.progress import console, say
 
 
@@ -34,15 +36,18 @@ class EvalConfig:
 
     model: Any
     data: Any
+    more: Any
     reward: Any
     generate: Any
+    sampler: Any
     judge: Any
     benchmarks: Any
     seed: int
     seeds: list[int]
     init: str | None
+    answers: str | None
     reference: str | None
-    held_out: bool
+    held_out: bool | list[str]
     prompts: int | None
     against: Literal["reference", "chosen"]
     judged: int | None
@@ -70,13 +75,23 @@ class Evaluation:
     def compose(cls, cfg: DictConfig) -> "Evaluation":
         """Check the configuration as a whole, then build what is light: no model is loaded."""
         quieten()
-        check(cfg, {"": EvalConfig, "model": Pretrained, "data": DataSettings, "generate": Sampling})
+        groups = {f"more.{name}": DataGroup for name in cfg.more}
+        check(cfg, {"": EvalConfig, "model": Pretrained, "data": DataGroup, "generate": Sampling, **groups})
+        names = [part.name for part in (cfg.data, *cfg.more.values())]
+        if len(set(names)) < len(names):
+            raise UserError(f"data sets must have different names, got {names}: set more.….name")
+        if isinstance(cfg.held_out, ListConfig) and (unknown := set(cfg.held_out) - set(names)):
+            raise UserError(f"held_out names {sorted(unknown)}, and the data sets are {names}")
+        if cfg.answers and cfg.init:
+            raise UserError("answers= is a file in place of a model's answers, so init= would do nothing beside it")
+        if cfg.answers and cfg.benchmarks:
+            raise UserError("benchmarks run a model, and answers= is a file: leave one away")
         if not cfg.seeds or len(set(cfg.seeds)) < len(cfg.seeds):
             raise UserError(f"seeds are one or several different numbers, got {list(cfg.seeds)}")
         sampling = Sampling(**cfg.generate)
         if sampling.responses != 1:
             raise UserError("eval.py samples one answer a prompt and seed: leave generate.responses at 1, set seeds")
-        if sampling.temperature == 0 and len(cfg.seeds) > 1:
+        if sampling.temperature == 0 and len(cfg.seeds) > 1 and not cfg.answers:
             raise UserError("at temperature 0 all seeds are one: set seeds=[0]")
         pretrained = Pretrained(**known(Pretrained, cfg.model), cache=cfg.cache)
         start = pretrained if cfg.init else None
@@ -100,7 +115,8 @@ class Evaluation:
             device = "cuda" if torch.cuda.is_available() else "cpu"
             dtype = torch.bfloat16 if cfg.precision == "bfloat16" else None
             store = Store(Path(cfg.store).expanduser(), warn=say)
-            return Annotator(store, Reference(model, device, dtype), reward, Path(cfg.cache).expanduser())
+            cache = Path(cfg.cache).expanduser()
+            return Annotator(store, Reference(model, device, dtype), reward, cache, instantiate(cfg.sampler))
 
         rewards = {"reward": reward}
         if cfg.second_reward:
@@ -121,6 +137,7 @@ class Evaluation:
             if not reward.scores_text:
                 raise UserError(f"{name}=score reads the data's own scores and cannot score new text; choose another")
             reward.identity  # noqa: B018
+        self.rows, self.given  # noqa: B018
         if self.benchmarks:
             self.benchmarks.check()
         if self.judge:
@@ -134,54 +151,104 @@ class Evaluation:
                 raise UserError("against=chosen, and these rows have no chosen response")
 
     @cached_property
+    def sets(self) -> dict[str, Rows]:
+        """Of each data set its prompts, one row each."""
+        cfg, sets = self.cfg, {}
+        for part in (cfg.data, *cfg.more.values()):
+            settings = DataSettings(**known(DataSettings, part))
+            rows = read(instantiate(part.source), self.policy.cache).head(settings.limit)
+            held_out = part.name in cfg.held_out if isinstance(cfg.held_out, ListConfig) else cfg.held_out
+            if held_out:
+                rows = split(rows, settings)[0]
+            chosen = evaluation.draw(rows, evaluation.subsets(rows, part.name), cfg.prompts, cfg.seed)
+            say(
+                f"{part.name}: {len(chosen)} of {len(np.unique(rows.keys))} "
+                + ("held-out prompts; held_out=false takes all" if held_out else "prompts, held-out ones or not")
+            )
+            sets[part.name] = rows.select(chosen)
+        return sets
+
+    @cached_property
     def rows(self) -> Rows:
-        """The prompts, one row each."""
+        """The prompts of all data sets, one after the other."""
+        rows = joined(list(self.sets.values()))
+        problems = Problems("data sets share", shown=5)
+        if len(self.sets) > 1:
+            labels = [set(evaluation.subsets(part, name)) for name, part in self.sets.items()]
+            ids = [set(part.table["id"]) for part in self.sets.values()]
+            for what, several in (("a subset", labels), ("a row's id", ids)):
+                for name, times in Counter(one for part in several for one in part).items():
+                    if times > 1:
+                        problems.add(what, str(name))
+        problems.check("Results are told apart by them: evaluate the sets one by one.")
+        return rows
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """[P] the subset of each row."""
+        return np.concatenate([evaluation.subsets(part, name) for name, part in self.sets.items()])
+
+    @property
+    def name(self) -> str:
+        """Of what is evaluated."""
         cfg = self.cfg
-        rows = read(instantiate(cfg.data.source), self.policy.cache)
-        if cfg.held_out:
-            settings = DataSettings(**known(DataSettings, cfg.data))
-            rows = split(rows.head(settings.limit), settings)[0]
-        chosen = evaluation.draw(rows, evaluation.subsets(rows, cfg.data.name), cfg.prompts, cfg.seed)
-        say(
-            f"{len(chosen)} of {len(np.unique(rows.keys))} "
-            + ("held-out prompts; held_out=false takes all" if cfg.held_out else "prompts of the whole data set")
-        )
-        return rows.select(chosen)
+        return Path(cfg.answers).name.split(".")[0] if cfg.answers else Path(cfg.init or cfg.model.name).name
 
     @cached_property
     def folder(self) -> Path:
         content = {k: v for k, v in values(self.cfg).items() if k not in ("store", "cache", "out")}
         digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:8]
-        name = Path(self.cfg.init).name if self.cfg.init else self.cfg.model.name
-        return Path(self.cfg.out).expanduser() / f"{name}_{self.cfg.data.name}-{digest}"
+        return Path(self.cfg.out).expanduser() / f"{self.name}_{'+'.join(self.sets)}-{digest}"
+
+    @cached_property
+    def given(self) -> evaluation.Texts | None:
+        """The answers of the file, where there is one."""
+        if self.cfg.answers is None:
+            return None
+        listed(self.cfg.answers, "answers")
+        file = read(Files(path=self.cfg.answers), self.policy.cache)
+        return evaluation.given(file, self.rows, len(self.cfg.seeds), self.cfg.answers)
+
+    @property
+    def _averages(self) -> dict[str, list[str]]:
+        """Those that the configuration names, and of each data set that of its subsets."""
+        whole = {
+            "all" if len(self.sets) == 1 else f"all of {name}": np.unique(evaluation.subsets(rows, name)).tolist()
+            for name, rows in self.sets.items()
+        }
+        return {**values(self.cfg.averages), **whole}
 
     def run(self) -> dict[str, Any]:
         """Sample, score, measure, write."""
-        cfg, rows, seeds = self.cfg, self.rows, list(self.cfg.seeds)
-        labels = evaluation.subsets(rows, cfg.data.name)
+        cfg, rows, labels, seeds = self.cfg, self.rows, self.labels, list(self.cfg.seeds)
         self.folder.mkdir(parents=True, exist_ok=True)
         sides = {"model": self.policy, "reference": self.reference}
+        result: dict[str, Any] = {"title": f"{self.name} on {', '.join(self.sets)}", "seeds": seeds}
         texts, encoded, sizes, rewards, logps = {}, {}, {}, {}, {}
         for side, annotator in sides.items():
             if annotator is None:
                 continue
-            texts[side] = evaluation.answers(annotator, rows, self.sampling, seeds, f"Answers of the {side}")
+            if side == "model" and self.given is not None:
+                texts[side] = self.given
+            else:
+                texts[side] = evaluation.answers(annotator, rows, self.sampling, seeds, f"Answers of the {side}")
             encoded[side] = evaluation.tokens(annotator, rows, texts[side])
-            sizes[side] = encoded[side].length.reshape(len(rows), -1)
-            if self.reference:  # both read the policy's answers, while they are loaded
+            sizes[side] = encoded[side].size.reshape(len(rows), -1)
+            if self.reference and self.given is None:  # both read the policy's answers, while they are loaded
                 logps[side] = evaluation.logps(annotator, encoded["model"]).reshape(len(rows), -1)
+            if side == "model" and self.benchmarks:
+                result["benchmarks"] = self._benchmarks()
             annotator.reference.release()
             rewards[side] = {
                 name: evaluation.scores(annotator, reward, rows, texts[side], f"{name} of the {side}")
                 for name, reward in self.rewards.items()
             }
-        result: dict[str, Any] = {"title": f"{cfg.init or cfg.model.path} on {cfg.data.name}", "seeds": seeds}
         for side in texts:
             numbers = dict(rewards[side])
-            if side == "model" and self.reference:
+            if side == "model" and logps:
                 numbers["kl"] = logps["model"] - logps["reference"]  # its mean estimates KL(π ‖ π_ref)
             measured = evaluation.measure(labels, texts[side], sizes[side], numbers)
-            result[side] = {"subsets": measured, "averages": evaluation.averages(measured, values(cfg.averages))}
+            result[side] = {"subsets": measured, "averages": evaluation.averages(measured, self._averages)}
         if "reference" in texts:
             result["against_reference"] = {
                 name: evaluation.compare(
@@ -198,19 +265,12 @@ class Evaluation:
                 self.judge, rows, labels, texts["model"], opponents, cfg.judged, seeds
             )
             self._lines("games.jsonl", games)
-        if self.benchmarks:
-            from var.evaluate import benchmarks
-
-            model = self.policy.reference.policy.model
-            with attention(model, "sdpa"):
-                result["benchmarks"] = benchmarks.run(
-                    self.benchmarks, model, self.policy.chat.tokenizer, self.folder / "benchmarks"
-                )
+        models = {side: one for side, one in sides.items() if one and not (side == "model" and cfg.answers)}
         result["depends_on"] = {
-            "weights": {side: annotator.reference.identity for side, annotator in sides.items() if annotator},
+            "weights": {side: annotator.reference.identity for side, annotator in models.items()},
+            "answers": {side: annotator.source(self.sampling) for side, annotator in models.items()} | self._file(),
             "rewards": {name: reward.identity for name, reward in self.rewards.items()},
             "prompts": hashlib.sha256(rows.keys.tobytes()).hexdigest()[:16],
-            "sampling": self.sampling.identity,
             "config": values(cfg),
             **summary.environment(),
         }
@@ -218,6 +278,18 @@ class Evaluation:
         summary.write(self.folder, result, "result.json")
         self.show(result)
         return result
+
+    def _benchmarks(self) -> dict[str, Any]:
+        from var.evaluate import benchmarks
+
+        model, tokenizer = self.policy.reference.policy.model, self.policy.chat.tokenizer
+        return benchmarks.run(self.benchmarks, model, tokenizer, self.folder / "benchmarks")
+
+    def _file(self) -> dict[str, Any]:
+        if self.cfg.answers is None:
+            return {}
+        content = b"".join(path.read_bytes() for path in listed(self.cfg.answers, "answers"))
+        return {"model": {"file": self.cfg.answers, "sha256": hashlib.sha256(content).hexdigest()}}
 
     def _records(self, labels: np.ndarray, texts: Any, rewards: Any) -> list[dict[str, Any]]:
         return [
@@ -256,7 +328,9 @@ class Evaluation:
             table.add_row(f"{name}: share cut", f"{before['cut']:.2f}" if before else "–", f"{part['cut']:.2f}")
         for name, part in result["model"]["averages"].items():
             before = result.get("reference", {}).get("averages", {}).get(name, {})
-            table.add_row(f"average, {name}: reward", cell(before.get("reward")), cell(part["reward"]))
+            of = len(part["of"])
+            count = f"{of} of {of + len(part['without'])} subsets" if part["without"] else f"{of} subsets"
+            table.add_row(f"average, {name} ({count}): reward", cell(before.get("reward")), cell(part["reward"]))
         if "win_rates" in result:
             table.add_row(f"win rate in %, against {self.cfg.against}", "", cell(result["win_rates"]["all"]))
         console.print(table)

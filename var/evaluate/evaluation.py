@@ -1,5 +1,7 @@
 """One evaluation: a model's answers to prompts of several subsets, what they are worth, and what that depends on."""
 
+import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -7,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from var.annotate.fill import Annotator, Reward
-from var.data.rows import Rows
+from var.data.rows import Row, Rows
 from var.evaluate import diversity, lengths
 from var.evaluate.judge import Judge, Pair, rates
 from var.evaluate.validation import response_tokens
 from var.generate import Sampling
+from var.problems import Problems
 from var.progress import say, stage
 
 Texts = list[list[tuple[str, bool]]]  # of each prompt, one (text, finished) a seed
@@ -43,13 +46,52 @@ def scores(annotator: Annotator, reward: Reward, rows: Rows, texts: Texts, title
     return replace(annotator, reward=reward).score(triples, title).reshape(len(texts), -1)
 
 
+def given(file: Rows, rows: Rows, replicates: int, name: str) -> Texts:
+    """The answers that a file's rows hold, found by prompt, one a replicate; all that is amiss is one error.
+
+    What sample.py left out as empty is an empty answer here: the row says how many were sampled.
+    """
+    places: dict[bytes, list[int]] = defaultdict(list)
+    for at, key in enumerate(file.keys):
+        places[bytes(key)].append(at)
+    problems, texts = Problems(f"answers={name} does not answer these prompts", shown=5), []
+    for row, key in zip(rows, rows.keys, strict=True):
+        several: list[tuple[str, bool]] = []
+        for one in (file[at] for at in places.get(bytes(key), ())):
+            several += [(response.text, response.finished) for response in one.responses]
+            several += [("", True)] * (_sampled(one) - len(one.responses))
+        if len(several) != replicates:
+            problems.add(f"row {row.id}", f"{len(several) or 'no'} answers, and seeds asks for {replicates}")
+        texts.append(several)
+    problems.check(
+        "Set seeds to as many numbers as there are answers a prompt. The prompts are those of data=; those of the file "
+        f"itself are data=files data.path={name} held_out=false."
+    )
+    unused = len(file) - sum(len(places[key]) for key in {bytes(key) for key in rows.keys})
+    if unused:
+        say(f"{unused} of {len(file)} rows of {name} answer other prompts")
+    return texts
+
+
+def _sampled(row: Row) -> int:
+    """How many responses sample.py drew for this row; 0 where another hand wrote it."""
+    try:
+        return int(json.loads(row.sampling or "")["sampling"]["responses"])
+    except (ValueError, TypeError, LookupError):
+        return 0
+
+
 @dataclass
 class _Tokens:
-    """Answers as the engine takes them: prompt and response tokens, an empty answer as its end token alone."""
+    """Answers as the engine takes them: prompt and response tokens, an empty answer as its end token alone.
+
+    size: [n] tokens of the answers' text, the end token not counted.
+    """
 
     ids: list[list[int]]
     start: np.ndarray
     length: np.ndarray
+    size: np.ndarray
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -59,14 +101,16 @@ class _Tokens:
 
 
 def tokens(annotator: Annotator, rows: Rows, texts: Texts) -> _Tokens:
-    chat, ids, start = annotator.chat, [], []
+    chat, ids, start, size = annotator.chat, [], [], []
     for row, several in zip(rows, texts, strict=True):
         prompt = chat.prompt(row.prompt)
         for text, finished in several:
-            ids.append([*prompt, *response_tokens(chat, text, finished)])
+            response = response_tokens(chat, text, finished)
+            ids.append([*prompt, *response])
             start.append(len(prompt))
+            size.append(len(response_tokens(chat, text, True)) - 1)
     starts = np.array(start)
-    return _Tokens(ids, starts, np.array(list(map(len, ids))) - starts)
+    return _Tokens(ids, starts, np.array(list(map(len, ids))) - starts, np.array(size))
 
 
 def logps(annotator: Annotator, encoded: _Tokens) -> np.ndarray:
@@ -129,14 +173,15 @@ def _sigmoid(values: np.ndarray) -> np.ndarray:
 
 
 def averages(measured: Mapping[str, Mapping[str, Any]], wanted: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """Means over subsets, of those that are there: `of` names them."""
+    """Means over subsets, of those that are there: `of` names them, `without` the others."""
     out = {}
-    for name, members in {**wanted, "all": list(measured)}.items():
+    for name, members in wanted.items():
         there = [measured[member] for member in members if member in measured]
         if there:
             keys = [key for key, value in there[0].items() if isinstance(value, dict) and "by_seed" in value]
             out[name] = {
                 "of": [member for member in members if member in measured],
+                "without": [member for member in members if member not in measured],
                 **{key: average([part[key] for part in there]) for key in keys},
             }
     return out

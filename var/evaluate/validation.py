@@ -28,7 +28,7 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True)
 class Answers:
-    """K sampled answers of each of P prompts. rewards: [P, K] on the scale that `judge` was given, absent where the
+    """K sampled answers of each of P prompts. rewards: [P, K] on the scale that `rewarded` was given, absent where the
     reward cannot score new text."""
 
     texts: list[list[str]]
@@ -45,7 +45,9 @@ def clustered(values: np.ndarray) -> Estimate:
     )
 
 
-def judge(rows: Rows, texts: list[list[tuple[str, bool]]], reward: Reward | None, scale: Scale, chat: Chat) -> Answers:
+def rewarded(
+    rows: Rows, texts: list[list[tuple[str, bool]]], reward: Reward | None, scale: Scale, chat: Chat
+) -> Answers:
     """Rewards and lengths (in tokens, the end token not counted) of sampled answers."""
     prompts, flat, answers = [], [], []
     for row, several in zip(rows, texts, strict=True):
