@@ -17,6 +17,7 @@ from var.packing import pack
 from var.policy import Policy
 from var.pretrained import export
 from var.problems import UserError
+from var.rewards.classifier import Classifier
 
 peft = pytest.importorskip("peft")
 IDS = torch.tensor([[256, 1, 2, 3, 4, 5]])
@@ -134,6 +135,31 @@ def test_a_scorers_adapter_brings_its_head(tiny_folder: Path, tmp_path: Path, mo
         pretrained(tmp_path / "a", tmp_path).load()
     with pytest.raises(UserError, match="is a reward model's adapter, and a run starts from a language model"):
         exported(str(tmp_path / "a"))
+
+
+def test_a_reward_models_adapter_scores_as_peft_does(tiny_folder: Path, tmp_path: Path):
+    """reward=classifier on the adapter's folder, on a run's that holds one, and with the adapter's own tokenizer."""
+    own = adapter(tmp_path / "run" / "model", tiny_folder, scorer=True)
+    ask = [{"role": "user", "content": "ab"}]
+    texts = ["c", "a longer answer", ""]
+    scores = []
+    for path in (tmp_path / "run", tmp_path / "run" / "model"):
+        reward = Classifier(path=str(path), cache=str(tmp_path / "cache"))
+        scores.append(reward([ask] * 3, texts, [None] * 3))
+        ids = [torch.tensor([reward.encode(ask, text)]) for text in texts]
+    with torch.no_grad():
+        plain = [own(input_ids=one).logits.item() for one in ids]
+    assert scores[0] == scores[1] == pytest.approx(plain, abs=2e-5)
+    assert len({round(score, 4) for score in plain}) == 3
+    assert reward.identity["weights"] == pretrained(tmp_path / "run" / "model", tmp_path / "cache").weights
+    byte_tokenizer(TEMPLATE + " ").save_pretrained(tmp_path / "run" / "model")
+    assert Classifier(path=str(tmp_path / "run"), cache=str(tmp_path)).identity["template"] == TEMPLATE + " "
+
+
+def test_a_language_models_adapter_gives_no_score(tiny_folder: Path, tmp_path: Path):
+    adapter(tmp_path / "a", tiny_folder)
+    with pytest.raises(UserError, match="is an adapter for CAUSAL_LM, and a reward model's is for SEQ_CLS"):
+        Classifier(path=str(tmp_path / "a"), cache=str(tmp_path)).identity  # noqa: B018
 
 
 def test_an_adapter_of_an_adapter_is_added_to_both(tiny_folder: Path, tmp_path: Path):

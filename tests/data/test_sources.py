@@ -243,6 +243,7 @@ def test_hh_rlhf_parts_the_last_turn_from_the_prompt(tmp_path):
     assert (len(rows), rows.left_out) == (1, 5)
     assert rows[0].prompt == (user("a\n\nb"), assistant("c"), user("d"))
     assert rows[0].ordered
+    assert rows[0].subset is None
     assert [response.text for response in rows[0].responses] == ["good", "bad"]
     with pytest.raises(ValueError, match=r"a dialogue begins with '\\n\\nHuman:', got 'hello'"):
         HHRLHF().row("w", {"chosen": "hello", "rejected": "hello"})
@@ -255,6 +256,7 @@ def test_hh_rlhf_reads_a_clone_by_subset_and_split(tmp_path):
     place = str(tmp_path / "hh")
     rows = read(HHRLHF(path=place, split="test", subsets=("helpful-base", "harmless-base")), tmp_path / "cache")
     assert [row.id for row in rows] == ["helpful-base/test.jsonl.gz:1", "harmless-base/test.jsonl.gz:1"]
+    assert [row.subset for row in rows] == ["helpful_base", "harmless_base"]
     with pytest.raises(UserError, match=r"missing .*helpful-online/test.jsonl.gz, .*set `data.path=` to a clone"):
         read(HHRLHF(path=place, split="test"), tmp_path / "cache")
     with pytest.raises(UserError, match="is one file, read whole: leave"):
@@ -497,6 +499,7 @@ def test_a_hub_set_is_read_by_name_split_and_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", loaded)
     rows = read(HHRLHF(subsets=("helpful-base", "harmless-base"), split="test"), tmp_path)
     assert [row.id for row in rows] == [f"Anthropic/hh-rlhf/{s}[test]:row 1" for s in ("helpful-base", "harmless-base")]
+    assert [row.subset for row in rows] == ["helpful_base", "harmless_base"]
     assert sorted(set(asked)) == [("Anthropic/hh-rlhf", None, "test", s) for s in ("harmless-base", "helpful-base")]
     next(Preferences(path="org/set", name="part", split="train_prefs").records())
     assert asked[-1] == ("org/set", "part", "train_prefs", None)

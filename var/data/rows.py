@@ -16,7 +16,7 @@ import numpy as np
 from var.problems import Problems
 
 Message = dict[str, str]
-FORMAT = 2  # raised when an adapter or Row changes what the same source gives
+FORMAT = 3  # raised when an adapter or Row changes what the same source gives
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
 """A Hugging Face sequence classifier as reward model; OffsetBias-RM is one configuration of it."""
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from var.data.rows import Message
 from var.packing import whole
 from var.policy import Scorer
+from var.pretrained import ADAPTER, Pretrained
 from var.problems import UserError
 
 DECODERS = {"llama", "qwen2", "qwen3", "mistral"}  # `score` on a backbone that attends by AttentionInterface
@@ -21,9 +23,9 @@ GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # how tr
 class Classifier:
     """The raw logit of a one-label classifier for the chat-rendered prompt and response.
 
-    path: hub id, folder with safetensors, or a finished run's folder. chat_template: where the tokenizer has none.
-    dtype: of the weights; it is in the store's key. tokens: packed tokens at once. The template writes the BOS; no
-    second one is added.
+    path: hub id, folder with safetensors or of a LoRA adapter of PEFT's, or a finished run's folder. chat_template:
+    where the tokenizer has none. dtype: of the weights; it is in the store's key. tokens: packed tokens at once. The
+    template writes the BOS; no second one is added.
     """
 
     path: str
@@ -39,10 +41,8 @@ class Classifier:
 
     @cached_property
     def _files(self) -> Any:
-        from var.pretrained import Pretrained
-
         exported = Path(self.path) / "model"  # of a finished run
-        path = str(exported) if (exported / "config.json").exists() else self.path
+        path = str(exported) if any((exported / name).exists() for name in ("config.json", ADAPTER)) else self.path
         return Pretrained(
             name=Path(self.path).name, path=path, revision=self.revision, chat_template=self.chat_template,
             dtype=self.dtype, attention="packed", trust_remote_code=False, gradient_checkpointing=False,
@@ -53,7 +53,10 @@ class Classifier:
     def _tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(self._files.folder)
+        files = self._files
+        while files.base is not None and not (files.folder / "tokenizer_config.json").exists():
+            files = files.base
+        tokenizer = AutoTokenizer.from_pretrained(files.folder)
         if self.chat_template is not None:
             tokenizer.chat_template = self.chat_template
         if not tokenizer.chat_template:
@@ -67,7 +70,17 @@ class Classifier:
     def _config(self) -> Any:
         from transformers import AutoConfig
 
-        config = AutoConfig.from_pretrained(self._files.folder)
+        files, adapted = self._files, False
+        while files.base is not None:
+            kind = json.loads((files.folder / ADAPTER).read_text()).get("task_type")
+            if not adapted and kind != "SEQ_CLS":
+                raise UserError(
+                    f"reward.path={self.path} is an adapter for {kind}, and a reward model's is for SEQ_CLS"
+                )
+            files, adapted = files.base, True
+        config = AutoConfig.from_pretrained(files.folder)
+        if adapted:  # it brings the one label itself
+            return config
         if kinds := [kind for kind in config.architectures or () if kind.endswith(GENERATES)]:
             raise UserError(
                 f"reward.path={self.path} is a language model ({kinds[0]}), which gives no score; a reward model is a "
@@ -83,7 +96,11 @@ class Classifier:
 
         import var.logprobs  # noqa: F401  registers the packed attention
 
-        options = {"attn_implementation": "packed"} if self._config.model_type in DECODERS else {}
+        packed = self._config.model_type in DECODERS
+        if self._files.base is not None:
+            model = replace(self._files, attention="packed" if packed else "sdpa").load_scorer()
+            return Scorer(model.requires_grad_(False).to(self._device)).eval()
+        options = {"attn_implementation": "packed"} if packed else {}
         model, found = AutoModelForSequenceClassification.from_pretrained(
             self._files.folder, dtype=getattr(torch, self.dtype), use_safetensors=True, output_loading_info=True,
             **options,

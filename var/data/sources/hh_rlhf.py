@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from var.problems import UserError
 
 HUB = "Anthropic/hh-rlhf"
 SUBSETS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
+HHA = {name: name.removesuffix("-sampled").replace("-", "_") for name in SUBSETS}  # as data=hha calls them
 SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 ROLES = {"Human": "user", "Assistant": "assistant"}
 
@@ -56,7 +57,9 @@ class HHRLHF:
         alternate = ["user", "assistant"] * (len(chosen) // 2)
         if chosen[:-1] != rejected[:-1] or any([turn["role"] for turn in d] != alternate for d in (chosen, rejected)):
             return None
-        return pair(where, chosen[:-1], chosen[-1]["content"], rejected[-1]["content"])
+        row = pair(where, chosen[:-1], chosen[-1]["content"], rejected[-1]["content"])
+        subset = next((HHA[name] for name in SUBSETS if name in where), None)
+        return None if row is None else replace(row, subset=subset)
 
     def identity(self) -> Mapping[str, Any]:
         if self.path is not None:
