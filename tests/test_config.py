@@ -154,12 +154,7 @@ def test_the_readme_names_files_and_keys_that_exist() -> None:
     readme = (ROOT / "README.md").read_text()
     for path in re.findall(r"`((?:var|conf|tests|experiments)/[\w./-]+)`", readme):
         assert (ROOT / path).exists(), path
-    known = set(leaves(composed()))
-    for line in re.findall(r"^python (?:train|annotate)\.py (.*)$", readme, flags=re.M):
-        for word in line.split("#")[0].split():
-            key, _, value = word.partition("=")
-            if value and not key.startswith("+") and not Path(FOLDER, key).is_dir():
-                parts = [
-                    w for w in line.split("#")[0].split() if Path(FOLDER, w.split("=")[0]).is_dir() and "," not in w
-                ]
-                assert key in known | set(leaves(composed(*parts))), word
+    for command, line in re.findall(r"^python (train|annotate|eval|sample)\.py (.*)$", readme, flags=re.M):
+        words = re.sub(r"<[^>]*>", "x", line.split("#")[0]).split()
+        roots = {"annotate": "train"}
+        composed(*(w.partition(",")[0] for w in words if w != "-m"), root=roots.get(command, command))
