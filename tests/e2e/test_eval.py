@@ -2,12 +2,15 @@
 
 import csv
 import json
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import byte_tokenizer, tiny_model
-from tests.e2e.test_commands import run
+from tests.e2e.test_commands import ROOT, run, spawn
 from tests.server import Broken, completion, served
 
 pytestmark = pytest.mark.e2e
@@ -201,6 +204,51 @@ def test_answers_come_from_the_sampler_that_is_chosen(evaluated: list[str], tmp_
         assert found["depends_on"]["answers"]["model"]["model"] == "tiny"
         assert run("eval.py", *options).returncode == 0
         assert len(server.bodies) == 12
+
+
+def test_a_killed_evaluation_goes_on_by_the_same_command(tiny_folder: Path, evaluated: list[str], tmp_path: Path):
+    """SIGKILL while the judge is asked, then the same command: the unbroken one's numbers, and no reply asked twice."""
+    other = tiny_model(seed=1)
+    other.save_pretrained(tmp_path / "other")
+    byte_tokenizer().save_pretrained(tmp_path / "other")
+    common = [
+        *evaluated[:-3], f"reference={tmp_path}/other", "judge=mtbench", "judge.client.api_key_env=null",
+        "judge.client.concurrency=1",
+    ]  # fmt: skip
+
+    def places(name: str) -> list[str]:
+        return [f"{what}={tmp_path}/{name}/{what}" for what in ("store", "cache", "out")]
+
+    def verdict(body: dict, before: int) -> dict:
+        return completion("[[A]]" if len(body["messages"][-1]["content"]) % 2 else "[[B]]")
+
+    with served(verdict) as server:
+        straight = run("eval.py", *common, f"judge.client.base_url={server.base_url}", *places("straight"))
+        assert straight.returncode == 0, straight.stderr
+        asked = len(server.bodies)
+    stalled = threading.Event()
+
+    def stalling(body: dict, before: int) -> dict | Broken:
+        if len(server.bodies) == 6 and not stalled.is_set():
+            stalled.set()
+            time.sleep(3)
+        return verdict(body, before)
+
+    with served(stalling) as server:
+        options = [*common, f"judge.client.base_url={server.base_url}", *places("killed")]
+        process = spawn(str(ROOT / "eval.py"), *options)
+        assert stalled.wait(120), process.communicate(timeout=1)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert not list((tmp_path / "killed" / "out").glob("*/result.json"))
+        again = run("eval.py", *options)
+        assert again.returncode == 0, again.stderr
+        assert "Answers of the" not in again.stdout
+        assert len(server.bodies) == asked + 1  # the one that was under way
+    one, two = (result(places(name))[1] for name in ("straight", "killed"))
+    for part in ("model", "reference", "against_reference", "distinct"):
+        assert one[part] == two[part]
+    assert one["win_rates"]["all"] == two["win_rates"]["all"]
 
 
 # --- a judge while training
