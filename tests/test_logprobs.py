@@ -353,15 +353,16 @@ def test_the_attention_is_put_back_after_an_error_too(model: Any):
     assert model.config._attn_implementation == "packed"
 
 
-def test_flash_attention_takes_the_borders_and_no_tree():
-    """What the call of flash_attention_2 is given; the kernel itself needs a GPU."""
+@pytest.mark.parametrize("kind", ["flash_attention_2", "varlen"])
+def test_kernels_for_rows_take_the_borders_and_give_each_branch_its_prompt(kind: str):
+    """What the model's call is given; the kernels themselves need a GPU."""
 
     class Backbone(torch.nn.Module):
-        config = type("Config", (), {"_attn_implementation": "flash_attention_2"})
+        config = type("Config", (), {"_attn_implementation": kind})
 
         def forward(self, **given: Any) -> Any:
             self.given = given
-            return type("Out", (), {"last_hidden_state": torch.zeros(1, 5, 2)})
+            return type("Out", (), {"last_hidden_state": given["input_ids"][..., None].float()})
 
     backbone = Backbone()
     logprobs.hidden_states(backbone, pack([[1, 2, 3, 4], [5, 6, 7]], [2, 1]))
@@ -369,5 +370,9 @@ def test_flash_attention_takes_the_borders_and_no_tree():
     assert backbone.given["cu_seq_lens_q"].dtype == torch.int32
     assert (backbone.given["max_length_q"], backbone.given["max_length_k"]) == (3, 3)
     assert backbone.given["use_cache"] is False
-    with pytest.raises(UserError, match=r"cross scoring shares prompts.*set model\.attention=packed"):
-        logprobs.hidden_states(backbone, pack_tree([[1, 2]], [[[3, 4], [5]]]))
+    tree = pack_tree([[1, 2], [6]], [[[3, 4], [5, 7]], [[8, 9]]])
+    assert logprobs.hidden_states(backbone, tree)[:, 0].tolist() == tree.input_ids.tolist() == [1, 2, 3, 5, 6, 8]
+    assert backbone.given["input_ids"][0].tolist() == [1, 2, 1, 2, 3, 1, 2, 5, 6, 8]
+    assert backbone.given["position_ids"][0].tolist() == [0, 1, 0, 1, 2, 0, 1, 2, 0, 1]
+    assert backbone.given["cu_seq_lens_q"].tolist() == [0, 2, 5, 8, 10]
+    assert backbone.given["max_length_q"] == 3

@@ -31,7 +31,7 @@ def test_names_and_groups_are_numbers_where_none_are_given():
 
 
 def test_a_tree_by_hand():
-    """Prompt [1 2] with branches [3 4 5] and [6], prompt [7] with [8 9].
+    """Prompt [1 2] with branches [3 4 5] and [6], prompt [7] with [8 9], its only one, in a segment with it.
 
     Tokens: 1 2, then 3 4 of the first branch (the 5 predicts nothing), nothing of the second, then 7, then 8.
     Branches go on at the prompt's length and see prompt and themselves; their first token is predicted by its last.
@@ -39,11 +39,26 @@ def test_a_tree_by_hand():
     tree = pack_tree([[1, 2], [7]], [[[3, 4, 5], [6]], [[8, 9]]])
     assert tree.input_ids.tolist() == [1, 2, 3, 4, 7, 8]
     assert tree.position_ids.tolist() == [0, 1, 2, 3, 0, 1]
-    assert tree.segments == (Segment(0, 2), Segment(2, 4, 0, 2), Segment(4, 5), Segment(5, 6, 4, 5))
+    assert tree.segments == (Segment(0, 2), Segment(2, 4, 0, 2), Segment(4, 6))
     assert tree.predictor.tolist() == [1, 2, 3, 1, 4, 5]
     assert tree.target.tolist() == [3, 4, 5, 6, 8, 9]
     assert tree.sequence.tolist() == [0, 0, 0, 1, 2, 2]
     assert (tree.length.tolist(), tree.group.tolist(), tree.ids) == ([3, 1, 2], [0, 0, 1], ("0", "1", "2"))
+
+
+def test_neighbours_share_their_prompt():
+    """[1 2] has two answers in a row, then another one after [1 3]'s: shared, and with share=False alone."""
+    ids, starts = [[1, 2, 3, 4, 5], [1, 2, 6], [1, 3, 7], [1, 2, 8]], [2, 2, 2, 2]
+    batch = pack(ids, starts, group=[0, 0, 1, 0])
+    assert batch.input_ids.tolist() == [1, 2, 3, 4, 1, 3, 1, 2]
+    assert batch.segments == (Segment(0, 2), Segment(2, 4, 0, 2), Segment(4, 6), Segment(6, 8))
+    assert (batch.group.tolist(), batch.ids, batch.tokens) == ([0, 0, 1, 0], ("0", "1", "2", "3"), 14)
+    apart = pack(ids, starts, share=False)
+    assert apart.input_ids.tolist() == [1, 2, 3, 4, 1, 2, 1, 3, 1, 2]
+    assert apart.tokens == 14
+    for same in ("target", "sequence", "length"):
+        assert getattr(apart, same).tolist() == getattr(batch, same).tolist()
+    assert sequences_of(batch) == sequences_of(apart) == (ids, starts)
 
 
 def test_sums_are_by_sequence():

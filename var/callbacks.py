@@ -137,7 +137,7 @@ class StepMetrics(Callback):
     ) -> None:
         assert isinstance(module, AlignmentModule)
         assert self._begun is not None
-        self.tokens += len(batch.input_ids)
+        self.tokens += batch.tokens
         self.seconds += time.perf_counter() - self._begun
         step = trainer.global_step
         if step != self._step:

@@ -466,7 +466,7 @@ class AlignmentData(lightning.LightningDataModule):
             column = self._columns["reference_logps"]
             extra["reference_logps"] = torch.tensor([x for i in members for x in column[int(i)].as_py()])
         group = np.unique(self.sequences.group[members], return_inverse=True)[1].tolist()
-        divisors = {
+        divisors: dict[str, Any] = {
             "global_tokens": share.tokens, "global_sequences": share.sequences, "global_groups": share.units,
         }  # fmt: skip
         if Need.SCALAR_HEAD in self.loss.needs:

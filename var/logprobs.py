@@ -6,6 +6,7 @@ Sequences are packed into one row and attend each to itself (`packed_attention`,
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers import AttentionInterface
 from var.packing import Packed, Segment
 from var.problems import UserError
 
+VARLEN = ("varlen", "flash_attention_2", "flash_attention_3")  # kernels for rows of different lengths; on a GPU
 HEAD_CHUNK = 256  # response tokens whose logits exist at once; 128 to 512 measured alike on CPU, 64 a tenth slower
 
 # Settings of a model between the hidden state and the logits that a plain linear head would leave out.
@@ -52,15 +54,17 @@ def packed_attention(
     if softcap is not None or s_aux is not None:
         raise UserError("the model caps its attention or adds sinks to it, which packed attention does not apply")
     grouped = query.shape[1] != key.shape[1]
+    sizes = [s.stop - s.start for s in segments]
+    # split, not slices: the gradient of a slice is a whole tensor of zeros with the slice in it
+    parts = zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value)), strict=True)
+    seen: dict[int, tuple[Tensor, Tensor]] = {}
     out = []
-    for start, stop, prefix_start, prefix_stop in segments:
-        q, k, v = query[:, :, start:stop], key[:, :, start:stop], value[:, :, start:stop]
+    for segment, (q, k, v) in zip(segments, parts, strict=True):
         mask = None
-        prefix = prefix_stop - prefix_start
-        if prefix:
-            k = torch.cat([key[:, :, prefix_start:prefix_stop], k], dim=2)
-            v = torch.cat([value[:, :, prefix_start:prefix_stop], v], dim=2)
-            mask = torch.ones(stop - start, prefix + stop - start, dtype=torch.bool, device=q.device).tril(prefix)
+        seen[segment.start] = k, v
+        if prefix := segment.prefix_stop - segment.prefix_start:
+            k, v = (torch.cat(pair, dim=2) for pair in zip(seen[segment.prefix_start], (k, v), strict=True))
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(prefix)
         out.append(
             scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
@@ -69,7 +73,42 @@ def packed_attention(
     return torch.cat(out, dim=2).transpose(1, 2), None
 
 
+def varlen_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int = 0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention of each row to itself by torch's own flash kernel, on CUDA in bf16. Shapes as packed_attention.
+
+    Never run here, for want of a GPU.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    if cu_seq_lens_q is None or attention_mask is not None:
+        raise RuntimeError("varlen attention takes rows' bounds and no mask; the model was not called through Policy")
+    if softcap is not None or s_aux is not None:
+        raise UserError("the model caps its attention or adds sinks to it, which model.attention=varlen does not apply")
+    q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
+    window = (-1 if sliding_window is None else sliding_window - 1, 0)
+    bounds, grouped = cu_seq_lens_q, q.shape[1] != k.shape[1]
+    out = varlen_attn(
+        q, k, v, bounds, bounds, max_length_q, max_length_q, scale=scaling, window_size=window, enable_gqa=grouped
+    )
+    assert isinstance(out, Tensor)
+    return out[None], None
+
+
 AttentionInterface.register("packed", packed_attention)
+AttentionInterface.register("varlen", varlen_attention)
 
 
 @contextmanager
@@ -101,17 +140,25 @@ def refuse_leaks(model: Any) -> None:
 
 def hidden_states(backbone: Any, batch: Packed) -> Tensor:
     """[T, H]: the last hidden states of a transformers backbone over the packed tokens."""
+    inputs, positions = batch.input_ids, batch.position_ids
     options: dict[str, Any] = {"segments": batch.segments}
-    if backbone.config._attn_implementation == "flash_attention_2":
-        bounds = [0, *(s.stop for s in batch.segments)]
-        cumulative = torch.tensor(bounds, dtype=torch.int32, device=batch.input_ids.device)
-        longest = max(s.stop - s.start for s in batch.segments)
-        if any(s.prefix_stop > s.prefix_start for s in batch.segments):
-            raise UserError("cross scoring shares prompts, which flash_attention_2 cannot; set model.attention=packed")
-        options = {"cu_seq_lens_q": cumulative, "cu_seq_lens_k": cumulative}
-        options |= {"max_length_q": longest, "max_length_k": longest}
-    out = backbone(input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], use_cache=False, **options)
-    return out.last_hidden_state[0]
+    back = None
+    if backbone.config._attn_implementation in VARLEN:
+        rows = [[*range(s.prefix_start, s.prefix_stop), *range(s.start, s.stop)] for s in batch.segments]
+        if any(s.prefix_stop for s in batch.segments):  # these kernels know rows only: each branch brings its prompt
+            index = torch.tensor([t for row in rows for t in row], device=inputs.device)
+            own = [
+                at >= s.prefix_stop - s.prefix_start
+                for s, row in zip(batch.segments, rows, strict=True)
+                for at in range(len(row))
+            ]
+            inputs, positions, back = inputs[index], positions[index], torch.tensor(own, device=inputs.device)
+        lengths = [len(row) for row in rows]
+        bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=inputs.device)
+        options = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+        options |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
+    out = backbone(input_ids=inputs[None], position_ids=positions[None], use_cache=False, **options)
+    return out.last_hidden_state[0] if back is None else out.last_hidden_state[0][back]
 
 
 def token_logps(hidden: Tensor, head: Tensor, target: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """AlignmentModule: a policy, a loss, and optionally the live reference; one training step for every objective."""
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -181,9 +182,10 @@ def mismatched_logps(policy: Callable[[Packed], Tensor], batch: Packed) -> Tenso
 def sequences_of(batch: Packed) -> tuple[list[list[int]], list[int]]:
     """A packed batch as token lists and where each response starts."""
     tokens, ids, starts = batch.input_ids.tolist(), [], []
-    last = (batch.length.cumsum(0) - 1).tolist()
-    for segment, end, length in zip(batch.segments, last, batch.length.tolist(), strict=True):
-        row = [*tokens[segment.start : segment.stop], int(batch.target[end])]
-        ids.append(row)
-        starts.append(len(row) - length)
+    begins = [segment.start for segment in batch.segments if not segment.prefix_stop]
+    ends = batch.predictor[batch.length.cumsum(0) - batch.length].tolist()  # of the prompts: their last tokens
+    for end, response in zip(ends, batch.target.split(batch.length.tolist()), strict=True):
+        prompt = tokens[begins[bisect_right(begins, end) - 1] : end + 1]
+        ids.append([*prompt, *response.tolist()])
+        starts.append(len(prompt))
     return ids, starts

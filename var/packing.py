@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Segment(NamedTuple):
-    """Tokens start..stop attend to themselves, causally, and to all of prefix_start..prefix_stop before them."""
+    """Tokens start..stop attend to themselves, causally, and to all of prefix_start..prefix_stop, a segment before."""
 
     start: int
     stop: int
@@ -22,7 +22,8 @@ class Segment(NamedTuple):
 class Packed:
     """A micro-batch. [T] tokens, [N] response tokens, [B] sequences, N counted over all of them.
 
-    input_ids, position_ids: [T]. A sequence's last token predicts nothing and is not among them.
+    input_ids, position_ids: [T]. A sequence's last token predicts nothing and is not among them; a prompt that several
+    share is there once. tokens: of all sequences, each with its own prompt and its last token.
     segments: who attends to whom; they cover the T tokens in order.
     predictor: [N] index into the T tokens: the position whose logits predict the response token.
     target: [N] the response tokens. sequence: [N] their sequence, 0..B-1. length: [B] response tokens.
@@ -42,6 +43,7 @@ class Packed:
     length: Tensor
     group: Tensor
     ids: tuple[str, ...]
+    tokens: int
     global_tokens: float = 1.0
     global_sequences: float = 1.0
     global_groups: float = 1.0
@@ -80,59 +82,80 @@ def pack(
     starts: Sequence[int],
     names: Sequence[str] | None = None,
     group: Sequence[int] | None = None,
+    share: bool = True,
     **extra: Any,
 ) -> Packed:
-    """Pack B sequences, ids[i][starts[i]:] being the response of the i-th; nothing is padded."""
-    tokens: list[int] = []
-    positions: list[int] = []
-    segments: list[Segment] = []
-    predictor: list[int] = []
-    target: list[int] = []
+    """Pack B sequences, ids[i][starts[i]:] being the response of the i-th; nothing is padded.
+
+    share: neighbours that answer the same prompt have its tokens once, as branches of a tree; the numbers are those
+    of the sequences alone.
+    """
+    prompts: list[Sequence[int]] = []
+    responses: list[list[Sequence[int]]] = []
     for row, start in zip(ids, starts, strict=True):
         if not 0 < start < len(row):
             raise ValueError(f"a sequence needs a prompt and a response: {len(row)} tokens, response from {start}")
-        offset = len(tokens)
-        tokens.extend(row[:-1])
-        positions.extend(range(len(row) - 1))
-        segments.append(Segment(offset, offset + len(row) - 1))
-        predictor.extend(range(offset + start - 1, offset + len(row) - 1))
-        target.extend(row[start:])
-    lengths = [len(row) - start for row, start in zip(ids, starts, strict=True)]
-    groups = group if group is not None else range(len(lengths))
-    return _packed(tokens, positions, segments, predictor, target, lengths, groups, names, **extra)
+        if not (share and prompts and prompts[-1] == row[:start]):
+            prompts.append(row[:start])
+            responses.append([])
+        responses[-1].append(row[start:])
+    return pack_tree(prompts, responses, names, group if group is not None else range(len(ids)), **extra)
 
 
-def pack_tree(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[Sequence[int]]]) -> Packed:
+def pack_tree(
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[Sequence[int]]],
+    names: Sequence[str] | None = None,
+    group: Sequence[int] | None = None,
+    **extra: Any,
+) -> Packed:
     """Pack each prompt once with its responses as branches: sequence order is prompt by prompt.
 
     responses[i] are the responses scored under prompts[i]; each branch attends to its prompt and to itself, and
-    positions go on after the prompt, so that the numbers are those of the sequence alone.
+    positions go on after the prompt, so that the numbers are those of the sequence alone. A prompt's only response
+    stands in one segment with it.
     """
     tokens: list[int] = []
     positions: list[int] = []
     segments: list[Segment] = []
     predictor: list[int] = []
     target: list[int] = []
-    group: list[int] = []
     lengths: list[int] = []
+    prompt_of: list[int] = []
     for i, (prompt, branches) in enumerate(zip(prompts, responses, strict=True)):
         if not prompt or not all(branches):
             raise ValueError("prompts and responses need at least one token each")
-        root = Segment(len(tokens), len(tokens) + len(prompt))
+        start, stop = len(tokens), len(tokens) + len(prompt)
         tokens.extend(prompt)
         positions.extend(range(len(prompt)))
-        segments.append(root)
+        if len(branches) != 1:
+            segments.append(Segment(start, stop))
         for branch in branches:
             offset, body = len(tokens), branch[:-1]
             tokens.extend(body)
             positions.extend(range(len(prompt), len(prompt) + len(body)))
-            if body:
-                segments.append(Segment(offset, offset + len(body), root.start, root.stop))
-            predictor.extend([root.stop - 1, *range(offset, offset + len(body))])
+            if len(branches) == 1:
+                segments.append(Segment(start, len(tokens)))
+            elif body:
+                segments.append(Segment(offset, len(tokens), start, stop))
+            predictor.extend([stop - 1, *range(offset, len(tokens))])
             target.extend(branch)
-            group.append(i)
             lengths.append(len(branch))
-    return _packed(tokens, positions, segments, predictor, target, lengths, group)
+            prompt_of.append(i)
+    length, count = torch.tensor(lengths), len(lengths)
+    return Packed(
+        input_ids=torch.tensor(tokens),
+        position_ids=torch.tensor(positions),
+        segments=tuple(segments),
+        predictor=torch.tensor(predictor),
+        target=torch.tensor(target),
+        sequence=torch.repeat_interleave(torch.arange(count), length),
+        length=length,
+        group=torch.tensor(list(group if group is not None else prompt_of)),
+        ids=tuple(names if names is not None else map(str, range(count))),
+        tokens=sum(len(prompts[i]) for i in prompt_of) + sum(lengths),
+        **extra,
+    )
 
 
 def whole(
@@ -154,32 +177,7 @@ def whole(
         sequence=empty,
         length=torch.zeros(len(lengths), dtype=torch.long),
         group=torch.tensor(list(group) if group is not None else range(len(lengths))),
-        ids=tuple(names) if names is not None else tuple(str(i) for i in range(len(lengths))),
-        **extra,
-    )
-
-
-def _packed(
-    tokens: list[int],
-    positions: list[int],
-    segments: list[Segment],
-    predictor: list[int],
-    target: list[int],
-    lengths: list[int],
-    group: Sequence[int],
-    names: Sequence[str] | None = None,
-    **extra: Any,
-) -> Packed:
-    length = torch.tensor(lengths)
-    return Packed(
-        input_ids=torch.tensor(tokens),
-        position_ids=torch.tensor(positions),
-        segments=tuple(segments),
-        predictor=torch.tensor(predictor),
-        target=torch.tensor(target),
-        sequence=torch.repeat_interleave(torch.arange(len(length)), length),
-        length=length,
-        group=torch.tensor(list(group)),
-        ids=tuple(names) if names is not None else tuple(str(i) for i in range(len(length))),
+        ids=tuple(names if names is not None else map(str, range(len(lengths)))),
+        tokens=sum(lengths),
         **extra,
     )

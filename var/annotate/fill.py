@@ -282,7 +282,7 @@ class Annotator:
                 len(tokens[j][0]) - tokens[j][1] + tokens[i][1] * int(new)
                 for (i, j), new in zip(pairs[indices].tolist(), opens, strict=True)
             ]
-            for batch in _budget(indices, cost, keep_order=True):
+            for batch in _budget(indices, cost):
                 prompts: dict[int, list[int]] = {}
                 for at in batch:
                     prompts.setdefault(int(pairs[at, 0]), []).append(at)
@@ -439,17 +439,16 @@ def _token_key(prompt: Sequence[int], response: Sequence[int]) -> bytes:
     return content_hash(list(prompt), list(response))
 
 
-def _budget(indices: np.ndarray, cost: list[int], keep_order: bool = False) -> list[list[int]]:
-    """Batches of at most TOKENS tokens; of like length unless the order is kept."""
-    order = range(len(indices)) if keep_order else sorted(range(len(indices)), key=lambda at: cost[at])
+def _budget(indices: np.ndarray, cost: Sequence[int]) -> list[list[int]]:
+    """Batches of at most TOKENS tokens, in order, so that neighbours can share their prompt."""
     batches: list[list[int]] = []
     room = 0
-    for at in order:
-        if cost[at] > room or not batches:
+    for index, tokens in zip(indices.tolist(), cost, strict=True):
+        if tokens > room or not batches:
             batches.append([])
             room = TOKENS
-        batches[-1].append(int(indices[at]))
-        room -= cost[at]
+        batches[-1].append(index)
+        room -= tokens
     return batches
 
 

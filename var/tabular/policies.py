@@ -212,7 +212,7 @@ def batch(world: World, loss: Any, rows: Rows, policy: TabularPolicy | None = No
     present, group = rows.group.unique(return_inverse=True)
     target = world.responses.path[1][rows.responses][mask]
     packed = Packed(
-        input_ids=target, position_ids=target, segments=(), predictor=target, target=target, ids=(),
+        input_ids=target, position_ids=target, segments=(), predictor=target, target=target, ids=(), tokens=len(target),
         sequence=torch.repeat_interleave(length), length=length, group=group,
         global_tokens=float(len(target)), global_sequences=float(len(rows)), global_groups=float(len(present)),
         **rows.columns,
