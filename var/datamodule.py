@@ -364,9 +364,10 @@ class AlignmentData(lightning.LightningDataModule):
             units = train[:, None]
         present = units != ABSENT
         tokens = np.where(present, sequences.length[units], 0).sum(1)
+        work = np.where(present, sequences.start[units] + sequences.length[units], 0).sum(1)
         self.plan = make_plan(
             tokens, present.sum(1), settings.micro_batch, settings.global_batch, settings.seed,
-            settings.short_micro_batch, settings.short_window, sequences.content,
+            settings.short_micro_batch, settings.short_window, sequences.content, work,
         )  # fmt: skip
         if self.plan.dropped:
             self.facts["sequences dropped with the last micro-batch or step"] = int(

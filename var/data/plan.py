@@ -25,7 +25,8 @@ class Share(NamedTuple):
 class Plan:
     """micro: [M, B] units of each micro-batch: a sequence, or what the loss compares, a pair or all of a prompt's.
 
-    tokens, sequences: [M] response tokens and sequences of each micro-batch.
+    tokens, sequences: [M] response tokens and sequences of each micro-batch. work: [M] tokens that the model reads in
+    it; ranks that work side by side get micro-batches of like work.
     content: a hash of the units' tokens.
     window: micro-batches of one optimiser step over all ranks and accumulation; the last one may be shorter.
     """
@@ -33,6 +34,7 @@ class Plan:
     micro: np.ndarray
     tokens: np.ndarray
     sequences: np.ndarray
+    work: np.ndarray
     window: int
     seed: int
     content: str = ""
@@ -67,6 +69,9 @@ class Plan:
     def batches(self, epoch: int, rank: int, world: int) -> Iterator[Share]:
         """This rank's micro-batches of an epoch.
 
+        Of a step the dearest go to the ranks first, then the next ones, the other way round: so none waits long for
+        another, within a step and over it. One rank has them in the plan's order.
+
         Where a short step leaves a rank without one, it gets the step's last micro-batch again with infinite
         divisors: it counts for nothing, and the ranks stay in step.
         """
@@ -75,9 +80,12 @@ class Plan:
             step = order[begin : begin + self.window]
             units = float((self.micro[step] != ABSENT).sum())
             totals = (float(self.tokens[step].sum()), float(self.sequences[step].sum()), units)
-            for at in range(0, len(step), world):
-                if at + rank < len(step):
-                    yield Share(int(step[at + rank]), *totals)
+            if world > 1:
+                step = step[np.argsort(-self.work[step], kind="stable")]
+            for turn, at in enumerate(range(0, len(step), world)):
+                mine = at + (world - 1 - rank if turn % 2 else rank)
+                if mine < len(step):
+                    yield Share(int(step[mine]), *totals)
                 else:
                     yield Share(int(step[-1]), *[float("inf")] * 3)
 
@@ -96,10 +104,12 @@ def make_plan(
     short_micro_batch: Literal["drop", "keep", "error"],
     short_window: Literal["keep", "drop"],
     content: str = "",
+    work: np.ndarray | None = None,
 ) -> Plan:
     """Shuffle the units, split them into micro-batches of exactly B.
 
-    tokens: [units] response tokens of each. sequences_per_unit: one number, or [units].
+    tokens: [units] response tokens of each. sequences_per_unit: one number, or [units]. work: [units] tokens that the
+    model reads; None: the response tokens.
 
     B = 2, 4, 8 of one seed nest: a micro-batch of 8 is two of 4.
     """
@@ -132,6 +142,7 @@ def make_plan(
         micro=micro,
         tokens=np.where(present, np.asarray(tokens)[micro], 0).sum(1),
         sequences=np.where(present, sizes[micro], 0).sum(1),
+        work=np.where(present, np.asarray(tokens if work is None else work)[micro], 0).sum(1),
         window=window,
         seed=seed,
         content=content,
