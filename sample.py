@@ -14,17 +14,20 @@ def main(cfg: DictConfig) -> None:
 
     from omegaconf import OmegaConf, open_dict
 
-    from var.build import Run
-    from var.data.rows import read
     from var.problems import UserError
-    from var.progress import say
 
     if OmegaConf.is_missing(cfg, "out"):
         raise UserError("out must be given: out=rows.jsonl")
     out = Path(cfg.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     with open_dict(cfg):
         del cfg.out
+    config.check(cfg, config.TRAIN, imports=False)
+
+    from var.build import Run
+    from var.data.rows import read
+    from var.progress import say
+
+    out.parent.mkdir(parents=True, exist_ok=True)
     run = Run.compose(cfg, Path("."))
     run.annotator.check()
     rows = read(run.data.source, run.annotator.cache).head(run.data.settings.limit)

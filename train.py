@@ -9,6 +9,8 @@ from var import config
 @hydra.main(version_base="1.3", config_path=config.FOLDER, config_name="train")
 def main(cfg: DictConfig) -> float | None:
     """One run; returns the validation reward after training, for sweepers."""
+    config.check(cfg, config.TRAIN, imports=False)
+
     import json
     import time
     from pathlib import Path

@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from var.build import Run, check_config
-from var.config import FOLDER, check, fits, leaves, run_dir
+from var.config import EVAL, FOLDER, TRAIN, check, fits, leaves, run_dir
 from var.evaluate.build import Evaluation
 
 ROOT = Path(__file__).parent.parent
@@ -102,6 +102,52 @@ def test_wrong_types_unknown_and_absent_keys_are_told_at_once() -> None:
         "open: must be given: open=…",
     ):
         assert line in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("root", "schemas", "overrides", "lines"),
+    [
+        (
+            "train", TRAIN,
+            ["trainer.max_steps=a", "+seeds=1", "optim.optimizer.eps=a", "reward=classifier", "+loss.x=1"],
+            [
+                "seeds: nothing reads this key; did you mean seed?", "trainer.max_steps: 'a' is no int",
+                "optim.optimizer.eps: 'a' is no float", "loss.x: nothing reads this key",
+                "reward.path: must be given: reward.path=…",
+            ],
+        ),
+        (
+            "eval", EVAL,
+            ["prompts=a", "against=none", "+data@more.own=prompts", "more.own.path=x", "+more.own.nonsense=1"],
+            [
+                "prompts: 'a' is no int | None", "against: 'none' is no reference or chosen",
+                "more.own.nonsense: nothing reads this key",
+            ],
+        ),
+    ],
+)  # fmt: skip
+def test_the_source_tells_what_an_import_tells(
+    root: str, schemas: dict[str, str], overrides: list[str], lines: list[str]
+) -> None:
+    """The entry points check before they import; what they build checks again."""
+    told = []
+    for imports in (False, True):
+        with pytest.raises(ValueError, match="cannot be used") as error:
+            check(composed(*overrides, root=root), schemas, imports)
+        told.append(str(error.value))
+    assert told[0] == told[1]
+    assert [line for line in lines if f"  {line}" not in told[0].splitlines()] == []
+
+
+@pytest.mark.parametrize("imports", [False, True])
+def test_what_the_source_does_not_say_is_imported(imports: bool) -> None:
+    """fractions.Fraction has a __new__, and the last two do not exist."""
+    check(OmegaConf.create({"part": {"_target_": "fractions.Fraction", "numerator": 1}}), {}, imports)
+    with pytest.raises(ValueError, match=r"part\.numerater: nothing reads this key; did you mean numerator"):
+        check(OmegaConf.create({"part": {"_target_": "fractions.Fraction", "numerater": 1}}), {}, imports)
+    for name in ("var.losses.var.VARR", "var.nothing.VAR"):
+        with pytest.raises(ValueError, match=f"_target_: {name} cannot be imported: "):
+            check(OmegaConf.create({"part": {"_target_": name}}), {}, imports)
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_transformers_samples_as_the_reference_scores(reference: Reference):
     texts = sampler(reference, PROMPTS, SAMPLING, done.append)
     assert texts == sample(reference.policy.model, reference.pretrained.chat, PROMPTS, SAMPLING)
     assert sum(done) == 3
-    assert sampler.identity(reference) == {"reference": reference.identity}
+    assert sampler.identity(reference) == {"reference": reference.identity, "version": 2}
     half = Reference(reference.pretrained, "cpu", torch.bfloat16)
     seen: list[torch.dtype] = []
     half.policy.model.lm_head.register_forward_hook(lambda module, given, out: seen.append(out.dtype))

@@ -26,8 +26,8 @@ from var import summary
 from var.annotate.fill import Annotator, Reference
 from var.annotate.store import Store
 from var.callbacks import Budget, Curves, PairAccuracy, PlanFile, StepMetrics, Validation
-from var.config import check
-from var.datamodule import AlignmentData, DataGroup, DataSettings
+from var.config import TRAIN, check
+from var.datamodule import AlignmentData, DataSettings
 from var.generate import Sampling
 from var.module import AlignmentModule
 from var.needs import Need
@@ -402,22 +402,7 @@ def known(reader: Any, node: DictConfig) -> dict[str, Any]:
 
 def check_config(cfg: DictConfig) -> None:
     """Every key's name and type, all problems at once."""
-    check(
-        cfg,
-        {
-            "": RunSettings,
-            "model": Pretrained,
-            "data": DataGroup,
-            "generate": Sampling,
-            "optim": OptimSettings,
-            "trainer": TrainerSettings,
-            "eval": EvalSettings,
-            "eval.sampling": Sampling,
-            "logger": LoggerSettings,
-            "logger.wandb": WandbSettings,
-            "logger.tensorboard": TensorBoardSettings,
-        },
-    )
+    check(cfg, TRAIN)
 
 
 def exported(run: str) -> Path:

@@ -15,13 +15,35 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from var import signatures
 from var.problems import Problems, UserError
 
-# What a run's folder does not depend on: the same training goes on under another logger or on other devices.
 FOLDER = str(Path(__file__).parent.parent / "conf")
 # What the entry points read themselves, beside the dataclasses that read the rest.
 NAMES = {("strategy", "name"), ("model", "learning_rate")}
+# What a run's folder does not depend on: the same training goes on under another logger or on other devices.
 ELSEWHERE = {"hydra", "resume", "logger", "store", "cache", "runs", "annotate", "dry"}
+# The dataclass that reads a part which is no `_target_`, by dotted name, so that nothing heavy is imported here.
+TRAIN = {
+    "": "var.build.RunSettings",
+    "model": "var.pretrained.Pretrained",
+    "data": "var.datamodule.DataGroup",
+    "generate": "var.generate.Sampling",
+    "optim": "var.build.OptimSettings",
+    "trainer": "var.build.TrainerSettings",
+    "eval": "var.build.EvalSettings",
+    "eval.sampling": "var.generate.Sampling",
+    "logger": "var.build.LoggerSettings",
+    "logger.wandb": "var.build.WandbSettings",
+    "logger.tensorboard": "var.build.TensorBoardSettings",
+}
+EVAL = {
+    "": "var.evaluate.build.EvalConfig",
+    "model": "var.pretrained.Pretrained",
+    "data": "var.datamodule.DataGroup",
+    "more.*": "var.datamodule.DataGroup",
+    "generate": "var.generate.Sampling",
+}
 
 
 def run_dir(root: str, model: str, data: str, loss: str, *, _root_: DictConfig) -> str:
@@ -50,18 +72,23 @@ def leaves(node: Any, path: str = "") -> Iterator[str]:
             yield from leaves(child, ".".join(filter(None, (path, str(key)))))
 
 
-def check(cfg: DictConfig, schemas: Mapping[str, Any]) -> None:
+def check(cfg: DictConfig, schemas: Mapping[str, Any], imports: bool = True) -> None:
     """Wrong types, unknown and missing keys of every part, all at once.
 
-    schemas: for each part that is no `_target_`, the dataclass that reads it. A `_target_` is its own. A key is read,
-    too, where another one refers to it.
+    schemas: for each part that is no `_target_`, the dataclass that reads it, or its dotted name; `part.*` is any part
+    of it. A `_target_` is its own. A key is read, too, where another one refers to it.
+    imports: False reads what has a name from its source, as far as that says, in a fraction of a second: the entry
+    points do before they import the rest. True is the last word: it tells, too, what cannot be imported.
     """
     problems = Problems("the configuration cannot be used")
     referred = set(_referred(OmegaConf.to_container(cfg, resolve=False), ()))
     for path, node in _parts(cfg):
-        target = node.get("_target_") or schemas.get(path)
+        target = node.get("_target_") or schemas.get(path) or schemas.get(f"{path.rpartition('.')[0]}.*")
         if target is not None:
-            _check_part(path, node, _locate(target) if isinstance(target, str) else target, referred, problems)
+            signature = signatures.read(target) if isinstance(target, str) and not imports else None
+            if signature is None:
+                signature = signatures.imported(_locate(target) if isinstance(target, str) else target)
+            _check_part(path, node, signature.parameters, referred, problems)
     for missing in sorted(map(str, OmegaConf.missing_keys(cfg))):
         problems.add(missing, f"must be given: {missing}=…")
     problems.check()
@@ -95,27 +122,29 @@ def _locate(name: str) -> Any:
         raise UserError(f"_target_: {name} cannot be imported: {error}") from error
 
 
-def _check_part(path: str, node: DictConfig, target: Any, referred: set[str], problems: Problems) -> None:
-    parameters = inspect.signature(target).parameters
+def _check_part(
+    path: str, node: DictConfig, parameters: Mapping[str, inspect.Parameter], referred: set[str], problems: Problems
+) -> None:
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target) if parameters else {}
     given = {str(key) for key in node} - {"_target_", "_partial_", "_recursive_", "_convert_"}
+    prefix = f"{path}." if path else ""
     for key in sorted(given - set(parameters)):
-        if not open_ended and f"{path}.{key}" not in referred and (path, key) not in NAMES:
+        if not open_ended and f"{prefix}{key}" not in referred and (path, key) not in NAMES:
             near = difflib.get_close_matches(key, parameters, n=1)
-            problems.add(f"{path}.{key}", "nothing reads this key" + (f"; did you mean {near[0]}?" if near else ""))
-    for key in sorted(given & set(parameters) & set(hints)):
+            problems.add(f"{prefix}{key}", "nothing reads this key" + (f"; did you mean {near[0]}?" if near else ""))
+    for key in sorted(given & set(parameters)):
         if OmegaConf.is_missing(node, key):
             continue
         value = node.get(key)
         if isinstance(value, DictConfig) and value.get("_target_"):
             continue
-        if not fits(OmegaConf.to_container(value) if OmegaConf.is_config(value) else value, hints[key]):
-            problems.add(f"{path}.{key}", f"{value!r} is no {_shown(hints[key])}")
+        hint = parameters[key].annotation
+        if not fits(OmegaConf.to_container(value) if OmegaConf.is_config(value) else value, hint):
+            problems.add(f"{prefix}{key}", f"{value!r} is no {_shown(hint)}")
     for key, parameter in parameters.items():
         required = parameter.default is parameter.empty and parameter.kind is parameter.KEYWORD_ONLY
         if required and key not in given and not node.get("_partial_"):
-            problems.add(f"{path}.{key}", "this key is not there")
+            problems.add(f"{prefix}{key}", "this key is not there")
 
 
 def fits(value: Any, hint: Any) -> bool:

@@ -4,13 +4,14 @@ import gc
 import hashlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
-from transformers import GenerationConfig
+from torch import Tensor
+from transformers import DynamicCache
 
 from var.data.chat import Chat
 from var.data.rows import Message
@@ -24,7 +25,7 @@ class Sampling:
     """How responses are sampled. temperature 1 and top_p 1 draw from the policy itself, as the method assumes.
 
     responses: K a prompt. max_new_tokens: a response that reaches it is cut, which is counted. batch: sequences at
-    once; it changes speed and, as the seed is drawn per batch, the text.
+    once, for speed; the text depends on it by rounding alone.
     """
 
     responses: int
@@ -72,57 +73,88 @@ def sample_tokens(
 ) -> list[list[tuple[list[int], bool]]]:
     """K (tokens, finished) for each encoded prompt, in order, without the end token.
 
-    Prompts are batched by length, so little is padded; padding stands on the left, by transformers' own masks.
+    Prompts are batched by length, so little is padded; each is read once for its K responses, and a response that has
+    ended leaves the batch. A response has random numbers of its own, by seed, prompt and number among the K: what
+    else is sampled beside it changes its text by rounding at most.
     """
-    tokenizer, k = chat.tokenizer, sampling.responses
+    k = sampling.responses
     order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), encoded[i]))
     responses: list[list[tuple[list[int], bool]]] = [[] for _ in encoded]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else chat.end_token
-    device = model.device
-    step = sampling.batch // k
     training = model.training
     model.eval()
-    devices = [device] if device.type == "cuda" else []
-    options: dict[str, Any] = {"do_sample": False} if sampling.temperature == 0 else {
-        "do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0,
-    }  # fmt: skip
-    with attention(model, "sdpa"), _own_settings(model), torch.random.fork_rng(devices):
-        for begin in range(0, len(order), step):
-            batch = order[begin : begin + step]
-            width = max(len(encoded[i]) for i in batch)
-            rows = [[pad] * (width - len(encoded[i])) + encoded[i] for i in batch]
-            mask = [[0] * (width - len(encoded[i])) + [1] * len(encoded[i]) for i in batch]
-            torch.manual_seed(_seed(sampling.seed, [encoded[i] for i in batch]))
-            out = model.generate(
-                input_ids=torch.tensor(rows, device=device),
-                attention_mask=torch.tensor(mask, device=device),
-                num_return_sequences=k,
-                max_new_tokens=sampling.max_new_tokens,
-                eos_token_id=chat.end_token,
-                pad_token_id=pad,
-                **options,
-            )[:, width:].tolist()
-            for at, i in enumerate(batch):
-                for row in out[at * k : (at + 1) * k]:
-                    responses[i].append(_until_end(chat, row))
+    with attention(model, "sdpa"):
+        for begin in range(0, len(order), sampling.batch // k):
+            batch = order[begin : begin + sampling.batch // k]
+            sampled = _continued(model, [encoded[i] for i in batch], sampling, chat.end_token)
+            for i, at in zip(batch, range(0, len(sampled), k), strict=True):
+                responses[i] = sampled[at : at + k]
             advance(len(batch))
     model.train(training)
     return responses
 
 
-@contextmanager
-def _own_settings(model: Any) -> Iterator[None]:
-    """Within, the model's generation_config counts for nothing: a repetition penalty would draw from another policy."""
-    before, model.generation_config = model.generation_config, GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = before
+def _continued(model: Any, prompts: list[list[int]], sampling: Sampling, end: int) -> list[tuple[list[int], bool]]:
+    """K (tokens, finished) of each prompt, prompt by prompt, all at once. Padding stands on the left."""
+    k, most, width, device = sampling.responses, sampling.max_new_tokens, max(map(len, prompts)), model.device
+    numbers = [np.random.default_rng(_seed(sampling.seed, prompt)).random((k, most)) for prompt in prompts]
+    draws = torch.from_numpy(np.concatenate(numbers)).to(device)  # [B·K, most], in double precision
+    weight = model.get_output_embeddings().weight
+    head = weight.to(torch.promote_types(weight.dtype, torch.float32))  # logits as the engine scores them
+    cache = DynamicCache(config=model.config)
+
+    def logits(tokens: Tensor, mask: Tensor) -> Tensor:
+        """[rows, V] after the last of `tokens` [rows, n], the newest of those that `mask` counts."""
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        out = model.base_model(
+            input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        )
+        with torch.autocast(device.type, enabled=False):
+            return torch.nn.functional.linear(out.last_hidden_state[:, -1].to(head.dtype), head)
+
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+    padded = torch.tensor([[end] * (width - len(ids)) + ids for ids in prompts], device=device)
+    scores = logits(padded, mask).repeat_interleave(k, 0)
+    cache.batch_repeat_interleave(k)
+    mask, live = mask.repeat_interleave(k, 0), torch.arange(len(prompts) * k, device=device)
+    texts: list[list[int]] = [[] for _ in live]
+    finished = [False] * len(live)
+    for at in range(most):
+        tokens = choose(scores, draws[live, at], sampling)
+        going = tokens != end
+        for row, token, goes in zip(live.tolist(), tokens.tolist(), going.tolist(), strict=True):
+            texts[row] += [token] * goes
+            finished[row] = not goes
+        if not going.all():
+            rows = going.nonzero()[:, 0]
+            tokens, mask, live = tokens[rows], mask[rows], live[rows]
+            cache.batch_select_indices(rows)
+        if not len(live) or at + 1 == most:
+            break
+        mask = torch.cat([mask, mask.new_ones(len(live), 1)], dim=1)
+        scores = logits(tokens[:, None], mask)
+    return list(zip(texts, finished, strict=True))
 
 
-def _seed(seed: int, batch: list[Any]) -> int:
-    """Of the batch's content: the same prompts draw the same text, wherever in the run they are sampled."""
-    return int.from_bytes(hashlib.sha256(repr((seed, batch)).encode()).digest()[:6], "little")
+def choose(logits: Tensor, draws: Tensor, sampling: Sampling) -> Tensor:
+    """[rows] tokens of logits [rows, V], each by one number in [0, 1): where the cumulative probability passes it.
+
+    In double precision: in fp32 the sum over a large vocabulary would shift the odds of its last tokens.
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    odds = (logits.double() / sampling.temperature).softmax(-1)
+    tokens = None
+    if sampling.top_p < 1:
+        odds, tokens = odds.sort(dim=-1, descending=True)
+        odds = odds.where(odds.cumsum(-1) - odds < sampling.top_p, 0.0)
+    sums = odds.cumsum(-1)
+    place = torch.searchsorted(sums, draws[:, None] * sums[:, -1:], right=True).clamp(max=logits.shape[-1] - 1)
+    return (place if tokens is None else tokens.gather(-1, place))[:, 0]
+
+
+def _seed(seed: int, content: Any) -> int:
+    """Of the content: the same prompt draws the same text, wherever in the run it is sampled."""
+    return int.from_bytes(hashlib.sha256(repr((seed, content)).encode()).digest()[:6], "little")
 
 
 class Sampler(Protocol):
@@ -153,10 +185,10 @@ class Sampler(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Transformers:
-    """The reference as it scores, by transformers' generate."""
+    """The reference itself, as it scores."""
 
     def identity(self, reference: Any) -> dict[str, Any]:
-        return {"reference": reference.identity}
+        return {"reference": reference.identity, "version": 2}
 
     def check(self) -> None:
         pass

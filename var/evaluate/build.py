@@ -18,11 +18,11 @@ from var import summary
 from var.annotate.fill import Annotator, Reference
 from var.annotate.store import Store
 from var.build import exported, known, quieten, values
-from var.config import check
+from var.config import EVAL, check
 from var.data.rows import Rows, joined, read
 from var.data.sources.files import Files
 from var.data.sources.local import listed
-from var.datamodule import DataGroup, DataSettings, split
+from var.datamodule import DataSettings, split
 from var.evaluate import diversity, evaluation
 from var.generate import Sampling
 from var.pretrained import Pretrained
@@ -75,8 +75,7 @@ class Evaluation:
     def compose(cls, cfg: DictConfig) -> "Evaluation":
         """Check the configuration as a whole, then build what is light: no model is loaded."""
         quieten()
-        groups = {f"more.{name}": DataGroup for name in cfg.more}
-        check(cfg, {"": EvalConfig, "model": Pretrained, "data": DataGroup, "generate": Sampling, **groups})
+        check(cfg, EVAL)
         names = [part.name for part in (cfg.data, *cfg.more.values())]
         if len(set(names)) < len(names):
             raise UserError(f"data sets must have different names, got {names}: set more.….name")
