@@ -303,6 +303,7 @@ class Run:
             "ess": data.facts.get("weights", {}).get("ess"),
             "data": data.facts,
             "computed": self.annotator.computed,
+            "seconds_of_stages": self.annotator.seconds,
             "seconds": {
                 "annotating": data.seconds + data.seconds_of_rollouts,
                 "training": training,

@@ -2,7 +2,9 @@
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, Literal
 
 import lightning
@@ -486,6 +488,10 @@ class AlignmentData(lightning.LightningDataModule):
             return RolloutLoader(self, ranks)
         return PlanLoader(self, ranks)
 
+    def transfer_batch_to_device(self, batch: Packed, device: torch.device, dataloader_idx: int) -> Packed:
+        """Without waiting, where the batch is pinned; Lightning does so for tensors alone."""
+        return batch.to(device, non_blocking=True)
+
     def state_dict(self) -> dict[str, Any]:
         """The position in the plan and its hash: resuming is an index into a stored array."""
         assert self.trainer is not None
@@ -527,9 +533,22 @@ class PlanLoader:
 
     def __iter__(self) -> Iterator[Packed]:
         epoch, begin = self.data.position(len(self))
-        for n, share in enumerate(self.data.plan.batches(epoch, self.ranks.rank, self.ranks.world)):
-            if n >= begin:
-                yield self.data.batch(share)
+        shares = islice(self.data.plan.batches(epoch, self.ranks.rank, self.ranks.world), begin, None)
+        yield from ahead(map(self.data.batch, shares))
+
+
+def ahead(batches: Iterator[Packed]) -> Iterator[Packed]:
+    """The same, each made by a thread while the one before trains; pinned, where there is a GPU to take it."""
+
+    def following() -> Packed | None:
+        batch = next(batches, None)
+        return batch.pinned() if batch is not None and torch.cuda.is_available() else batch
+
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(following)
+        while (batch := coming.result()) is not None:
+            coming = thread.submit(following)
+            yield batch
 
 
 def by_group(group: np.ndarray, members: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Packed: several sequences in one row of tokens, without padding; which tokens are response travels with it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -64,13 +64,17 @@ class Packed:
         return len(self.length)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Packed":
-        """A copy on `device`; Lightning calls it."""
-        moved: dict[str, Any] = {
-            f.name: value.to(device, non_blocking=non_blocking)
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        return replace(self, **moved)
+        """A copy on `device`."""
+        return self._with(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pinned(self) -> "Packed":
+        """A copy in memory from which a GPU takes it without the CPU waiting."""
+        return self._with(Tensor.pin_memory)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> "Packed":
+        tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        changed: dict[str, Any] = {name: change(tensor) for name, tensor in tensors.items()}
+        return replace(self, **changed)
 
     def sum_by_sequence(self, values: Tensor) -> Tensor:
         """[N] → [B]: sums over each sequence's response tokens."""

@@ -1,6 +1,7 @@
 """A progress bar for each stage, on the first rank; plain lines where there is no terminal."""
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -14,6 +15,16 @@ def say(text: str) -> None:
     """Print on the first rank."""
     if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0:
         console.print(text, markup=False)
+
+
+@contextmanager
+def clocked(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Add what passes within to seconds[name]."""
+    begun = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - begun
 
 
 @contextmanager

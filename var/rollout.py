@@ -17,6 +17,7 @@ from var.needs import Need
 from var.packing import Packed, pack
 from var.policy import gathered
 from var.problems import UserError
+from var.progress import clocked
 
 if TYPE_CHECKING:
     from var.datamodule import AlignmentData
@@ -84,9 +85,11 @@ class RolloutLoader:
         rows = [data.rows[int(i)] for some in members for i in some]
         prompts = [chat.prompt(row.prompt) for row in rows]
         sampling = replace(data.sampling, seed=data.sampling.seed + seed)
-        with reference.precision(), gathered(module.policy):
+        seconds = data.annotator.seconds
+        with reference.precision(), gathered(module.policy), clocked(seconds, "Sampling"):
             responses = sample_tokens(module.policy.model, chat, prompts, sampling)
-        rewards = self._rewards(rows, responses)
+        with clocked(seconds, "Scoring"):
+            rewards = self._rewards(rows, responses)
         ends = np.cumsum([0, *map(len, members)])
         packs = []
         for share, begin, end in zip(shares, ends, ends[1:], strict=False):
@@ -97,7 +100,8 @@ class RolloutLoader:
             group = np.repeat(np.arange(end - begin), sampling.responses).tolist()
             batch = pack(ids, starts, [rows[begin + g].id for g in group], group, rewards=rewards[begin:end].flatten())
             packs.append(replace(batch, global_sequences=share.sequences, global_groups=share.units))
-        packs = [self._annotated(module, batch.to(module.device)) for batch in self._with_tokens(shares, packs)]
+        with clocked(seconds, "Reference log-probabilities"):
+            packs = [self._annotated(module, batch.to(module.device)) for batch in self._with_tokens(shares, packs)]
         real = [  # a filler's were counted where they train
             (reward, len(tokens), finished)
             for share, begin, end in zip(shares, ends, ends[1:], strict=False)

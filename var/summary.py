@@ -89,6 +89,10 @@ def show(summary: Mapping[str, Any], title: str) -> None:
     table.add_row(
         "sampling and scoring, training, evaluation", "", " + ".join(f"{t:.0f} s" for t in summary["seconds"].values())
     )
+    stages = {name.lower(): seconds for name, seconds in summary.get("seconds_of_stages", {}).items() if seconds >= 0.5}
+    for name, seconds in sorted(stages.items(), key=lambda item: -item[1]):
+        share = seconds / sum(summary["seconds"].values())
+        table.add_row(f"of these {name}", "", f"{seconds:.0f} s, {share:.0%}")
     console.print(table)
     console.print(f"Run: {summary['folder']}", markup=False)
 

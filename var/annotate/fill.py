@@ -23,7 +23,7 @@ from var.packing import pack, pack_tree, whole
 from var.policy import Policy
 from var.pretrained import Pretrained
 from var.problems import Problems, UserError
-from var.progress import stage
+from var.progress import clocked, stage
 from var.rewards.scale import Scale
 
 TOKENS = 4096  # packed tokens of one scoring pass
@@ -112,7 +112,7 @@ class Annotator:
 
     annotate: `fill` or `refuse`. command: the shell line that fills the store for this very configuration.
     sampler: where the reference's responses come from.
-    computed: how many items of each kind this process computed.
+    computed, seconds: how many items of each kind this process computed, and how long that took.
     """
 
     store: Store
@@ -124,6 +124,7 @@ class Annotator:
     command: str = "python annotate.py"
     ranks: Ranks = field(default_factory=Ranks)
     computed: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
     missing: dict[str, tuple[int, int]] = field(default_factory=dict)
     dry: bool = False
 
@@ -166,7 +167,7 @@ class Annotator:
             )
         self.ranks.barrier()  # with nothing missing too: another job may be writing, and ranks see it or not
         if missing:
-            with stage(title, -(-missing // self.ranks.world), unit) as advance:
+            with clocked(self.seconds, title), stage(title, -(-missing // self.ranks.world), unit) as advance:
                 done = shelf.fill(keys, compute, shard, self.ranks.rank, self.ranks.world, advance)
             self.computed[title] = self.computed.get(title, 0) + done
         self.ranks.barrier()
