@@ -47,13 +47,13 @@ def test_a_tree_by_hand():
 
 
 def test_neighbours_share_their_prompt():
-    """[1 2] has two answers in a row, then another one after [1 3]'s: shared, and with share=False alone."""
+    """[1 2] has two answers in a row, then another one after [1 3]'s; without share=True each has its own."""
     ids, starts = [[1, 2, 3, 4, 5], [1, 2, 6], [1, 3, 7], [1, 2, 8]], [2, 2, 2, 2]
-    batch = pack(ids, starts, group=[0, 0, 1, 0])
+    batch = pack(ids, starts, group=[0, 0, 1, 0], share=True)
     assert batch.input_ids.tolist() == [1, 2, 3, 4, 1, 3, 1, 2]
     assert batch.segments == (Segment(0, 2), Segment(2, 4, 0, 2), Segment(4, 6), Segment(6, 8))
     assert (batch.group.tolist(), batch.ids, batch.tokens) == ([0, 0, 1, 0], ("0", "1", "2", "3"), 14)
-    apart = pack(ids, starts, share=False)
+    apart = pack(ids, starts)
     assert apart.input_ids.tolist() == [1, 2, 3, 4, 1, 2, 1, 3, 1, 2]
     assert apart.tokens == 14
     for same in ("target", "sequence", "length"):

@@ -159,7 +159,7 @@ class AlignmentData(lightning.LightningDataModule):
         if Need.CROSS_REWARDS in needs:
             weights = self._planned_weights(needs, rewards)
         elif Need.REFERENCE_LOGPS in needs and not self.live:
-            self._columns["reference_logps"] = self.annotator.reference_logps(self.sequences)
+            self._columns["reference_logps"] = self.annotator.reference_logps(self.sequences, self.shares_prompts)
         if Need.MISMATCHED_LOGPS in needs:
             if (self.plan.sequences < 2).any():
                 raise UserError(
@@ -384,7 +384,8 @@ class AlignmentData(lightning.LightningDataModule):
         annotator, sequences = self.annotator, self.sequences
         columns: dict[str, Any] = {"micro": torch.from_numpy(self.members)}
         if Need.REFERENCE_LOGPS in needs:
-            sums = [sum(values) for values in annotator.reference_logps(sequences).to_pylist()]
+            logps = annotator.reference_logps(sequences, self.shares_prompts)
+            sums = [sum(values) for values in logps.to_pylist()]
             columns["reference_logps"] = torch.tensor(sums, dtype=torch.float64)
         raw = annotator.cross_rewards(self.rows, sequences, self.members)
         columns["cross_rewards"] = torch.from_numpy(self.scale(raw))
@@ -448,6 +449,11 @@ class AlignmentData(lightning.LightningDataModule):
             )
             say(f"  {name.replace('_', ' ')}: {shown}")
 
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether answers to one prompt always stand side by side, so that it can be read once for all of them."""
+        return bool(self.loss.needs & {Need.PAIRS, Need.GROUPS})
+
     def batch(self, share: Share) -> Packed:
         """A micro-batch of the plan, with the divisors of its whole optimiser step."""
         members = self.members[share.micro_batch]
@@ -475,7 +481,7 @@ class AlignmentData(lightning.LightningDataModule):
         if Need.SCALAR_HEAD in self.loss.needs:
             ids = tuple(map(self.annotator.chat.closed, ids))
             return whole(ids, names, group, **divisors, **extra)
-        return pack(ids, starts, names, group, **divisors, **extra)
+        return pack(ids, starts, names, group, self.shares_prompts, **divisors, **extra)
 
     @property
     def rows_of_members(self) -> np.ndarray:

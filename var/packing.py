@@ -86,13 +86,14 @@ def pack(
     starts: Sequence[int],
     names: Sequence[str] | None = None,
     group: Sequence[int] | None = None,
-    share: bool = True,
+    share: bool = False,
     **extra: Any,
 ) -> Packed:
     """Pack B sequences, ids[i][starts[i]:] being the response of the i-th; nothing is padded.
 
     share: neighbours that answer the same prompt have its tokens once, as branches of a tree; the numbers are those
-    of the sequences alone.
+    of the sequences alone, but for rounding, which in bf16 is hundredths of a nat: what is set beside each other is to
+    be packed alike.
     """
     prompts: list[Sequence[int]] = []
     responses: list[list[Sequence[int]]] = []

@@ -98,7 +98,8 @@ class RolloutLoader:
                 ids += [prompt + tokens + [chat.end_token] * finished for tokens, finished in several]
                 starts += [len(prompt)] * len(several)
             group = np.repeat(np.arange(end - begin), sampling.responses).tolist()
-            batch = pack(ids, starts, [rows[begin + g].id for g in group], group, rewards=rewards[begin:end].flatten())
+            names = [rows[begin + g].id for g in group]
+            batch = pack(ids, starts, names, group, share=True, rewards=rewards[begin:end].flatten())
             packs.append(replace(batch, global_sequences=share.sequences, global_groups=share.units))
         with clocked(seconds, "Reference log-probabilities"):
             packs = [self._annotated(module, batch.to(module.device)) for batch in self._with_tokens(shares, packs)]

@@ -169,21 +169,22 @@ def ours(model: Any, rows: Rows) -> Step:
     if rows.work == "cross":
         policy, batch = Policy(model), pack(rows.ids, rows.starts).to(model.device)
         return torch.no_grad()(lambda: cross_logps(policy, batch))
-    return trained(model, rows, pack(rows.ids, rows.starts, **columns(rows)))
+    share = rows.work in ("DPO", "group")  # as AlignmentData.shares_prompts
+    return trained(model, rows, pack(rows.ids, rows.starts, share=share, **columns(rows)))
 
 
 def unshared(model: Any, rows: Rows) -> Step:
     """Packed, without shared prompts."""
     if rows.work != "cross":
-        return trained(model, rows, pack(rows.ids, rows.starts, share=False, **columns(rows)))
+        return trained(model, rows, pack(rows.ids, rows.starts, **columns(rows)))
     policy, batches = Policy(model), list[Packed]()
     several, starts, room = list[list[int]](), list[int](), TOKENS
     for row, start in zip(*crossed(rows), strict=True):
         if len(row) > room:
-            batches.append(pack(several, starts, share=False).to(model.device))
+            batches.append(pack(several, starts).to(model.device))
             several, starts, room = [], [], TOKENS
         several, starts, room = [*several, row], [*starts, start], room - len(row)
-    batches.append(pack(several, starts, share=False).to(model.device))
+    batches.append(pack(several, starts).to(model.device))
     table = lambda: torch.cat([batch.sum_by_sequence(policy(batch)) for batch in batches])  # noqa: E731
     return torch.no_grad()(lambda: table().view(len(rows.ids), -1))
 

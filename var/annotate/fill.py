@@ -229,9 +229,12 @@ class Annotator:
         flat = self.score(Triples(rows, index, index, response))
         return np.split(flat, np.cumsum(sizes)[:-1])
 
-    def reference_logps(self, sequences: Sequences) -> pa.Array:
-        """[n] lists of float32: log π_ref of each response token, in nats."""
-        shelf = self.store.shelf("reference_logps", self.reference.identity, pa.list_(pa.float32()))
+    def reference_logps(self, sequences: Sequences, share: bool = False) -> pa.Array:
+        """[n] lists of float32: log π_ref of each response token, in nats. share: pack as the step will, see `pack`."""
+        identity = self.reference.identity
+        if share and (self.reference.autocast or self.reference.pretrained.dtype != "float32"):
+            identity["packing"] = "shared prompts"  # in fp32 both ways give the same numbers
+        shelf = self.store.shelf("reference_logps", identity, pa.list_(pa.float32()))
         keys = as_keys(
             [_token_key(ids[:start], ids[start:]) for ids, start, _ in map(sequences.tokens, range(len(sequences)))]
         )
@@ -241,7 +244,7 @@ class Annotator:
             out: dict[int, list[float]] = {}
             for batch in _budget(indices, (sequences.start + sequences.length)[indices].tolist()):
                 ids, starts, _ = zip(*(sequences.tokens(i) for i in batch), strict=True)
-                packed = pack(ids, starts)
+                packed = pack(ids, starts, share=share)
                 with self.reference.precision():
                     logps = self.reference.policy(packed.to(self.reference.device)).float().cpu()
                 out.update(zip(batch, (part.tolist() for part in logps.split(packed.length.tolist())), strict=True))
