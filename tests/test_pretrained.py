@@ -57,7 +57,7 @@ def test_a_name_that_the_hub_does_not_give_is_an_error_with_advice(tmp_path: Pat
 def test_settings_that_cannot_be_are_errors(tmp_path: Path):
     for more, what in (
         ({"dtype": "float33"}, "float33 is no torch dtype"), ({"dtype": "nn"}, "nn is no torch dtype"),
-        ({"attention": "eager"}, r"model\.attention=eager; it is packed or flash_attention_2"),
+        ({"attention": "eager"}, r"model\.attention=eager; it is packed, varlen or flash_attention_2"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=what):
             pretrained(tmp_path, tmp_path, **more)

@@ -45,8 +45,8 @@ class Pretrained:
         object.__setattr__(self, "cache", str(Path(self.cache).expanduser()))
         if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise UserError(f"model.dtype={self.dtype} is no torch dtype; float32 or bfloat16")
-        if self.attention not in ("packed", "flash_attention_2"):
-            raise UserError(f"model.attention={self.attention}; it is packed or flash_attention_2")
+        if self.attention not in ("packed", "varlen", "flash_attention_2"):
+            raise UserError(f"model.attention={self.attention}; it is packed, varlen or flash_attention_2")
         if self.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
             raise UserError(
                 "model.attention=flash_attention_2 needs the package flash-attn; model.attention=packed needs none"
@@ -166,8 +166,10 @@ class Pretrained:
 
     @property
     def _options(self) -> dict[str, Any]:
-        import var.logprobs  # noqa: F401  registers the packed attention
+        import var.logprobs  # noqa: F401  registers packed and varlen attention
 
+        if self.attention == "varlen" and not torch.cuda.is_available():
+            raise UserError("model.attention=varlen is a kernel of CUDA's; model.attention=packed runs everywhere")
         return {
             "dtype": getattr(torch, self.dtype), "attn_implementation": self.attention,
             "trust_remote_code": self.trust_remote_code, "use_safetensors": True,

@@ -1,0 +1,102 @@
+"""What only a CUDA device shows: `pytest -m gpu`. None of it has run where it was written."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from tests.conftest import byte_tokenizer, tiny_model
+from tests.e2e.test_commands import run
+from var.data.chat import Chat
+from var.generate import Sampling, sample_tokens
+from var.packing import Packed, pack, pack_tree
+from var.policy import Policy
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+DRAW = torch.Generator().manual_seed(0)
+IDS = [torch.randint(0, 256, (n,), generator=DRAW).tolist() for n in (40, 7, 90, 23)]
+STARTS = [12, 3, 60, 22]
+
+
+def batches() -> list[Packed]:
+    prompts, responses = [IDS[0], IDS[1]], [[IDS[2], IDS[3]], [IDS[3]]]
+    return [pack(IDS, STARTS), pack_tree(prompts, responses)]
+
+
+def outcome(model: Any, batch: Packed, autocast: bool) -> tuple[Tensor, Tensor]:
+    """Log-probabilities, and the gradient of their sum as one vector."""
+    model.zero_grad()
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        logps = Policy(model)(batch.to("cuda"))
+    logps.sum().backward()
+    return logps.detach().cpu(), torch.cat([p.grad.flatten() for p in model.parameters()]).cpu()
+
+
+def cpu(model: Any, batch: Packed) -> tuple[Tensor, Tensor]:
+    model.zero_grad()
+    logps = Policy(model)(batch)
+    logps.sum().backward()
+    return logps.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_fp32_gives_the_cpus_numbers(which: int):
+    expected = cpu(tiny_model(), batches()[which])
+    found = outcome(tiny_model().cuda(), batches()[which], autocast=False)
+    assert_close(found[0], expected[0], rtol=1e-4, atol=1e-4)
+    assert (found[1] - expected[1]).norm() < 1e-3 * expected[1].norm()
+
+
+@pytest.mark.parametrize("kind", ["varlen", "flash_attention_2"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_kernels_for_rows_give_packed_attentions_numbers(kind: str, which: int):
+    """In bf16; heads of 64, as the kernels want. A branch of the tree brings its prompt."""
+    if kind == "flash_attention_2":
+        pytest.importorskip("flash_attn")
+    sizes = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+    packed = outcome(tiny_model(**sizes).cuda(), batches()[which], autocast=True)
+    model = tiny_model(**sizes).cuda()
+    model.set_attn_implementation(kind)
+    found = outcome(model, batches()[which], autocast=True)
+    spread = float(packed[0].std())
+    assert (found[0] - packed[0]).abs().mean() < 0.02 * spread
+    assert (found[1] - packed[1]).norm() < 0.05 * packed[1].norm()
+
+
+def test_no_tensor_holds_the_logits_of_a_large_vocabulary():
+    """4 answers of 1,000 tokens at V = 151,936: all logits would be 2.4 GB in fp32, a chunk of 256 is 156 MB."""
+    model = tiny_model(vocab_size=151_936, hidden_size=64, max_position_embeddings=2048).cuda()
+    batch = pack([[1] * 16 + [2] * 1000] * 4, [16] * 4)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    outcome(model, batch, autocast=True)
+    assert torch.cuda.max_memory_allocated() - before < 1.2e9
+
+
+def test_sampling_follows_the_device_and_repeats_itself():
+    chat = Chat(byte_tokenizer())
+    sampling = Sampling(responses=3, temperature=1.0, top_p=0.9, max_new_tokens=12, batch=6, seed=0)
+    model = tiny_model().cuda()
+    once = sample_tokens(model, chat, IDS, sampling)
+    assert sample_tokens(model, chat, IDS, sampling) == once
+    assert [len(several) for several in once] == [3] * 4
+
+
+@pytest.mark.parametrize("options", [[], ["model.attention=varlen"], ["model.gradient_checkpointing=true"]])
+def test_the_command_trains_in_bf16(tiny_folder: Path, tmp_path: Path, options: list[str]):
+    done = run(
+        "train.py", f"model.path={tiny_folder}", f"store={tmp_path}/store", f"cache={tmp_path}/cache",
+        f"runs={tmp_path}/runs", "data.source.problems=30", "data.validation_prompts=4", "reward=near_number",
+        "loss=dpo", "trainer.max_steps=3", "generate.max_new_tokens=6", *options,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["precision"], summary["steps"]) == ("bf16-mixed", 3)
