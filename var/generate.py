@@ -106,7 +106,7 @@ def _continued(model: Any, prompts: list[list[int]], sampling: Sampling, end: in
         """[rows, V] after the last of `tokens` [rows, n], the newest of those that `mask` counts."""
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         out = model.base_model(
-            input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            input_ids=tokens, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True
         )
         with torch.autocast(device.type, enabled=False):
             return torch.nn.functional.linear(out.last_hidden_state[:, -1].to(head.dtype), head)
