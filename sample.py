@@ -47,16 +47,15 @@ def main(cfg: DictConfig) -> None:
             empty += len(responses) - len(kept)
             written += len(kept)
             unanswered += not kept
-            if kept:
-                record = {
-                    "id": row.id, "prompt": row.prompt, "responses": kept, "answer": row.answer, "subset": row.subset,
-                    "sampling": sampling,
-                }  # fmt: skip
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            record = {
+                "id": row.id, "prompt": row.prompt, "responses": kept, "answer": row.answer, "subset": row.subset,
+                "sampling": sampling,
+            }  # fmt: skip
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
     partial.replace(out)
     say(f"{written} responses to {len(rows) - unanswered} prompts in {out}; left out, as empty: {empty}")
-    if unanswered:  # held-out prompts are drawn among the distinct ones
-        say(f"Warning: {unanswered} prompts have no answer left; training on {out} will hold out others than here.")
+    if unanswered:
+        say(f"{unanswered} prompts have no answer left; their rows stand there without")
 
 
 if __name__ == "__main__":

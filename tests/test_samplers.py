@@ -54,7 +54,9 @@ def test_transformers_samples_as_the_reference_scores(reference: Reference):
     assert sampler.identity(reference) == {"reference": reference.identity, "version": 2}
     half = Reference(reference.pretrained, "cpu", torch.bfloat16)
     seen: list[torch.dtype] = []
-    half.policy.model.lm_head.register_forward_hook(lambda module, given, out: seen.append(out.dtype))
+    half.policy.model.model.layers[0].mlp.up_proj.register_forward_hook(
+        lambda module, given, out: seen.append(out.dtype)
+    )
     sampler(half, PROMPTS, SAMPLING)
     assert set(seen) == {torch.bfloat16}
     sampler.release()

@@ -190,11 +190,16 @@ class AlignmentData(lightning.LightningDataModule):
         self.validation, self.development, train = split(rows.head(settings.limit), settings, develop)
         if develop:
             self.facts["prompts set apart for the value estimate"] = develop
-        given = sum(len(row.responses) > 0 for row in train)
+        given = unanswered = 0
+        for row in train:
+            given += len(row.responses) > 0
+            unanswered += not row.responses and row.sampling is not None  # by sample.py: all its answers were empty
+        if unanswered and given:
+            self.facts["prompts without an answer"] = unanswered
         if Need.ROLLOUT in needs or settings.responses == "sampled":
             if given:
                 self.facts["rows whose own responses are not used"] = given
-        elif 0 < given < len(train):
+        elif 0 < given < len(train) - unanswered:
             raise UserError("some rows have responses and some have none; a data set is one or the other")
         if Need.ROLLOUT not in needs and (settings.responses == "sampled" or not given):
             texts = self.annotator.sampled(train, self.sampling)

@@ -217,6 +217,7 @@ def test_rounds(base: list[str], rows: Path, tmp_path: Path, monkeypatch: pytest
         return [[(" ", True), *texts[0][1:]], *texts[1:]]
 
     held = "data.validation_prompts=3"
+    base = [*base, "generate.max_new_tokens=40"]  # so that some of a random model's answers end
     first = trained(base, "loss=var_grouped", held, "data.responses=sampled", runs=tmp_path / "first")
     out = tmp_path / "rounds" / "rows.jsonl"
     with monkeypatch.context() as patched:
@@ -227,7 +228,8 @@ def test_rounds(base: list[str], rows: Path, tmp_path: Path, monkeypatch: pytest
     given = [json.loads(line) for line in rows.read_text().splitlines()]
     assert [record["id"] for record in records] == [row["id"] for row in given]
     own = {response["text"] for row in given for response in row["responses"]}
-    assert [len(record["responses"]) for record in records] == [2] + [3] * 11
+    sizes = [len(record["responses"]) for record in records]
+    assert (sizes[0], max(sizes)) == (2, 3)  # a random model gives an empty answer now and then
     for record in records:
         for response in record["responses"]:
             text = response["text"]

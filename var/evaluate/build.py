@@ -24,6 +24,7 @@ from var.data.sources.files import Files
 from var.data.sources.local import listed
 from var.datamodule import DataSettings, split
 from var.evaluate import diversity, evaluation
+from var.evaluate.judge import RewardJudge
 from var.generate import Sampling
 from var.pretrained import Pretrained
 from var.problems import Problems, UserError
@@ -260,8 +261,11 @@ class Evaluation:
         if self.judge:
             own = [[(row.responses[0].text, True)] * len(seeds) for row in rows] if cfg.against == "chosen" else None
             opponents = own or texts["reference"]
+            judge = self.judge
+            if isinstance(judge, RewardJudge):
+                judge = replace(judge, reward=evaluation.Stored(self.policy, judge.reward))
             result["win_rates"], games = evaluation.judged(
-                self.judge, rows, labels, texts["model"], opponents, cfg.judged, seeds
+                judge, rows, labels, texts["model"], opponents, cfg.judged, seeds
             )
             self._lines("games.jsonl", games)
         models = {side: one for side, one in sides.items() if one and not (side == "model" and cfg.answers)}
@@ -328,6 +332,8 @@ class Evaluation:
         for name, part in result["model"]["averages"].items():
             before = result.get("reference", {}).get("averages", {}).get(name, {})
             of = len(part["of"])
+            if of + len(part["without"]) == 1:
+                continue
             count = f"{of} of {of + len(part['without'])} subsets" if part["without"] else f"{of} subsets"
             table.add_row(f"average, {name} ({count}): reward", cell(before.get("reward")), cell(part["reward"]))
         if "win_rates" in result:

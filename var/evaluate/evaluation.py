@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from var.annotate.fill import Annotator, Reward
-from var.data.rows import Row, Rows
+from var.data.rows import Message, Row, Rows
 from var.evaluate import diversity, lengths
 from var.evaluate.judge import Judge, Pair, rates
 from var.evaluate.validation import response_tokens
@@ -38,6 +38,27 @@ def answers(annotator: Annotator, rows: Rows, sampling: Sampling, seeds: Sequenc
     """One answer a prompt and seed, from the store where it holds them."""
     drawn = [annotator.sampled(rows, replace(sampling, seed=seed), f"{title}, seed {seed}") for seed in seeds]
     return [[one[i][0] for one in drawn] for i in range(len(rows))]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A reward whose scores come from the annotator's store where it holds them: for a judge by reward."""
+
+    annotator: Annotator
+    reward: Reward
+
+    scores_text = True
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return self.reward.identity
+
+    def __call__(
+        self, prompts: Sequence[Sequence[Message]], responses: Sequence[str], answers: Sequence[str | None]
+    ) -> list[float]:
+        triples = list(zip(prompts, responses, answers, strict=True))
+        scored: list[float] = replace(self.annotator, reward=self.reward).score(triples, "Judging").tolist()
+        return scored
 
 
 def scores(annotator: Annotator, reward: Reward, rows: Rows, texts: Texts, title: str) -> np.ndarray:
