@@ -90,8 +90,8 @@ def test_greedy_takes_the_policys_best_token_each_time(model: Any, chat: Chat):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_draws_follow_the_policy(model: Any, chat: Chat, temperature: float):
-    """2,000 first tokens: letters come as often as π^(1/T) says, within four standard deviations each."""
-    count, prompt = 2000, PROMPTS[0]
+    """4,000 first tokens: letters come as often as π^(1/T) says, within four standard deviations each."""
+    count, prompt = 4000, PROMPTS[0]
     draws = replace(SAMPLING, responses=count, batch=count, max_new_tokens=1, temperature=temperature)
     (texts,) = sample(model, chat, [prompt], draws)
     letters = list(range(97, 123))  # ASCII has the byte's own number only in text, the vocabulary its own
@@ -102,7 +102,7 @@ def test_draws_follow_the_policy(model: Any, chat: Chat, temperature: float):
     odds = (logps.double() / temperature).softmax(0)[tokens]
     seen = torch.tensor([sum(text == chr(c) for text, _ in texts) for c in letters])
     assert ((seen / count - odds).abs() < 4 * (odds * (1 - odds) / count).sqrt() + 1e-3).all()
-    assert seen.sum() > 30
+    assert seen.sum() > 50
 
 
 def test_settings_that_came_with_the_model_do_not_bend_the_draws(model: Any, chat: Chat):

@@ -24,6 +24,11 @@ HEAD_CHUNK = 256  # response tokens whose logits exist at once; 128 to 512 measu
 LOGIT_CHANGES = {"final_logit_softcapping": None, "logits_scaling": 1, "logit_scale": 1, "attn_logit_softcapping": None}
 
 
+def refuse_inexact_attention(softcap: float | None, s_aux: Tensor | None) -> None:
+    if softcap is not None or s_aux is not None:
+        raise UserError("the model caps its attention or adds sinks to it, which packed attention does not apply")
+
+
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -51,8 +56,7 @@ def packed_attention(
         raise UserError(
             f"a sequence is longer than the model's sliding window of {sliding_window}; lower data.max_length"
         )
-    if softcap is not None or s_aux is not None:
-        raise UserError("the model caps its attention or adds sinks to it, which packed attention does not apply")
+    refuse_inexact_attention(softcap, s_aux)
     grouped = query.shape[1] != key.shape[1]
     sizes = [s.stop - s.start for s in segments]
     # split, not slices: the gradient of a slice is a whole tensor of zeros with the slice in it
@@ -95,8 +99,7 @@ def varlen_attention(
 
     if cu_seq_lens_q is None or attention_mask is not None:
         raise RuntimeError("varlen attention takes rows' bounds and no mask; the model was not called through Policy")
-    if softcap is not None or s_aux is not None:
-        raise UserError("the model caps its attention or adds sinks to it, which model.attention=varlen does not apply")
+    refuse_inexact_attention(softcap, s_aux)
     q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
     bounds, grouped = cu_seq_lens_q, q.shape[1] != k.shape[1]

@@ -8,10 +8,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.conftest import byte_tokenizer, tiny_model
 from tests.e2e.test_commands import ROOT, run, spawn
 from tests.server import Broken, completion, served
+from var.data.chat import Chat
+from var.evaluate.validation import response_tokens
+from var.packing import pack
+from var.policy import Policy
 
 pytestmark = pytest.mark.e2e
 
@@ -62,8 +67,17 @@ def test_another_model_is_told_apart(evaluated: list[str], tiny_folder: Path, tm
     options = [f"reference={tmp_path}/other", *evaluated[:-1], f"out={tmp_path}/evals"]
     done = run("eval.py", *options)
     assert done.returncode == 0, done.stderr
-    kl = result(options)[1]["model"]["subsets"]["arithmetic"]["kl"]["mean"]
-    assert abs(kl) > 0.1  # of either sign: random bytes are no text, and come back as other tokens than were drawn
+    place, found = result(options)
+    chat, ids, starts = Chat(byte_tokenizer()), [], []
+    for record in map(json.loads, (place / "answers.jsonl").read_text().splitlines()):
+        for one in record["model"]:
+            ids.append([*chat.prompt(record["prompt"]), *response_tokens(chat, one["text"], one["finished"])])
+            starts.append(len(chat.prompt(record["prompt"])))
+    batch = pack(ids, starts)
+    with torch.no_grad():
+        apart = batch.sum_by_sequence(Policy(tiny_model())(batch) - Policy(tiny_model(seed=1))(batch))
+    assert found["model"]["subsets"]["arithmetic"]["kl"]["mean"] == pytest.approx(float(apart.mean()), abs=1e-3)
+    assert apart.abs().mean() > 1
 
 
 @pytest.mark.parametrize(

@@ -210,11 +210,13 @@ def test_rounds(base: list[str], rows: Path, tmp_path: Path, monkeypatch: pytest
     out the same prompts, and a second round trains on them from there."""
     from var.annotate.fill import Annotator
 
-    real = Annotator.sampled
+    real, drawn = Annotator.sampled, list[list[int]]()
 
     def with_an_empty_one(self: Annotator, *arguments: Any) -> Any:
         texts = real(self, *arguments)
-        return [[(" ", True), *texts[0][1:]], *texts[1:]]
+        texts = [[(" ", True), *texts[0][1:]], *texts[1:]]
+        drawn.append([sum(bool(text.strip()) for text, _ in several) for several in texts])
+        return texts
 
     held = "data.validation_prompts=3"
     base = [*base, "generate.max_new_tokens=40"]  # so that some of a random model's answers end
@@ -228,8 +230,8 @@ def test_rounds(base: list[str], rows: Path, tmp_path: Path, monkeypatch: pytest
     given = [json.loads(line) for line in rows.read_text().splitlines()]
     assert [record["id"] for record in records] == [row["id"] for row in given]
     own = {response["text"] for row in given for response in row["responses"]}
-    sizes = [len(record["responses"]) for record in records]
-    assert (sizes[0], max(sizes)) == (2, 3)  # a random model gives an empty answer now and then
+    assert [len(record["responses"]) for record in records] == drawn[0]  # a random model's are empty now and then
+    assert (drawn[0][0], max(drawn[0])) == (2, 3)
     for record in records:
         for response in record["responses"]:
             text = response["text"]

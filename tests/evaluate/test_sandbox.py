@@ -156,7 +156,7 @@ def test_the_parents_environment_and_processes_are_invisible(monkeypatch: pytest
     [
         ("while True: pass", ("ran longer", "ended before")),
         ("import time\ntime.sleep(60)", ("ran longer",)),
-        ("import signal\nfor s in (15, 24): signal.signal(s, signal.SIG_IGN)\nwhile True: pass", ("ran", "ended")),
+        ("import signal\nfor s in (15, 24): signal.signal(s, signal.SIG_IGN)\nwhile True: pass", ("ran l", "ended b")),
         ("x = bytearray(2**30)", ("MemoryError",)),
         ("x = []\nwhile True: x.append(' ' * 2**20 + str(len(x)))", ("MemoryError", "ended before")),
         ("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass", ("ran longer", "ended before")),
@@ -173,7 +173,7 @@ def test_time_memory_processes_and_output_are_bounded(program: str, reason: tupl
     began = time.monotonic()
     endless = any(one.startswith("ran") for one in reason)
     outcome = run(program, seconds=0.4 if endless else 20.0, memory=256)  # a busy machine starts Python slowly
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < (5 if endless else 30)
     assert not outcome.passed
     assert outcome.reason.startswith(reason)
     assert len(outcome.reason) <= 2000

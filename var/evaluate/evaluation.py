@@ -22,7 +22,7 @@ Texts = list[list[tuple[str, bool]]]  # of each prompt, one (text, finished) a s
 
 def subsets(rows: Rows, name: str) -> np.ndarray:
     """[P] the subset of each row; where the data tells none apart, `name`."""
-    return np.array([row.subset or name for row in rows])
+    return np.array([subset or name for subset in rows.table["subset"]])
 
 
 def draw(rows: Rows, labels: np.ndarray, prompts: int | None, seed: int) -> np.ndarray:
