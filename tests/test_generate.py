@@ -14,7 +14,7 @@ from var.packing import pack
 from var.policy import Policy
 from var.problems import UserError
 
-SAMPLING = Sampling(responses=2, temperature=1.0, top_p=1.0, max_new_tokens=8, batch=6, seed=0)
+SAMPLING = Sampling(responses=2, temperature=1.0, top_p=1.0, max_new_tokens=8, batch=6, batch_tokens=4096, seed=0)
 GREEDY = replace(SAMPLING, temperature=0.0, responses=1)
 
 
@@ -51,10 +51,29 @@ def test_a_prompt_draws_the_same_text_whatever_is_beside_it(model: Any, chat: Ch
     more = replace(SAMPLING, batch=batch)
     assert sample(model, chat, PROMPTS[::-1], more) == texts[::-1]
     assert [sample(model, chat, [prompt], more)[0] for prompt in PROMPTS] == texts
+    assert sample(model, chat, PROMPTS, replace(more, batch_tokens=70)) == texts
     three = sample(model, chat, PROMPTS, replace(SAMPLING, responses=3, batch=9))
     assert [responses[:2] for responses in three] == texts
     assert texts[0] == texts[3]
     assert len({text for responses in texts for text, _ in responses}) == 10
+
+
+def test_batches_are_bounded_by_sequences_and_by_their_padded_tokens():
+    """K = 2, 8 new tokens: prompts of 10 make 36 tokens each, and 52 where one of 18 is beside them."""
+    lengths = [10, 10, 10, 18, 18, 500, 500]
+
+    def sizes(**limits: int) -> list[int]:
+        batches = list(replace(SAMPLING, **limits).batches(lengths))
+        assert [i for some in batches for i in range(7)[some]] == list(range(7))
+        return [some.stop - some.start for some in batches]
+
+    assert sizes() == [3, 3, 1]
+    assert sizes(batch=64, batch_tokens=14 * 508) == [7]
+    assert sizes(batch=64, batch_tokens=14 * 508 - 1) == [6, 1]
+    assert sizes(batch=64, batch_tokens=4 * 52) == [4, 1, 1, 1]
+    assert sizes(batch=64, batch_tokens=4 * 52 - 1) == [3, 2, 1, 1]
+    assert sizes(batch=64, batch_tokens=1) == [1] * 7  # a prompt's own responses stay together
+    assert list(SAMPLING.batches([])) == []
 
 
 def test_padding_does_not_change_a_prompts_greedy_text(model: Any, chat: Chat):

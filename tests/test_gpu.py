@@ -13,6 +13,7 @@ from tests.conftest import byte_tokenizer, tiny_model
 from tests.e2e.test_commands import run
 from var.data.chat import Chat
 from var.generate import Sampling, sample_tokens
+from var.optim import MasterAdamW
 from var.packing import Packed, pack, pack_tree
 from var.policy import Policy
 
@@ -82,21 +83,44 @@ def test_no_tensor_holds_the_logits_of_a_large_vocabulary():
 
 def test_sampling_follows_the_device_and_repeats_itself():
     chat = Chat(byte_tokenizer())
-    sampling = Sampling(responses=3, temperature=1.0, top_p=0.9, max_new_tokens=12, batch=6, seed=0)
+    sampling = Sampling(responses=3, temperature=1.0, top_p=0.9, max_new_tokens=12, batch=6, batch_tokens=4096, seed=0)
     model = tiny_model().cuda()
     once = sample_tokens(model, chat, IDS, sampling)
     assert sample_tokens(model, chat, IDS, sampling) == once
     assert [len(several) for several in once] == [3] * 4
 
 
-@pytest.mark.parametrize("options", [[], ["model.attention=varlen"], ["model.gradient_checkpointing=true"]])
+MASTERS = ["optim=adamw_masters", "optim.optimizer.device=cpu", "model.dtype=bfloat16"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [[], ["model.attention=varlen"], ["model.gradient_checkpointing=true"], ["model.compile=true"], MASTERS],
+)
 def test_the_command_trains_in_bf16(tiny_folder: Path, tmp_path: Path, options: list[str]):
     done = run(
         "train.py", f"model.path={tiny_folder}", f"store={tmp_path}/store", f"cache={tmp_path}/cache",
         f"runs={tmp_path}/runs", "data.source.problems=30", "data.validation_prompts=4", "reward=near_number",
-        "loss=dpo", "trainer.max_steps=3", "generate.max_new_tokens=6", *options,
+        "loss=dpo", "trainer.max_steps=3", "generate.max_new_tokens=40", *options,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "runs").iterdir()
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["precision"], summary["steps"]) == ("bf16-mixed", 3)
+
+
+def test_masters_in_the_hosts_memory_step_as_beside_the_parameters():
+    """Through a state that was loaded, whose moments Lightning brings to the device."""
+    ours, theirs = ([torch.nn.Parameter(torch.ones(5, 3, device="cuda").bfloat16())] for _ in range(2))
+    offloaded, beside = MasterAdamW(ours, lr=1e-3, device="cpu"), MasterAdamW(theirs, lr=1e-3)
+    for step in range(6):
+        for p in (*ours, *theirs):
+            p.grad = torch.full_like(p, step - 2.5)
+        offloaded.step()
+        beside.step()
+        if step == 3:
+            state = {k: v.cuda() for k, v in offloaded.state[offloaded.masters[0]].items()}
+            offloaded.state[offloaded.masters[0]].update(state)
+    assert {master.device.type for master in offloaded.masters} == {"cpu"}
+    assert_close(offloaded.masters[0], beside.masters[0].cpu(), rtol=1e-6, atol=1e-6)
+    assert torch.equal(ours[0].cpu(), offloaded.masters[0].bfloat16())

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.conftest import tiny_config, tiny_model
 from var import logprobs
-from var.logprobs import HEAD_CHUNK, attention, packed_attention, token_logps
+from var.logprobs import HEAD_CHUNK, Layout, attention, packed_attention, token_logps
 from var.module import cross_logps
 from var.packing import Segment, pack, pack_tree
 from var.policy import Policy
@@ -140,14 +140,14 @@ def test_the_trap_of_native_packing(model: Any):
 
 def test_packed_attention_refuses_a_call_without_segments_or_with_a_mask(model: Any):
     tokens = torch.tensor([[1, 2, 3]])
-    with pytest.raises(RuntimeError, match="takes segments and no mask; the model was not called through Policy"):
+    with pytest.raises(RuntimeError, match="takes a layout and no mask; the model was not called through Policy"):
         model(input_ids=tokens)
     q = k = v = torch.randn(1, 2, 3, 4)
-    with pytest.raises(RuntimeError, match="takes segments and no mask"):
-        packed_attention(model, q, k, v, torch.ones(3, 3), segments=(Segment(0, 3),))
-    with pytest.raises(RuntimeError, match="takes segments and no mask"):
+    with pytest.raises(RuntimeError, match="takes a layout and no mask"):
+        packed_attention(model, q, k, v, torch.ones(3, 3), layout=Layout((Segment(0, 3),)))
+    with pytest.raises(RuntimeError, match="takes a layout and no mask"):
         model.generate(tokens, max_new_tokens=1)
-    assert packed_attention(model, q, k, v, None, segments=(Segment(0, 3),))[0].shape == (1, 3, 2, 4)
+    assert packed_attention(model, q, k, v, None, layout=Layout((Segment(0, 3),)))[0].shape == (1, 3, 2, 4)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -341,7 +341,7 @@ def test_attention_that_sinks_or_caps_is_an_error():
         Policy(model)(pack(IDS, STARTS))
     q = torch.randn(1, 2, 3, 4)
     with pytest.raises(UserError, match="caps its attention or adds sinks to it"):
-        packed_attention(model, q, q, q, None, softcap=50.0, segments=(Segment(0, 3),))
+        packed_attention(model, q, q, q, None, softcap=50.0, layout=Layout((Segment(0, 3),)))
 
 
 def test_the_attention_is_put_back_after_an_error_too(model: Any):

@@ -11,7 +11,8 @@ from torch.testing import assert_close
 
 from tests.conftest import TEMPLATE, byte_tokenizer, tiny_model
 from var.data.chat import Chat
-from var.packing import pack
+from var.generate import Sampling, sample_tokens
+from var.packing import pack, pack_tree
 from var.policy import Policy
 from var.pretrained import Pretrained, export
 from var.problems import UserError
@@ -149,6 +150,42 @@ def test_a_model_loads_in_evaluation_mode_with_its_dtype_and_attention(tiny_fold
     assert (model.dtype, model.training, model.config._attn_implementation) == (torch.bfloat16, False, "packed")
     assert model.is_gradient_checkpointing
     assert not pretrained(tiny_folder, tmp_path).load().is_gradient_checkpointing
+
+
+def test_compiled_layers_give_the_same_numbers_for_rows_of_any_shape(tiny_folder: Path, tmp_path: Path):
+    """Compiled once, whatever the lengths, sequences and shared prompts of a batch; sampling runs as written."""
+    from torch._dynamo.utils import counters
+
+    batches = [
+        pack([[256, *range(n)], [256, *range(2 * n)], [256, 7, n]], [4, 3, 1]) for n in (9, 30, 4)
+    ] + [pack([[256, *range(11)]], [5]), pack_tree([[256, 1, 2]], [[[3, 4, 5], [6, 7], [8]]])]  # fmt: skip
+
+    def outcome(model: Any) -> list[torch.Tensor]:
+        found = list[torch.Tensor]()
+        for batch in batches:
+            model.zero_grad()
+            logps = Policy(model)(batch)
+            logps.sum().backward()
+            found += [logps.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])]
+            graphs.append(counters["stats"]["unique_graphs"])
+        return found
+
+    graphs = [0]
+    counters.clear()
+    plain = outcome(pretrained(tiny_folder, tmp_path).load())
+    assert set(graphs) == {0}
+    model = pretrained(tiny_folder, tmp_path, compile=True).load()
+    for ours, theirs in zip(outcome(model), plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert graphs[6] > 0
+    assert set(graphs[6:]) == {graphs[6]}
+
+    chat = pretrained(tiny_folder, tmp_path).chat
+    sampling = Sampling(responses=2, temperature=1.0, top_p=1.0, max_new_tokens=5, batch=8, batch_tokens=999, seed=0)
+    texts = sample_tokens(model, chat, [[256, 1, 2], [256, 5]], sampling)
+    assert texts == sample_tokens(pretrained(tiny_folder, tmp_path).load(), chat, [[256, 1, 2], [256, 5]], sampling)
+    assert counters["stats"]["unique_graphs"] == graphs[-1]
+    assert model.state_dict().keys() == tiny_model().state_dict().keys()
 
 
 def test_the_meta_model_has_the_sizes_and_no_storage(tmp_path: Path):

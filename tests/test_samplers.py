@@ -21,7 +21,7 @@ from var.pretrained import Pretrained
 from var.problems import UserError
 from var.remote import Client
 
-SAMPLING = Sampling(responses=2, temperature=0.7, top_p=0.9, max_new_tokens=8, batch=6, seed=0)
+SAMPLING = Sampling(responses=2, temperature=0.7, top_p=0.9, max_new_tokens=8, batch=6, batch_tokens=4096, seed=0)
 
 
 def ask(*texts: str) -> list[list[Any]]:

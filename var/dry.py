@@ -44,11 +44,16 @@ def memory(run: "Run") -> None:
     config = model.config
     layer = 14 * config.hidden_size + 3 * config.intermediate_size  # kept for the backward pass, per token and layer
     layers = config.num_hidden_layers
+    optimizer = cfg.optim.optimizer
+    copies = optimizer._target_.endswith("MasterAdamW")
+    states = "optimiser (two moments)" if not copies else "optimiser (two moments and float32 copies)"
+    states_size = parameters * (12 if copies else 2 * width) / shards
+    on_host = copies and optimizer.device == "cpu"
     stored = config.hidden_size * layers if run.pretrained.gradient_checkpointing else layer * layers
     parts = {
         "weights": parameters * width / shards,
         "gradients": parameters * width / shards,
-        "optimiser (two moments)": 2 * parameters * width / shards,
+        **({} if on_host else {states: states_size}),
         f"activations (estimate, {tokens:,} tokens)": tokens * stored * half,
         "logits (one chunk)": 3 * 256 * config.vocab_size * 4,
     }
@@ -57,6 +62,8 @@ def memory(run: "Run") -> None:
     for name, size in parts.items():
         say(f"  {name}: {size / 2**30:.2f} GiB")
     say(f"  together: {sum(parts.values()) / 2**30:.2f} GiB")
+    if on_host:
+        say(f"  {states}, host: {states_size / 2**30:.2f} GiB")
     beside = cfg.reference == "live" or run.data.loss.needs >= {Need.ROLLOUT, Need.REFERENCE_LOGPS}
     say("  reference: " + ("a second copy of the weights" if beside else "none, its numbers are stored"))
 

@@ -4,7 +4,7 @@ import gc
 import hashlib
 import importlib.util
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -24,8 +24,9 @@ from var.remote import Client, Failure, grouped, written
 class Sampling:
     """How responses are sampled. temperature 1 and top_p 1 draw from the policy itself, as the method assumes.
 
-    responses: K a prompt. max_new_tokens: a response that reaches it is cut, which is counted. batch: sequences at
-    once, for speed; the text depends on it by rounding alone.
+    responses: K a prompt. max_new_tokens: a response that reaches it is cut, which is counted. batch, batch_tokens:
+    sequences, and their tokens with padding, at once at most, but for one prompt's K, which stay together; for speed
+    and memory, the text depends on them by rounding alone.
     """
 
     responses: int
@@ -33,6 +34,7 @@ class Sampling:
     top_p: float
     max_new_tokens: int
     batch: int
+    batch_tokens: int
     seed: int
 
     def __post_init__(self) -> None:
@@ -45,7 +47,21 @@ class Sampling:
 
     @property
     def identity(self) -> dict[str, Any]:
-        return asdict(self)
+        """What the text depends on."""
+        return {name: value for name, value in asdict(self).items() if name not in ("batch", "batch_tokens")}
+
+    def batches(self, lengths: Sequence[int]) -> Iterator[slice]:
+        """Neighbours among prompts of so many tokens, in ascending order, that are answered at once."""
+        begin = 0
+        for end, length in enumerate(lengths, 1):
+            sequences = (end - begin) * self.responses
+            if end - begin > 1 and (
+                sequences > self.batch or sequences * (length + self.max_new_tokens) > self.batch_tokens
+            ):
+                yield slice(begin, end - 1)
+                begin = end - 1
+        if begin < len(lengths):
+            yield slice(begin, len(lengths))
 
 
 def sample(
@@ -83,8 +99,8 @@ def sample_tokens(
     training = model.training
     model.eval()
     with attention(model, "sdpa"):
-        for begin in range(0, len(order), sampling.batch // k):
-            batch = order[begin : begin + sampling.batch // k]
+        for some in sampling.batches([len(encoded[i]) for i in order]):
+            batch = order[some]
             sampled = _continued(model, [encoded[i] for i in batch], sampling, chat.end_token)
             for i, at in zip(batch, range(0, len(sampled), k), strict=True):
                 responses[i] = sampled[at : at + k]

@@ -5,7 +5,7 @@ Sequences are packed into one row and attend each to itself (`packed_attention`,
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import accumulate
 from typing import Any
 
@@ -29,6 +29,15 @@ def refuse_inexact_attention(softcap: float | None, s_aux: Tensor | None) -> Non
         raise UserError("the model caps its attention or adds sinks to it, which packed attention does not apply")
 
 
+class Layout:
+    """Who attends to whom, on its way through a model's layers. Compiled ones tell a tuple by its length, and would
+    be compiled anew for each number of sequences; an object they hand on."""
+
+    def __init__(self, segments: tuple[Segment, ...]) -> None:
+        self.segments = segments
+
+
+@torch.compiler.disable  # its loop over sequences would be compiled anew for each batch
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -37,7 +46,7 @@ def packed_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    segments: tuple[Segment, ...] = (),
+    layout: Layout | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -45,11 +54,12 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attention of each segment to itself and its prefix. query [1, H, T, D]; returns [1, T, H, D].
 
-    Called by transformers for each layer; `segments` comes from the model call. Without them rows would attend to
-    each other, so their absence is an error, and so is a mask from elsewhere.
+    Called by transformers for each layer; `layout` comes from the model call. Without it rows would attend to
+    each other, so its absence is an error, and so is a mask from elsewhere.
     """
-    if not segments or attention_mask is not None:
-        raise RuntimeError("packed attention takes segments and no mask; the model was not called through Policy")
+    if layout is None or attention_mask is not None:
+        raise RuntimeError("packed attention takes a layout and no mask; the model was not called through Policy")
+    segments = layout.segments
     if sliding_window is not None and any(
         s.stop - s.start + s.prefix_stop - s.prefix_start > sliding_window for s in segments
     ):
@@ -77,6 +87,7 @@ def packed_attention(
     return torch.cat(out, dim=2).transpose(1, 2), None
 
 
+@torch.compiler.disable
 def varlen_attention(
     module: nn.Module,
     query: Tensor,
@@ -116,11 +127,16 @@ AttentionInterface.register("varlen", varlen_attention)
 
 @contextmanager
 def attention(model: Any, name: str) -> Iterator[None]:
-    """Within, `model` attends by another implementation: sampling needs padding masks, which `packed` refuses."""
+    """Within, `model` attends by another implementation: sampling needs padding masks, which `packed` refuses.
+
+    What is compiled runs as it is written there: each length of a cache would be compiled anew.
+    """
     before = model.config._attn_implementation
+    compiled = any(module._compiled_call_impl for module in model.modules())
     model.set_attn_implementation(name)
     try:
-        yield
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            yield
     finally:
         model.set_attn_implementation(before)
 
@@ -144,7 +160,7 @@ def refuse_leaks(model: Any) -> None:
 def hidden_states(backbone: Any, batch: Packed) -> Tensor:
     """[T, H]: the last hidden states of a transformers backbone over the packed tokens."""
     inputs, positions = batch.input_ids, batch.position_ids
-    options: dict[str, Any] = {"segments": batch.segments}
+    options: dict[str, Any] = {"layout": Layout(batch.segments)}
     back = None
     if backbone.config._attn_implementation in VARLEN:
         rows = [[*range(s.prefix_start, s.prefix_stop), *range(s.start, s.stop)] for s in batch.segments]

@@ -15,6 +15,7 @@ from var.losses.weighted import Mean
 from var.needs import Need
 from var.packing import Packed, pack, pack_tree
 from var.policy import ActorCritic, Policy, Scorer
+from var.pretrained import blocks
 from var.problems import UserError
 
 
@@ -141,11 +142,8 @@ class AlignmentModule(lightning.LightningModule):
         if mesh is None or isinstance(self.policy, FSDPModule):
             return
         axis = mesh["data_parallel"]
-        model: Any = self.policy.model
-        names = set(model._no_split_modules or ())
-        for block in model.modules():
-            if type(block).__name__ in names:
-                fully_shard(block, mesh=axis)
+        for block in blocks(self.policy.model):
+            fully_shard(block, mesh=axis)
         fully_shard(self.policy, mesh=axis)
 
 

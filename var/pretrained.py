@@ -6,7 +6,7 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +36,7 @@ class Pretrained:
     chat_template: str | None
     dtype: str
     attention: str
+    compile: bool = False
     trust_remote_code: bool
     gradient_checkpointing: bool
     architecture: Mapping[str, Any]
@@ -187,6 +188,9 @@ class Pretrained:
                 module.attention_dropout = 0.0  # type: ignore[assignment]
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable()
+        if self.compile:
+            for block in blocks(model):
+                block.compile(dynamic=True)
         return model.eval()
 
     def meta(self) -> Any:
@@ -202,6 +206,12 @@ class Pretrained:
             config = AutoConfig.for_model(sizes.pop("model_type"), **sizes)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, self.dtype))
+
+
+def blocks(model: Any) -> Iterator[torch.nn.Module]:
+    """The layers of a transformers model, as it names them: what is sharded, and compiled, by itself."""
+    names = set(model._no_split_modules or ())
+    return (module for module in model.modules() if type(module).__name__ in names)
 
 
 def merged(model: Any, folder: Path) -> Any:

@@ -55,7 +55,7 @@ def main() -> None:
         for number in range(-1, options.rounds):  # the first is the warm-up
             sampling = Sampling(
                 responses=options.answers, temperature=1.0, top_p=1.0, max_new_tokens=options.tokens,
-                batch=len(prompts) * options.answers, seed=number + 1,
+                batch=len(prompts) * options.answers, batch_tokens=65_536, seed=number + 1,
             )  # fmt: skip
             torch.manual_seed(number + 1)
             for who in ("ours", "generate") if number % 2 else ("generate", "ours"):

@@ -15,7 +15,8 @@ printed are their median and its 95% interval (bootstrap over rounds). Peak memo
 that holds the model, gradients included: each step in a forked process of its own, ours twice, after a warm-up on short
 sequences. An aim of --check is missed where the whole interval lies beyond it. On CUDA everything runs in bf16
 autocast, on a CPU in fp32. TFLOP/s counts the arithmetic of our step (a forward and twice that for the backward,
-without padding or recomputation) over the time; over the device's peak (--peak-tflops) that is MFU.
+without padding or recomputation) over the time; over the device's peak (--peak-tflops) that is MFU. "by arithmetic" is
+the ratio of FLOPs, theirs over ours, of all that each computes: what equal FLOP/s would bring.
 
 Vocabulary: a random model of 4 layers in the widths of Qwen2.5-0.5B with its 151,936 tokens; the peak of a step beside
 what gradients, one chunk of logits and activations add up to, and beside the same step with full logits.
@@ -39,6 +40,7 @@ from steps import (
     STEPS,
     Pair,
     Rows,
+    arithmetic,
     build,
     counted,
     counted_bytes,
@@ -139,8 +141,8 @@ def speeds(limit: int, pairs: list[Pair], memory: dict[str, list[float]], model:
         mfu = f"{work / options.peak_tflops:.3f}" if options.peak_tflops else "–"
         print(f"| {name} | {losses[name]:.6f} | {median:.3f} | {rows.real / median:.0f} ", end="")
         print(f"| {work:.3f} | {mfu} | {max(memory[name]):.0f} |")
-    print("\n| ours, theirs | speed, ours/theirs [95%] | aim | memory, ours/theirs [range] | loss, abs. diff. ", end="")
-    print("| gradient norm, rel. diff. | gradients, ‖g−g′‖/‖g‖ |\n| --- | --- | --- | --- | --- | --- | --- |")
+    print("\n| ours, theirs | speed, ours/theirs [95%] | aim | by arithmetic | memory, ours/theirs [range] ", end="")
+    print("| loss, abs. diff. | gradient norm, rel. diff. | gradients, ‖g−g′‖/‖g‖ |", f"\n|{' --- |' * 8}")
     for mine, peer in dict.fromkeys([*agreement, *SPEED]):
         if mine in names and peer in names:
             ratio, low, high = interval([b / a for a, b in zip(seconds[mine], seconds[peer], strict=True)])
@@ -149,6 +151,7 @@ def speeds(limit: int, pairs: list[Pair], memory: dict[str, list[float]], model:
             floor = 0.0 if run.cuda and "TRL" in peer else SPEED.get((mine, peer), 0.0)
             ceiling = MEMORY.get((mine, peer), float("inf"))
             print(f"| {mine}, {peer} | {ratio:.3f} [{low:.3f}, {high:.3f}] | {f'≥ {floor}' if floor else '–'} ", end="")
+            print(f"| {arithmetic(model, peer, pairs) / arithmetic(model, mine, pairs):.3f} ", end="")
             print(f"| {middle:.3f} [{least:.3f}, {most:.3f}] | {agreement.get((mine, peer), '– | – | –')} |")
             if high < floor:
                 missed.append(f"{limit}: {mine} at {ratio:.3f} × {peer}'s speed, floor {floor}")

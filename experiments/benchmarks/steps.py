@@ -286,18 +286,45 @@ def trl(name: str, model: Any, rows: Rows) -> Step:
 def counted(model: Any, batch: Packed) -> dict[str, float]:
     """FLOPs of a forward by part: 2 a weight and token, attention's two products over what each token sees (no
     softmax, norms or element-wise work), and the head at response positions. A backward takes twice as many."""
+    seen = sum(
+        (s.stop - s.start) * (s.prefix_stop - s.prefix_start + (s.stop - s.start + 1) / 2) for s in batch.segments
+    )
+    return flops(model, len(batch.input_ids), seen, len(batch.target))
+
+
+def flops(model: Any, tokens: int, seen: float, predicted: int) -> dict[str, float]:
+    """seen: tokens attended to, summed over the tokens. predicted: positions at which the head runs."""
     config = model.config
     embeddings = {id(m.weight): m.weight.numel() for m in (model.get_input_embeddings(), model.get_output_embeddings())}
     weights = sum(p.numel() for p in model.parameters()) - sum(embeddings.values())
     width = config.num_attention_heads * head_width(config)
-    seen = sum(
-        (s.stop - s.start) * (s.prefix_stop - s.prefix_start + (s.stop - s.start + 1) / 2) for s in batch.segments
-    )
     return {
-        "backbone": 2.0 * weights * len(batch.input_ids),
+        "backbone": 2.0 * weights * tokens,
         "attention": 4.0 * config.num_hidden_layers * width * seen,
-        "head": 2.0 * len(batch.target) * config.hidden_size * config.vocab_size,
+        "head": 2.0 * predicted * config.hidden_size * config.vocab_size,
     }
+
+
+def arithmetic(model: Any, name: str, pairs: Sequence[Pair]) -> float:
+    """FLOPs of a whole step, a backward included where there is one: ours computes the head's logits once more there.
+    Theirs run the head at every position, and padded ones attend to the whole square."""
+    rows = Rows(name, pairs)
+    times = 1 if rows.work == "cross" else 3
+    if name in OURS:
+        packed = pack(rows.ids, rows.starts, share=rows.work in ("DPO", "group"))
+        parts = counted(model, rows.encoded() if rows.work == "cross" else packed)
+        return times * sum(parts.values()) + (parts["head"] if times == 3 else 0.0)
+    ids, starts = crossed(rows) if rows.work == "cross" else (rows.ids, rows.starts)
+    parts = counted(model, pack(ids, starts))
+    if name.startswith("packed"):
+        return times * sum(parts.values()) + (parts["head"] if times == 3 else 0.0)
+    if "padding_free" in name:
+        parts["head"] = flops(model, 0, 0, sum(map(len, ids)))["head"]
+        return times * sum(parts.values())
+    size = len(rows.ids)  # padded ones run so many rows at once
+    widths = [max(map(len, ids[i : i + size])) for i in range(0, len(ids), size)]
+    tokens = size * sum(widths)
+    return times * sum(flops(model, tokens, size * sum(width**2 for width in widths), tokens).values())
 
 
 def counted_bytes(model: Any, batch: Packed) -> dict[str, float]:

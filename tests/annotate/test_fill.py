@@ -27,7 +27,7 @@ from var.rewards.programmatic import ExactNumber
 from var.rewards.scale import Scale
 from var.rewards.score import Score
 
-SAMPLING = Sampling(responses=2, temperature=1.0, top_p=1.0, max_new_tokens=4, batch=4, seed=0)
+SAMPLING = Sampling(responses=2, temperature=1.0, top_p=1.0, max_new_tokens=4, batch=4, batch_tokens=4096, seed=0)
 
 
 @dataclass(frozen=True)
@@ -315,6 +315,19 @@ def test_another_weight_is_another_shelf(tiny_folder, tmp_path):
     assert before[2:4] == after[2:4]
     assert before[4] != after[4]
     assert len(list((tmp_path / "store" / "reference_logps").iterdir())) == 2
+
+
+@pytest.mark.parametrize("kernel", [{"attention": "varlen"}, {"compile": True}])
+def test_what_computes_a_number_is_part_of_it_where_it_rounds(
+    kernel: dict[str, Any], tiny_folder: Path, tmp_path: Path
+) -> None:
+    """In bf16 a policy's log-ratio to a reference of another kernel would not start at zero."""
+    plain = pretrained(tiny_folder, tmp_path / "cache")
+    for files, autocast, same in (
+        (plain, None, True), (plain, torch.bfloat16, False), (replace(plain, dtype="bfloat16"), None, False),
+    ):  # fmt: skip
+        one, other = (Reference(some, "cpu", autocast) for some in (files, replace(files, **kernel)))
+        assert (one.identity == other.identity) is same
 
 
 @pytest.mark.parametrize("change", [{"dtype": "bfloat16"}, {"chat_template": "{{ messages[0]['content'] }}<end>"}])

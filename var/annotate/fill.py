@@ -94,7 +94,15 @@ class Reference:
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {**self.pretrained.identity, "autocast": str(self.autocast)}
+        identity = {**self.pretrained.identity, "autocast": str(self.autocast)}
+        if self.rounds:
+            identity |= {"attention": self.pretrained.attention, "compile": self.pretrained.compile}
+        return identity
+
+    @property
+    def rounds(self) -> bool:
+        """In bf16 what computes a number shows in it, by hundredths of a nat; in fp32 every way gives the same."""
+        return self.autocast is not None or self.pretrained.dtype not in ("float32", "float64")
 
     def precision(self) -> AbstractContextManager[Any]:
         """The arithmetic of the policy's own steps."""
@@ -232,8 +240,8 @@ class Annotator:
     def reference_logps(self, sequences: Sequences, share: bool = False) -> pa.Array:
         """[n] lists of float32: log π_ref of each response token, in nats. share: pack as the step will, see `pack`."""
         identity = self.reference.identity
-        if share and (self.reference.autocast or self.reference.pretrained.dtype != "float32"):
-            identity["packing"] = "shared prompts"  # in fp32 both ways give the same numbers
+        if share and self.reference.rounds:
+            identity["packing"] = "shared prompts"
         shelf = self.store.shelf("reference_logps", identity, pa.list_(pa.float32()))
         keys = as_keys(
             [_token_key(ids[:start], ids[start:]) for ids, start, _ in map(sequences.tokens, range(len(sequences)))]
