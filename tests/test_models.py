@@ -21,6 +21,7 @@ PUBLISHED = {  # parameters, a tied head counted once: `safetensors.total` of th
     "qwen2.5-3b": 3_085_938_688,
     "qwen2.5-7b": 7_615_616_512,
     "qwen2.5-14b": 14_770_033_664,
+    "qwen2.5-32b-int4": 32_763_876_352,
     "llama3.2-1b": 1_235_814_400,
     "llama3.2-3b": 3_212_749_824,
     "llama3.1-8b": 8_030_261_248,
@@ -83,7 +84,7 @@ def render(name: str, messages: list[dict[str, str]], reply: bool = False) -> st
 
 
 def test_every_file_is_seen():
-    assert len(NAMES) == 14
+    assert len(NAMES) == 15
     assert set(NAMES) == set(PUBLISHED)
     assert {name for name in NAMES if load(name).chat_template} == set(TEMPLATED)
 
@@ -94,7 +95,8 @@ def test_a_file_is_whole_and_sets_nothing_unknown(name):
     assert not OmegaConf.missing_keys(config)
     assert set(config) == {"name", *OmegaConf.load(FOLDER / "_base.yaml")}
     assert config.name == name
-    assert config.dtype == "float32"
+    quantised = name.endswith("int4")
+    assert (config.dtype, config.quantization) == (("bfloat16", "nf4") if quantised else ("float32", None))
     assert config.trust_remote_code is False
 
 
@@ -121,7 +123,7 @@ def test_an_instruct_version_has_its_bases_architecture(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_16_bytes_a_parameter_in_the_comment_are_this_models(name):
     stated = re.findall(r"16 bytes a parameter: (\d+) GB", (FOLDER / f"{name}.yaml").read_text())
-    assert stated == ([] if PUBLISHED[name] < 2e9 else [f"{PUBLISHED[name] * 16 / 1e9:.0f}"])
+    assert stated == ([] if PUBLISHED[name] < 2e9 or load(name).quantization else [f"{PUBLISHED[name] * 16 / 1e9:.0f}"])
 
 
 @pytest.mark.parametrize("family", [LLAMA_3, LLAMA_2])

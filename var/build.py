@@ -1,5 +1,6 @@
 """From a checked configuration to the parts of a run. The only module below the entry points that sees a config."""
 
+import importlib.util
 import json
 import logging
 import os
@@ -16,13 +17,14 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import ModelCheckpoint, RichModelSummary, RichProgressBar
+from lightning.pytorch.callbacks import RichModelSummary, RichProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import PyTorchProfiler, SimpleProfiler
 from omegaconf import DictConfig, OmegaConf
 from torch.distributed.fsdp import FSDPModule
 
 from var import summary
+from var.adapters import LoRA
 from var.annotate.fill import Annotator, Reference
 from var.annotate.store import Store
 from var.callbacks import Budget, Curves, PairAccuracy, PlanFile, StepMetrics, Validation
@@ -31,10 +33,11 @@ from var.datamodule import AlignmentData, DataSettings
 from var.generate import Sampling
 from var.module import AlignmentModule
 from var.needs import Need
-from var.policy import ActorCritic, Policy, Scorer
-from var.pretrained import ADAPTER, Pretrained, export
+from var.policy import ActorCritic, Policy, Scorer, WithoutAdapter
+from var.pretrained import ADAPTER, Pretrained, export, merged
 from var.problems import Problems, UserError
 from var.progress import console, say
+from var.resuming import Checkpoints, checkpoints
 from var.rewards.scale import Scale
 
 PROFILERS: dict[str, Any] = {
@@ -62,6 +65,7 @@ class RunSettings:
     seed: int
     init: str | None
     reward_scale: Literal["raw", "sigmoid", "zscore"]
+    adapter: Any
     reference: Literal["stored", "live"]
     annotate: Literal["fill", "refuse"]
     store: str
@@ -86,6 +90,7 @@ class TrainerSettings:
     log_every_n_steps: int
     checkpoint_every_n_steps: int
     ess_warning: float
+    nonfinite: Literal["stop", "skip"]
     profiler: Literal["simple", "pytorch"] | None
 
     @property
@@ -150,6 +155,7 @@ class Run:
     cfg: DictConfig
     folder: Path
     pretrained: Pretrained
+    adapter: LoRA | None
     annotator: Annotator
     data: AlignmentData
     settings: TrainerSettings
@@ -166,6 +172,7 @@ class Run:
         pretrained = Pretrained(**known(Pretrained, cfg.model), cache=cfg.cache)
         if cfg.init:
             pretrained = replace(pretrained, path=str(exported(cfg.init)), revision=None, chat_template=None)
+        adapter = instantiate(cfg.adapter) if cfg.adapter else None
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if settings.gpu else "cpu"
         annotator = Annotator(
             store=Store(Path(cfg.store).expanduser(), warn=say),
@@ -186,26 +193,39 @@ class Run:
             scale=Scale(kind=cfg.reward_scale),
             live=cfg.reference == "live",
         )
+        refuse_unfit_adapter(cfg, pretrained, adapter, data.loss.needs)
         accumulation(cfg, settings)
-        return cls(cfg, folder, pretrained, annotator, data, settings)
+        return cls(cfg, folder, pretrained, adapter, annotator, data, settings)
 
     def module(self) -> AlignmentModule:
         """The policy, loaded and ready to train, with its loss."""
         cfg, needs = self.cfg, self.data.loss.needs
         dtype = {"64-true": torch.float64}.get(self.settings.arithmetic)
         policy: Policy | ActorCritic | Scorer
-        if Need.SCALAR_HEAD in needs:
-            policy = Scorer(self.pretrained.load_scorer().train())
-        else:
-            policy = Policy(self.pretrained.load().train())
+        meta = cfg.strategy.name == "fsdp" and self.adapter is None and self.pretrained.base is None
+        meta = meta and Need.SCALAR_HEAD not in needs  # its new head, and an adapter, are in no file
+        kind = self.pretrained.load_scorer if Need.SCALAR_HEAD in needs else self.pretrained.load
+        model = self.pretrained.empty() if meta else kind()
+        if self.adapter is not None:
+            if self.pretrained.base is not None and (self.pretrained.quantization or not self.adapter.merge):
+                raise UserError(
+                    f"adapter: {self.pretrained.folder} is one itself; start from what adapter.merge=true exported"
+                )
+            model = self.adapter.attach(model, self.pretrained)
+        policy = Scorer(model.train()) if Need.SCALAR_HEAD in needs else Policy(model.train())
         if Need.VALUES in needs:
             policy = ActorCritic(policy)  # type: ignore[arg-type]
-        reference = None
+        reference: Policy | WithoutAdapter | None = None
+        if self.adapter is not None and not isinstance(policy, Scorer):
+            self.annotator.reference.is_under(policy)
         if cfg.reference == "live":
-            reference = Policy(self.pretrained.load()).eval().requires_grad_(False)
+            reference = self.annotator.reference.policy
+            if self.adapter is None:
+                reference = Policy(self.pretrained.load()).eval().requires_grad_(False)
         module = AlignmentModule(
-            policy, self.data.loss, instantiate(cfg.optim.optimizer), instantiate(cfg.optim.schedule), reference
-        )
+            policy, self.data.loss, instantiate(cfg.optim.optimizer), instantiate(cfg.optim.schedule), reference,
+            self.settings.nonfinite, self.pretrained.fill if meta else None,
+        )  # fmt: skip
         return module.to(dtype) if dtype else module
 
     def trainer(self) -> lightning.Trainer:
@@ -223,19 +243,20 @@ class Run:
         elif judge:
             raise UserError("eval.judge compares answers, and a reward model gives none")
         self.steps = StepMetrics(settings.ess_warning)
-        saving = ModelCheckpoint(
-            self.folder / "checkpoints",
-            filename="{step}",
-            every_n_train_steps=settings.checkpoint_every_n_steps,
-            save_last="link",
-            enable_version_counter=False,
-        )
-        callbacks: list[Any] = [self.steps, saving, PlanFile(self.folder), self.validation]
-        if settings.max_seconds is not None:
-            callbacks.append(Budget(settings.max_seconds))
+        budget = [Budget(settings.max_seconds)] if settings.max_seconds is not None else []
+        saving = Checkpoints(self.folder / "checkpoints", settings.checkpoint_every_n_steps)
+        callbacks: list[Any] = [
+            self.steps,
+            *budget,
+            saving,
+            PlanFile(self.folder),
+            self.validation,
+        ]  # saved, then judged
         if console.is_terminal:
             callbacks += [RichProgressBar(), RichModelSummary(max_depth=1)]
         strategy = cfg.strategy.name
+        if strategy == "deepspeed":
+            refuse_unfit_deepspeed(cfg, settings)
         if "_target_" in cfg.strategy:
             extra = {"data_parallel_size": settings.world} if strategy == "fsdp" else {}
             options = {k: v for k, v in cfg.strategy.items() if k != "name"}
@@ -256,6 +277,7 @@ class Run:
             callbacks=callbacks,
             profiler=PROFILERS[settings.profiler](self.folder) if settings.profiler else None,
             default_root_dir=self.folder,
+            enable_checkpointing=False,  # Lightning's; ours is a callback
             enable_progress_bar=console.is_terminal,
             enable_model_summary=console.is_terminal,
             use_distributed_sampler=False,
@@ -265,11 +287,12 @@ class Run:
     @cached_property
     def checkpoint(self) -> str | None:
         """Where to go on from: what resume says, or this folder's last checkpoint."""
-        resume, last = self.cfg.resume, self.folder / "checkpoints" / "last.ckpt"
+        resume = self.cfg.resume
         if resume == "auto":
-            if last.exists():
-                say(f"Going on from {last.resolve()}")
-            return str(last) if last.exists() else None
+            whole = checkpoints(self.folder / "checkpoints")
+            if whole:
+                say(f"Going on from {whole[-1].resolve()}")
+            return str(whole[-1]) if whole else None
         if resume is True:
             raise UserError("resume is auto, a checkpoint's path, or false")
         if resume and not Path(resume).exists():
@@ -299,6 +322,7 @@ class Run:
             "kl": validation.get("kl"),
             "length": validation.get("length"),
             "steps": trainer.global_step,
+            "skipped_steps": trainer.lightning_module.skipped,
             "tokens_per_second": self.steps.tokens_per_second * trainer.world_size,
             "ess": data.facts.get("weights", {}).get("ess"),
             "data": data.facts,
@@ -327,7 +351,9 @@ class Run:
         if isinstance(module.policy, FSDPModule):
             from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            options = StateDictOptions(
+                full_state_dict=True, cpu_offload=True, ignore_frozen_params=self.adapter is not None
+            )
             state = get_model_state_dict(module.policy.model, options=options)
             if module.policy.model.config.tie_word_embeddings:  # gathered apart, they are one tensor in the file
                 for name in module.policy.model._tied_weights_keys or ():
@@ -357,7 +383,16 @@ class Run:
             "data": self.cfg.data.name, "plan": self.data.plan.hash, "reward": choices.get("reward"),
             "steps": report["steps"], "seed": self.cfg.seed,
         }  # fmt: skip
-        export(module.policy.model, self.pretrained.chat, self.folder / "model", card, state)
+        model, chat, target = module.policy.model, self.pretrained.chat, self.folder / "model"
+        merge = self.adapter is not None and self.adapter.merge
+        export(model, chat, self.folder / "adapter" if merge else target, card, state)
+        if merge:
+            plain = replace(self.pretrained, quantization=None, compile=False)
+            scorer = isinstance(module.policy, Scorer)
+            whole = merged(plain.load_scorer() if scorer else plain.load(), self.folder / "adapter")
+            if scorer:
+                whole.score.load_state_dict(model.score.state_dict())
+            export(whole, chat, target, card)
         OmegaConf.save(self.cfg, self.folder / "model" / "config.yaml", resolve=True)
 
     def validation_answers(self) -> None:
@@ -404,6 +439,30 @@ def known(reader: Any, node: DictConfig) -> dict[str, Any]:
 def check_config(cfg: DictConfig) -> None:
     """Every key's name and type, all problems at once."""
     check(cfg, TRAIN)
+
+
+def refuse_unfit_adapter(cfg: DictConfig, pretrained: Pretrained, adapter: LoRA | None, needs: frozenset[Need]) -> None:
+    """What an adapter, or a model without one, cannot do: told before anything is loaded."""
+    problems, kind = Problems("the model cannot be trained so"), pretrained.quantization
+    if kind and adapter is None and not cfg.dry:
+        problems.add("model.quantization", f"{kind} weights stand still; train adapter=lora on them")
+    if kind and cfg.strategy.name in ("fsdp", "deepspeed"):
+        problems.add("strategy", f"{cfg.strategy.name} shards no quantised weights; strategy=ddp has a copy a device")
+    if adapter is not None and Need.SCALAR_HEAD in needs and not adapter.merge:
+        problems.add("adapter.merge", "a reward model's head is no part of its adapter; adapter.merge=true")
+    problems.check()
+
+
+def refuse_unfit_deepspeed(cfg: DictConfig, settings: TrainerSettings) -> None:
+    """What Lightning would refuse later, and what the export does not gather."""
+    problems = Problems("strategy=deepspeed")
+    if importlib.util.find_spec("deepspeed") is None:
+        problems.add("deepspeed", "an extra: pip install -e '.[deepspeed]'")
+    if not settings.gpu:
+        problems.add("trainer.accelerator", "DeepSpeed runs on GPUs; strategy=fsdp runs on CPUs too")
+    if cfg.strategy.stage not in (1, 2):
+        problems.add("strategy.stage", f"{cfg.strategy.stage} is none of 1, 2; strategy=fsdp shards parameters")
+    problems.check()
 
 
 def exported(run: str) -> Path:

@@ -54,6 +54,10 @@ class Curves(Logger):
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, self.columns).writerow(row)
 
+    def holds(self, name: str, step: int) -> bool:
+        """Whether a metric of that step has been logged."""
+        return any(int(row["step"] or 0) == step and row.get(name) for row in self._rows())
+
     @rank_zero_only
     def _discard(self) -> None:
         """What a run left that was killed before its first checkpoint."""
@@ -92,7 +96,6 @@ class StepMetrics(Callback):
     def __init__(self, ess_warning: float) -> None:
         self.ess_warning, self.warned = ess_warning, False
         self.tokens = self.seconds = self.waited = 0.0
-        self.grad_norm: float | None = None
         self._begun: float | None = None
         self._ended: float | None = None
         self._step = 0
@@ -123,15 +126,6 @@ class StepMetrics(Callback):
             self.waited += now - self._ended
         self._begun = now
 
-    def on_before_optimizer_step(
-        self, trainer: lightning.Trainer, module: lightning.LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
-        """The gradient of the whole window, before it is clipped."""
-        if self._is_due(trainer, trainer.global_step + 1):
-            gradients = [p.grad for p in module.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
-            self.grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -157,8 +151,10 @@ class StepMetrics(Callback):
             if 0 < ess < self.ess_warning and not self.warned:
                 self.warned = True
                 self._warn(trainer, step, ess)
-        if self.grad_norm is not None:
-            metrics["train/grad_norm"] = self.grad_norm
+        if module.gradient_norm is not None:
+            metrics["train/grad_norm"] = float(module.gradient_norm)
+        if module.skipped:
+            metrics["train/skipped"] = float(module.skipped)
         metrics["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         metrics["train/epoch"] = float(trainer.current_epoch)
         metrics["throughput/tokens_per_second"] = self.tokens_per_second * trainer.world_size
@@ -166,7 +162,8 @@ class StepMetrics(Callback):
         if torch.cuda.is_available():
             metrics["throughput/peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         log(trainer, metrics, step)
-        module.log("loss", means["loss"], prog_bar=True, logger=False)
+        if "loss" in means:
+            module.log("loss", means["loss"], prog_bar=True, logger=False)
 
     def _warn(self, trainer: lightning.Trainer, step: int, ess: float) -> None:
         data: AlignmentData = trainer.datamodule  # type: ignore[attr-defined]
@@ -203,10 +200,11 @@ class Budget(Callback):
     """
 
     def __init__(self, seconds: float) -> None:
-        self.seconds, self._step = seconds, 0
+        self.seconds, self._step, self._spent, self._before = seconds, 0, 0.0, 0.0
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         self._step = trainer.global_step
+        trainer.should_stop = trainer.should_stop or self._before >= self.seconds
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -215,9 +213,17 @@ class Budget(Callback):
             return
         self._step = trainer.global_step
         steps = step_metrics(trainer)
-        spent = trainer.datamodule.seconds + steps.seconds + steps.waited  # type: ignore[attr-defined]
-        over = trainer.strategy.reduce_boolean_decision(spent >= self.seconds, all=False)
+        self._spent = self._before + trainer.datamodule.seconds + steps.seconds + steps.waited  # type: ignore[attr-defined]
+        over = trainer.strategy.reduce_boolean_decision(self._spent >= self.seconds, all=False)
         trainer.should_stop = trainer.should_stop or over
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run has spent that goes on from here."""
+        return {"spent": self._spent}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Of state_dict."""
+        self._before = state_dict["spent"]
 
 
 class PairAccuracy(Callback):
@@ -289,14 +295,27 @@ class Validation(Callback):
         self.before = self._rewarded(data, texts)
         self.annotator.reference.release()
         self.result["before"] = self._summary(self.before)
-        if trainer.global_step == 0:
+        if not self._logged(trainer, 0):
             self._log(trainer, self.before, 0)
+
+    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """A run that was stopped after its checkpoint and before its evaluation makes up for it."""
+        if trainer.global_step and not self._logged(trainer, trainer.global_step):
+            self._evaluate_if_due(trainer, module)
+
+    def _logged(self, trainer: lightning.Trainer, step: int) -> bool:
+        curves = [logger for logger in trainer.loggers if isinstance(logger, Curves)]
+        return any(curve.holds("validation/length", step) for curve in curves)
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if trainer.global_step != self._done:
+            self._evaluate_if_due(trainer, module)
+
+    def _evaluate_if_due(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         step = trainer.global_step
-        due = self.every_n_steps and step % self.every_n_steps == 0 and step != self._done
+        due = self.every_n_steps and step and step % self.every_n_steps == 0
         if due and self.before is not None and step < trainer.estimated_stepping_batches:
             self._done = step
             assert isinstance(module, AlignmentModule)

@@ -174,6 +174,8 @@ def fits(value: Any, hint: Any) -> bool:
 def _shown(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return " or ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " | ".join("None" if part is type(None) else _shown(part) for part in typing.get_args(hint))
     return getattr(hint, "__name__", None) if isinstance(hint, type) else str(hint).replace("typing.", "")  # type: ignore[return-value]
 
 

@@ -507,13 +507,19 @@ class AlignmentData(lightning.LightningDataModule):
         """The position in the plan and its hash: resuming is an index into a stored array."""
         assert self.trainer is not None
         progress = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        return {"plan": self.plan.hash, "epoch": self.trainer.current_epoch, "position": progress}
+        weights = self.annotator.reference.pretrained.weights
+        return {"plan": self.plan.hash, "weights": weights, "epoch": self.trainer.current_epoch, "position": progress}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["plan"] != self.plan.hash:
             raise UserError(
                 f"the checkpoint was made with plan {state['plan']} and this configuration makes {self.plan.hash}: "
                 "other data, order, micro-batch or length. Resume with the same data, or start anew with resume=false"
+            )
+        if state["weights"] != (weights := self.annotator.reference.pretrained.weights):
+            raise UserError(
+                f"the checkpoint goes on from weights {state['weights']} and model.path holds {weights}: the reference "
+                "would be another. Put the model back, or start anew with resume=false"
             )
         self._start = (state["epoch"], state["position"])
 

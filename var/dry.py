@@ -2,12 +2,18 @@
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from var.annotate.fill import Unfilled
 from var.needs import Need
+from var.pretrained import blocks
 from var.progress import say
 
 if TYPE_CHECKING:
     from var.build import Run
+
+# bytes a weight of a quantised linear layer: 4 bit with 8 bit scales of 64 weights each, and their own; 8 bit
+QUANTISED = {"nf4": 0.5 + 0.127 / 8, "fp4": 0.5 + 0.127 / 8, "int8": 1.0}
 
 
 def show(run: "Run") -> None:
@@ -38,34 +44,48 @@ def memory(run: "Run") -> None:
     model = run.pretrained.meta()
     parameters = sum(p.numel() for p in model.parameters())
     width = model.dtype.itemsize
+    weights, quantised = parameters * width, run.pretrained.quantization
+    if quantised:
+        layers_of = (module for block in blocks(model) for module in block.modules())
+        linear = sum(module.weight.numel() for module in layers_of if isinstance(module, torch.nn.Linear))
+        weights += linear * (QUANTISED[quantised] - width)
+    trained = parameters
+    if run.adapter is not None:
+        run.adapter.attach(model, run.pretrained)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        weights += 4 * trained
+        width = 4
     shards = settings.world if cfg.strategy.name == "fsdp" else 1
     tokens = cfg.data.micro_batch * cfg.data.max_length
-    half = 2 if settings.arithmetic == "bf16-mixed" else width
+    half = 2 if settings.arithmetic == "bf16-mixed" else model.dtype.itemsize
     config = model.config
     layer = 14 * config.hidden_size + 3 * config.intermediate_size  # kept for the backward pass, per token and layer
     layers = config.num_hidden_layers
     optimizer = cfg.optim.optimizer
     copies = optimizer._target_.endswith("MasterAdamW")
     states = "optimiser (two moments)" if not copies else "optimiser (two moments and float32 copies)"
-    states_size = parameters * (12 if copies else 2 * width) / shards
+    states_size = trained * (12 if copies else 2 * width) / shards
     on_host = copies and optimizer.device == "cpu"
     stored = config.hidden_size * layers if run.pretrained.gradient_checkpointing else layer * layers
     parts = {
-        "weights": parameters * width / shards,
-        "gradients": parameters * width / shards,
+        "weights": weights / shards,
+        "gradients": trained * width / shards,
         **({} if on_host else {states: states_size}),
         f"activations (estimate, {tokens:,} tokens)": tokens * stored * half,
         "logits (one chunk)": 3 * 256 * config.vocab_size * 4,
     }
     say(f"Memory a device ({settings.world} in all, {cfg.strategy.name}, {settings.arithmetic}):")
-    say(f"  parameters: {parameters:,} in {cfg.model.dtype}")
+    say(f"  parameters: {parameters:,} in {run.pretrained.quantization or cfg.model.dtype}")
+    if run.adapter is not None:
+        say(f"  trained: {trained:,} of an adapter")
     for name, size in parts.items():
         say(f"  {name}: {size / 2**30:.2f} GiB")
     say(f"  together: {sum(parts.values()) / 2**30:.2f} GiB")
     if on_host:
         say(f"  {states}, host: {states_size / 2**30:.2f} GiB")
     beside = cfg.reference == "live" or run.data.loss.needs >= {Need.ROLLOUT, Need.REFERENCE_LOGPS}
-    say("  reference: " + ("a second copy of the weights" if beside else "none, its numbers are stored"))
+    copy = "the same weights, the adapter off" if run.adapter is not None else "a second copy of the weights"
+    say("  reference: " + (copy if beside else "none, its numbers are stored"))
 
 
 def row(run: "Run") -> None:

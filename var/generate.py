@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from var.adapters import adapter_off
 from var.data.chat import Chat
 from var.data.rows import Message
 from var.logprobs import attention
@@ -216,8 +217,9 @@ class Transformers:
         sampling: Sampling,
         advance: Callable[[int], None] = lambda done: None,
     ) -> list[list[tuple[str, bool]]]:
-        with reference.precision():
-            return sample(reference.policy.model, reference.pretrained.chat, prompts, sampling, advance)
+        model = reference.policy.model
+        with reference.precision(), adapter_off(model):
+            return sample(model, reference.pretrained.chat, prompts, sampling, advance)
 
     def release(self) -> None:
         pass  # the model is the reference's, which lets it go itself

@@ -9,14 +9,16 @@ import lightning
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 
 from var.losses.var import in_batch_table
 from var.losses.weighted import Mean
 from var.needs import Need
 from var.packing import Packed, pack, pack_tree
-from var.policy import ActorCritic, Policy, Scorer
+from var.policy import ActorCritic, Policy, Scorer, WithoutAdapter
 from var.pretrained import blocks
 from var.problems import UserError
+from var.progress import say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +60,19 @@ class AlignmentModule(lightning.LightningModule):
         loss: Callable[[Tensor, Packed], tuple[Tensor, dict[str, Mean]]],
         optimizer: Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer],
         schedule: Schedule,
-        reference: Policy | None = None,
+        reference: Policy | WithoutAdapter | None = None,
+        nonfinite: Literal["stop", "skip"] = "stop",
+        fill: Callable[[Any], None] | None = None,
     ) -> None:
         super().__init__()
+        self._fill = fill  # reads the weights of a model that has none, once it is sharded
+        self.nonfinite, self.skipped = nonfinite, 0  # optimiser steps that were left out
+        self.gradient_norm: Tensor | None = None  # of the last optimiser step, before it was clipped
+        self._window: list[tuple[tuple[str, ...], Tensor]] = []  # names and loss of its micro-batches
         self.policy, self.loss, self.optimizer, self.schedule = policy, loss, optimizer, schedule
         self._reference = [reference] if reference is not None else []  # a list: no parameters of ours, never saved
         self._sums: dict[str, Tensor] = {}
+        self.strict_loading = all(p.requires_grad for p in policy.parameters())  # see on_save_checkpoint
 
     def training_step(self, batch: Packed, _: int) -> Tensor:
         """The share of this micro-batch in the loss of the whole optimiser step.
@@ -84,6 +93,7 @@ class AlignmentModule(lightning.LightningModule):
         if whole == float("inf"):  # a filler that keeps the ranks in step counts for nothing
             metrics = {name: Mean(torch.zeros_like(total), 0.0) for name, (total, _) in metrics.items()}
         self.record(metrics)
+        self._window.append((batch.ids, loss.detach()))
         return loss * self.trainer.world_size * self.trainer.accumulate_grad_batches
 
     def record(self, metrics: Mapping[str, Mean]) -> None:
@@ -104,7 +114,7 @@ class AlignmentModule(lightning.LightningModule):
         return {name: total / number for name, (total, number) in zip(names, sums.tolist(), strict=True) if number}
 
     @torch.no_grad()
-    def with_live_reference(self, reference: Policy, batch: Packed) -> Packed:
+    def with_live_reference(self, reference: Policy | WithoutAdapter, batch: Packed) -> Packed:
         """The batch with what the loss needs of the reference, computed now: as the paper trains."""
         needs = self.loss.needs  # type: ignore[attr-defined]
         if Need.REFERENCE_LOGPS in needs:
@@ -119,6 +129,16 @@ class AlignmentModule(lightning.LightningModule):
             batch = replace(batch, weights=(log_weights - data.log_mean_weight).exp().float())
         return batch
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Of a run that trains an adapter, without the frozen model. A sharded checkpoint is whole."""
+        checkpoint["skipped"] = self.skipped
+        if not self.strict_loading and not isinstance(self.policy, FSDPModule):
+            trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.skipped = checkpoint["skipped"]
+
     def on_fit_start(self) -> None:
         for reference in self._reference:
             reference.to(self.device)
@@ -132,9 +152,41 @@ class AlignmentModule(lightning.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """By norm. Lightning's own refuses a fused optimizer under bf16-mixed, where no scaler is at work."""
-        if gradient_clip_val:
-            torch.nn.utils.clip_grad_norm_(self.policy.parameters(), gradient_clip_val)
+        """By norm. Lightning's own refuses a fused optimizer under bf16-mixed, where no scaler is at work.
+
+        A norm that is not finite is no step: see `nonfinite`. It is the same on every rank.
+        """
+        parameters = [p for p in self.policy.parameters() if p.grad is not None]
+        if not parameters:  # DeepSpeed keeps gradients, and clips them, by itself
+            return
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self.gradient_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        window, self._window = self._window, []
+        if not self.gradient_norm.isfinite():
+            self._left_out(window)
+        elif gradient_clip_val:
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+
+    def _left_out(self, window: list[tuple[tuple[str, ...], Tensor]]) -> None:
+        """Stop, naming the rows, or take the step's gradients and sums away and count it."""
+        wrong = [names for names, loss in window if not loss.isfinite()]
+        rows = [name for names in wrong or (names for names, _ in window) for name in names]
+        what = "the loss" if wrong else "the gradient, of finite losses,"
+        told = f"{what} is not finite in optimiser step {self.trainer.global_step + 1}, rows {', '.join(rows[:16])}" + (
+            f" and {len(rows) - 16} more" if len(rows) > 16 else ""
+        )
+        if self.nonfinite == "stop":
+            raise UserError(
+                f"{told}. The model before it is in the last checkpoint. Look at these rows, lower the learning rate, "
+                "or leave such steps out by trainer.nonfinite=skip"
+            )
+        say(f"Warning: {told}; the step is left out.")
+        for parameter in self.policy.parameters():
+            parameter.grad = None
+        self._sums = {
+            name: sums if sums.isfinite().all() else torch.zeros_like(sums) for name, sums in self._sums.items()
+        }
+        self.skipped += 1
 
     def configure_model(self) -> None:
         """FSDP2, by the model's own blocks, where the strategy gives a device mesh."""
@@ -145,6 +197,11 @@ class AlignmentModule(lightning.LightningModule):
         for block in blocks(self.policy.model):
             fully_shard(block, mesh=axis)
         fully_shard(self.policy, mesh=axis)
+        if self._fill is not None:
+            device = self.trainer.strategy.root_device
+            self.policy._apply(lambda t: torch.empty_like(t, device=device) if t.device.type == "meta" else t)
+            self.policy.model.tie_weights()
+            self._fill(self.policy.model)
 
 
 def as_it_sampled(batch: Packed, logps: Tensor) -> Packed:
@@ -156,7 +213,7 @@ def as_it_sampled(batch: Packed, logps: Tensor) -> Packed:
     )
 
 
-def cross_logps(policy: Policy, batch: Packed) -> Tensor:
+def cross_logps(policy: Callable[[Packed], Tensor], batch: Packed) -> Tensor:
     """[B, B] nats: log π(y_j|x_i) of a batch's own sequences, summed over tokens; each prompt is encoded once."""
     ids, starts = sequences_of(batch)
     prompts = [row[:start] for row, start in zip(ids, starts, strict=True)]

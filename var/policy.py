@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from var.adapters import adapter_off
 from var.logprobs import hidden_states, refuse_inexact_head, refuse_leaks, token_logps
 from var.packing import Packed
 from var.problems import UserError
@@ -70,6 +71,44 @@ class ActorCritic(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             values = self.head(hidden.to(self.head.weight.dtype))[:, 0]
         return self.policy.logps(hidden, batch), values
+
+
+class WithoutAdapter:
+    """The model that a policy adapts, as its reference: the same weights, the adapter off, nothing trained."""
+
+    def __init__(self, policy: Policy | ActorCritic) -> None:
+        self.policy = policy
+
+    @property
+    def model(self) -> Any:
+        return self.policy.model
+
+    @torch.no_grad()
+    def __call__(self, batch: Packed) -> Tensor:
+        """As a Policy's forward."""
+        with adapter_off(self.model):
+            outputs = self.policy(batch)
+        return outputs[0] if isinstance(outputs, tuple) else outputs
+
+    def prompt_states(self, batch: Packed) -> list[Tensor]:
+        """As a Policy's."""
+        with adapter_off(self.model):
+            return Policy.prompt_states(self._plain, batch)
+
+    def prompt_features(self, batch: Packed) -> Tensor:
+        """As a Policy's."""
+        with adapter_off(self.model):
+            return Policy.prompt_features(self._plain, batch)
+
+    @property
+    def _plain(self) -> Policy:
+        return self.policy.policy if isinstance(self.policy, ActorCritic) else self.policy
+
+    def to(self, device: torch.device | str) -> "WithoutAdapter":
+        """Moves the policy: it is the same model."""
+        if next(self.policy.parameters()).device != torch.device(device):
+            self.policy.to(device)
+        return self
 
 
 @contextmanager

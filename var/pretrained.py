@@ -10,10 +10,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from var import adapters
 from var.data.chat import Chat
 from var.problems import UserError
 
@@ -27,7 +28,8 @@ ADAPTER = "adapter_config.json"  # PEFT's: a folder with it holds an adapter and
 class Pretrained:
     """A causal language model by name; conf/model has the meaning of each field. Nothing loads before it is asked.
 
-    path may be a LoRA adapter of PEFT's: it loads as its base with the adapter merged into the weights, in `dtype`.
+    path may be a LoRA adapter of PEFT's: it loads as its base with the adapter merged into the weights, in `dtype`; a
+    quantised base keeps the adapter beside its weights.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Pretrained:
     dtype: str
     attention: str
     compile: bool = False
+    quantization: Literal["nf4", "fp4", "int8"] | None = None
     trust_remote_code: bool
     gradient_checkpointing: bool
     architecture: Mapping[str, Any]
@@ -52,6 +55,9 @@ class Pretrained:
             raise UserError(
                 "model.attention=flash_attention_2 needs the package flash-attn; model.attention=packed needs none"
             )
+
+        if self.quantization and importlib.util.find_spec("bitsandbytes") is None:
+            raise UserError("model.quantization needs an extra: pip install -e '.[quantization]'")
 
     @cached_property
     def folder(self) -> Path:
@@ -132,7 +138,8 @@ class Pretrained:
     @property
     def identity(self) -> dict[str, Any]:
         """What this model's numbers depend on."""
-        return {"weights": self.weights, "dtype": self.dtype, "template": self.chat.tokenizer.chat_template}
+        identity = {"weights": self.weights, "dtype": self.dtype, "template": self.chat.tokenizer.chat_template}
+        return {**identity, "quantization": self.quantization} if self.quantization else identity
 
     @cached_property
     def chat(self) -> Chat:
@@ -149,6 +156,29 @@ class Pretrained:
 
         return self._ready(self._model(AutoModelForCausalLM))
 
+    def empty(self) -> Any:
+        """The model that `load` gives, its parameters on the meta device: for one that is larger than a host. `fill`
+        reads what is left of them after sharding."""
+        from accelerate import init_empty_weights
+        from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+        config = AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+        options = self._options
+        del options["use_safetensors"]
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, **options)
+        if (self.folder / "generation_config.json").exists():
+            model.generation_config = GenerationConfig.from_pretrained(self.folder)
+        return self._ready(model)
+
+    def fill(self, model: Any) -> None:
+        """Read the weights of a sharded model, on each rank its own part of them. By all ranks."""
+        from torch.distributed import checkpoint
+
+        tied = set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
+        state = {name: weight for name, weight in model.state_dict().items() if name not in tied}
+        checkpoint.load(state, storage_reader=checkpoint.HuggingFaceStorageReader(str(self.folder)))
+
     def load_scorer(self) -> Any:
         """The model with one label in place of its head; a new head is zero, so that scores start equal."""
         from transformers import AutoModelForSequenceClassification
@@ -159,7 +189,7 @@ class Pretrained:
 
     def _model(self, kind: Any, **more: Any) -> Any:
         if self.base is not None:
-            return merged(self.base._model(kind, **more), self.folder)
+            return merged(self.base._model(kind, **more), self.folder, keep=self.quantization is not None)
         model, found = kind.from_pretrained(self.folder, output_loading_info=True, **self._options, **more)
         if "score.weight" in found["missing_keys"]:
             torch.nn.init.zeros_(model.score.weight)
@@ -171,10 +201,19 @@ class Pretrained:
 
         if self.attention == "varlen" and not torch.cuda.is_available():
             raise UserError("model.attention=varlen is a kernel of CUDA's; model.attention=packed runs everywhere")
-        return {
+        options = {
             "dtype": getattr(torch, self.dtype), "attn_implementation": self.attention,
             "trust_remote_code": self.trust_remote_code, "use_safetensors": True,
         }  # fmt: skip
+        if self.quantization:
+            from transformers import BitsAndBytesConfig
+
+            kind = self.quantization
+            options["quantization_config"] = BitsAndBytesConfig(
+                load_in_8bit=kind == "int8", load_in_4bit=kind != "int8", bnb_4bit_use_double_quant=True,
+                bnb_4bit_quant_type=kind if kind != "int8" else "nf4", bnb_4bit_compute_dtype=options["dtype"],
+            )  # fmt: skip
+        return options
 
     def _ready(self, model: Any) -> Any:
         for dropout in model.modules():
@@ -214,8 +253,11 @@ def blocks(model: Any) -> Iterator[torch.nn.Module]:
     return (module for module in model.modules() if type(module).__name__ in names)
 
 
-def merged(model: Any, folder: Path) -> Any:
-    """The model with the LoRA adapter of `folder` added to its weights; a UserError where the two do not fit."""
+def merged(model: Any, folder: Path, keep: bool = False) -> Any:
+    """The model with the LoRA adapter of `folder` added to its weights; a UserError where the two do not fit.
+
+    keep: the adapter stays beside the weights, which nothing changes; the model is for reading.
+    """
     from peft import PeftConfig, PeftModel
 
     if not (folder / "adapter_model.safetensors").exists():  # peft would read a pickled one
@@ -231,6 +273,8 @@ def merged(model: Any, folder: Path) -> Any:
     if strange := [*told.missing_keys, *told.unexpected_keys]:  # peft warns at most, and these would do nothing
         raise UserError(f"{unfit}: {len(strange)} of its weights are on one side only, as {strange[0]}")
     after = (model.get_input_embeddings(), model.get_output_embeddings())
+    if keep:
+        return adapted.base_model.model.requires_grad_(False)
     both = before[1] is not None and model.config.tie_word_embeddings
     if both and any(a is not b for a, b in zip(before, after, strict=True)):
         raise UserError(
@@ -289,15 +333,19 @@ The whole configuration is in `config.yaml` beside this card.
 def export(
     policy_model: Any, chat: Chat, folder: Path, card: Mapping[str, Any], state: Mapping[str, Any] | None = None
 ) -> None:
-    """Write the model in Hugging Face form with tokenizer, chat template and a model card that says how it was made."""
+    """Write the model, or the adapter that it carries, in Hugging Face form with tokenizer, chat template and a model
+    card that says how it was made."""
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    if policy_model.can_generate():
-        policy_model.generation_config.eos_token_id = chat.end_token
-    attention = policy_model.config._attn_implementation
-    policy_model.config._attn_implementation = "sdpa"  # `packed` is known to this project alone
-    policy_model.save_pretrained(partial, state_dict=state)
-    policy_model.config._attn_implementation = attention
+    if adapters.adapted(policy_model):
+        adapters.save(policy_model, partial, state)
+    else:
+        if policy_model.can_generate():
+            policy_model.generation_config.eos_token_id = chat.end_token
+        attention = policy_model.config._attn_implementation
+        policy_model.config._attn_implementation = "sdpa"  # `packed` is known to this project alone
+        policy_model.save_pretrained(partial, state_dict=state)
+        policy_model.config._attn_implementation = attention
     chat.tokenizer.save_pretrained(partial)
     (partial / "README.md").write_text(CARD.format(**card))
     if folder.exists():

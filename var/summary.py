@@ -81,6 +81,8 @@ def show(summary: Mapping[str, Any], title: str) -> None:
         table.add_row("response length, tokens", estimate(length["before"], 1), estimate(length["after"], 1))
         table.add_row("KL to the reference, nats", "0", estimate(validation["kl"]))
     table.add_row("optimiser steps", "", str(summary["steps"]))
+    if summary.get("skipped_steps"):
+        table.add_row("steps left out, not finite", "", str(summary["skipped_steps"]))
     table.add_row("tokens per second", "", f"{summary['tokens_per_second']:.0f}")
     ess = summary["ess"]
     table.add_row("effective sample size of the weights", "", "–" if ess is None else f"{ess:.2f}")

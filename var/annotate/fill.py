@@ -20,7 +20,7 @@ from var.data.rows import Message, Response, Row, Rows, content_hash
 from var.data.sequences import Sequences
 from var.generate import Sampler, Sampling, Transformers
 from var.packing import pack, pack_tree, whole
-from var.policy import Policy
+from var.policy import ActorCritic, Policy, WithoutAdapter
 from var.pretrained import Pretrained
 from var.problems import Problems, UserError
 from var.progress import clocked, stage
@@ -87,10 +87,19 @@ class Reference:
 
     def __init__(self, pretrained: Pretrained, device: torch.device | str, autocast: torch.dtype | None = None) -> None:
         self.pretrained, self.device, self.autocast = pretrained, torch.device(device), autocast
+        self._adapted: WithoutAdapter | None = None
+
+    @property
+    def policy(self) -> Policy | WithoutAdapter:
+        return self._loaded if self._adapted is None else self._adapted.to(self.device)
 
     @cached_property
-    def policy(self) -> Policy:
+    def _loaded(self) -> Policy:
         return Policy(self.pretrained.load().to(self.device)).eval().requires_grad_(False)
+
+    def is_under(self, policy: Policy | ActorCritic) -> None:
+        """The policy adapts this very model: its weights serve as the reference, and no second copy is loaded."""
+        self._adapted = WithoutAdapter(policy)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -111,7 +120,7 @@ class Reference:
         return torch.autocast(self.device.type, dtype=self.autocast)
 
     def release(self) -> None:
-        self.__dict__.pop("policy", None)
+        self.__dict__.pop("_loaded", None)
 
 
 @dataclass

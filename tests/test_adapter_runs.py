@@ -1,0 +1,311 @@
+"""Runs that train a LoRA adapter: the reference is the same weights with it off, what is exported is what trained."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from tests.conftest import byte_tokenizer, tiny_model
+from tests.e2e.test_commands import run as command
+from tests.test_pretrained import pretrained
+from tests.test_trajectory import ROOT, column, fit, launch, options, rows  # noqa: F401  two of them are fixtures
+from var.adapters import LoRA, adapted, adapter_off
+from var.build import Run
+from var.packing import pack
+from var.policy import Policy, WithoutAdapter
+from var.pretrained import Pretrained
+from var.problems import UserError
+
+pytest.importorskip("peft")
+ADAPTER = ("adapter=lora", "adapter.r=4", "optim.optimizer.lr=1e-2")
+MORE = ("data.global_batch=4", "data.micro_batch=2", "trainer.precision=32-true", *ADAPTER)
+BATCH = pack([[256, 1, 2, 3, 4], [256, 5, 6, 7]], [2, 1])
+
+
+@torch.no_grad()
+def logps(model: Any) -> torch.Tensor:
+    return Policy(model)(BATCH)
+
+
+def lora(**more: Any) -> LoRA:
+    return LoRA(**{"r": 4, "alpha": 8, "targets": "all-linear", "rslora": False, "merge": True, **more})
+
+
+def test_the_adapted_model_starts_as_its_base_and_is_it_again_with_the_adapter_off(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    files = pretrained(tiny_folder, tmp_path, dtype="bfloat16")
+    model = lora().attach(files.load(), files)
+    base = logps(files.load())
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert adapted(model)
+    assert all("lora_" in name for name in trained)
+    assert len(trained) == 2 * 2 * 7
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    assert torch.equal(logps(model), base)
+    for parameter in trained.values():
+        parameter.data.normal_(std=0.3)
+    assert not torch.allclose(logps(model), base, atol=0.1)
+    with adapter_off(model):
+        assert torch.equal(logps(model), base)
+    assert torch.equal(WithoutAdapter(Policy(model))(BATCH), base)
+    states = WithoutAdapter(Policy(model)).prompt_states(BATCH)
+    for found, expected in zip(states, Policy(files.load()).prompt_states(BATCH), strict=True):
+        assert torch.equal(found, expected)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(trained)
+
+
+@pytest.mark.parametrize(
+    ("more", "what"),
+    [
+        ({"targets": ["no_such_layer"]}, r"adapter\.targets=\['no_such_layer'\]"),
+        ({"targets": ["q_proj", "embed_tokens"]}, "names embeddings or head"),
+    ],
+)
+def test_targets_that_cannot_be_adapted_are_refused(
+    more: dict[str, Any], what: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    files = pretrained(tiny_folder, tmp_path)
+    with pytest.raises(UserError, match=what):
+        lora(**more).attach(files.load(), files)
+    for bad in ({"r": 0}, {"alpha": 0}):
+        with pytest.raises(UserError, match=r"adapter\.r is at least 1"):
+            lora(**bad)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "var", "kto"])
+def test_stored_and_live_reference_give_one_curve_without_a_second_model(
+    loss: str,
+    options: list[str],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loaded = []
+    real = Pretrained.load
+    monkeypatch.setattr(Pretrained, "load", lambda self: (loaded.append(self.path), real(self))[1])
+    more = (*MORE, f"loss={loss}", "trainer.epochs=2")
+    stored = fit(options, tmp_path / "stored", *more)
+    assert len(loaded) == 1  # what the store lacked was computed by it too
+    live = fit(options, tmp_path / "live", *more, "reference=live")
+    assert len(loaded) == 2
+    assert_close(column(live[2], "train/loss"), column(stored[2], "train/loss"), rtol=2e-5, atol=2e-5)
+    before = real(stored[0].pretrained).state_dict()
+    for name, weight in before.items():
+        after = stored[1].get(f"model.{name}", stored[1].get(f"model.{name.replace('.weight', '.base_layer.weight')}"))
+        assert torch.equal(after, weight), name
+    assert any(bool(weight.any()) for name, weight in stored[1].items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("loss", ["grpo", "var_online", "ppo"])
+def test_online_objectives_take_their_reference_from_the_same_weights(
+    loss: str,
+    options: list[str],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loaded = []
+    real = Pretrained.load
+    monkeypatch.setattr(Pretrained, "load", lambda self: (loaded.append(self.path), real(self))[1])
+    online = [
+        "data=arithmetic", "data.source.problems=12", "reward=near_number", "data.validation_prompts=2",
+        "generate.max_new_tokens=6", "eval.sampling.responses=2", "trainer.precision=32-true", "data.global_batch=4",
+        "data.micro_batch=2", "trainer.max_steps=2", "generate.responses=2", *ADAPTER,
+    ]  # fmt: skip
+    common = [o for o in options if not o.startswith(("data", "reward", "trainer.precision", "loss"))]
+    run, _, curve = fit(common, tmp_path / "run", f"loss={loss}", *online)
+    assert len(loaded) == 1
+    assert run.validation.result["kl"]["mean"] != 0
+    assert column(curve, "train/loss")
+
+
+def test_a_resumed_adapter_is_straight_and_its_checkpoint_holds_it_alone(
+    options: list[str],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    more = (*MORE, "loss=var_grouped", "trainer.checkpoint_every_n_steps=3", "optim.schedule.kind=constant",
+            "optim.schedule.warmup=0")  # fmt: skip
+    straight = fit(options, tmp_path / "straight", *more)
+    fit(options, tmp_path / "run", *more, "trainer.max_steps=4")
+    (saved,) = (tmp_path / "run" / "checkpoints").glob("step=*.ckpt")
+    names = torch.load(saved, weights_only=True)["state_dict"]
+    assert all("lora_" in name for name in names)
+    assert len(names) == 2 * 2 * 7
+    resumed = fit(options, tmp_path / "run", *more)
+    assert all(torch.equal(straight[1][name], resumed[1][name]) for name in straight[1])
+    assert column(resumed[2], "train/loss") == column(straight[2], "train/loss")
+
+
+def test_a_checkpoint_of_other_weights_is_refused(
+    options: list[str],  # noqa: F811
+    tiny_folder: Path,
+    tmp_path: Path,
+) -> None:
+    more = (*MORE, "loss=sft", "trainer.max_steps=2")
+    fit(options, tmp_path / "run", *more)
+    other = tmp_path / "other"
+    tiny_model(seed=9).save_pretrained(other)
+    byte_tokenizer().save_pretrained(other)
+    with pytest.raises(UserError, match=r"the checkpoint goes on from weights \w+ and model\.path holds \w+"):
+        fit(options, tmp_path / "run", *more, f"model.path={other}")
+
+
+@pytest.fixture
+def train(tiny_folder: Path, tmp_path: Path) -> Any:
+    def run(*more: str) -> tuple[Any, Path]:
+        done = command(
+            "train.py", f"model.path={tiny_folder}", f"store={tmp_path}/store", f"cache={tmp_path}/cache",
+            f"runs={tmp_path}/runs", "data.source.problems=30", "data.validation_prompts=4", "reward=near_number",
+            "generate.max_new_tokens=40", "trainer.max_steps=3", *ADAPTER, *more,
+        )  # fmt: skip
+        return done, max((tmp_path / "runs").iterdir(), key=lambda folder: folder.stat().st_mtime)
+
+    return run
+
+
+def test_the_exported_model_is_the_one_that_trained(train: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    """Merged, and as an adapter: init= and eval.py read both, to the same numbers."""
+    done, whole = train("loss=sft")
+    assert done.returncode == 0, done.stderr
+    done, apart = train("loss=sft", "adapter.merge=false")
+    assert done.returncode == 0, done.stderr
+    assert not (whole / "model" / "adapter_config.json").exists()
+    told = json.loads((apart / "model" / "adapter_config.json").read_text())
+    assert told["base_model_name_or_path"] == str(tiny_folder.resolve())
+    assert "LoRA" not in (whole / "model" / "README.md").read_text()
+    a, b = (logps(pretrained(folder / "model", tmp_path).load()) for folder in (whole, apart))
+    c = logps(pretrained(whole / "adapter", tmp_path).load())
+    assert_close(a, b, rtol=0, atol=1e-5)
+    assert_close(a, c, rtol=0, atol=1e-5)
+    assert (a - logps(pretrained(tiny_folder, tmp_path).load())).abs().max() > 1e-3
+    saved = torch.load(whole / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    files = pretrained(tiny_folder, tmp_path)
+    trained = lora(alpha=32).attach(files.load(), files)
+    missing = trained.load_state_dict({k.removeprefix("policy.model."): v for k, v in saved.items()}, strict=False)
+    assert not missing.unexpected_keys
+    assert_close(logps(trained), a, rtol=0, atol=1e-5)
+    done, _ = train("loss=dpo", f"init={whole}", "trainer.max_steps=1")
+    assert done.returncode == 0, done.stderr
+    done, _ = train("loss=dpo", f"init={apart}", "adapter.merge=false")
+    assert "is one itself; start from what adapter.merge=true exported" in done.stderr
+
+
+def test_a_reward_model_trains_by_an_adapter(
+    rows: Path,  # noqa: F811
+    options: list[str],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """Its head trains whole; reward=classifier reads what is exported."""
+    from var.rewards.classifier import Classifier
+
+    more = [o for o in options if not o.startswith("trainer.precision")]
+    done = command("train.py", *more, *MORE, "loss=bradley_terry", "trainer.max_steps=3")
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    head = load_file(folder / "model" / "model.safetensors")["score.weight"]
+    assert bool(head.any())
+    reward = Classifier(path=str(folder), cache=str(tmp_path / "cache"))
+    prompt = [{"role": "user", "content": "question 1?"}]
+    scores = reward([prompt, prompt], ["abz", "a longer onez"], [None, None])
+    assert len(set(scores)) == 2
+    done = command("train.py", *more, *MORE, "loss=bradley_terry", "adapter.merge=false")
+    assert "a reward model's head is no part of its adapter" in done.stderr
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_ranks_give_one_adapter(
+    strategy: str,
+    options: list[str],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    common = [*options, *MORE, "loss=var_grouped", "data.validation_prompts=2", "eval.sampling.responses=2",
+              "eval.sampling.max_new_tokens=4", "trainer.max_steps=4"]  # fmt: skip
+    launch(1, *common, f"runs={tmp_path}/one")
+    launch(2, *common, f"runs={tmp_path}/two", f"strategy={strategy}", "trainer.devices=2")
+    one, two = (next((tmp_path / name).glob("*/adapter")) for name in ("one", "two"))
+    a, b = (load_file(folder / "adapter_model.safetensors") for folder in (one, two))
+    assert a.keys() == b.keys()
+    assert_close(b, a, rtol=1e-4, atol=1e-5)
+    a, b = (load_file(folder.parent / "model" / "model.safetensors") for folder in (one, two))
+    assert_close(b, a, rtol=1e-4, atol=1e-5)
+
+
+# 4 bit: its blocks are of 64 weights
+
+
+@pytest.fixture(scope="module")
+def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wide")
+    tiny_model(hidden_size=128, intermediate_size=256).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("kind", "most"), [("nf4", 0.5), ("fp4", 2.0), ("int8", 0.1)])
+def test_a_quantised_model_is_another_reference(kind: str, most: float, wide_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    plain, files = pretrained(wide_folder, tmp_path), pretrained(wide_folder, tmp_path, quantization=kind)
+    assert files.identity == {**plain.identity, "quantization": kind}
+    apart = (logps(files.load()) - logps(plain.load())).abs()
+    assert 1e-4 < float(apart.mean()) < most
+    model = lora().attach(files.load(), files)
+    assert torch.equal(logps(model), logps(files.load()))
+
+
+def test_an_adapter_trains_on_a_4_bit_model(train: Any, wide_folder: Path, tmp_path: Path) -> None:
+    """Through annotation, training, evaluation; the adapter is merged into the weights before they were rounded."""
+    pytest.importorskip("bitsandbytes")
+    done, folder = train("loss=dpo", f"model.path={wide_folder}", "model.quantization=nf4")
+    assert done.returncode == 0, done.stderr
+    merged = load_file(folder / "model" / "model.safetensors")
+    assert {weight.dtype for weight in merged.values()} == {torch.float32}
+    base, adapter = (
+        load_file(wide_folder / "model.safetensors"),
+        load_file(folder / "adapter" / "adapter_model.safetensors"),
+    )
+    (a,) = (v for k, v in adapter.items() if "layers.0.mlp.up_proj.lora_A" in k)
+    (b,) = (v for k, v in adapter.items() if "layers.0.mlp.up_proj.lora_B" in k)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert_close(merged[name], base[name] + 8.0 * b @ a, rtol=1e-5, atol=1e-6)  # alpha 32 over r 4
+    assert bool(b.any())
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["validation"]["kl"]["mean"] != 0
+    done, apart = train("loss=dpo", f"model.path={wide_folder}", "model.quantization=nf4", "adapter.merge=false")
+    assert done.returncode == 0, done.stderr
+    files = pretrained(apart / "model", tmp_path, quantization="nf4")
+    model = lora(alpha=32).attach(pretrained(wide_folder, tmp_path, quantization="nf4").load(), files)
+    saved = torch.load(apart / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    model.load_state_dict({k.removeprefix("policy.model."): v for k, v in saved.items()}, strict=False)
+    assert_close(logps(files.load()), logps(model), rtol=0, atol=1e-5)
+
+
+def test_what_a_quantised_model_cannot_do_is_told_at_once(wide_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    own = (f"model.path={wide_folder}", f"store={tmp_path}/store", f"cache={tmp_path}/cache", f"runs={tmp_path}/runs")
+    done = command("train.py", *own, "model.quantization=nf4", "strategy=fsdp")
+    assert done.returncode == 1
+    assert "nf4 weights stand still; train adapter=lora on them" in done.stderr
+    assert "fsdp shards no quantised weights" in done.stderr
+    done = command("train.py", *own, "model.quantization=int4", "adapter=lora")
+    assert "'int4' is no nf4 or fp4 or int8 | None" in done.stderr
+
+
+def test_the_papers_32b_in_4_bit_passes_the_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On paper 31.2 of 32.8 billion weights in 4 bit, a copy on each of 32 cards; no hub is asked."""
+    from var import dry
+
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("train", ["model=qwen2.5-32b-int4", "adapter=lora", "strategy=ddp", "loss=var", "dry=true",
+                                "data=offsetbias", "trainer.num_nodes=4", "trainer.devices=8", "data.micro_batch=4",
+                                "trainer.accelerator=gpu", "data.global_batch=128", f"store={tmp_path}"])  # fmt: skip
+    run = Run.compose(cfg, tmp_path)
+    dry.memory(run)
+    told = capsys.readouterr().out
+    assert "parameters: 32,763,876,352 in nf4" in told
+    assert "trained: 134,217,728 of an adapter" in told
+    weights = float(told.split("weights: ")[1].split(" GiB")[0])
+    assert 17.5 < weights < 19

@@ -1,0 +1,137 @@
+"""Checkpoints and how a run ends before its end: a signal, a full disk, a step without a finite gradient."""
+
+import os
+import shutil
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loops.fit_loop import _FitLoop
+
+from var.problems import UserError
+from var.progress import say
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what SLURM and others send before they kill; USR1 where it is asked to
+
+
+class Checkpoints(Callback):
+    """checkpoints/step=N.ckpt, every so many optimiser steps, at the end of training, and when told to leave.
+
+    Each is written beside, synchronised, and renamed: whatever happens one whole checkpoint is there, and only the
+    newest is kept; last.ckpt is a link to it. Told to leave by SIGTERM or SIGUSR1, training ends with the optimiser
+    step that runs, at once where none does; the exit status is 128 and the signal, and the same command goes on.
+    """
+
+    def __init__(self, folder: Path, every_n_steps: int) -> None:
+        self.folder, self.every_n_steps = folder, every_n_steps
+        self._told: int | None = None
+        self._within = False  # a step: its state is not to be saved
+        self._step = -1
+        self._before: dict[int, Any] = {}
+
+    def on_fit_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        trainer.fit_loop.__class__ = FitLoop
+
+    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        self._step = trainer.global_step
+
+        def told(number: int, _: FrameType | None) -> None:
+            self._told = number
+            if not self._within and trainer.world_size == 1:
+                self._leave(trainer)
+
+        if threading.current_thread() is threading.main_thread():  # Python hands signals to no other
+            self._before = {number: signal.signal(number, told) for number in SIGNALS}
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._within = True
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+        step = trainer.global_step
+        if step == self._step:  # what a step has accumulated is in no checkpoint
+            return
+        self._step = step
+        if trainer.strategy.reduce_boolean_decision(self._told is not None, all=False):
+            self._leave(trainer)
+        if step % self.every_n_steps == 0 or step >= trainer.estimated_stepping_batches or trainer.should_stop:
+            self.save(trainer)
+        self._within = False
+
+    def on_train_end(self, *_: Any) -> None:
+        self._within = False
+
+    def teardown(self, *_: Any, **__: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _leave(self, trainer: lightning.Trainer) -> None:
+        self.save(trainer)
+        number = self._told or signal.SIGTERM  # another rank was told
+        say(f"Told to leave by {signal.Signals(number).name}: step {self._step} is saved, the same command goes on.")
+        raise SystemExit(128 + number)
+
+    def save(self, trainer: lightning.Trainer) -> None:
+        """Of the state between two steps. By all ranks."""
+        path = self.folder / f"step={trainer.global_step}.ckpt"
+        partial = path.with_suffix(".partial")
+        if path.exists():
+            return
+        if trainer.is_global_zero:
+            for old in self.folder.glob("*.partial"):
+                remove(old)
+        trainer.strategy.barrier("checkpoint")
+        try:
+            trainer.save_checkpoint(partial)
+            if trainer.is_global_zero:
+                synchronise(partial)
+                partial.replace(path)
+                link = self.folder / "last.partial"
+                link.symlink_to(path.name)
+                link.replace(self.folder / "last.ckpt")
+                for old in checkpoints(self.folder)[:-1]:
+                    remove(old)
+        except OSError as error:
+            remove(partial)
+            kept = checkpoints(self.folder)
+            raise UserError(
+                f"the checkpoint of step {trainer.global_step} cannot be written: {error.strerror} at {self.folder}; "
+                + (f"{kept[-1].name} is whole. " if kept else "there is none before it. ")
+                + "Make room; the same command goes on"
+            ) from error
+        trainer.strategy.barrier("checkpoint")
+
+
+class FitLoop(_FitLoop):
+    """Lightning's own returns at once where a checkpoint is of the last step, before what follows on training."""
+
+    @property
+    def skip(self) -> bool:
+        return False
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole ones, by step."""
+    return sorted(folder.glob("step=*.ckpt"), key=lambda path: int(path.stem.removeprefix("step=")))
+
+
+def synchronise(path: Path) -> None:
+    """Wait until the disk has a file, or a folder's."""
+    for file in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """A file, a link or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
