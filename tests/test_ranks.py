@@ -27,7 +27,8 @@ def chosen(loss: str) -> list[str]:
     }
     return [
         f"loss={loss}", *own.get(loss, []),
-        *(["loss.value.development_prompts=2", "loss.value.epochs=2"] if loss.startswith("alol") else []),
+        *(["loss.value.development_prompts=2", "loss.value.epochs=2", "loss.value.largest=20"]
+          if loss.startswith("alol") else []),
     ]  # fmt: skip
 
 
