@@ -131,7 +131,7 @@ def test_a_resumed_adapter_is_straight_and_its_checkpoint_holds_it_alone(
             "optim.schedule.warmup=0")  # fmt: skip
     straight = fit(options, tmp_path / "straight", *more)
     fit(options, tmp_path / "run", *more, "trainer.max_steps=4")
-    (saved,) = (tmp_path / "run" / "checkpoints").glob("step=*.ckpt")
+    (saved,) = (tmp_path / "run" / "checkpoints").glob("step-*.ckpt")
     names = torch.load(saved, weights_only=True)["state_dict"]
     assert all("lora_" in name for name in names)
     assert len(names) == 2 * 2 * 7

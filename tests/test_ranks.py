@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +14,24 @@ import torch
 from torch.testing import assert_close
 
 from tests.test_trajectory import ROOT, column
-from tests.test_trajectory_online import options, rows  # noqa: F401  fixtures
+from tests.test_trajectory_online import options  # noqa: F401  a fixture
 from var.config import FOLDER
 
 LOSSES = sorted(path.stem for path in Path(FOLDER, "loss").glob("*.yaml"))
 pytestmark = [pytest.mark.trajectory, pytest.mark.long]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """13 prompts with two to four weighted answers of different lengths."""
+    draw = random.Random(0)
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    with path.open("w") as file:
+        for i in range(13):
+            texts = ["".join(draw.choices("abcdefgh ", k=draw.randint(2, 14))) + "z" for _ in range(2 + i % 3)]
+            responses = [{"text": text, "weight": draw.uniform(0.5, 1.5)} for text in texts]
+            file.write(json.dumps({"id": f"r{i}", "prompt": f"question {i}?", "responses": responses}) + "\n")
+    return path
 
 
 def chosen(loss: str) -> list[str]:
@@ -86,4 +100,4 @@ def test_every_objective_is_one_curve_on_any_number_of_processes(
 
 def micro_batch_matters(loss: str) -> bool:
     """Z, or KTO's pairs, are taken within a micro-batch: another B is another objective, as the paper says."""
-    return loss in ("var", "var_own", "var_sum", "kto", "apo")
+    return loss in ("var", "var_own", "var_sum", "kto")

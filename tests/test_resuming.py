@@ -73,7 +73,7 @@ def test_told_to_leave_a_run_ends_with_the_step_that_runs(
     assert left.value.code == 128 + number
     step = 4 - (number == signal.SIGUSR1)
     assert f"Told to leave by {signal.Signals(number).name}: step {step} is saved" in capsys.readouterr().out
-    assert [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")] == [f"step={step}.ckpt"]
+    assert [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")] == [f"step-{step}.ckpt"]
     assert signal.getsignal(number) == before
     equal(fit(options, tmp_path / "run", *MORE), expected)
 
@@ -90,7 +90,7 @@ def test_told_between_two_steps_a_run_leaves_at_once_and_makes_up_for_its_evalua
         at_call(patch, Validation, "_sample", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(SystemExit):
             fit(options, tmp_path / "run", *MORE, *more)
-    assert checkpoints(tmp_path / "run" / "checkpoints")[-1].stem == "step=6"
+    assert checkpoints(tmp_path / "run" / "checkpoints")[-1].stem == "step-6"
     assert len(column(expected[2], "validation/kl")) == 6
     equal(fit(options, tmp_path / "run", *MORE, *more), expected)
 
@@ -126,7 +126,7 @@ def test_a_budget_counts_what_was_spent_before(
         at_call(patch, Validation, "on_train_end", 1, killed)
         with pytest.raises(KeyError):
             fit(options, tmp_path / "run", *more)
-    assert checkpoints(tmp_path / "run" / "checkpoints")[-1].stem == "step=1"
+    assert checkpoints(tmp_path / "run" / "checkpoints")[-1].stem == "step-1"
     monkeypatch.setattr(AlignmentModule, "training_step", lambda *_: pytest.fail("trained on"))
     fit(options, tmp_path / "run", *more)
 
@@ -149,12 +149,12 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole(
         owner = lightning.Trainer if call == "save" else __import__("var.resuming").resuming
         at_call(patch, owner, "save_checkpoint" if call == "save" else "synchronise", 3, full)
         with pytest.raises(
-            UserError, match=r"step 12 cannot be written: No space left .* step=8\.ckpt is whole"
+            UserError, match=r"step 12 cannot be written: No space left .* step-8\.ckpt is whole"
         ) as told:
             fit(options, tmp_path / "run", *MORE)
     assert "the same command goes on" in str(told.value)
-    assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", "step=8.ckpt"]
-    assert (folder / "last.ckpt").resolve().name == "step=8.ckpt"
+    assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", "step-8.ckpt"]
+    assert (folder / "last.ckpt").resolve().name == "step-8.ckpt"
     equal(fit(options, tmp_path / "run", *MORE), expected)
 
 
@@ -194,7 +194,7 @@ def test_a_step_that_is_not_finite_stops_and_names_its_rows(
             fit(options, tmp_path / "run", *MORE)
     rows_told = str(told.value).split("rows ")[1].split(". The model")[0].split(", ")
     assert rows_told == list(names[1] if where == "loss" else (*names[0], *names[1]))
-    assert [path.stem for path in checkpoints(tmp_path / "run" / "checkpoints")] == ["step=4"]
+    assert [path.stem for path in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-4"]
     equal(fit(options, tmp_path / "run", *MORE), expected)
 
 
@@ -232,8 +232,8 @@ def test_only_the_newest_checkpoint_is_kept_and_partial_ones_are_cleared(
     tmp_path: Path,
 ) -> None:
     folder = tmp_path / "run" / "checkpoints"
-    (folder / "step=3.partial").mkdir(parents=True)
+    (folder / "step-3.partial").mkdir(parents=True)
     fit(options, tmp_path / "run", *MORE, "trainer.max_steps=9")
-    assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", "step=9.ckpt"]
-    assert os.readlink(folder / "last.ckpt") == "step=9.ckpt"
+    assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", "step-9.ckpt"]
+    assert os.readlink(folder / "last.ckpt") == "step-9.ckpt"
     assert json.loads(json.dumps(torch.load(folder / "last.ckpt", weights_only=True)["global_step"])) == 9

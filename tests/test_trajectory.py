@@ -221,3 +221,26 @@ def test_two_ranks_resumed_are_straight(strategy: str, options: list[str], tmp_p
     launch(2, *common, f"runs={tmp_path}/straight")
     a, b = (load_file(next((tmp_path / n).glob("*/model/model.safetensors"))) for n in ("straight", "resumed"))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_a_run_goes_on_with_other_ranks(
+    before: int, after: int, options: list[str], tmp_path: Path
+) -> None:
+    """From the middle of the second epoch, with the rows that come next."""
+    common = [
+        *options, "loss=var_grouped", "data.micro_batch=2", "data.global_batch=4", "model.dtype=float64",
+        "trainer.epochs=3", "trainer.checkpoint_every_n_steps=3", "optim.schedule.kind=constant",
+        "optim.schedule.warmup=0",
+    ]  # fmt: skip
+
+    def on(ranks: int) -> list[str]:
+        return ["strategy=ddp", "trainer.devices=2"] if ranks == 2 else []
+
+    launch(1, *common, f"runs={tmp_path}/straight")
+    launch(before, *common, *on(before), f"runs={tmp_path}/first", "trainer.max_steps=14")
+    checkpoint = next((tmp_path / "first").glob("*/checkpoints/last.ckpt")).resolve()
+    launch(after, *common, *on(after), f"runs={tmp_path}/second", f"resume={checkpoint}")
+    a, b = (load_file(next((tmp_path / n).glob("*/model/model.safetensors"))) for n in ("straight", "second"))
+    assert_close(b, a, rtol=1e-6, atol=1e-7)

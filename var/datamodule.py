@@ -504,11 +504,12 @@ class AlignmentData(lightning.LightningDataModule):
         return batch.to(device, non_blocking=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the plan and its hash: resuming is an index into a stored array."""
+        """The position in the plan, in this rank's micro-batches, and its hash: resuming is an index into a stored array."""
         assert self.trainer is not None
         progress = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
         weights = self.annotator.reference.pretrained.weights
-        return {"plan": self.plan.hash, "weights": weights, "epoch": self.trainer.current_epoch, "position": progress}
+        epoch, ranks = self.trainer.current_epoch, self.trainer.world_size
+        return {"plan": self.plan.hash, "weights": weights, "epoch": epoch, "position": progress, "ranks": ranks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["plan"] != self.plan.hash:
@@ -521,7 +522,8 @@ class AlignmentData(lightning.LightningDataModule):
                 f"the checkpoint goes on from weights {state['weights']} and model.path holds {weights}: the reference "
                 "would be another. Put the model back, or start anew with resume=false"
             )
-        self._start = (state["epoch"], state["position"])
+        assert self.trainer is not None
+        self._start = (state["epoch"], state["position"] * state["ranks"] // self.trainer.world_size)
 
     def position(self, length: int) -> tuple[int, int]:
         """The epoch, and the micro-batch of it from which a loader of so many goes on; asked once an epoch."""

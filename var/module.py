@@ -19,6 +19,7 @@ from var.policy import ActorCritic, Policy, Scorer, WithoutAdapter
 from var.pretrained import blocks
 from var.problems import UserError
 from var.progress import say
+from var.resuming import on_other_ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,13 +132,14 @@ class AlignmentModule(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Of a run that trains an adapter, without the frozen model. A sharded checkpoint is whole."""
-        checkpoint["skipped"] = self.skipped
+        checkpoint["skipped"], checkpoint["ranks"] = self.skipped, self.trainer.world_size
         if not self.strict_loading and not isinstance(self.policy, FSDPModule):
             trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.skipped = checkpoint["skipped"]
+        on_other_ranks(checkpoint["loops"], checkpoint["ranks"], self.trainer.world_size)
 
     def on_fit_start(self) -> None:
         for reference in self._reference:

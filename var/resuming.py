@@ -19,7 +19,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what SLURM and others send before 
 
 
 class Checkpoints(Callback):
-    """checkpoints/step=N.ckpt, every so many optimiser steps, at the end of training, and when told to leave.
+    """checkpoints/step-N.ckpt, every so many optimiser steps, at the end of training, and when told to leave.
 
     Each is written beside, synchronised, and renamed: whatever happens one whole checkpoint is there, and only the
     newest is kept; last.ckpt is a link to it. Told to leave by SIGTERM or SIGUSR1, training ends with the optimiser
@@ -77,7 +77,7 @@ class Checkpoints(Callback):
 
     def save(self, trainer: lightning.Trainer) -> None:
         """Of the state between two steps. By all ranks."""
-        path = self.folder / f"step={trainer.global_step}.ckpt"
+        path = self.folder / f"step-{trainer.global_step}.ckpt"
         partial = path.with_suffix(".partial")
         if path.exists():
             return
@@ -114,9 +114,22 @@ class FitLoop(_FitLoop):
         return False
 
 
+def on_other_ranks(loops: dict[str, Any], before: int, now: int) -> None:
+    """A checkpoint's progress, which counts a rank's own micro-batches, as it would stand with `now` ranks for `before`.
+
+    Each optimiser step has the same micro-batches, shared out among the ranks, and a checkpoint stands between two.
+    """
+    for part in ("total", "current"):
+        progress = loops["fit_loop"]["epoch_loop.batch_progress"][part]
+        behind = progress["processed"] - progress["completed"]  # the hook that saves belongs to the last one
+        for name in ("ready", "started", "processed"):
+            progress[name] = progress[name] * before // now
+        progress["completed"] = progress["processed"] - behind
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The whole ones, by step."""
-    return sorted(folder.glob("step=*.ckpt"), key=lambda path: int(path.stem.removeprefix("step=")))
+    return sorted(folder.glob("step-*.ckpt"), key=lambda path: int(path.stem.removeprefix("step-")))
 
 
 def synchronise(path: Path) -> None:
