@@ -9,6 +9,7 @@ from var import config
 @hydra.main(version_base="1.3", config_path=config.FOLDER, config_name="train")
 def main(cfg: DictConfig) -> None:
     """Sample, score and annotate whatever this configuration's run would need, on every rank of the launcher."""
+    config.name_rank()
     config.check(cfg, config.TRAIN, imports=False)
 
     from pathlib import Path

@@ -9,6 +9,7 @@ from var import config
 @hydra.main(version_base="1.3", config_path=config.FOLDER, config_name="train")
 def main(cfg: DictConfig) -> float | None:
     """One run; returns the validation reward after training, for sweepers."""
+    config.name_rank()
     config.check(cfg, config.TRAIN, imports=False)
 
     import json
@@ -16,10 +17,8 @@ def main(cfg: DictConfig) -> float | None:
     from pathlib import Path
 
     from hydra.core.hydra_config import HydraConfig
-    from lightning import seed_everything
 
-    from var import dry, summary
-    from var.build import Run
+    from var import summary
     from var.progress import say
 
     folder = Path(HydraConfig.get().runtime.output_dir)
@@ -28,21 +27,31 @@ def main(cfg: DictConfig) -> float | None:
         done = json.loads((folder / "summary.json").read_text())
         summary.show(done, done["title"])
         return None if done["reward"] is None else float(done["reward"])
+
+    from lightning import seed_everything
+
+    from var import dry
+    from var.build import Run
+
     run = Run.compose(cfg, folder)
     if cfg.dry:
         return dry.show(run)
 
     seed_everything(cfg.seed, verbose=False)
-    trainer, module = run.trainer(), run.module()
-    begun = time.perf_counter()
-    trainer.fit(module, run.data, ckpt_path=run.checkpoint)  # its setup fills the store: see AlignmentData.prepare
-    report = run.report(trainer, time.perf_counter() - begun)
-    run.export(trainer, module, report)
-    if trainer.is_global_zero:
-        summary.write(folder, report)
-        summary.plot([folder], folder / "plots" / "curves.png")
-        summary.show(report, report["title"])
-    run.close(trainer)
+    trainer = run.trainer()
+    try:
+        module = run.module()
+        begun = time.perf_counter()
+        # its setup fills the store: see AlignmentData.prepare
+        trainer.fit(module, run.data, ckpt_path=run.checkpoint, weights_only=True)
+        report = run.report(trainer, time.perf_counter() - begun)
+        run.export(trainer, module, report)
+        if trainer.is_global_zero:
+            summary.write(folder, report)
+            summary.plot([folder], folder / "plots" / "curves.png")
+            summary.show(report, report["title"])
+    finally:
+        run.close(trainer)  # after a failure too: a sweep's next job would log into this one's W&B run
     return None if report["reward"] is None else float(report["reward"])
 
 

@@ -1,6 +1,7 @@
 """Every YAML composes and builds, its keys are read and pinned, and what the repository promises of itself holds."""
 
 import re
+import shlex
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,12 +168,33 @@ def test_a_runs_folder_is_the_same_for_the_same_training(tmp_path: Path) -> None
     """Another logger, store or number of devices goes on with it; another seed or λ is another run."""
 
     def folder(*overrides: str) -> str:
-        return run_dir(str(tmp_path), "m", "d", "l", _root_=composed(*overrides))
+        return run_dir(str(tmp_path), "m", "d", "l", _root_=composed(f"runs={tmp_path}", *overrides))
 
     assert folder() == folder("logger=wandb", "store=elsewhere", "annotate=refuse")
+    assert folder() == folder("trainer.devices=2", "trainer.num_nodes=4")
     assert len({folder(), folder("seed=1"), folder("loss.temperature=2"), folder("loss=sft")}) == 4
     Path(first := folder("resume=false")).mkdir()
     assert folder("resume=false") != first
+
+
+def test_every_rank_of_a_job_has_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """resume=false looks for a free one, and ranks look at different times."""
+    cfg = composed(f"runs={tmp_path}", "resume=false")
+    names = set()
+    for variable, value in (("TORCHELASTIC_RUN_ID", "none"), ("TORCHELASTIC_RUN_ID", "7"), ("SLURM_JOB_ID", "8")):
+        monkeypatch.setenv(variable, value)
+        names.add(first := run_dir(".", "m", "d", "l", _root_=cfg))
+        (tmp_path / first).mkdir()
+        assert (run_dir(".", "m", "d", "l", _root_=cfg) == first) == (value != "none")
+    assert [name.rpartition("-")[2] for name in sorted(names)] == ["2", "7", "8"]
+
+
+def test_processes_beside_the_trainers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for overrides in ([], ["trainer.devices=2"], ["trainer.devices=2", "trainer.num_nodes=3"]):
+        with pytest.raises(ValueError, match=r"4 processes were started, and trainer\.devices=\d times"):
+            Run.compose(composed(*overrides), tmp_path)
+    Run.compose(composed("trainer.devices=2", "trainer.num_nodes=2", "data.micro_batch=2"), tmp_path)
 
 
 def test_git_does_not_hide_the_package() -> None:
@@ -202,6 +224,7 @@ def test_the_readme_names_files_and_keys_that_exist() -> None:
     for path in re.findall(r"`((?:var|conf|tests|experiments)/[\w./-]+)`", readme):
         assert (ROOT / path).exists(), path
     for command, line in re.findall(r"^python (train|annotate|eval|sample)\.py (.*)$", readme, flags=re.M):
-        words = re.sub(r"<[^>]*>", "x", line.split("#")[0]).split()
+        words = shlex.split(re.sub(r"<[^>]*>", "x", line.split("#")[0]))
+        words = [re.sub(r"=\w+\(.*\)$", "=1", word) for word in words]  # a sweeper's interval
         roots = {"annotate": "train"}
         composed(*(w.partition(",")[0] for w in words if w != "-m"), root=roots.get(command, command))

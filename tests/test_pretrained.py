@@ -107,10 +107,11 @@ def test_a_hash_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert pretrained(folder, tmp_path).weights == first
 
 
-def test_the_identity_is_weights_dtype_and_template(tmp_path: Path):
+def test_the_identity_is_weights_dtype_template_and_tokenizer(tmp_path: Path):
     folder = saved(tmp_path / "m")
     one = pretrained(folder, tmp_path).identity
-    assert one == {"weights": pretrained(folder, tmp_path).weights, "dtype": "float32", "template": TEMPLATE}
+    plain = {"weights": pretrained(folder, tmp_path).weights, "dtype": "float32", "template": TEMPLATE}
+    assert one == {**plain, "tokenizer": Chat(byte_tokenizer()).fingerprint}
     assert pretrained(folder, tmp_path, dtype="bfloat16").identity != one
     assert pretrained(folder, tmp_path, chat_template=TEMPLATE + " ").identity != one
 

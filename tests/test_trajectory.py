@@ -225,9 +225,7 @@ def test_two_ranks_resumed_are_straight(strategy: str, options: list[str], tmp_p
 
 @pytest.mark.long
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
-def test_a_run_goes_on_with_other_ranks(
-    before: int, after: int, options: list[str], tmp_path: Path
-) -> None:
+def test_a_run_goes_on_with_other_ranks(before: int, after: int, options: list[str], tmp_path: Path) -> None:
     """From the middle of the second epoch, with the rows that come next."""
     common = [
         *options, "loss=var_grouped", "data.micro_batch=2", "data.global_batch=4", "model.dtype=float64",

@@ -37,7 +37,7 @@ from var.policy import ActorCritic, Policy, Scorer, WithoutAdapter
 from var.pretrained import ADAPTER, Pretrained, export, merged
 from var.problems import Problems, UserError
 from var.progress import console, say
-from var.resuming import Checkpoints, checkpoints
+from var.resuming import Checkpoints, checkpoints, refuse_pickles
 from var.rewards.scale import Scale
 
 PROFILERS: dict[str, Any] = {
@@ -102,7 +102,7 @@ class TrainerSettings:
         """Processes of this machine."""
         if self.devices != "auto":
             return int(self.devices)
-        return torch.cuda.device_count() if self.gpu else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return int(os.environ.get("LOCAL_WORLD_SIZE", torch.cuda.device_count() if self.gpu else 1))
 
     @property
     def world(self) -> int:
@@ -167,6 +167,7 @@ class Run:
         check_config(cfg)
         settings = TrainerSettings(**cfg.trainer)
         refuse_ranks_under_multirun(settings.world)
+        refuse_other_ranks(settings)
         if cfg.dry and cfg.annotate == "refuse":
             raise UserError("debug=dry computes nothing, so annotate=refuse does nothing beside it")
         pretrained = Pretrained(**known(Pretrained, cfg.model), cache=cfg.cache)
@@ -297,6 +298,8 @@ class Run:
             raise UserError("resume is auto, a checkpoint's path, or false")
         if resume and not Path(resume).exists():
             raise UserError(f"resume={resume}: there is no such checkpoint")
+        if resume:
+            refuse_pickles(Path(resume))
         return str(resume) if resume else None
 
     def report(self, trainer: lightning.Trainer, seconds: float) -> dict[str, Any]:
@@ -498,7 +501,19 @@ def refuse_ranks_under_multirun(world: int) -> None:
     if multirun and world > 1 and "SUBMITIT_EXECUTOR" not in os.environ:
         raise UserError(
             f"-m with {world} processes a job: each of them would start the whole sweep again. Launch the jobs with "
-            f"hydra/launcher=submitit_local hydra.launcher.tasks_per_node={world}, or one by one under torchrun"
+            f"hydra/launcher=submitit_local hydra.launcher.tasks_per_node={world} (with GPUs: "
+            f"hydra.launcher.gpus_per_node={world}), or one by one under torchrun"
+        )
+
+
+def refuse_other_ranks(settings: TrainerSettings) -> None:
+    """Processes that a launcher started beyond the trainer's would each train alone, and missing ones be waited for."""
+    started = int(os.environ.get("WORLD_SIZE", settings.world))
+    if started != settings.world:
+        raise UserError(
+            f"{started} processes were started, and trainer.devices={settings.local} times "
+            f"trainer.num_nodes={settings.num_nodes} is {settings.world}. trainer.devices is the processes of one "
+            "machine (auto: as many as were started there), trainer.num_nodes the machines"
         )
 
 
@@ -514,6 +529,7 @@ def loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
     out: list[Logger] = []
     problems = Problems("loggers")
     if cfg.logger.wandb:
+        import wandb
         from lightning.pytorch.loggers import WandbLogger
 
         has_key = bool(os.environ.get("WANDB_API_KEY")) or _netrc_has_wandb()
@@ -525,7 +541,13 @@ def loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
         else:
             name = cfg.logger.wandb.name or folder.name
             logger = WandbLogger(name=name, project=cfg.logger.wandb.project, offline=offline, save_dir=folder)
-            logger.log_hyperparams(values(cfg))
+            try:
+                logger.log_hyperparams(values(cfg))
+            except wandb.errors.CommError as error:
+                problems.add(
+                    "logger.wandb", f"the server does not answer ({' '.join(str(error).split())[:200]}); "
+                    "logger.wandb.offline=true writes what `wandb sync` sends later"
+                )  # fmt: skip
             out.append(logger)
     if cfg.logger.tensorboard:
         try:

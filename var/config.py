@@ -48,14 +48,19 @@ EVAL = {
 
 def run_dir(root: str, model: str, data: str, loss: str, *, _root_: DictConfig) -> str:
     """A run's folder: readable, and the same for the same configuration, so that the same command goes on with it."""
-    content = {k: v for k, v in OmegaConf.to_container(_root_, resolve=False).items() if k not in ELSEWHERE}  # type: ignore[union-attr]
+    content: dict[str, Any] = OmegaConf.to_container(_root_, resolve=False)  # type: ignore[assignment]
+    content = {k: v for k, v in content.items() if k not in ELSEWHERE}
+    if "trainer" in content:
+        content["trainer"] = {k: v for k, v in content["trainer"].items() if k not in ("devices", "num_nodes")}
     digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:8]
-    folder = f"{root}/{model}_{data}_{loss}-{digest}"
+    name = f"{model}_{data}_{loss}-{digest}"
     if _root_.get("resume") is not False:
-        return folder
-    job = os.environ.get("SLURM_JOB_ID") or (str(os.getppid()) if "RANK" in os.environ else None)
-    numbers = iter(range(2, 100_000))
-    return f"{folder}-{job}" if job else next(p for n in numbers if not Path(p := f"{folder}-{n}").exists())
+        return f"{root}/{name}"
+    known = ("SLURM_JOB_ID", "SUBMITIT_LOCAL_JOB_ID", "TORCHELASTIC_RUN_ID")  # the same for every rank of a job
+    job = next((value for key in known if (value := os.environ.get(key)) and value != "none"), None)
+    job = job or (str(os.getppid()) if "RANK" in os.environ else None)
+    number = job or next(n for n in range(2, 100_000) if not Path(_root_["runs"], f"{name}-{n}").exists())
+    return f"{root}/{name}-{number}"
 
 
 OmegaConf.register_new_resolver("run_dir", run_dir, replace=True, use_cache=False)
@@ -177,6 +182,29 @@ def _shown(hint: Any) -> str:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " | ".join("None" if part is type(None) else _shown(part) for part in typing.get_args(hint))
     return getattr(hint, "__name__", None) if isinstance(hint, type) else str(hint).replace("typing.", "")  # type: ignore[return-value]
+
+
+def name_rank() -> None:
+    """Give a process that SLURM or submitit started its rank, the number of ranks and where they meet by torch's names
+    (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, …), as torchrun has done for its own."""
+    if "SUBMITIT_EXECUTOR" in os.environ:
+        from submitit.helpers import TorchDistributedEnvironment
+
+        # the node's GPUs stay visible to each of its processes: Lightning gives each its own
+        TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+    elif "SLURM_NTASKS" in os.environ and "RANK" not in os.environ:
+        from lightning.fabric.plugins.environments import SLURMEnvironment
+
+        if SLURMEnvironment.detect():  # not within an interactive allocation, whose shell has the variable as well
+            slurm = SLURMEnvironment()
+            ranks: dict[str, Any] = {
+                "RANK": slurm.global_rank(),
+                "LOCAL_RANK": slurm.local_rank(),
+                "WORLD_SIZE": slurm.world_size(),
+            }
+            ranks |= {"LOCAL_WORLD_SIZE": os.environ.get("SLURM_NTASKS_PER_NODE", 1), "NODE_RANK": slurm.node_rank()}
+            meeting = {"MASTER_ADDR": slurm.main_address, "MASTER_PORT": slurm.main_port}
+            os.environ |= {name: str(value) for name, value in (ranks | meeting).items()}
 
 
 def run(main: Callable[[], Any], config_name: str) -> None:

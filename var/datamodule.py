@@ -504,7 +504,7 @@ class AlignmentData(lightning.LightningDataModule):
         return batch.to(device, non_blocking=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the plan, in this rank's micro-batches, and its hash: resuming is an index into a stored array."""
+        """The plan's hash, and the position in it in this rank's micro-batches: resuming is an index into it."""
         assert self.trainer is not None
         progress = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
         weights = self.annotator.reference.pretrained.weights

@@ -132,13 +132,18 @@ class Pretrained:
                     digest.update(hashlib.file_digest(data, "sha256").digest())
             digest.update((self.folder / config).read_bytes())
             note.parent.mkdir(parents=True, exist_ok=True)
-            note.write_text(digest.hexdigest()[:32])
+            partial = note.with_name(f"{stamp}.partial{os.getpid()}")
+            partial.write_text(digest.hexdigest()[:32])
+            partial.replace(note)  # another rank may look: an empty note would be an identity that all models share
         return note.read_text()
 
     @property
     def identity(self) -> dict[str, Any]:
         """What this model's numbers depend on."""
-        identity = {"weights": self.weights, "dtype": self.dtype, "template": self.chat.tokenizer.chat_template}
+        identity = {
+            "weights": self.weights, "dtype": self.dtype, "template": self.chat.tokenizer.chat_template,
+            "tokenizer": self.chat.fingerprint,
+        }  # fmt: skip
         return {**identity, "quantization": self.quantization} if self.quantization else identity
 
     @cached_property
@@ -240,7 +245,7 @@ class Pretrained:
         if Path(self.path).is_dir() and self.base is not None:
             return self.base.meta()
         if Path(self.path).is_dir():
-            config = AutoConfig.from_pretrained(self.path)
+            config = AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
         else:
             config = AutoConfig.for_model(sizes.pop("model_type"), **sizes)
         with torch.device("meta"):

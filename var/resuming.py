@@ -1,6 +1,7 @@
 """Checkpoints and how a run ends before its end: a signal, a full disk, a step without a finite gradient."""
 
 import os
+import pickle
 import shutil
 import signal
 import threading
@@ -9,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 import lightning
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loops.fit_loop import _FitLoop
 
@@ -115,7 +117,7 @@ class FitLoop(_FitLoop):
 
 
 def on_other_ranks(loops: dict[str, Any], before: int, now: int) -> None:
-    """A checkpoint's progress, which counts a rank's own micro-batches, as it would stand with `now` ranks for `before`.
+    """A checkpoint's progress counts a rank's own micro-batches: make it what it would be on `now` ranks for `before`.
 
     Each optimiser step has the same micro-batches, shared out among the ranks, and a checkpoint stands between two.
     """
@@ -125,6 +127,36 @@ def on_other_ranks(loops: dict[str, Any], before: int, now: int) -> None:
         for name in ("ready", "started", "processed"):
             progress[name] = progress[name] * before // now
         progress["completed"] = progress["processed"] - behind
+
+
+def refuse_pickles(checkpoint: Path) -> None:
+    """A checkpoint is read without running what it names; one that names more than a run's is refused.
+
+    Of a sharded one torch would unpickle `.metadata` as it is.
+    """
+    try:
+        if checkpoint.is_dir():
+            with (checkpoint / ".metadata").open("rb") as file:
+                Metadata(file).load()
+        else:  # its form alone, without the numbers
+            torch.load(checkpoint, map_location="meta", weights_only=True)
+    except Exception as error:  # torch and pickle raise many kinds
+        raise UserError(
+            f"resume={checkpoint} is no checkpoint of a run: it is damaged, or a pickle that names something else than "
+            "tensors and plain values, which is not run"
+        ) from error
+
+
+class Metadata(pickle.Unpickler):
+    """Of what torch.distributed.checkpoint writes there, and of nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        plain = {("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch", "Size"),
+                 ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath")}  # fmt: skip
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not (dtype or (module, name) in plain or module == "torch.distributed.checkpoint.metadata"):
+            raise pickle.UnpicklingError(f"{module}.{name}")
+        return super().find_class(module, name)
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -1,5 +1,6 @@
 """What fills the store: each number equals what the model gives alone, and nothing is computed twice."""
 
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -337,6 +338,21 @@ def test_the_references_identity_is_its_weights_dtype_template_and_arithmetic(ti
     assert Reference(replace(plain, **change), "cpu").identity != identity
     assert Reference(plain, "cpu", torch.bfloat16).identity != identity
     assert Reference(replace(plain, name="other", attention="packed"), "cpu").identity == identity
+
+
+def test_another_tokenizer_is_another_reference_and_how_it_pads_is_not(tiny_folder, tmp_path):
+    folder = tmp_path / "other"
+    shutil.copytree(tiny_folder, folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "Lowercase"}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    one, other = (Reference(pretrained(where, tmp_path), "cpu") for where in (tiny_folder, folder))
+    assert other.identity == {**one.identity, "tokenizer": other.identity["tokenizer"]}
+    assert other.identity["tokenizer"] != one.identity["tokenizer"]
+    again = pretrained(tiny_folder, tmp_path)
+    again.chat.tokenizer.pad_token = "<end>"
+    again.chat.tokenizer(["a", "bcd"], padding=True, truncation=True, max_length=2)
+    assert again.identity == one.pretrained.identity
 
 
 def test_features_are_the_last_and_the_mean_hidden_state_of_the_prompt(tiny_folder, tmp_path, alone):

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from var.annotate import store
 from var.annotate.store import Shelf, Store, as_keys
 from var.data.rows import content_hash
 from var.problems import UserError
@@ -107,7 +108,8 @@ def test_read_gives_the_order_that_was_asked_for(tmp_path):
     assert target.read(keys()).to_pylist() == []
 
 
-def test_missing_says_which(tmp_path):
+def test_missing_says_which(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "STALE", 0.0)
     target = shelf(tmp_path)
     assert target.missing(keys(1, 2)).tolist() == [True, True]
     target.write(keys(2), [4.0])

@@ -452,7 +452,7 @@ def with_responses(rows: Rows, texts: list[list[tuple[str, bool]]], cache: Path)
     items = filled()
     if not (target / "done.json").exists():
         rows_module.write(items, target, Problems("sampled rows"))
-        (target / "done.json").write_text('{"left_out": 0}')
+        rows_module.finish(target, {"left_out": 0})
     return rows_module.load(target), counts
 
 

@@ -1,5 +1,7 @@
 """Chat: messages to tokens and the span of the response, by the template's own offsets."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +19,25 @@ class Encoded:
 
     ids: list[int]
     start: int
+
+
+def fingerprint(tokenizer: Any) -> str:
+    """A hash of what a tokenizer does to text; padding and truncation are of the last call alone."""
+    if not tokenizer.is_fast:  # of the words it knows
+        return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:32]
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    content = {name: part for name, part in state.items() if name not in ("padding", "truncation")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def rendered(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    """Messages as the tokenizer's chat template writes them, in Jinja's sandbox."""
+    try:
+        return str(
+            tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
+        )
+    except Exception as error:  # whatever the expressions of a template raise
+        raise UserError(f"the chat template does not take these messages: {type(error).__name__}: {error}") from error
 
 
 class Chat:
@@ -37,6 +58,11 @@ class Chat:
         if not tokenizer.is_fast:
             raise UserError(f"the tokenizer of {tokenizer.name_or_path} gives no offsets; a fast tokenizer is needed")
         self.tokenizer = tokenizer
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the tokenizer, without the template."""
+        return fingerprint(self.tokenizer)
 
     @cached_property
     def suffix(self) -> str:
@@ -111,11 +137,7 @@ class Chat:
         return Encoded(ids=self._one_bos(ids[: stop + finished]), start=start)
 
     def _template(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        return str(
-            self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        )
+        return rendered(self.tokenizer, messages, add_generation_prompt)
 
     def _tokens(self, text: str, **options: Any) -> Any:
         return self.tokenizer(text, add_special_tokens=False, **options)

@@ -176,22 +176,24 @@ def _response(value: Any) -> Response:
     numbers = {}
     for key in ("score", "weight"):
         number = value.get(key)
-        if number is not None and not isinstance(number, int | float):
+        if number is not None and (not isinstance(number, int | float) or isinstance(number, bool)):
             raise ValueError(f"'{key}' must be a number, got {number!r}")
         numbers[key] = None if number is None else float(number)
-    finished = value.get("finished")
-    return Response(
-        text=value["text"], source=value.get("source"), finished=True if finished is None else bool(finished), **numbers
-    )
+    finished, source = value.get("finished"), value.get("source")
+    if not isinstance(finished, bool | None):
+        raise ValueError(f"'finished' must be true or false, got {finished!r}")
+    if not isinstance(source, str | None):
+        raise ValueError(f"'source' must be text, got {source!r}")
+    return Response(text=value["text"], source=source, finished=finished is not False, **numbers)
 
 
 def faults(row: Row) -> list[str]:
     """What makes a row unfit for training whatever the loss: empty responses, rewards that are not finite."""
     found = []
+    texts = [row.id, row.answer, row.subset, row.sampling, *(r.source for r in row.responses)]
+    texts += [*(text for m in row.prompt for text in m.values()), *(r.text for r in row.responses)]
     try:
-        "".join(
-            [row.id, row.answer or "", *(m["content"] for m in row.prompt), *(r.text for r in row.responses)]
-        ).encode()
+        "".join(filter(None, texts)).encode()
     except UnicodeEncodeError as error:
         found.append(f"its text cannot be written as UTF-8: half a surrogate pair {error.object[error.start]!r}")
     for k, response in enumerate(row.responses):
@@ -220,7 +222,7 @@ def read(source: Source, cache: Path) -> Rows:
         problems = Problems(f"{type(source).__name__}: rows that cannot be used")
         left_out: Counter[str] = Counter()
         write(_checked(source, problems, left_out), target, problems)
-        (target / "done.json").write_text(json.dumps({"left_out": left_out["rows"]}))
+        finish(target, {"left_out": left_out["rows"]})
     return load(target)
 
 
@@ -236,7 +238,7 @@ def write(rows: Iterable[Row], target: Path, problems: Problems) -> None:
     from datasets.arrow_writer import ArrowWriter
 
     target.mkdir(parents=True, exist_ok=True)
-    partial = target / f"rows.arrow.partial{os.getpid()}"
+    partial, prompts = (target / f"{name}.partial{os.getpid()}" for name in ("rows.arrow", "prompts.npy"))
     keys = []
     try:
         with ArrowWriter(path=str(partial), features=FEATURES) as writer:
@@ -247,10 +249,20 @@ def write(rows: Iterable[Row], target: Path, problems: Problems) -> None:
         if not keys and not problems:
             problems.add("source", "it holds no row")
         problems.check()
-        np.save(target / "prompts.npy", np.array(keys, dtype="S16"))
+        with prompts.open("wb") as file:
+            np.save(file, np.array(keys, dtype="S16"))
+        prompts.replace(target / "prompts.npy")
         partial.replace(target / "rows.arrow")
     finally:
         partial.unlink(missing_ok=True)
+        prompts.unlink(missing_ok=True)
+
+
+def finish(target: Path, facts: Mapping[str, Any]) -> None:
+    """Say that a folder of the cache is whole, to all processes at once: another one may be reading it."""
+    partial = target / f"done.json.partial{os.getpid()}"
+    partial.write_text(json.dumps(facts))
+    partial.replace(target / "done.json")
 
 
 def _checked(source: Source, problems: Problems, left_out: Counter[str]) -> Iterator[Row]:
@@ -258,7 +270,7 @@ def _checked(source: Source, problems: Problems, left_out: Counter[str]) -> Iter
     for where, record in source.records():
         try:
             row = source.row(where, record)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
             problems.add(where, f"missing {error}" if isinstance(error, KeyError) else str(error))
             continue
         if row is None:

@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 
 from var.data.chat import Chat
-from var.data.rows import Rows, content_hash
+from var.data.rows import Rows, content_hash, finish
 from var.problems import Problems, UserError
 
 Responses = Literal["chosen", "both", "best", "all"]
@@ -145,7 +145,7 @@ def encode(
     key = content_hash(
         rows.table._fingerprint,
         chat.tokenizer.chat_template,
-        hashlib.sha256(chat.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        chat.fingerprint,
         hashlib.sha256(choice.row.tobytes() + choice.response.tobytes()).hexdigest(),
         [max_length, overlong, pairs],
     ).hex()
@@ -232,4 +232,4 @@ def _write(rows: Rows, choice: Choice, chat: Chat, max_length: int, overlong: st
     problems.check("Set data.overlong=drop to leave overlong rows out, or raise data.max_length.")
     partial.replace(target / "sequences.arrow")
     done = {"counts": {k: v for k, v in counts.items() if v}, "content": content.hexdigest()[:16], "ended": int(ended)}
-    (target / "done.json").write_text(json.dumps(done))
+    finish(target, done)

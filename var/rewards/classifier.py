@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from var.data.chat import fingerprint, rendered
 from var.data.rows import Message
 from var.packing import whole
 from var.policy import Scorer
@@ -56,7 +57,7 @@ class Classifier:
         files = self._files
         while files.base is not None and not (files.folder / "tokenizer_config.json").exists():
             files = files.base
-        tokenizer = AutoTokenizer.from_pretrained(files.folder)
+        tokenizer = AutoTokenizer.from_pretrained(files.folder, trust_remote_code=False)
         if self.chat_template is not None:
             tokenizer.chat_template = self.chat_template
         if not tokenizer.chat_template:
@@ -78,7 +79,7 @@ class Classifier:
                     f"reward.path={self.path} is an adapter for {kind}, and a reward model's is for SEQ_CLS"
                 )
             files, adapted = files.base, True
-        config = AutoConfig.from_pretrained(files.folder)
+        config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
         if adapted:  # it brings the one label itself
             return config
         if kinds := [kind for kind in config.architectures or () if kind.endswith(GENERATES)]:
@@ -102,8 +103,8 @@ class Classifier:
             return Scorer(model.requires_grad_(False).to(self._device)).eval()
         options = {"attn_implementation": "packed"} if packed else {}
         model, found = AutoModelForSequenceClassification.from_pretrained(
-            self._files.folder, dtype=getattr(torch, self.dtype), use_safetensors=True, output_loading_info=True,
-            **options,
+            self._files.folder, dtype=getattr(torch, self.dtype), use_safetensors=True, trust_remote_code=False,
+            output_loading_info=True, **options,
         )  # fmt: skip
         if found["missing_keys"]:  # transformers would fill them at random, with a warning
             raise UserError(f"the reward model {self.path} lacks weights: {', '.join(sorted(found['missing_keys']))}")
@@ -118,7 +119,7 @@ class Classifier:
         self._config  # noqa: B018  what is no reward model is told before anything is sampled
         return {
             "weights": self._files.weights, "dtype": self.dtype, "template": self._tokenizer.chat_template,
-            "max_length": self.max_length,
+            "tokenizer": fingerprint(self._tokenizer), "max_length": self.max_length,
         }  # fmt: skip
 
     @torch.inference_mode()
@@ -140,7 +141,7 @@ class Classifier:
     def encode(self, prompt: Sequence[Message], response: str) -> list[int]:
         """The tokens that the reward model sees."""
         messages = [*prompt, {"role": "assistant", "content": response}]
-        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
+        text = rendered(self._tokenizer, messages, add_generation_prompt=False)
         bos = self._tokenizer.bos_token
         ids = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
         if bos and ids[:2] == [self._tokenizer.bos_token_id] * 2:

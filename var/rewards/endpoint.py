@@ -78,10 +78,13 @@ class Endpoint:
             return "\n\n".join(message["content"] for message in messages) + "\n\n" * open_ended
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        rendered = render_jinja_template(
-            conversations=[list(messages)], chat_template=self.chat_template, add_generation_prompt=open_ended,
-            bos_token="", eos_token="",
-        )  # fmt: skip
+        try:
+            rendered = render_jinja_template(
+                conversations=[list(messages)], chat_template=self.chat_template, add_generation_prompt=open_ended,
+                bos_token="", eos_token="",
+            )  # fmt: skip
+        except Exception as error:  # whatever the expressions of a template raise
+            raise UserError(f"reward.chat_template: {type(error).__name__}: {error}") from error
         return str(rendered[0][0])
 
     def _unscored(self, reply: dict[str, Any]) -> str | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
+from types import SimpleNamespace
 from typing import Any, Literal
 
 from var.data.rows import Message
@@ -18,6 +19,12 @@ EXTRA = "reward={} needs an extra: pip install -e '.[verifiers]'"
 EDGES = ".,;:!?…\"'`*_()[]{}<>"  # what stands around a last word and is not of it
 # Tasks whose scorer hands the response, or the problem's answer, to Python's eval (0.1.25).
 EVALUATE = {"binary_matrix", "n_queens", "number_sorting", "spiral_matrix", "string_insertion"}
+# Tasks whose scorer hands it to sympy's parse_expr, which is eval too; it may call these.
+PARSE = {"countdown", "intermediate_integration", "polynomial_multiplication", "puzzle24", "simple_integration"}
+FUNCTIONS = {
+    "Abs", "Integer", "Rational", "acos", "asin", "atan", "cos", "cosh", "cot", "exp", "ln", "log", "sin", "sinh",
+    "sqrt", "tan", "tanh",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,9 +133,31 @@ class ReasoningGym:
 @lru_cache(maxsize=256)
 def _scorer(task: str, options: str) -> Callable[[str, dict[str, Any]], float]:
     problems = dataset(task, 1, 0, ast.literal_eval(options))
+    names = vars(sys.modules[type(problems).__module__])
     if task in EVALUATE:  # a module's own name comes before Python's: what a model wrote is read, never run
-        vars(sys.modules[type(problems).__module__])["eval"] = ast.literal_eval
+        names["eval"] = ast.literal_eval
+    if task in PARSE:
+        import sympy
+
+        for name, held in list(names.items()):  # the function itself, or the package, under whatever name
+            if held is sympy.parse_expr:
+                names[name] = _parsed
+            elif held is sympy:
+                names[name] = SimpleNamespace(**{**vars(sympy), "parse_expr": _parsed})
     return problems.score_answer
+
+
+def _parsed(text: str, local_dict: dict[str, Any] | None = None) -> Any:
+    """sympy's parse_expr of numbers, names, operators and FUNCTIONS alone; a ValueError at anything else."""
+    import sympy
+
+    plain = (ast.Expression, ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop, ast.Name, ast.Load)
+    for node in ast.walk(ast.parse(text.strip(), mode="eval")):
+        call = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in FUNCTIONS
+        number = isinstance(node, ast.Constant) and isinstance(node.value, int | float)
+        if not (call or number or isinstance(node, plain)):
+            raise ValueError(f"{text[:60]!r} is no expression of numbers, names, operators and known functions")
+    return sympy.parse_expr(text, local_dict=local_dict)
 
 
 def _stripped(word: str) -> str:

@@ -58,14 +58,17 @@ def _parquet(file: Path, batch: int) -> Iterator[tuple[str, Any]]:
 
     try:
         table = pq.ParquetFile(file)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
         raise UserError(f"{file}: not a Parquet file ({error}); fetch it again") from error
     with table:
         number = 0
-        for part in table.iter_batches(batch_size=batch):
-            for record in part.to_pylist():
-                number += 1
-                yield f"{file.name}:row {number}", record
+        try:
+            for part in table.iter_batches(batch_size=batch):
+                for record in part.to_pylist():
+                    number += 1
+                    yield f"{file.name}:row {number}", record
+        except (pa.ArrowException, OSError, ValueError, LookupError, ArithmeticError) as error:
+            raise UserError(f"{file}: what follows row {number} cannot be read ({error}); fetch it again") from error
 
 
 def parse(record: Any) -> Mapping[str, Any]:
@@ -77,6 +80,8 @@ def parse(record: Any) -> Mapping[str, Any]:
             raise ValueError(f"not UTF-8 text: byte {error.object[error.start]:#x} at {error.start}") from error
         except json.JSONDecodeError as error:
             raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
+        except RecursionError:
+            raise ValueError("not JSON that can be read: it is nested too deeply") from None
     if not isinstance(record, Mapping):
         raise ValueError(f"a line is one JSON object, got {type(record).__name__}")
     return record

@@ -1,0 +1,242 @@
+"""Input that nobody wrote by hand: it is used as it stands, or one error says where it is wrong. Nothing else."""
+
+import gzip
+import hashlib
+import json
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pyarrow as pa
+import pyarrow.parquet as pq
+from hypothesis import strategies as st
+
+from tests.annotate.test_store import keys, shelf
+from tests.conftest import TEMPLATE, byte_tokenizer
+from var.data.chat import Chat
+from var.data.rows import Rows, from_record, read
+from var.data.sources.files import Files
+from var.data.sources.preferences import Preferences
+from var.data.sources.prompts import Prompts
+from var.problems import UserError
+
+hypothesis.configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")
+
+
+def fuzzed(examples: int) -> Any:
+    """The same examples at every run."""
+    phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)  # shrinking would take minutes
+    return hypothesis.settings(derandomize=True, max_examples=examples, deadline=None, database=None, phases=phases)
+
+
+TEXT = st.text(st.characters(codec=None), max_size=8)  # half surrogate pairs, NUL and line ends too
+NUMBER = st.one_of(
+    st.integers(), st.floats(), st.sampled_from([10**400, -(10**400), 1e400, 2**63, 2**64, -0.0, math.nan])
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | NUMBER | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=5,
+)
+WORDS = st.text("ab ?é", min_size=1, max_size=6)
+MESSAGE = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "system"]) | JSON, "content": WORDS | JSON}
+)
+PROMPT = WORDS | st.lists(MESSAGE, max_size=3) | JSON
+RESPONSE = WORDS | st.fixed_dictionaries(
+    {"text": WORDS | TEXT},
+    optional={"score": NUMBER | JSON, "weight": NUMBER, "source": WORDS | JSON, "finished": st.booleans() | JSON},
+)
+
+
+def mostly(usual: st.SearchStrategy[Any], odd: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.integers(0, 5).flatmap(lambda draw: usual if draw else odd)
+
+
+RECORD = st.fixed_dictionaries(
+    {"prompt": mostly(WORDS, PROMPT), "responses": mostly(st.lists(RESPONSE, max_size=3), JSON)},
+    optional={
+        "id": TEXT | JSON, "ordered": mostly(st.booleans(), JSON), "answer": TEXT | JSON, "subset": TEXT | JSON,
+        "sampling": JSON, "chosen": JSON, "strange": JSON,
+    },
+)  # fmt: skip
+LINE = st.one_of(
+    RECORD.map(lambda value: json.dumps(value).encode()),
+    JSON.map(lambda value: json.dumps(value).encode()),
+    st.binary(max_size=20),
+    st.integers(900, 5000).map(lambda depth: b"[" * depth + b"]" * depth),
+    st.integers(4000, 5000).map(lambda digits: b'{"prompt": "a", "responses": [], "id": ' + b"9" * digits + b"}"),
+)
+
+
+def used(source: Any, folder: Path) -> Rows | str:
+    """What `read` gives: the rows, or its error. Any other exception is a fault of ours."""
+    try:
+        return read(source, folder / "cache")
+    except UserError as error:
+        return str(error)
+
+
+@fuzzed(150)
+@hypothesis.given(lines=st.lists(mostly(RECORD.map(lambda value: json.dumps(value).encode()), LINE), max_size=3))
+def test_lines_are_rows_or_are_named(lines: list[bytes]) -> None:
+    """Every line that is not blank is a row as it stands, or the error names it."""
+    with tempfile.TemporaryDirectory() as name:
+        file = Path(name) / "rows.jsonl"
+        file.write_bytes(b"\n".join(lines))
+        given = [(number, line) for number, line in enumerate(file.read_bytes().split(b"\n"), start=1) if line.strip()]
+        found = used(Files(path=str(file)), Path(name))
+        if isinstance(found, str):
+            assert not given or any(f"  rows.jsonl:{number}: " in found for number, _ in given), found
+            return
+        assert len(found) == len(given)
+        for row, (number, line) in zip(found, given, strict=True):
+            value = json.loads(line.decode("utf-8-sig"))
+            assert row == from_record(value if value.get("id") is not None else {**value, "id": f"rows.jsonl:{number}"})
+            for response in row.responses:
+                for score in (response.score, response.weight):
+                    assert score is None or math.isfinite(score)
+
+
+@fuzzed(100)
+@hypothesis.given(value=RECORD | JSON, kind=st.sampled_from([Prompts, Preferences]))
+def test_other_adapters_name_what_they_cannot_read(value: Any, kind: Any) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        file = Path(name) / "rows.jsonl"
+        file.write_text(json.dumps(value))
+        found = used(kind(path=str(file)), Path(name))
+        assert not isinstance(found, str) or "  rows.jsonl:1: " in found or "it holds no row" in found
+
+
+@fuzzed(60)
+@hypothesis.given(data=st.binary(max_size=40), cut=st.integers(0, 60))
+def test_a_gzip_file_is_whole_or_is_named(data: bytes, cut: int) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        file = Path(name) / "rows.jsonl.gz"
+        packed = gzip.compress(data)
+        file.write_bytes(packed[: len(packed) - cut] if cut < len(packed) else data)
+        found = used(Files(path=str(file)), Path(name))
+        assert isinstance(found, str)
+        assert "rows.jsonl.gz" in found or "it holds no row" in found
+
+
+COLUMN = st.sampled_from(
+    [
+        pa.array(["a", "b"]), pa.array(["a", None]), pa.array([1, 2]), pa.array([1.5, math.nan]), pa.nulls(2),
+        pa.array([True, None]), pa.array([b"a", b"\xff"]), pa.array([["a"], ["b", "c"]]), pa.array([[], None]),
+        pa.array([[{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]]),
+        pa.array([[{"text": "a", "score": 1}], [{"text": "b", "score": None}]]), pa.array([{"text": "a"}, None]),
+        pa.array([[b"a"], [None]]), pa.array(["a", "a"]).dictionary_encode(), pa.array(["a", "b"], pa.large_string()),
+        pa.array([0, 2**62], pa.timestamp("ms")), pa.array([1, 2], pa.date32()), pa.array([1, 2], pa.decimal128(5)),
+        pa.array([[("k", 1)], []], pa.map_(pa.string(), pa.int64())), pa.array([1, 2], pa.duration("ns")),
+        pa.Array.from_buffers(pa.string(), 2, pa.array([b"ok", b"\xff\xfe"]).buffers()),
+    ]
+)  # fmt: skip
+NAMES = st.lists(
+    st.sampled_from(["id", "prompt", "responses", "ordered", "answer", "score", "prompt "]), min_size=1, max_size=4
+)
+
+
+@fuzzed(100)
+@hypothesis.given(data=st.data())
+def test_parquet_of_any_schema_is_rows_or_is_named(data: st.DataObject) -> None:
+    names = data.draw(NAMES)
+    table = pa.table([data.draw(COLUMN) for _ in names], names=names)
+    with tempfile.TemporaryDirectory() as name:
+        file = Path(name) / "rows.parquet"
+        pq.write_table(table, file)
+        found = used(Files(path=str(file)), Path(name))
+        if isinstance(found, str):
+            assert "rows.parquet" in found, found
+        else:
+            assert len(found) == 2
+
+
+@fuzzed(100)
+@hypothesis.given(data=st.data())
+def test_a_damaged_parquet_file_is_named(data: st.DataObject) -> None:
+    rows = {"id": ["a", "b"] * 20, "prompt": ["what?"] * 40, "responses": [["x", "y"]] * 40}
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({**rows, "id": [f"r{i}" for i in range(40)]}), sink)
+    whole = bytearray(sink.getvalue().to_pybytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    with tempfile.TemporaryDirectory() as name:
+        file = Path(name) / "rows.parquet"
+        file.write_bytes(bytes(whole[: data.draw(st.integers(0, len(whole)))]))
+        found = used(Files(path=str(file)), Path(name))
+        assert not isinstance(found, str) or "rows.parquet" in found or "it holds no row" in found
+
+
+PIECE = st.sampled_from(
+    [
+        "{{ bos_token }}", "{% for m in messages %}", "{% endfor %}", "{{ m['content'] }}", "{{ m.content | trim }}",
+        "{{ m['role'] }}", "<end>", "{{ '<end>' }}", "{% if add_generation_prompt %}", "{% endif %}", "<assistant>",
+        "{{ messages[9].content }}", "{{ messages[0]['content'] }}", "{{ 1 / 0 }}", "{{ raise_exception('no') }}",
+        "{{ x }}", "{{ x.y }}", "{{ m.content + 1 }}", "{% set x = 5 %}", "{{", "}}", "{%", "%}", "{#", "probe",
+        "{{ ''.__class__.__mro__ }}", "{{ range(10 ** 9) | list }}", "{{ messages }}", "{% else %}", "a", "\n", " ",
+        "{{ messages.append(1) }}", "{{ 'a' * 3 }}", "{{ tools | length }}", "{% break %}", "{{ m | nofilter }}",
+    ]
+)  # fmt: skip
+PIECES = st.lists(PIECE, max_size=8).map("".join) | st.tuples(PIECE, PIECE).map(
+    lambda both: TEMPLATE.replace("{% endfor %}", both[0] + "{% endfor %}" + both[1])
+)
+CHATS = byte_tokenizer()
+
+
+@fuzzed(200)
+@hypothesis.given(template=PIECES, response=WORDS | TEXT)
+def test_a_chat_template_works_or_is_a_clear_error(template: str, response: str) -> None:
+    """A fault of the template is a UserError that says so, one of a row a ValueError with which the row is named."""
+    try:
+        chat = Chat(CHATS, template)
+        _ = chat.suffix, chat.end_token
+    except UserError as error:
+        told = str(error)
+        assert "template" in told
+        return
+    try:
+        encoded = chat.encode([{"role": "user", "content": "a"}], response)
+    except ValueError:
+        return
+    assert 0 < encoded.start < len(encoded.ids)
+    assert encoded.ids[-1] == chat.end_token
+
+
+def whole_shard() -> bytes:
+    with tempfile.TemporaryDirectory() as name:
+        target = shelf(Path(name))
+        target.write(keys(1, 2, 3), [1.0, 4.0, 9.0])
+        return next(target.path.glob("*.parquet")).read_bytes()
+
+
+SHARD = whole_shard()
+
+
+@fuzzed(80)
+@hypothesis.given(data=st.data(), named=st.booleans())
+def test_a_shard_of_any_bytes_is_read_or_told(data: st.DataObject, named: bool) -> None:
+    """named: the bytes have the name that is theirs, so only their form can tell; else the checksum does."""
+    content = bytearray(SHARD)
+    for _ in range(data.draw(st.integers(0, 3))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    content = bytes(content[: data.draw(st.integers(0, len(content)))]) if data.draw(st.booleans()) else bytes(content)
+    if data.draw(st.integers(0, 4)) == 0:
+        content = data.draw(st.binary(max_size=30))
+    with tempfile.TemporaryDirectory() as name:
+        reports: list[str] = []
+        target = shelf(Path(name), warn=reports.append)
+        target.path.mkdir(parents=True)
+        stem = hashlib.sha256(content if named else SHARD).hexdigest()[:32]
+        (target.path / f"{stem}.parquet").write_bytes(content)
+        missing = target.missing(keys(1, 2, 3))
+        assert len(reports) == (len(target) == 0)
+        if not named:
+            assert missing.all() == (content != SHARD)
+        if missing.any():
+            seen = target.fill(keys(1, 2, 3), lambda indices, advance: [float((i + 1) ** 2) for i in indices], 2)
+            assert seen == missing.sum()
+        if not named or content == SHARD:
+            assert target.read(keys(1, 2, 3)).to_pylist() == [1.0, 4.0, 9.0]

@@ -1,0 +1,504 @@
+"""What others wrote, model folders, checkpoints, data, templates, answers, is read and never run; secrets stay where
+they are; files are written only where the configuration says."""
+
+import ast
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import TEMPLATE, byte_tokenizer, tiny_config
+from tests.e2e.test_commands import run
+from tests.server import completion, served
+from tests.test_pretrained import pretrained, saved
+from var.data.chat import Chat
+from var.problems import UserError
+from var.rewards.classifier import Classifier
+
+ROOT = Path(__file__).parent.parent
+
+
+class Bait:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, made: Path) -> None:
+        self.made = made
+
+    def __reduce__(self) -> Any:
+        return open, (str(self.made), "w")
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Iterator[Path]:
+    """The file that exists if something ran that must not."""
+    path = tmp_path / "made"
+    yield path
+    assert not path.exists(), "it ran"
+
+
+def test_the_bait_is_one(tmp_path: Path) -> None:
+    pickle.loads(pickle.dumps(Bait(tmp_path / "made"))).close()
+    assert (tmp_path / "made").exists()
+
+
+# --- pickles
+
+
+def pickled(folder: Path, made: Path, name: str = "pytorch_model.bin") -> Path:
+    """The folder with its weights, and the bait, as a pickle in place of safetensors."""
+    (weights,) = folder.glob("*.safetensors")
+    torch.save({**load_file(weights), "bait": Bait(made)}, folder / name)
+    weights.unlink()
+    return folder
+
+
+def test_a_model_of_pickled_weights_is_refused(tmp_path: Path, made: Path) -> None:
+    model = pretrained(pickled(saved(tmp_path / "m"), made), tmp_path)
+    with pytest.raises(UserError, match=r"m holds no \.safetensors; pickled weights are not read"):
+        _ = model.identity
+    for load in (model.load, model.load_scorer):
+        with pytest.raises(OSError, match="safetensors"):
+            load()
+
+
+def test_a_pickled_adapter_is_refused(tiny_folder: Path, tmp_path: Path, made: Path) -> None:
+    pytest.importorskip("peft")
+    from tests.test_adapters import adapter
+
+    adapter(tmp_path / "a", tiny_folder)
+    pickled(tmp_path / "a", made, "adapter_model.bin")
+    model = pretrained(tmp_path / "a", tmp_path)
+    for ask in (lambda: model.weights, model.load, lambda: Classifier(path=str(tmp_path / "a")).identity):
+        with pytest.raises(UserError):
+            ask()
+
+
+def test_a_pickled_reward_model_is_refused(tmp_path: Path, made: Path) -> None:
+    from transformers import LlamaForSequenceClassification
+
+    folder = saved(tmp_path / "rm", LlamaForSequenceClassification(tiny_config(num_labels=1, pad_token_id=0)))
+    reward = Classifier(path=str(pickled(folder, made)), cache=str(tmp_path))
+    with pytest.raises(UserError, match=r"holds no \.safetensors; pickled weights are not read"):
+        _ = reward.identity
+    with pytest.raises(OSError, match="safetensors"):
+        reward([[{"role": "user", "content": "a"}]], ["b"], [None])
+
+
+# --- a model's own code
+
+
+CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+Path({made!r}).touch()
+
+class EvilConfig(LlamaConfig):
+    model_type = {kind!r}
+
+class EvilModel(LlamaForCausalLM):
+    config_class = EvilConfig
+
+class EvilScorer(LlamaForSequenceClassification):
+    config_class = EvilConfig
+
+class EvilTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+def with_code(folder: Path, made: Path, kind: str) -> Path:
+    """A folder whose config, model and tokenizer are classes in a Python file of its own."""
+    from transformers import LlamaForSequenceClassification
+
+    saved(folder, LlamaForSequenceClassification(tiny_config(num_labels=1, pad_token_id=0)))
+    (folder / "evil.py").write_text(CODE.format(made=str(made), kind=kind))
+    auto = {
+        "AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilModel",
+        "AutoModelForSequenceClassification": "evil.EvilScorer",
+    }  # fmt: skip
+    for name, more in (
+        ("config.json", {"model_type": kind, "auto_map": auto}),
+        (
+            "tokenizer_config.json",
+            {"tokenizer_class": "EvilTokenizer", "auto_map": {"AutoTokenizer": [None, "evil.EvilTokenizer"]}},
+        ),
+    ):
+        (folder / name).write_text(json.dumps({**json.loads((folder / name).read_text()), **more}))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["llama", "evil"])
+def test_a_models_own_code_is_not_run(tmp_path: Path, made: Path, kind: str) -> None:
+    """Of a kind that transformers knows its own classes are used; of another the folder is refused."""
+    model = pretrained(with_code(tmp_path / "m", made, kind), tmp_path)
+    for load in (model.load, model.load_scorer, lambda: model.chat):
+        try:
+            assert not type(load()).__module__.startswith("transformers_modules")
+        except ValueError as error:
+            refused = str(error)
+            assert "contains custom code" in refused
+
+
+def test_a_models_own_code_runs_where_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bait bites: the tests above would see it."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model = pretrained(with_code(tmp_path / "m", tmp_path / "made", "evil"), tmp_path, trust_remote_code=True)
+    assert type(model.load()).__name__ == "EvilModel"
+    assert (tmp_path / "made").exists()
+
+
+# --- YAML
+
+
+def test_python_in_yaml_is_not_run(tiny_folder: Path, tmp_path: Path, made: Path) -> None:
+    """In an override, in a configuration file, and in the config.yaml beside a model that somebody gave away."""
+    call = f"!!python/object/apply:builtins.open ['{made}', 'w']"
+    folder = tmp_path / "conf" / "experiment"
+    folder.mkdir(parents=True)
+    (folder / "evil.yaml").write_text(f"# @package _global_\nseed: {call}\n")
+    places = [f"runs={tmp_path}/runs", f"store={tmp_path}/store", f"cache={tmp_path}/cache", "dry=true"]
+    from_file = ["--config-dir", str(tmp_path / "conf"), "+experiment=evil"]
+    for overrides in ([f"seed={call}"], [f"+seed2='{call}'"]):
+        assert run("train.py", *places, *overrides).returncode == 1, overrides
+    with pytest.raises(Exception, match="python/object"):
+        run("train.py", *from_file, *places)
+    model = shutil.copytree(tiny_folder, tmp_path / "run" / "model")
+    (model / "config.yaml").write_text(f"init: {call}\n")
+    with pytest.raises(Exception, match="python/object"):
+        run("eval.py", f"init={tmp_path}/run", f"store={tmp_path}/store", f"cache={tmp_path}/cache")
+
+
+# --- templates
+
+
+ATTACKS = [
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ cycler.__init__.__globals__.os.system('touch MADE') }}",
+    "{{ self._TemplateReference__context.eval_ctx.environment.loader }}",
+    "{{ messages.append({'role': 'system', 'content': 'obey'}) }}",
+    "{{ raise_exception.__globals__['os'].system('touch MADE') }}",
+    "{{ bos_token.__class__.format('{0.__class__}', 1).__class__.__base__ }}",
+    "{% include '/etc/passwd' %}",
+]
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_chat_template_runs_in_jinjas_sandbox(attack: str, tmp_path: Path, made: Path) -> None:
+    """A model's, a reward model's and that of an endpoint's texts."""
+    from var.remote import Client
+    from var.rewards.endpoint import Endpoint
+
+    template = attack.replace("MADE", str(made)) + TEMPLATE
+    ask = [{"role": "user", "content": "a"}]
+    with pytest.raises(Exception, match=r"(?i)unsafe|undefined|no loader|not callable|no attribute"):
+        _ = Chat(byte_tokenizer(), template).render(ask)
+    from transformers import LlamaForSequenceClassification
+
+    folder = saved(tmp_path / "rm", LlamaForSequenceClassification(tiny_config(num_labels=1)), template)
+    with pytest.raises(Exception, match=r"(?i)unsafe|undefined|no loader|not callable|no attribute"):
+        Classifier(path=str(folder)).encode(ask, "b")
+    client = Client(base_url="http://127.0.0.1:9", model="", api_key_env=None, cache=str(tmp_path))
+    with pytest.raises(Exception, match=r"(?i)unsafe|undefined|no loader|not callable|no attribute"):
+        Endpoint(client=client, protocol="query", chat_template=template)._text(ask, True)
+
+
+def test_what_a_message_says_is_no_template(tokenizer: Any) -> None:
+    text = "{{ 7 * 7 }} {% raw %} ${oc.env:HOME} {0.__class__} %s"
+    assert text in Chat(tokenizer).render([{"role": "user", "content": text}])
+
+
+# --- secrets, places and texts of a whole run
+
+
+SECRETS = {
+    "WANDB_API_KEY": "5ec7e7" * 6 + "5ec7", "HF_TOKEN": "hf_5ec7e75ec7e7token",
+    "OPENAI_API_KEY": "sk-5ec7e75ec7e7judge", "REWARD_KEY": "sk-5ec7e75ec7e7reward",
+}  # fmt: skip
+IDS = [
+    "../../escaped", "/escaped-var-align", "..", ".", "", "a/b", "C:\\escaped", "nul\0byte", "x" * 5000,
+    "ü漢🙂\u202e", "line\nend", "${oc.env:OPENAI_API_KEY}", "{{ 7 * 7 }}", "%(asctime)s", "[red]", "~/escaped",
+]  # fmt: skip
+WORDS = "${oc.env:OPENAI_API_KEY} {{ 7 * 7 }} %s {0} !!python/none"
+
+
+@pytest.fixture(scope="module")
+def world(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """All four commands over rows with such ids and texts, with secrets in the environment, a judge and a reward behind
+    HTTP, and W&B: the folder that holds everything, and what was printed."""
+    top = tmp_path_factory.mktemp("world")
+    for name in ("data", "home", "cwd"):
+        (top / name).mkdir()
+    draw = random.Random(0)
+    rows = [
+        {"id": name, "prompt": f"{WORDS} {i}?", "answer": "1",
+         "responses": [{"text": f"{WORDS} {draw.random()}", "score": draw.random()} for _ in range(2)]}
+        for i, name in enumerate(IDS)
+    ]  # fmt: skip
+    (top / "data" / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    common = [
+        f"model.path={tiny_folder}", f"store={top}/store", f"cache={top}/cache", "data=files",
+        f"data.path={top}/data/rows.jsonl", "data.validation_prompts=2", "generate.max_new_tokens=3",
+        "reward=endpoint", "reward.protocol=query", "reward.client.api_key_env=REWARD_KEY",
+    ]  # fmt: skip
+
+    def reply(body: dict[str, Any], before: int) -> Any:
+        if "query" in body:
+            return {"rewards": [sum(map(ord, body["query"][0])) % 97 / 97]}
+        return completion("[[A]]")
+
+    before, printed = os.getcwd(), list[str]()
+    os.chdir(top / "cwd")
+    try:
+        with served(reply) as server:
+            common.append(f"reward.client.base_url={server.base_url}")
+            trained = [
+                *common, f"runs={top}/runs", "loss=var_grouped", "data.micro_batch=2", "data.global_batch=4",
+                "eval.sampling.responses=2", "trainer.accelerator=cpu", "trainer.max_steps=2",
+                "+judge@eval.judge=mtbench", f"eval.judge.client.base_url={server.base_url}", "logger=wandb",
+                "logger.wandb.offline=true",
+            ]  # fmt: skip
+            evaluated = [
+                f"out={top}/evals", "seeds=[0]", "held_out=false", f"reference={tiny_folder}", "judge=mtbench",
+                f"judge.client.base_url={server.base_url}",
+            ]  # fmt: skip
+            for command, overrides in (
+                ("annotate.py", trained),
+                ("train.py", trained),
+                ("sample.py", [*common, "generate.responses=1", f"out={top}/out/rows.jsonl"]),
+                ("eval.py", [*common, *evaluated]),
+            ):  # fmt: skip
+                done = run(command, *overrides, **SECRETS, HOME=str(top / "home"))
+                assert done.returncode == 0, f"{command}: {done.stderr}"
+                printed += [done.stdout, done.stderr]
+            assert set(server.keys) == {f"Bearer {SECRETS[name]}" for name in ("OPENAI_API_KEY", "REWARD_KEY")}
+    finally:
+        os.chdir(before)
+    return top, printed
+
+
+def test_no_secret_is_written_or_printed(world: tuple[Path, list[str]]) -> None:
+    """In no file at all: configuration, log, W&B's run, summary, card, samples, store, cache, replies."""
+    top, printed = world
+    files = [path for path in top.rglob("*") if path.is_file()]
+    assert len(files) > 30
+    assert any("wandb" in path.parts for path in files)
+    for path in files:
+        content = path.read_bytes()
+        for name, secret in SECRETS.items():
+            assert secret.encode() not in content, f"{name} stands in {path.relative_to(top)}"
+    assert not any(secret in text for text in printed for secret in SECRETS.values())
+
+
+def test_the_secrets_would_be_found(world: tuple[Path, list[str]]) -> None:
+    """The names of the variables are there, in the configuration: files are really searched."""
+    top, _ = world
+    (config,) = top.glob("runs/*/.hydra/config.yaml")
+    assert b"REWARD_KEY" in config.read_bytes()
+    assert b"OPENAI_API_KEY" in config.read_bytes()
+
+
+def test_files_are_written_where_the_configuration_says(world: tuple[Path, list[str]]) -> None:
+    top, _ = world
+    assert {path.name for path in top.iterdir()} == {"cwd", "data", "home", "store", "cache", "runs", "out", "evals"}
+    assert not list((top / "cwd").rglob("*"))
+    libraries = {"wandb", "matplotlib"}  # the log of W&B's own process, a list of fonts
+    ours = [path for path in (top / "home").rglob("*") if path.is_file() and not libraries & set(path.parts)]
+    assert ours == []
+    assert [path.name for path in (top / "data").iterdir()] == ["rows.jsonl"]
+    assert not [path for path in top.parent.iterdir() if "escaped" in path.name]
+    assert not [path for path in top.rglob("*") if "escaped" in path.name]
+    assert not Path("/escaped-var-align").exists()
+
+
+def test_ids_and_texts_come_back_as_they_were(world: tuple[Path, list[str]]) -> None:
+    """Whatever they look like, an interpolation, a template, a format, they are text."""
+    top, _ = world
+    written = [json.loads(line) for line in (top / "out" / "rows.jsonl").read_text().split("\n") if line]
+    assert [row["id"] for row in written] == IDS
+    assert all(row["prompt"][0]["content"] == f"{WORDS} {i}?" for i, row in enumerate(written))
+    (samples,) = top.glob("runs/*/samples.jsonl")
+    for line in samples.read_text().split("\n")[:-1]:
+        row = json.loads(line)
+        assert row["id"] in IDS
+        assert row["prompt"][0]["content"].startswith(WORDS)
+
+
+# --- code
+
+
+FORBIDDEN = {"eval", "exec", "compile", "__import__", "breakpoint", "input"}
+SHELLS = {"subprocess": {"var/evaluate/sandbox.py", "var/summary.py"}}  # the sandbox itself; git's own words
+# var/resuming.py's own unpickler names what it takes
+PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "jsonpickle"}
+
+
+def sources() -> list[Path]:
+    return [*ROOT.glob("*.py"), *(ROOT / "var").rglob("*.py")]
+
+
+def test_nothing_is_evaluated_unpickled_or_handed_to_a_shell() -> None:
+    """Programs that a model wrote run in var/evaluate/sandbox.py alone (tests/evaluate/test_sandbox.py)."""
+    problems = []
+    for path in sources():
+        name = path.relative_to(ROOT).as_posix()
+        for node in ast.walk(ast.parse(path.read_text())):
+            place = f"{name}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in FORBIDDEN:
+                problems.append(f"{place}: {node.func.id}()")
+            if isinstance(node, ast.Call) and any(word.arg in ("shell", "allow_pickle") for word in node.keywords):
+                problems.append(f"{place}: shell= or allow_pickle=")
+            loads = isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"
+            if loads and "weights_only=True" not in ast.unparse(node):
+                problems.append(f"{place}: torch.load")
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                for module in [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]:
+                    top = module.split(".")[0]
+                    if (top in PICKLES and name != "var/resuming.py") or name not in SHELLS.get(top, {name}):
+                        problems.append(f"{place}: import {module}")
+            if isinstance(node, ast.Attribute):
+                called = ast.unparse(node)
+                if called in ("os.system", "os.popen", "yaml.load"):
+                    problems.append(f"{place}: {called}")
+    assert problems == []
+
+
+# --- dependencies
+
+
+def test_no_dependency_has_a_cap_but_torch_and_none_comes_from_elsewhere() -> None:
+    """A cap keeps a fix of a vulnerability out; a URL or a path is no package of the index."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *(one for extra in project["optional-dependencies"].values() for one in extra)]
+    capped = [one for one in wanted if re.search(r"<|~=|==|!=", one)]
+    assert [re.split(r"\W", one)[0] for one in capped] == ["torch"]
+    assert not [one for one in wanted if "@" in one or "/" in one]
+
+
+# --- what a user is told
+
+
+def test_nobody_is_asked_whether_a_models_code_may_run(
+    tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would ask at the terminal and wait; whatever stands there for an answer, nothing runs."""
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda *words: asked.append(str(words)) or "y")
+    folder = with_code(tmp_path / "m", made, "evil")
+    for load in (
+        pretrained(folder, tmp_path).load, pretrained(folder, tmp_path).meta,
+        lambda: Classifier(path=str(folder), cache=str(tmp_path)).identity,
+        lambda: Classifier(path=str(folder), cache=str(tmp_path))([[{"role": "user", "content": "a"}]], ["b"], [None]),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="contains custom code"):
+            load()
+    assert asked == []
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_template_that_fails_is_one_clear_error(attack: str, tmp_path: Path) -> None:
+    from var.remote import Client
+    from var.rewards.endpoint import Endpoint
+
+    ask = [{"role": "user", "content": "a"}]
+    with pytest.raises(UserError, match=r"^the chat template does not take these messages: \w+Error: "):
+        Chat(byte_tokenizer(), attack + TEMPLATE).render(ask)
+    client = Client(base_url="http://127.0.0.1:9", model="", api_key_env=None, cache=str(tmp_path))
+    with pytest.raises(UserError, match=r"^reward\.chat_template: \w+Error: "):
+        Endpoint(client=client, protocol="query", chat_template=attack + TEMPLATE)._text(ask, True)
+
+
+# --- checkpoints
+
+
+@pytest.mark.parametrize(
+    "force", [{}, {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}], ids=["", "though the environment asks"]
+)
+def test_a_checkpoint_is_no_program(tiny_folder: Path, tmp_path: Path, made: Path, force: dict[str, str]) -> None:
+    """Lightning leaves it to torch's default, which a variable that is set for another program turns off."""
+    torch.save({"state_dict": {}, "bait": Bait(made)}, tmp_path / "evil.ckpt")
+    rows = [{"id": str(i), "prompt": f"{i}?", "answer": "1", "responses": ["1", "2"]} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = [
+        f"model.path={tiny_folder}", f"store={tmp_path}/store", f"cache={tmp_path}/cache", f"runs={tmp_path}/runs",
+        "data=files", f"data.path={tmp_path}/rows.jsonl", "data.validation_prompts=2", "data.micro_batch=2",
+        "data.global_batch=2", "loss=sft", "trainer.max_steps=1", "trainer.accelerator=cpu",
+        "eval.sampling.responses=1", "eval.sampling.max_new_tokens=2", f"resume={tmp_path}/evil.ckpt",
+    ]  # fmt: skip
+    done = run("train.py", *options, **force)
+    assert done.returncode == 1, done.stdout
+    assert f"Error: resume={tmp_path}/evil.ckpt is no checkpoint of a run: it is damaged, or a pickle" in done.stderr
+
+
+def test_a_sharded_checkpoints_metadata_is_no_program(tmp_path: Path, made: Path) -> None:
+    """torch would unpickle it as it is; what torch itself writes passes."""
+    from torch.distributed import checkpoint
+
+    from var.resuming import refuse_pickles
+
+    state = {"a": torch.ones(3, 2), "b": torch.ones(2, dtype=torch.bfloat16), "step": 3}
+    checkpoint.save(state, checkpoint_id=str(tmp_path / "good"), no_dist=True)
+    refuse_pickles(tmp_path / "good")
+    (tmp_path / "good" / ".metadata").write_bytes(pickle.dumps(Bait(made)))
+    with pytest.raises(UserError, match=r"good is no checkpoint of a run: it is damaged, or a pickle"):
+        refuse_pickles(tmp_path / "good")
+
+
+def test_lightning_is_told_to_read_tensors_alone() -> None:
+    """Of a checkpoint that was another one when it was looked at; else torch's default holds, or that variable."""
+    assert "weights_only=True" in (ROOT / "train.py").read_text()
+
+
+def test_a_checkpoint_comes_from_this_machine(tmp_path: Path) -> None:
+    """Lightning would fetch an address, and unpickle it without any check."""
+    done = run("train.py", "resume=http://127.0.0.1:9/evil.ckpt", f"runs={tmp_path}/runs", f"store={tmp_path}/store")
+    assert done.returncode == 1
+    assert "resume=http://127.0.0.1:9/evil.ckpt: there is no such checkpoint" in done.stderr
+
+
+# --- answers that a scorer evaluates
+
+
+CALLS = [
+    "__import__('pathlib').Path('made').touch()", "open('made','w')", "(1).__class__.__base__.__subclasses__()",
+    "eval(chr(111)+chr(112)+chr(101)+chr(110)+chr(40)+chr(39)+chr(109)+chr(97)+chr(100)+chr(101)+chr(39)+chr(44)"
+    "+chr(39)+chr(119)+chr(39)+chr(41))",
+    "[open('made','w')for(x)in(1,)]", "(lambda:open('made','w'))()", "sqrt(open('made','w'))",
+    "exp(*[open('made','w')])", "Symbol(open('made','w'))", "x**open('made','w')",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "task", ["countdown", "intermediate_integration", "polynomial_multiplication", "puzzle24", "simple_integration"]
+)
+def test_an_answer_that_sympy_reads_is_not_run(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sympy's parse_expr is Python's eval with every builtin in reach; a row's own answer goes there too."""
+    pytest.importorskip("reasoning_gym")
+    from var.data.sources.reasoning_gym import ReasoningGym as Problems
+    from var.data.sources.reasoning_gym import read_problem, written
+    from var.rewards.verifiers import ReasoningGym
+
+    monkeypatch.chdir(tmp_path)
+    source = Problems(task=task, size=3)
+    rows = [source.row(*record) for record in source.records()]
+    reward = ReasoningGym(extract="none")
+    for row in rows:
+        assert row is not None
+        problem = read_problem(row.answer or "")
+        right = problem["metadata"].get("expression") or problem["answer"]
+        assert reward([row.prompt], [right], [row.answer]) == [1.0], right
+        for call in CALLS:
+            assert reward([row.prompt], [call], [row.answer])[0] < 0.1, call
+            wrong = {**problem, "answer": call, "metadata": {**problem["metadata"], "integrand": call}}
+            reward([row.prompt], [right], [written(wrong)])
+    assert not (tmp_path / "made").exists()
