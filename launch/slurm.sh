@@ -2,8 +2,8 @@
 # One run on several machines under SLURM, from the repository's folder; options of sbatch's own set another size.
 #   sbatch launch/slurm.sh loss=var_grouped strategy=fsdp
 #   sbatch --nodes=1 --ntasks-per-node=4 --gpus-per-node=4 launch/slurm.sh loss=var_grouped
-# `store`, `runs` and `cache` must be seen by every node. A job that was pre-empted or cut off by its time limit goes on
-# from its last checkpoint by the same line.
+# `store`, `runs` and `cache` must be seen by every node. A job that is pre-empted, or comes to its time limit, is
+# queued again and goes on from its last checkpoint.
 #SBATCH --job-name=var
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
@@ -11,6 +11,11 @@
 #SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00
 #SBATCH --requeue
+#SBATCH --signal=USR1@300
 #SBATCH --output=slurm-%j.out
 set -euo pipefail
-srun python train.py trainer.num_nodes="$SLURM_JOB_NUM_NODES" trainer.devices="$SLURM_NTASKS_PER_NODE" "$@"
+status=0
+srun python train.py trainer.num_nodes="$SLURM_JOB_NUM_NODES" trainer.devices="$SLURM_NTASKS_PER_NODE" "$@" || status=$?
+# 128 + SIGUSR1: five minutes before the time limit the run saved its step and left
+if [ "$status" = 138 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+exit "$status"

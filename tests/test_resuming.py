@@ -95,6 +95,21 @@ def test_told_between_two_steps_a_run_leaves_at_once_and_makes_up_for_its_evalua
     equal(fit(options, tmp_path / "run", *MORE, *more), expected)
 
 
+def test_told_after_training_a_run_leaves_at_once(
+    options: list[str],  # noqa: F811
+    straight: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected = straight(*JUDGED)
+    with monkeypatch.context() as patch:
+        at_call(patch, Validation, "_divergence", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit) as left:
+            fit(options, tmp_path / "run", *MORE, *JUDGED)
+    assert left.value.code == 143
+    equal(fit(options, tmp_path / "run", *MORE, *JUDGED), expected)
+
+
 @pytest.mark.parametrize("end", [[], ["trainer.max_steps=8"], ["trainer.max_steps=7"]])
 def test_a_run_that_is_killed_after_training_evaluates_when_it_goes_on(
     end: list[str],

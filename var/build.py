@@ -19,6 +19,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import RichModelSummary, RichProgressBar
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.profilers import PyTorchProfiler, SimpleProfiler
 from omegaconf import DictConfig, OmegaConf
 from torch.distributed.fsdp import FSDPModule
@@ -276,6 +277,8 @@ class Run:
             log_every_n_steps=settings.log_every_n_steps,
             logger=[Curves(self.folder / "metrics.csv", fresh=self.checkpoint is None), *loggers(cfg, self.folder)],
             callbacks=callbacks,
+            # SLURM's signals are Checkpoints': Lightning's own would save in the middle of a step
+            plugins=[SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None,
             profiler=PROFILERS[settings.profiler](self.folder) if settings.profiler else None,
             default_root_dir=self.folder,
             enable_checkpointing=False,  # Lightning's; ours is a callback

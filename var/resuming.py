@@ -25,13 +25,15 @@ class Checkpoints(Callback):
 
     Each is written beside, synchronised, and renamed: whatever happens one whole checkpoint is there, and only the
     newest is kept; last.ckpt is a link to it. Told to leave by SIGTERM or SIGUSR1, training ends with the optimiser
-    step that runs, at once where none does; the exit status is 128 and the signal, and the same command goes on.
+    step that runs, at once where none does (several ranks agree on it at the end of the next one); the exit status is
+    128 and the signal, and the same command goes on.
     """
 
     def __init__(self, folder: Path, every_n_steps: int) -> None:
         self.folder, self.every_n_steps = folder, every_n_steps
         self._told: int | None = None
         self._within = False  # a step: its state is not to be saved
+        self._over = False  # training is, and saved
         self._step = -1
         self._before: dict[int, Any] = {}
 
@@ -43,7 +45,7 @@ class Checkpoints(Callback):
 
         def told(number: int, _: FrameType | None) -> None:
             self._told = number
-            if not self._within and trainer.world_size == 1:
+            if self._over or (not self._within and trainer.world_size == 1):
                 self._leave(trainer)
 
         if threading.current_thread() is threading.main_thread():  # Python hands signals to no other
@@ -64,7 +66,7 @@ class Checkpoints(Callback):
         self._within = False
 
     def on_train_end(self, *_: Any) -> None:
-        self._within = False
+        self._over = True
 
     def teardown(self, *_: Any, **__: Any) -> None:
         for number, handler in self._before.items():
@@ -72,7 +74,9 @@ class Checkpoints(Callback):
         self._before = {}
 
     def _leave(self, trainer: lightning.Trainer) -> None:
-        self.save(trainer)
+        self._within = True  # a second signal finds this under way
+        if not self._over:
+            self.save(trainer)
         number = self._told or signal.SIGTERM  # another rank was told
         say(f"Told to leave by {signal.Signals(number).name}: step {self._step} is saved, the same command goes on.")
         raise SystemExit(128 + number)

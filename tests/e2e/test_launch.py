@@ -132,3 +132,21 @@ def test_two_nodes_are_one(launch: Callable[..., str], options: list[str], alone
     assert_close(curves[1], curves[0], rtol=1e-4, atol=1e-5)
     assert len(re.findall("^Run: ", shown, re.M)) == 1, shown
     assert len(re.findall("^Evaluating the start:", shown, re.M)) == 1, shown
+
+
+@pytest.mark.parametrize(("status", "queued"), [(138, "requeue 4711\n"), (143, ""), (1, ""), (0, "")])
+def test_a_job_that_left_before_its_time_limit_is_queued_again(status: int, queued: str, tmp_path: Path) -> None:
+    """One that was pre-empted (143) SLURM queues by itself."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    fakes = {"srun": f"exit {status}", "scontrol": f"echo $@ >> {tmp_path}/queued"}
+    for name, text in fakes.items():
+        (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+        (programs / name).chmod(0o755)
+    environment = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS_PER_NODE": "1"}
+    done = subprocess.run(
+        [ROOT / "launch" / "slurm.sh"], env={**os.environ, **environment, "PATH": f"{programs}:{os.environ['PATH']}"}
+    )
+    assert done.returncode == status
+    told = tmp_path / "queued"
+    assert (told.read_text() if told.exists() else "") == queued
