@@ -47,8 +47,8 @@ def main(cfg: DictConfig) -> float | None:
         report = run.report(trainer, time.perf_counter() - begun)
         run.export(trainer, module, report)
         if trainer.is_global_zero:
-            summary.write(folder, report)
             summary.plot([folder], folder / "plots" / "curves.png")
+            summary.write(folder, report)  # last: it says that the run is finished
             summary.show(report, report["title"])
     finally:
         run.close(trainer)  # after a failure too: a sweep's next job would log into this one's W&B run

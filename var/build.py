@@ -38,7 +38,7 @@ from var.policy import ActorCritic, Policy, Scorer, WithoutAdapter
 from var.pretrained import ADAPTER, Pretrained, export, merged
 from var.problems import Problems, UserError
 from var.progress import console, say
-from var.resuming import Checkpoints, checkpoints, refuse_pickles
+from var.resuming import Checkpoints, InPlace, checkpoints, refuse_pickles
 from var.rewards.scale import Scale
 
 PROFILERS: dict[str, Any] = {
@@ -278,7 +278,7 @@ class Run:
             logger=[Curves(self.folder / "metrics.csv", fresh=self.checkpoint is None), *loggers(cfg, self.folder)],
             callbacks=callbacks,
             # SLURM's signals are Checkpoints': Lightning's own would save in the middle of a step
-            plugins=[SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None,
+            plugins=[InPlace(), *([SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else [])],
             profiler=PROFILERS[settings.profiler](self.folder) if settings.profiler else None,
             default_root_dir=self.folder,
             enable_checkpointing=False,  # Lightning's; ours is a callback

@@ -18,6 +18,7 @@ from var.annotate.fill import Annotator, Reward
 from var.datamodule import AlignmentData
 from var.evaluate.judge import Judge, Pair, rates
 from var.evaluate.validation import Answers, clustered, divergence, rewarded, samples, win_rate
+from var.files import atomic
 from var.generate import Sampling, sample
 from var.module import AlignmentModule
 from var.packing import whole
@@ -72,10 +73,10 @@ class Curves(Logger):
         if not self.path.exists():
             return []
         with self.path.open(newline="") as file:
-            return list(csv.DictReader(file))
+            return list(csv.DictReader(line for line in file if line.endswith("\n")))  # the last one may be cut
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
-        with self.path.open("w", newline="") as file:
+        with atomic(self.path, newline="") as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows(rows)
@@ -85,6 +86,11 @@ def log(trainer: lightning.Trainer, metrics: Mapping[str, float], step: int) -> 
     """To every logger of the run."""
     for logger in trainer.loggers:
         logger.log_metrics(dict(metrics), step)
+
+
+def logged(trainer: lightning.Trainer, name: str, step: int) -> bool:
+    """Whether the run's curve has a metric of that step."""
+    return any(logger.holds(name, step) for logger in trainer.loggers if isinstance(logger, Curves))
 
 
 class StepMetrics(Callback):
@@ -233,7 +239,16 @@ class PairAccuracy(Callback):
         self.result: dict[str, Any] = {}
 
     def on_fit_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        self._measure(trainer, module, "before")
+        if trainer.ckpt_path is None:  # else the weights are a checkpoint's already, and state_dict's numbers are there
+            self._measure(trainer, module, "before")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"before": self.result.get("before")}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Of state_dict."""
+        if state_dict["before"]:
+            self.result["before"] = state_dict["before"]
 
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         self._measure(trainer, module, "after")
@@ -255,6 +270,8 @@ class PairAccuracy(Callback):
         accuracy = clustered(np.array(won)[:, None])
         self.result[when] = {"accuracy": accuracy._asdict()}
         step = trainer.global_step
+        if logged(trainer, "validation/accuracy", step):
+            return
         log(trainer, {"validation/accuracy": accuracy.mean, "validation/accuracy_se": accuracy.se}, step)
 
 
@@ -295,17 +312,13 @@ class Validation(Callback):
         self.before = self._rewarded(data, texts)
         self.annotator.reference.release()
         self.result["before"] = self._summary(self.before)
-        if not self._logged(trainer, 0):
+        if not logged(trainer, "validation/length", 0):
             self._log(trainer, self.before, 0)
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """A run that was stopped after its checkpoint and before its evaluation makes up for it."""
-        if trainer.global_step and not self._logged(trainer, trainer.global_step):
+        if trainer.global_step and not logged(trainer, "validation/length", trainer.global_step):
             self._evaluate_if_due(trainer, module)
-
-    def _logged(self, trainer: lightning.Trainer, step: int) -> bool:
-        curves = [logger for logger in trainer.loggers if isinstance(logger, Curves)]
-        return any(curve.holds("validation/length", step) for curve in curves)
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -341,10 +354,11 @@ class Validation(Callback):
             self.result["gain"] = clustered(after.rewards - self.before.rewards)._asdict()
             self.result["win_rate"] = clustered(win_rate(after.rewards, self.before.rewards)[:, None])._asdict()
         verdicts = self.result["judge"] = self._verdicts(trainer, data, after)
-        extra = {"validation/kl": float(kl.mean()), **_judged(verdicts)}
-        self._log(trainer, after, trainer.global_step, extra)
+        if not logged(trainer, "validation/length", trainer.global_step):  # by the one before, which was killed here
+            extra = {"validation/kl": float(kl.mean()), **_judged(verdicts)}
+            self._log(trainer, after, trainer.global_step, extra)
         if trainer.is_global_zero:
-            with (self.folder / "samples.jsonl").open("w") as file:
+            with atomic(self.folder / "samples.jsonl") as file:
                 for record in samples(data.validation, self.before, after):
                     file.write(json.dumps(record, ensure_ascii=False) + "\n")
 

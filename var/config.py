@@ -1,6 +1,7 @@
 """Composed configurations are checked as a whole before anything heavy is imported or loaded; errors are short."""
 
 import difflib
+import errno
 import hashlib
 import inspect
 import json
@@ -232,6 +233,12 @@ def _message(error: BaseException, config_name: str) -> str | None:
     for cause in causes:
         if isinstance(cause, UserError):
             return str(cause)
+    for cause in causes:
+        if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(cause):
+            return (
+                f"the disk is full: {cause}. What stood before is whole: free space, and the same command goes on "
+                "from the last checkpoint"
+            )
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return None
     text = "\n".join(

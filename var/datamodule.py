@@ -13,7 +13,7 @@ import torch
 
 from var.annotate.fill import Annotator, Ranks, Triples, with_responses
 from var.data.plan import ABSENT, Plan, Share, draw, make_plan
-from var.data.rows import Rows, Source, read
+from var.data.rows import Rows, Source, content_hash, read
 from var.data.sequences import Sequences, choose, encode, needs_rewards
 from var.estimators import Table, health, uninformative, within_prompt_deviation
 from var.generate import Sampling, Transformers
@@ -287,14 +287,15 @@ class AlignmentData(lightning.LightningDataModule):
             raise UserError(f"an online loss samples its own answers; data.responses={settings.responses} does nothing")
         prompts = self._fitting(np.sort(np.unique(self.rows.keys, return_index=True)[1]))
         size = np.full(len(prompts), self.sampling.responses)
+        # not the table's fingerprint: that is of the cache's file, its place and its time
+        self.content = content_hash(self.rows.keys.tobytes().hex(), self.rows.table["answer"][:]).hex()[:16]
         self.plan = make_plan(
             size, size, settings.micro_batch, settings.global_batch, settings.seed,
-            settings.short_micro_batch, settings.short_window, self.rows.table._fingerprint,
+            settings.short_micro_batch, settings.short_window, self.content,
         )  # fmt: skip
         self.members = np.where(self.plan.micro == ABSENT, ABSENT, prompts[self.plan.micro])
         if len(self.plan.micro) % self.plan.window and self.loss.rollout.passes > 1:
             raise UserError("with loss.rollout.passes above 1 every step must be whole: set data.short_window=drop")
-        self.content = self.rows.table._fingerprint
         self.facts["prompts"] = len(prompts)
         if self.plan.dropped:
             self.facts["prompts dropped with the last micro-batch or step"] = self.plan.dropped

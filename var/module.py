@@ -101,7 +101,7 @@ class AlignmentModule(lightning.LightningModule):
         """Add to what take_metrics will report."""
         for name, (total, number) in metrics.items():
             pair = torch.stack([total, torch.as_tensor(number).to(total)]).detach().double()
-            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+            self._sums[name] = self._sums[name].to(pair) + pair if name in self._sums else pair
 
     def take_metrics(self) -> dict[str, float]:
         """The means since the last call, over micro-batches and ranks; one reduction for all of them.
@@ -133,12 +133,20 @@ class AlignmentModule(lightning.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Of a run that trains an adapter, without the frozen model. A sharded checkpoint is whole."""
         checkpoint["skipped"], checkpoint["ranks"] = self.skipped, self.trainer.world_size
+        names = sorted(self._sums)
+        if names and torch.distributed.is_initialized():  # of all ranks, as only the first one's are saved
+            sums = torch.stack([self._sums[name] for name in names])
+            torch.distributed.all_reduce(sums)
+            self._sums = dict(zip(names, sums * float(torch.distributed.get_rank() == 0), strict=True))
+        checkpoint["metrics"] = self._sums  # since the last log: a resumed curve has the same points
         if not self.strict_loading and not isinstance(self.policy, FSDPModule):
             trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.skipped = checkpoint["skipped"]
+        first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+        self._sums = {name: sums * float(first) for name, sums in checkpoint["metrics"].items()}
         on_other_ranks(checkpoint["loops"], checkpoint["ranks"], self.trainer.world_size)
 
     def on_fit_start(self) -> None:

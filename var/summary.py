@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.table import Table
 
+from var.files import atomic
 from var.progress import console
 
 PANELS = {
@@ -51,9 +52,8 @@ def environment() -> dict[str, Any]:
 
 
 def write(folder: Path, summary: Mapping[str, Any], name: str = "summary.json") -> None:
-    partial = folder / f"{name}.partial"
-    partial.write_text(json.dumps(summary, indent=1, ensure_ascii=False, default=str))
-    partial.replace(folder / name)
+    with atomic(folder / name) as file:
+        json.dump(summary, file, indent=1, ensure_ascii=False, default=str)
 
 
 def show(summary: Mapping[str, Any], title: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import datasets
 import numpy as np
 
+from var.files import atomic
 from var.problems import Problems
 
 Message = dict[str, str]
@@ -238,7 +239,7 @@ def write(rows: Iterable[Row], target: Path, problems: Problems) -> None:
     from datasets.arrow_writer import ArrowWriter
 
     target.mkdir(parents=True, exist_ok=True)
-    partial, prompts = (target / f"{name}.partial{os.getpid()}" for name in ("rows.arrow", "prompts.npy"))
+    partial = target / f"rows.arrow.partial{os.getpid()}"
     keys = []
     try:
         with ArrowWriter(path=str(partial), features=FEATURES) as writer:
@@ -249,20 +250,17 @@ def write(rows: Iterable[Row], target: Path, problems: Problems) -> None:
         if not keys and not problems:
             problems.add("source", "it holds no row")
         problems.check()
-        with prompts.open("wb") as file:
+        with atomic(target / "prompts.npy", "wb", shared=True) as file:
             np.save(file, np.array(keys, dtype="S16"))
-        prompts.replace(target / "prompts.npy")
         partial.replace(target / "rows.arrow")
     finally:
         partial.unlink(missing_ok=True)
-        prompts.unlink(missing_ok=True)
 
 
 def finish(target: Path, facts: Mapping[str, Any]) -> None:
     """Say that a folder of the cache is whole, to all processes at once: another one may be reading it."""
-    partial = target / f"done.json.partial{os.getpid()}"
-    partial.write_text(json.dumps(facts))
-    partial.replace(target / "done.json")
+    with atomic(target / "done.json", shared=True) as file:
+        json.dump(facts, file)
 
 
 def _checked(source: Source, problems: Problems, left_out: Counter[str]) -> Iterator[Row]:
