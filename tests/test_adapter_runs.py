@@ -216,6 +216,7 @@ def test_a_reward_model_trains_by_an_adapter(
     assert "a reward model's head is no part of its adapter" in done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_ranks_give_one_adapter(
     strategy: str,

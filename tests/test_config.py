@@ -197,6 +197,15 @@ def test_processes_beside_the_trainers_are_refused(tmp_path: Path, monkeypatch: 
     Run.compose(composed("trainer.devices=2", "trainer.num_nodes=2", "data.micro_batch=2"), tmp_path)
 
 
+def test_what_deepspeed_would_refuse_is_told_at_once(tmp_path: Path) -> None:
+    """Lightning takes it on CUDA alone; stage 3 leaves no whole model to export."""
+    run = Run.compose(composed("strategy=deepspeed", "strategy.stage=3", "trainer.accelerator=cpu"), tmp_path)
+    with pytest.raises(ValueError, match="strategy=deepspeed") as told:
+        run.trainer()
+    assert "trainer.accelerator: DeepSpeed runs on GPUs" in str(told.value)
+    assert "strategy.stage: 3 is none of 1, 2" in str(told.value)
+
+
 def test_git_does_not_hide_the_package() -> None:
     """GitHub's Python .gitignore has a line `var/`."""
     if not (ROOT / ".git").exists():

@@ -242,6 +242,42 @@ def test_a_step_that_is_not_finite_can_be_left_out(
     assert saved["skipped"] == 1
 
 
+def test_clocks_and_hostnames_do_not_matter(
+    options: list[str],  # noqa: F811
+    straight: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Killed on one machine, gone on with on another, whose clock stands at the year 2000."""
+    expected = straight()
+    with monkeypatch.context() as patch:
+        at_call(patch, AlignmentModule, "training_step", 14, killed)
+        with pytest.raises(KeyError):
+            fit(options, tmp_path / "run", *MORE)
+    monkeypatch.setattr("time.time", lambda: 946_684_800.0)
+    monkeypatch.setattr("socket.gethostname", lambda: "elsewhere")
+    monkeypatch.setenv("HOSTNAME", "elsewhere")
+    equal(fit(options, tmp_path / "run", *MORE), expected)
+
+
+def test_a_tracker_out_of_reach_is_told_before_anything_runs(
+    options: list[str],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import wandb
+    from lightning.pytorch.loggers import WandbLogger
+
+    def unreachable(*_: Any) -> None:
+        raise wandb.errors.CommError("Post https://api.example/graphql: connection refused")
+
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr(WandbLogger, "log_hyperparams", unreachable)
+    with pytest.raises(UserError, match=r"logger\.wandb: the server does not answer .* logger\.wandb\.offline=true"):
+        fit(options, tmp_path / "run", *MORE, "logger=wandb", "logger.wandb.offline=false")
+    assert not list((tmp_path / "run").glob("checkpoints"))
+
+
 def test_only_the_newest_checkpoint_is_kept_and_partial_ones_are_cleared(
     options: list[str],  # noqa: F811
     tmp_path: Path,

@@ -68,7 +68,7 @@ def make(tiny_folder: Path, tmp_path: Path) -> Callable[..., Made]:
         run.annotator.reward = Told()
         run.data.prepare()
         module = run.module()
-        run.data.trainer = SimpleNamespace(lightning_module=module, current_epoch=0)  # type: ignore[assignment]
+        run.data.trainer = SimpleNamespace(lightning_module=module, current_epoch=0, world_size=1)  # type: ignore[assignment]
         return run.data, module
 
     return made
@@ -344,6 +344,12 @@ def test_draws_do_not_depend_on_micro_batches_or_ranks(
         assert sampler.seeds == [0, 1, 2, 3, 2, 3]
 
 
+def stopped(data: Any, position: int) -> dict[str, Any]:
+    """The state of a run of one process after so many micro-batches of the first epoch."""
+    weights = data.annotator.reference.pretrained.weights
+    return {"plan": data.plan.hash, "weights": weights, "epoch": 0, "position": position, "ranks": 1}
+
+
 def test_resumed_within_an_epoch_what_was_done_is_not_sampled(
     make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -353,7 +359,7 @@ def test_resumed_within_an_epoch_what_was_done_is_not_sampled(
     expected = [responses(batch) for batch in epoch(straight)]
     data, _ = make(*options)
     sampler = Sampler(monkeypatch)
-    data.load_state_dict({"plan": straight.plan.hash, "epoch": 0, "position": 5})
+    data.load_state_dict(stopped(straight, 5))
     assert [responses(batch) for batch in epoch(data)] == expected[5:]
     assert [len(prompts) for prompts in sampler.prompts] == [2, 1]
     assert [responses(batch) for batch in epoch(data, 0)] == expected  # once resumed, that is over
@@ -364,7 +370,7 @@ def test_resumed_between_passes(make: Callable[..., Made], monkeypatch: pytest.M
     options = ("data.micro_batch=1", "data.global_batch=2", "loss.rollout.passes=2", "data.short_window=drop")
     data, _ = make(*options)
     expected = [batch.ids for batch in epoch(data)]
-    data.load_state_dict({"plan": data.plan.hash, "epoch": 0, "position": 5})
+    data.load_state_dict(stopped(data, 5))
     sampler = Sampler(monkeypatch)
     assert [batch.ids for batch in epoch(data)] == expected[5:]
     assert sampler.calls == 2

@@ -183,8 +183,7 @@ def launch(processes: int, *overrides: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-@pytest.mark.parametrize("loss", ["var_grouped", "dpo"])
+@pytest.mark.parametrize(("strategy", "loss"), [("ddp", "var_grouped"), ("fsdp", "dpo")])
 def test_ranks_give_one_curve(strategy: str, loss: str, options: list[str], tmp_path: Path) -> None:
     """Two processes over gloo, with a short last step in which one of them has no micro-batch, are one process."""
     common = [
@@ -207,20 +206,25 @@ def test_ranks_give_one_curve(strategy: str, loss: str, options: list[str], tmp_
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_ranks_resumed_are_straight(strategy: str, options: list[str], tmp_path: Path) -> None:
-    """From a checkpoint (sharded under FSDP2) in the middle of an epoch: the weights to the last bit."""
+@pytest.mark.parametrize(
+    "strategy", [["ddp"], ["fsdp"], ["fsdp", "strategy.save_distributed_checkpoint=false"]], ids=" ".join
+)
+def test_two_ranks_resumed_are_straight(strategy: list[str], options: list[str], tmp_path: Path) -> None:
+    """From a checkpoint in the middle of an epoch, sharded and in one file under FSDP2: the weights to the last bit,
+    exported in one form."""
     common = [
         *options, "loss=var_grouped", "data.micro_batch=2", "data.global_batch=4", "trainer.precision=32-true",
         "trainer.checkpoint_every_n_steps=3", "optim.schedule.kind=constant", "optim.schedule.warmup=0",
-        f"strategy={strategy}", "trainer.devices=2",
+        f"strategy={strategy[0]}", *strategy[1:], "trainer.devices=2",
     ]  # fmt: skip
     launch(2, *common, f"runs={tmp_path}/first", "trainer.max_steps=6")
     checkpoint = next((tmp_path / "first").glob("*/checkpoints/last.ckpt"))
+    assert checkpoint.resolve().is_dir() == (strategy == ["fsdp"])
     launch(2, *common, f"runs={tmp_path}/resumed", f"resume={checkpoint}")
     launch(2, *common, f"runs={tmp_path}/straight")
     a, b = (load_file(next((tmp_path / n).glob("*/model/model.safetensors"))) for n in ("straight", "resumed"))
     assert all(torch.equal(a[name], b[name]) for name in a)
+    assert a.keys() == load_file(Path(common[2].removeprefix("model.path=")) / "model.safetensors").keys()
 
 
 @pytest.mark.long

@@ -160,6 +160,7 @@ def test_resumed_is_straight(loss: str, options: list[str], tmp_path: Path, monk
     assert column(resumed[2], "train/loss") == column(straight[2], "train/loss")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_ranks_give_one_curve(strategy: str, options: list[str], tmp_path: Path) -> None:
     """GRPO by two processes over gloo, whose answers differ in length, with a filler in the short last step."""

@@ -210,7 +210,7 @@ class Budget(Callback):
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         self._step = trainer.global_step
-        trainer.should_stop = trainer.should_stop or self._before >= self.seconds
+        trainer.should_stop = trainer.should_stop or 0 < self._before >= self.seconds
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -1,0 +1,131 @@
+"""A hub that fails: a local server that speaks as much of the hub's protocol as a model's download takes."""
+
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+COMMIT = "c" * 40
+LOOK = (
+    "import sys; from var.pretrained import Pretrained; from var.problems import UserError\n"
+    "files = Pretrained(name='m', path='someone/model', revision=None, chat_template=None, dtype='float32', "
+    "attention='packed', trust_remote_code=False, gradient_checkpointing=False, architecture={}, cache=sys.argv[1])\n"
+    "try: print(sum(p.numel() for p in files.load().parameters()), files.weights)\n"
+    "except UserError as error: print('REFUSED', error)\n"
+)
+
+
+class Hub(ThreadingHTTPServer):
+    """Serves the folder as someone/model. cut: of a .safetensors its first so many bytes come, then the connection
+    breaks, and to what asks on it says that this may not be read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.cut, self.asked = folder, None, list[str]()
+        super().__init__(("127.0.0.1", 0), Answer)
+
+
+class Answer(BaseHTTPRequestHandler):
+    server: Any
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def answer(self, body: bool) -> None:
+        path = self.path.split("?")[0]
+        if path.startswith("/api/models/someone/model"):
+            files = sorted(self.server.folder.iterdir())
+            told: Any = {"id": "someone/model", "sha": COMMIT, "siblings": [{"rfilename": file.name} for file in files]}
+            if "/tree/" in path:
+                told = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": "0" * 40} for f in files]
+            self.send(json.dumps(told).encode(), body, {"Content-Type": "application/json"})
+            return
+        file = self.server.folder / path.rpartition("/")[2]
+        if not file.is_file():
+            self.send_error(404)
+            return
+        data = file.read_bytes()
+        self.server.asked.append(f"{self.command} {file.name}")
+        begin = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").split("-")[0])
+        tags = {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha256(data).hexdigest()}"', "Accept-Ranges": "bytes"}
+        if begin and self.server.cut is not None:
+            self.send_error(403)
+            return
+        broken = body and file.suffix == ".safetensors" and self.server.cut is not None
+        cut = self.server.cut if broken else None
+        self.send(data[begin:], body, tags, cut, partial=begin > 0, whole=len(data))
+
+    def send(
+        self, data: bytes, body: bool, headers: dict[str, str], cut: int | None = None, partial: bool = False,
+        whole: int = 0,
+    ) -> None:  # fmt: skip
+        self.send_response(206 if partial else 200)
+        if partial:
+            self.send_header("Content-Range", f"bytes {whole - len(data)}-{whole - 1}/{whole}")
+        for name, value in {**headers, "Content-Length": str(len(data))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(data[:cut])
+        if cut is not None:
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(tiny_folder: Path) -> Iterator[Hub]:
+    server = Hub(tiny_folder)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def look(hub: Hub, home: Path) -> str:
+    environment = {
+        **os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+        "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_ETAG_TIMEOUT": "5", "HF_HUB_DOWNLOAD_TIMEOUT": "5",
+        "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", LOOK, str(home / "cache")], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().splitlines()[-1]
+
+
+def test_a_download_that_broke_is_told_and_goes_on(hub: Hub, tiny_folder: Path, tmp_path: Path) -> None:
+    """A half file is never read as a model; the next start has the numbers of the whole one."""
+    hub.cut = 1000
+    told = look(hub, tmp_path)
+    assert told.startswith("REFUSED the model someone/model is not on this machine and the hub did not give it"), told
+    assert "GET model.safetensors" in hub.asked
+    hub.cut = None
+    told = look(hub, tmp_path)
+    assert "REFUSED" not in told, told
+    parameters, weights = told.split()
+    from tests.test_pretrained import pretrained
+
+    whole = pretrained(tiny_folder, tmp_path)
+    assert int(parameters) == sum(p.numel() for p in whole.load().parameters())
+    assert weights == whole.weights
+    hub.asked.clear()
+    hub.shutdown()
+    hub.server_close()
+    assert look(hub, tmp_path).split() == [parameters, weights]  # what lies on disk needs no hub
+    assert hub.asked == []
