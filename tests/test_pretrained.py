@@ -199,6 +199,25 @@ def test_the_meta_model_has_the_sizes_and_no_storage(tmp_path: Path):
     assert sum(p.numel() for p in meta.parameters()) == sum(p.numel() for p in tiny_model().parameters())
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_empty_model_is_filled_from_the_file(tied: bool, tmp_path: Path):
+    """No parameter has storage until it is read, each rank its own part; here one rank has all of them."""
+    folder = saved(tmp_path / "m", tiny_model(tie_word_embeddings=tied))
+    files = pretrained(folder, tmp_path)
+    model, whole = files.empty(), files.load()
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert model.generation_config.to_dict() == whole.generation_config.to_dict()
+    assert not model.training
+    model._apply(lambda t: torch.full_like(t, float("nan"), device="cpu") if t.device.type == "meta" else t)
+    model.tie_weights()
+    files.fill(model)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
+    for (name, ours), (_, theirs) in zip(model.state_dict().items(), whole.state_dict().items(), strict=True):
+        assert torch.equal(ours, theirs), name
+    for (name, ours), (_, theirs) in zip(model.named_buffers(), whole.named_buffers(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
 def exported(folder: Path, model: Any, template: str = TEMPLATE) -> Chat:
     """A base model's export: the tokenizer has no template, the config has."""
     chat = Chat(byte_tokenizer(None), template)
