@@ -188,7 +188,7 @@ def test_refused_bodies_do_not_count_as_an_endpoint_that_is_down(tmp_path: Path)
 
 
 def test_as_many_are_under_way_as_the_concurrency_allows(tmp_path: Path):
-    with served(lambda body, before: Broken(text="{}", slow=0.05)) as server:
+    with served(lambda body, before: Broken(text="{}", slow=0.2)) as server:
         client(server.base_url, tmp_path, concurrency=3).ask([{"n": i} for i in range(9)])
     assert server.peak == 3
 
@@ -323,7 +323,7 @@ def test_a_process_that_is_stopped_loses_no_reply(sign: signal.Signals, tmp_path
     """Four of twenty replies came before it is stopped; the next process asks for the rest alone."""
 
     def slowly(body: dict[str, Any], before: int) -> Any:
-        return Broken(text='{"said": "yes"}', slow=0.05)
+        return Broken(text='{"said": "yes"}', slow=0.2)
 
     with served(slowly) as server:
         program = f"""
