@@ -52,7 +52,8 @@ class Schedule:
 class AlignmentModule(lightning.LightningModule):
     """policy: trained; its forward gives the loss log-probabilities (a Scorer's, scores; an ActorCritic's, values
     too). loss: from them and the batch to a scalar. reference: run in each step where it is given (reference=live),
-    else the batch carries what the loss needs of it.
+    else the batch carries what the loss needs of it. nonfinite: what becomes of an optimiser step without a finite
+    gradient. fill: reads the weights of a model that has none yet, once it is sharded.
     """
 
     def __init__(
@@ -66,12 +67,12 @@ class AlignmentModule(lightning.LightningModule):
         fill: Callable[[Any], None] | None = None,
     ) -> None:
         super().__init__()
-        self._fill = fill  # reads the weights of a model that has none, once it is sharded
-        self.nonfinite, self.skipped = nonfinite, 0  # optimiser steps that were left out
-        self.gradient_norm: Tensor | None = None  # of the last optimiser step, before it was clipped
-        self._window: list[tuple[tuple[str, ...], Tensor]] = []  # names and loss of its micro-batches
         self.policy, self.loss, self.optimizer, self.schedule = policy, loss, optimizer, schedule
         self._reference = [reference] if reference is not None else []  # a list: no parameters of ours, never saved
+        self.nonfinite, self._fill = nonfinite, fill
+        self.skipped = 0  # optimiser steps that were left out
+        self.gradient_norm: Tensor | None = None  # of the last optimiser step, before it was clipped
+        self._window: list[tuple[tuple[str, ...], Tensor]] = []  # names and loss of its micro-batches
         self._sums: dict[str, Tensor] = {}
         self.strict_loading = all(p.requires_grad for p in policy.parameters())  # see on_save_checkpoint
 
@@ -131,7 +132,8 @@ class AlignmentModule(lightning.LightningModule):
         return batch
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Of a run that trains an adapter, without the frozen model. A sharded checkpoint is whole."""
+        """With what has been counted; of a run that trains an adapter without the frozen model, but a sharded one is
+        whole."""
         checkpoint["skipped"], checkpoint["ranks"] = self.skipped, self.trainer.world_size
         names = sorted(self._sums)
         if names and torch.distributed.is_initialized():  # of all ranks, as only the first one's are saved
@@ -166,12 +168,12 @@ class AlignmentModule(lightning.LightningModule):
 
         A norm that is not finite is no step: see `nonfinite`. It is the same on every rank.
         """
+        window, self._window = self._window, []
         parameters = [p for p in self.policy.parameters() if p.grad is not None]
         if not parameters:  # DeepSpeed keeps gradients, and clips them, by itself
             return
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         self.gradient_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        window, self._window = self._window, []
         if not self.gradient_norm.isfinite():
             self._left_out(window)
         elif gradient_clip_val:
