@@ -84,13 +84,17 @@ def adapter_off(model: Any) -> Iterator[None]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    for layer in layers:
-        layer.enable_adapters(False)
+
+    def switch(off: bool) -> None:
+        for layer in layers:  # peft's enable_adapters also walks what trains
+            layer._disable_adapters = off
+        assert all(layer.disable_adapters is off for layer in layers)
+
+    switch(off=True)
     try:
         yield
     finally:
-        for layer in layers:
-            layer.enable_adapters(True)
+        switch(off=False)
 
 
 def save(model: Any, folder: Path, state: Mapping[str, torch.Tensor] | None = None) -> None:

@@ -428,6 +428,7 @@ def quieten() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what fails is an error of ours, told once
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft asks transformers by an old name
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 
 
