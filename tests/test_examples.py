@@ -1,0 +1,91 @@
+"""What examples/ plugs in from outside the package: each part by itself, and all three in one run of train.py."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from tests.e2e.test_commands import ROOT, only, run
+from var.data.rows import read
+from var.packing import pack
+
+EXAMPLES = ROOT / "examples"
+
+
+@pytest.fixture(autouse=True)
+def on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PYTHONPATH=examples, from the repository's folder."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.chdir(ROOT)
+
+
+def test_slic_is_a_hinge_on_the_difference() -> None:
+    """Pairs (−1, −3) and (−2, −2.5) at δ = 1: max(0, 1 − 2) + max(0, 1 − 0.5) = 0.5, over 2 pairs: 0.25.
+
+    The second pair alone has a gradient: −1/2 and 1/2.
+    """
+    from slic import SLiC
+
+    logps = torch.tensor([-0.4, -0.6, -3.0, -2.0, -2.5], requires_grad=True)
+    ids, starts = [[1, 2, 3], [1, 2], [1, 2], [1, 2]], [1, 1, 1, 1]
+    batch = pack(ids, starts, global_sequences=4.0)
+    loss, _ = SLiC(margin=1.0)(logps, batch)
+    assert_close(loss, torch.tensor(0.25))
+    loss.backward()
+    assert_close(logps.grad, torch.tensor([0.0, 0.0, 0.0, -0.5, 0.5]))
+
+
+def test_the_readmes_loss_is_this_one() -> None:
+    """README shows it without imports and checks."""
+    (shown,) = re.findall(r"```python\n(@dataclass.*?class SLiC.*?)```", (ROOT / "README.md").read_text(), re.S)
+    there = (EXAMPLES / "slic.py").read_text()
+    for line in shown.splitlines():
+        if '"""' not in line:
+            assert line.strip() in there, line
+
+
+def test_the_table_becomes_rows_and_names_its_faults(tmp_path: Path) -> None:
+    from questions import Questions
+
+    rows = read(Questions(path="examples/questions.tsv"), tmp_path / "cache")
+    assert len(rows) == 16
+    assert {len(row.responses) for row in rows} == {3}
+    (tmp_path / "bad.tsv").write_text("Why?\tSo.\nAnd why?\n")
+    with pytest.raises(ValueError, match=r"bad\.tsv:2: no answer after the question"):
+        read(Questions(path=str(tmp_path / "bad.tsv")), tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"data\.path=nowhere: no such file"):
+        Questions(path="nowhere")
+
+
+def test_brevity_is_the_distance_in_words() -> None:
+    from brevity import Brevity
+
+    assert Brevity(words=4)([[]] * 3, ["a b c d", "a", "a b c d e f"], [None] * 3) == [0.0, -0.75, -0.5]
+    with pytest.raises(ValueError, match=r"reward\.words"):
+        Brevity(words=0)
+
+
+def test_all_three_train(tiny_folder: Path, tmp_path: Path) -> None:
+    """The README's first command on a tiny model: the reward orders the pairs, the loss falls, nothing is forked."""
+    command = ["--config-dir", "examples/conf", "loss=slic", "data=questions", "reward=brevity"]
+    done = run(
+        "train.py", *command, f"model.path={tiny_folder}", f"store={tmp_path}/store", f"cache={tmp_path}/cache",
+        f"runs={tmp_path}/runs", "trainer.accelerator=cpu", "trainer.log_every_n_steps=1", "trainer.epochs=3",
+        "eval.sampling.responses=1", "eval.sampling.max_new_tokens=3", "model.learning_rate=3e-3",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    folder = only(tmp_path / "runs")
+    assert folder.name.startswith("smollm2-135m_questions_slic-")
+    with (folder / "metrics.csv").open() as file:
+        losses = [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
+    assert len(losses) == 9
+    assert losses[-1] < losses[0]
+    assert json.loads((folder / "summary.json").read_text())["validation"]["reward"]["after"]["mean"] < 0
+
+    wrong = run("train.py", *command, "loss.margin=-1", f"model.path={tiny_folder}", f"runs={tmp_path}/runs")
+    assert wrong.returncode == 1
+    assert "loss.margin is δ > 0, got -1" in wrong.stderr
