@@ -32,6 +32,7 @@ def main(cfg: DictConfig) -> float | None:
 
     from var import dry
     from var.build import Run
+    from var.report.write import plot
 
     run = Run.compose(cfg, folder)
     if cfg.dry:
@@ -47,7 +48,7 @@ def main(cfg: DictConfig) -> float | None:
         report = run.report(trainer, time.perf_counter() - begun)
         run.export(trainer, module, report)
         if trainer.is_global_zero:
-            summary.plot([folder], folder / "plots" / "curves.png")
+            plot([folder], folder / "plots" / "curves.png")
             summary.write(folder, report)  # last: it says that the run is finished
             summary.show(report, report["title"])
     finally:

@@ -133,6 +133,7 @@ def test_the_map_is_the_codes() -> None:
     assert off == {}
 
 
+@pytest.mark.long
 def test_the_tutorial_runs(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its commands in order, on a tiny model and few problems; the runs that it names are those that it made."""
     monkeypatch.chdir(tmp_path)

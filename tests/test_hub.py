@@ -109,6 +109,7 @@ def look(hub: Hub, home: Path) -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
+@pytest.mark.long
 def test_a_download_that_broke_is_told_and_goes_on(hub: Hub, tiny_folder: Path, tmp_path: Path) -> None:
     """A half file is never read as a model; the next start has the numbers of the whole one."""
     hub.cut = 1000

@@ -188,7 +188,10 @@ def step_metrics(trainer: lightning.Trainer) -> StepMetrics:
 
 
 class PlanFile(Callback):
-    """plan.npz in the run's folder: the sequences of each micro-batch, in the first epoch's order, and their rows."""
+    """In the run's folder: plan.npz, the sequences of each micro-batch, in the first epoch's order, their rows and
+    weights; batches.jsonl, the first micro-batches in words."""
+
+    SHOWN = 4
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -196,7 +199,13 @@ class PlanFile(Callback):
     def on_fit_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         data: AlignmentData = trainer.datamodule  # type: ignore[attr-defined]
         if trainer.is_global_zero:
-            np.savez(self.folder / "plan.npz", micro=data.members, tokens=data.plan.tokens, row=data.rows_of_members)
+            np.savez(
+                self.folder / "plan.npz", micro=data.members, tokens=data.plan.tokens, row=data.rows_of_members,
+                **({} if data.weights is None else {"weight": data.weights}),  # type: ignore[arg-type]
+            )  # fmt: skip
+            with atomic(self.folder / "batches.jsonl") as file:
+                for record in data.records(self.SHOWN):
+                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 class Budget(Callback):

@@ -494,6 +494,25 @@ class AlignmentData(lightning.LightningDataModule):
         """The row of each thing that `members` counts: sequences, or, online, the rows themselves."""
         return np.arange(len(self.rows)) if Need.ROLLOUT in self.loss.needs else self.sequences.row
 
+    @property
+    def weights(self) -> np.ndarray | None:
+        """[n] of the sequences that `members` counts; None where the loss takes none from the data module."""
+        return self._columns["weights"].numpy() if "weights" in self._columns else None
+
+    def records(self, micro_batches: int) -> Iterator[dict[str, Any]]:
+        """The first micro-batches for a reader: of each thing in them its prompt and, offline, response, weight and
+        reward."""
+        for m, members in enumerate(self.members[:micro_batches]):
+            for i in members[members >= 0].tolist():
+                row = self.rows[int(self.rows_of_members[i])]
+                record: dict[str, Any] = {"micro_batch": m, "id": row.id, "prompt": list(row.prompt)}
+                if Need.ROLLOUT not in self.loss.needs:
+                    record["response"] = row.responses[self.sequences.table[i]["response"]].text
+                for name in ("weights", "rewards"):
+                    if name in self._columns:
+                        record[name.removesuffix("s")] = float(self._columns[name][i])
+                yield record
+
     def train_dataloader(self) -> "PlanLoader | RolloutLoader":
         ranks = Ranks.current()
         if Need.ROLLOUT in self.loss.needs:

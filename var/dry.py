@@ -81,6 +81,8 @@ def memory(run: "Run") -> None:
     for name, size in parts.items():
         say(f"  {name}: {size / 2**30:.2f} GiB")
     say(f"  together: {sum(parts.values()) / 2**30:.2f} GiB")
+    if cfg.strategy.name == "fsdp" and cfg.data.validation_prompts:
+        say(f"  while it samples for validation, beside it: {weights / 2**30:.2f} GiB, the whole model")
     if on_host:
         say(f"  {states}, host: {states_size / 2**30:.2f} GiB")
     beside = cfg.reference == "live" or run.data.loss.needs >= {Need.ROLLOUT, Need.REFERENCE_LOGPS}

@@ -1,14 +1,9 @@
-"""What a run leaves behind: summary.json, the closing table, and a figure of its curves.
+"""What a run leaves behind: summary.json and the closing table. report.py has tables and figures of many."""
 
-Several runs as a table, and in one figure: python -m var.summary runs/one runs/two figure.png
-"""
-
-import csv
 import json
 import platform
 import subprocess
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,18 +13,6 @@ from rich.table import Table
 from var.files import atomic
 from var.progress import console
 
-PANELS = {
-    "train/loss": "loss, nats a token",
-    "train/weight/ess": "effective sample size",
-    "train/grad_norm": "gradient norm",
-    "throughput/tokens_per_second": "tokens per second",
-    "validation/reward": "validation reward",
-    "validation/win_rate": "win rate against the start",
-    "validation/length": "response length, tokens",
-    "validation/kl": "KL to the reference, nats",
-}
-JUDGED = "validation/judge_win_rate"
-COLUMNS = 4
 PACKAGES = ("torch", "lightning", "transformers", "datasets", "hydra-core")
 
 
@@ -97,62 +80,3 @@ def show(summary: Mapping[str, Any], title: str) -> None:
         table.add_row(f"of these {name}", "", f"{seconds:.0f} s, {share:.0%}")
     console.print(table)
     console.print(f"Run: {summary['folder']}", markup=False)
-
-
-def plot(folders: Sequence[Path], target: Path) -> None:
-    """The curves of one run or of several: training above, validation on prompts that it never saw below."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows_of_panels = len(PANELS) // COLUMNS
-    size = (3.2 * COLUMNS, 2.6 * rows_of_panels)
-    figure = plt.figure(figsize=size, layout="constrained")
-    axes = figure.subplots(rows_of_panels, COLUMNS).ravel()
-    for folder in folders:
-        with (folder / "metrics.csv").open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        for axis, (name, label) in zip(axes, PANELS.items(), strict=True):
-            points = [row for row in rows if row.get(name)]
-            steps, values = [int(row["step"]) for row in points], [float(row[name]) for row in points]
-            errors = [float(row["validation/reward_se"]) for row in points] if name == "validation/reward" else None
-            line = axis.errorbar(steps, values, errors, marker="o", markersize=3, label=folder.name.rsplit("-", 1)[0])
-            if name == "validation/win_rate" and (judged := [row for row in rows if row.get(JUDGED)]):
-                steps, values = [int(row["step"]) for row in judged], [float(row[JUDGED]) for row in judged]
-                axis.plot(steps, values, "s--", color=line[0].get_color(), markersize=3)  # a judge's, dashed
-            axis.set(xlabel="optimiser step", title=label)
-    if len(folders) > 1:
-        axes[0].legend(fontsize="x-small")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=120)
-    plt.close(figure)
-
-
-def table(folders: Sequence[Path]) -> str:
-    """Runs side by side, in Markdown; the overrides say what differed."""
-    lines = [
-        "| run | steps | reward before | after | gain, paired | KL, nats | length | ESS/n |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for folder in folders:
-        done = json.loads((folder / "summary.json").read_text())
-        overrides = (folder / ".hydra" / "overrides.yaml").read_text().replace("- ", "").split("\n")
-        told = " ".join(o for o in overrides if o.startswith(("loss", "seed", "data.responses", "reward"))) or "default"
-        reward = done["validation"].get("reward") or done["validation"].get("accuracy") or {}
-        length = done["validation"].get("length") or {}
-
-        def cell(value: Mapping[str, float] | None, digits: int = 3) -> str:
-            return "–" if value is None else f"{value['mean']:.{digits}f} ± {value['se']:.{digits}f}"
-
-        ess = "–" if done["ess"] is None else f"{done['ess']:.2f}"
-        cells = [f"`{told}`", str(done["steps"]), *(cell(reward.get(when)) for when in ("before", "after", "gain"))]
-        lines.append("| " + " | ".join([*cells, cell(done["kl"], 2), cell(length.get("after"), 1), ess]) + " |")
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    places = [Path(argument) for argument in sys.argv[1:]]
-    if places and places[-1].suffix == ".png":
-        plot(places[:-1], places.pop())
-    print(table(places))

@@ -224,7 +224,7 @@ def test_help_is_readable() -> None:
         assert shown in done.stdout
 
 
-@pytest.mark.parametrize("signal_at", [3, 7])
+@pytest.mark.parametrize("signal_at", [3, pytest.param(7, marks=pytest.mark.long)])
 def test_a_killed_run_goes_on_by_the_same_command(signal_at: int, own: list[str], tmp_path: Path) -> None:
     """SIGKILL, then the same command: weights equal to the unbroken run's to the last bit, every row once."""
     common = [*own, "loss=sft", "data.micro_batch=2", "data.global_batch=2", "trainer.checkpoint_every_n_steps=2",
