@@ -2,7 +2,10 @@
 
 import csv
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -86,6 +89,9 @@ def test_all_three_train(tiny_folder: Path, tmp_path: Path) -> None:
     assert losses[-1] < losses[0]
     assert json.loads((folder / "summary.json").read_text())["validation"]["reward"]["after"]["mean"] < 0
 
-    wrong = run("train.py", *command, "loss.margin=-1", f"model.path={tiny_folder}", f"runs={tmp_path}/runs")
-    assert wrong.returncode == 1
+    wrong = subprocess.run(
+        [sys.executable, "train.py", *command, "loss.margin=-1", f"model.path={tiny_folder}", f"runs={tmp_path}/runs"],
+        env={**os.environ, "PYTHONPATH": str(EXAMPLES)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert wrong.returncode == 1, wrong.stdout
     assert "loss.margin is δ > 0, got -1" in wrong.stderr
