@@ -111,6 +111,16 @@ def test_stored_and_live_reference_give_one_curve(loss: str, options: list[str],
     assert apart < 0.02 * moved
 
 
+def test_a_live_reference_is_loaded_once(options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the policy."""
+    from var.pretrained import Pretrained
+
+    loaded, real = list[str](), Pretrained.load
+    monkeypatch.setattr(Pretrained, "load", lambda self: (loaded.append(self.path), real(self))[1])
+    fit(options, tmp_path / "run", "loss=dpo", "data.micro_batch=4", "reference=live", "trainer.max_steps=1")
+    assert len(loaded) == 2
+
+
 def _start(run: Run) -> dict[str, torch.Tensor]:
     return dict(run.module().policy.state_dict())
 

@@ -221,8 +221,9 @@ class Run:
         if self.adapter is not None and not isinstance(policy, Scorer):
             self.annotator.reference.is_under(policy)
         if cfg.reference == "live":
-            reference = self.annotator.reference.policy
-            if self.adapter is None:
+            if self.adapter is not None:
+                reference = self.annotator.reference.policy
+            else:
                 reference = Policy(self.pretrained.load()).eval().requires_grad_(False)
         module = AlignmentModule(
             policy, self.data.loss, instantiate(cfg.optim.optimizer), instantiate(cfg.optim.schedule), reference,
@@ -247,13 +248,8 @@ class Run:
         self.steps = StepMetrics(settings.ess_warning)
         budget = [Budget(settings.max_seconds)] if settings.max_seconds is not None else []
         saving = Checkpoints(self.folder / "checkpoints", settings.checkpoint_every_n_steps)
-        callbacks: list[Any] = [
-            self.steps,
-            *budget,
-            saving,
-            PlanFile(self.folder),
-            self.validation,
-        ]  # saved, then judged
+        # a step is saved before it is judged: a run that is told to leave while it is judged has it
+        callbacks: list[Any] = [self.steps, *budget, saving, PlanFile(self.folder), self.validation]
         if console.is_terminal:
             callbacks += [RichProgressBar(), RichModelSummary(max_depth=1)]
         strategy = cfg.strategy.name

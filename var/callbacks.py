@@ -22,7 +22,7 @@ from var.files import atomic
 from var.generate import Sampling, sample
 from var.module import AlignmentModule
 from var.packing import whole
-from var.policy import ActorCritic, gathered
+from var.policy import gathered, without_values
 from var.problems import UserError
 from var.progress import say, stage
 from var.rewards.scale import Scale
@@ -385,7 +385,7 @@ class Validation(Callback):
         reference, training = self.annotator.reference, module.policy.training
         module.policy.eval()
         with stage("KL to the reference", len(texts), "prompts") as advance, reference.precision():
-            policy = module.policy.policy if isinstance(module.policy, ActorCritic) else module.policy
+            policy = without_values(module.policy)  # type: ignore[arg-type]
             with gathered(module.policy):
                 kl = divergence(policy, reference.policy, self.annotator.chat, data.validation, texts, advance)  # type: ignore[arg-type]
         reference.release()

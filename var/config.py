@@ -24,6 +24,7 @@ FOLDER = str(Path(__file__).parent.parent / "conf")
 NAMES = {("strategy", "name"), ("model", "learning_rate")}
 # What a run's folder does not depend on: the same training goes on under another logger or on other devices.
 ELSEWHERE = {"hydra", "resume", "logger", "store", "cache", "runs", "annotate", "dry"}
+DEVICES = ("devices", "num_nodes")  # trainer's: a run goes on with others
 # The dataclass that reads a part which is no `_target_`, by dotted name, so that nothing heavy is imported here.
 TRAIN = {
     "": "var.build.RunSettings",
@@ -52,7 +53,7 @@ def run_dir(root: str, model: str, data: str, loss: str, *, _root_: DictConfig) 
     content: dict[str, Any] = OmegaConf.to_container(_root_, resolve=False)  # type: ignore[assignment]
     content = {k: v for k, v in content.items() if k not in ELSEWHERE}
     if "trainer" in content:
-        content["trainer"] = {k: v for k, v in content["trainer"].items() if k not in ("devices", "num_nodes")}
+        content["trainer"] = {k: v for k, v in content["trainer"].items() if k not in DEVICES}
     digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:8]
     name = f"{model}_{data}_{loss}-{digest}"
     if _root_.get("resume") is not False:

@@ -73,6 +73,11 @@ class ActorCritic(nn.Module):
         return self.policy.logps(hidden, batch), values
 
 
+def without_values(policy: Policy | ActorCritic) -> Policy:
+    """What gives the log-probabilities alone."""
+    return policy.policy if isinstance(policy, ActorCritic) else policy
+
+
 class WithoutAdapter:
     """The model that a policy adapts, as its reference: the same weights, the adapter off, nothing trained."""
 
@@ -93,16 +98,12 @@ class WithoutAdapter:
     def prompt_states(self, batch: Packed) -> list[Tensor]:
         """As a Policy's."""
         with adapter_off(self.model):
-            return Policy.prompt_states(self._plain, batch)
+            return without_values(self.policy).prompt_states(batch)
 
     def prompt_features(self, batch: Packed) -> Tensor:
         """As a Policy's."""
         with adapter_off(self.model):
-            return Policy.prompt_features(self._plain, batch)
-
-    @property
-    def _plain(self) -> Policy:
-        return self.policy.policy if isinstance(self.policy, ActorCritic) else self.policy
+            return without_values(self.policy).prompt_features(batch)
 
     def to(self, device: torch.device | str) -> "WithoutAdapter":
         """Moves the policy: it is the same model."""

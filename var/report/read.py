@@ -14,7 +14,7 @@ from zipfile import BadZipFile
 import numpy as np
 import yaml
 
-from var.config import ELSEWHERE
+from var.config import DEVICES, ELSEWHERE
 
 Curve = tuple[list[int], list[float]]  # optimiser steps, values
 
@@ -60,7 +60,7 @@ def is_seed(key: str) -> bool:
 
 def is_elsewhere(key: str) -> bool:
     """Whether what a run computes does not depend on it: a folder, a logger, the devices."""
-    return key.split(".")[0].lstrip("+~") in ELSEWHERE or key in ("trainer.devices", "trainer.num_nodes")
+    return key.split(".")[0].lstrip("+~") in ELSEWHERE or key in [f"trainer.{name}" for name in DEVICES]
 
 
 @dataclass(frozen=True, eq=False)
