@@ -6,13 +6,14 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from unittest import mock
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from var.build import Run, check_config
+from var.build import Run, check_config, loggers
 from var.config import EVAL, FOLDER, TRAIN, check, fits, leaves, run_dir
 from var.evaluate.build import Evaluation
 
@@ -175,6 +176,19 @@ def test_a_runs_folder_is_the_same_for_the_same_training(tmp_path: Path) -> None
     assert len({folder(), folder("seed=1"), folder("loss.temperature=2"), folder("loss=sft")}) == 4
     Path(first := folder("resume=false")).mkdir()
     assert folder("resume=false") != first
+
+
+def test_runs_that_differ_in_seeds_alone_are_one_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that W&B draws them as one curve with a band."""
+    groups = list[str]()
+    monkeypatch.setattr(
+        "lightning.pytorch.loggers.WandbLogger", lambda **given: groups.append(given["group"]) or mock.Mock()
+    )
+    for overrides in ([], ["seed=1"], ["generate.seed=3", "trainer.devices=2"], ["loss.temperature=2"]):
+        cfg = composed(f"runs={tmp_path}", "logger=wandb", *overrides)
+        loggers(cfg, Path(run_dir(str(tmp_path), "m", "d", "l", _root_=cfg)))
+    assert [group.rpartition("-")[0] for group in groups] == ["m_d_l"] * 4
+    assert groups[0] == groups[1] == groups[2] != groups[3]
 
 
 def test_every_rank_of_a_job_has_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import csv
 import html.parser
 import io
 import json
+import logging
 import math
 import random
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from tests.e2e.test_commands import base, own, rows, run  # noqa: F401  fixtures
+from var.progress import warn
 from var.report import figures, tables
 from var.report.page import page, warnings
 from var.report.read import Estimate, Group, Run, find, grouped
@@ -295,7 +297,7 @@ def test_markup_in_data_stays_text_on_a_page_that_needs_nothing_else(tmp_path: P
         tmp_path / "a<b>", f"loss.name={evil.replace('=', ':')[:20]}", text=evil, facts={evil: {"<i>": evil}},
         title=evil, versions={evil: evil}, hashes={evil: evil},
     )  # fmt: skip
-    (tmp_path / "a<b>" / "train.log").write_text(f"[WARNING] {evil[:-1]}\n")
+    (tmp_path / "a<b>" / "train.log").write_text(f"[2026-01-01 00:00:00,000][of][WARNING] - {evil[:-1]}\n")
     records = [{"micro_batch": 0, "id": evil, "prompt": evil, "response": evil, "weight": 1.0, "reward": None}]
     (tmp_path / "a<b>" / "batches.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     reported(tmp_path, "--out", tmp_path / "out")
@@ -332,6 +334,23 @@ def test_a_page_tells_what_trained_what_came_out_and_what_to_beware_of(tmp_path:
     assert "prefers-color-scheme: dark" in page(one)
     assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in seen.tags
     assert [tag for tag, _ in seen.tags].count("svg") == 4  # three curves, and the weights
+
+
+def test_what_was_warned_of_in_training_stands_on_the_page(tmp_path: Path) -> None:
+    """By way of the log that Hydra keeps in a run's folder; libraries' warnings with their names."""
+    folder = fake(tmp_path / "a")
+    log = logging.FileHandler(folder / "train.log")
+    log.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"))
+    logging.getLogger().addHandler(log)
+    try:
+        warn("one row weighs it all")
+        logging.getLogger("some.library").warning("old API")
+        logging.getLogger("some.library").info("hello")
+    finally:
+        logging.getLogger().removeHandler(log)
+        log.close()
+    (one,) = find([tmp_path]).runs
+    assert warnings(one)[-2:] == ["one row weighs it all", "some.library: old API"]
 
 
 def test_micro_batches_are_told_from_what_the_folder_has(tmp_path: Path) -> None:

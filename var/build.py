@@ -4,6 +4,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import shlex
 import sys
 import warnings
@@ -29,7 +30,7 @@ from var.adapters import LoRA
 from var.annotate.fill import Annotator, Reference
 from var.annotate.store import Store
 from var.callbacks import Budget, Curves, PairAccuracy, PlanFile, StepMetrics, Validation
-from var.config import TRAIN, check
+from var.config import TRAIN, check, digest
 from var.datamodule import AlignmentData, DataSettings
 from var.generate import Sampling
 from var.module import AlignmentModule
@@ -37,7 +38,7 @@ from var.needs import Need
 from var.policy import ActorCritic, Policy, Scorer, WithoutAdapter
 from var.pretrained import ADAPTER, Pretrained, export, merged
 from var.problems import Problems, UserError
-from var.progress import console, say
+from var.progress import console, say, warn
 from var.resuming import Checkpoints, InPlace, checkpoints, refuse_pickles
 from var.rewards.scale import Scale
 
@@ -177,7 +178,7 @@ class Run:
         adapter = instantiate(cfg.adapter) if cfg.adapter else None
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if settings.gpu else "cpu"
         annotator = Annotator(
-            store=Store(Path(cfg.store).expanduser(), warn=say),
+            store=Store(Path(cfg.store).expanduser(), warn=warn),
             reference=Reference(pretrained, device, PRECISIONS[settings.arithmetic]),
             reward=instantiate(cfg.reward),
             cache=Path(cfg.cache).expanduser(),
@@ -540,7 +541,13 @@ def loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
             )
         else:
             name = cfg.logger.wandb.name or folder.name
-            logger = WandbLogger(name=name, project=cfg.logger.wandb.project, offline=offline, save_dir=folder)
+            logger = WandbLogger(
+                name=name,
+                project=cfg.logger.wandb.project,
+                group=f"{re.sub('-[0-9a-f]{8}(-[0-9]+)?$', '', folder.name)}-{digest(cfg, seeds=False)}",  # all seeds
+                offline=offline,
+                save_dir=folder,
+            )
             try:
                 logger.log_hyperparams(values(cfg))
             except wandb.errors.CommError as error:

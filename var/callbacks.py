@@ -24,7 +24,7 @@ from var.module import AlignmentModule
 from var.packing import whole
 from var.policy import gathered, without_values
 from var.problems import UserError
-from var.progress import say, stage
+from var.progress import stage, warn
 from var.rewards.scale import Scale
 
 
@@ -179,7 +179,7 @@ class StepMetrics(Callback):
             cause = "weights follow response length, the shortest taking most: log π_ref is summed; see loss=var"
         elif whole.get("largest", 0) > 50:
             cause = f"one response weighs {whole['largest']:.0f} times the mean: rewards have a heavy tail"
-        say(f"Warning: at step {step} the effective sample size is {ess:.2f} of the sequences; {cause}.")
+        warn(f"at step {step} the effective sample size is {ess:.2f} of the sequences; {cause}.")
 
 
 def step_metrics(trainer: lightning.Trainer) -> StepMetrics:
@@ -413,11 +413,11 @@ class Validation(Callback):
             with stage("Judging", len(pairs), "pairs") as advance:
                 judgement = self.judge(pairs, advance)
         except UserError as error:
-            say(f"Warning: the judge gave no verdict, training goes on: {error}")
+            warn(f"the judge gave no verdict, training goes on: {error}")
             return None
         rated = rates(judgement, pairs)["all"]
         if rated["reason"]:
-            say(f"Warning: no win rate by the judge: {rated['reason']}")
+            warn(f"no win rate by the judge: {rated['reason']}")
         return {**rated, "facts": judgement.facts}
 
     def _summary(self, answers: Answers) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from var.packing import Packed, pack, pack_tree
 from var.policy import ActorCritic, Policy, Scorer, WithoutAdapter
 from var.pretrained import blocks
 from var.problems import UserError
-from var.progress import say
+from var.progress import warn
 from var.resuming import on_other_ranks
 
 
@@ -192,7 +192,7 @@ class AlignmentModule(lightning.LightningModule):
                 f"{told}. The model before it is in the last checkpoint. Look at these rows, lower the learning rate, "
                 "or leave such steps out by trainer.nonfinite=skip"
             )
-        say(f"Warning: {told}; the step is left out.")
+        warn(f"{told}; the step is left out.")
         for parameter in self.policy.parameters():
             parameter.grad = None
         self._sums = {

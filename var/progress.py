@@ -1,5 +1,6 @@
 """A progress bar for each stage, on the first rank; plain lines where there is no terminal."""
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,15 @@ def say(text: str) -> None:
     """Print on the first rank."""
     if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0:
         console.print(text, markup=False)
+
+
+def warn(text: str) -> None:
+    """Print on the first rank, and keep in the log file of the run, if there is one, from which its page has it."""
+    say(f"Warning: {text}")
+    record = logging.LogRecord("var", logging.WARNING, __file__, 0, text, None, None)
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(record)
 
 
 @contextmanager

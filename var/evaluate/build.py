@@ -28,7 +28,7 @@ from var.evaluate.judge import RewardJudge
 from var.generate import Sampling
 from var.pretrained import Pretrained
 from var.problems import Problems, UserError
-from var.progress import console, say
+from var.progress import console, say, warn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +114,7 @@ class Evaluation:
         def annotator(model: Pretrained) -> Annotator:
             device = "cuda" if torch.cuda.is_available() else "cpu"
             dtype = torch.bfloat16 if cfg.precision == "bfloat16" else None
-            store = Store(Path(cfg.store).expanduser(), warn=say)
+            store = Store(Path(cfg.store).expanduser(), warn=warn)
             cache = Path(cfg.cache).expanduser()
             return Annotator(store, Reference(model, device, dtype), reward, cache, instantiate(cfg.sampler))
 

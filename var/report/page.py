@@ -5,6 +5,7 @@ All that comes from data or configuration goes through `text`, so that an answer
 
 import html
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -15,7 +16,7 @@ from var.report.figures import JUDGED, MEMORY, PANELS
 from var.report.read import Curve, Run
 from var.report.tables import plain
 
-SHOWN = 100  # prompts with their answers
+SHOWN, OPEN = 100, 6  # prompts with their answers, and those of them that are read without a click
 MICRO_BATCHES = 4
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2024; --faint: #5b6570; --rule: #d8dde2; --paper: #fff; --card: #f5f6f8;
@@ -35,12 +36,14 @@ th { font-weight: 600; } .scroll { overflow-x: auto; } .number { text-align: rig
 .pair { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
 figure, .card { margin: 0; padding: .6rem; background: var(--card); border-radius: .4rem; }
 .answer { white-space: pre-wrap; margin: .3rem 0; padding-left: .5rem; border-left: 3px solid var(--rule); }
-.warn { color: var(--warn); } details { margin: .5rem 0; } summary { cursor: pointer; }
+.warn { color: var(--warn); margin: .3rem 0; }
+.card + .card { margin-top: .8rem; } details { margin: .5rem 0; } summary { cursor: pointer; }
 svg { width: 100%; height: auto; display: block; } svg text { fill: var(--faint); font: 11px system-ui, sans-serif; }
 .axis { stroke: var(--rule); } .mark { fill: var(--line); } .bar { fill: var(--line); }
 .curve { fill: none; stroke: var(--line); stroke-width: 1.5; } .error { stroke: var(--line); }
 .second { fill: none; stroke: var(--second); stroke-width: 1.5; stroke-dasharray: 4 3; }
 """
+LOGGED = re.compile(r"\[[^]]*\]\[(?P<of>[^]]*)\]\[(?:WARNING|ERROR)\] - (?P<text>.+)")  # a line of Hydra's log
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # a browser that heeds it fetches and runs nothing
 
 
@@ -108,14 +111,12 @@ def warnings(run: Run) -> list[str]:
         for name, n in data.items()
         if isinstance(n, int) and n and ("left out" in name or "dropped" in name)
     ]
-    if (judge := summary["validation"].get("judge") or {}).get("reason"):
-        out.append(f"No win rate by the judge: {judge['reason']}.")
     if summary.get("dirty"):
         out.append("The code was not the commit's: its folder had changes.")
     log = run.folder / "train.log"
     if log.is_file():
-        lines = log.read_text(errors="replace").splitlines()
-        out += [line for line in lines if "WARNING" in line or "ERROR" in line][:20]
+        found = [LOGGED.match(line) for line in log.read_text(errors="replace").splitlines()]
+        out += [line["text"] if line["of"] == "var" else f"{line['of']}: {line['text']}" for line in found if line][:20]
     return out
 
 
@@ -264,7 +265,9 @@ def _samples(run: Run) -> str:
             f"{told}</p><div class=pair>{sides}</div></article>"
         )
     of = f"<p class=faint>{len(cards)} of {len(records)} prompts.</p>" if len(cards) < len(records) else ""
-    return of + "".join(cards)
+    rest = "".join(cards[OPEN:])
+    more = f"<details><summary>{len(cards) - OPEN} more prompts</summary>{rest}</details>" if rest else ""
+    return of + "".join(cards[:OPEN]) + more
 
 
 def _answers(side: dict[str, Any]) -> str:

@@ -1,0 +1,75 @@
+"""A run's page in a real browser: Chromium, driven by playwright. Skipped where either is missing."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.test_report import fake
+from var.report.page import page
+from var.report.read import find
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -e '.[browser]'")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium on the path")
+ALONE = [  # as root, without a screen, and without asking anybody for updates
+    "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update",
+    "--disable-sync", "--disable-quic",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=ALONE)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A page of a run whose answers would run a script, fetch a picture and never break a line."""
+    evil = "<script>document.title='run'</script><img src=http://127.0.0.1:9/x onerror=\"document.title='run'\">"
+    fake(tmp_path / "a", "loss.temperature=1", answers=[[0.1]] * 9, text=evil + "x" * 3000, facts={"left out": 4})
+    (one,) = find([tmp_path]).runs
+    (tmp_path / "a.html").write_text(page(one))
+    return tmp_path / "a.html"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1200, 390])
+def test_a_page_reads_on_a_desk_and_on_a_phone(browser: Any, place: Path, width: int, scheme: str) -> None:
+    """Nothing is fetched but the page, nothing runs, nothing is wider than the window, letters stand out."""
+    view = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme).new_page()
+    fetched, complaints = list[str](), list[str]()
+    view.on("request", lambda request: fetched.append(request.url))
+    view.on("console", lambda message: complaints.append(message.text))
+    view.on("pageerror", lambda error: complaints.append(str(error)))
+    view.goto(place.as_uri())
+    assert fetched == [place.as_uri()]
+    assert complaints == []
+    assert view.title() == "tiny, arithmetic, var"
+    assert view.evaluate("document.documentElement.scrollWidth") == width
+    for picture in view.locator("svg").all():
+        box = picture.bounding_box()
+        assert box["width"] > 200
+        assert box["height"] > 100
+    shades = view.evaluate(
+        "['color', 'backgroundColor'].map(name => getComputedStyle(document.body)[name].match(/\\d+/g)"
+        ".slice(0, 3).reduce((sum, shade) => sum + Number(shade), 0) / 3)"
+    )
+    assert (shades[0] < shades[1]) == (scheme == "light")
+    assert abs(shades[0] - shades[1]) > 150
+
+
+def test_the_first_answers_are_open_and_the_others_a_click_away(browser: Any, place: Path) -> None:
+    view = browser.new_page()
+    view.goto(place.as_uri())
+    cards = view.locator("article.card")
+    assert cards.count() == 9
+    assert [card.is_visible() for card in cards.all()] == [True] * 6 + [False] * 3
+    view.get_by_text("3 more prompts").click()
+    assert all(card.is_visible() for card in cards.all())
+    assert view.get_by_text("left out: 4.").is_visible()
