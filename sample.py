@@ -25,6 +25,7 @@ def main(cfg: DictConfig) -> None:
 
     from var.build import Run
     from var.data.rows import read
+    from var.files import atomic
     from var.progress import say
 
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -35,8 +36,7 @@ def main(cfg: DictConfig) -> None:
     scores = run.annotator.candidates(rows, run.data.sampling) if run.annotator.reward.scores_text else None
     sampling = run.annotator.source(run.data.sampling)
     written = empty = unanswered = 0
-    partial = out.with_name(f"{out.name}.partial")
-    with partial.open("w") as file:
+    with atomic(out) as file:
         for i, (row, several) in enumerate(zip(rows, texts, strict=True)):
             responses = [
                 {"text": text, "finished": finished, "source": cfg.init or cfg.model.path}
@@ -52,7 +52,6 @@ def main(cfg: DictConfig) -> None:
                 "sampling": sampling,
             }  # fmt: skip
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    partial.replace(out)
     say(f"{written} responses to {len(rows) - unanswered} prompts in {out}; left out, as empty: {empty}")
     if unanswered:
         say(f"{unanswered} prompts have no answer left; their rows stand there without")

@@ -25,7 +25,7 @@ def main(cfg: DictConfig) -> float | None:
     if cfg.resume == "auto" and (folder / "summary.json").exists() and not cfg.dry:
         say(f"This very run is finished: {folder}. resume=false runs it anew, in another folder.")
         done = json.loads((folder / "summary.json").read_text())
-        summary.show(done, done["title"])
+        summary.show(done)
         return None if done["reward"] is None else float(done["reward"])
 
     from lightning import seed_everything
@@ -50,7 +50,7 @@ def main(cfg: DictConfig) -> float | None:
         if trainer.is_global_zero:
             plot([folder], folder / "plots" / "curves.png")
             summary.write(folder, report)  # last: it says that the run is finished
-            summary.show(report, report["title"])
+            summary.show(report)
     finally:
         run.close(trainer)  # after a failure too: a sweep's next job would log into this one's W&B run
     return None if report["reward"] is None else float(report["reward"])

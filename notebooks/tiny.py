@@ -1,9 +1,10 @@
-"""A tiny random model and train.py on it, so that the notebooks run in seconds on any machine."""
+"""A tiny random model and train.py on it, so that the notebooks, and the tests, run in seconds on any machine."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import var
 
@@ -12,29 +13,35 @@ TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '<end>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
+SIZES = dict(
+    vocab_size=264, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=1024, bos_token_id=256, eos_token_id=257,
+)  # fmt: skip
+
+
+def byte_tokenizer(template: str | None = TEMPLATE) -> Any:
+    """Every byte is a token, so that lengths are known by hand; <bos> 256, <end> 257, role marks are one token each."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<end>",
+        additional_special_tokens=["<user>", "<assistant>", "<system>"], chat_template=template,
+    )  # fmt: skip
 
 
 def model(folder: Path) -> Path:
     """A Llama of two layers with random weights and a token for each byte, in Hugging Face form."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokens.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tokens, bos_token="<bos>", eos_token="<end>",
-        additional_special_tokens=["<user>", "<assistant>", "<system>"], chat_template=TEMPLATE,
-    )  # fmt: skip
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=264, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=1024, bos_token_id=256, eos_token_id=257,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
     return folder
 
 

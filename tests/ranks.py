@@ -8,22 +8,18 @@ import sys
 from pathlib import Path
 
 import torch
-from hydra import compose, initialize_config_dir
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
 def main(jobs: str) -> None:
+    from tests.conftest import composed
     from var.build import Run
 
-    torch.set_num_threads(1)
     for folder, overrides in json.loads(Path(jobs).read_text()):
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            cfg = compose("train", overrides)
         Path(folder).mkdir(parents=True, exist_ok=True)
-        run = Run.compose(cfg, Path(folder))
+        run = Run.compose(composed(*overrides), Path(folder))
         torch.manual_seed(0)
         trainer, module = run.trainer(), run.module()
         trainer.fit(module, run.data)

@@ -9,7 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+from var.remote import Client
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,12 @@ def served(reply: Callable[[dict[str, Any], int], Any]) -> Iterator[Asked]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+def client(url: str, folder: Path, **options: Any) -> Client:
+    """Of such a server, with its replies in `folder`."""
+    settings = {"model": "judge", "api_key_env": None, "retries": 1, "timeout": 20.0, "cache": str(folder), **options}
+    return Client(base_url=url, **settings)
 
 
 def completion(text: str | None, finish: str = "stop", **choice: Any) -> dict[str, Any]:

@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from tests.conftest import byte_tokenizer, tiny_model
+from tests.conftest import composed, pretrained, saved, tiny_model
+from tests.e2e.test_commands import only
 from tests.e2e.test_commands import run as command
-from tests.test_pretrained import pretrained
-from tests.test_trajectory import ROOT, column, fit, launch, options, rows  # noqa: F401  two of them are fixtures
+from tests.test_trajectory import column, fit, launch, same_folders
 from var.adapters import LoRA, adapted, adapter_off
 from var.build import Run
 from var.packing import pack
@@ -80,10 +79,7 @@ def test_targets_that_cannot_be_adapted_are_refused(
 
 @pytest.mark.parametrize("loss", ["dpo", "var", "kto"])
 def test_stored_and_live_reference_give_one_curve_without_a_second_model(
-    loss: str,
-    options: list[str],  # noqa: F811
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    loss: str, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = []
     real = Pretrained.load
@@ -103,10 +99,7 @@ def test_stored_and_live_reference_give_one_curve_without_a_second_model(
 
 @pytest.mark.parametrize("loss", ["grpo", "var_online", "ppo"])
 def test_online_objectives_take_their_reference_from_the_same_weights(
-    loss: str,
-    options: list[str],  # noqa: F811
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    loss: str, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = []
     real = Pretrained.load
@@ -123,10 +116,7 @@ def test_online_objectives_take_their_reference_from_the_same_weights(
     assert column(curve, "train/loss")
 
 
-def test_a_resumed_adapter_is_straight_and_its_checkpoint_holds_it_alone(
-    options: list[str],  # noqa: F811
-    tmp_path: Path,
-) -> None:
+def test_a_resumed_adapter_is_straight_and_its_checkpoint_holds_it_alone(options: list[str], tmp_path: Path) -> None:
     more = (*MORE, "loss=var_grouped", "trainer.checkpoint_every_n_steps=3", "optim.schedule.kind=constant",
             "optim.schedule.warmup=0")  # fmt: skip
     straight = fit(options, tmp_path / "straight", *more)
@@ -140,16 +130,10 @@ def test_a_resumed_adapter_is_straight_and_its_checkpoint_holds_it_alone(
     assert column(resumed[2], "train/loss") == column(straight[2], "train/loss")
 
 
-def test_a_checkpoint_of_other_weights_is_refused(
-    options: list[str],  # noqa: F811
-    tiny_folder: Path,
-    tmp_path: Path,
-) -> None:
+def test_a_checkpoint_of_other_weights_is_refused(options: list[str], tiny_folder: Path, tmp_path: Path) -> None:
     more = (*MORE, "loss=sft", "trainer.max_steps=2")
     fit(options, tmp_path / "run", *more)
-    other = tmp_path / "other"
-    tiny_model(seed=9).save_pretrained(other)
-    byte_tokenizer().save_pretrained(other)
+    other = saved(tmp_path / "other", tiny_model(seed=9))
     with pytest.raises(UserError, match=r"the checkpoint goes on from weights \w+ and model\.path holds \w+"):
         fit(options, tmp_path / "run", *more, f"model.path={other}")
 
@@ -194,11 +178,7 @@ def test_the_exported_model_is_the_one_that_trained(train: Any, tiny_folder: Pat
     assert "is one itself; start from what adapter.merge=true exported" in done.stderr
 
 
-def test_a_reward_model_trains_by_an_adapter(
-    rows: Path,  # noqa: F811
-    options: list[str],  # noqa: F811
-    tmp_path: Path,
-) -> None:
+def test_a_reward_model_trains_by_an_adapter(rows: Path, options: list[str], tmp_path: Path) -> None:
     """Its head trains whole; reward=classifier reads what is exported."""
     from var.rewards.classifier import Classifier
 
@@ -218,21 +198,15 @@ def test_a_reward_model_trains_by_an_adapter(
 
 @pytest.mark.long
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_ranks_give_one_adapter(
-    strategy: str,
-    options: list[str],  # noqa: F811
-    tmp_path: Path,
-) -> None:
+def test_ranks_give_one_adapter(strategy: str, options: list[str], tmp_path: Path) -> None:
     common = [*options, *MORE, "loss=var_grouped", "data.validation_prompts=2", "eval.sampling.responses=2",
               "eval.sampling.max_new_tokens=4", "trainer.max_steps=4"]  # fmt: skip
     launch(1, *common, f"runs={tmp_path}/one")
     launch(2, *common, f"runs={tmp_path}/two", f"strategy={strategy}", "trainer.devices=2")
-    one, two = (next((tmp_path / name).glob("*/adapter")) for name in ("one", "two"))
-    a, b = (load_file(folder / "adapter_model.safetensors") for folder in (one, two))
-    assert a.keys() == b.keys()
+    one, two = only(tmp_path / "one"), only(tmp_path / "two")
+    a, b = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (one, two))
     assert_close(b, a, rtol=1e-4, atol=1e-5)
-    a, b = (load_file(folder.parent / "model" / "model.safetensors") for folder in (one, two))
-    assert_close(b, a, rtol=1e-4, atol=1e-5)
+    same_folders(one, two)
 
 
 # 4 bit: its blocks are of 64 weights
@@ -240,10 +214,7 @@ def test_ranks_give_one_adapter(
 
 @pytest.fixture(scope="module")
 def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wide")
-    tiny_model(hidden_size=128, intermediate_size=256).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+    return saved(tmp_path_factory.mktemp("wide"), tiny_model(hidden_size=128, intermediate_size=256))
 
 
 @pytest.mark.parametrize(("kind", "most"), [("nf4", 0.5), ("fp4", 2.0), ("int8", 0.1)])
@@ -299,10 +270,11 @@ def test_the_papers_32b_in_4_bit_passes_the_dry_run(tmp_path: Path, capsys: pyte
     """On paper 31.2 of 32.8 billion weights in 4 bit, a copy on each of 32 cards; no hub is asked."""
     from var import dry
 
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("train", ["model=qwen2.5-32b-int4", "adapter=lora", "strategy=ddp", "loss=var", "dry=true",
-                                "data=offsetbias", "trainer.num_nodes=4", "trainer.devices=8", "data.micro_batch=4",
-                                "trainer.accelerator=gpu", "data.global_batch=128", f"store={tmp_path}"])  # fmt: skip
+    cfg = composed(
+        "model=qwen2.5-32b-int4", "adapter=lora", "strategy=ddp", "loss=var", "dry=true", "data=offsetbias",
+        "trainer.num_nodes=4", "trainer.devices=8", "data.micro_batch=4", "trainer.accelerator=gpu",
+        "data.global_batch=128", f"store={tmp_path}",
+    )  # fmt: skip
     run = Run.compose(cfg, tmp_path)
     dry.memory(run)
     told = capsys.readouterr().out

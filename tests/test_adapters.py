@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from tests.conftest import TEMPLATE, byte_tokenizer, tiny_model
-from tests.test_pretrained import CARD, pretrained
+from tests.conftest import TEMPLATE, byte_tokenizer, pretrained, tiny_model
+from tests.test_pretrained import CARD
 from var.build import exported
 from var.packing import pack
 from var.policy import Policy

@@ -45,7 +45,7 @@ def test_curves_take_new_columns_and_go_on_after_a_resume(tmp_path: Path) -> Non
 def test_a_low_effective_sample_size_is_told_once_with_its_cause(
     whole: dict[str, float], cause: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """METHOD's health of weights: (Σw)²/Σw² over n. Weights 4, 0, 0, 0 have 1/4."""
+    """Health of weights: (Σw)²/Σw² over n. Weights 4, 0, 0, 0 have 1/4."""
     watch = StepMetrics(ess_warning=0.3)
     data = SimpleNamespace(facts={"weights": whole})
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)

@@ -1,4 +1,4 @@
-"""Estimators of Z(x): each closed form by hand in float64, then what METHOD says of them as properties."""
+"""Estimators of Z(x): each closed form by hand in float64, then what docs/method.md says of them."""
 
 import math
 
@@ -400,7 +400,7 @@ def test_health_by_hand():
     assert health(f64(1, 1), torch.tensor([3, 9])) == (1.0, 1.0, 0.0, 0.0)
 
 
-# --- METHOD, facts 1 and 2
+# --- log π_ref, summed and averaged
 
 
 def micro_batches(gap: float) -> Table:

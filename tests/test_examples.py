@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.e2e.test_commands import ROOT, only, run
+from tests.conftest import ROOT
+from tests.e2e.test_commands import only, run
 from var.data.rows import read
 from var.packing import pack
 
@@ -42,9 +43,10 @@ def test_slic_is_a_hinge_on_the_difference() -> None:
     assert_close(logps.grad, torch.tensor([0.0, 0.0, 0.0, -0.5, 0.5]))
 
 
-def test_the_readmes_loss_is_this_one() -> None:
-    """README shows it without imports and checks."""
-    (shown,) = re.findall(r"```python\n(@dataclass.*?class SLiC.*?)```", (ROOT / "README.md").read_text(), re.S)
+def test_the_loss_in_the_documents_is_this_one() -> None:
+    """docs/losses.md shows it without imports and checks."""
+    page = (ROOT / "docs" / "losses.md").read_text()
+    (shown,) = re.findall(r"```python\n(@dataclass.*?class SLiC.*?)```", page, re.S)
     there = (EXAMPLES / "slic.py").read_text()
     for line in shown.splitlines():
         if '"""' not in line:

@@ -1,5 +1,6 @@
 """The paper, item by item: each has its folder, its configuration, commands that compose, and claims only what ran."""
 
+import importlib.util
 import re
 import shlex
 from collections.abc import Iterator
@@ -7,18 +8,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
+from tests.conftest import ROOT, composed
 from tests.e2e.test_commands import run
-from tests.test_config import composed
 from var import dry
-from var.build import Run, check_config
-from var.config import EVAL, FOLDER, check
+from var.build import Run
+from var.config import EVAL, FOLDER, TRAIN, check
 
-ROOT = Path(__file__).parent.parent
 EXPERIMENTS = ROOT / "experiments"
 ITEMS = [*(f"table{i}" for i in range(1, 10)), *(f"figure{i}" for i in range(1, 5)), "appendix_a1", "appendix_a2"]
 SECTIONS = ["Claim", "Configuration", "At the paper's size", "At the size here", "What came out", "What it shows"]
@@ -101,7 +101,7 @@ def test_an_item_has_its_sections_and_its_commands_compose(item: str) -> None:
     for program, words in found:
         if program in TRAINING:
             first, *others = jobs(words)
-            check_config(run_of(*first))
+            check(run_of(*first), TRAIN)
             for word in (word for job in others for word in job if word.startswith(("model=", "loss="))):
                 assert Path(FOLDER, f"{word.replace('=', '/')}.yaml").exists(), word
         elif program == "eval.py":
@@ -146,12 +146,11 @@ def test_the_list_has_every_item_and_its_state() -> None:
 
 @pytest.mark.parametrize(("name", "count"), ABLATIONS.items())
 def test_an_ablation_is_one_command(name: str, count: int) -> None:
-    with initialize_config_dir(FOLDER, version_base="1.3"):
-        cfg = compose("train", [f"+experiment={name}"], return_hydra_config=True)
+    cfg = composed(f"+experiment={name}", return_hydra_config=True)
     words = [f"{key}={value}" for key, value in cfg.hydra.sweeper.params.items()]
     found = jobs(["-m", f"+experiment={name}", *words])
     assert len(found) == count
-    check_config(run_of(*found[0]))
+    check(run_of(*found[0]), TRAIN)
     if name == "ablate_estimator":
         assert training(run_of(*found[0])) == training(run_of("loss=sft", "trainer.max_steps=56"))
         losses = [word.removeprefix("loss=") for job in found for word in job if word.startswith("loss=")]
@@ -166,3 +165,30 @@ def test_the_sweep_in_the_file_is_what_m_runs(tiny_folder: Path, tmp_path: Path)
     swept = [OmegaConf.load(path) for path in (tmp_path / "r").glob("*/.hydra/config.yaml")]
     assert sorted(cfg.data.micro_batch for cfg in swept) == [2, 4, 8]
     assert {cfg.loss.estimator["_target_"] for cfg in swept} == {"var.estimators.InBatch"}
+
+
+def test_the_variance_of_an_estimate_on_a_real_model_is_its_formula() -> None:
+    """B − 1 of B terms vary: Var(Ẑ) = (B − 1)/B² of the others' variance; sampled, 1/K of a candidate's."""
+    spec = importlib.util.spec_from_file_location("figure4", EXPERIMENTS / "figure4" / "run.py")
+    assert spec is not None
+    assert spec.loader is not None
+    figure4 = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(figure4)
+    draw = np.random.default_rng(1)
+    logps, rewards, candidates = draw.normal(size=(6, 6)) - 2, draw.normal(size=(6, 6)), draw.normal(size=(6, 9))
+    z = np.exp(candidates).mean(1)
+    others = {
+        "in-batch, token means": np.exp(logps + rewards),
+        "in-batch, without π_ref": np.exp(rewards),
+    }
+    found = list(figure4.records(logps, rewards, candidates, seed=0))
+    assert len(found) == 3 * len(figure4.SIZES)
+    for record in found:
+        size = record["size"]
+        if record["estimator"] == "sampled":
+            expected, tolerance = np.exp(candidates).var(1, ddof=1) / size, 1e-12
+        else:
+            terms = others[record["estimator"]]
+            spread = np.array([np.delete(terms[i], i).var() for i in range(6)])
+            expected, tolerance = spread * (size - 1) / size**2, 0.1
+        assert record["variance"] == pytest.approx(float((expected / z**2).mean()), rel=tolerance), record

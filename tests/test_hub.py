@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.conftest import ROOT, pretrained
+
 COMMIT = "c" * 40
 LOOK = (
     "import sys; from var.pretrained import Pretrained; from var.problems import UserError\n"
@@ -120,8 +121,6 @@ def test_a_download_that_broke_is_told_and_goes_on(hub: Hub, tiny_folder: Path, 
     told = look(hub, tmp_path)
     assert "REFUSED" not in told, told
     parameters, weights = told.split()
-    from tests.test_pretrained import pretrained
-
     whole = pretrained(tiny_folder, tmp_path)
     assert int(parameters) == sum(p.numel() for p in whole.load().parameters())
     assert weights == whole.weights

@@ -11,7 +11,8 @@ from typing import Any
 import matplotlib
 import pytest
 
-from tests.e2e.test_commands import ROOT, run
+from tests.conftest import ROOT
+from tests.e2e.test_commands import run
 
 FOLDER = ROOT / "notebooks"
 NOTEBOOKS = sorted(path.stem for path in FOLDER.glob("*.ipynb"))

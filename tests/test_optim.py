@@ -164,7 +164,8 @@ def test_the_dry_run_counts_the_copies(train: Callable[..., Any]) -> None:
         assert f"{line}: " in done.stdout
 
 
-def test_sharded_parameters_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("var.optim.DTensor", nn.Parameter)
-    with pytest.raises(ValueError, match=r"strategy=fsdp parameters are float32 shards: use optim=adamw"):
-        MasterAdamW(parameters(torch.float32), lr=1e-3)
+def test_sharded_parameters_are_refused_before_anything_is_sampled(train: Callable[..., Any]) -> None:
+    done = train("strategy=fsdp")
+    assert done.returncode == 1
+    assert "optim: adamw_masters keeps whole copies, and here parameters are float32 shards" in done.stderr
+    assert "Sampling" not in done.stdout

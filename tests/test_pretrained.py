@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from tests.conftest import TEMPLATE, byte_tokenizer, tiny_model
+from tests.conftest import TEMPLATE, byte_tokenizer, pretrained, saved, tiny_model
 from var.data.chat import Chat
 from var.generate import Sampling, sample_tokens
 from var.packing import pack, pack_tree
 from var.policy import Policy
-from var.pretrained import Pretrained, export
+from var.pretrained import export
 from var.problems import UserError
 
 ASK = [{"role": "user", "content": "ab"}]
@@ -23,20 +23,6 @@ CARD = {
     "table": "| reward | 0.1 | 0.9 |", "data": "arithmetic", "plan": "0123456789abcdef", "reward": "exact",
     "steps": 3, "seed": 0,
 }  # fmt: skip
-
-
-def pretrained(path: Path | str, cache: Path, **more: Any) -> Pretrained:
-    fields = dict(
-        name="tiny", path=str(path), revision=None, chat_template=None, dtype="float32", attention="packed",
-        trust_remote_code=False, gradient_checkpointing=False, architecture={}, cache=str(cache),
-    )  # fmt: skip
-    return Pretrained(**{**fields, **more})
-
-
-def saved(folder: Path, model: Any = None, template: str | None = TEMPLATE) -> Path:
-    (tiny_model() if model is None else model).save_pretrained(folder)
-    byte_tokenizer(template).save_pretrained(folder)
-    return folder
 
 
 def test_a_path_that_is_no_folder_is_an_error(tmp_path: Path):

@@ -9,21 +9,21 @@ import subprocess
 import sys
 import textwrap
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.server import Broken, completion, served
+from tests.server import client as plain
 from var.problems import UserError
 from var.remote import DEAD, Client, Failure
 
 BODIES = [{"messages": [{"role": "user", "content": f"question {i}"}], "temperature": 0} for i in range(6)]
 
 
-def client(url: str, folder: Path, **options: Any) -> Client:
-    settings = {"model": "judge", "api_key_env": None, "timeout": 5.0, "retries": 3, "cache": str(folder), **options}
-    return Client(base_url=url, **settings)
+client = partial(plain, timeout=5.0, retries=3)
 
 
 def echo(body: dict[str, Any], before: int) -> Any:

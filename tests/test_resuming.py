@@ -1,7 +1,6 @@
 """How a run ends before its end, and that the same command then gives the unbroken run's weights to the last bit."""
 
 import errno
-import json
 import os
 import signal
 from collections.abc import Callable
@@ -11,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.test_trajectory import column, fit, options, rows  # noqa: F401  two of them are fixtures
+from tests.test_trajectory import column, fit
+from var import resuming
 from var.callbacks import Validation
 from var.module import AlignmentModule
 from var.problems import UserError
@@ -25,7 +25,7 @@ JUDGED = ("data.validation_prompts=2", "eval.sampling.responses=2", "generate.ma
 
 
 @pytest.fixture
-def straight(options: list[str], tmp_path: Path) -> Callable[..., Any]:  # noqa: F811
+def straight(options: list[str], tmp_path: Path) -> Callable[..., Any]:
     return lambda *more: fit(options, tmp_path / "straight", *MORE, *more)
 
 
@@ -57,7 +57,7 @@ def equal(one: tuple[Any, ...], other: tuple[Any, ...]) -> None:
 def test_told_to_leave_a_run_ends_with_the_step_that_runs(
     number: int,
     call: int,
-    options: list[str],  # noqa: F811
+    options: list[str],
     straight: Callable[..., Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -79,10 +79,7 @@ def test_told_to_leave_a_run_ends_with_the_step_that_runs(
 
 
 def test_told_between_two_steps_a_run_leaves_at_once_and_makes_up_for_its_evaluation(
-    options: list[str],  # noqa: F811
-    straight: Callable[..., Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    options: list[str], straight: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     more = (*JUDGED, "eval.every_n_steps=3")
     expected = straight(*more)
@@ -96,10 +93,7 @@ def test_told_between_two_steps_a_run_leaves_at_once_and_makes_up_for_its_evalua
 
 
 def test_told_after_training_a_run_leaves_at_once(
-    options: list[str],  # noqa: F811
-    straight: Callable[..., Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    options: list[str], straight: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = straight(*JUDGED)
     with monkeypatch.context() as patch:
@@ -112,11 +106,7 @@ def test_told_after_training_a_run_leaves_at_once(
 
 @pytest.mark.parametrize("end", [[], ["trainer.max_steps=8"], ["trainer.max_steps=7"]])
 def test_a_run_that_is_killed_after_training_evaluates_when_it_goes_on(
-    end: list[str],
-    options: list[str],  # noqa: F811
-    straight: Callable[..., Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    end: list[str], options: list[str], straight: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With and without max_steps, at which Lightning's loop would return before its hooks."""
     expected = straight(*JUDGED, *end)
@@ -132,9 +122,7 @@ def test_a_run_that_is_killed_after_training_evaluates_when_it_goes_on(
 
 
 def test_a_budget_counts_what_was_spent_before(
-    options: list[str],  # noqa: F811
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     more = (*MORE, "trainer.max_seconds=0.001", "optim.schedule.kind=constant")
     with monkeypatch.context() as patch:
@@ -148,11 +136,7 @@ def test_a_budget_counts_what_was_spent_before(
 
 @pytest.mark.parametrize("call", ["synchronise", "save"])
 def test_a_full_disk_leaves_the_checkpoint_before_whole(
-    call: str,
-    options: list[str],  # noqa: F811
-    straight: Callable[..., Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    call: str, options: list[str], straight: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import lightning
 
@@ -161,7 +145,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole(
 
     expected, folder = straight(), tmp_path / "run" / "checkpoints"
     with monkeypatch.context() as patch:
-        owner = lightning.Trainer if call == "save" else __import__("var.resuming").resuming
+        owner = lightning.Trainer if call == "save" else resuming
         at_call(patch, owner, "save_checkpoint" if call == "save" else "synchronise", 3, full)
         with pytest.raises(
             UserError, match=r"step 12 cannot be written: No space left .* step-8\.ckpt is whole"
@@ -193,11 +177,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, call: int, where: str) -> None:
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_stops_and_names_its_rows(
-    where: str,
-    options: list[str],  # noqa: F811
-    straight: Callable[..., Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    where: str, options: list[str], straight: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = straight()
     micro = expected[0].data
@@ -215,11 +195,7 @@ def test_a_step_that_is_not_finite_stops_and_names_its_rows(
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_can_be_left_out(
-    where: str,
-    options: list[str],  # noqa: F811
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    where: str, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The weights stand still in that step, the others are as they would be; it is counted, across a resume too."""
     more = (*MORE, "trainer.nonfinite=skip", "trainer.log_every_n_steps=1", "trainer.max_steps=9")
@@ -243,10 +219,7 @@ def test_a_step_that_is_not_finite_can_be_left_out(
 
 
 def test_clocks_and_hostnames_do_not_matter(
-    options: list[str],  # noqa: F811
-    straight: Callable[..., Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    options: list[str], straight: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed on one machine, gone on with on another, whose clock stands at the year 2000."""
     expected = straight()
@@ -261,9 +234,7 @@ def test_clocks_and_hostnames_do_not_matter(
 
 
 def test_a_tracker_out_of_reach_is_told_before_anything_runs(
-    options: list[str],  # noqa: F811
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import wandb
     from lightning.pytorch.loggers import WandbLogger
@@ -278,13 +249,10 @@ def test_a_tracker_out_of_reach_is_told_before_anything_runs(
     assert not list((tmp_path / "run").glob("checkpoints"))
 
 
-def test_only_the_newest_checkpoint_is_kept_and_partial_ones_are_cleared(
-    options: list[str],  # noqa: F811
-    tmp_path: Path,
-) -> None:
+def test_only_the_newest_checkpoint_is_kept_and_partial_ones_are_cleared(options: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "run" / "checkpoints"
     (folder / "step-3.partial").mkdir(parents=True)
     fit(options, tmp_path / "run", *MORE, "trainer.max_steps=9")
     assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", "step-9.ckpt"]
     assert os.readlink(folder / "last.ckpt") == "step-9.ckpt"
-    assert json.loads(json.dumps(torch.load(folder / "last.ckpt", weights_only=True)["global_step"])) == 9
+    assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 9

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from torch.testing import assert_close
 
+from tests.conftest import composed
 from var import rollout
 from var.annotate.fill import Ranks
 from var.build import Run
@@ -21,7 +21,6 @@ from var.packing import Packed
 from var.problems import UserError
 from var.rollout import Rollout, RolloutLoader
 
-ROOT = Path(__file__).parent.parent
 END = 257
 BYTE = 187  # 0xff
 PROMPTS = 7
@@ -63,8 +62,7 @@ def make(tiny_folder: Path, tmp_path: Path) -> Callable[..., Made]:
             "data.micro_batch=2", "data.global_batch=4", "trainer.accelerator=cpu", "generate.responses=2",
             "generate.max_new_tokens=5", "loss=grpo", *overrides,
         ]  # fmt: skip
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            run = Run.compose(compose("train", options), tmp_path)
+        run = Run.compose(composed(*options), tmp_path)
         run.annotator.reward = Told()
         run.data.prepare()
         module = run.module()

@@ -10,16 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from tests.server import Broken, completion, served
+from tests.conftest import composed, pretrained
+from tests.server import Broken, client, completion, served
 from var.annotate.fill import Reference
-from var.config import FOLDER, check
+from var.config import check
 from var.generate import VLLM, Endpoint, Sampling, Transformers, sample
-from var.pretrained import Pretrained
 from var.problems import UserError
-from var.remote import Client
 
 SAMPLING = Sampling(responses=2, temperature=0.7, top_p=0.9, max_new_tokens=8, batch=6, batch_tokens=4096, seed=0)
 
@@ -33,11 +31,7 @@ PROMPTS = ask("ab", "a longer one", "c")
 
 @pytest.fixture
 def reference(tiny_folder: Path, tmp_path: Path) -> Reference:
-    pretrained = Pretrained(
-        name="tiny", path=str(tiny_folder), revision=None, chat_template=None, dtype="float32", attention="packed",
-        trust_remote_code=False, gradient_checkpointing=False, architecture={}, cache=str(tmp_path),
-    )  # fmt: skip
-    return Reference(pretrained, "cpu")
+    return Reference(pretrained(tiny_folder, tmp_path), "cpu")
 
 
 # --- transformers
@@ -201,8 +195,7 @@ def test_vllm_without_its_package_says_how_to_get_it(monkeypatch: pytest.MonkeyP
 
 
 def endpoint(url: str, folder: Path, **options: Any) -> Endpoint:
-    client = Client(base_url=url, model="tiny", api_key_env=None, retries=1, timeout=5.0, cache=str(folder))
-    return Endpoint(client=client, **options)
+    return Endpoint(client=client(url, folder, model="tiny"), **options)
 
 
 def seeded(body: dict[str, Any], before: int) -> Any:
@@ -294,9 +287,8 @@ def test_another_version_is_sampled_anew(reference: Reference, tmp_path: Path):
 
 def test_an_endpoints_key_is_checked_before_it_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("SOME_KEY", raising=False)
-    client = Client(base_url="http://127.0.0.1:9/v1", model="tiny", api_key_env="SOME_KEY", cache=str(tmp_path))
     with pytest.raises(UserError, match="SOME_KEY is not set"):
-        Endpoint(client=client).check()
+        Endpoint(client=client("http://127.0.0.1:9/v1", tmp_path, api_key_env="SOME_KEY")).check()
 
 
 # --- the configuration
@@ -305,8 +297,7 @@ def test_an_endpoints_key_is_checked_before_it_is_asked(tmp_path: Path, monkeypa
 @pytest.mark.parametrize("name", ["transformers", "vllm", "endpoint"])
 def test_every_sampler_composes_states_all_its_settings_and_has_its_own_defaults(name: str, tmp_path: Path):
     given = ["sampler.client.base_url=http://127.0.0.1:9/v1", "sampler.client.model=x"] if name == "endpoint" else []
-    with initialize_config_dir(FOLDER, version_base="1.3"):
-        cfg = compose(f"sampler/{name}", [f"+cache={tmp_path}", *given])
+    cfg = composed(f"+cache={tmp_path}", *given, root=f"sampler/{name}")
     check(cfg, {})
     sampler = instantiate(cfg.sampler)
     stated = {key for key in cfg.sampler if key not in ("_target_", "_convert_")}

@@ -17,15 +17,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import TEMPLATE, byte_tokenizer, tiny_config
+from tests.conftest import ROOT, TEMPLATE, byte_tokenizer, pretrained, saved, tiny_config
 from tests.e2e.test_commands import run
-from tests.server import completion, served
-from tests.test_pretrained import pretrained, saved
+from tests.server import client, completion, served
 from var.data.chat import Chat
 from var.problems import UserError
 from var.rewards.classifier import Classifier
-
-ROOT = Path(__file__).parent.parent
+from var.rewards.endpoint import Endpoint
 
 
 class Bait:
@@ -193,24 +191,25 @@ ATTACKS = [
 ]
 
 
+def of_endpoint(template: str, folder: Path) -> str:
+    one = Endpoint(client=client("http://127.0.0.1:9", folder), protocol="query", chat_template=template)
+    return one._text([{"role": "user", "content": "a"}], True)
+
+
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_a_chat_template_runs_in_jinjas_sandbox(attack: str, tmp_path: Path, made: Path) -> None:
     """A model's, a reward model's and that of an endpoint's texts."""
-    from var.remote import Client
-    from var.rewards.endpoint import Endpoint
-
     template = attack.replace("MADE", str(made)) + TEMPLATE
     ask = [{"role": "user", "content": "a"}]
     with pytest.raises(Exception, match=r"(?i)unsafe|undefined|no loader|not callable|no attribute"):
         _ = Chat(byte_tokenizer(), template).render(ask)
     from transformers import LlamaForSequenceClassification
 
-    folder = saved(tmp_path / "rm", LlamaForSequenceClassification(tiny_config(num_labels=1)), template)
+    folder = saved(tmp_path / "rm", LlamaForSequenceClassification(tiny_config(num_labels=1)), byte_tokenizer(template))
     with pytest.raises(Exception, match=r"(?i)unsafe|undefined|no loader|not callable|no attribute"):
         Classifier(path=str(folder)).encode(ask, "b")
-    client = Client(base_url="http://127.0.0.1:9", model="", api_key_env=None, cache=str(tmp_path))
     with pytest.raises(Exception, match=r"(?i)unsafe|undefined|no loader|not callable|no attribute"):
-        Endpoint(client=client, protocol="query", chat_template=template)._text(ask, True)
+        of_endpoint(template, tmp_path)
 
 
 def test_what_a_message_says_is_no_template(tokenizer: Any) -> None:
@@ -407,15 +406,11 @@ def test_nobody_is_asked_whether_a_models_code_may_run(
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_a_template_that_fails_is_one_clear_error(attack: str, tmp_path: Path) -> None:
-    from var.remote import Client
-    from var.rewards.endpoint import Endpoint
-
     ask = [{"role": "user", "content": "a"}]
     with pytest.raises(UserError, match=r"^the chat template does not take these messages: \w+Error: "):
         Chat(byte_tokenizer(), attack + TEMPLATE).render(ask)
-    client = Client(base_url="http://127.0.0.1:9", model="", api_key_env=None, cache=str(tmp_path))
     with pytest.raises(UserError, match=r"^reward\.chat_template: \w+Error: "):
-        Endpoint(client=client, protocol="query", chat_template=attack + TEMPLATE)._text(ask, True)
+        of_endpoint(attack + TEMPLATE, tmp_path)
 
 
 # --- checkpoints

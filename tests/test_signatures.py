@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from hydra.utils import get_object
 
+from tests.conftest import ROOT
 from var.config import EVAL, FOLDER, TRAIN
 from var.signatures import imported, read
 
-ROOT = Path(__file__).parent.parent
 NAMES = {n for p in Path(FOLDER).rglob("*.yaml") for n in re.findall(r"_target_: (\S+)", p.read_text())}
 NAMES |= {*TRAIN.values(), *EVAL.values()}
 

@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -11,60 +10,41 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from tests.conftest import ROOT, composed
+from tests.e2e.test_commands import only
 from var.build import Run
 
-ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.trajectory
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """13 prompts with three scored answers of different lengths each."""
-    draw = random.Random(0)
-    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    with path.open("w") as file:
-        for i in range(13):
-            answers = [
-                {
-                    "text": "".join(draw.choices("abcdefgh ", k=draw.randint(2, 14))) + "z",
-                    "score": round(draw.gauss(i % 3, 1), 2),
-                }
-                for _ in range(3)
-            ]
-            file.write(json.dumps({"id": f"r{i}", "prompt": f"question {i}?", "responses": answers}) + "\n")
-    return path
-
-
-@pytest.fixture
-def options(rows: Path, tiny_folder: Path, tmp_path: Path) -> list[str]:
-    return [
-        "data=files", f"data.path={rows}", f"model.path={tiny_folder}", "reward=score", "reward.mismatch_gap=0.7",
-        f"store={tmp_path}/store", f"cache={tmp_path}/cache", f"runs={tmp_path}/runs", "data.validation_prompts=0",
-        "trainer.precision=64-true", "trainer.log_every_n_steps=1", "trainer.accelerator=cpu",
-        "optim.optimizer.lr=3e-3", "data.short_micro_batch=keep", "loss=sft",
-    ]  # fmt: skip
 
 
 def fit(options: list[str], folder: Path, *more: str) -> tuple[Run, Any, list[dict[str, str]]]:
     """Train as train.py does; returns the run, the policy's weights and the curve."""
     folder.mkdir(parents=True, exist_ok=True)
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("train", [*options, *more])
-    run = Run.compose(cfg, folder)
+    run = Run.compose(composed(*options, *more), folder)
     torch.manual_seed(0)
     trainer, module = run.trainer(), run.module()
     trainer.fit(module, run.data, ckpt_path=run.checkpoint)
+    return run, {name: value.clone() for name, value in module.policy.state_dict().items()}, curve(folder)
+
+
+def curve(folder: Path) -> list[dict[str, str]]:
     with (folder / "metrics.csv").open(newline="") as file:
-        curve = list(csv.DictReader(file))
-    return run, {name: value.clone() for name, value in module.policy.state_dict().items()}, curve
+        return list(csv.DictReader(file))
 
 
 def column(curve: list[dict[str, str]], name: str) -> list[float]:
     return [float(row[name]) for row in curve if row.get(name)]
+
+
+def same_folders(one: Path, two: Path, *names: str) -> None:
+    """What two runs left: the weights and these columns, to the rounding of another number of processes."""
+    a, b = (load_file(folder / "model" / "model.safetensors") for folder in (one, two))
+    assert_close(b, a, rtol=1e-4, atol=1e-5)
+    for name in names:
+        assert_close(column(curve(two), name), column(curve(one), name), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("loss", ["sft", "var_grouped", "dpo"])
@@ -182,14 +162,11 @@ def test_resuming_with_other_data_is_refused(options: list[str], tmp_path: Path)
         fit(options, tmp_path / "run", *more, "data.limit=9")
 
 
-def launch(processes: int, *overrides: str) -> None:
+def launch(processes: int, *arguments: str, script: str = "train.py", timeout: float | None = 300) -> None:
+    ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    command = [sys.executable, *ranks, str(ROOT / script), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    if processes == 1:
-        command = [sys.executable]
-    done = subprocess.run(
-        [*command, str(ROOT / "train.py"), *overrides], capture_output=True, text=True, env=environment, timeout=300
-    )
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -202,16 +179,8 @@ def test_ranks_give_one_curve(strategy: str, loss: str, options: list[str], tmp_
     ]  # fmt: skip
     launch(1, *common, f"runs={tmp_path}/one")
     launch(2, *common, f"runs={tmp_path}/two", f"strategy={strategy}", "trainer.devices=2")
-    one, two = (next((tmp_path / name).glob("*/summary.json")).parent for name in ("one", "two"))
-    a, b = (load_file(folder / "model" / "model.safetensors") for folder in (one, two))
-    assert a.keys() == b.keys()
-    assert_close(b, a, rtol=1e-4, atol=1e-5)
-    curves = []
-    for folder in (one, two):
-        with (folder / "metrics.csv").open(newline="") as file:
-            curves.append(list(csv.DictReader(file)))
-    for name in ("train/loss", "train/nll", "train/grad_norm"):
-        assert_close(column(curves[1], name), column(curves[0], name), rtol=1e-4, atol=1e-5)
+    one, two = only(tmp_path / "one"), only(tmp_path / "two")
+    same_folders(one, two, "train/loss", "train/nll", "train/grad_norm")
     assert json.loads((two / "summary.json").read_text())["devices"] == 2
 
 

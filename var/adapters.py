@@ -1,4 +1,4 @@
-"""LoRA: a run that trains low-rank adapters on a frozen model, which may be in 4 bit; the reference is the model with
+"""LoRA: a run that trains low-rank adapters on a frozen model, which may be quantised; the reference is the model with
 the adapter off."""
 
 import importlib.util
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from var.problems import UserError
+from var.problems import UserError, brief
 
 if TYPE_CHECKING:
     from var.pretrained import Pretrained
@@ -53,7 +53,7 @@ class LoRA:
         try:
             inject_adapter_in_model(config, model)
         except ValueError as error:
-            raise UserError(f"adapter.targets={self.targets}: {' '.join(str(error).split())[:300]}") from error
+            raise UserError(f"adapter.targets={self.targets}: {brief(error)}") from error
         ends = (model.get_input_embeddings(), model.get_output_embeddings())
         if any(isinstance(end, BaseTunerLayer) for end in ends):
             raise UserError(

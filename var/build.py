@@ -1,4 +1,4 @@
-"""From a checked configuration to the parts of a run. The only module below the entry points that sees a config."""
+"""From a checked configuration to the parts of a run."""
 
 import importlib.util
 import json
@@ -6,7 +6,6 @@ import logging
 import os
 import re
 import shlex
-import sys
 import warnings
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -37,7 +36,7 @@ from var.module import AlignmentModule
 from var.needs import Need
 from var.policy import ActorCritic, Policy, Scorer, WithoutAdapter
 from var.pretrained import ADAPTER, Pretrained, export, merged
-from var.problems import Problems, UserError
+from var.problems import Problems, UserError, brief
 from var.progress import console, say, warn
 from var.resuming import Checkpoints, InPlace, checkpoints, refuse_pickles
 from var.rewards.scale import Scale
@@ -166,7 +165,7 @@ class Run:
     def compose(cls, cfg: DictConfig, folder: Path) -> "Run":
         """Check the configuration as a whole, then build what is light: no model is loaded."""
         quieten()
-        check_config(cfg)
+        check(cfg, TRAIN)
         settings = TrainerSettings(**cfg.trainer)
         refuse_ranks_under_multirun(settings.world)
         refuse_other_ranks(settings)
@@ -202,20 +201,16 @@ class Run:
 
     def module(self) -> AlignmentModule:
         """The policy, loaded and ready to train, with its loss."""
-        cfg, needs = self.cfg, self.data.loss.needs
-        dtype = {"64-true": torch.float64}.get(self.settings.arithmetic)
-        policy: Policy | ActorCritic | Scorer
-        meta = cfg.strategy.name == "fsdp" and self.adapter is None and self.pretrained.base is None
-        meta = meta and Need.SCALAR_HEAD not in needs  # its new head, and an adapter, are in no file
-        kind = self.pretrained.load_scorer if Need.SCALAR_HEAD in needs else self.pretrained.load
-        model = self.pretrained.empty() if meta else kind()
+        cfg, needs, pretrained = self.cfg, self.data.loss.needs, self.pretrained
+        scorer = Need.SCALAR_HEAD in needs
+        if self.adapter and (pretrained.quantization or not self.adapter.merge) and pretrained.base is not None:
+            raise UserError(f"adapter: {pretrained.folder} is one itself; start from what adapter.merge=true exported")
+        # a reward model's new head, and an adapter, are in no file
+        meta = cfg.strategy.name == "fsdp" and self.adapter is None and pretrained.base is None and not scorer
+        model = (pretrained.empty if meta else pretrained.load_scorer if scorer else pretrained.load)()
         if self.adapter is not None:
-            if self.pretrained.base is not None and (self.pretrained.quantization or not self.adapter.merge):
-                raise UserError(
-                    f"adapter: {self.pretrained.folder} is one itself; start from what adapter.merge=true exported"
-                )
-            model = self.adapter.attach(model, self.pretrained)
-        policy = Scorer(model.train()) if Need.SCALAR_HEAD in needs else Policy(model.train())
+            model = self.adapter.attach(model, pretrained)
+        policy: Policy | ActorCritic | Scorer = Scorer(model.train()) if scorer else Policy(model.train())
         if Need.VALUES in needs:
             policy = ActorCritic(policy)  # type: ignore[arg-type]
         reference: Policy | WithoutAdapter | None = None
@@ -230,7 +225,7 @@ class Run:
             policy, self.data.loss, instantiate(cfg.optim.optimizer), instantiate(cfg.optim.schedule), reference,
             self.settings.nonfinite, self.pretrained.fill if meta else None,
         )  # fmt: skip
-        return module.to(dtype) if dtype else module
+        return module.double() if self.settings.arithmetic == "64-true" else module
 
     def trainer(self) -> lightning.Trainer:
         cfg, settings = self.cfg, self.settings
@@ -254,8 +249,7 @@ class Run:
         if console.is_terminal:
             callbacks += [RichProgressBar(), RichModelSummary(max_depth=1)]
         strategy = cfg.strategy.name
-        if strategy == "deepspeed":
-            refuse_unfit_deepspeed(cfg, settings)
+        refuse_unfit_strategy(cfg, settings)
         if "_target_" in cfg.strategy:
             extra = {"data_parallel_size": settings.world} if strategy == "fsdp" else {}
             options = {k: v for k, v in cfg.strategy.items() if k != "name"}
@@ -382,7 +376,7 @@ class Run:
         choices = HydraConfig.get().runtime.choices
         card = {
             "base": self.cfg.init or self.cfg.model.path, "name": self.folder.name, "loss": choices.get("loss"),
-            "doc": (type(module.loss).__module__), "version": summary.version("var-align"), "table": table,
+            "doc": type(module.loss).__module__, "version": summary.version("var-align"), "table": table,
             "data": self.cfg.data.name, "plan": self.data.plan.hash, "reward": choices.get("reward"),
             "steps": report["steps"], "seed": self.cfg.seed,
         }  # fmt: skip
@@ -396,11 +390,11 @@ class Run:
             if scorer:
                 whole.score.load_state_dict(model.score.state_dict())
             export(whole, chat, target, card)
-        OmegaConf.save(self.cfg, self.folder / "model" / "config.yaml", resolve=True)
+        OmegaConf.save(self.cfg, target / "config.yaml", resolve=True)
 
     def validation_answers(self) -> None:
         """The reference's answers on the held-out prompts, which an evaluation before training reads."""
-        if len(self.data.validation):
+        if len(self.data.validation) and Need.SCALAR_HEAD not in self.data.loss.needs:
             sampling = Sampling(**self.cfg.eval.sampling)
             self.annotator.here.sampled(self.data.validation, sampling, "Evaluating the start")
 
@@ -440,11 +434,6 @@ def known(reader: Any, node: DictConfig) -> dict[str, Any]:
     return {name: value for name, value in values(node).items() if name in names}
 
 
-def check_config(cfg: DictConfig) -> None:
-    """Every key's name and type, all problems at once."""
-    check(cfg, TRAIN)
-
-
 def refuse_unfit_adapter(cfg: DictConfig, pretrained: Pretrained, adapter: LoRA | None, needs: frozenset[Need]) -> None:
     """What an adapter, or a model without one, cannot do: told before anything is loaded."""
     problems, kind = Problems("the model cannot be trained so"), pretrained.quantization
@@ -457,14 +446,19 @@ def refuse_unfit_adapter(cfg: DictConfig, pretrained: Pretrained, adapter: LoRA 
     problems.check()
 
 
-def refuse_unfit_deepspeed(cfg: DictConfig, settings: TrainerSettings) -> None:
-    """What Lightning would refuse later, and what the export does not gather."""
-    problems = Problems("strategy=deepspeed")
-    if importlib.util.find_spec("deepspeed") is None:
+def refuse_unfit_strategy(cfg: DictConfig, settings: TrainerSettings) -> None:
+    """What Lightning or the optimiser would refuse when the store is filled, and what the export does not gather."""
+    name, problems = cfg.strategy.name, Problems(f"strategy={cfg.strategy.name}")
+    if name == "fsdp" and cfg.optim.optimizer._target_.endswith("MasterAdamW"):
+        problems.add(
+            "optim", "adamw_masters keeps whole copies, and here parameters are float32 shards; optim=adamw with "
+            "model.dtype=float32"
+        )  # fmt: skip
+    if name == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
         problems.add("deepspeed", "an extra: pip install -e '.[deepspeed]'")
-    if not settings.gpu:
+    if name == "deepspeed" and not settings.gpu:
         problems.add("trainer.accelerator", "DeepSpeed runs on GPUs; strategy=fsdp runs on CPUs too")
-    if cfg.strategy.stage not in (1, 2):
+    if name == "deepspeed" and cfg.strategy.stage not in (1, 2):
         problems.add("strategy.stage", f"{cfg.strategy.stage} is none of 1, 2; strategy=fsdp shards parameters")
     problems.check()
 
@@ -520,9 +514,8 @@ def refuse_other_ranks(settings: TrainerSettings) -> None:
 
 def overrides() -> list[str]:
     """The overrides of this command line, for a command that is to do the same."""
-    if HydraConfig.initialized():
-        return [o for o in HydraConfig.get().overrides.task if not o.startswith(("annotate=", "debug="))]
-    return [a for a in sys.argv[1:] if "=" in a]
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    return [override for override in given if not override.startswith(("annotate=", "debug="))]
 
 
 def loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
@@ -552,7 +545,7 @@ def loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
                 logger.log_hyperparams(values(cfg))
             except wandb.errors.CommError as error:
                 problems.add(
-                    "logger.wandb", f"the server does not answer ({' '.join(str(error).split())[:200]}); "
+                    "logger.wandb", f"the server does not answer ({brief(error)}); "
                     "logger.wandb.offline=true writes what `wandb sync` sends later"
                 )  # fmt: skip
             out.append(logger)

@@ -1,4 +1,5 @@
-"""What watches a run: step metrics and throughput, the health of the weights, validation by generation."""
+"""What watches a run: step metrics and throughput, the health of the weights, validation by generation, its curve,
+its plan as files, its budget of seconds, a reward model's accuracy."""
 
 import csv
 import json
@@ -14,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from var.annotate.fill import Annotator, Reward
+from var.annotate.fill import Annotator, Reward, refuse_unanswered
 from var.datamodule import AlignmentData
 from var.evaluate.judge import Judge, Pair, rates
 from var.evaluate.validation import Answers, clustered, divergence, rewarded, samples, win_rate
@@ -102,8 +103,7 @@ class StepMetrics(Callback):
     def __init__(self, ess_warning: float) -> None:
         self.ess_warning, self.warned = ess_warning, False
         self.tokens = self.seconds = self.waited = 0.0
-        self._begun: float | None = None
-        self._ended: float | None = None
+        self._begun = self._ended = 0.0
         self._step = 0
 
     @property
@@ -128,15 +128,13 @@ class StepMetrics(Callback):
 
     def on_train_batch_start(self, trainer: lightning.Trainer, *_: Any) -> None:
         now = time.perf_counter()
-        if self._ended is not None:
-            self.waited += now - self._ended
+        self.waited += now - self._ended
         self._begun = now
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(module, AlignmentModule)
-        assert self._begun is not None
         self.tokens += batch.tokens
         self.seconds += time.perf_counter() - self._begun
         step = trainer.global_step
@@ -173,12 +171,12 @@ class StepMetrics(Callback):
 
     def _warn(self, trainer: lightning.Trainer, step: int, ess: float) -> None:
         data: AlignmentData = trainer.datamodule  # type: ignore[attr-defined]
-        whole = data.facts.get("weights", {})
+        weights = data.facts.get("weights", {})
         cause = "the temperature is small against the reward's spread: raise loss.temperature"
-        if whole.get("length_correlation", 0) < -0.3:
+        if weights.get("length_correlation", 0) < -0.3:
             cause = "weights follow response length, the shortest taking most: log π_ref is summed; see loss=var"
-        elif whole.get("largest", 0) > 50:
-            cause = f"one response weighs {whole['largest']:.0f} times the mean: rewards have a heavy tail"
+        elif weights.get("largest", 0) > 50:
+            cause = f"one response weighs {weights['largest']:.0f} times the mean: rewards have a heavy tail"
         warn(f"at step {step} the effective sample size is {ess:.2f} of the sequences; {cause}.")
 
 
@@ -317,6 +315,7 @@ class Validation(Callback):
         data: AlignmentData = trainer.datamodule  # type: ignore[attr-defined]
         if not len(data.validation):
             return
+        refuse_unanswered(self.reward or self.annotator.reward, data.validation)
         texts = self.annotator.here.sampled(data.validation, self.sampling, "Evaluating the start")
         self.before = self._rewarded(data, texts)
         self.annotator.reference.release()
@@ -340,29 +339,21 @@ class Validation(Callback):
         due = self.every_n_steps and step and step % self.every_n_steps == 0
         if due and self.before is not None and step < trainer.estimated_stepping_batches:
             self._done = step
-            assert isinstance(module, AlignmentModule)
-            data: AlignmentData = trainer.datamodule  # type: ignore[attr-defined]
-            texts = self._sample(trainer, module, f"Evaluating step {step}")
-            kl = self._divergence(data, module, texts)
-            after = self._rewarded(data, texts)
-            verdicts = self._verdicts(trainer, data, after)
+            after, kl, verdicts = self._evaluated(trainer, module, f"Evaluating step {step}")
             self._log(trainer, after, step, {"validation/kl": float(kl.mean()), **_judged(verdicts)})
             step_metrics(trainer).restart()
 
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         if self.before is None:
             return
-        assert isinstance(module, AlignmentModule)
         data: AlignmentData = trainer.datamodule  # type: ignore[attr-defined]
-        texts = self._sample(trainer, module, "Evaluating the end")
-        after = self._rewarded(data, texts)
-        kl = self._divergence(data, module, texts)
+        after, kl, verdicts = self._evaluated(trainer, module, "Evaluating the end")
+        self.result["judge"] = verdicts
         self.result["after"] = self._summary(after)
         self.result["kl"] = clustered(kl)._asdict()
         if after.rewards is not None and self.before.rewards is not None:
             self.result["gain"] = clustered(after.rewards - self.before.rewards)._asdict()
             self.result["win_rate"] = clustered(win_rate(after.rewards, self.before.rewards)[:, None])._asdict()
-        verdicts = self.result["judge"] = self._verdicts(trainer, data, after)
         if not logged(trainer, "validation/length", trainer.global_step):  # by the one before, which was killed here
             extra = {"validation/kl": float(kl.mean()), **_judged(verdicts)}
             self._log(trainer, after, trainer.global_step, extra)
@@ -370,6 +361,17 @@ class Validation(Callback):
             with atomic(self.folder / "samples.jsonl") as file:
                 for record in samples(data.validation, self.before, after):
                     file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def _evaluated(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, title: str
+    ) -> tuple[Answers, np.ndarray, dict[str, Any] | None]:
+        """The policy's answers as it now is, their KL [P, K] in nats, and the judge's rates."""
+        assert isinstance(module, AlignmentModule)
+        data: AlignmentData = trainer.datamodule  # type: ignore[attr-defined]
+        texts = self._sample(trainer, module, title)
+        kl = self._divergence(data, module, texts)
+        after = self._rewarded(data, texts)
+        return after, kl, self._verdicts(trainer, data, after)
 
     def _sample(self, trainer: lightning.Trainer, module: AlignmentModule, title: str) -> list[list[tuple[str, bool]]]:
         data: AlignmentData = trainer.datamodule  # type: ignore[attr-defined]

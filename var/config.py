@@ -20,7 +20,7 @@ from var import signatures
 from var.problems import Problems, UserError
 
 FOLDER = str(Path(__file__).parent.parent / "conf")
-# What the entry points read themselves, beside the dataclasses that read the rest.
+# Keys that no dataclass reads: build.py reads the first, optim's ${model.learning_rate} the second.
 NAMES = {("strategy", "name"), ("model", "learning_rate")}
 # What a run's folder does not depend on: the same training goes on under another logger or on other devices.
 ELSEWHERE = {"hydra", "resume", "logger", "store", "cache", "runs", "annotate", "dry"}

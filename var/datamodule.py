@@ -11,7 +11,7 @@ import lightning
 import numpy as np
 import torch
 
-from var.annotate.fill import Annotator, Ranks, Triples, with_responses
+from var.annotate.fill import Annotator, Ranks, Triples, refuse_unanswered, refuse_unscored, with_responses
 from var.data.plan import ABSENT, Plan, Share, draw, make_plan
 from var.data.rows import Rows, Source, content_hash, read
 from var.data.sequences import Sequences, choose, encode, needs_rewards
@@ -54,8 +54,6 @@ class DataSettings:
         for name in ("max_length", "micro_batch", "global_batch"):
             if getattr(self, name) < 1:
                 problems.add(f"data.{name}", "must be at least 1")
-        if self.micro_batch >= 1 and self.global_batch % self.micro_batch:
-            problems.add("data.global_batch", f"{self.global_batch} is no multiple of micro_batch={self.micro_batch}")
         if self.validation_prompts < 0:
             problems.add("data.validation_prompts", "must be at least 0")
         problems.check()
@@ -187,7 +185,10 @@ class AlignmentData(lightning.LightningDataModule):
             self.facts["rows left out by the adapter"] = rows.left_out
         if settings.limit is not None and settings.limit < len(rows):
             self.facts["rows beyond data.limit"] = len(rows) - settings.limit
-        self.validation, self.development, train = split(rows.head(settings.limit), settings, develop)
+        rows = rows.head(settings.limit)
+        if needs & {Need.REWARDS, Need.ADVANTAGES, Need.CROSS_REWARDS}:
+            refuse_unanswered(self.annotator.reward, rows)
+        self.validation, self.development, train = split(rows, settings, develop)
         if develop:
             self.facts["prompts set apart for the value estimate"] = develop
         given = unanswered = 0
@@ -213,10 +214,8 @@ class AlignmentData(lightning.LightningDataModule):
         # of a pair, the better one is desirable; a threshold on the reward needs no pairs
         both = pairs or (Need.DESIRABLE in needs and self.loss.threshold is None)
         responses = settings.responses
-        if responses == "auto" or (responses == "sampled" and both):
+        if responses == "auto" or responses == "sampled":
             responses = "both" if both else "all"
-        elif responses == "sampled":
-            responses = "all"
         elif both and responses != "both":
             raise UserError(f"this loss compares pairs, and data.responses={responses} makes none; set both or auto")
         rewards = None
@@ -325,11 +324,7 @@ class AlignmentData(lightning.LightningDataModule):
             raw = self.annotator.score(Triples(self.rows, sequences.row, sequences.row, response))
         else:
             raw = sequences.column("score")
-            if np.isnan(raw).any():
-                problems = Problems("reward=score, but the data carries no score")
-                for i in np.flatnonzero(np.isnan(raw)).tolist():
-                    problems.add(f"row {sequences.tokens(i)[2]}", "no score")
-                problems.check("Choose a reward that scores text, as reward=offsetbias-rm-8b.")
+            refuse_unscored(sequences.tokens(i)[2] for i in np.flatnonzero(np.isnan(raw)).tolist())
         self.scale = self.scale.fitted(raw)
         self.facts["reward"] = {"mean": float(raw.mean()), "sd": float(raw.std()), "scale": self.scale.describe()}
         return torch.from_numpy(np.array(self.scale(raw)))

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from var.annotate.fill import Unfilled
+from var.data.rows import read
 from var.needs import Need
 from var.pretrained import blocks
 from var.progress import say
@@ -100,4 +101,5 @@ def row(run: "Run") -> None:
         say(f"  row {name}: {start} prompt tokens, {len(ids) - start} response tokens")
         say(f"{tokenizer.decode(ids[:start])}⟦{tokenizer.decode(ids[start:])}⟧")
         return
-    say(f"{run.annotator.chat.render(run.data.validation[0].prompt)}⟦… the responses are sampled first …⟧")
+    prompt = read(run.data.source, run.annotator.cache)[0].prompt  # held-out rows there may be none
+    say(f"{run.annotator.chat.render(prompt)}⟦… the responses are sampled first …⟧")

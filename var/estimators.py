@@ -1,4 +1,4 @@
-"""The weight of a response, exp(r/λ) / Z(x), by how Z is estimated; METHOD's table as code, in log space, float64.
+"""The weight of a response, exp(r/λ) / Z(x), by how Z is estimated, in log space, float64.
 
 Each estimator is a frozen dataclass: `needs`, and a call from the data set's numbers to log-weights. Nothing here
 holds a gradient or sees θ. `normalise` divides by the data set's mean weight, once, so that w ≡ 1 is SFT and learning
@@ -53,7 +53,7 @@ class InBatch:
     """Z over the micro-batch: the paper's Eq. 9, 10.
 
     reduction: of log π_ref(y_j|x_i) over response tokens. `sum` is the literal reading, and there the shortest
-    answer takes the micro-batch whatever its reward (METHOD, fact 1); `mean` is the paper's method made usable;
+    answer takes the micro-batch whatever its reward (docs/method.md); `mean` is the paper's method made usable;
     `none` leaves π_ref out. reference: `cross` for log π_ref(y_j|x_i), `own` for log π_ref(y_j|x_j), one pass over
     the own pairs, which the paper's times fit.
     """
@@ -125,8 +125,8 @@ class Grouped:
 class Prompt:
     """(K + κ) e^{r/λ} / (Σ_k e^{r_k/λ} + κ e^{(V(x)+c)/λ}): a group with κ pseudo-responses of the usual reward.
 
-    kappa: κ ≥ 0; 0 is `grouped`, ∞ tends to `value`. baseline: V, `ridge` cross-fitted on the reference's hidden
-    states of the prompt, or `zero`. c makes the mean weight of the data set 1. Bounded by K + κ. Ours (METHOD).
+    kappa: κ > 0; towards 0 it is `grouped`, towards ∞ `value`. baseline: V, `ridge` cross-fitted on the reference's
+    hidden states of the prompt, or `zero`. c makes the mean weight of the data set 1. Bounded by K + κ. Ours.
     """
 
     kappa: float = 4.0

@@ -1,22 +1,31 @@
 """Files that stand whole or not at all, wherever a process is killed."""
 
 import os
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 
 @contextmanager
-def atomic(path: Path, mode: str = "w", shared: bool = False, **options: Any) -> Iterator[IO[Any]]:
-    """A file to write, which takes the name `path` once it is written. shared: other processes may write it too."""
-    partial = path.with_name(f"{path.name}.partial{os.getpid() if shared else ''}")
+def replacing(path: Path, shared: bool = True) -> Iterator[Path]:
+    """A name beside `path` that becomes `path` once what is written there is whole. shared: other processes, on other
+    machines too, may write it at once."""
+    partial = path.with_name(f"{path.name}{f'.{uuid.uuid4().hex}' if shared else ''}.partial")
     try:
-        with partial.open(mode, **options) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        yield partial
         partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
+    except BaseException:  # Ctrl-C too
+        with suppress(OSError):  # what the disk said first is what is told
+            partial.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def atomic(path: Path, mode: str = "w", shared: bool = False, **options: Any) -> Iterator[IO[Any]]:
+    """A file to write, which takes the name `path` once it is written. shared: see `replacing`."""
+    with replacing(path, shared) as partial, partial.open(mode, **options) as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())

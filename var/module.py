@@ -1,4 +1,5 @@
-"""AlignmentModule: a policy, a loss, and optionally the live reference; one training step for every objective."""
+"""AlignmentModule: a policy, a loss, and optionally the live reference; one training step for every objective.
+The learning rate's schedule."""
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping

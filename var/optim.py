@@ -5,9 +5,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-
-from var.problems import UserError
 
 
 class MasterAdamW(torch.optim.AdamW):
@@ -32,11 +29,6 @@ class MasterAdamW(torch.optim.AdamW):
         device: Literal["cpu"] | None = None,
     ) -> None:
         self.parameters = list(params)
-        if any(isinstance(p, DTensor) for p in self.parameters):
-            raise UserError(
-                "optim=adamw_masters keeps whole copies; under strategy=fsdp parameters are float32 shards: use "
-                "optim=adamw with model.dtype=float32"
-            )
         self.device = None if device is None else torch.device(device)
         copies = [nn.Parameter(self._copied(p)) for p in self.parameters]
         super().__init__(copies, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)

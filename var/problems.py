@@ -5,6 +5,11 @@ class UserError(ValueError):
     """What the user can mend: an entry point prints its message without a traceback."""
 
 
+def brief(error: BaseException) -> str:
+    """What a library said, on one line of at most 300 letters."""
+    return " ".join(str(error).split())[:300]
+
+
 class Problems:
     """Collects problems, each with its place; `check` raises one UserError that tells them all."""
 

@@ -12,9 +12,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 console = Console(soft_wrap=True, highlight=False)
 
 
+def is_first() -> bool:
+    """Whether this is the job's first process."""
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0
+
+
 def say(text: str) -> None:
     """Print on the first rank."""
-    if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0:
+    if is_first():
         console.print(text, markup=False)
 
 
@@ -40,7 +45,7 @@ def clocked(seconds: dict[str, float], name: str) -> Iterator[None]:
 @contextmanager
 def stage(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     """Show how far a stage is; yields `advance(done)`. Nothing is shown where there is nothing to do."""
-    if total == 0 or int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) != 0:
+    if total == 0 or not is_first():
         yield lambda done: None
         return
     if not console.is_terminal:

@@ -1,4 +1,4 @@
-"""Checkpoints and how a run ends before its end: a signal, a full disk, a step without a finite gradient."""
+"""Checkpoints, how a run goes on from one, and how it ends before its end: a signal, a full disk."""
 
 import os
 import pickle

@@ -141,14 +141,9 @@ class RolloutLoader:
     def _with_tokens(self, shares: Sequence[Share], packs: Sequence[Packed]) -> list[Packed]:
         """With the response tokens of each whole step, over the ranks; a filler's divisors stay infinite."""
         per_step = self.data.plan.window // self.ranks.world
-        counts = torch.tensor(
-            [
-                sum(len(batch.target) for batch, share in list(zip(packs, shares, strict=True))[at : at + per_step]
-                    if share.units < float("inf"))
-                for at in range(0, len(packs), per_step)
-            ],
-            dtype=torch.float64,
-        )  # fmt: skip
+        own = [len(pack.target) * (share.units < float("inf")) for pack, share in zip(packs, shares, strict=True)]
+        sums = [sum(own[at : at + per_step]) for at in range(0, len(own), per_step)]
+        counts = torch.tensor(sums, dtype=torch.float64)
         if self.ranks.world > 1:
             counts = counts.to(self.data.trainer.lightning_module.device)  # type: ignore[union-attr]
             torch.distributed.all_reduce(counts)

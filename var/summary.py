@@ -39,9 +39,9 @@ def write(folder: Path, summary: Mapping[str, Any], name: str = "summary.json") 
         json.dump(summary, file, indent=1, ensure_ascii=False, default=str)
 
 
-def show(summary: Mapping[str, Any], title: str) -> None:
+def show(summary: Mapping[str, Any]) -> None:
     """The closing table."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=summary["title"], title_justify="left")
     for name, justify in (("", "left"), ("before", "right"), ("after", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     validation = summary["validation"]

@@ -13,6 +13,7 @@ import torch
 from numpy.testing import assert_allclose
 from safetensors.torch import load_file, save_file
 
+from tests.conftest import pretrained
 from var.annotate.fill import Annotator, Ranks, Reference, Unfilled, with_responses
 from var.annotate.store import Store
 from var.annotate.values import ValueHead
@@ -22,7 +23,6 @@ from var.data.sequences import Sequences, choose, encode
 from var.generate import Sampling
 from var.packing import Packed, pack, whole
 from var.policy import Policy
-from var.pretrained import Pretrained
 from var.problems import UserError
 from var.rewards.programmatic import ExactNumber
 from var.rewards.scale import Scale
@@ -80,13 +80,6 @@ ROWS = tuple(
     )
     for i in range(6)
 )  # eight sequences, of prompts 0 and 4 two each; some without an end token
-
-
-def pretrained(folder: Path, cache: Path) -> Pretrained:
-    return Pretrained(
-        name="tiny", path=str(folder), revision=None, chat_template=None, dtype="float32", attention="packed",
-        trust_remote_code=False, gradient_checkpointing=False, architecture={}, cache=str(cache),
-    )  # fmt: skip
 
 
 def annotator(folder: Path, root: Path, reward: Any = None, **options: Any) -> Annotator:
@@ -369,18 +362,6 @@ def test_features_are_the_last_and_the_mean_hidden_state_of_the_prompt(tiny_fold
         assert_allclose(found[sequences.group[i]], expected, atol=1e-4)
 
 
-def test_features_of_a_subset_keep_the_groups_numbers(tiny_folder, tmp_path):
-    """A group without a sequence has zeros and is not computed."""
-    one = annotator(tiny_folder, tmp_path)
-    _, sequences = data(one)
-    whole = one.features(sequences)
-    last = int(sequences.group.argmax())
-    found = annotator(tiny_folder, tmp_path / "other").features(sequences.where(np.array([last])))
-    assert found.shape == whole.shape
-    assert not found[:-1].any()
-    assert_allclose(found[-1], whole[-1], atol=1e-5)
-
-
 def test_sampled_twice_is_the_same_text(tiny_folder, tmp_path):
     """From the store, and from an empty store too: the seed is of the content. K a prompt, in the rows' order."""
     one, two, other = (annotator(tiny_folder, tmp_path / name) for name in ("a", "a", "b"))
@@ -530,7 +511,8 @@ def test_scores_without_a_gap_refuse_an_in_batch_estimator(tiny_folder, tmp_path
 
 
 def test_refuse_says_what_is_missing_and_the_command_that_writes_it(tiny_folder, tmp_path):
-    annotator(tiny_folder, tmp_path).reference_logps(data(annotator(tiny_folder, tmp_path))[1].where(np.arange(3)))
+    some = annotator(tiny_folder, tmp_path)
+    some.reference_logps(data(some, ROWS[:2])[1])
     one = annotator(tiny_folder, tmp_path, annotate="refuse", command="python annotate.py loss=dpo data=files")
     with pytest.raises(UserError) as error:
         one.reference_logps(data(one)[1])

@@ -6,10 +6,9 @@ import sys
 from importlib.metadata import version
 
 import pytest
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from var.config import FOLDER
+from tests.conftest import composed
 from var.data.rows import read
 from var.data.sources.reasoning_gym import ReasoningGym, read_problem, written
 from var.problems import UserError
@@ -102,8 +101,7 @@ def test_an_answer_that_is_no_problem_is_told(answer):
 
 def test_options_come_from_the_command_line(tmp_path):
     overrides = ["data=reasoning_gym", "data.source.task=gcd", "data.source.options={max_value: 30, min_numbers: 2}"]
-    with initialize_config_dir(FOLDER, version_base="1.3"):
-        source = instantiate(compose("train", overrides).data.source)
+    source = instantiate(composed(*overrides).data.source)
     assert source == ReasoningGym(task="gcd", options={"max_value": 30, "min_numbers": 2})
     json.dumps(source.identity())
     listed = instantiate({"_target_": f"{ReasoningGym.__module__}.ReasoningGym", "options": {"x": [1, {"y": [2]}]}})

@@ -97,8 +97,6 @@ def test_tokens_lengths_and_columns(tmp_path: Path):
     )
     assert np.nan_to_num(sequences.column("score"), nan=-1).tolist() == [2, -1, -1]
     assert np.nan_to_num(sequences.column("weight"), nan=-1).tolist() == [-1, 0.5, -1]
-    part = sequences.where(np.array([2, 0]))
-    assert (part.row.tolist(), part.length.tolist(), part.tokens(0)[2]) == ([1, 0], [2, 4], "b#0")
 
 
 def test_a_cut_answer_has_no_end_token(tmp_path: Path):

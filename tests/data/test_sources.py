@@ -15,6 +15,7 @@ import pytest
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from tests.conftest import ROOT
 from var.data.rows import Response, read
 from var.data.sources import hub, local
 from var.data.sources.arithmetic import KINDS, Arithmetic
@@ -27,7 +28,6 @@ from var.data.sources.prompts import Prompts
 from var.data.sources.ultrafeedback import UltraFeedback
 from var.problems import UserError
 
-ROOT = Path(__file__).parents[2]
 REAL = ROOT.parent / "shared" / "data"
 CONF = sorted(file for file in (ROOT / "conf" / "data").glob("*.yaml") if not file.name.startswith("_"))
 real = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real data: {REAL} is absent")
@@ -92,7 +92,7 @@ def test_arithmetic_says_how_many_problems_there_are():
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
 def test_files_reads_lines_with_scores_and_weights(tmp_path, name):
-    """FIELD.md 19: the weight of loss=weighted is a column of the data."""
+    """the weight of loss=weighted is a column of the data."""
     responses = [{"text": "y", "score": 1.5, "weight": 0.25, "source": "m"}, "z"]
     path = lines(tmp_path / name, {"prompt": "x", "responses": responses, "ordered": True, "answer": 4})
     row = only(Files(path=path), tmp_path / "cache")
@@ -270,7 +270,7 @@ def completion(text: str, *ratings: object, overall: float = 0.0) -> dict:
 
 
 def test_ultrafeedback_ranks_by_the_mean_rating_and_ignores_overall_score(tmp_path):
-    """FIELD.md 18: overall_score 10 was a 1. low (1+2+1+2)/4 = 1.5, mid (3+4)/2 = 3.5, high (5+5+4+4)/4 = 4.5."""
+    """overall_score 10 was a 1. low (1+2+1+2)/4 = 1.5, mid (3+4)/2 = 3.5, high (5+5+4+4)/4 = 4.5."""
     completions = [
         completion("low", "1", "2", "1", "2", overall=10.0),
         completion("high", "5", "5", "4", "4", overall=1.0),

@@ -19,9 +19,11 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import load_file
 
+from tests.conftest import ROOT, byte_tokenizer, saved, tiny_config
 from var import config
+from var.report.read import find
+from var.report.write import plot
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.e2e
 
 
@@ -120,15 +122,33 @@ def test_a_run_leaves_its_folder(own: list[str], tmp_path: Path) -> None:
     assert "This very run is finished" in again.stdout
 
 
+def test_a_real_run_is_reported(own: list[str], tmp_path: Path) -> None:
+    """What train.py leaves is what reports read."""
+    assert run("train.py", *own, "loss.min_weight=0.1").returncode == 0
+    assert run("report.py", f"{tmp_path}/runs", "--out", f"{tmp_path}/out").returncode == 0
+    (one,) = find([tmp_path / "runs"]).runs
+    assert "loss.min_weight=0.1" in one.overrides
+    assert not any(line.startswith(("runs=", "store=", "cache=")) for line in one.overrides)
+    assert {"reward before", "reward after", "gain, paired", "KL, nats", "ESS/n", "tokens/s"} <= one.measures.keys()
+    assert {"train/loss", "train/weight/ess", "validation/reward"} <= one.curves.keys()
+    assert len(one.samples) == 2
+    assert one.plan["micro"].shape[1] == 4
+    assert (tmp_path / "out" / "figures" / "frontier.png").stat().st_size
+    (only,) = (tmp_path / "out" / "pages").iterdir()
+    assert "exact_number" in only.read_text() or "ExactNumber" in only.read_text()
+    plot([one.folder], tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size
+
+
 OWN_REWARD = '''
 from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
-class Length:
+class Distinct:
     """The number of distinct characters: a reward of one's own, outside the project."""
 
     scores_text = True
-    identity = {"program": "length"}
+    identity = {"program": "distinct"}
 
     def __call__(self, prompts, responses, answers):
         return [float(len(set(text))) for text in responses]
@@ -140,7 +160,7 @@ def test_a_second_run_samples_and_scores_nothing(
 ) -> None:
     """Another λ, learning rate, estimator or loss reads what the first one stored (huggingface/trl #3985)."""
     more = [*base, "data.source.problems=12", "generate.max_new_tokens=4"]
-    more += ["reward=exact_number", "reward._target_=own_reward.Length"]
+    more += ["reward=exact_number", "reward._target_=own_reward.Distinct"]
     (tmp_path / "own_reward.py").write_text(OWN_REWARD)
     monkeypatch.syspath_prepend(tmp_path)
     first = run("train.py", *more, "loss=var")
@@ -167,6 +187,12 @@ def test_annotate_fills_ahead_and_refuse_names_it(own: list[str], tmp_path: Path
     assert done.returncode == 0, done.stderr
 
 
+def test_annotate_samples_nothing_for_a_reward_model(own: list[str]) -> None:
+    done = run("annotate.py", *own, "loss=bradley_terry", "reward=score")
+    assert done.returncode == 0, done.stderr
+    assert "Evaluating the start" not in done.stdout
+
+
 def test_annotate_shares_the_work_of_its_ranks(own: list[str], tmp_path: Path) -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "annotate.py"))
     process = spawn(*launcher, *own, "loss=dpo", "trainer.devices=2", "data.global_batch=8")
@@ -189,6 +215,8 @@ def test_debug_presets(own: list[str], tmp_path: Path) -> None:
     ):
         assert shown in dry.stdout, dry.stdout
     assert not list((tmp_path / "store").glob("*/*/*.parquet"))
+    dry = run("train.py", *own, "debug=dry", "data.responses=sampled", "data.validation_prompts=0")
+    assert "⟦… the responses are sampled first …⟧" in dry.stdout, dry.stderr
     limits = ["data.limit=10", "data.validation_prompts=2"]
     for preset in ("step", "limit", "overfit", "profile"):
         done = run("train.py", *own, f"debug={preset}", *limits)
@@ -253,10 +281,10 @@ def test_a_killed_run_goes_on_by_the_same_command(signal_at: int, own: list[str]
     assert steps[0] == steps[1]
 
 
-def test_the_readmes_own_loss_trains(own: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The recipe of the README, as it stands there: one Python file and one YAML."""
-    readme = (ROOT / "README.md").read_text()
-    code = readme.split("**Your own loss.**")[1].split("```python\n")[1].split("```")[0]
+def test_the_loss_in_the_documents_trains(own: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe of docs/losses.md, as it stands there: one Python file and one YAML."""
+    page = (ROOT / "docs" / "losses.md").read_text()
+    code = page.split("## One of your own")[1].split("```python\n")[1].split("```")[0]
     imports = """
 from dataclasses import dataclass
 from torch import Tensor
@@ -321,16 +349,11 @@ class TestBadInput:
         refused("this loss compares pairs", *own, "loss=dpo", "data.responses=all")
         refused("reward.mismatch_gap", *own, "reward=score", "loss=var")
 
-    def test_a_reward_model_without_template(self, own: list[str], tiny_folder: Path, tmp_path: Path) -> None:
-        from transformers import AutoTokenizer, LlamaForSequenceClassification
+    def test_a_reward_model_without_template(self, own: list[str], tmp_path: Path) -> None:
+        from transformers import LlamaForSequenceClassification
 
-        from tests.conftest import tiny_config
-
-        folder = tmp_path / "rm"
-        LlamaForSequenceClassification(tiny_config(num_labels=1)).save_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
-        tokenizer.chat_template = None
-        tokenizer.save_pretrained(folder)
+        model = LlamaForSequenceClassification(tiny_config(num_labels=1))
+        folder = saved(tmp_path / "rm", model, byte_tokenizer(template=None))
         refused(
             "has no chat template, so its scores would mean nothing", *own, "reward=classifier", f"reward.path={folder}"
         )
@@ -347,6 +370,21 @@ class TestBadInput:
         assert dropped.returncode == 0, dropped.stderr
         assert "sequences dropped as overlong: 1" in dropped.stdout
         assert "sequences whose prompt fills the limit: 1" in dropped.stdout
+
+    def test_a_reward_that_compares_and_rows_without_an_answer(
+        self, own: list[str], rows: Path, tmp_path: Path
+    ) -> None:
+        """Told before anything is sampled, by training on sampled answers, by validation alone, and by eval.py."""
+        (bare := tmp_path / "bare.jsonl").write_text(rows.read_text().replace('"answer": "1", ', ""))
+        own = [*own, f"data.path={bare}"]
+        for more in (["data.responses=sampled"], ["loss=sft"], ["loss=grpo"]):
+            refused("the reward compares with a row's `answer`, and rows have none (", *own, *more)
+        model = next(option for option in own if option.startswith("model.path="))
+        done = run("eval.py", model, "data=files", f"data.path={bare}", "held_out=false", f"store={tmp_path}/store")
+        assert done.returncode == 1
+        assert "row r0: no answer" in done.stderr
+        assert not list((tmp_path / "store").glob("responses/*/*.parquet"))
+        assert run("train.py", *own, "loss=sft", "reward=score").returncode == 0
 
     def test_a_shard_cut_by_hand_is_repaired(self, own: list[str], tmp_path: Path) -> None:
         assert run("annotate.py", *own, "loss=dpo").returncode == 0

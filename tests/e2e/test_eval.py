@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import byte_tokenizer, tiny_model
-from tests.e2e.test_commands import ROOT, run, spawn
+from tests.conftest import ROOT, byte_tokenizer, saved, tiny_model
+from tests.e2e.test_commands import run, spawn
 from tests.server import Broken, completion, served
 from var.data.chat import Chat
 from var.evaluate.validation import response_tokens
@@ -60,10 +60,7 @@ def test_a_model_beside_itself_gains_nothing_and_every_pair_is_a_tie(evaluated: 
 
 
 def test_another_model_is_told_apart(evaluated: list[str], tiny_folder: Path, tmp_path: Path):
-    other = tiny_model(seed=1)
-    other.config._attn_implementation = "sdpa"
-    other.save_pretrained(tmp_path / "other")
-    byte_tokenizer().save_pretrained(tmp_path / "other")
+    saved(tmp_path / "other", tiny_model(seed=1))
     options = [f"reference={tmp_path}/other", *evaluated[:-1], f"out={tmp_path}/evals"]
     done = run("eval.py", *options)
     assert done.returncode == 0, done.stderr
@@ -223,9 +220,7 @@ def test_answers_come_from_the_sampler_that_is_chosen(evaluated: list[str], tmp_
 
 def test_a_killed_evaluation_goes_on_by_the_same_command(tiny_folder: Path, evaluated: list[str], tmp_path: Path):
     """SIGKILL while the judge is asked, then the same command: the unbroken one's numbers, and no reply asked twice."""
-    other = tiny_model(seed=1)
-    other.save_pretrained(tmp_path / "other")
-    byte_tokenizer().save_pretrained(tmp_path / "other")
+    saved(tmp_path / "other", tiny_model(seed=1))
     common = [
         *evaluated[:-3], f"reference={tmp_path}/other", "judge=mtbench", "judge.client.api_key_env=null",
         "judge.client.concurrency=1",

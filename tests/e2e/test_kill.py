@@ -17,11 +17,10 @@ import lightning
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from hydra import compose, initialize_config_dir
 from lightning.pytorch.callbacks import Callback
 
-from tests.conftest import byte_tokenizer, tiny_model
-from tests.e2e.killing import ROOT, Attempt, Driver
+from tests.conftest import composed, saved, tiny_model
+from tests.e2e.killing import Attempt, Driver
 from tests.e2e.test_commands import only
 from var.build import Run
 
@@ -397,19 +396,15 @@ def test_a_long_run_stays_as_large_as_it_was(
     monkeypatch.syspath_prepend(Path(__file__).parent)  # for the reward
     model = tiny_model(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
                        num_key_value_heads=1)  # fmt: skip
-    model.config._attn_implementation = "sdpa"
-    model.save_pretrained(tmp_path / "tiny")
-    byte_tokenizer().save_pretrained(tmp_path / "tiny")
+    saved(tmp_path / "tiny", model)
     options = [
         *base, f"loss={objective}", *OBJECTIVES[objective], f"model.path={tmp_path}/tiny", f"trainer.max_steps={steps}",
         "trainer.epochs=100000", "trainer.log_every_n_steps=20", "trainer.checkpoint_every_n_steps=100",
         "data.validation_prompts=0", *(f"{name}={tmp_path}/{name}" for name in ("runs", "store", "cache")),
     ]  # fmt: skip
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("train", options)
     folder = tmp_path / "run"
     folder.mkdir()
-    run = Run.compose(cfg, folder)
+    run = Run.compose(composed(*options), folder)
     resources = Resources(steps // 5, steps)
     trainer, module = run.trainer(), run.module()
     trainer.callbacks.append(resources)  # type: ignore[attr-defined]

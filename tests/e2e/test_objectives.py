@@ -12,31 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import byte_tokenizer
+from tests.conftest import ROOT, byte_tokenizer, pretrained
 from tests.e2e.test_commands import only, refused, run
 from var.callbacks import PairAccuracy
 from var.data.chat import Chat
 from var.packing import whole
-from var.pretrained import Pretrained
 from var.rewards.classifier import Classifier
 
-ROOT = Path(__file__).parents[2]
 LOSSES = sorted(file.stem for file in (ROOT / "conf" / "loss").glob("*.yaml"))
 pytestmark = pytest.mark.e2e
-
-DISTINCT = '''
-from dataclasses import dataclass
-
-@dataclass(frozen=True, kw_only=True)
-class Distinct:
-    """The share of distinct characters, in [0, 1], different from answer to answer."""
-
-    scores_text = True
-    identity = {"program": "distinct"}
-
-    def __call__(self, prompts, responses, answers):
-        return [len(set(text)) / max(8, len(text)) for text in responses]
-'''
 
 
 @pytest.fixture(scope="module")
@@ -59,14 +43,12 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def base(rows: Path, shared: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    (tmp_path / "distinct.py").write_text(DISTINCT)
-    monkeypatch.syspath_prepend(tmp_path)
+def base(rows: Path, shared: Path, tiny_folder: Path, tmp_path: Path) -> list[str]:
     return [
         f"model.path={tiny_folder}", f"store={shared}/store", f"cache={shared}/cache", f"runs={tmp_path}/runs",
         "trainer.accelerator=cpu", "trainer.log_every_n_steps=1", "trainer.max_steps=2", "data.validation_prompts=0",
         "data.micro_batch=2", "data.global_batch=4", "eval.sampling.responses=1", "eval.sampling.max_new_tokens=2",
-        "data=files", f"data.path={rows}", "reward=exact_number", "reward._target_=distinct.Distinct",
+        "data=files", f"data.path={rows}", "reward=exact_number", "reward._target_=tests.e2e.killing.Distinct",
         "generate.responses=3", "generate.max_new_tokens=6", "optim.optimizer.lr=1e-2", "optim.schedule.warmup=0",
     ]  # fmt: skip
 
@@ -167,13 +149,6 @@ def test_a_closed_row_is_what_the_classifier_renders(
             assert chat.closed(ids) == classifier.encode(prompt, text)
             assert chat.closed(ids[:-1]) == chat.closed(ids)
     assert bool(chat.tail) == (which == "smollm2")
-
-
-def pretrained(folder: Path, cache: Path) -> Pretrained:
-    return Pretrained(
-        name="tiny", path=str(folder), revision=None, chat_template=None, dtype="float32", attention="packed",
-        trust_remote_code=False, gradient_checkpointing=False, architecture={}, cache=str(cache),
-    )  # fmt: skip
 
 
 # --- a run from a run

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.e2e.test_commands import OWN_REWARD, ROOT, run, spawn
+from tests.conftest import ROOT
+from tests.e2e.test_commands import OWN_REWARD, run, spawn
 
 pytestmark = pytest.mark.e2e
 
@@ -24,7 +25,7 @@ def own(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> l
     rows.write_text("\n".join(json.dumps({"prompt": f"{i}?", "responses": answers}) for i in range(6)))
     return [
         f"model.path={tiny_folder}", f"store={tmp_path}/store", f"cache={tmp_path}/cache", f"runs={tmp_path}/runs",
-        "data=files", f"data.path={rows}", "reward=exact_number", "reward._target_=own_reward.Length",
+        "data=files", f"data.path={rows}", "reward=exact_number", "reward._target_=own_reward.Distinct",
         "loss=var_grouped", "trainer.accelerator=cpu", "trainer.epochs=1", "optim.optimizer.lr=3e-2",
         "data.validation_prompts=2", "data.micro_batch=2", "data.global_batch=4", "eval.sampling.responses=2",
         "eval.sampling.max_new_tokens=6",

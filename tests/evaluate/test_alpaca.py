@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from tests.server import completion, served, shown
+from tests.server import client, completion, served, shown
 from var.evaluate.alpaca import (
     MATCHED,
     AlpacaEval,
@@ -21,7 +21,6 @@ from var.evaluate.alpaca import (
 )
 from var.evaluate.judge import Pair, Unread, rates
 from var.problems import UserError
-from var.remote import Client
 
 
 def pair(id: str, answer: str = "a", opponent: str = "b", seed: int = 0, text: str = "?") -> Pair:
@@ -194,8 +193,7 @@ def test_the_reference_numbers_the_instructions(tmp_path):
 @pytest.fixture
 def alpaca(tmp_path):
     def build(url: str = "http://127.0.0.1:1/v1", **options) -> AlpacaEval:
-        client = Client(base_url=url, model="judge", api_key_env=None, retries=1, timeout=20.0, cache=str(tmp_path))
-        return AlpacaEval(client=client, **options)
+        return AlpacaEval(client=client(url, tmp_path), **options)
 
     return build
 

@@ -6,11 +6,10 @@ import math
 import numpy as np
 import pytest
 
-from tests.server import Broken, completion, served, shown
+from tests.server import Broken, client, completion, served, shown
 from var.evaluate.arena import FIRST, ArenaHard, bootstrap
 from var.evaluate.judge import Pair, rates
 from var.problems import UserError
-from var.remote import Client
 
 
 def pair(id: str, seed: int = 0) -> Pair:
@@ -20,8 +19,7 @@ def pair(id: str, seed: int = 0) -> Pair:
 @pytest.fixture
 def arena(tmp_path):
     def build(url: str, **options) -> ArenaHard:
-        client = Client(base_url=url, model="judge", api_key_env=None, retries=1, timeout=20.0, cache=str(tmp_path))
-        return ArenaHard(client=client, **options)
+        return ArenaHard(client=client(url, tmp_path), **options)
 
     return build
 

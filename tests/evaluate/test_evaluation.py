@@ -1,4 +1,4 @@
-"""What eval.py makes of answers: draws of prompts, means over subsets, errors over seeds and by prompt; by hand."""
+"""What eval.py makes of answers: means over subsets, errors over seeds and by prompt; by hand."""
 
 import numpy as np
 import pytest
@@ -11,10 +11,11 @@ TEXTS = [[("one two", True), ("one", False)]] * 3
 
 
 def test_an_estimate_has_its_error_over_seeds_and_by_prompt():
-    """Seeds' means 1 and 8/3, prompts' means 2, 3, 0.5."""
+    """Seeds' means 1 and 8/3; prompts' means 2, 3, 0.5, of standard deviation √(19/12)."""
     found = estimate(REWARD)
     assert found["mean"] == pytest.approx(11 / 6)
     assert found["se_seeds"] == pytest.approx((8 / 3 - 1) / 2)
+    assert found["se_prompts"] == pytest.approx(np.sqrt(19 / 12 / 3))
     assert found["by_seed"] == pytest.approx([1, 8 / 3])
 
 
@@ -28,6 +29,7 @@ def test_subsets_count_once_each_in_an_average():
     assert found["by_seed"] == pytest.approx([0.75, 2.25])
     assert found["mean"] == pytest.approx(1.5)
     assert found["se_seeds"] == pytest.approx(0.75)
+    assert found["se_prompts"] is None  # b is one prompt
 
 
 def test_the_averages_name_the_subsets_that_are_there():

@@ -7,10 +7,10 @@ from dataclasses import fields
 
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from var.config import FOLDER, check
+from tests.conftest import composed
+from var.config import check
 from var.evaluate.judge import (
     Judgement,
     Pair,
@@ -288,10 +288,8 @@ def test_a_reward_that_is_not_finite_is_an_error_that_names_the_pair():
 @pytest.mark.parametrize("name", ["mtbench", "alpaca_eval_2", "arena_hard", "reward"])
 def test_every_judge_composes_states_all_its_settings_and_has_its_own_defaults(name, tmp_path):
     """What the YAML says is what the class says without it, so that neither can drift."""
-    with initialize_config_dir(FOLDER, version_base="1.3"):
-        cfg = compose(
-            f"judge/{name}", [f"+cache={tmp_path}", "+reward={_target_: var.rewards.programmatic.ExactNumber}"]
-        )
+    reward = "+reward={_target_: var.rewards.programmatic.ExactNumber}"
+    cfg = composed(f"+cache={tmp_path}", reward, root=f"judge/{name}")
     check(cfg, {})
     judge = instantiate(cfg.judge)
     for part, given in ((judge, cfg.judge), (getattr(judge, "client", None), cfg.judge.get("client"))):

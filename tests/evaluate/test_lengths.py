@@ -66,13 +66,11 @@ def test_clustered_errors_with_a_slope_are_the_formula_written_out():
     assert covariance == pytest.approx(5 / 4 * 9 / 8 * bread @ meat @ bread)
 
 
-@pytest.mark.parametrize("form", ["linear", "tanh"])
-def test_a_world_of_that_form_gives_the_planted_gain_and_slope(form):
+def test_a_line_gives_the_planted_gain_and_slope():
     """Δreward = 0.3 + 0.7·x exactly: gain 0.3, slope 0.7, no error; the plain difference is larger."""
     _, lengths = world()
-    unit = lengths.std(ddof=1) if form == "linear" else 1.4826 * np.median(np.abs(lengths))
-    x = lengths / unit if form == "linear" else np.tanh(lengths / unit)
-    told = length_controlled(0.3 + 0.7 * x, lengths, form=form)
+    unit = lengths.std(ddof=1)
+    told = length_controlled(0.3 + 0.7 * lengths / unit, lengths)
     assert told["unit"] == pytest.approx(unit)
     assert told["gain"] == pytest.approx({"mean": 0.3, "se": 0.0}, abs=1e-9)
     assert told["slope"] == pytest.approx({"mean": 0.7, "se": 0.0}, abs=1e-9)
@@ -89,14 +87,16 @@ def test_a_reward_that_is_only_length_gains_nothing():
     assert told["slope"]["mean"] == pytest.approx(0.01 * told["unit"])
 
 
-def test_a_few_very_long_answers_flatten_the_line_and_not_its_bounded_form():
+def test_where_a_few_very_long_answers_flatten_the_line_pairs_of_like_length_do_not():
     """Rewards that saturate, 0.5·tanh(Δ/40), are no gain. Two answers that are longer by 4,000 tokens make the line
-    flat, so that nearly all of the mean difference passes for a gain."""
+    flat, so that nearly all of the mean difference passes for a gain; pairs of like length are not touched by them."""
     _, lengths = world(5)
     longer = np.vstack([lengths, [[4000.0, 4000.0, 0.0]]])
-    told = {form: length_controlled(0.5 * np.tanh(longer / 40), longer, form=form) for form in ("linear", "tanh")}
-    assert told["linear"]["gain"]["mean"] > 0.8 * told["linear"]["difference"]["mean"] > 0.1
-    assert abs(told["tanh"]["gain"]["mean"]) < 0.02
+    reward = 0.5 * np.tanh(longer / 40)
+    told = length_controlled(reward, longer)
+    assert told["gain"]["mean"] > 0.8 * told["difference"]["mean"] > 0.1
+    near = matched(reward, 400 + longer, np.full(longer.shape, 400.0), tolerance=0.02)
+    assert abs(near["difference"]["mean"]) < 0.05
 
 
 def test_the_interval_holds_the_planted_gain_as_often_as_it_says():
@@ -126,14 +126,12 @@ def test_a_gain_that_is_not_identified_is_null_with_the_reason():
     _, lengths = world(prompts=9)
     told = length_controlled(lengths, lengths)
     assert (told["gain"], told["slope"], told["reason"]) == (None, None, "9 prompts; at least 10 are needed")
-    for form in ("linear", "tanh"):
-        told = length_controlled(np.ones((20, 2)), np.full((20, 2), 5.0), form=form)
-        assert told["gain"] is None
-        assert told["reason"] == "most or all pairs differ by 5 tokens, so nothing tells length from the rest"
+    told = length_controlled(np.ones((20, 2)), np.full((20, 2), 5.0))
+    assert told["gain"] is None
+    assert told["reason"] == "all pairs differ by 5 tokens, so nothing tells length from the rest"
     _, lengths = world()
     lengths[:30] = 0
     assert length_controlled(lengths, lengths)["gain"]["mean"] == pytest.approx(0)
-    assert length_controlled(lengths, lengths, form="tanh")["gain"] is None
     assert length_controlled(np.full((20, 2), np.nan), np.ones((20, 2)))["difference"] == {"mean": None, "se": None}
 
 

@@ -9,15 +9,16 @@ import subprocess
 import sys
 import textwrap
 import time
+from functools import partial
 
 import numpy as np
 import pytest
 
 from tests.server import Broken, completion, served, shown
+from tests.server import client as plain
 from var.evaluate.judge import Pair, rates
 from var.evaluate.mtbench import TEMPLATE, MTBench
 from var.problems import UserError
-from var.remote import Client
 
 
 def pair(id: str, answer: str = "<answer good>", opponent: str = "<answer bad>", **rest) -> Pair:
@@ -27,11 +28,7 @@ def pair(id: str, answer: str = "<answer good>", opponent: str = "<answer bad>",
 
 @pytest.fixture
 def client(tmp_path):
-    def build(url: str, **options) -> Client:
-        settings = {"retries": 3, "timeout": 20.0, "concurrency": 8, **options}
-        return Client(base_url=url, model="judge", api_key_env=None, cache=str(tmp_path), **settings)
-
-    return build
+    return partial(plain, folder=tmp_path, retries=3, concurrency=8)
 
 
 def fair(body, before=0):

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT
 from var.evaluate import sandbox
 from var.evaluate.sandbox import Outcome, check, run
 from var.problems import UserError
 
-ROOT = Path(__file__).parent.parent.parent
 PASSED = Outcome(True, "passed")
 
 AS_USER = ["setpriv", "--reuid", "64000", "--regid", "64000", "--clear-groups"]

@@ -12,11 +12,12 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 
+from tests.conftest import pretrained
 from var.data.chat import Chat
 from var.data.rows import FEATURES, Rows
 from var.evaluate.validation import Estimate, clustered, divergence, rewarded, samples, win_rate
+from var.logprobs import attention
 from var.policy import Policy
-from var.pretrained import Pretrained
 from var.rewards.programmatic import ExactNumber
 from var.rewards.scale import Scale
 from var.rewards.score import Score
@@ -36,10 +37,7 @@ def rows() -> Rows:
 
 @pytest.fixture
 def load(tiny_folder: Path, tmp_path: Path) -> Callable[[], Any]:
-    return Pretrained(
-        name="tiny", path=str(tiny_folder), revision=None, chat_template=None, dtype="float32", attention="packed",
-        trust_remote_code=False, gradient_checkpointing=False, architecture={}, cache=str(tmp_path),
-    ).load  # fmt: skip
+    return pretrained(tiny_folder, tmp_path).load
 
 
 def test_the_mean_and_its_error_are_of_the_prompts():
@@ -98,18 +96,12 @@ def test_the_divergence_is_the_difference_of_the_answers_log_probabilities(rows,
         for k, response in enumerate(several):
             sums = []
             for model in (changed, reference):
-                with attention(model), torch.inference_mode():
+                with attention(model, "sdpa"), torch.inference_mode():
                     logits = model(input_ids=torch.tensor([ids + tokens(response)])).logits[0].log_softmax(-1)
                 sums.append(sum(float(logits[len(ids) - 1 + t, y]) for t, y in enumerate(tokens(response))))
             assert_allclose(found[prompt, k], sums[0] - sums[1], atol=1e-4)
     assert abs(found).min() > 1e-2
     assert sum(done) == 2
-
-
-def attention(model: Any) -> Any:
-    from var.logprobs import attention
-
-    return attention(model, "sdpa")
 
 
 def test_samples_hold_both_answers_side_by_side(rows, tokenizer):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from tests.losses.conftest import loss_and_gradient
 from var.annotate.values import ValueHead
 from var.losses.alol import ALoL
 from var.losses.wbc import WBC
@@ -28,12 +29,9 @@ def tensor(values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def loss_and_gradient(loss, batch_of, **extra):
-    logps = tensor(LOGPS).requires_grad_(True)
+def of_all(loss, batch_of, **extra):
     batch = batch_of(LENGTHS, reference_logps=tensor(REFERENCE), advantages=tensor(ADVANTAGES), **extra)
-    value, metrics = loss(logps, batch)
-    value.backward()
-    return value.item(), logps.grad, {name: float(total / number) for name, (total, number) in metrics.items()}
+    return loss_and_gradient(loss, batch, LOGPS)
 
 
 def test_the_sequence_ratio_by_hand(batch_of):
@@ -41,7 +39,7 @@ def test_the_sequence_ratio_by_hand(batch_of):
 
     (0.75 + 0.475 + 0.05) · 3 over the step's 5 sequences. The gradient is −A⁺ρ/5 where ρ is clipped, too.
     """
-    value, gradient, metrics = loss_and_gradient(ALoL(value=VALUE, clip=0.9), batch_of, global_sequences=5.0)
+    value, gradient, metrics = of_all(ALoL(value=VALUE, clip=0.9), batch_of, global_sequences=5.0)
     assert value == pytest.approx(3.825 / 5, rel=1e-12)
     assert_close(gradient, -tensor([0.75, 0.75, 0.475, 0.05, 0.05, 0.05, 0.0]) / 5)
     assert metrics == pytest.approx(
@@ -54,7 +52,7 @@ def test_the_sequence_ratio_by_hand(batch_of):
 
 def test_without_a_clip_the_ratio_is_as_it_is(batch_of):
     """A⁺ρ: 0.75, 0.75, 0.015: times 3, over 4."""
-    value, gradient, metrics = loss_and_gradient(ALoL(value=VALUE, clip=None), batch_of)
+    value, gradient, metrics = of_all(ALoL(value=VALUE, clip=None), batch_of)
     assert value == pytest.approx(1.515 * 3 / 4, rel=1e-12)
     assert_close(gradient, -tensor([0.75, 0.75, 0.75, 0.015, 0.015, 0.015, 0.0]) / 4)
     assert metrics["ratio/mean"] == pytest.approx((0.5 + 3 + 0.03 + 0.7) / 4)
@@ -63,7 +61,7 @@ def test_without_a_clip_the_ratio_is_as_it_is(batch_of):
 
 def test_a_negative_advantage_pushes_down_unless_clamped(batch_of):
     """A as it is adds −2 · 0.7 · 4 to the sum 3.825, and its token's gradient is +1.4/4."""
-    value, gradient, _ = loss_and_gradient(ALoL(value=VALUE, clip=0.9, clamp=False, draw="all"), batch_of)
+    value, gradient, _ = of_all(ALoL(value=VALUE, clip=0.9, clamp=False, draw="all"), batch_of)
     assert value == pytest.approx((3.825 - 5.6) / 4, rel=1e-12)
     assert_close(gradient, tensor([-0.75, -0.75, -0.475, -0.05, -0.05, -0.05, 1.4]) / 4)
 
@@ -73,7 +71,7 @@ def test_the_token_ratio_by_hand(batch_of):
 
     2.85 · 1 + 0.375 · 2 + 0.475 · 3 + 0.25 · 0.5 + 0.05 · 1 + 0.75 · 1.5 = 6.325.
     """
-    value, gradient, metrics = loss_and_gradient(ALoL(value=VALUE, ratio="token", clip=0.9), batch_of)
+    value, gradient, metrics = of_all(ALoL(value=VALUE, ratio="token", clip=0.9), batch_of)
     assert value == pytest.approx(6.325 / 4, rel=1e-12)
     assert_close(gradient, -tensor([2.85, 0.375, 0.475, 0.25, 0.05, 0.75, 0.0]) / 4)
     assert metrics["ratio/mean"] == pytest.approx((1.9 + 0.25 + 1.9 + 0.5 + 0.1 + 1.5 + 0.7) / 7)
@@ -82,7 +80,7 @@ def test_the_token_ratio_by_hand(batch_of):
 
 def test_reference_free_by_hand(batch_of):
     """ρ = 1: (1.5 + 0.25 + 0.5) · 3 over 4. No ratio is taken, so none is reported."""
-    value, gradient, metrics = loss_and_gradient(ALoL(value=VALUE, ratio="none", clip=None), batch_of)
+    value, gradient, metrics = of_all(ALoL(value=VALUE, ratio="none", clip=None), batch_of)
     assert value == pytest.approx(6.75 / 4, rel=1e-12)
     assert_close(gradient, -tensor([1.5, 1.5, 0.25, 0.5, 0.5, 0.5, 0.0]) / 4)
     assert set(metrics) == {"nll", "logps/sequence", "advantage/positive"}
@@ -96,7 +94,7 @@ def test_the_kl_form_makes_the_coefficient_the_advantage_less_beta(batch_of, cla
     Unclamped the last one's is −2.75, and −2 · 4 comes to the value.
     """
     loss = ALoL(value=VALUE, ratio="none", clip=None, beta=0.75, clamp=clamp, draw="all")
-    value, gradient, _ = loss_and_gradient(loss, batch_of)
+    value, gradient, _ = of_all(loss, batch_of)
     last = -0.75 if clamp else -2.75
     total = 6.75 + 0.75 * math.log(0.5 * 3 * 0.03 * 0.7) - (0 if clamp else 8)
     assert value == pytest.approx(total / 4, rel=1e-12)
@@ -114,7 +112,7 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_micro_batches_add_up_to_the_whole(batch_of, form):
     loss = ALoL(value=VALUE, **FORMS[form])
-    whole, _, metrics = loss_and_gradient(loss, batch_of)
+    whole, _, metrics = of_all(loss, batch_of)
     parts, totals = [], dict.fromkeys(metrics, (0.0, 0.0))
     for sequences, tokens in ((slice(0, 1), slice(0, 2)), (slice(1, 4), slice(2, 7))):
         batch = batch_of(

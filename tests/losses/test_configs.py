@@ -3,16 +3,15 @@
 import re
 import sys
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 
+from tests.conftest import ROOT
 from var.needs import Need
 
-ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "conf" / "loss").rglob("*.yaml"))
 MODULES = sorted(p.stem for p in (ROOT / "var" / "losses").glob("*.py") if p.stem != "__init__")
 

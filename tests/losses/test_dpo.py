@@ -7,36 +7,25 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from tests.conftest import pretrained
+from tests.losses.conftest import HALVES, LENGTHS, LOGPS, REFERENCE, loss_and_gradient
 from var.losses.dpo import DPO
 from var.needs import Need
 from var.packing import pack
 from var.policy import Policy
 from var.problems import UserError
 
-# sequences: better (2 tokens), worse (1); better (1), worse (2)
-LENGTHS = [2, 1, 1, 2]
-LOGPS = [-1.0, -2.0, -4.0, -3.0, -1.0, -1.5]
-REFERENCE = [-2.0, -3.0, -4.5, -1.0, -2.0, -2.5]
-# log-ratios: 2.0, 0.5 | −2.0, 2.0. Margins: 1.5, −4.0
 
-
-def loss_and_gradient(loss, batch_of, **extra):
-    logps = torch.tensor(LOGPS, dtype=torch.float64, requires_grad=True)
-    value, metrics = loss(logps, batch_of(LENGTHS, reference_logps=torch.tensor(REFERENCE), **extra))
-    value.backward()
-    return value.item(), logps.grad, metrics
-
-
-def test_loss_and_gradient_by_hand(batch_of):
-    """β = 1/2: margins 0.75, −2. −log σ: 0.3868711, 2.1269280; their mean 1.2568996.
+def test_loss_and_gradient_by_hand(pairs):
+    """β = 1/2: margins 0.75, −2. −log σ: 0.3868710, 2.1269280; their mean 1.2568995.
 
     ∂/∂logp of a better response's token: −β σ(−margin)/2 pairs: σ(−0.75) = 0.3208213, σ(2) = 0.8807971.
     """
-    value, gradient, metrics = loss_and_gradient(DPO(beta=0.5), batch_of)
-    assert value == pytest.approx((0.3868709871 + 2.1269280110) / 2, rel=1e-6)
+    value, gradient, metrics = loss_and_gradient(DPO(beta=0.5), pairs)
+    assert value == pytest.approx((0.3868710061 + 2.1269280110) / 2, rel=1e-9)
     a, b = 0.25 * 0.3208213008, 0.25 * 0.8807970780
     assert_close(gradient, torch.tensor([-a, -a, a, -b, b, b], dtype=torch.float64), rtol=1e-9, atol=0)
-    assert {name: float(total / count) for name, (total, count) in metrics.items()} == pytest.approx(
+    assert metrics == pytest.approx(
         {
             "nll": 12.5 / 6, "logps/chosen": -3.0, "logps/rejected": -3.25,
             "implicit_reward/margin": (0.75 - 2) / 2, "implicit_reward/accuracy": 0.5,
@@ -44,22 +33,22 @@ def test_loss_and_gradient_by_hand(batch_of):
     )  # fmt: skip
 
 
-def test_label_smoothing_is_the_mixture_of_both_labels(batch_of):
+def test_label_smoothing_is_the_mixture_of_both_labels(pairs):
     """ε = 1/4, β = 1/2: −(3/4) log σ(m) − (1/4) log σ(−m), log σ(−m) = log σ(m) − m: the mean gains ε · mean(m) =
     −0.15625. Gradient −β((1 − ε) σ(−m) − ε σ(m)): 0.75 · 0.3208213 − 0.25 · 0.6791787; 0.75 · 0.8807971 − 0.25 ·
     0.1192029."""
-    value, gradient, _ = loss_and_gradient(DPO(beta=0.5, label_smoothing=0.25), batch_of)
-    plain, _, _ = loss_and_gradient(DPO(beta=0.5), batch_of)
+    value, gradient, _ = loss_and_gradient(DPO(beta=0.5, label_smoothing=0.25), pairs)
+    plain, _, _ = loss_and_gradient(DPO(beta=0.5), pairs)
     assert value == pytest.approx(plain + 0.25 * (0.75 - 2) / 2, rel=1e-12)
     a, b = 0.25 * (0.75 * 0.3208213008 - 0.25 * 0.6791786992), 0.25 * (0.75 * 0.8807970780 - 0.25 * 0.1192029220)
     assert_close(gradient, torch.tensor([-a, -a, a, -b, b, b], dtype=torch.float64), rtol=1e-9, atol=0)
 
 
-def test_pairs_of_a_step_add_up_over_micro_batches(batch_of):
+def test_pairs_of_a_step_add_up_over_micro_batches(batch_of, pairs):
     """The divisor is the step's pairs: two micro-batches of one pair sum to the whole."""
-    whole, _, _ = loss_and_gradient(DPO(beta=0.5), batch_of)
+    whole, _, _ = loss_and_gradient(DPO(beta=0.5), pairs)
     parts = []
-    for sequences, tokens in ((slice(0, 2), slice(0, 3)), (slice(2, 4), slice(3, 6))):
+    for sequences, tokens in HALVES:
         batch = batch_of(LENGTHS[sequences], reference_logps=torch.tensor(REFERENCE[tokens]), global_sequences=4.0)
         part, metrics = DPO(beta=0.5)(torch.tensor(LOGPS[tokens]).double(), batch)
         assert metrics["implicit_reward/accuracy"] == (float(sequences.start == 0), 1.0)  # margins 0.75, −2
@@ -88,13 +77,8 @@ def test_step_0_is_log_2(batch_of, smoothing):
 
 def test_step_0_is_log_2_with_a_model(tiny_folder):
     """The same through a real forward: a policy in training mode beside a reference in evaluation mode, one folder."""
-    from var.pretrained import Pretrained
-
-    pretrained = Pretrained(
-        name="tiny", path=str(tiny_folder), revision=None, chat_template=None, dtype="float32", attention="packed",
-        trust_remote_code=False, gradient_checkpointing=False, architecture={}, cache=str(tiny_folder / "cache"),
-    )  # fmt: skip
-    policy, reference = Policy(pretrained.load()).train(), Policy(pretrained.load()).eval()
+    files = pretrained(tiny_folder, tiny_folder / "cache")
+    policy, reference = Policy(files.load()).train(), Policy(files.load()).eval()
     batch = pack([[256, 5, 6, 7], [256, 5, 8, 9, 10], [256, 3, 4], [256, 3, 9]], [2, 2, 2, 2], global_sequences=4.0)
     with torch.no_grad():
         batch = replace(batch, reference_logps=reference(batch))

@@ -6,32 +6,20 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from tests.losses.conftest import loss_and_gradient
 from var.losses.exo import EXO
 from var.needs import Need
 from var.problems import UserError
 
-# sequences: better (2 tokens), worse (1); better (1), worse (2)
-LENGTHS = [2, 1, 1, 2]
-LOGPS = [-1.0, -2.0, -4.0, -3.0, -1.0, -1.5]
-REFERENCE = [-2.0, -3.0, -4.5, -1.0, -2.0, -2.5]
-# log-ratios: 2.0, 0.5 | −2.0, 2.0. Margins: 1.5, −4.0
 
-
-def loss_and_gradient(loss, batch_of, **extra):
-    logps = torch.tensor(LOGPS, dtype=torch.float64, requires_grad=True)
-    value, metrics = loss(logps, batch_of(LENGTHS, reference_logps=torch.tensor(REFERENCE), **extra))
-    value.backward()
-    return value.item(), logps.grad, {name: float(total / number) for name, (total, number) in metrics.items()}
-
-
-def test_loss_and_gradient_by_hand(batch_of):
+def test_loss_and_gradient_by_hand(pairs):
     """β = 1/2: margins m = 0.75, −2; q = σ(m); ε = 1/4: q log(q/0.75) + (1 − q) log((1 − q)/0.25).
     0.6791787 · −0.0991889 + 0.3208213 · 0.2494234 = 0.0126533; 0.1192029 · −1.8392459 + 0.8807971 · 1.2593664 =
     0.8900027.
 
     Gradient of a better response's token: β q(1 − q)(m − log 3)/2 pairs: q(1 − q) = 0.2178950, 0.1049936.
     """
-    value, gradient, metrics = loss_and_gradient(EXO(beta=0.5, label_smoothing=0.25), batch_of)
+    value, gradient, metrics = loss_and_gradient(EXO(beta=0.5, label_smoothing=0.25), pairs)
     assert value == pytest.approx((0.0126533143 + 0.8900027111) / 2, rel=1e-9)
     a, b = 0.25 * 0.2178949938 * (0.75 - math.log(3)), 0.25 * 0.1049935854 * (-2 - math.log(3))
     assert_close(gradient, torch.tensor([a, a, -a, b, -b, -b], dtype=torch.float64), rtol=1e-9, atol=0)
@@ -52,7 +40,7 @@ def test_it_is_zero_and_flat_at_its_target_margin(batch_of):
         assert (logps.grad[0].item() < -1e-3) == (slope < 0)
 
 
-def test_a_large_margin_has_a_finite_loss_and_gradient(batch_of):
+def test_a_large_margin_has_a_finite_loss_and_gradient(batch_of, pairs):
     """m = ∓1e4: the policy is certain of the wrong answer, KL −log ε, or of the right one, −log(1 − ε); no 0 · ∞."""
     for margin, limit in ((-1e4, -math.log(0.1)), (1e4, -math.log(0.9))):
         logps = torch.tensor([min(margin, 0.0), min(-margin, 0.0)], requires_grad=True)
@@ -60,16 +48,6 @@ def test_a_large_margin_has_a_finite_loss_and_gradient(batch_of):
         loss.backward()
         assert loss.item() == pytest.approx(limit)
         assert_close(logps.grad, torch.zeros(2))
-
-
-def test_pairs_of_a_step_add_up_over_micro_batches(batch_of):
-    """The divisor is the step's pairs: two micro-batches of one pair sum to the whole."""
-    whole, _, _ = loss_and_gradient(EXO(beta=0.5, label_smoothing=0.25), batch_of)
-    total = 0.0
-    for sequences, tokens in ((slice(0, 2), slice(0, 3)), (slice(2, 4), slice(3, 6))):
-        batch = batch_of(LENGTHS[sequences], reference_logps=torch.tensor(REFERENCE[tokens]), global_sequences=4.0)
-        total += EXO(beta=0.5, label_smoothing=0.25)(torch.tensor(LOGPS[tokens]).double(), batch)[0].item()
-    assert total == pytest.approx(whole, rel=1e-15)
 
 
 def test_needs_pairs_and_the_reference():

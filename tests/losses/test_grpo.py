@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from tests.losses.conftest import loss_and_gradient
 from var.losses.grpo import GRPO
 from var.needs import Need
 from var.problems import UserError
@@ -19,13 +20,10 @@ A, B = 1 / (math.sqrt(2) + 1e-4), 1 / (math.sqrt(3) + 1e-4)
 CLIP = {"clip_low": 0.2, "clip_high": 0.3}
 
 
-def loss_and_gradient(loss, batch_of, **extra):
-    logps = torch.tensor(LOGPS, dtype=torch.float64, requires_grad=True)
-    old = logps.detach() - torch.tensor(RATIOS, dtype=torch.float64).log()
+def of_all(loss, batch_of, **extra):
+    old = torch.tensor(LOGPS).double() - torch.tensor(RATIOS, dtype=torch.float64).log()
     batch = batch_of(LENGTHS, **{"group": GROUP, "rewards": torch.tensor(REWARDS), "old_logps": old, **extra})
-    value, metrics = loss(logps, batch)
-    value.backward()
-    return value.item(), logps.grad, {name: float(total / count) for name, (total, count) in metrics.items()}
+    return loss_and_gradient(loss, batch, LOGPS)
 
 
 def by_hand(a, b, divisor):
@@ -40,7 +38,7 @@ def test_grpo_by_hand(batch_of):
     A > 0: ρ = 1.5 is clipped at 1.3, 0.5 is not; A < 0: 0.5 is clipped at 0.8, 2 is not. Means over a sequence's
     tokens: −(1.3 + 0.5)A/2, 0.8A, 2B, (0.9 + 1.1)B/2, −2.2B: together −0.1A + 0.8B, over 5 sequences.
     """
-    value, gradient, metrics = loss_and_gradient(GRPO(beta=0.0, **CLIP), batch_of)
+    value, gradient, metrics = of_all(GRPO(beta=0.0, **CLIP), batch_of)
     assert value == pytest.approx((-0.1 * A + 0.8 * B) / 5, rel=1e-12)
     assert_close(gradient, by_hand(A, B, [10, 10, 5, 5, 10, 10, 5]), rtol=1e-12, atol=0)
     assert metrics == pytest.approx(
@@ -50,7 +48,7 @@ def test_grpo_by_hand(batch_of):
 
 def test_a_mean_over_the_steps_tokens_by_hand(batch_of):
     """The tokens' sum, −1.8A + 0.8A + 2B + 2B − 2.2B = −A + 1.8B, over the 14 tokens of the step."""
-    value, gradient, _ = loss_and_gradient(GRPO(beta=0.0, normalize="token", **CLIP), batch_of, global_tokens=14.0)
+    value, gradient, _ = of_all(GRPO(beta=0.0, normalize="token", **CLIP), batch_of, global_tokens=14.0)
     assert value == pytest.approx((-A + 1.8 * B) / 14, rel=1e-12)
     assert_close(gradient, by_hand(A, B, [14.0] * 7), rtol=1e-12, atol=0)
 
@@ -58,7 +56,7 @@ def test_a_mean_over_the_steps_tokens_by_hand(batch_of):
 def test_dr_grpo_by_hand(batch_of):
     """Advantages 1, −1 and −1, −1, 2; −1 + 1.8 = 0.8 over 6 sequences of the step times 10 tokens."""
     loss = GRPO(beta=0.0, scale="none", normalize="constant", length=10, **CLIP)
-    value, gradient, _ = loss_and_gradient(loss, batch_of, global_sequences=6.0)
+    value, gradient, _ = of_all(loss, batch_of, global_sequences=6.0)
     assert value == pytest.approx(0.8 / 60, rel=1e-12)
     assert_close(gradient, by_hand(1.0, 1.0, [60.0] * 7), rtol=1e-12, atol=0)
 
@@ -119,14 +117,14 @@ def test_micro_batches_of_whole_groups_add_up(batch_of, options):
 def test_groups_without_signal_are_counted_and_give_no_gradient(batch_of):
     """The second group's rewards are all 0.1, no binary fraction: one group of two; their gradient is rounding."""
     rewards = torch.tensor([3.0, 1.0, 0.1, 0.1, 0.1])
-    _, gradient, metrics = loss_and_gradient(GRPO(beta=0.0), batch_of, rewards=rewards)
+    _, gradient, metrics = of_all(GRPO(beta=0.0), batch_of, rewards=rewards)
     assert metrics["groups/without_signal"] == pytest.approx(0.5)
     assert gradient[3:].abs().max() < 1e-12 < gradient[1].abs()
 
 
 def test_a_group_of_one_says_what_to_set(batch_of):
     with pytest.raises(UserError) as error:
-        loss_and_gradient(GRPO(beta=0.0), batch_of, group=[0, 0, 1, 1, 2])
+        of_all(GRPO(beta=0.0), batch_of, group=[0, 0, 1, 1, 2])
     assert str(error.value) == (
         "this loss compares the responses to one prompt, and generate.responses=1 leaves nothing to compare; "
         "set generate.responses to 2 or more"

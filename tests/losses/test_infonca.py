@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from tests.losses.conftest import loss_and_gradient
 from var.losses.dpo import DPO
 from var.losses.infonca import InfoNCA
+from var.losses.nca import NCA
 from var.needs import Need
 from var.problems import UserError
 
@@ -56,16 +58,13 @@ def test_loss_and_gradient_by_hand(batch_of):
     """α = 1/2: r/α = 2, 0, 1 | 0, 6, target 0.6652410, 0.0900306, 0.2447285 | 0.0024726, 0.9975274. β = 1/2: r_θ = 1,
     0.25, −1 | 1, 0.25, softmax 0.6220059, 0.2938148, 0.0841793 | 0.6791787, 0.3208213. Cross-entropies 1.0317856,
     1.1350165. Gradient of a token: β (softmax − target)/2 groups."""
-    logps = torch.tensor(LOGPS, dtype=torch.float64, requires_grad=True)
-    loss, metrics = LOSS(logps, group_batch(batch_of))
-    loss.backward()
-    assert loss.item() == pytest.approx((1.0317856002 + 1.1350165387) / 2, rel=1e-9)
+    value, gradient, metrics = loss_and_gradient(LOSS, group_batch(batch_of), LOGPS)
+    assert value == pytest.approx((1.0317856002 + 1.1350165387) / 2, rel=1e-9)
     a, b, c, d = (0.25 * x for x in (-0.0432350728, 0.2037842015, -0.1605491287, 0.6767060760))
-    assert_close(logps.grad, torch.tensor([a, a, b, c, d, d, -d], dtype=torch.float64), rtol=1e-8, atol=0)
+    assert_close(gradient, torch.tensor([a, a, b, c, d, d, -d], dtype=torch.float64), rtol=1e-8, atol=0)
     target = (0.6652409558 + 0.25 * 0.0900305732 - 0.2447284711 + 0.0024726232 + 0.25 * 0.9975273768) / 2
-    assert {name: float(total / number) for name, (total, number) in metrics.items()} == pytest.approx(
-        {"nll": 13.5 / 7, "implicit_reward/mean": 1.5 / 5, "implicit_reward/target": target}
-    )
+    expected = {"nll": 13.5 / 7, "implicit_reward/mean": 1.5 / 5, "implicit_reward/target": target}
+    assert metrics == pytest.approx(expected)
 
 
 def test_a_pair_is_dpo_with_the_target_as_label_smoothing(batch_of):
@@ -108,11 +107,12 @@ def test_large_rewards_over_a_small_temperature_do_not_overflow(batch_of):
     assert_close(logps.grad, torch.tensor([-0.26894143, 0.26894143, 0.0]))
 
 
-def test_groups_of_a_step_add_up_over_micro_batches(batch_of):
+@pytest.mark.parametrize("loss", [LOSS, NCA(beta=0.5, temperature=0.5)])
+def test_groups_of_a_step_add_up_over_micro_batches(batch_of, loss):
     """The divisor is the step's groups: micro-batches of one group each sum to the whole."""
-    whole, _ = LOSS(torch.tensor(LOGPS).double(), group_batch(batch_of))
-    first, _ = LOSS(torch.tensor(LOGPS[:4]).double(), group_batch(batch_of, slice(0, 3), slice(0, 4), (0, 0, 0)))
-    second, _ = LOSS(torch.tensor(LOGPS[4:]).double(), group_batch(batch_of, slice(3, 5), slice(4, 7), (0, 0)))
+    whole, _ = loss(torch.tensor(LOGPS).double(), group_batch(batch_of))
+    first, _ = loss(torch.tensor(LOGPS[:4]).double(), group_batch(batch_of, slice(0, 3), slice(0, 4), (0, 0, 0)))
+    second, _ = loss(torch.tensor(LOGPS[4:]).double(), group_batch(batch_of, slice(3, 5), slice(4, 7), (0, 0)))
     assert (first + second).item() == pytest.approx(whole.item(), rel=1e-15)
 
 

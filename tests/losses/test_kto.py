@@ -6,14 +6,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from tests.losses.conftest import HALVES, LENGTHS, LOGPS, REFERENCE, loss_and_gradient
 from var.losses.kto import KTO
 from var.needs import Need
 from var.problems import UserError
 
-LENGTHS = [2, 1, 1, 2]
-LOGPS = [-1.0, -2.0, -4.0, -3.0, -1.0, -1.5]
-REFERENCE = [-2.0, -3.0, -4.5, -1.0, -2.0, -2.5]
-# log-ratios: 2, 0.5, −2, 2
 DESIRABLE = [True, True, False, False]
 MISMATCHED = [-3.0, -4.0, -5.0, -6.0], [-3.5, -5.0, -4.0, -7.0]  # policy, reference; differences 0.5, 1, −1, 1
 LOSS = KTO(beta=0.5, desirable_weight=1.5, undesirable_weight=0.5)
@@ -36,15 +33,13 @@ def test_loss_and_gradient_by_hand(batch_of):
 
     Gradient of a token: ∓β · weight · σ'(gain)/4 sequences: σ' = 0.2128891, 0.2497560, 0.1790877, 0.2128891.
     """
-    logps = torch.tensor(LOGPS, dtype=torch.float64, requires_grad=True)
-    loss, metrics = LOSS(logps, batch_with(batch_of))
-    loss.backward()
+    value, gradient, metrics = loss_and_gradient(LOSS, batch_with(batch_of))
     expected = 1.5 * (0.3073580169 + 0.4843800843) + 0.5 * (0.2337063569 + 0.6926419831)
-    assert loss.item() == pytest.approx(expected / 4, rel=1e-9)
+    assert value == pytest.approx(expected / 4, rel=1e-9)
     a, b = -1.5 / 8 * 0.2128890663, -1.5 / 8 * 0.2497560182
     c, d = 0.5 / 8 * 0.1790876957, 0.5 / 8 * 0.2128890663
-    assert_close(logps.grad, torch.tensor([a, a, b, c, d, d], dtype=torch.float64), rtol=1e-8, atol=0)
-    assert {name: float(total / number) for name, (total, number) in metrics.items()} == pytest.approx(
+    assert_close(gradient, torch.tensor([a, a, b, c, d, d], dtype=torch.float64), rtol=1e-8, atol=0)
+    assert metrics == pytest.approx(
         {
             "nll": 12.5 / 6, "kl": 0.375,
             "implicit_reward/desirable": (1 + 0.25) / 2, "implicit_reward/undesirable": 0.0,
@@ -78,7 +73,7 @@ def test_sequences_of_a_step_add_up_over_micro_batches_of_one_reference_point(ba
     mismatched = [-3.0, -4.0, -6.0, -2.0], [-3.5, -5.0, -7.0, -2.5]
     whole, _ = LOSS(torch.tensor(LOGPS).double(), batch_with(batch_of, mismatched=mismatched))
     total = 0.0
-    for sequences, tokens in ((slice(0, 2), slice(0, 3)), (slice(2, 4), slice(3, 6))):
+    for sequences, tokens in HALVES:
         batch = batch_with(batch_of, sequences, tokens, mismatched, global_sequences=4.0)
         total += LOSS(torch.tensor(LOGPS[tokens]).double(), batch)[0].item()
     assert total == pytest.approx(whole.item(), rel=1e-15)

@@ -1,4 +1,4 @@
-"""NCA: values and gradients by hand, and its optimum over tables at β = 1 and elsewhere."""
+"""NCA on InfoNCA's groups: values and gradients by hand, its optimum over tables at β = 1 and elsewhere."""
 
 import math
 
@@ -6,49 +6,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from tests.losses.conftest import loss_and_gradient
+from tests.losses.test_infonca import LOGPS, POPULATION, VALUES, group_batch, optimum
 from var.losses.nca import NCA
 from var.needs import Need
 from var.problems import UserError
 
-# a prompt with three responses (2, 1, 1 tokens) and one with two (2, 1)
-LENGTHS = [2, 1, 1, 2, 1]
-LOGPS = [-1.0, -2.0, -4.0, -3.0, -1.0, -1.5, -1.0]
-REFERENCE = [-2.0, -3.0, -4.5, -1.0, -2.0, -2.5, -1.5]
-# log-ratios: 2, 0.5, −2 | 2, 0.5
-REWARDS = [1.0, 0.0, 0.5, 0.0, 3.0]
-
-
-def group_batch(batch_of, sequences=slice(None), tokens=slice(None), group=(0, 0, 0, 1, 1), groups=2.0):
-    return batch_of(
-        LENGTHS[sequences], reference_logps=torch.tensor(REFERENCE[tokens]), group=group, global_groups=groups,
-        rewards=torch.tensor(REWARDS[sequences]),
-    )  # fmt: skip
-
-
 LOSS = NCA(beta=0.5, temperature=0.5)
-
-# four responses of one token each; π_ref as eight draws, so that a group is the whole of its distribution
-DRAWS = [0, 0, 0, 0, 1, 1, 2, 3]
-POPULATION = torch.tensor([0.5, 0.25, 0.125, 0.125], dtype=torch.float64)
-VALUES = torch.tensor([0.3, 1.0, -0.5, 2.0], dtype=torch.float64)
-
-
-def optimum(loss, batch_of):
-    """π_θ [4] at the minimum over tables, the reference POPULATION, rewards VALUES."""
-    batch = batch_of([1] * 8, group=[0] * 8, reference_logps=POPULATION.log()[DRAWS], rewards=VALUES[DRAWS])
-    logits = torch.zeros(4, dtype=torch.float64, requires_grad=True)
-    solver = torch.optim.LBFGS(
-        [logits], max_iter=500, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
-    )
-
-    def closure():
-        solver.zero_grad()
-        value, _ = loss(logits.log_softmax(0)[DRAWS], batch)
-        value.backward()
-        return value
-
-    solver.step(closure)
-    return logits.detach().softmax(0)
 
 
 def test_loss_and_gradient_by_hand(batch_of):
@@ -58,16 +22,13 @@ def test_loss_and_gradient_by_hand(batch_of):
     Gradient of a token: β (σ(r_θ)/K − target σ(−r_θ))/2 groups: 0.0647753, 0.1479747, −0.0892637 | 0.3648643,
     −0.1556527 times β/2.
     """
-    logps = torch.tensor(LOGPS, dtype=torch.float64, requires_grad=True)
-    loss, metrics = LOSS(logps, group_batch(batch_of))
-    loss.backward()
-    assert loss.item() == pytest.approx((1.3991267837 + 1.6448904705) / 2, rel=1e-9)
+    value, gradient, metrics = loss_and_gradient(LOSS, group_batch(batch_of), LOGPS)
+    assert value == pytest.approx((1.3991267837 + 1.6448904705) / 2, rel=1e-9)
     a, b, c, d, e = (0.25 * x for x in (0.0647753447, 0.1479746664, -0.0892637077, 0.3648642985, -0.1556526761))
-    assert_close(logps.grad, torch.tensor([a, a, b, c, d, d, e], dtype=torch.float64), rtol=1e-8, atol=0)
+    assert_close(gradient, torch.tensor([a, a, b, c, d, d, e], dtype=torch.float64), rtol=1e-8, atol=0)
     target = (0.6652409558 + 0.25 * 0.0900305732 - 0.2447284711 + 0.0024726232 + 0.25 * 0.9975273768) / 2
-    assert {name: float(total / number) for name, (total, number) in metrics.items()} == pytest.approx(
-        {"nll": 13.5 / 7, "implicit_reward/mean": 1.5 / 5, "implicit_reward/target": target}
-    )
+    expected = {"nll": 13.5 / 7, "implicit_reward/mean": 1.5 / 5, "implicit_reward/target": target}
+    assert metrics == pytest.approx(expected)
 
 
 def test_its_optimum_over_tables_is_the_reference_tilted_at_beta_1(batch_of):
@@ -102,14 +63,6 @@ def test_a_group_of_one_response_stays_at_the_reference(batch_of):
     loss.backward()
     assert loss.item() == pytest.approx(2 * math.log(2))
     assert_close(logps.grad, torch.zeros(2))
-
-
-def test_groups_of_a_step_add_up_over_micro_batches(batch_of):
-    """The divisor is the step's groups: micro-batches of one group each sum to the whole."""
-    whole, _ = LOSS(torch.tensor(LOGPS).double(), group_batch(batch_of))
-    first, _ = LOSS(torch.tensor(LOGPS[:4]).double(), group_batch(batch_of, slice(0, 3), slice(0, 4), (0, 0, 0)))
-    second, _ = LOSS(torch.tensor(LOGPS[4:]).double(), group_batch(batch_of, slice(3, 5), slice(4, 7), (0, 0)))
-    assert (first + second).item() == pytest.approx(whole.item(), rel=1e-15)
 
 
 def test_needs_groups_rewards_and_the_reference():

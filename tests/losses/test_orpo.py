@@ -6,21 +6,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from tests.losses.conftest import LENGTHS, loss_and_gradient
 from var.losses.orpo import ORPO, log_odds
 from var.needs import Need
 from var.problems import UserError
-
-# sequences: better (2 tokens), worse (1); better (1), worse (2)
-LENGTHS = [2, 1, 1, 2]
-LOGPS = [-1.0, -2.0, -4.0, -3.0, -1.0, -1.5]
-# means: −1.5, −4 | −3, −1.25
-
-
-def loss_and_gradient(loss, batch_of, **extra):
-    logps = torch.tensor(LOGPS, dtype=torch.float64, requires_grad=True)
-    value, metrics = loss(logps, batch_of(LENGTHS, **extra))
-    value.backward()
-    return value.item(), logps.grad, {name: float(total / number) for name, (total, number) in metrics.items()}
 
 
 def test_loss_and_gradient_by_hand(batch_of):
@@ -30,7 +19,7 @@ def test_loss_and_gradient_by_hand(batch_of):
     d log-odds/da = 1/(1 − e^a): 1.2872169, 1.0186574 | 1.0523957, 1.4015511; σ(−d): 0.0609968, 0.8845775. Gradient of
     a better response's token: −(1 + β σ(−d)/(1 − e^a))/(length · 2 pairs), of a worse one's the second term alone.
     """
-    value, gradient, metrics = loss_and_gradient(ORPO(beta=0.5), batch_of)
+    value, gradient, metrics = loss_and_gradient(ORPO(beta=0.5), batch_of(LENGTHS))
     assert value == pytest.approx((1.5314682103 + 4.0795777918) / 2, rel=1e-9)
     a, b = 0.0609968270 * 1.2872169168, 0.0609968270 * 1.0186573604
     c, d = 0.8845774554 * 1.0523956965, 0.8845774554 * 1.4015511185
@@ -93,16 +82,6 @@ def test_a_rejected_response_near_certain_in_float32_agrees_with_float64(batch_o
         loss.backward()
         found.append((loss.detach().double(), logps.grad.double()))
     assert_close(found[0], found[1], rtol=2e-5, atol=0)
-
-
-def test_pairs_of_a_step_add_up_over_micro_batches(batch_of):
-    """The divisor is the step's pairs: two micro-batches of one pair sum to the whole."""
-    whole, _, _ = loss_and_gradient(ORPO(beta=0.5), batch_of)
-    total = 0.0
-    for sequences, tokens in ((slice(0, 2), slice(0, 3)), (slice(2, 4), slice(3, 6))):
-        batch = batch_of(LENGTHS[sequences], global_sequences=4.0)
-        total += ORPO(beta=0.5)(torch.tensor(LOGPS[tokens]).double(), batch)[0].item()
-    assert total == pytest.approx(whole, rel=1e-15)
 
 
 def test_needs_pairs_and_no_reference():

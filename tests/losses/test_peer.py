@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from tests.conftest import pretrained
+from tests.losses.conftest import value_and_gradient
 from var.data.chat import Chat
 from var.losses.dpo import DPO
 from var.losses.ipo import IPO
 from var.losses.sft import SFT
 from var.packing import pack
 from var.policy import Policy
-from var.pretrained import Pretrained
 
 pytestmark = pytest.mark.peer
 
@@ -67,14 +68,6 @@ def trl_loss(kind: str, logps: Tensor, reference: Tensor, beta: float, smoothing
 def given(seed: int) -> tuple[Tensor, Tensor]:
     torch.manual_seed(seed)
     return tuple(-4 * torch.rand(sum(LENGTHS), dtype=torch.float64) ** 2 for _ in range(2))  # type: ignore[return-value]
-
-
-def value_and_gradient(loss: Any, logps: Tensor) -> tuple[Tensor, Tensor]:
-    logps = logps.clone().requires_grad_(True)
-    value = loss(logps)
-    value.backward()
-    assert logps.grad is not None
-    return value.detach(), logps.grad
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -127,15 +120,6 @@ def folders(tiny_folder: Path, tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "policy", tiny_folder
 
 
-def load(folder: Path, tmp_path: Path) -> Policy:
-    return Policy(
-        Pretrained(
-            name="tiny", path=str(folder), revision=None, chat_template=None, dtype="float32", attention="packed",
-            trust_remote_code=False, gradient_checkpointing=False, architecture={}, cache=str(tmp_path / "cache"),
-        ).load()
-    )  # fmt: skip
-
-
 def settings(tmp_path: Path, **options: Any) -> dict[str, Any]:
     return dict(
         output_dir=str(tmp_path / "trl"), max_steps=1, logging_steps=1, report_to="none", use_cpu=True, bf16=False,
@@ -185,7 +169,7 @@ def test_a_step_of_trls_dpo_trainer(folders, tokenizer, tmp_path, kind):
     chat = Chat(tokenizer)
     rows = [chat.encode(said("user", p), text) for p, *both in TRIPLES for text in both]
     batch = pack([row.ids for row in rows], [row.start for row in rows], global_sequences=6.0)
-    policy, reference = (load(folder, tmp_path) for folder in folders)
+    policy, reference = (Policy(pretrained(folder, tmp_path).load()) for folder in folders)
     with torch.no_grad():
         batch = replace(batch, reference_logps=reference(batch))
     loss = DPO(beta=0.2) if kind == "sigmoid" else IPO(beta=0.2, reduction="mean")
@@ -217,7 +201,7 @@ def test_a_step_of_trls_sft_trainer_with_two_accumulated_micro_batches(folders, 
         processing_class=with_padding(tokenizer),
     )  # fmt: skip
     theirs = logged(trainer)
-    policy = load(folders[0], tmp_path)
+    policy = Policy(pretrained(folders[0], tmp_path).load())
     step = {"global_tokens": float(sum(len(r.ids) - r.start for r in rows)), "global_sequences": 4.0}
     total = 0.0
     for micro in (rows[:2], rows[2:]):

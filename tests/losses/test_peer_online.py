@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from tests.losses.conftest import value_and_gradient
 from var.losses.grpo import GRPO
 from var.losses.ppo import PPO, gae
 from var.losses.rloo import RLOO
@@ -100,14 +101,6 @@ def given(batch_of: Any, seed: int, **extra: Any) -> tuple[Tensor, Packed]:
     logps = old + 0.3 * torch.randn(sum(LENGTHS), dtype=torch.float64)
     batch = batch_of(LENGTHS, group=GROUP, rewards=rewards, old_logps=old, reference_logps=reference, **extra)
     return logps, batch
-
-
-def value_and_gradient(loss: Any, logps: Tensor) -> tuple[Tensor, Tensor]:
-    logps = logps.clone().requires_grad_(True)
-    value = loss(logps)
-    value.backward()
-    assert logps.grad is not None
-    return value.detach(), logps.grad
 
 
 KINDS = {

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from tests.losses.conftest import value_and_gradient
 from var.losses.apo import APO
 from var.losses.dpo_norm import DPONorm
 from var.losses.exo import EXO
@@ -39,14 +40,6 @@ def all_in_float64(monkeypatch):
 def given(seed: int) -> tuple[Tensor, Tensor]:
     torch.manual_seed(seed)
     return tuple(-4 * torch.rand(sum(LENGTHS)) ** 2 for _ in range(2))  # type: ignore[return-value]
-
-
-def value_and_gradient(loss: Any, logps: Tensor) -> tuple[Tensor, Tensor]:
-    logps = logps.clone().requires_grad_(True)
-    value = loss(logps)
-    value.backward()
-    assert logps.grad is not None
-    return value.detach(), logps.grad
 
 
 def assert_equal(ours: Any, theirs: Any, logps: Tensor) -> None:

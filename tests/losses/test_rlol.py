@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from tests.losses.conftest import loss_and_gradient
 from var.losses.rlol import RLoL
 from var.losses.wbc import WBC
 from var.needs import Need
@@ -22,16 +23,14 @@ def tensor(values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def loss_and_gradient(loss, batch_of, **extra):
-    logps = tensor(LOGPS).requires_grad_(True)
-    value, metrics = loss(logps, batch_of(LENGTHS, reference_logps=tensor(REFERENCE), rewards=tensor(REWARDS), **extra))
-    value.backward()
-    return value.item(), logps.grad, {name: float(total / number) for name, (total, number) in metrics.items()}
+def of_all(loss, batch_of, **extra):
+    batch = batch_of(LENGTHS, reference_logps=tensor(REFERENCE), rewards=tensor(REWARDS), **extra)
+    return loss_and_gradient(loss, batch, LOGPS)
 
 
 def test_the_sequence_ratio_by_hand(batch_of):
     """ε = 0.2: ρ 0.5 → 0.8, 3 → 1.2, 0.6 → 0.8. Rρ: 0.4, 2.4, 1.2; NLL 3, 5, 2: 1.2 + 12 + 2.4 = 15.6, over 3."""
-    value, gradient, metrics = loss_and_gradient(RLoL(clip=0.2), batch_of)
+    value, gradient, metrics = of_all(RLoL(clip=0.2), batch_of)
     assert value == pytest.approx(15.6 / 3, rel=1e-12)
     assert_close(gradient, -tensor([0.4, 0.4, 2.4, 1.2, 1.2]) / 3)
     assert metrics == pytest.approx(
@@ -43,7 +42,7 @@ def test_the_sequence_ratio_by_hand(batch_of):
 
 def test_the_token_ratio_by_hand(batch_of):
     """ε = 0.9: ρ_t 1.9, 0.25 | 1.9 | 0.5, 1.2. 0.95 · 1 + 0.125 · 2 + 3.8 · 5 + 0.75 · 0.5 + 1.8 · 1.5 = 23.275."""
-    value, gradient, metrics = loss_and_gradient(RLoL(ratio="token", clip=0.9), batch_of, global_sequences=7.0)
+    value, gradient, metrics = of_all(RLoL(ratio="token", clip=0.9), batch_of, global_sequences=7.0)
     assert value == pytest.approx(23.275 / 7, rel=1e-12)
     assert_close(gradient, -tensor([0.95, 0.125, 3.8, 0.75, 1.8]) / 7)
     assert metrics["ratio/clipped"] == pytest.approx(2 / 5)
@@ -51,13 +50,13 @@ def test_the_token_ratio_by_hand(batch_of):
 
 def test_without_a_clip(batch_of):
     """Rρ: 0.25, 6, 0.9: 0.75 + 30 + 1.8, over 3."""
-    assert loss_and_gradient(RLoL(clip=None), batch_of)[0] == pytest.approx(32.55 / 3, rel=1e-12)
+    assert of_all(RLoL(clip=None), batch_of)[0] == pytest.approx(32.55 / 3, rel=1e-12)
 
 
 @pytest.mark.parametrize("ratio", ["sequence", "token"])
 def test_micro_batches_add_up_to_the_whole(batch_of, ratio):
     loss = RLoL(ratio=ratio)
-    whole, _, _ = loss_and_gradient(loss, batch_of)
+    whole, _, _ = of_all(loss, batch_of)
     parts = [
         loss(
             tensor(LOGPS[tokens]),

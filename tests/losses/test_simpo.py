@@ -6,21 +6,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from tests.losses.conftest import LENGTHS, loss_and_gradient
 from var.losses.simpo import SimPO
 from var.needs import Need
 from var.problems import UserError
-
-# sequences: better (2 tokens), worse (1); better (1), worse (2)
-LENGTHS = [2, 1, 1, 2]
-LOGPS = [-1.0, -2.0, -4.0, -3.0, -1.0, -1.5]
-# means: −1.5, −4 | −3, −1.25
-
-
-def loss_and_gradient(loss, batch_of, **extra):
-    logps = torch.tensor(LOGPS, dtype=torch.float64, requires_grad=True)
-    value, metrics = loss(logps, batch_of(LENGTHS, **extra))
-    value.backward()
-    return value.item(), logps.grad, {name: float(total / number) for name, (total, number) in metrics.items()}
 
 
 def test_loss_and_gradient_by_hand(batch_of):
@@ -29,7 +18,7 @@ def test_loss_and_gradient_by_hand(batch_of):
 
     Gradient of a token: ∓β σ(−m)/(length · 2 pairs): σ(−4.5) = 0.0109869, σ(4) = 0.9820138.
     """
-    value, gradient, metrics = loss_and_gradient(SimPO(beta=2.0, gamma=0.5), batch_of)
+    value, gradient, metrics = loss_and_gradient(SimPO(beta=2.0, gamma=0.5), batch_of(LENGTHS))
     assert value == pytest.approx((0.0110477448 + 4.0181499279) / 2, rel=1e-9)
     a, b = 0.0109869426, 0.9820137900
     assert_close(gradient, torch.tensor([-a / 2, -a / 2, a, -b, b / 2, b / 2], dtype=torch.float64), rtol=1e-8, atol=0)
@@ -39,16 +28,6 @@ def test_loss_and_gradient_by_hand(batch_of):
             "implicit_reward/margin": (5 - 3.5) / 2, "implicit_reward/accuracy": 0.5,
         }
     )  # fmt: skip
-
-
-def test_pairs_of_a_step_add_up_over_micro_batches(batch_of):
-    """The divisor is the step's pairs: two micro-batches of one pair sum to the whole."""
-    whole, _, _ = loss_and_gradient(SimPO(beta=2.0, gamma=0.5), batch_of)
-    total = 0.0
-    for sequences, tokens in ((slice(0, 2), slice(0, 3)), (slice(2, 4), slice(3, 6))):
-        batch = batch_of(LENGTHS[sequences], global_sequences=4.0)
-        total += SimPO(beta=2.0, gamma=0.5)(torch.tensor(LOGPS[tokens]).double(), batch)[0].item()
-    assert total == pytest.approx(whole, rel=1e-15)
 
 
 def test_needs_pairs_and_no_reference():

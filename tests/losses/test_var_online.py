@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from tests.losses.conftest import loss_and_gradient
 from var.losses.var_online import VAROnline
 from var.needs import Need
 from var.problems import UserError
@@ -16,17 +17,14 @@ REWARDS = [0.0, 2 * math.log(2), 2 * math.log(5), 0.1, 0.1]
 LOGPS = [-1.0, -2.0, -4.0, -3.0, -1.0, -1.5, -0.5]
 
 
-def loss_and_gradient(loss, batch_of, **extra):
-    logps = torch.tensor(LOGPS, dtype=torch.float64, requires_grad=True)
+def of_all(loss, batch_of, **extra):
     batch = batch_of(LENGTHS, **{"group": GROUP, "rewards": torch.tensor(REWARDS).double(), **extra})
-    value, metrics = loss(logps, batch)
-    value.backward()
-    return value.item(), logps.grad, {name: float(total / count) for name, (total, count) in metrics.items()}
+    return loss_and_gradient(loss, batch, LOGPS)
 
 
 def test_loss_and_gradient_by_hand(batch_of):
     """Weights 3·(1, 2, 5)/8 = 0.375, 0.75, 1.875 and 0, 0: 0.375·3 + 0.75·4 + 1.875·3 = 9.75 over 14 tokens."""
-    value, gradient, metrics = loss_and_gradient(VAROnline(temperature=2.0), batch_of, global_tokens=14.0)
+    value, gradient, metrics = of_all(VAROnline(temperature=2.0), batch_of, global_tokens=14.0)
     assert value == pytest.approx(9.75 / 14, rel=1e-6)
     weights = torch.tensor([0.375, 0.375, 0.75, 1.875, 0, 0, 0], dtype=torch.float64)
     assert_close(gradient, -weights / 14, rtol=1e-6, atol=0)
@@ -41,7 +39,7 @@ def test_loss_and_gradient_by_hand(batch_of):
 def test_a_group_without_signal_weighs_1_where_it_is_kept(batch_of):
     """9.75 + 1 + 2 over the step's 6 sequences."""
     loss = VAROnline(temperature=2.0, drop_uninformative=False, normalize="sequence")
-    value, gradient, metrics = loss_and_gradient(loss, batch_of, global_sequences=6.0)
+    value, gradient, metrics = of_all(loss, batch_of, global_sequences=6.0)
     assert value == pytest.approx(12.75 / 6, rel=1e-6)
     assert_close(gradient[4:], -torch.ones(3, dtype=torch.float64) / 6)
     assert metrics["weight/mean"] == pytest.approx(1.0)
@@ -50,7 +48,7 @@ def test_a_group_without_signal_weighs_1_where_it_is_kept(batch_of):
 
 def test_micro_batches_of_whole_groups_add_up(batch_of):
     loss, step = VAROnline(temperature=2.0, drop_uninformative=False), {"global_tokens": 7.0}
-    whole, _, _ = loss_and_gradient(loss, batch_of)
+    whole, _, _ = of_all(loss, batch_of)
     rewards, logps = torch.tensor(REWARDS), torch.tensor(LOGPS).double()
     first, _ = loss(logps[:4], batch_of(LENGTHS[:3], group=[0, 0, 0], rewards=rewards[:3], **step))
     second, _ = loss(logps[4:], batch_of(LENGTHS[3:], group=[0, 0], rewards=rewards[3:], **step))
@@ -78,13 +76,13 @@ def test_two_rollouts_aim_at_twice_the_reward(batch_of):
 def test_a_small_temperature_does_not_overflow(batch_of):
     """λ = 1e-4: e^{r/λ} is infinite, the weights are 3, 0, 0."""
     rewards = torch.tensor([1.0, 0.0, 0.5, 0.0, 0.0])
-    value, _, _ = loss_and_gradient(VAROnline(temperature=1e-4), batch_of, rewards=rewards)
+    value, _, _ = of_all(VAROnline(temperature=1e-4), batch_of, rewards=rewards)
     assert value == pytest.approx(3 * 3 / 7)
 
 
 def test_a_group_of_one_says_what_to_set(batch_of):
     with pytest.raises(UserError, match=r"generate\.responses=1 leaves nothing to compare"):
-        loss_and_gradient(VAROnline(), batch_of, group=[0, 0, 0, 1, 2])
+        of_all(VAROnline(), batch_of, group=[0, 0, 0, 1, 2])
 
 
 def test_needs_rewards_of_a_rollout_and_no_more():

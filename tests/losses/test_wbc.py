@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from tests.losses.conftest import loss_and_gradient
 from var.losses.wbc import WBC
 from var.needs import Need
 from var.problems import UserError
@@ -15,16 +16,13 @@ REWARDS = [0.5, 2.0, 0.0]
 
 def test_loss_and_gradient_by_hand(batch_of):
     """0.5 · 3 + 2 · 5 + 0 = 11.5 over the step's 4 sequences; a token's gradient is −R/4, whatever its length."""
-    logps = torch.tensor(LOGPS, dtype=torch.float64, requires_grad=True)
     rewards = torch.tensor(REWARDS, requires_grad=True)
-    loss, metrics = WBC()(logps, batch_of(LENGTHS, rewards=rewards, global_sequences=4.0))
-    loss.backward()
-    assert loss.item() == 11.5 / 4
-    assert_close(logps.grad, -torch.tensor([0.5, 0.5, 2, 0, 0, 0], dtype=torch.float64) / 4)
+    batch = batch_of(LENGTHS, rewards=rewards, global_sequences=4.0)
+    value, gradient, metrics = loss_and_gradient(WBC(), batch, LOGPS)
+    assert value == 11.5 / 4
+    assert_close(gradient, -torch.tensor([0.5, 0.5, 2, 0, 0, 0], dtype=torch.float64) / 4)
     assert rewards.grad is None
-    assert {name: float(total / number) for name, (total, number) in metrics.items()} == pytest.approx(
-        {"nll": 2.0, "logps/sequence": -4.0, "weight/mean": 2.5 / 3}
-    )
+    assert metrics == pytest.approx({"nll": 2.0, "logps/sequence": -4.0, "weight/mean": 2.5 / 3})
 
 
 def test_micro_batches_add_up_to_the_whole(batch_of):

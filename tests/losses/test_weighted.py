@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from tests.losses.conftest import loss_and_gradient
 from var.losses.weighted import Weighted
 from var.needs import Need
 from var.problems import UserError
@@ -13,15 +14,11 @@ LOGPS = [-0.5, -2.0, -9.0]
 
 def test_loss_and_gradient_by_hand(batch_of):
     """Σ w·nll = 2 · (0.5 + 2) + 0.25 · 9 = 7.25 over the step's 12 tokens; ∂L/∂logp_it = −w_i/12, whatever logp is."""
-    logps = torch.tensor(LOGPS, dtype=torch.float64, requires_grad=True)
     batch = batch_of([2, 1], weights=torch.tensor([2.0, 0.25]), global_tokens=12.0)
-    loss, metrics = Weighted()(logps, batch)
-    loss.backward()
-    assert loss.item() == pytest.approx(7.25 / 12, rel=1e-14)
-    assert_close(logps.grad, -torch.tensor([2.0, 2.0, 0.25], dtype=torch.float64) / 12)
-    assert {name: float(total / count) for name, (total, count) in metrics.items()} == pytest.approx(
-        {"nll": 11.5 / 3, "weight/mean": 1.125, "weight/square": (4 + 1 / 16) / 2}
-    )
+    value, gradient, metrics = loss_and_gradient(Weighted(), batch, LOGPS)
+    assert value == pytest.approx(7.25 / 12, rel=1e-14)
+    assert_close(gradient, -torch.tensor([2.0, 2.0, 0.25], dtype=torch.float64) / 12)
+    assert metrics == pytest.approx({"nll": 11.5 / 3, "weight/mean": 1.125, "weight/square": (4 + 1 / 16) / 2})
 
 
 def test_normalize_sequence_divides_by_the_steps_sequences(batch_of):

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from tests.conftest import TEMPLATE
-from tests.server import Broken, served
-from var.config import FOLDER, check
+from tests.conftest import TEMPLATE, composed
+from tests.server import Broken, client, served
+from var.config import check
 from var.problems import UserError
 from var.remote import Client
 from var.rewards.endpoint import Endpoint
@@ -24,8 +23,7 @@ TALK = (
 
 
 def reward(url: str, folder: Path, protocol: Any = "classify", **options: Any) -> Endpoint:
-    client = Client(base_url=url, model="rm", api_key_env=None, retries=1, timeout=5.0, cache=str(folder))
-    return Endpoint(client=client, protocol=protocol, **options)
+    return Endpoint(client=client(url, folder, model="rm"), protocol=protocol, **options)
 
 
 def length(body: dict[str, Any], before: int) -> Any:
@@ -155,9 +153,9 @@ def test_another_version_is_scored_anew(tmp_path: Path):
 
 def test_a_missing_key_is_told_by_the_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("RM_KEY", raising=False)
-    client = Client(base_url="http://127.0.0.1:9", model="rm", api_key_env="RM_KEY", cache=str(tmp_path))
+    one = Endpoint(client=client("http://127.0.0.1:9", tmp_path, api_key_env="RM_KEY"), protocol="classify")
     with pytest.raises(UserError, match="RM_KEY is not set"):
-        Endpoint(client=client, protocol="classify").identity  # noqa: B018
+        one.identity  # noqa: B018
 
 
 def test_settings_that_cannot_be_are_errors(tmp_path: Path):
@@ -168,8 +166,7 @@ def test_settings_that_cannot_be_are_errors(tmp_path: Path):
 
 
 def test_the_yaml_states_every_setting_and_builds(tmp_path: Path):
-    with initialize_config_dir(FOLDER, version_base="1.3"):
-        cfg = compose("reward/endpoint", [f"+cache={tmp_path}", "reward.client.base_url=http://127.0.0.1:9"])
+    cfg = composed(f"+cache={tmp_path}", "reward.client.base_url=http://127.0.0.1:9", root="reward/endpoint")
     check(cfg, {})
     one = instantiate(cfg.reward)
     assert one == Endpoint(client=one.client, protocol="classify")

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from var.build import check_config
-from var.config import FOLDER
+from tests.conftest import composed
+from var.config import TRAIN, check
 from var.problems import UserError
 from var.rewards.ensemble import Ensemble
 from var.rewards.programmatic import ExactNumber, NearNumber
@@ -84,17 +83,12 @@ def test_what_cannot_be_combined_is_refused(settings, told):
     assert told in str(error.value)
 
 
-def composed(*overrides: str) -> Any:
-    with initialize_config_dir(FOLDER, version_base="1.3"):
-        return compose("train", list(overrides))
-
-
 def test_members_are_composed_from_their_own_group_files():
     cfg = composed(
         "reward=ensemble", "+reward@reward.members.exact=exact_number", "+reward@reward.members.near=near_number",
         "reward.weights={exact: 3, near: 1}",
     )  # fmt: skip
-    check_config(cfg)
+    check(cfg, TRAIN)
     reward = instantiate(cfg.reward)
     assert reward == Ensemble(members={"exact": ExactNumber(), "near": NearNumber()}, weights={"exact": 3, "near": 1})
     assert json.loads(json.dumps(reward.identity)) == reward.identity
@@ -104,13 +98,13 @@ def test_members_are_composed_from_their_own_group_files():
 def test_a_members_settings_are_checked_and_reached_as_any_others():
     members = ["reward=ensemble", "+reward@reward.members.rm=classifier"]
     with pytest.raises(UserError, match=r"reward\.members\.rm\.path: must be given"):
-        check_config(composed(*members))
+        check(composed(*members), TRAIN)
     cfg = composed(*members, "reward.members.rm.path=someone/rm", "+reward.members.rm.max_lenght=9")
     with pytest.raises(UserError, match=r"reward\.members\.rm\.max_lenght: nothing reads this key; did you mean max_l"):
-        check_config(cfg)
+        check(cfg, TRAIN)
 
 
 def test_an_ensemble_judges_validation_too():
     cfg = composed("+reward@eval.reward=ensemble", "+reward@eval.reward.members.a=exact_number", "eval.reward.how=min")
-    check_config(cfg)
+    check(cfg, TRAIN)
     assert instantiate(cfg.eval.reward) == Ensemble(members={"a": ExactNumber()}, how="min")

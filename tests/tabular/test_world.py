@@ -88,7 +88,7 @@ def test_the_frontier_rises_from_the_reference(small):
 
 
 def test_a_draw_has_the_spreads_and_the_overlap_it_was_asked_for():
-    """Before the mismatch: σ within 1.5, between 0.5, exactly; overlap to 1e-6; the same seed is the same world."""
+    """Before the mismatch: σ within 1.5, between 0.5, exactly; overlap to 1e-5; the same seed is the same world."""
     options = dict(prompts=6, letters=3, tokens=3, overlap=0.3, spread=1.5, offset=0.5)
     world = draw(1, **options)
     assert world.within_deviation() == pytest.approx(1.5)
@@ -102,7 +102,7 @@ def test_a_draw_has_the_spreads_and_the_overlap_it_was_asked_for():
 
 def test_overlap_and_foreign_by_hand():
     """(.5, .5, 0) and (0, .5, .5) share .5. The mean over both: (.25, .5, .25). Under the first prompt the third answer
-    is all foreign; (.2, .3, .5) under a prompt that gives .2 of it where the mean is .4 would be half."""
+    is all foreign. (.2, .8) beside (.6, .4): the mean is (.4, .6), of which the first answer has half, the last 2/3."""
     first, second = torch.tensor([0.5, 0.5, 0.0]).double(), torch.tensor([0.0, 0.5, 0.5]).double()
     logps = torch.stack([first, second]).log()
     assert mean_overlap(logps) == pytest.approx(0.5)

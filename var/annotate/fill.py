@@ -1,7 +1,7 @@
 """What fills the store: samples, rewards, reference log-probabilities, prompt features; only what is missing."""
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -52,7 +52,8 @@ class Triples(Sequence[Triple]):
 
 
 class Reward(Protocol):
-    """A reward of text. scores_text: False where it can only read the data's own scores."""
+    """A reward of text. scores_text: False where it can only read the data's own scores. One that compares with a
+    row's `answer` says so by reads_answers = True, and rows without one are told before anything is sampled."""
 
     scores_text: bool
 
@@ -232,14 +233,8 @@ class Annotator:
     def row_rewards(self, rows: Rows) -> list[np.ndarray]:
         """Raw rewards of all responses of each row."""
         if not self.reward.scores_text:
-            problems = Problems("reward=score, but the data carries no score")
-            out = []
-            for row in rows:
-                out.append(np.array([np.nan if r.score is None else r.score for r in row.responses]))
-                if np.isnan(out[-1]).any():
-                    problems.add(f"row {row.id}", "a response has no score")
-            problems.check("Choose a reward that scores text, as reward=offsetbias-rm-8b.")
-            return out
+            refuse_unscored(row.id for row in rows if any(response.score is None for response in row.responses))
+            return [np.array([response.score for response in row.responses]) for row in rows]
         sizes = np.array([len(row.responses) for row in rows])
         index = np.repeat(np.arange(len(rows)), sizes)
         response = np.concatenate([np.arange(size) for size in sizes])
@@ -399,13 +394,7 @@ class Annotator:
 
     def features(self, sequences: Sequences) -> np.ndarray:
         """[G, 2H] float32: the reference's last and mean hidden state of each group's prompt."""
-        groups = int(sequences.group.max()) + 1
-        first = np.full(groups, -1)
-        first[sequences.group[::-1]] = np.arange(len(sequences))[::-1]
-        prompts: list[list[int]] = []
-        for i in first:
-            ids, start, _ = sequences.tokens(i) if i >= 0 else ([], 0, "")
-            prompts.append(ids[:start])
+        prompts = [ids[:start] for ids, start, _ in map(sequences.tokens, sequences.first.tolist())]
         shelf = self.store.shelf("features", self.reference.identity, pa.list_(pa.float32()))
         keys = as_keys([_token_key(prompt, ()) for prompt in prompts])
 
@@ -420,14 +409,29 @@ class Annotator:
                 advance(len(batch))
             return [out[i] for i in indices]
 
-        known = first >= 0
-        values = self._bring(
-            shelf, "Prompt features", "prompts", keys[known], lambda at, adv: compute(np.flatnonzero(known)[at], adv)
+        values = self._bring(shelf, "Prompt features", "prompts", keys, compute)
+        return np.stack(values.to_numpy(zero_copy_only=False))
+
+
+def refuse_unscored(names: Iterable[str]) -> None:
+    """reward=score reads the data's own scores. names: of the rows that lack one."""
+    problems = Problems("reward=score, but the data carries no score")
+    for name in names:
+        problems.add(f"row {name}", "a response has no score")
+    problems.check("Choose a reward that scores text, as reward=offsetbias-rm-8b.")
+
+
+def refuse_unanswered(reward: Reward, rows: Rows) -> None:
+    """Of a reward that reads them, rows that have no `answer`."""
+    if getattr(reward, "reads_answers", False):
+        problems = Problems("the reward compares with a row's `answer`, and rows have none")
+        for i, answer in enumerate(rows.table["answer"]):
+            if answer is None:
+                problems.add(f"row {rows[i].id}", "no answer")
+        problems.check(
+            "Choose a reward that needs none, as reward=classifier; reward=score reads the data's own scores, and "
+            "leaves validation without a reward unless +reward@eval.reward=… names one."
         )
-        states = np.stack(values.to_numpy(zero_copy_only=False))
-        out = np.zeros((groups, states.shape[1]), dtype=np.float32)
-        out[known] = states
-        return out
 
 
 class Unfilled(Exception):
@@ -438,20 +442,16 @@ def with_responses(rows: Rows, texts: list[list[tuple[str, bool]]], cache: Path)
     """Prompts and their sampled responses as rows; empty responses are left out and counted, as are the cut ones."""
     counts = {"sampled responses": 0, "sampled responses left out as empty": 0, "sampled responses cut": 0}
 
-    def filled() -> list[Row]:
-        out = []
-        for row, several in zip(rows, texts, strict=True):
-            responses = [Response(text=t, finished=f, source="sampled") for t, f in several if t.strip()]
-            counts["sampled responses"] += len(several)
-            counts["sampled responses left out as empty"] += len(several) - len(responses)
-            counts["sampled responses cut"] += sum(not r.finished for r in responses)
-            out.append(replace(row, responses=tuple(responses), ordered=False))
-        return out
-
+    filled = list[Row]()
+    for row, several in zip(rows, texts, strict=True):
+        responses = [Response(text=t, finished=f, source="sampled") for t, f in several if t.strip()]
+        counts["sampled responses"] += len(several)
+        counts["sampled responses left out as empty"] += len(several) - len(responses)
+        counts["sampled responses cut"] += sum(not r.finished for r in responses)
+        filled.append(replace(row, responses=tuple(responses), ordered=False))
     target = cache / "rows" / content_hash(rows.table._fingerprint, texts).hex()
-    items = filled()
     if not (target / "done.json").exists():
-        rows_module.write(items, target, Problems("sampled rows"))
+        rows_module.write(filled, target, Problems("sampled rows"))
         rows_module.finish(target, {"left_out": 0})
     return rows_module.load(target), counts
 

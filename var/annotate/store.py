@@ -19,7 +19,6 @@ import hashlib
 import json
 import os
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -30,6 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from var.data.rows import content_hash
+from var.files import atomic
 from var.problems import UserError
 
 FORMAT = 1  # raised when the same identity would no longer give the same numbers
@@ -190,28 +190,17 @@ class Shelf:
             self.path.mkdir(parents=True, exist_ok=True)
             if not self._identified() or not (self.path / IDENTITY).exists():  # the folder may have been removed
                 text = json.dumps(self.identity, indent=1, ensure_ascii=False)
-                self._put(IDENTITY, text.encode("utf-8", "surrogatepass"))  # as it is hashed
+                with atomic(self.path / IDENTITY, "wb", shared=True) as file:
+                    file.write(text.encode("utf-8", "surrogatepass"))  # as it is hashed
                 self._known.discard(IDENTITY)
-            self._put(f"{hashlib.sha256(data).hexdigest()[:32]}.parquet", data)
+            with atomic(self.path / f"{hashlib.sha256(data).hexdigest()[:32]}.parquet", "wb", shared=True) as file:
+                file.write(data)
         except OSError as error:
             reason = {errno.ENOSPC: "no space left", errno.EDQUOT: "quota exceeded", errno.EROFS: "read-only"}
             raise UserError(
                 f"the store cannot be written: {reason.get(error.errno or 0, error.strerror)} at {self.path}; what "
                 "was stored before is kept. Free space, or set store= to another folder, and start again"
             ) from error
-
-    def _put(self, name: str, data: bytes) -> None:
-        partial = self.path / f"{uuid.uuid4().hex}.partial"
-        try:
-            with partial.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(self.path / name)
-        except BaseException:  # Ctrl-C too
-            with suppress(OSError):  # what the disk said first is what is told
-                partial.unlink(missing_ok=True)
-            raise
 
     def _sweep(self) -> None:
         """Remove what killed writers left half written."""

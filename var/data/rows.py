@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ from typing import Any, Protocol
 import datasets
 import numpy as np
 
-from var.files import atomic
+from var.files import atomic, replacing
 from var.problems import Problems
 
 Message = dict[str, str]
@@ -239,9 +238,8 @@ def write(rows: Iterable[Row], target: Path, problems: Problems) -> None:
     from datasets.arrow_writer import ArrowWriter
 
     target.mkdir(parents=True, exist_ok=True)
-    partial = target / f"rows.arrow.partial{os.getpid()}"
     keys = []
-    try:
+    with replacing(target / "rows.arrow") as partial:
         with ArrowWriter(path=str(partial), features=FEATURES) as writer:
             for row in rows:
                 keys.append(content_hash(row.prompt))
@@ -252,9 +250,6 @@ def write(rows: Iterable[Row], target: Path, problems: Problems) -> None:
         problems.check()
         with atomic(target / "prompts.npy", "wb", shared=True) as file:
             np.save(file, np.array(keys, dtype="S16"))
-        partial.replace(target / "rows.arrow")
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def finish(target: Path, facts: Mapping[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 
 from var.data.chat import Chat
 from var.data.rows import Rows, content_hash, finish
+from var.files import replacing
 from var.problems import Problems, UserError
 
 Responses = Literal["chosen", "both", "best", "all"]
@@ -73,13 +73,6 @@ class Sequences:
     def column(self, name: Literal["score", "weight"]) -> np.ndarray:
         """[n] float64 of the data's own; NaN where a response has none."""
         return np.array([np.nan if v is None else v for v in self.table[name]], dtype=np.float64)
-
-    def where(self, indices: np.ndarray) -> "Sequences":
-        """A subset, in the order of `indices`; groups keep their numbers."""
-        arrays = (self.row[indices], self.start[indices], self.length[indices], self.group[indices])
-        return Sequences(
-            self.table.select(indices), *arrays, counts=self.counts, content=self.content, ended=self.ended
-        )
 
 
 def choose(rows: Rows, responses: Responses, rewards: list[np.ndarray] | None = None) -> Choice:
@@ -174,8 +167,10 @@ def _write(rows: Rows, choice: Choice, chat: Chat, max_length: int, overlong: st
     ended = total = 0
     unit = 2 if pairs else 1
     content = hashlib.sha256()
-    partial = target / f"sequences.arrow.partial{os.getpid()}"
-    with ArrowWriter(path=str(partial), features=FEATURES) as writer:
+    with (
+        replacing(target / "sequences.arrow") as partial,
+        ArrowWriter(path=str(partial), features=FEATURES) as writer,
+    ):
         for begin in range(0, len(choice.row), unit):
             records, dropped = [], False
             for i, k in zip(choice.row[begin : begin + unit], choice.response[begin : begin + unit], strict=True):
@@ -224,12 +219,9 @@ def _write(rows: Rows, choice: Choice, chat: Chat, max_length: int, overlong: st
                 content.update(repr((record["start"], record["ids"])).encode())
                 writer.write(record)
         writer.finalize()
-    if total and not ended:
-        what = "none ends with the template's end token; the model would never learn to stop. Every response was cut"
-        problems.add("all rows", f"{what}: raise data.max_length, or generate.max_new_tokens for sampled ones")
-    if problems:
-        partial.unlink()
-    problems.check("Set data.overlong=drop to leave overlong rows out, or raise data.max_length.")
-    partial.replace(target / "sequences.arrow")
+        if total and not ended:
+            what = "none ends with the template's end token; the model would never learn to stop. Every one was cut"
+            problems.add("all rows", f"{what}: raise data.max_length, or generate.max_new_tokens for sampled ones")
+        problems.check("Set data.overlong=drop to leave overlong rows out, or raise data.max_length.")
     done = {"counts": {k: v for k, v in counts.items() if v}, "content": content.hexdigest()[:16], "ended": int(ended)}
     finish(target, done)

@@ -24,10 +24,10 @@ from var.evaluate.judge import (
     Pair,
     Template,
     Unread,
+    check_max_errors,
     facts,
     outcome,
     read_template,
-    share_of_errors,
     spent,
 )
 from var.evaluate.lengths import clustered_error
@@ -79,7 +79,7 @@ class AlpacaEval:
     max_errors: float = 0.05
 
     def __post_init__(self) -> None:
-        share_of_errors("alpaca_eval_2", self.max_errors)
+        check_max_errors("alpaca_eval_2", self.max_errors)
         if self.gamed is None and (self.reference or self.difficulty):
             raise UserError(
                 "judge.reference and judge.difficulty serve the length-controlled win rate, which needs judge.gamed "

@@ -15,10 +15,10 @@ from var.evaluate.judge import (
     Pair,
     Template,
     Unread,
+    check_max_errors,
     facts,
     outcome,
     read_template,
-    share_of_errors,
     spent,
     verdict,
 )
@@ -69,7 +69,7 @@ class ArenaHard:
     max_errors: float = 0.05
 
     def __post_init__(self) -> None:
-        share_of_errors("arena_hard", self.max_errors)
+        check_max_errors("arena_hard", self.max_errors)
         if self.bootstraps < 1:
             raise UserError(f"judge.bootstraps is at least 1, got {self.bootstraps}")
 

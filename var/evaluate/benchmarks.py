@@ -57,8 +57,7 @@ class Benchmarks:
 
     def check(self) -> None:
         """UserError that tells everything that is missing or wrong, before a model is loaded."""
-        if importlib.util.find_spec("lm_eval") is None:
-            raise UserError("benchmarks need an extra: pip install -e '.[eval]'")
+        _packaged()  # or lm-eval is not installed
         problems = Problems("the benchmarks cannot run")
         if not self.tasks:
             problems.add("benchmarks.tasks", "names no task")

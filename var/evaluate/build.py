@@ -15,7 +15,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.table import Table
 
 from var import summary
-from var.annotate.fill import Annotator, Reference
+from var.annotate.fill import Annotator, Reference, refuse_unanswered
 from var.annotate.store import Store
 from var.build import exported, known, quieten, values
 from var.config import EVAL, check
@@ -25,6 +25,7 @@ from var.data.sources.local import listed
 from var.datamodule import DataSettings, split
 from var.evaluate import diversity, evaluation
 from var.evaluate.judge import RewardJudge
+from var.files import atomic
 from var.generate import Sampling
 from var.pretrained import Pretrained
 from var.problems import Problems, UserError
@@ -137,7 +138,8 @@ class Evaluation:
             if not reward.scores_text:
                 raise UserError(f"{name}=score reads the data's own scores and cannot score new text; choose another")
             reward.identity  # noqa: B018
-        self.rows, self.given  # noqa: B018
+            refuse_unanswered(reward, self.rows)
+        self.given  # noqa: B018
         if self.benchmarks:
             self.benchmarks.check()
         if self.judge:
@@ -310,11 +312,8 @@ class Evaluation:
         ]  # fmt: skip
 
     def _lines(self, name: str, records: list[dict[str, Any]]) -> None:
-        partial = self.folder / f"{name}.partial"
-        with partial.open("w") as file:
-            for record in records:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        partial.replace(self.folder / name)
+        with atomic(self.folder / name) as file:
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
     def show(self, result: dict[str, Any]) -> None:
         """The closing table: mean ± standard error by prompt."""

@@ -16,6 +16,7 @@ from var.evaluate.validation import response_tokens
 from var.generate import Sampling
 from var.problems import Problems
 from var.progress import say, stage
+from var.rewards.scale import Scale
 
 Texts = list[list[tuple[str, bool]]]  # of each prompt, one (text, finished) a seed
 
@@ -175,6 +176,7 @@ def measure(
     A reward is given raw and as 100·sigmoid, the scale on which the paper's tables seem to stand.
     """
     finished = np.array([[done for _, done in several] for several in texts])
+    sigmoid = Scale(kind="sigmoid")
     out: dict[str, dict[str, Any]] = {}
     for name in np.unique(labels):
         here = labels == name
@@ -182,15 +184,15 @@ def measure(
         out[str(name)] = {
             "prompts": int(here.sum()),
             **{key: estimate(value[here]) for key, value in values.items()},
-            **{f"{key}_sigmoid": estimate(_sigmoid(value[here])) for key, value in values.items() if "reward" in key},
+            **{
+                f"{key}_sigmoid": estimate(100 * sigmoid(value[here]))
+                for key, value in values.items()
+                if "reward" in key
+            },
             "length": lengths.distribution(sizes[here].astype(float)),
             **diversity.describe(part, finished[here]),
         }
     return out
-
-
-def _sigmoid(values: np.ndarray) -> np.ndarray:
-    return 100 * np.exp(-np.logaddexp(0, -values))
 
 
 def averages(measured: Mapping[str, Mapping[str, Any]], wanted: Mapping[str, Sequence[str]]) -> dict[str, Any]:

@@ -343,7 +343,8 @@ def spent(client: Client, before: Mapping[str, float]) -> dict[str, float]:
     return {name: value - before[name] for name, value in asdict(client.usage).items()}
 
 
-def share_of_errors(name: str, value: float) -> None:
+def check_max_errors(name: str, value: float) -> None:
+    """UserError where it is no share."""
     if not 0 <= value <= 1:
         raise UserError(f"judge.max_errors of {name} is a share of the pairs, 0 to 1, got {value}")
 

@@ -2,13 +2,13 @@
 
 A longer answer often scores higher for its length alone, so a gain is told three times: as it is, at equal length by
 regression, and among pairs of like length. Length is itself a consequence of training: neither of the two controls is
-causal, and both are descriptions. The bounded form follows length-controlled AlpacaEval (Dubois et al., arXiv
-2404.04475), which is logistic on verdicts; here the reward is on its own scale and the regression is least squares.
+causal, and both are descriptions. The idea is length-controlled AlpacaEval's (Dubois et al., arXiv 2404.04475),
+logistic on verdicts there; here the reward is on its own scale and the regression is least squares.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -27,27 +27,26 @@ def distribution(lengths: np.ndarray) -> dict[str, Any]:
     }
 
 
-def length_controlled(
-    reward_difference: np.ndarray, length_difference: np.ndarray, form: Literal["linear", "tanh"] = "linear"
-) -> dict[str, Any]:
-    """The gain in reward at equal length: the intercept of Δreward on x(Δlength), answer less opponent, both [P, S].
+def length_controlled(reward_difference: np.ndarray, length_difference: np.ndarray) -> dict[str, Any]:
+    """The gain in reward at equal length: the intercept of Δreward on Δlength, answer less opponent, both [P, S].
 
-    form: linear, x = Δ/unit with their sd as unit; tanh, x = tanh(Δ/unit) with 1.4826 median|Δ|, which is the sd of
-    normal differences around 0: for rewards that saturate in length, where a few very long answers would flatten the
-    line (AlpacaEval's unit is the sd, which such answers set themselves). slope is in reward a unit; Δ is not
-    centred, since the intercept is meant at Δ = 0. Standard errors are clustered by prompt. Pairs that are NaN (a
-    judge's error) are left out and counted. extrapolated: no pair is of equal length or on the other side of it, so
-    the curve is followed beyond the data. gain is null, with the reason, where it is not identified.
+    A line: where rewards saturate in length, a few very long answers flatten it, and `matched` is the better guide.
+    unit: the sd of Δlength; slope is in reward a unit. Δ is not centred, since the intercept is meant at Δ = 0.
+    Standard errors are clustered by prompt. Pairs that are NaN (a judge's error) are left out and counted.
+    extrapolated: no pair is of equal length or on the other side of it, so the line is followed beyond the data.
+    gain is null, with the reason, where it is not identified.
     """
     y, x, prompt = _pairs(reward_difference, length_difference)
-    facts: dict[str, Any] = {"form": form, **_counts(y, prompt, reward_difference.size)}
-    if (prompts := facts["prompts"]) < FEWEST:
+    prompts = len(np.unique(prompt))
+    left_out = reward_difference.size - len(y)
+    facts: dict[str, Any] = {"pairs": len(y), "prompts": prompts, "left_out": left_out, "difference": _mean(y, prompt)}
+    if prompts < FEWEST:
         return {**facts, "gain": None, "slope": None, "reason": f"{prompts} prompts; at least {FEWEST} are needed"}
-    unit = float(x.std(ddof=1) if form == "linear" else 1.4826 * np.median(np.abs(x)))
-    if unit == 0 or x.min() == x.max():
-        reason = f"most or all pairs differ by {np.median(x):g} tokens, so nothing tells length from the rest"
+    if x.min() == x.max():
+        reason = f"all pairs differ by {x[0]:g} tokens, so nothing tells length from the rest"
         return {**facts, "gain": None, "slope": None, "reason": reason}
-    scaled = x / unit if form == "linear" else np.tanh(x / unit)
+    unit = float(x.std(ddof=1))
+    scaled = x / unit
     coefficients, covariance = clustered_ols(y, np.stack([np.ones_like(scaled), scaled], axis=1), prompt)
     gain, slope = (
         {"mean": float(coefficients[i]), "se": float(math.sqrt(max(covariance[i, i], 0.0)))} for i in range(2)
@@ -77,7 +76,7 @@ def estimate(values: np.ndarray) -> dict[str, float | None]:
     """Mean and standard error, clustered by prompt, of values [P, S]; NaN ones are left out. null where there are
     none, and no standard error of a single prompt."""
     y, _, prompt = _pairs(values, values)
-    return _mean(y, prompt) if len(y) else {"mean": None, "se": None}
+    return _mean(y, prompt)
 
 
 def clustered_ols(y: np.ndarray, X: np.ndarray, cluster: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -106,7 +105,7 @@ def clustered_error(values: np.ndarray, clusters: np.ndarray | Sequence[str]) ->
 
 
 def _mean(y: np.ndarray, prompt: np.ndarray) -> dict[str, float | None]:
-    return {"mean": float(y.mean()), "se": clustered_error(y, prompt)}
+    return {"mean": float(y.mean()), "se": clustered_error(y, prompt)} if len(y) else {"mean": None, "se": None}
 
 
 def _pairs(y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -114,8 +113,3 @@ def _pairs(y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nda
     prompt = np.broadcast_to(np.arange(y.shape[0])[:, None], y.shape)
     good = np.isfinite(y) & np.isfinite(x)
     return y[good].astype(float), x[good].astype(float), prompt[good]
-
-
-def _counts(y: np.ndarray, prompt: np.ndarray, size: int) -> dict[str, Any]:
-    difference = _mean(y, prompt) if len(y) else {"mean": None, "se": None}
-    return {"pairs": len(y), "prompts": len(np.unique(prompt)), "left_out": size - len(y), "difference": difference}

@@ -15,10 +15,10 @@ from var.evaluate.judge import (
     Outcome,
     Pair,
     Template,
+    check_max_errors,
     decide,
     facts,
     read_template,
-    share_of_errors,
     spent,
     verdict,
 )
@@ -60,7 +60,7 @@ class MTBench:
     max_errors: float = 0.05
 
     def __post_init__(self) -> None:
-        share_of_errors("mtbench", self.max_errors)
+        check_max_errors("mtbench", self.max_errors)
         if self.rule not in ("paper", "mtbench") or self.orders not in ("both", "random"):
             raise UserError("judge.rule is paper or mtbench, judge.orders is both or random")
 

@@ -10,7 +10,8 @@ from typing import Literal
 from torch import Tensor
 
 from var.annotate.values import ValueHead
-from var.losses.rlol import Ratio, check_ratio, importance_weighted_nll, token_log_ratios
+from var.losses.dpo import token_log_ratios
+from var.losses.rlol import Ratio, check_ratio, importance_weighted_nll
 from var.losses.weighted import Mean, Metrics
 from var.needs import Need
 from var.packing import Packed

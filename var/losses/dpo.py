@@ -37,8 +37,13 @@ class DPO:
 
 def log_ratios(logps: Tensor, batch: Packed) -> Tensor:
     """[B] nats: log π_θ(y|x) − log π_ref(y|x), summed over response tokens."""
+    return batch.sum_by_sequence(token_log_ratios(logps, batch))
+
+
+def token_log_ratios(logps: Tensor, batch: Packed) -> Tensor:
+    """[N] nats: log π_θ − log π_ref of each response token."""
     assert batch.reference_logps is not None
-    return batch.sum_by_sequence(logps - batch.reference_logps.to(logps.dtype))
+    return logps - batch.reference_logps.to(logps.dtype)
 
 
 def pair_metrics(logps: Tensor, batch: Packed, implicit: Tensor) -> Metrics:

@@ -66,7 +66,7 @@ class GRPO:
         """logps: [N] nats, log π_θ of each response token. Returns a scalar and this micro-batch's metrics."""
         assert batch.rewards is not None
         assert batch.old_logps is not None
-        groups = group_metrics(batch)
+        groups = signal_metrics(batch)
         advantages = self.advantages(batch.rewards.double(), batch.group).to(logps.dtype)[batch.sequence]
         log_ratio = logps - batch.old_logps.to(logps.dtype)
         losses, ratios = clipped_surrogate(log_ratio, advantages, self.clip_low, self.clip_high)
@@ -85,7 +85,7 @@ def group_sum(values: Tensor, group: Tensor) -> Tensor:
     return values.new_zeros(len(values)).index_add(0, group, values)[group]
 
 
-def group_metrics(batch: Packed) -> Metrics:
+def signal_metrics(batch: Packed) -> Metrics:
     """The share of groups whose rewards are all equal: they say nothing. A group of one never does, and is an error."""
     size = group_size(batch.group)
     if (size < 2).any():

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from var.losses.dpo import token_log_ratios
 from var.losses.wbc import response_metrics, weighing_rewards
 from var.losses.weighted import Mean, Metrics
 from var.needs import Need
@@ -59,12 +60,6 @@ def importance_weighted_nll(
         rho = rho[batch.sequence] if ratio == "sequence" else rho
         weights = torch.where(weights == 0, 0.0, weights * rho)  # 0 beside an unclipped ratio that overflows
     return -(weights * logps).sum() / batch.global_sequences, metrics
-
-
-def token_log_ratios(logps: Tensor, batch: Packed) -> Tensor:
-    """[N] nats: log π_θ − log π_ref of each response token."""
-    assert batch.reference_logps is not None
-    return logps - batch.reference_logps.to(logps.dtype)
 
 
 def check_ratio(ratio: str, clip: float | None) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from var.estimators import group_size
-from var.losses.grpo import group_metrics, group_sum
+from var.losses.grpo import group_sum, signal_metrics
 from var.losses.ppo import clipped_surrogate, rollout_metrics
 from var.losses.weighted import Metrics
 from var.needs import Need
@@ -41,7 +41,7 @@ class RLOO:
         """logps: [N] nats, log π_θ of each response token. Mean over the step's sequences."""
         assert batch.rewards is not None
         assert batch.old_logps is not None
-        groups = group_metrics(batch)
+        groups = signal_metrics(batch)
         rewards, old = batch.rewards.double(), batch.old_logps.double()
         if self.beta:
             assert batch.reference_logps is not None

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from var.estimators import group_log_softmax, group_size, uninformative
-from var.losses.grpo import group_metrics
+from var.estimators import Grouped
+from var.losses.grpo import signal_metrics
 from var.losses.ppo import rollout_metrics
 from var.losses.var import in_batch_table
 from var.losses.weighted import Metrics, Normalize, check_normalize, weighted_nll
@@ -48,11 +48,8 @@ class VAROnline:
 
     def __call__(self, logps: Tensor, batch: Packed) -> tuple[Tensor, Metrics]:
         """logps: [N] nats, log π_θ of each response token. Returns a scalar and this micro-batch's metrics."""
-        assert batch.rewards is not None
-        groups = group_metrics(batch)
-        weights = group_log_softmax(batch.rewards.double() / self.temperature, batch.group).exp()
-        weights = weights * group_size(batch.group)
-        if self.drop_uninformative:
-            weights = weights.masked_fill(uninformative(in_batch_table(batch)), 0.0)
+        groups = signal_metrics(batch)
+        grouped = Grouped(drop_uninformative=self.drop_uninformative)
+        weights = grouped(in_batch_table(batch), self.temperature).exp()
         loss, metrics = weighted_nll(logps, weights, batch, self.normalize)
         return loss, {**rollout_metrics(logps, batch), **groups, **metrics}

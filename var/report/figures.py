@@ -36,9 +36,7 @@ STYLE: Any = {
 
 
 @contextmanager
-def drawing(
-    target: Path, panels: int, size: tuple[float, float], columns: int = COLUMNS, legend: Sequence[str] = ()
-) -> Iterator[list[Any]]:
+def drawing(target: Path, panels: int, size: tuple[float, float], legend: Sequence[str] = ()) -> Iterator[list[Any]]:
     """So many panels of `size` inches, written to `target` at the end; below them what each colour stands for."""
     import matplotlib
 
@@ -46,7 +44,7 @@ def drawing(
     from matplotlib import lines, pyplot
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    columns = min(panels, columns)
+    columns = min(panels, COLUMNS)
     rows = -(-panels // columns)
     below = 0.16 * len(legend)
     with matplotlib.rc_context(STYLE):

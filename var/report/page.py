@@ -167,10 +167,14 @@ def svg(
         for s, v in zip(steps, values, strict=True)
         if len(steps) <= 100
     )
+    dashed = line(second, "second") if second else ""
+    return _figure(label, _axes(low, high, "0", f"{last} steps") + bars + line(curve, "curve") + marks + dashed)
+
+
+def _figure(label: str, drawn: str) -> str:
     return (
         f'<figure><figcaption>{text(label)}</figcaption><svg viewBox="0 0 320 170" role="img" '
-        f'aria-label="{text(label)}">{_axes(low, high, "0", f"{last} steps")}{bars}{line(curve, "curve")}{marks}'
-        f"{line(second, 'second') if second else ''}</svg></figure>"
+        f'aria-label="{text(label)}">{drawn}</svg></figure>'
     )
 
 
@@ -183,20 +187,15 @@ def _axes(low: float, high: float, left: str, right: str) -> str:
     )
 
 
-def histogram(values: np.ndarray, label: str, bins: int = 24) -> str:
-    counts, edges = np.histogram(values, bins)
-    top = int(counts.max())
-    width = 262 / bins
+def histogram(values: np.ndarray, label: str) -> str:
+    counts, edges = np.histogram(values, 24)
+    top, width = int(counts.max()), 262 / 24
     bars = "".join(
         f'<rect class="bar" x="{48 + i * width:.1f}" y="{140 - 125 * n / top:.1f}" width="{width - 1:.1f}" '
         f'height="{125 * n / top:.1f}"/>'
         for i, n in enumerate(counts.tolist())
     )
-    axes = _axes(0, top, f"{edges[0]:.3g}", f"{edges[-1]:.3g}")
-    return (
-        f'<figure><figcaption>{text(label)}</figcaption><svg viewBox="0 0 320 170" role="img" '
-        f'aria-label="{text(label)}">{axes}{bars}</svg></figure>'
-    )
+    return _figure(label, _axes(0, top, f"{edges[0]:.3g}", f"{edges[-1]:.3g}") + bars)
 
 
 def _weights(run: Run) -> str:

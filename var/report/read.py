@@ -293,6 +293,19 @@ class Evaluation:
         return cls(folder, result, parts)
 
     @property
+    def rewards(self) -> dict[str, Any]:
+        """Each reward's name and what its numbers depend on."""
+        return self.result.get("rewards") or {}
+
+    def by_prompt(self, reward: str) -> dict[tuple[str, str], float]:
+        """Of answers.jsonl: (subset, prompt) and the mean reward of the model's answers to it."""
+        means = {}
+        for record in _lines(self.folder / "answers.jsonl"):
+            key = (record["subset"], json.dumps(record["prompt"], sort_keys=True))
+            means[key] = over([answer[reward] for answer in record["model"]]).mean
+        return means
+
+    @property
     def verdicts(self) -> dict[str, Any]:
         """Over all pairs: win, tie, loss, error, win_rate, se_prompts; empty without a judge."""
         return (self.result.get("win_rates") or {}).get("all") or {}

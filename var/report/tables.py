@@ -152,6 +152,25 @@ def evaluations(several: list[Evaluation]) -> Table:
     return Table(["evaluation", "subset", *names], rows, code=False)
 
 
+def evaluations_apart(one: Evaluation, other: Evaluation) -> Table:
+    """Of two evaluations the second's rewards less the first's, by subset, paired by prompt over the prompts of both.
+
+    A reward is compared where both gave it under one identity.
+    """
+    rewards = [name for name, identity in one.rewards.items() if other.rewards.get(name) == identity]
+    rows: list[list[Cell]] = []
+    for name in rewards:
+        here, there = one.by_prompt(name), other.by_prompt(name)
+        for subset in dict.fromkeys(subset for subset, _ in here):
+            both = [key for key in here if key[0] == subset and key in there]
+            if len(both) > 1:
+                sides = [over([side[key] for key in both]) for side in (here, there)]
+                difference = over([there[key] - here[key] for key in both])
+                rows.append([f"{name}, {subset}", *sides, difference, len(both)])
+    titles = [str(side.result.get("title", side.folder.name)) for side in (one, other)]
+    return Table(["", *titles, "difference, paired", "prompts"], rows, code=False)
+
+
 def settings_apart(groups: list[Group]) -> Table:
     """The keys in which configurations differ, seeds aside, and their values in each."""
     first = [group.runs[0].settings for group in groups]

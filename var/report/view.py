@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from var.problems import UserError
+from var.problems import UserError, brief
 from var.report.figures import JUDGED, MEMORY, PANELS
 
 NAME = "VAR: training, held-out answers"
@@ -50,6 +50,4 @@ def save(project: str) -> str:
         made.save()
         return str(made.url)
     except Exception as error:  # what W&B's client raises has no type in common
-        raise UserError(
-            f"--wandb {project}: W&B did not save the view ({' '.join(str(error).split())[:300]})"
-        ) from error
+        raise UserError(f"--wandb {project}: W&B did not save the view ({brief(error)})") from error

@@ -50,6 +50,8 @@ def report(found: Found, out: Path, kind: Literal["png", "pdf", "svg"], shown: i
         add("What differs in configuration", "settings", tables.settings_apart(drawn))
     if found.evaluations:
         add("Evaluations", "evaluations", tables.evaluations(found.evaluations), "± is one standard error, by prompt.")
+    if len(found.evaluations) == 2 and (apart := tables.evaluations_apart(*found.evaluations)).rows:
+        add("What differs between the evaluations", "evaluations_difference", apart)
 
     read_first = _encodable("\n\n".join(parts))
     sketches: dict[str, tuple[str, Callable[[Path], bool]]] = {

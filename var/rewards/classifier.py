@@ -52,12 +52,7 @@ class Classifier:
 
     @cached_property
     def _tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        files = self._files
-        while files.base is not None and not (files.folder / "tokenizer_config.json").exists():
-            files = files.base
-        tokenizer = AutoTokenizer.from_pretrained(files.folder, trust_remote_code=False)
+        tokenizer = self._files.tokenizer
         if self.chat_template is not None:
             tokenizer.chat_template = self.chat_template
         if not tokenizer.chat_template:
@@ -69,19 +64,16 @@ class Classifier:
 
     @cached_property
     def _config(self) -> Any:
-        from transformers import AutoConfig
 
-        files, adapted = self._files, False
-        while files.base is not None:
+        files = self._files
+        if files.base is not None:
             kind = json.loads((files.folder / ADAPTER).read_text()).get("task_type")
-            if not adapted and kind != "SEQ_CLS":
+            if kind != "SEQ_CLS":
                 raise UserError(
                     f"reward.path={self.path} is an adapter for {kind}, and a reward model's is for SEQ_CLS"
                 )
-            files, adapted = files.base, True
-        config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
-        if adapted:  # it brings the one label itself
-            return config
+            return files.config  # the adapter brings the one label itself
+        config = files.config
         if kinds := [kind for kind in config.architectures or () if kind.endswith(GENERATES)]:
             raise UserError(
                 f"reward.path={self.path} is a language model ({kinds[0]}), which gives no score; a reward model is a "

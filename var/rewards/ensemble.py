@@ -56,6 +56,10 @@ class Ensemble:
             )
 
     @property
+    def reads_answers(self) -> bool:
+        return any(getattr(member, "reads_answers", False) for member in self.members.values())
+
+    @property
     def identity(self) -> dict[str, Any]:
         members = {name: member.identity for name, member in self.members.items()}
         return {"ensemble": members, "how": self.how, "scale": self.scale, "weights": self.weights}

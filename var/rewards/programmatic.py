@@ -17,6 +17,7 @@ class ExactNumber:
     """1 where the last number of the response equals the row's answer, else 0."""
 
     scores_text = True
+    reads_answers = True
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -36,6 +37,7 @@ class NearNumber:
     """
 
     scores_text = True
+    reads_answers = True
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -52,21 +54,28 @@ class NearNumber:
 
 def _numbers(responses: Sequence[str], answers: Sequence[str | None]) -> list[tuple[float | None, float]]:
     """The last number of each response, and the one that its row wants."""
-    if any(answer is None for answer in answers):
-        raise UserError("this reward compares with a row's `answer`; these rows have none")
-    return [(_last_number(text), _number(answer)) for text, answer in zip(responses, answers, strict=True)]
+    found = [None if (number := last_number(text)) is None else float(number) for text in responses]
+    return list(zip(found, map(_number, given(answers)), strict=True))
 
 
-def _number(answer: str | None) -> float:
+def _number(answer: str) -> float:
     try:
-        return float((answer or "").replace(",", ""))
+        return float(answer.replace(",", ""))
     except ValueError:
         raise UserError(f"this reward compares with a number, and a row's `answer` is {answer!r}") from None
 
 
-def _last_number(text: str) -> float | None:
+def given(answers: Sequence[str | None]) -> list[str]:
+    """UserError where a row has none."""
+    if any(answer is None for answer in answers):
+        raise UserError("this reward compares with a row's `answer`; these rows have none")
+    return list(answers)  # type: ignore[arg-type]
+
+
+def last_number(text: str) -> str | None:
+    """Without its commas; None where there is no number."""
     found = NUMBER.findall(text)
-    return float(found[-1].replace(",", "")) if found else None
+    return found[-1].replace(",", "") if found else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,8 @@ class Score:
     """The reward is the data's own score of each response. It cannot score new text.
 
     mismatch_gap: what a response's score loses under a prompt that it does not answer, in reward units, for the
-    in-batch estimators (METHOD: with gaps of 2 to 5 standard deviations their weights tend to SFT's). None: such
-    estimators are refused with this reward.
+    in-batch estimators (with gaps of 2 to 5 standard deviations their weights tend to SFT's). None: they are refused
+    with this reward.
     """
 
     mismatch_gap: float | None = None

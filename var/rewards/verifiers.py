@@ -13,7 +13,7 @@ from typing import Any, Literal
 from var.data.rows import Message
 from var.data.sources.reasoning_gym import dataset, read_problem
 from var.problems import UserError
-from var.rewards.programmatic import NUMBER
+from var.rewards.programmatic import given, last_number
 
 EXTRA = "reward={} needs an extra: pip install -e '.[verifiers]'"
 EDGES = ".,;:!?…\"'`*_()[]{}<>"  # what stands around a last word and is not of it
@@ -39,6 +39,7 @@ class MathVerify:
     timeout: int = 5
 
     scores_text = True
+    reads_answers = True
 
     def __post_init__(self) -> None:
         if self.timeout < 1:
@@ -54,11 +55,11 @@ class MathVerify:
     ) -> list[float]:
         parse, verify = _math_verify()
         seconds = self.timeout if threading.current_thread() is threading.main_thread() else None
-        given = _given(answers)
-        wanted = {answer: self._wanted(parse, answer, seconds) for answer in set(given)}
+        wished = given(answers)
+        wanted = {answer: self._wanted(parse, answer, seconds) for answer in set(wished)}
         return [
             float(verify(wanted[answer], parse(text, parsing_timeout=seconds), timeout_seconds=seconds))
-            for text, answer in zip(responses, given, strict=True)
+            for text, answer in zip(responses, wished, strict=True)
         ]
 
     def _wanted(self, parse: Callable[..., list[Any]], answer: str, seconds: int | None) -> list[Any]:
@@ -88,6 +89,7 @@ class ReasoningGym:
     extract: Literal["last_number", "last_word", "none"] = "last_number"
 
     scores_text = True
+    reads_answers = True
 
     def __post_init__(self) -> None:
         if self.extract not in ("last_number", "last_word", "none"):
@@ -104,7 +106,7 @@ class ReasoningGym:
     def __call__(
         self, prompts: Sequence[Sequence[Message]], responses: Sequence[str], answers: Sequence[str | None]
     ) -> list[float]:
-        return [self._score(text, answer) for text, answer in zip(responses, _given(answers), strict=True)]
+        return [self._score(text, answer) for text, answer in zip(responses, given(answers), strict=True)]
 
     def _score(self, response: str, answer: str) -> float:
         try:
@@ -125,8 +127,7 @@ class ReasoningGym:
         if self.extract == "none":
             return response.strip() or None
         if self.extract == "last_number":
-            numbers = NUMBER.findall(response)
-            return numbers[-1].replace(",", "") if numbers else None
+            return last_number(response)
         return next((word for word in map(_stripped, reversed(response.split())) if word), None)
 
 
@@ -162,9 +163,3 @@ def _parsed(text: str, local_dict: dict[str, Any] | None = None) -> Any:
 
 def _stripped(word: str) -> str:
     return word.strip(EDGES)
-
-
-def _given(answers: Sequence[str | None]) -> list[str]:
-    if any(answer is None for answer in answers):
-        raise UserError("this reward compares with a row's `answer`; these rows have none")
-    return list(answers)  # type: ignore[arg-type]

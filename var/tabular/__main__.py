@@ -143,8 +143,8 @@ def draw_partition(records: list[Record], path: Path) -> None:
             rows = [r for r in means if r["world"] == world and r["estimator"] == name]
             x, y = columns(rows, "size", measure)
             panels[number].plot(x, [abs(v) for v in y], marker="o", markersize=3, linewidth=0.8, label=name)
-        size = "|relative bias|" if measure == "relative_bias" else "relative variance"
-        panels[number].set(xscale="log", yscale="log", xlabel="B or K", title=f"{world}: {size}")
+        told = "|relative bias|" if measure == "relative_bias" else "relative variance"
+        panels[number].set(xscale="log", yscale="log", xlabel="B or K", title=f"{world}: {told}")
         sizes = sorted({r["size"] for r in means})
         panels[number].set_xticks(sizes, [str(b) for b in sizes])
         panels[number].minorticks_off()

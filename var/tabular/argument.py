@@ -1,5 +1,5 @@
 """The paper's appendix (arXiv 2502.11026, A.1 and A.2) where it can be checked: what clipping does, and what bounds
-the loss. METHOD's "The clip argument" and "The bound" say how both hold.
+the loss. docs/method.md says how both hold.
 """
 
 import math
@@ -91,9 +91,9 @@ def two_answers(rewards: tuple[float, float]) -> World:
     )
 
 
-def close_rewards(rewards: tuple[float, float] = (1.0, 0.9)) -> list[Record]:
+def close_rewards() -> list[Record]:
     """The appendix's example: how far apart two answers of close rewards end up, π(y_1|x) / π(y_2|x)."""
-    world = two_answers(rewards)
+    world = two_answers((1.0, 0.9))
     found = {f"var, λ = {t}": world.optimum(t) for t in (1.0, 0.1)}
     found["r_lol"] = tilted(world, world.rewards)
     found |= {f"r_lol, clip {e}": clipped(world, world.rewards, e) for e in (0.9, 0.2)}

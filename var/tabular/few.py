@@ -1,6 +1,6 @@
 """The objectives on few rows: shared parameters, the same answers and as many rewards for each, new prompts to judge.
 
-A table of logits cannot tell a good weight from a noisy one (METHOD, "What the normaliser does", 3); here variance
+A table of logits cannot tell a good weight from a noisy one (docs/method.md); here variance
 decides. A-LoL has the exact V(x) of its rows, which nobody has elsewhere, and `weighted` the exact Z.
 """
 

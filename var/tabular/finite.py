@@ -1,4 +1,4 @@
-"""Few rows and shared parameters: where a weight's variance decides, not its bias (METHOD, "Finite data").
+"""Few rows and shared parameters: where a weight's variance decides, not its bias (docs/method.md).
 
 512 rows (x, y), y ~ π_ref(·|x), train π_θ(y|x) ∝ π_ref(y|x) exp(φ(x, y)·θ) by weighted maximum likelihood from θ = 0,
 that is from π_ref, with a ridge; KL(π* ‖ π_θ) is taken on prompts that no row has. φ(x, y) is a response's letters by
@@ -85,7 +85,7 @@ def draw(
     beyond = normal(*base.rewards.shape)
     quality = scaled(scaled(inside, (1 - outside**2) ** 0.5) + scaled(beyond, outside), 1.0)
     offsets = expectation(base.logps, base.rewards)[:, None]
-    world = worlds.with_rewards(base, offsets + quality - mismatch * foreign(base.logps))
+    world = replace(base, rewards=offsets + quality - mismatch * foreign(base.logps))
     train, test, remaining = torch.arange(count).split([rows, tests, rest])
     return Problem(world=world, inputs=inputs, outputs=outputs, train=train, test=test, rest=remaining)
 

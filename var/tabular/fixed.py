@@ -1,4 +1,4 @@
-"""Where each weight leads over tables: π_fix(y|x) ∝ π_ref(y|x) E[w | x, y] (METHOD, "What the normaliser does").
+"""Where each weight leads over tables: π_fix(y|x) ∝ π_ref(y|x) E[w | x, y] (docs/method.md).
 
 The expectation is over what else stands in the row's micro-batch, B − 1 pairs with prompts drawn uniformly and
 y_j ~ π_ref(·|x_j), or in its group, K − 1 other answers of π_ref to x; the row itself is held fixed. All answers of a
@@ -105,7 +105,7 @@ def leave_one_out(world: World, size: int, temperature: float, draws: int, gener
 
 
 def balance(world: World, size: int, temperature: float, draws: int, generator: torch.Generator) -> Tensor:
-    """e^{r/λ} / Ẑ, Ẑ_i = Σ_j [π_ref(y_j|x_i) / Σ_k π_ref(y_j|x_k)] e^{r_ij/λ}: unbiased, and not for use (METHOD)."""
+    """e^{r/λ} / Ẑ, Ẑ_i = Σ_j [π_ref(y_j|x_i) / Σ_k π_ref(y_j|x_k)] e^{r_ij/λ}: unbiased, and not for use."""
 
     def prompt_row(prompt: int) -> Tensor:
         x, y = world.micro_batches(draws, size - 1, generator)
@@ -200,7 +200,7 @@ def table(
     draws: int = 200,
     **options: int,
 ) -> list[Record]:
-    """METHOD's table of fixed points: a record for each world, seed and setting. options: draw's, to make it small."""
+    """A record for each world, seed and setting. options: draw's, to make it small."""
     return [
         {"world": name, "seed": seed, **record(world, *setting, draws=draws, seed=seed)}
         for name in worlds

@@ -1,5 +1,5 @@
 """Losses along training, on few rows: VAR's is never negative and has a bound from below, its weights being ≥ 0 (the
-paper's A.2 as METHOD has it); what becomes of the answers that should win under the other objectives.
+paper's A.2 as docs/method.md has it); what becomes of the answers that should win under the other objectives.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""A world small enough to enumerate: Z(x), π* and every divergence are sums, not estimates (METHOD's last section).
+"""A world small enough to enumerate: Z(x), π* and every divergence are sums, not estimates (docs/method.md).
 
 A response is a word over a few letters, then the end token; a word of T letters is cut there, without an end. Words
 are the nodes of a tree, numbered breadth first: the empty word is 0 and word h goes on with letter a as h · A + a. The
@@ -10,7 +10,7 @@ another table of that shape gives log-probabilities by the same functions.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -210,7 +210,6 @@ def draw(
     letters: int = 3,
     tokens: int = 5,
     overlap: float = 0.72,
-    sharpness: float = 1.0,
     spread: float = 1.0,
     offset: float = 1.0,
     mismatch: float = 0.0,
@@ -219,10 +218,10 @@ def draw(
     """A world by its seed.
 
     overlap: of two prompts' π_ref (World.overlap; of the first 128), met by how far prompts' logits lie apart, less so
-    in later tokens, or prompts would part by having one answer each; sharpness: sd of the logits that all prompts
-    share. spread, offset: the reward's standard deviation within a prompt under π_ref, pooled, and between prompts,
-    both before the mismatch. mismatch: how much less another prompt's answer scores, at most (`foreign` is its share).
-    Half of the rewards' variance is the response's own, half is what its prompt makes of it.
+    in later tokens, or prompts would part by having one answer each. spread, offset: the reward's standard deviation
+    within a prompt under π_ref, pooled, and between prompts, both before the mismatch. mismatch: how much less another
+    prompt's answer scores, at most (`foreign` is its share). Half of the rewards' variance is the response's own, half
+    is what its prompt makes of it.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -231,7 +230,7 @@ def draw(
 
     space = Responses(letters, tokens)
     x = normal(prompts, features)
-    shared = sharpness * normal(space.prefixes, letters + 1)
+    shared = normal(space.prefixes, letters + 1)
     own = (x @ normal(features, space.prefixes * (letters + 1)) / features**0.5).reshape(prompts, *shared.shape)
     own = own * 0.6 ** space.depth[: space.prefixes, None]
     scale = _scale_for(lambda s: mean_overlap(space.logps(shared + s * own[:128])), overlap)
@@ -249,26 +248,21 @@ def draw(
 
 
 def shared_world(seed: int = 0, **options: Any) -> World:
-    """Prompts that overlap: answers answer each other's prompts. METHOD's first world."""
+    """Prompts that overlap: answers answer each other's prompts."""
     return draw(seed, **{"overlap": 0.72, "tokens": 5, **options})
 
 
 def apart_world(seed: int = 0, **options: Any) -> World:
-    """Prompts with answers of their own; another prompt's answer scores up to 4 lower. METHOD's second world."""
+    """Prompts with answers of their own; another prompt's answer scores up to 4 lower."""
     return draw(seed, **{"overlap": 0.08, "tokens": 5, "letters": 4, "mismatch": 4.0, **options})
 
 
 def long_world(seed: int = 0, **options: Any) -> World:
-    """The same with longer answers. METHOD's third world."""
+    """The same with longer answers."""
     return draw(seed, **{"overlap": 0.14, "tokens": 7, "mismatch": 4.0, **options})
 
 
 WORLDS = {"shared": shared_world, "apart": apart_world, "long": long_world}
-
-
-def with_rewards(world: World, rewards: Tensor) -> World:
-    """The same prompts and π_ref under other rewards [P, Y]."""
-    return replace(world, rewards=rewards)
 
 
 def _scale_for(overlap_at: Any, target: float) -> float:
