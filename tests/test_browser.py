@@ -1,5 +1,6 @@
 """A run's page in a real browser: Chromium, driven by playwright. Skipped where either is missing."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,8 @@ def place(tmp_path: Path) -> Path:
     """A page of a run whose answers would run a script, fetch a picture and never break a line."""
     evil = "<script>document.title='run'</script><img src=http://127.0.0.1:9/x onerror=\"document.title='run'\">"
     fake(tmp_path / "a", "loss.temperature=1", answers=[[0.1]] * 9, text=evil + "x" * 3000, facts={"left out": 4})
+    record = {"micro_batch": 0, "id": "r", "prompt": evil, "response": evil + "x" * 300, "weight": 3.589, "reward": 1.0}
+    (tmp_path / "a" / "batches.jsonl").write_text("".join(json.dumps(record) + "\n" for _ in range(4)))
     (one,) = find([tmp_path]).runs
     (tmp_path / "a.html").write_text(page(one))
     return tmp_path / "a.html"
@@ -62,6 +65,18 @@ def test_a_page_reads_on_a_desk_and_on_a_phone(browser: Any, place: Path, width:
     )
     assert (shades[0] < shades[1]) == (scheme == "light")
     assert abs(shades[0] - shades[1]) > 150
+
+
+def test_a_number_stands_on_one_line(browser: Any, place: Path) -> None:
+    """On a phone too, beside long texts that are broken anywhere."""
+    view = browser.new_context(viewport={"width": 390, "height": 900}).new_page()
+    view.goto(place.as_uri())
+    lines = view.evaluate("""[...document.querySelectorAll('td, th')]
+        .filter(cell => /^-?[\\d.]+$/.test(cell.textContent))
+        .map(cell => { const range = document.createRange(); range.selectNodeContents(cell);
+                       return range.getClientRects().length })""")
+    assert len(lines) > 8
+    assert set(lines) == {1}
 
 
 def test_the_first_answers_are_open_and_the_others_a_click_away(browser: Any, place: Path) -> None:

@@ -170,6 +170,16 @@ def test_labels_are_what_differs_and_the_rest_is_told_once(tmp_path: Path) -> No
     assert [group.label for group in groups] == ["loss.temperature=1", "loss.temperature=2"]
 
 
+def test_a_label_begins_with_what_is_its_own(tmp_path: Path) -> None:
+    """So that it tells configurations apart where it is cut."""
+    for name, kind, own in (("a", "x", 1), ("b", "x", 2), ("c", "y", 3)):
+        fake(tmp_path / name, f"loss.kind={kind}", f"loss.temperature={own}")
+    groups, _ = grouped(find([tmp_path]).runs, [])
+    assert [group.label for group in groups] == [
+        "loss.temperature=1 loss.kind=x", "loss.temperature=2 loss.kind=x", "loss.kind=y loss.temperature=3",
+    ]  # fmt: skip
+
+
 def test_configurations_alike_on_the_command_line_are_told_apart_by_their_keys(tmp_path: Path) -> None:
     for name, rate in (("a", 1), ("b", 2)):
         fake(tmp_path / name, "loss.temperature=1")
@@ -375,7 +385,7 @@ def test_micro_batches_are_told_from_what_the_folder_has(tmp_path: Path) -> None
     fake(tmp_path / "a")
     (one,) = find([tmp_path]).runs
     np.testing.assert_array_equal(one.weights, [0.5, 2.0, 0.5])
-    assert "<tr><th>0</th><td>3</td><td>9, 7</td><td>0.500, 0.500</td></tr>" in page(one)
+    assert "<tr><th>0</th><td class=whole>3</td><td>9, 7</td><td>0.500, 0.500</td></tr>" in page(one)
     for name in ("plan.npz", "samples.jsonl", "metrics.csv"):
         (tmp_path / "a" / name).unlink()
     (bare,) = find([tmp_path]).runs

@@ -31,7 +31,7 @@ small, figcaption, .faint { color: var(--faint); font-size: .85rem; }
 code, pre, .answer { font-family: ui-monospace, monospace; font-size: .85rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { text-align: left; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--rule); vertical-align: top; }
-th { font-weight: 600; } .scroll { overflow-x: auto; } .number { text-align: right; white-space: nowrap; }
+th { font-weight: 600; } .scroll { overflow-x: auto; } .whole { white-space: nowrap; }
 .grid { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); }
 .pair { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
 figure, .card { margin: 0; padding: .6rem; background: var(--card); border-radius: .4rem; }
@@ -78,12 +78,17 @@ def _section(title: str, body: str) -> str:
 
 def _table(rows: Iterable[Sequence[Any]], head: Sequence[str] = ()) -> str:
     """Cells are text; the first of a row names it."""
-    top = f"<tr>{''.join(f'<th>{text(name)}</th>' for name in head)}</tr>" if head else ""
+    top = f"<tr>{''.join(f'<th class=whole>{text(name)}</th>' for name in head)}</tr>" if head else ""
     body = "".join(
-        f"<tr><th>{text(str(first))}</th>{''.join(f'<td>{text(cell)}</td>' for cell in rest)}</tr>"
+        f"<tr><th>{text(str(first))}</th>{''.join(f'<td{_whole(cell)}>{text(cell)}</td>' for cell in rest)}</tr>"
         for first, *rest in rows
     )
     return f"<div class=scroll><table>{top}{body}</table></div>" if body else ""
+
+
+def _whole(cell: Any) -> str:
+    """A number is not broken over lines, as everything else may be."""
+    return " class=whole" if isinstance(cell, int | float) or re.fullmatch(r"-?[\d.]+( ± [\d.]+)?", str(cell)) else ""
 
 
 def warnings(run: Run) -> list[str]:

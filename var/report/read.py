@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -242,7 +243,8 @@ def grouped(runs: list[Run], notes: list[str]) -> tuple[list[Group], list[str]]:
     several = [list(same.values()) for same in members.values()]
     told = [group[0].overrides for group in several]
     common = [line for line in told[0] if all(line in lines for lines in told)] if told else []
-    labels = [" ".join(line for line in lines if line not in common) for lines in told]
+    often = Counter(line for lines in told for line in set(lines))  # what is a configuration's own stands first
+    labels = [" ".join(sorted((s for s in lines if s not in common), key=lambda s: often[s])) for lines in told]
     if len(several) == 1:
         labels = [several[0][0].summary["title"]]
     if len(set(labels)) < len(labels):  # alike on the command line: the files that it names have changed between them
