@@ -22,7 +22,7 @@ from var.data.rows import Rows, read
 from var.data.sequences import choose, encode
 from var.progress import say
 
-PROMPTS, CANDIDATES, ANSWERS, DRAWS = 48, 32, 3, 2000
+PROMPTS, CANDIDATES, ANSWERS, DRAWS = 32, 32, 3, 2000
 SIZES = (2, 4, 8, 16, 32)
 WORLD = "SmolLM2-135M, arithmetic"
 DEFAULTS = ["loss=var", "reward=near_number", f"data.source.problems={PROMPTS}", f"generate.responses={CANDIDATES}"]
