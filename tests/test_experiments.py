@@ -23,22 +23,17 @@ EXPERIMENTS = ROOT / "experiments"
 ITEMS = [*(f"table{i}" for i in range(1, 10)), *(f"figure{i}" for i in range(1, 5)), "appendix_a1", "appendix_a2"]
 SECTIONS = ["Claim", "Configuration", "At the paper's size", "At the size here", "What came out", "What it shows"]
 ABLATIONS = {"ablate_b": 3, "ablate_lambda": 5, "ablate_estimator": 9, "ablate_lr": 5}  # jobs
-HHA, FRONTIER = ["+experiment=hha", "data.folder=x"], ["+experiment=frontier", "seed=0"]
+FRONTIER = ["+experiment=frontier", "seed=0"]
 FOUR_PAIRS = ["loss=dpo", "data.micro_batch=4", "data.global_batch=4"]
-DIALOGUES = [[*HHA, *FOUR_PAIRS], *([*HHA, f"loss={loss}"] for loss in ("sft", "var", "var_prompt"))]
 ALOL = [*FRONTIER, "loss=alol", "loss.value.development_prompts=10"]
-RAN = {  # the commands, in experiments/default, hha and frontier, of the runs whose results a folder quotes as its own
-    "table1": DIALOGUES,
+RAN = {  # the commands, in experiments/default and frontier, of the runs whose results a folder quotes as its own
     "table2": [[f"loss={loss}", "trainer.max_steps=56"] for loss in ("sft", "var")],
-    "table3": [[*HHA, "loss=var"]],
     "table4": [
         [*FRONTIER, "loss=var"],
         [*FRONTIER, "loss=var_prompt"],
         [*FRONTIER, "loss=grpo", "data.micro_batch=2", "data.global_batch=2"],
     ],
     "table5": [ALOL, [*FRONTIER, *FOUR_PAIRS], [*FRONTIER, "loss=var"]],
-    "figure1": [[*HHA, "loss=var"]],
-    "figure3": DIALOGUES,
     "appendix_a1": [ALOL, [*FRONTIER, "loss=var_prompt"]],
     "appendix_a2": [[*FRONTIER, "loss=var_prompt"]],
 }
