@@ -1,5 +1,6 @@
 """From a checked configuration to the parts of a run."""
 
+import gc
 import importlib.util
 import json
 import logging
@@ -167,6 +168,8 @@ class Run:
         quieten()
         check(cfg, TRAIN)
         settings = TrainerSettings(**cfg.trainer)
+        if is_multirun():
+            gc.collect()  # of the job before: its trainer and its model refer to each other
         refuse_ranks_under_multirun(settings.world)
         refuse_other_ranks(settings)
         if cfg.dry and cfg.annotate == "refuse":
@@ -489,11 +492,15 @@ def accumulation(cfg: DictConfig, settings: TrainerSettings) -> int:
     return per_rank
 
 
+def is_multirun() -> bool:
+    """Whether this run is a job of a sweep."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
 def refuse_ranks_under_multirun(world: int) -> None:
     """Lightning would start each rank of a job with the whole sweep's command line (ashleve/lightning-hydra-template
     #393, Lightning-AI/pytorch-lightning #11300)."""
-    multirun = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-    if multirun and world > 1 and "SUBMITIT_EXECUTOR" not in os.environ:
+    if is_multirun() and world > 1 and "SUBMITIT_EXECUTOR" not in os.environ:
         raise UserError(
             f"-m with {world} processes a job: each of them would start the whole sweep again. Launch the jobs with "
             f"hydra/launcher=submitit_local hydra.launcher.tasks_per_node={world} (with GPUs: "

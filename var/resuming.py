@@ -36,7 +36,6 @@ class Checkpoints(Callback):
         self._within = False  # a step: its state is not to be saved
         self._over = False  # training is, and saved
         self._step = -1
-        self._before: dict[int, Any] = {}
 
     def on_fit_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         trainer.fit_loop.__class__ = FitLoop
@@ -53,7 +52,8 @@ class Checkpoints(Callback):
                 self._leave(trainer)
 
         if threading.current_thread() is threading.main_thread():  # Python hands signals to no other
-            self._before = {number: signal.signal(number, told) for number in SIGNALS}
+            for number in SIGNALS:  # Lightning puts back what was there before the fit, for every signal
+                signal.signal(number, told)
 
     def on_train_batch_start(self, *_: Any) -> None:
         self._within = True
@@ -71,11 +71,6 @@ class Checkpoints(Callback):
 
     def on_train_end(self, *_: Any) -> None:
         self._over = True
-
-    def teardown(self, *_: Any, **__: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
 
     def _leave(self, trainer: lightning.Trainer) -> None:
         self._within = True  # a second signal finds this under way

@@ -3,13 +3,17 @@
 import importlib.util
 import json
 import re
+import signal
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from tests.conftest import ROOT
 from tests.e2e.test_commands import OWN_REWARD, run, spawn
+from var.module import AlignmentModule
 
 pytestmark = pytest.mark.e2e
 
@@ -95,6 +99,23 @@ def test_a_job_that_fails_leaves_the_next_its_own_tracker_run(own: list[str], tm
         run("train.py", "-m", *own, "logger=wandb", "optim.optimizer.lr=-1,3e-2")
     assert len(finished(tmp_path)) == 1
     assert len({path.parents[1] for path in (tmp_path / "runs").glob("*/wandb/offline-run-*")}) == 2
+
+
+def test_a_job_leaves_nothing_in_memory(own: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a sweep of ten holds ten models with their optimisers; a signal handler once kept each job's trainer."""
+    before, made, alive = signal.getsignal(signal.SIGTERM), list[Any](), list[int]()
+    begin = AlignmentModule.__init__
+
+    def counted(self: AlignmentModule, *given: Any) -> None:
+        alive.append(sum(one() is not None for one in made))
+        begin(self, *given)
+        made.append(weakref.ref(self))
+
+    monkeypatch.setattr(AlignmentModule, "__init__", counted)
+    done = run("train.py", "-m", *own, "loss.temperature=0.5,1,2")
+    assert done.returncode == 0, done.stderr
+    assert alive == [0, 0, 0]
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.long
