@@ -331,7 +331,9 @@ def test_a_process_that_is_stopped_loses_no_reply(sign: signal.Signals, tmp_path
 
     with served(holding) as server:
         program = f"""
+            import signal
             from var.remote import Client
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
             client = Client(base_url={server.base_url!r}, model="judge", api_key_env=None, concurrency=2,
                             cache={str(tmp_path)!r})
             client.ask([{{"n": i}} for i in range(20)], advance=lambda done: print(done, flush=True))
