@@ -78,7 +78,9 @@ def fake_evaluation(folder: Path, answers: list[list[float]] | None = None, rewa
         "win_rates": {"subsets": {}, "all": game},
     }  # fmt: skip
     folder.mkdir(parents=True)
-    (folder / "result.json").write_text(json.dumps(result | {"rewards": {"reward": {"program": reward}}}))
+    (folder / "result.json").write_text(
+        json.dumps(result | {"depends_on": {"rewards": {"reward": {"program": reward}}}})
+    )
     with (folder / "answers.jsonl").open("w") as file:
         for i, rewards in enumerate(answers or []):
             record = {"subset": "hard", "prompt": f"{i}?", "model": [{"text": "x", "reward": r} for r in rewards]}

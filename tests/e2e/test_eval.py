@@ -16,6 +16,7 @@ from var.data.chat import Chat
 from var.evaluate.validation import response_tokens
 from var.packing import pack
 from var.policy import Policy
+from var.report.read import Evaluation
 
 pytestmark = pytest.mark.e2e
 
@@ -259,6 +260,10 @@ def test_a_killed_evaluation_goes_on_by_the_same_command(tiny_folder: Path, eval
     for part in ("model", "reference", "against_reference", "distinct"):
         assert one[part] == two[part]
     assert one["win_rates"]["all"] == two["win_rates"]["all"]
+    read = [Evaluation.read(path.parent) for path in sorted(tmp_path.glob("*/out/*/result.json"))]
+    assert read[0].rewards == read[1].rewards != {}  # what report.py compares two evaluations by
+    assert read[0].by_prompt("reward") == read[1].by_prompt("reward")
+    assert len(read[0].by_prompt("reward")) == 6
 
 
 # --- a judge while training

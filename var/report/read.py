@@ -297,7 +297,7 @@ class Evaluation:
     @property
     def rewards(self) -> dict[str, Any]:
         """Each reward's name and what its numbers depend on."""
-        return self.result.get("rewards") or {}
+        return (self.result.get("depends_on") or {}).get("rewards") or {}
 
     def by_prompt(self, reward: str) -> dict[tuple[str, str], float]:
         """Of answers.jsonl: (subset, prompt) and the mean reward of the model's answers to it."""
