@@ -23,6 +23,7 @@ def main(cfg: DictConfig) -> None:
         del cfg.out
     config.check(cfg, config.TRAIN, imports=False)
 
+    from var.annotate.fill import refuse_unanswered
     from var.build import Run
     from var.data.rows import read
     from var.files import atomic
@@ -32,6 +33,7 @@ def main(cfg: DictConfig) -> None:
     run = Run.compose(cfg, Path("."))
     run.annotator.check()
     rows = read(run.data.source, run.annotator.cache).head(run.data.settings.limit)
+    refuse_unanswered(run.annotator.reward, rows)
     texts = run.annotator.sampled(rows, run.data.sampling)
     scores = run.annotator.candidates(rows, run.data.sampling) if run.annotator.reward.scores_text else None
     sampling = run.annotator.source(run.data.sampling)

@@ -457,12 +457,13 @@ def refuse_unfit_strategy(cfg: DictConfig, settings: TrainerSettings) -> None:
             "optim", "adamw_masters keeps whole copies, and here parameters are float32 shards; optim=adamw with "
             "model.dtype=float32"
         )  # fmt: skip
-    if name == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
-        problems.add("deepspeed", "an extra: pip install -e '.[deepspeed]'")
-    if name == "deepspeed" and not settings.gpu:
-        problems.add("trainer.accelerator", "DeepSpeed runs on GPUs; strategy=fsdp runs on CPUs too")
-    if name == "deepspeed" and cfg.strategy.stage not in (1, 2):
-        problems.add("strategy.stage", f"{cfg.strategy.stage} is none of 1, 2; strategy=fsdp shards parameters")
+    if name == "deepspeed":
+        if importlib.util.find_spec("deepspeed") is None:
+            problems.add("deepspeed", "an extra: pip install -e '.[deepspeed]'")
+        if not settings.gpu:
+            problems.add("trainer.accelerator", "DeepSpeed runs on GPUs; strategy=fsdp runs on CPUs too")
+        if cfg.strategy.stage not in (1, 2):
+            problems.add("strategy.stage", f"{cfg.strategy.stage} is none of 1, 2; strategy=fsdp shards parameters")
     problems.check()
 
 

@@ -9,7 +9,7 @@ from typing import IO, Any
 
 
 @contextmanager
-def replacing(path: Path, shared: bool = True) -> Iterator[Path]:
+def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
     """A name beside `path` that becomes `path` once what is written there is whole. shared: other processes, on other
     machines too, may write it at once."""
     partial = path.with_name(f"{path.name}{f'.{uuid.uuid4().hex}' if shared else ''}.partial")

@@ -21,10 +21,10 @@ from var.build import Run
 from var.data.rows import Rows, read
 from var.data.sequences import choose, encode
 from var.progress import say
+from var.report.read import over
 
 PROMPTS, CANDIDATES, ANSWERS, DRAWS = 32, 32, 3, 2000
 SIZES = (2, 4, 8, 16, 32)
-WORLD = "SmolLM2-135M, arithmetic"
 DEFAULTS = ["loss=var", "reward=near_number", f"data.source.problems={PROMPTS}", f"generate.responses={CANDIDATES}"]
 
 
@@ -64,7 +64,7 @@ def records(logps: np.ndarray, rewards: np.ndarray, candidates: np.ndarray, seed
 
 def summary(name: str, size: int, seed: int, variance: np.ndarray, mean: np.ndarray, z: np.ndarray) -> dict[str, Any]:
     return {
-        "world": WORLD, "estimator": name, "size": size, "seed": seed,
+        "estimator": name, "size": size, "seed": seed,
         "variance": float((variance / z**2).mean()), "relative_variance": float((variance / mean**2).mean()),
         "log_bias_spread": float(np.log(mean / z).std()),
     }  # fmt: skip
@@ -86,10 +86,10 @@ def main() -> None:
     rows, texts, raw = rows.select(np.array(kept)), [texts[i] for i in kept], raw[kept]
     temperature = float(np.sqrt(raw.var(1, ddof=1).mean()))
     say(f"λ = {temperature:.3f}, the reward's standard deviation within a prompt")
-    found = []
+    found, world = list[dict[str, Any]](), f"{run.cfg.model.name}, {run.cfg.data.name}"
     for k in range(ANSWERS):
         logps, rewards = pairs(run, rows, texts, k)
-        found += records(logps, rewards / temperature, raw / temperature, k)
+        found += [{"world": world, **one} for one in records(logps, rewards / temperature, raw / temperature, k)]
     (given.folder / "tables.json").write_text(json.dumps({"partition": found}, indent=1, ensure_ascii=False))
     columns = ("variance", "relative_variance", "log_bias_spread")
     say("| estimator | B or K | Var(Ẑ)/Z² | Var(Ẑ)/E[Ẑ]² | spread of log E[Ẑ]/Z over prompts |")
@@ -99,8 +99,8 @@ def main() -> None:
             of = [record for record in found if (record["estimator"], record["size"]) == (name, size)]
             cells = []
             for column in columns:
-                values = np.array([record[column] for record in of])
-                cells.append(f"{values.mean():.3g} ± {values.std(ddof=1) / len(values) ** 0.5:.1g}")
+                mean, error = over([record[column] for record in of])
+                cells.append(f"{mean:.3g} ± {error:.1g}")
             say(f"| {name} | {size} | {' | '.join(cells)} |")
 
 

@@ -383,6 +383,9 @@ class TestBadInput:
         done = run("eval.py", model, "data=files", f"data.path={bare}", "held_out=false", f"store={tmp_path}/store")
         assert done.returncode == 1
         assert "row r0: no answer" in done.stderr
+        done = run("sample.py", *own, f"out={tmp_path}/rows.jsonl")
+        assert done.returncode == 1
+        assert "row r0: no answer" in done.stderr
         assert not list((tmp_path / "store").glob("responses/*/*.parquet"))
         assert run("train.py", *own, "loss=sft", "reward=score").returncode == 0
 

@@ -239,7 +239,7 @@ def write(rows: Iterable[Row], target: Path, problems: Problems) -> None:
 
     target.mkdir(parents=True, exist_ok=True)
     keys = []
-    with replacing(target / "rows.arrow") as partial:
+    with replacing(target / "rows.arrow", shared=True) as partial:
         with ArrowWriter(path=str(partial), features=FEATURES) as writer:
             for row in rows:
                 keys.append(content_hash(row.prompt))

@@ -168,7 +168,7 @@ def _write(rows: Rows, choice: Choice, chat: Chat, max_length: int, overlong: st
     unit = 2 if pairs else 1
     content = hashlib.sha256()
     with (
-        replacing(target / "sequences.arrow") as partial,
+        replacing(target / "sequences.arrow", shared=True) as partial,
         ArrowWriter(path=str(partial), features=FEATURES) as writer,
     ):
         for begin in range(0, len(choice.row), unit):
@@ -220,8 +220,9 @@ def _write(rows: Rows, choice: Choice, chat: Chat, max_length: int, overlong: st
                 writer.write(record)
         writer.finalize()
         if total and not ended:
-            what = "none ends with the template's end token; the model would never learn to stop. Every one was cut"
-            problems.add("all rows", f"{what}: raise data.max_length, or generate.max_new_tokens for sampled ones")
+            what = "none ends with the template's end token; the model would never learn to stop"
+            advice = "raise data.max_length, or generate.max_new_tokens for sampled ones"
+            problems.add("all rows", f"{what}. Every response was cut: {advice}")
         problems.check("Set data.overlong=drop to leave overlong rows out, or raise data.max_length.")
     done = {"counts": {k: v for k, v in counts.items() if v}, "content": content.hexdigest()[:16], "ended": int(ended)}
     finish(target, done)
