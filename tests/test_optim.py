@@ -162,6 +162,7 @@ def test_the_dry_run_counts_the_copies(train: Callable[..., Any]) -> None:
         done = train("debug=dry", *options)
         assert done.returncode == 0, done.stderr
         assert f"{line}: " in done.stdout
+        assert "Disk at the run's end: a checkpoint of 0.00 GiB, " in done.stdout
 
 
 def test_sharded_parameters_are_refused_before_anything_is_sampled(train: Callable[..., Any]) -> None:

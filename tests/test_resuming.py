@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests.conftest import composed
 from tests.test_trajectory import column, fit
 from var import resuming
+from var.build import Run
 from var.callbacks import Validation
 from var.module import AlignmentModule
 from var.problems import UserError
@@ -155,6 +157,25 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole(
     assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", "step-8.ckpt"]
     assert (folder / "last.ckpt").resolve().name == "step-8.ckpt"
     equal(fit(options, tmp_path / "run", *MORE), expected)
+
+
+def test_a_run_whose_end_has_no_room_is_told_before_it_samples(
+    options: list[str], tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit(options, tmp_path / "whole", "trainer.max_steps=1", "trainer.precision=32-true")
+    files = (tmp_path / "whole" / "checkpoints" / "step-1.ckpt", tiny_folder / "model.safetensors")
+    written = sum(file.stat().st_size for file in files)
+
+    def with_room(number: int) -> None:
+        monkeypatch.setattr(resuming, "room", lambda _: number)
+
+    with_room(int(written * 0.8))
+    again = Run.compose(composed(*options, "trainer.precision=32-true"), tmp_path / "run")
+    with pytest.raises(UserError, match=r"runs: .* has room for 0\.00 GiB, and the run ends with .* Make room, or set"):
+        again.module()
+    assert not any(again.annotator.computed.values())
+    with_room(written)
+    again.module()
 
 
 def poisoned(monkeypatch: pytest.MonkeyPatch, call: int, where: str) -> None:

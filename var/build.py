@@ -39,7 +39,7 @@ from var.policy import ActorCritic, Policy, Scorer, WithoutAdapter
 from var.pretrained import ADAPTER, Pretrained, export, merged
 from var.problems import Problems, UserError, brief
 from var.progress import console, say, warn
-from var.resuming import Checkpoints, InPlace, checkpoints, refuse_pickles
+from var.resuming import Checkpoints, InPlace, checkpoints, refuse_full_disk, refuse_pickles
 from var.rewards.scale import Scale
 
 PROFILERS: dict[str, Any] = {
@@ -228,7 +228,10 @@ class Run:
             policy, self.data.loss, instantiate(cfg.optim.optimizer), instantiate(cfg.optim.schedule), reference,
             self.settings.nonfinite, self.pretrained.fill if meta else None,
         )  # fmt: skip
-        return module.double() if self.settings.arithmetic == "64-true" else module
+        if self.settings.arithmetic == "64-true":
+            module = module.double()
+        refuse_full_disk(self.folder, module)
+        return module
 
     def trainer(self) -> lightning.Trainer:
         cfg, settings = self.cfg, self.settings

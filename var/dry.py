@@ -3,12 +3,15 @@
 from typing import TYPE_CHECKING
 
 import torch
+from hydra.utils import get_class
 
 from var.annotate.fill import Unfilled
 from var.data.rows import read
 from var.needs import Need
+from var.optim import MasterAdamW, state_size
 from var.pretrained import blocks
 from var.progress import say
+from var.resuming import room
 
 if TYPE_CHECKING:
     from var.build import Run
@@ -63,9 +66,10 @@ def memory(run: "Run") -> None:
     layer = 14 * config.hidden_size + 3 * config.intermediate_size  # kept for the backward pass, per token and layer
     layers = config.num_hidden_layers
     optimizer = cfg.optim.optimizer
-    copies = optimizer._target_.endswith("MasterAdamW")
-    states = "optimiser (two moments)" if not copies else "optimiser (two moments and float32 copies)"
-    states_size = trained * (12 if copies else 2 * width) / shards
+    kind = get_class(optimizer._target_)
+    copies, each = kind is MasterAdamW, state_size(kind, width)
+    kept = "two moments and float32 copies" if copies else "two moments" if each else "unknown"
+    states, states_size = f"optimiser ({kept})", trained * each / shards
     on_host = copies and optimizer.device == "cpu"
     stored = config.hidden_size * layers if run.pretrained.gradient_checkpointing else layer * layers
     parts = {
@@ -75,6 +79,11 @@ def memory(run: "Run") -> None:
         f"activations (estimate, {tokens:,} tokens)": tokens * stored * half,
         "logits (one chunk)": 3 * 256 * config.vocab_size * 4,
     }
+    ends = (trained * (width + each), parameters * model.dtype.itemsize)
+    say(
+        "Disk at the run's end: a checkpoint of {:.2f} GiB, beside the one before while it is written, and a model of "
+        "{:.2f}; room at {}: {:.2f} GiB".format(*(n / 2**30 for n in ends), cfg.runs, room(run.folder) / 2**30)
+    )
     say(f"Memory a device ({settings.world} in all, {cfg.strategy.name}, {settings.arithmetic}):")
     say(f"  parameters: {parameters:,} in {run.pretrained.quantization or cfg.model.dtype}")
     if run.adapter is not None:

@@ -79,3 +79,11 @@ class MasterAdamW(torch.optim.AdamW):
         super().load_state_dict({name: part for name, part in state_dict.items() if name != "masters"})
         for copy, saved in zip(self.masters, masters, strict=True):
             copy.copy_(saved)
+
+
+def state_size(kind: Any, width: int) -> int:
+    """Bytes that an optimiser keeps for a parameter of `width` bytes: Adam's two moments, MasterAdamW's with the copy.
+    0 where it is another, of which nothing is known."""
+    if not isinstance(kind, type) or not issubclass(kind, torch.optim.Adam):
+        return 0
+    return 3 * max(width, 4) if issubclass(kind, MasterAdamW) else 2 * width

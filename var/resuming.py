@@ -7,7 +7,7 @@ import signal
 import threading
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning
 import torch
@@ -15,8 +15,12 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loops.fit_loop import _FitLoop
 
+from var.optim import state_size
 from var.problems import UserError
 from var.progress import say
+
+if TYPE_CHECKING:
+    from var.module import AlignmentModule
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what SLURM and others send before they kill; USR1 where it is asked to
 
@@ -170,6 +174,29 @@ class Metadata(pickle.Unpickler):
         if not (dtype or (module, name) in plain or module == "torch.distributed.checkpoint.metadata"):
             raise pickle.UnpicklingError(f"{module}.{name}")
         return super().find_class(module, name)
+
+
+def refuse_full_disk(folder: Path, module: "AlignmentModule") -> None:
+    """A run ends with a checkpoint and the model: that they have no room is told before anything is computed."""
+    parameters = list(module.policy.parameters())
+    kind = getattr(module.optimizer, "func", None)  # Hydra's partial
+    state = sum(p.numel() * (p.itemsize + state_size(kind, p.itemsize)) for p in parameters if p.requires_grad)
+    model = sum(p.numel() * p.itemsize for p in parameters)
+    here = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and not file.is_symlink())
+    free = room(folder)
+    if state + model > free + here:
+        raise UserError(
+            f"runs: {folder.absolute()} has room for {free / 2**30:.2f} GiB, and the run ends with a checkpoint of "
+            f"{state / 2**30:.2f} and a model of {model / 2**30:.2f}. Make room, or set runs=<a folder elsewhere>"
+        )
+
+
+def room(folder: Path) -> int:
+    """Bytes that may be written there, whether it exists yet or not."""
+    there = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    return shutil.disk_usage(there).free
 
 
 def checkpoints(folder: Path) -> list[Path]:
