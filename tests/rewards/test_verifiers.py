@@ -1,11 +1,14 @@
 """Rewards of packages, on the packages themselves."""
 
+import ast
+import subprocess
 import sys
 import threading
 from importlib.metadata import version
 
 import pytest
 
+from tests.conftest import ROOT
 from var.data.sources.reasoning_gym import ReasoningGym as Source
 from var.data.sources.reasoning_gym import read_problem, written
 from var.problems import UserError
@@ -55,6 +58,22 @@ def test_math_of_many_keeps_the_order():
 
 def test_an_expression_that_would_take_forever_is_wrong_in_time():
     assert math("$9^{9^{9^9}}$", "5", timeout=1) == 0.0
+
+
+def test_a_power_that_would_take_forever_is_wrong_at_once():
+    """In a process of its own: Python computes it in one call, which nothing but a kill ends."""
+    pytest.importorskip("reasoning_gym")
+    texts = ["9**9**9**9", "9**(9**9)", "9**(99*99*99*99)", "((((9**99)**99)**99)**99)**99"]
+    script = (
+        "from tests.rewards.test_verifiers import PROMPT, ReasoningGym, Source\n"
+        "source = Source(task='puzzle24', size=1)\n"
+        "row = source.row(*next(source.records()))\n"
+        f"texts = {texts}\n"
+        "print(ReasoningGym(extract='none')([PROMPT] * len(texts), texts, [row.answer] * len(texts)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert all(score < 0.1 for score in ast.literal_eval(done.stdout))
 
 
 def test_math_runs_outside_the_main_thread_where_signals_do_not():

@@ -149,7 +149,8 @@ def _scorer(task: str, options: str) -> Callable[[str, dict[str, Any]], float]:
 
 
 def _parsed(text: str, local_dict: dict[str, Any] | None = None) -> Any:
-    """sympy's parse_expr of numbers, names, operators and FUNCTIONS alone; a ValueError at anything else."""
+    """sympy's parse_expr of numbers, names, operators and FUNCTIONS alone; a ValueError at anything else, and at a
+    power that could take forever: 9**9**9 is computed in one call, which no time limit ends."""
     import sympy
 
     plain = (ast.Expression, ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop, ast.Name, ast.Load)
@@ -158,7 +159,19 @@ def _parsed(text: str, local_dict: dict[str, Any] | None = None) -> Any:
         number = isinstance(node, ast.Constant) and isinstance(node.value, int | float)
         if not (call or number or isinstance(node, plain)):
             raise ValueError(f"{text[:60]!r} is no expression of numbers, names, operators and known functions")
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow) and not _quick(node):
+            raise ValueError(f"{text[:60]!r} has a power whose exponent is neither small nor simple")
     return sympy.parse_expr(text, local_dict=local_dict)
+
+
+def _quick(power: ast.BinOp) -> bool:
+    """An exponent of numbers to 100 and one operation, and at most three powers of one another: 9**1000000 at most."""
+    exponent, base = list(ast.walk(power.right)), list(ast.walk(power.left))
+    numbers = [part.value for part in exponent if isinstance(part, ast.Constant)]
+    small = all(isinstance(number, int | float) and abs(number) <= 100 for number in numbers)
+    operations = [part.op for part in exponent if isinstance(part, ast.BinOp)]
+    powers = sum(isinstance(part, ast.Pow) for part in base)
+    return small and len(operations) <= 1 and ast.Pow not in map(type, operations) and powers <= 2
 
 
 def _stripped(word: str) -> str:
