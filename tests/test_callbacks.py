@@ -50,7 +50,7 @@ def test_a_low_effective_sample_size_is_told_once_with_its_cause(
     data = SimpleNamespace(facts={"weights": whole})
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
     trainer: Any = SimpleNamespace(datamodule=data, loggers=[], optimizers=[optimizer], current_epoch=0, world_size=1)
-    module: Any = SimpleNamespace(log=lambda *_, **__: None, gradient_norm=None, skipped=0)
+    module: Any = SimpleNamespace(log=lambda *_, **__: None, gradient_norm=None, skipped=0, rate=0.1)
     module.take_metrics = lambda: {"loss": 1.0, "weight/mean": 1.0, "weight/square": 4.0}
     watch._log(trainer, module, 5)
     watch._log(trainer, module, 6)

@@ -241,6 +241,8 @@ def test_value_is_capped_in_units_of_the_mean():
     assert_close(weights(Value(), data, 0.5), f64(1.9640275800758169, 0.0359724199241831))
     assert_close(weights(Value(cap=1.5), data, 0.5), f64(1.5, 0.0359724199241831))
     assert_close(VAR(estimator=Value(cap=1.5), temperature=0.5).weights(data).mean(), f64(1.0)[0])
+    # what is cut off lowers the mean, and division by it lifts the largest above the cap again
+    assert_close(VAR(estimator=Value(cap=1.5), temperature=0.5).weights(data)[:1], f64(3 / 1.5359724199241831))
 
 
 def sampled() -> Table:
@@ -301,7 +303,8 @@ def test_huge_rewards_and_a_small_temperature_stay_finite(scale):
     ):  # fmt: skip
         found = VAR(estimator=estimator, temperature=0.01).weights(data)
         assert bool(found.isfinite().all()), estimator
-        assert_close(found.mean(), f64(1.0)[0], rtol=1e-6, atol=0)
+        kept = found if estimator.planned else found[found > 0]  # no row trains whose weight vanishes
+        assert_close(kept.mean(), f64(1.0)[0], rtol=1e-6, atol=0)
 
 
 def test_kappa_holds_however_far_rewards_are_from_zero():

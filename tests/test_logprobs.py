@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.conftest import tiny_config, tiny_model
 from var import logprobs
-from var.logprobs import HEAD_CHUNK, Layout, attention, packed_attention, token_logps
+from var.logprobs import HEAD_CHUNK, Layout, attention, packed_attention, refuse_longer, token_logps
 from var.module import cross_logps
 from var.packing import Segment, pack, pack_tree
 from var.policy import Policy
@@ -139,14 +139,19 @@ def test_the_trap_of_native_packing(model: Any):
 
 
 def test_packed_attention_refuses_a_call_without_segments_or_with_a_mask(model: Any):
-    tokens = torch.tensor([[1, 2, 3]])
-    with pytest.raises(RuntimeError, match="takes a layout and no mask; the model was not called through Policy"):
+    tokens, unmarked = (
+        torch.tensor([[1, 2, 3]]),
+        "does not hand on to its attention where a packed row's sequences begin",
+    )
+    with pytest.raises(UserError, match=f"LlamaAttention {unmarked}; models of this family cannot be packed"):
         model(input_ids=tokens)
     q = k = v = torch.randn(1, 2, 3, 4)
-    with pytest.raises(RuntimeError, match="takes a layout and no mask"):
+    with pytest.raises(UserError, match="makes a mask of its own for its attention; models of this family cannot be"):
         packed_attention(model, q, k, v, torch.ones(3, 3), layout=Layout((Segment(0, 3),)))
-    with pytest.raises(RuntimeError, match="takes a layout and no mask"):
+    with pytest.raises(UserError, match=unmarked):
         model.generate(tokens, max_new_tokens=1)
+    with pytest.raises(UserError, match=f"StableLmAttention {unmarked}"):
+        Policy(family("stablelm").float())(pack(IDS, STARTS))
     assert packed_attention(model, q, k, v, None, layout=Layout((Segment(0, 3),)))[0].shape == (1, 3, 2, 4)
 
 
@@ -309,6 +314,28 @@ def test_a_sequence_beyond_the_sliding_window_is_an_error():
             policy(pack_tree([[1] * 5], [[[2] * 5]]))
 
 
+@pytest.mark.parametrize(
+    ("kind", "more", "most", "words"),
+    [
+        ("mistral", {"sliding_window": 8}, 8, "mistral attends within a sliding window of 8, and the longest answer"),
+        ("qwen2", {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0}, 8, "sliding window of 8"),
+        ("qwen2", {"sliding_window": 8}, None, ""),
+        ("gpt2", {"n_positions": 16}, 16, "gpt2 knows 16 positions, and the longest answer has 17 tokens; lower data"),
+        ("llama", {"max_position_embeddings": 16}, None, ""),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+                   "max_position_embeddings": 16}, 16, "by its longest sequence, where that is beyond 16 tokens"),
+        ("phi3", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4,
+                  "long_factor": [2.0] * 4}, "original_max_position_embeddings": 8}, 8, "beyond 8 tokens"),
+    ],
+)  # fmt: skip
+def test_lengths_that_a_family_gets_wrong_are_told_ahead(kind: str, more: dict[str, Any], most: int | None, words: str):
+    config = AutoConfig.for_model(kind, **{"hidden_size": 32, "num_attention_heads": 4, **more})
+    refuse_longer(config, "packed", most or 10_000, "answer")
+    if most is not None:
+        with pytest.raises(UserError, match=words):
+            refuse_longer(config, "packed", most + 1, "answer")
+
+
 def test_a_model_that_changes_its_logits_after_the_head_is_an_error():
     with pytest.raises(UserError, match=r"cohere sets logit_scale=0\.0625, which .* does not apply"):
         Policy(family("cohere"))
@@ -326,7 +353,8 @@ def test_a_model_that_changes_its_logits_after_the_head_is_an_error():
     [
         ("lfm2", {"layer_types": ["conv", "full_attention"]}, "lfm2 has layers of conv"),
         ("mamba", {"state_size": 8}, "mamba has layers of linear_attention"),
-        ("bloom", {"n_head": 4}, "bloom has attention of its own"),
+        ("bloom", {"n_head": 4}, "bloom has positions of its own"),
+        ("bart", {"d_model": 32, "decoder_attention_heads": 4}, "bart has positions of its own"),
     ],
 )
 def test_a_model_that_would_let_packed_rows_see_each_other_is_an_error(kind: str, more: dict[str, Any], what: str):

@@ -11,6 +11,7 @@ import var.logprobs  # noqa: F401  registers the packed attention
 from tests.conftest import spread, tiny_config
 from var.packing import whole
 from var.policy import Scorer
+from var.problems import UserError
 
 draw = random.Random(0)
 IDS = [[draw.randrange(1, 256) for _ in range(draw.randint(1, 14))] for _ in range(8)]
@@ -61,6 +62,19 @@ def test_a_score_is_that_of_the_sequence_alone_whatever_batch_and_order(build: A
         mixed = scorer(whole([IDS[i] for i in order]))
     for scores in (single, together, mixed[torch.tensor(order).argsort()]):
         assert_close(scores.double(), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"), [("bloom", {"n_head": 4}), ("qwen3_next", {"layer_types": ["linear_attention"] * 2})]
+)
+def test_a_reward_model_that_reads_its_neighbours_is_an_error(kind: str, more: dict[str, Any]):
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    sizes = {"vocab_size": 264, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_labels": 1}
+    config = AutoConfig.for_model(kind, **sizes, **more)
+    model = AutoModelForSequenceClassification.from_config(config, attn_implementation="packed")
+    with pytest.raises(UserError, match="sequences can only be packed for plain attention"):
+        Scorer(model)
 
 
 @pytest.mark.parametrize("pad", [None, 9])

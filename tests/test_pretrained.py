@@ -1,5 +1,6 @@
 """Loading and saving: what is refused, what the hash of the weights tells, and that an exported model is whole."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,26 @@ def test_dropout_is_off_in_training_mode_too(tmp_path: Path):
         assert torch.equal(policy(batch), reference(batch))
 
 
+@pytest.mark.parametrize("kind", ["opt", "starcoder2", "bloom"])
+def test_dropout_is_off_whatever_a_family_calls_it(kind: str, tmp_path: Path):
+    """OPT and StarCoder drop by rates of their own in their forward; Bloom's attribute of the name is a module."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"vocab_size": 264, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    more = {
+        "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.5},
+        "starcoder2": {"num_key_value_heads": 2, "intermediate_size": 48, "residual_dropout": 0.5},
+        "bloom": {"n_head": 4, "n_layer": 2, "hidden_dropout": 0.5},
+    }[kind]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **more))
+    tokens = torch.tensor([[256, 1, 2, 3, 4]])
+    with torch.no_grad():
+        assert not torch.equal(model.train()(tokens).logits, model(tokens).logits)
+        loaded = pretrained(saved(tmp_path / "m", model), tmp_path).load().train()
+        loaded.set_attn_implementation("eager")
+        assert torch.equal(loaded(tokens).logits, loaded(tokens).logits)
+
+
 def test_dropout_modules_are_off_too(tmp_path: Path):
     """GPT-2 drops by modules, at embeddings, attention and residuals: NVIDIA's NeMo-Aligner #227."""
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -204,6 +225,42 @@ def test_an_empty_model_is_filled_from_the_file(tied: bool, tmp_path: Path):
         assert torch.equal(ours, theirs), name
 
 
+def test_files_that_name_the_weights_otherwise_are_told_apart(tmp_path: Path):
+    """transformers joins a mixture's experts as it loads, and what reads the file by the model's names finds none."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    files = pretrained(saved(tmp_path / "m", tiny_model()), tmp_path)
+    assert files.fills(files.empty())
+    config = MixtralConfig(
+        vocab_size=264, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=2,
+    )  # fmt: skip
+    mixture = pretrained(saved(tmp_path / "mixture", MixtralForCausalLM(config)), tmp_path)
+    assert not mixture.fills(mixture.empty())
+
+
+def test_a_family_with_a_list_of_attentions_of_its_own_is_an_error(tmp_path: Path):
+    from transformers import GPTNeoConfig, GPTNeoForCausalLM
+
+    config = GPTNeoConfig(vocab_size=264, hidden_size=32, num_layers=1, num_heads=4, attention_types=[[["global"], 1]])
+    with pytest.raises(
+        UserError, match=r"gpt_neo chooses its attention from a list of its own, without packed; models"
+    ):
+        pretrained(saved(tmp_path / "m", GPTNeoForCausalLM(config)), tmp_path).load()
+
+
+def test_code_that_a_model_brings_is_not_run_unless_it_is_allowed(tmp_path: Path):
+    folder = saved(tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    del config["model_type"]
+    (folder / "config.json").write_text(
+        json.dumps({**config, "auto_map": {"AutoConfig": "own.Own"}, "model_type": "own"})
+    )
+    for ask in ("config", "chat"):
+        with pytest.raises(UserError, match=r"brings code of its own; read it, and run it by model\.trust_remote_code"):
+            getattr(pretrained(folder, tmp_path), ask)
+
+
 def exported(folder: Path, model: Any, template: str = TEMPLATE) -> Chat:
     """A base model's export: the tokenizer has no template, the config has."""
     chat = Chat(byte_tokenizer(None), template)
@@ -249,6 +306,22 @@ def test_an_exported_model_stops_where_training_taught_it_to(tmp_path: Path):
     assert GenerationConfig.from_pretrained(tmp_path / "eos").eos_token_id == 257
     exported(tmp_path / "other", tiny_model(), template=TEMPLATE.replace("'<end>'", "'<system>'"))
     assert GenerationConfig.from_pretrained(tmp_path / "other").eos_token_id == 260
+
+
+def test_settings_of_a_model_that_contradict_each_other_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """A temperature without sampling: transformers reads it with a warning, and does not write it."""
+    from transformers import GenerationConfig
+
+    folder = saved(tmp_path / "m")
+    (folder / "generation_config.json").write_text('{"temperature": 0.9, "top_p": 0.6, "pad_token_id": -1}')
+    exported(tmp_path / "out", pretrained(folder, tmp_path).load())
+    found = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (found.eos_token_id, found.temperature, found.pad_token_id) == (257, None, None)
+    assert "generation_config contradicts itself, and is exported without it" in capsys.readouterr().out.replace(
+        "\n", " "
+    )
 
 
 def test_the_card_says_how_the_model_was_made(tmp_path: Path):

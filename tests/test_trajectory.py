@@ -16,6 +16,8 @@ from torch.testing import assert_close
 from tests.conftest import ROOT, composed
 from tests.e2e.test_commands import only
 from var.build import Run
+from var.module import AlignmentModule
+from var.problems import UserError
 
 pytestmark = pytest.mark.trajectory
 
@@ -91,6 +93,24 @@ def test_stored_and_live_reference_give_one_curve(loss: str, options: list[str],
     assert apart < 0.02 * moved
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_live_weight_is_the_stored_one_where_others_vanish(seed: int, options: list[str], tmp_path: Path) -> None:
+    """Beside an answer of 3 letters one of 900 has the weight 0 under summed log π_ref, the first of the plan too."""
+    path = tmp_path / "long.jsonl"
+    with path.open("w") as file:
+        for i in range(8):
+            row = {"id": f"r{i}", "prompt": "?", "responses": [{"text": "ab" * (2 if i % 2 else 450), "score": i % 3}]}
+            file.write(json.dumps(row) + "\n")
+    more = (
+        f"data.path={path}", "loss=var_sum", "data.micro_batch=2", "data.global_batch=4", f"data.seed={seed}",
+        "trainer.epochs=1", "data.max_length=1024", "loss.temperature_unit=reward",
+    )  # fmt: skip
+    stored, live = (fit(options, tmp_path / name, *more, f"reference={name}") for name in ("stored", "live"))
+    expected = column(stored[2], "train/weight/mean")
+    assert max(expected) > 0.5
+    assert_close(column(live[2], "train/weight/mean"), expected, rtol=2e-5, atol=2e-5)
+
+
 def test_a_live_reference_is_loaded_once(options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside the policy."""
     from var.pretrained import Pretrained
@@ -99,6 +119,41 @@ def test_a_live_reference_is_loaded_once(options: list[str], tmp_path: Path, mon
     monkeypatch.setattr(Pretrained, "load", lambda self: (loaded.append(self.path), real(self))[1])
     fit(options, tmp_path / "run", "loss=dpo", "data.micro_batch=4", "reference=live", "trainer.max_steps=1")
     assert len(loaded) == 2
+
+
+def test_rewards_that_weigh_are_told_to_be_negative_before_anything_trains(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AlignmentModule, "training_step", lambda *_: pytest.fail("trained"))
+    for loss in ("wbc", "rgold", "rlol"):
+        with pytest.raises(
+            UserError, match=r"and \d+ of 39 are negative, the lowest -\d\.\d+ of row r\d+#\d; set reward"
+        ):
+            fit(options, tmp_path / "run", f"loss={loss}")
+
+
+def test_single_answers_to_kto_are_told_of_its_threshold(options: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "single.jsonl"
+    path.write_text("".join(
+        json.dumps({"id": f"r{i}", "prompt": f"{i}?", "responses": [{"text": "yes", "score": i % 2}]}) + "\n"
+        for i in range(8)
+    ))  # fmt: skip
+    more = (f"data.path={path}", "loss=kto", "data.micro_batch=4", "data.global_batch=4", "trainer.max_steps=1")
+    with pytest.raises(UserError, match=r"no row has two: for single ones set loss\.threshold"):
+        fit(options, tmp_path / "run", *more)
+    run, _, _ = fit(options, tmp_path / "run", *more, "loss.threshold=0.5")
+    assert run.data.facts["desirable sequences"] == 4
+
+
+def test_the_rate_that_is_logged_is_the_one_of_the_step(options: list[str], tmp_path: Path) -> None:
+    more = (
+        "trainer.max_steps=4",
+        "optim.schedule.kind=linear",
+        "optim.schedule.warmup=0",
+        "trainer.log_every_n_steps=1",
+    )
+    _, _, rows = fit(options, tmp_path / "run", *more)
+    assert column(rows, "train/lr") == pytest.approx([3e-3, 2.25e-3, 1.5e-3, 0.75e-3])
 
 
 def _start(run: Run) -> dict[str, torch.Tensor]:

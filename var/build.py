@@ -211,6 +211,9 @@ class Run:
         # a reward model's new head, and an adapter, are in no file
         meta = cfg.strategy.name == "fsdp" and self.adapter is None and pretrained.base is None and not scorer
         model = (pretrained.empty if meta else pretrained.load_scorer if scorer else pretrained.load)()
+        if meta and not pretrained.fills(model):
+            warn("strategy=fsdp: the model's files name its weights otherwise, so each process loads all of it first")
+            meta, model = False, pretrained.load()
         if self.adapter is not None:
             model = self.adapter.attach(model, pretrained)
         policy: Policy | ActorCritic | Scorer = Scorer(model.train()) if scorer else Policy(model.train())

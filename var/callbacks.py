@@ -159,7 +159,7 @@ class StepMetrics(Callback):
             metrics["train/grad_norm"] = float(module.gradient_norm)
         if module.skipped:
             metrics["train/skipped"] = float(module.skipped)
-        metrics["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+        metrics["train/lr"] = module.rate
         metrics["train/epoch"] = float(trainer.current_epoch)
         metrics["throughput/tokens_per_second"] = self.tokens_per_second * trainer.world_size
         metrics["throughput/share_waiting_for_data"] = self.waited / max(self.seconds + self.waited, 1e-9)

@@ -15,8 +15,9 @@ from var.annotate.fill import Annotator, Ranks, Triples, refuse_unanswered, refu
 from var.data.plan import ABSENT, Plan, Share, draw, make_plan
 from var.data.rows import Rows, Source, content_hash, read
 from var.data.sequences import Sequences, choose, encode, needs_rewards
-from var.estimators import Table, health, uninformative, within_prompt_deviation
+from var.estimators import Table, health, log_mean, uninformative, within_prompt_deviation
 from var.generate import Sampling, Transformers
+from var.logprobs import refuse_longer
 from var.needs import Need
 from var.packing import Packed, pack, whole
 from var.problems import Problems, UserError
@@ -146,6 +147,7 @@ class AlignmentData(lightning.LightningDataModule):
         if self.live and not needs & {Need.REFERENCE_LOGPS, Need.CROSS_LOGPS}:
             raise UserError("this loss asks nothing of the reference in a step, so reference=live does nothing here")
         self.sequences = self._sequences(needs)
+        self._refuse_longer((self.sequences.start + self.sequences.length).max(), "sequence")
         rewards = self._rewards() if Need.REWARDS in needs or Need.ADVANTAGES in needs else None
         weights = self._own_weights(needs, rewards)
         train = np.arange(len(self.sequences))
@@ -154,6 +156,13 @@ class AlignmentData(lightning.LightningDataModule):
         if Need.ADVANTAGES in needs:
             train = self._advantages(rewards)
         self._make_plan(needs, train)
+        if needs & {Need.CROSS_LOGPS, Need.MISMATCHED_LOGPS}:
+            present = self.members != ABSENT
+            prompt, response = (
+                np.where(present, part[self.members], 0).max(1)
+                for part in (self.sequences.start, self.sequences.length)
+            )
+            self._refuse_longer((prompt + response).max(), "prompt with a response of its micro-batch")
         if Need.CROSS_REWARDS in needs:
             weights = self._planned_weights(needs, rewards)
         elif Need.REFERENCE_LOGPS in needs and not self.live:
@@ -222,12 +231,21 @@ class AlignmentData(lightning.LightningDataModule):
         if needs_rewards(self.rows, responses):
             rewards = self.annotator.row_rewards(self.rows)
         choice = choose(self.rows, responses, rewards)
+        if both and not pairs and not len(choice.row):
+            raise UserError(
+                "this loss takes the better of a row's two responses as desirable, and no row has two: for single ones "
+                "set loss.threshold, the reward above which a response is desirable"
+            )
         self.facts["responses"] = responses
         self._better = choice.row[0::2], choice.response[0::2]
         cache = self.annotator.cache
         if Need.SCALAR_HEAD in needs and len(self.validation):
             self.validation_pairs = self._validation_pairs()
         return encode(self.rows, choice, self.annotator.chat, settings.max_length, settings.overlong, pairs, cache)
+
+    def _refuse_longer(self, longest: int, what: str) -> None:
+        pretrained = self.annotator.reference.pretrained
+        refuse_longer(pretrained.config, pretrained.attention, int(longest), what)
 
     def _validation_pairs(self) -> Sequences | None:
         """Pairs of the held-out rows, for a reward model's accuracy; None where they have none."""
@@ -285,6 +303,7 @@ class AlignmentData(lightning.LightningDataModule):
         if settings.responses not in ("auto", "sampled"):
             raise UserError(f"an online loss samples its own answers; data.responses={settings.responses} does nothing")
         prompts = self._fitting(np.sort(np.unique(self.rows.keys, return_index=True)[1]))
+        self._refuse_longer(settings.max_length, "prompt with its answer")
         size = np.full(len(prompts), self.sampling.responses)
         # not the table's fingerprint: that is of the cache's file, its place and its time
         self.content = content_hash(self.rows.keys.tobytes().hex(), self.rows.table["answer"][:]).hex()[:16]
@@ -327,7 +346,14 @@ class AlignmentData(lightning.LightningDataModule):
             refuse_unscored(sequences.tokens(i)[2] for i in np.flatnonzero(np.isnan(raw)).tolist())
         self.scale = self.scale.fitted(raw)
         self.facts["reward"] = {"mean": float(raw.mean()), "sd": float(raw.std()), "scale": self.scale.describe()}
-        return torch.from_numpy(np.array(self.scale(raw)))
+        scaled = np.array(self.scale(raw))
+        if getattr(self.loss, "rewards_weigh", False) and len(negative := np.flatnonzero(scaled < 0)):
+            lowest = int(scaled.argmin())
+            raise UserError(
+                f"this loss weighs responses by their rewards, and {len(negative)} of {len(scaled)} are negative, the "
+                f"lowest {scaled[lowest]:.4g} of row {sequences.tokens(lowest)[2]}; set reward_scale=sigmoid"
+            )
+        return torch.from_numpy(scaled)
 
     def _own_weights(self, needs: frozenset[Need], rewards: torch.Tensor | None) -> torch.Tensor | None:
         """[n] weights that need no plan: the data's column, or an estimator over the own rewards; else None."""
@@ -386,8 +412,9 @@ class AlignmentData(lightning.LightningDataModule):
         columns: dict[str, Any] = {"micro": torch.from_numpy(self.members)}
         if Need.REFERENCE_LOGPS in needs:
             logps = annotator.reference_logps(sequences, self.shares_prompts)
-            sums = [sum(values) for values in logps.to_pylist()]
-            columns["reference_logps"] = torch.tensor(sums, dtype=torch.float64)
+            flat = logps.flatten().to_numpy(zero_copy_only=False).astype(np.float64)
+            sums = np.add.reduceat(flat, np.cumsum(sequences.length) - sequences.length)
+            columns["reference_logps"] = torch.from_numpy(sums)
         raw = annotator.cross_rewards(self.rows, sequences, self.members)
         columns["cross_rewards"] = torch.from_numpy(self.scale(raw))
         if Need.CROSS_LOGPS in needs:
@@ -396,8 +423,7 @@ class AlignmentData(lightning.LightningDataModule):
         weights: torch.Tensor = self.loss.weights(table)
         if self.live:  # the module makes the weights of a step itself, and divides by the same mean
             self.temperature = self.loss.scaled_temperature(table)
-            ratio = self.loss.estimator(table, self.temperature) - weights.log()
-            self.log_mean_weight = float(ratio[self.members[0, 0]])
+            self.log_mean_weight = float(log_mean(self.loss.estimator(table, self.temperature)))
             self._columns["cross_rewards"] = table.cross_rewards
         return weights
 
@@ -414,7 +440,8 @@ class AlignmentData(lightning.LightningDataModule):
         self.facts["groups without signal, left out"] = len(groups)
         self.facts["sequences left out with them"] = int((~keep & silent).sum())
         if (~keep & ~silent).any():
-            self.facts["sequences left out under loss.min_weight"] = int((~keep & ~silent).sum())
+            what = "under loss.min_weight" if self.loss.min_weight else "whose weight is 0 beside the largest"
+            self.facts[f"sequences left out {what}"] = int((~keep & ~silent).sum())
         if not keep.any() and not silent.all():
             raise UserError(f"no weight reaches loss.min_weight={self.loss.min_weight}; lower it or raise λ")
         if not keep.any():

@@ -162,9 +162,11 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Value:
-    """exp((r − V(x))/λ), scaled to mean 1, capped, scaled again: advantage-weighted regression (Peng et al., 2019).
+    """exp((r − V(x))/λ), capped at `cap` times its mean, then divided by its mean again: advantage-weighted regression
+    (Peng et al., 2019).
 
-    V: ridge regression on the reference's hidden states of the prompt, cross-fitted by prompt. cap: > 1.
+    V: ridge regression on the reference's hidden states of the prompt, cross-fitted by prompt. cap: > 1; what it cuts
+    off lowers the mean, so the largest weight comes out above it.
     """
 
     cap: float = 5.0
@@ -189,7 +191,7 @@ class Sampled:
     """e^{r/λ} / ((1/K) Σ_k e^{r_k/λ}) over K responses that the reference sampled: the paper's 8∗ (its Table 7).
 
     candidates: K. seed: theirs, another than the data's, lest an answer be in its own normaliser where the data was
-    sampled too. cap: the largest weight, the mean being 1, as Value's; null for none.
+    sampled too. cap: as Value's; null for none.
     """
 
     candidates: int = 8
@@ -232,10 +234,13 @@ Estimator = InBatch | Grouped | Prompt | Value | Sampled | Global
 
 def normalise(log_weights: Tensor) -> Tensor:
     """[n] → [n]: log-weights whose weights have mean 1 over those that are not left out (-inf)."""
+    return log_weights - log_mean(log_weights)
+
+
+def log_mean(log_weights: Tensor) -> Tensor:
+    """Log of the mean weight over those that are not left out; 0 where all are."""
     kept = log_weights[log_weights > -torch.inf]
-    if not len(kept):
-        return log_weights
-    return log_weights - (kept.logsumexp(0) - np.log(len(kept)))
+    return kept.logsumexp(0) - np.log(len(kept)) if len(kept) else log_weights.new_zeros(())
 
 
 def group_size(group: Tensor) -> Tensor:
@@ -258,10 +263,15 @@ def group_log_softmax(logits: Tensor, group: Tensor) -> Tensor:
 
 def uninformative(table: Table) -> Tensor:
     """[n] bool: the rewards of the sequence's prompt are all equal, so they say nothing about which answer is good."""
-    groups = int(table.group.max()) + 1
-    high = table.rewards.new_full((groups,), -torch.inf).scatter_reduce(0, table.group, table.rewards, "amax")
-    low = table.rewards.new_full((groups,), torch.inf).scatter_reduce(0, table.group, table.rewards, "amin")
-    return (high == low)[table.group]
+    return _all_equal(table.rewards, table.group)[table.group]
+
+
+def _all_equal(rewards: Tensor, group: Tensor) -> Tensor:
+    """[G] bool: of a prompt's rewards."""
+    groups = int(group.max()) + 1
+    high = rewards.new_full((groups,), -torch.inf).scatter_reduce(0, group, rewards, "amax")
+    low = rewards.new_full((groups,), torch.inf).scatter_reduce(0, group, rewards, "amin")
+    return high == low
 
 
 def within_prompt_deviation(rewards: Tensor, group: Tensor) -> float | None:
@@ -271,7 +281,8 @@ def within_prompt_deviation(rewards: Tensor, group: Tensor) -> float | None:
     freedom = (count - 1).clamp(min=0).sum()
     if freedom == 0:
         return None
-    return float((((rewards - mean[group]) ** 2).sum() / freedom).sqrt())
+    deviation = (rewards - mean[group]).masked_fill(_all_equal(rewards, group)[group], 0.0)  # not their mean's rounding
+    return float((deviation**2).sum().div(freedom).sqrt())
 
 
 class Health(NamedTuple):

@@ -6,6 +6,7 @@ Sequences are packed into one row and attend each to itself (`packed_attention`,
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from inspect import signature
 from itertools import accumulate
 from typing import Any
 
@@ -27,6 +28,15 @@ LOGIT_CHANGES = {"final_logit_softcapping": None, "logits_scaling": 1, "logit_sc
 def refuse_inexact_attention(softcap: float | None, s_aux: Tensor | None) -> None:
     if softcap is not None or s_aux is not None:
         raise UserError("the model caps its attention or adds sinks to it, which packed attention does not apply")
+
+
+def refuse_unmarked(module: nn.Module, bounds: Any, attention_mask: Tensor | None) -> None:
+    """A family that does not hand on where its rows begin, or masks them by itself, would let them attend to others."""
+    if bounds is None or attention_mask is not None:
+        what = "does not hand on to its attention where a packed row's sequences begin"
+        if bounds is not None:
+            what = "makes a mask of its own for its attention"
+        raise UserError(f"{type(module).__name__} {what}; models of this family cannot be packed")
 
 
 class Layout:
@@ -57,8 +67,8 @@ def packed_attention(
     Called by transformers for each layer; `layout` comes from the model call. Without it rows would attend to
     each other, so its absence is an error, and so is a mask from elsewhere.
     """
-    if layout is None or attention_mask is not None:
-        raise RuntimeError("packed attention takes a layout and no mask; the model was not called through Policy")
+    refuse_unmarked(module, layout, attention_mask)
+    assert layout is not None
     segments = layout.segments
     if sliding_window is not None and any(
         s.stop - s.start + s.prefix_stop - s.prefix_start > sliding_window for s in segments
@@ -84,7 +94,7 @@ def packed_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
             )
         )
-    return torch.cat(out, dim=2).transpose(1, 2), None
+    return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
 
 
 @torch.compiler.disable
@@ -108,8 +118,8 @@ def varlen_attention(
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    if cu_seq_lens_q is None or attention_mask is not None:
-        raise RuntimeError("varlen attention takes rows' bounds and no mask; the model was not called through Policy")
+    refuse_unmarked(module, cu_seq_lens_q, attention_mask)
+    assert cu_seq_lens_q is not None
     refuse_inexact_attention(softcap, s_aux)
     q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
@@ -152,9 +162,30 @@ def refuse_inexact_head(config: Any) -> None:
 def refuse_leaks(model: Any) -> None:
     """A model that carries one token to the next past the attention would let packed rows see each other: an error."""
     kinds = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if kinds or model._is_stateful or not model._can_set_attn_implementation():
-        what = f"layers of {', '.join(sorted(kinds))}" if kinds else "attention of its own"
+    counts = "position_ids" not in signature(model.base_model.forward).parameters  # from the packed row's beginning
+    if kinds or counts or model._is_stateful or not model._can_set_attn_implementation():
+        what = "positions of its own" if counts else "attention of its own"
+        what = f"layers of {', '.join(sorted(kinds))}" if kinds else what
         raise UserError(f"{model.config.model_type} has {what}; sequences can only be packed for plain attention")
+
+
+def refuse_longer(config: Any, attention: str, longest: int, what: str = "sequence") -> None:
+    """Sequences that a model takes, and the engine would get wrong or not at all: told before anything is scored."""
+    advice = f"the longest {what} has {longest} tokens; lower data.max_length"
+    window, layers = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    slides = getattr(config, "use_sliding_window", True) and (layers is None or "sliding_attention" in layers)
+    if window and slides and attention == "packed" and longest > window:
+        raise UserError(f"{config.model_type} attends within a sliding window of {window}, and {advice}")
+    rope, table = getattr(config, "rope_parameters", None), getattr(config, "max_position_embeddings", None)
+    if table and not rope and longest > table:
+        raise UserError(f"{config.model_type} knows {table} positions, and {advice}")
+    if rope and rope.get("rope_type") in ("dynamic", "longrope"):
+        trained = rope.get("original_max_position_embeddings") or table
+        if trained and longest > trained:
+            raise UserError(
+                f"{config.model_type} turns all of a packed row by its longest sequence, where that is beyond "
+                f"{trained} tokens (positions of kind {rope['rope_type']}), and {advice}"
+            )
 
 
 def hidden_states(backbone: Any, batch: Packed) -> Tensor:

@@ -73,6 +73,7 @@ class AlignmentModule(lightning.LightningModule):
         self.nonfinite, self._fill = nonfinite, fill
         self.skipped = 0  # optimiser steps that were left out
         self.gradient_norm: Tensor | None = None  # of the last optimiser step, before it was clipped
+        self.rate = 0.0  # of the last optimiser step; the optimiser's own is the next one's by the time it is logged
         self._window: list[tuple[tuple[str, ...], Tensor]] = []  # names and loss of its micro-batches
         self._sums: dict[str, Tensor] = {}
         self.strict_loading = all(p.requires_grad for p in policy.parameters())  # see on_save_checkpoint
@@ -169,6 +170,7 @@ class AlignmentModule(lightning.LightningModule):
 
         A norm that is not finite is no step: see `nonfinite`. It is the same on every rank.
         """
+        self.rate = optimizer.param_groups[0]["lr"]
         window, self._window = self._window, []
         parameters = [p for p in self.policy.parameters() if p.grad is not None]
         if not parameters:  # DeepSpeed keeps gradients, and clips them, by itself

@@ -147,6 +147,8 @@ class Scorer(nn.Module):
         super().__init__()
         self.model = model
         self.packed = hasattr(model, "score") and model.config._attn_implementation == "packed"
+        if self.packed:
+            refuse_leaks(model)
 
     def forward(self, batch: Packed) -> Tensor:
         """Returns [B], raw logits in fp32 or better. The batch's segments are whole sequences."""

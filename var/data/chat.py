@@ -120,14 +120,21 @@ class Chat:
         if not (full.startswith(opened) and full.endswith(self.suffix)):
             raise ValueError(f"the template renders the prompt differently once it is answered: {opened[-40:]!r}")
         tokens = self._tokens(full, return_offsets_mapping=True)
-        ids, offsets = list(tokens["input_ids"]), tokens["offset_mapping"]
+        ids, offsets = list(tokens["input_ids"]), list(tokens["offset_mapping"])
         begin, end = len(opened), len(full) - len(self.suffix)
         start = next((t for t, (low, high) in enumerate(offsets) if high > begin), len(ids))
-        if ids[:start] != list(self._tokens(opened)["input_ids"]):  # offsets alone miss it where spaces are trimmed
-            raise ValueError(
-                "one token spans the end of the prompt and the begin of the response, so the prompt's tokens are no "
-                "prefix of the row's"
-            )
+        before = list(self._tokens(opened)["input_ids"])
+        if ids[:start] != before:  # offsets alone miss it where spaces are trimmed
+            # one token spans the end of the prompt and the begin of the response, as "\n" and "    return": apart, as
+            # the policy has them when it answers
+            rest = self._tokens(full[begin:], return_offsets_mapping=True)
+            ids, start = before + list(rest["input_ids"]), len(before)
+            offsets = [(0, 0)] * start + [(low + begin, high + begin) for low, high in rest["offset_mapping"]]
+            if self.tokenizer.decode(ids, clean_up_tokenization_spaces=False) != full:
+                raise ValueError(
+                    "one token spans the end of the prompt and the begin of the response, and apart they are another "
+                    "text"
+                )
         after = [t for t, (_, high) in enumerate(offsets) if high > end and t >= start]
         stop = next((t for t in after if ids[t] == self.end_token), None)
         if stop is None:

@@ -164,7 +164,7 @@ def _write(rows: Rows, choice: Choice, chat: Chat, max_length: int, overlong: st
 
     problems = Problems("rows that cannot be tokenised")
     counts: Counter[str] = Counter()
-    ended = total = 0
+    advice, ended, total = "", 0, 0
     unit = 2 if pairs else 1
     content = hashlib.sha256()
     with (
@@ -188,6 +188,7 @@ def _write(rows: Rows, choice: Choice, chat: Chat, max_length: int, overlong: st
                     if overlong == "error" or (full and overlong == "cut"):
                         what = f"its prompt alone has {encoded.start} tokens" if full else f"it has {len(ids)} tokens"
                         problems.add(f"row {name}", f"{what}; data.max_length={max_length}")
+                        advice = "Set data.overlong=drop to leave overlong rows out, or raise data.max_length."
                     if overlong == "drop":
                         counts[
                             "sequences dropped as overlong" if not full else "sequences whose prompt fills the limit"
@@ -221,8 +222,8 @@ def _write(rows: Rows, choice: Choice, chat: Chat, max_length: int, overlong: st
         writer.finalize()
         if total and not ended:
             what = "none ends with the template's end token; the model would never learn to stop"
-            advice = "raise data.max_length, or generate.max_new_tokens for sampled ones"
-            problems.add("all rows", f"{what}. Every response was cut: {advice}")
-        problems.check("Set data.overlong=drop to leave overlong rows out, or raise data.max_length.")
+            cause = "raise data.max_length, or generate.max_new_tokens for sampled ones"
+            problems.add("all rows", f"{what}. Every response was cut: {cause}")
+        problems.check(advice)
     done = {"counts": {k: v for k, v in counts.items() if v}, "content": content.hexdigest()[:16], "ended": int(ended)}
     finish(target, done)

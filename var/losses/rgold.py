@@ -24,6 +24,8 @@ class RGOLD:
         if not 0 <= self.floor < 1:
             raise UserError(f"loss.floor lies in [0, 1), got {self.floor}; every token weighing 1 is loss=wbc")
 
+    rewards_weigh = True  # see weighing_rewards; the data module refuses negative ones ahead
+
     @property
     def needs(self) -> frozenset[Need]:
         return frozenset({Need.REWARDS})

@@ -31,6 +31,8 @@ class RLoL:
             raise UserError("loss.ratio is sequence or token here; without a ratio this is loss=wbc")
         check_ratio(self.ratio, self.clip)
 
+    rewards_weigh = True  # see weighing_rewards; the data module refuses negative ones ahead
+
     @property
     def needs(self) -> frozenset[Need]:
         return frozenset({Need.REWARDS, Need.REFERENCE_LOGPS})

@@ -45,9 +45,11 @@ class VAR:
 
     def weights(self, table: Table) -> Tensor:
         """[n] float64 of mean 1 over the rows that train; 0 for those left out."""
-        weights = normalise(self.estimator(table, self.scaled_temperature(table))).exp()
-        if self.min_weight:
-            weights = normalise(weights.masked_fill(weights < self.min_weight, 0.0).log()).exp()
+        log_weights = normalise(self.estimator(table, self.scaled_temperature(table)))
+        weights = log_weights.exp()
+        small = (weights < self.min_weight) | ((weights == 0) & (log_weights > -torch.inf))
+        if small.any() and not self.estimator.planned:  # a weight too small for a float trains no more than a 0
+            weights = normalise(weights.masked_fill(small, 0.0).log()).exp()
         return weights
 
     def scaled_temperature(self, table: Table) -> float:
@@ -57,8 +59,9 @@ class VAR:
         sigma = within_prompt_deviation(table.rewards, table.group)
         if not sigma:
             raise UserError(
-                "loss.temperature_unit=sd needs prompts whose responses differ in reward; set data.responses=both or "
-                "all, or loss.temperature_unit=reward"
+                "loss.temperature_unit=sd needs prompts whose responses differ in reward, and here none do: take "
+                "several responses a prompt (data.responses=both or all, generate.responses), other prompts or another "
+                "reward, or set loss.temperature_unit=reward"
             )
         return self.temperature * sigma
 

@@ -17,6 +17,8 @@ from var.problems import UserError
 class WBC:
     """No settings. Rewards must not be negative: reward_scale brings them there."""
 
+    rewards_weigh = True  # see weighing_rewards; the data module refuses negative ones ahead
+
     @property
     def needs(self) -> frozenset[Need]:
         return frozenset({Need.REWARDS})
