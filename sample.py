@@ -19,6 +19,8 @@ def main(cfg: DictConfig) -> None:
     if OmegaConf.is_missing(cfg, "out"):
         raise UserError("out must be given: out=rows.jsonl")
     out = Path(cfg.out)
+    if out.is_dir():
+        raise UserError(f"out={out} is a folder; name a file in it: out={out / 'rows.jsonl'}")
     with open_dict(cfg):
         del cfg.out
     config.check(cfg, config.TRAIN, imports=False)
@@ -29,9 +31,8 @@ def main(cfg: DictConfig) -> None:
     from var.files import atomic
     from var.progress import say
 
-    out.parent.mkdir(parents=True, exist_ok=True)
     run = Run.compose(cfg, Path("."))
-    run.annotator.check()
+    run.annotator.check(out=out.parent)
     rows = read(run.data.source, run.annotator.cache).head(run.data.settings.limit)
     refuse_unanswered(run.annotator.reward, rows)
     texts = run.annotator.sampled(rows, run.data.sampling)

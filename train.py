@@ -26,6 +26,7 @@ def main(cfg: DictConfig) -> float | None:
         say(f"This very run is finished: {folder}. resume=false runs it anew, in another folder.")
         done = json.loads((folder / "summary.json").read_text())
         summary.show(done)
+        summary.warn_of_newer_data(cfg, folder)
         return None if done["reward"] is None else float(done["reward"])
 
     from lightning import seed_everything

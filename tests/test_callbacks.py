@@ -1,14 +1,18 @@
 """metrics.csv over a resume, the warning on weights, and metrics that are exact means."""
 
 import csv
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from var.callbacks import Curves, StepMetrics
+from var.callbacks import Curves, PlanFile, StepMetrics, Validation, _judged, _with_error
+from var.evaluate.judge import Judgement
+from var.evaluate.validation import Answers, clustered, win_rate
 from var.losses.weighted import Mean
 from var.module import AlignmentModule, Schedule
 
@@ -68,6 +72,53 @@ def test_metrics_are_sums_over_sums_not_means_of_means() -> None:
     assert module.take_metrics() == {"nll": 2.0}
     assert not module._sums
     assert Mean(torch.tensor(5.0), 1.0).number == 1.0
+
+
+def test_a_judges_curve_counts_ties_half_as_the_rewards_does() -> None:
+    """A win, two ties and a loss by the reward are a half by either; the judge's own win rate is a quarter."""
+    after, before = np.array([[2.0], [1.0], [1.0], [0.0]]), np.array([[1.0], [1.0], [1.0], [1.0]])
+    assert win_rate(after, before).mean() == 0.5
+    assert _judged({"win_rate": 25.0, "mean_score": 0.5}) == {"validation/judge_win_rate": 0.5}
+    assert _judged({"win_rate": None, "mean_score": None}) == _judged(None) == {}
+
+
+def test_a_judge_whose_every_game_fails_is_told_with_the_first_failure(capsys: pytest.CaptureFixture[str]) -> None:
+    rows: Any = [SimpleNamespace(id="a", prompt=(), answer=None)]
+    data: Any = SimpleNamespace(validation=SimpleNamespace(head=lambda n: rows[:n]))
+    answers = Answers([["x"]], np.array([[True]]), np.array([[1]]), None)
+    facts = {"max_errors": 0.05, "errors": {"failed": 2}, "first_failure": "400: no model"}
+    judge: Any = lambda pairs, advance: Judgement(["error"], np.array([np.nan]), [], facts)  # noqa: E731
+    watch = Validation(None, None, None, judge, None, None, Path())  # type: ignore[arg-type]
+    watch.before = answers
+    watch._verdicts(SimpleNamespace(is_global_zero=True), data, answers)  # type: ignore[arg-type]
+    assert "no win rate by the judge: 1 of 1 pairs are in error" in (printed := capsys.readouterr().out)
+    assert "The first that failed: 400: no model" in printed
+
+
+def test_a_single_prompt_has_a_point_and_no_error_in_the_curves() -> None:
+    assert _with_error("reward", clustered(np.array([[1.0, 2.0]]))) == {"reward": 1.5}
+    assert _with_error("reward", clustered(np.array([[1.0], [2.0]]))) == {"reward": 1.5, "reward_se": 0.5}
+
+
+def test_a_plan_that_is_cut_short_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = SimpleNamespace(tokens=np.ones(1))
+    data = SimpleNamespace(
+        members=np.zeros((1, 1)), plan=plan, rows_of_members=np.zeros(1), weights=None, records=lambda n: []
+    )
+    trainer: Any = SimpleNamespace(datamodule=data, is_global_zero=True)
+    PlanFile(tmp_path).on_fit_start(trainer, None)  # type: ignore[arg-type]
+    whole = (tmp_path / "plan.npz").read_bytes()
+    assert sorted(np.load(tmp_path / "plan.npz")) == ["micro", "row", "tokens"]
+
+    def full(*_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    plan.tokens = np.zeros(9)
+    with pytest.raises(OSError, match="No space left"):
+        PlanFile(tmp_path).on_fit_start(trainer, None)  # type: ignore[arg-type]
+    assert (tmp_path / "plan.npz").read_bytes() == whole
+    assert [path.name for path in tmp_path.iterdir() if path.name != "batches.jsonl"] == ["plan.npz"]
 
 
 SCHEDULE = Schedule(kind="cosine", warmup=0.2, floor=0.1)

@@ -13,9 +13,11 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from tests.conftest import ROOT, composed
+from var import config
 from var.build import Run, loggers
 from var.config import EVAL, FOLDER, TRAIN, check, fits, leaves, run_dir
 from var.evaluate.build import Evaluation
+from var.problems import UserError
 
 YAMLS = sorted(p.relative_to(FOLDER) for p in Path(FOLDER).rglob("*.yaml"))
 GIVEN = {  # what a user must give
@@ -202,6 +204,44 @@ def test_processes_beside_the_trainers_are_refused(tmp_path: Path, monkeypatch: 
         with pytest.raises(ValueError, match=r"4 processes were started, and trainer\.devices=\d times"):
             Run.compose(composed(*overrides), tmp_path)
     Run.compose(composed("trainer.devices=2", "trainer.num_nodes=2", "data.micro_batch=2"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "lines"),
+    [
+        (["eval.every_n_steps=0", "eval.judged=-1"], [
+            "eval.every_n_steps: must be at least 1, or null (only before and after training), got 0",
+            "eval.judged: must be at least 1, or null (all), got -1",
+        ]),
+        (["seed=-1"], ["seed=-1: a seed is at least 0 and below 2**32"]),
+        (["seed=4294967296"], ["seed=4294967296: a seed"]),
+        (["init="], ["init= is empty, as after init=$RUN of an unset variable"]),
+    ],
+)  # fmt: skip
+def test_values_that_mean_nothing_are_told_before_a_model_is_loaded(
+    overrides: list[str], lines: list[str], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError) as told:
+        Run.compose(composed(*overrides), tmp_path)
+    assert [line for line in lines if line not in str(told.value)] == []
+
+
+def test_a_file_where_a_folder_should_be_is_told_without_a_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    for fails in (
+        lambda: (tmp_path / "file" / "deeper").mkdir(parents=True, exist_ok=True),
+        lambda: (tmp_path / "file").mkdir(exist_ok=True),
+    ):
+        with pytest.raises(SystemExit):
+            config.run(fails, "train")
+        assert re.fullmatch(
+            rf"Error: {tmp_path}/file(/deeper)?: (Not a directory|File exists); choose another folder or file\n",
+            capsys.readouterr().err,
+        )
+    with pytest.raises(FileNotFoundError):  # no fault of a setting
+        config.run(lambda: (tmp_path / "none").read_text(), "train")
 
 
 def test_what_deepspeed_would_refuse_is_told_at_once(tmp_path: Path) -> None:

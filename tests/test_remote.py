@@ -75,6 +75,7 @@ FAULTS = {
     "HTML": Broken(text="<html>"), "cut off": Broken(text=json.dumps(completion("no")), cut=20),
     "no object": Broken(text="[1]"), "closed": Broken(drop=True), "slow": Broken(text="{}", slow=0.6),
     "an error with status 200": Broken(text='{"error": {"message": "busy"}}'),
+    "an error in words": Broken(text='{"error": "overloaded"}'),
 }  # fmt: skip
 
 
@@ -98,6 +99,7 @@ def test_each_fault_is_asked_again(tmp_path: Path):
         ("error", "500: Error code: 500"), ("broken JSON", "the reply is no JSON: '{\"choices\": ['"),
         ("HTML", "the reply is no JSON: '<html>'"), ("no object", "the reply is no JSON object: '[1]'"),
         ("slow", "no reply in 0.4 seconds"), ("an error with status 200", "busy"),
+        ("an error in words", "overloaded"),
         ("cut off", "peer closed connection without sending complete message body"),
         ("closed", "Server disconnected without sending a response."),
     ],
@@ -207,7 +209,7 @@ def test_a_missing_key_or_package_is_told_before_anything_is_asked(tmp_path: Pat
     with served(echo) as server:
         keyless = client(server.base_url, tmp_path, api_key_env="MY_KEY")
         for ask in (keyless.check, lambda: keyless.ask(BODIES)):
-            with pytest.raises(UserError, match="MY_KEY is not set in the environment"):
+            with pytest.raises(UserError, match=r"MY_KEY is not set in the environment.*judge\.client\.api_key_env"):
                 ask()
         monkeypatch.setitem(sys.modules, "openai", None)
         with pytest.raises(UserError) as error:
@@ -248,6 +250,20 @@ def test_the_cost_is_that_of_the_replies_own_tokens(tmp_path: Path):
         one.ask(BODIES)  # kept replies cost nothing
     assert (one.usage.tokens_in, one.usage.tokens_out) == (60, 30)
     assert one.usage.cost == pytest.approx(0.00048)
+
+
+@pytest.mark.parametrize(
+    ("usage", "tokens"),
+    [
+        ({"prompt_tokens": "12", "completion_tokens": "3"}, (12, 3)), ({"prompt_tokens": "many"}, (0, 0)), ([], (0, 0)),
+        ([1], (0, 0)), ("12", (0, 0)), ({"prompt_tokens": None, "completion_tokens": 3.0}, (0, 3)), (None, (0, 0)),
+    ],
+)  # fmt: skip
+def test_tokens_that_are_counted_in_another_way_are_read_or_none(usage: Any, tokens: tuple[int, int], tmp_path: Path):
+    with served(lambda body, before: {**completion("yes"), "usage": usage}) as server:
+        one = client(server.base_url, tmp_path)
+        assert said(one.ask(BODIES[:1])) == ["yes"]
+    assert (one.usage.tokens_in, one.usage.tokens_out) == tokens
 
 
 def test_max_cost_stops_it_and_what_came_is_kept(tmp_path: Path):

@@ -259,6 +259,16 @@ def test_two_evaluations_are_paired_by_the_prompts_of_both(tmp_path: Path) -> No
     assert "What differs between" not in reported(tmp_path / "a", tmp_path / "c", "--out", tmp_path / "out")
 
 
+def test_a_length_controlled_win_rate_has_a_line_of_its_own(tmp_path: Path) -> None:
+    folder = fake_evaluation(tmp_path / "a")
+    result = json.loads((folder / "result.json").read_text())
+    result["win_rates"]["facts"] = {"win_rate": 50.0, "lc_win_rate": 44.44, "lc_se": 2.5}
+    (folder / "result.json").write_text(json.dumps(result))
+    told = reported(folder, "--out", tmp_path / "out")
+    assert "| win rate, %, length-controlled |" in told
+    assert "| one on 100% of it | all judged pairs | – | – | – | – | 44.4 ± 2.5 |" in told
+
+
 # --- tables
 
 
@@ -393,8 +403,9 @@ def test_micro_batches_are_told_from_what_the_folder_has(tmp_path: Path) -> None
     (bare,) = find([tmp_path]).runs
     assert "<h2>What came out</h2>" in page(bare)
     assert not any(f"<h2>{title}</h2>" in page(bare) for title in ("Curves", "Weights", "Answers before and after"))
-    (tmp_path / "a" / "plan.npz").write_bytes(b"PK")
-    assert find([tmp_path]).runs[0].plan == {}
+    for damaged in (b"PK", b"", b"PK\x03\x04garbage"):
+        (tmp_path / "a" / "plan.npz").write_bytes(damaged)
+        assert find([tmp_path]).runs[0].plan == {}
 
 
 def test_runs_of_one_name_have_a_page_each_and_one_that_does_not_fit_together_none(tmp_path: Path) -> None:
@@ -405,6 +416,56 @@ def test_runs_of_one_name_have_a_page_each_and_one_that_does_not_fit_together_no
     assert [(run.folder.parent.name, path.name) for run, path in written] == [("x", "a.html"), ("y", "a-2.html")]
     assert "loss.place=y" in (tmp_path / "pages" / "a-2.html").read_text()
     assert [note.split(" (")[0] for note in notes] == [f"{tmp_path}/z/a: no page, as its files do not fit together"]
+
+
+# --- files that are damaged
+
+
+def test_a_damaged_file_is_named_and_the_rest_is_reported(tmp_path: Path) -> None:
+    """Lengths that are words take the figure of lengths and no other; what only a page reads takes the page."""
+    runs = tmp_path / "runs"
+    fake(runs / "good", "loss.temperature=1")
+    fake(runs / "lengths", "loss.temperature=2")
+    lines = [{"id": 1, "prompt": "?", "after": {"texts": ["a"], "rewards": [1], "lengths": ["x"]}}]
+    (runs / "lengths" / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    fake(runs / "sides", "loss.temperature=3")
+    (runs / "sides" / "samples.jsonl").write_text(
+        '{"id": 1, "prompt": "?", "before": "<b>", "after": {"texts": "a"}}\n'
+    )
+    fake(runs / "plan", "loss.temperature=4")
+    (runs / "plan" / "plan.npz").write_bytes(b"")
+    fake(runs / "hashes", "loss.temperature=5", hashes="x")
+    fake(runs / "title", "loss.temperature=6", title=7)
+    fake(runs / "overrides", "loss.temperature=7")
+    (runs / "overrides" / ".hydra" / "overrides.yaml").write_text("3\n")
+    tables_of = {"list": "[]", "partial": '{"partition": [{"world": "w"}]}', "words": '{"partition": 3}'}
+    for name, content in tables_of.items():
+        (runs / name).mkdir()
+        (runs / name / "tables.json").write_text(content)
+    told = reported(runs, "--out", tmp_path / "out")
+    for name in tables_of:
+        assert f"Left out: {runs}/{name}: its tables.json cannot be used" in told
+    assert f"Left out: {runs}/hashes: its summary.json cannot be used (AttributeError" in told
+    markdown = (tmp_path / "out" / "report.md").read_text()
+    assert markdown.startswith("# 6 runs, 6 configurations, 0 evaluations")
+    assert "figures/lengths.png: not drawn, as files of its runs do not fit together" in markdown
+    figures_drawn = {path.stem for path in (tmp_path / "out" / "figures").iterdir()}
+    assert figures_drawn == {"cost", "curves", "frontier", "verdicts", "weights"}
+    pages = {path.stem for path in (tmp_path / "out" / "pages").iterdir()}
+    assert pages == {"good", "lengths", "plan", "title", "overrides"}
+
+
+def test_a_single_run_whose_title_is_a_number_is_reported(tmp_path: Path) -> None:
+    fake(tmp_path / "a", title=7)
+    assert "| `7` |" in reported(tmp_path / "a", "--out", tmp_path / "out")
+
+
+def test_evaluations_whose_answers_do_not_fit_are_reported_apart(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        fake_evaluation(tmp_path / name, [[0.1], [0.2]])
+    (tmp_path / "b" / "answers.jsonl").write_text('{"subset": "hard"}\n')
+    assert "## Evaluations" in reported(tmp_path, "--out", tmp_path / "out")
+    assert "answers.jsonl do not fit together (KeyError" in (tmp_path / "out" / "report.md").read_text()
 
 
 # --- the whole

@@ -172,6 +172,15 @@ def test_a_reward_that_is_not_finite_is_named(make: Callable[..., Made], monkeyp
         epoch(data)
 
 
+def test_a_reward_that_returns_too_few_numbers_is_told(
+    make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, _ = make()
+    monkeypatch.setattr(Told, "__call__", lambda self, prompts, responses, answers: [1.0])
+    with pytest.raises(UserError, match=r"^the reward \(Told\) returned 1 numbers for 8 responses"):
+        epoch(data)
+
+
 # --- divisors
 
 

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from tests.conftest import ROOT, composed
+from notebooks.tiny import SIZES
+from tests.conftest import ROOT, composed, saved, spread
 from tests.e2e.test_commands import only
 from var.build import Run
 from var.module import AlignmentModule
@@ -132,6 +133,33 @@ def test_rewards_that_weigh_are_told_to_be_negative_before_anything_trains(
             fit(options, tmp_path / "run", f"loss={loss}")
 
 
+@pytest.mark.parametrize(
+    ("loss", "positions", "what"), [("sft", 24, "sequence"), ("var", 36, "prompt with a response of its micro-batch")]
+)
+def test_rows_longer_than_a_models_positions_are_told_ahead(
+    loss: str, positions: int, what: str, options: list[str], tmp_path: Path
+) -> None:
+    """The longest row has 30 tokens; one's prompt and another's answer have more, which cross scoring puts together."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=264, n_embd=32, n_layer=1, n_head=4, n_positions=positions))
+    path = tmp_path / "rows.jsonl"
+    with path.open("w") as file:
+        for i in range(8):
+            prompt, text = ("p" * 24, "a") if i % 2 else ("p", "a" * 24)
+            row = {"id": f"r{i}", "prompt": prompt, "responses": [{"text": text, "score": i}]}
+            file.write(json.dumps(row) + "\n")
+    more = (
+        f"model.path={saved(tmp_path / 'gpt2', model)}", f"data.path={path}", f"loss={loss}", "data.micro_batch=8",
+        "reward.mismatch_gap=1.0",
+    )  # fmt: skip
+    with pytest.raises(
+        UserError, match=rf"gpt2 knows {positions} positions, and the longest {what} has \d\d tokens; lower"
+    ):
+        fit(options, tmp_path / "run", *more)
+    assert not (tmp_path / "store" / "cross_logps").exists()
+
+
 def test_single_answers_to_kto_are_told_of_its_threshold(options: list[str], tmp_path: Path) -> None:
     path = tmp_path / "single.jsonl"
     path.write_text("".join(
@@ -237,6 +265,26 @@ def test_ranks_give_one_curve(strategy: str, loss: str, options: list[str], tmp_
     one, two = only(tmp_path / "one"), only(tmp_path / "two")
     same_folders(one, two, "train/loss", "train/nll", "train/grad_norm")
     assert json.loads((two / "summary.json").read_text())["devices"] == 2
+
+
+@pytest.mark.long
+def test_a_mixture_of_experts_is_sharded_too(options: list[str], tmp_path: Path) -> None:
+    """Its files name its weights otherwise than the model does, which is what fsdp reads them by."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(**SIZES, num_local_experts=2, sliding_window=None)
+    folder = saved(tmp_path / "mixture", spread(MixtralForCausalLM(config)))
+    common = [
+        *options,
+        f"model.path={folder}",
+        "trainer.precision=32-true",
+        "trainer.max_steps=2",
+        "data.micro_batch=2",
+    ]
+    launch(1, *common, f"runs={tmp_path}/one")
+    launch(2, *common, f"runs={tmp_path}/two", "strategy=fsdp", "trainer.devices=2")
+    same_folders(only(tmp_path / "one"), only(tmp_path / "two"), "train/loss", "train/grad_norm")
 
 
 @pytest.mark.long

@@ -131,6 +131,13 @@ class EvalSettings:
     judged: int | None
     sampling: Any
 
+    def __post_init__(self) -> None:
+        problems = Problems("evaluation while training")
+        for name, none in (("every_n_steps", "only before and after training"), ("judged", "all")):
+            if (value := getattr(self, name)) is not None and value < 1:
+                problems.add(f"eval.{name}", f"must be at least 1, or null ({none}), got {value}")
+        problems.check()
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoggerSettings:
@@ -168,6 +175,9 @@ class Run:
         quieten()
         check(cfg, TRAIN)
         settings = TrainerSettings(**cfg.trainer)
+        EvalSettings(**cfg.eval)
+        if not 0 <= cfg.seed < 2**32:
+            raise UserError(f"seed={cfg.seed}: a seed is at least 0 and below 2**32")
         if is_multirun():
             gc.collect()  # of the job before: its trainer and its model refer to each other
         refuse_ranks_under_multirun(settings.world)
@@ -175,7 +185,7 @@ class Run:
         if cfg.dry and cfg.annotate == "refuse":
             raise UserError("debug=dry computes nothing, so annotate=refuse does nothing beside it")
         pretrained = Pretrained(**known(Pretrained, cfg.model), cache=cfg.cache)
-        if cfg.init:
+        if cfg.init is not None:
             pretrained = replace(pretrained, path=str(exported(cfg.init)), revision=None, chat_template=None)
         adapter = instantiate(cfg.adapter) if cfg.adapter else None
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if settings.gpu else "cpu"
@@ -369,8 +379,7 @@ class Run:
         validation = report["validation"]
 
         def cell(name: str, when: str) -> str:
-            value = validation[name][when]
-            return f"{value['mean']:.3f} ± {value['se']:.3f}" if value else "–"
+            return summary.told(validation[name][when])
 
         labels = {
             "reward": "validation reward",
@@ -473,19 +482,24 @@ def refuse_unfit_strategy(cfg: DictConfig, settings: TrainerSettings) -> None:
     problems.check()
 
 
-def exported(run: str) -> Path:
-    """The model that an earlier run exported; a folder in Hugging Face form, or of a LoRA adapter, is one itself."""
+def exported(run: str, key: str = "init") -> Path:
+    """The model that an earlier run exported; a folder in Hugging Face form, or of a LoRA adapter, is one itself.
+
+    key: the setting that names it.
+    """
+    if not run:
+        raise UserError(f"{key}= is empty, as after {key}=$RUN of an unset variable; null is none")
     for folder in (Path(run).expanduser() / "model", Path(run).expanduser()):
         if (folder / ADAPTER).exists():
             if json.loads((folder / ADAPTER).read_text()).get("task_type") == "SEQ_CLS":
-                raise UserError(f"init={run} is a reward model's adapter, and a run starts from a language model")
+                raise UserError(f"{key}={run} is a reward model's adapter, and a run starts from a language model")
             return folder
         if (folder / "config.json").exists():
             kind = (json.loads((folder / "config.json").read_text()).get("architectures") or [""])[0]
             if kind.endswith("ForSequenceClassification"):
-                raise UserError(f"init={run} is a reward model; reward=classifier reward.path={folder} scores with it")
+                raise UserError(f"{key}={run} is a reward model; reward=classifier reward.path={folder} scores with it")
             return folder
-    raise UserError(f"init={run} is neither a finished run (its folder holds no model/) nor a model's folder")
+    raise UserError(f"{key}={run} is neither a finished run (its folder holds no model/) nor a model's folder")
 
 
 def accumulation(cfg: DictConfig, settings: TrainerSettings) -> int:

@@ -17,8 +17,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from var.annotate.fill import Annotator, Reward, refuse_unanswered
 from var.datamodule import AlignmentData
-from var.evaluate.judge import Judge, Pair, rates
-from var.evaluate.validation import Answers, clustered, divergence, rewarded, samples, win_rate
+from var.evaluate.judge import Judge, Pair, rates, unjudged
+from var.evaluate.validation import Answers, Estimate, clustered, divergence, rewarded, samples, win_rate
 from var.files import atomic
 from var.generate import Sampling, sample
 from var.module import AlignmentModule
@@ -87,6 +87,11 @@ def log(trainer: lightning.Trainer, metrics: Mapping[str, float], step: int) -> 
     """To every logger of the run."""
     for logger in trainer.loggers:
         logger.log_metrics(dict(metrics), step)
+
+
+def _with_error(name: str, found: Estimate) -> dict[str, float]:
+    """The curve's point and that of its standard error, which a single prompt does not have."""
+    return {name: found.mean, **({} if found.se is None else {f"{name}_se": found.se})}
 
 
 def logged(trainer: lightning.Trainer, name: str, step: int) -> bool:
@@ -197,10 +202,11 @@ class PlanFile(Callback):
     def on_fit_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         data: AlignmentData = trainer.datamodule  # type: ignore[attr-defined]
         if trainer.is_global_zero:
-            np.savez(
-                self.folder / "plan.npz", micro=data.members, tokens=data.plan.tokens, row=data.rows_of_members,
-                **({} if data.weights is None else {"weight": data.weights}),  # type: ignore[arg-type]
-            )  # fmt: skip
+            with atomic(self.folder / "plan.npz", "wb") as file:
+                np.savez(
+                    file, micro=data.members, tokens=data.plan.tokens, row=data.rows_of_members,
+                    **({} if data.weights is None else {"weight": data.weights}),  # type: ignore[arg-type]
+                )  # fmt: skip
             with atomic(self.folder / "batches.jsonl") as file:
                 for record in data.records(self.SHOWN):
                     file.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -279,13 +285,13 @@ class PairAccuracy(Callback):
         step = trainer.global_step
         if logged(trainer, "validation/accuracy", step):
             return
-        log(trainer, {"validation/accuracy": accuracy.mean, "validation/accuracy_se": accuracy.se}, step)
+        log(trainer, _with_error("validation/accuracy", accuracy), step)
 
 
 def _judged(verdicts: Mapping[str, Any] | None) -> dict[str, float]:
-    """The curve's point, on the scale of validation/win_rate."""
-    rate = verdicts["win_rate"] if verdicts else None
-    return {} if rate is None else {"validation/judge_win_rate": rate / 100}
+    """The curve's point, on the scale of validation/win_rate: ties count half."""
+    score = verdicts["mean_score"] if verdicts else None
+    return {} if score is None else {"validation/judge_win_rate": score}
 
 
 class Validation(Callback):
@@ -418,8 +424,8 @@ class Validation(Callback):
             warn(f"the judge gave no verdict, training goes on: {error}")
             return None
         rated = rates(judgement, pairs)["all"]
-        if rated["reason"]:
-            warn(f"no win rate by the judge: {rated['reason']}")
+        if reason := unjudged(rated, judgement.facts):
+            warn(reason)
         return {**rated, "facts": judgement.facts}
 
     def _summary(self, answers: Answers) -> dict[str, Any]:
@@ -432,8 +438,7 @@ class Validation(Callback):
     def _log(self, trainer: lightning.Trainer, answers: Answers, step: int, extra: Mapping[str, float] = {}) -> None:
         metrics = {"validation/length": float(np.mean(answers.lengths)), **extra}
         if answers.rewards is not None:
-            metrics["validation/reward"] = float(answers.rewards.mean())
-            metrics["validation/reward_se"] = clustered(answers.rewards).se
+            metrics |= _with_error("validation/reward", clustered(answers.rewards))
             if self.before is not None and self.before.rewards is not None:
                 metrics["validation/win_rate"] = float(win_rate(answers.rewards, self.before.rewards).mean())
         log(trainer, metrics, step)

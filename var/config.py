@@ -248,6 +248,8 @@ def _message(error: BaseException, config_name: str) -> str | None:
                 f"the disk is full: {cause}. What stood before is whole: free space, and the same command goes on "
                 "from the last checkpoint"
             )
+    if isinstance(error, NotADirectoryError | FileExistsError | PermissionError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}; choose another folder or file"
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return None
     text = "\n".join(

@@ -8,6 +8,11 @@ from pathlib import Path
 from typing import IO, Any
 
 
+def encodable(text: str) -> str:
+    """Without halves of surrogate pairs, which JSON can hold and UTF-8 cannot."""
+    return text.encode("utf-8", "replace").decode()
+
+
 @contextmanager
 def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
     """A name beside `path` that becomes `path` once what is written there is whole. shared: other processes, on other

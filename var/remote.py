@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from var.files import encodable
 from var.problems import UserError
 
 CHARACTERS = 4  # of a token, roughly, in English
@@ -91,7 +92,8 @@ class Client:
         if self.api_key_env is not None and not os.environ.get(self.api_key_env):
             raise UserError(
                 f"{self.base_url} wants a key, and {self.api_key_env} is not set in the environment. Set it, or "
-                "client.api_key_env=null where the server wants none"
+                "api_key_env=null of this client (judge.client.api_key_env, reward.client.api_key_env, …) where the "
+                "server wants none"
             )
 
     def ask(
@@ -245,8 +247,7 @@ class Client:
 
     def _count(self, reply: Reply) -> None:
         """Tokens as the server counts them; a server that counts none costs none."""
-        used = reply.get("usage") or {}
-        into, out = used.get("prompt_tokens") or 0, used.get("completion_tokens") or 0
+        into, out = _tokens(reply, "prompt_tokens"), _tokens(reply, "completion_tokens")
         self.usage.tokens_in += into
         self.usage.tokens_out += out
         self.usage.cost += self._cost(into, out)
@@ -283,7 +284,7 @@ def written(reply: Mapping[str, Any]) -> str | None:
         content = reply["choices"][0]["message"]["content"]
     except (LookupError, TypeError):
         return None
-    return content if isinstance(content, str) else None
+    return encodable(content) if isinstance(content, str) else None
 
 
 def grouped(advance: Callable[[int], None], size: int) -> Callable[[int], None]:
@@ -304,6 +305,14 @@ def _read(kept: sqlite3.Connection, key: bytes) -> str | None:
     return None if row is None else str(row[0])
 
 
+def _tokens(reply: Mapping[str, Any], name: str) -> int:
+    """A count of the reply's `usage`; some servers write it as text, or none."""
+    try:
+        return int(reply["usage"][name])
+    except (LookupError, TypeError, ValueError, OverflowError):
+        return 0
+
+
 def _broken(content: bytes) -> str | None:
     """Why the body of a successful answer is no reply; some gateways send their errors in one."""
     try:
@@ -313,7 +322,7 @@ def _broken(content: bytes) -> str | None:
     if not isinstance(reply, dict):
         return f"the reply is no JSON object: {str(reply)[:60]!r}"
     error = reply.get("error")
-    return str(error.get("message", error)) if isinstance(error, dict) else None
+    return str(error.get("message", error) if isinstance(error, dict) else error) if error else None
 
 
 def _message(error: Any) -> str:

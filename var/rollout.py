@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from var.annotate.fill import Ranks
+from var.annotate.fill import Ranks, scored
 from var.data.plan import Share
 from var.generate import sample_tokens
 from var.losses.weighted import Mean
@@ -132,7 +132,7 @@ class RolloutLoader:
             for row, several in zip(rows, responses, strict=True)
             for tokens, _ in several
         ]
-        raw = np.array(data.annotator.reward(*map(list, zip(*triples, strict=True))), dtype=np.float64)
+        raw = scored(data.annotator.reward, *map(list, zip(*triples, strict=True)))
         if not np.isfinite(raw).all():
             bad = int(np.flatnonzero(~np.isfinite(raw))[0])
             raise UserError(f"the reward of a sampled response is {raw[bad]}: {triples[bad][1][:60]!r}")

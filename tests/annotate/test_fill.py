@@ -14,7 +14,7 @@ from numpy.testing import assert_allclose
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import pretrained
-from var.annotate.fill import Annotator, Ranks, Reference, Unfilled, with_responses
+from var.annotate.fill import Annotator, Ranks, Reference, Unfilled, refuse_unanswered, with_responses
 from var.annotate.store import Store
 from var.annotate.values import ValueHead
 from var.data.plan import make_plan
@@ -24,7 +24,8 @@ from var.generate import Sampling
 from var.packing import Packed, pack, whole
 from var.policy import Policy
 from var.problems import UserError
-from var.rewards.programmatic import ExactNumber
+from var.rewards.ensemble import Ensemble
+from var.rewards.programmatic import ExactNumber, NearNumber
 from var.rewards.scale import Scale
 from var.rewards.score import Score
 
@@ -467,6 +468,73 @@ def test_a_reward_that_is_not_finite_is_named(tiny_folder, tmp_path):
         "rewards that are not finite (1):\n  response 'it is 2!': the reward is NaN or infinite"
     )
     assert not list((tmp_path / "store").rglob("*.parquet"))
+
+
+class Returns:
+    """A reward of a user's own, which returns what it likes."""
+
+    scores_text = True
+    identity = {"program": "returns"}  # noqa: RUF012
+
+    def __init__(self, returned: Any) -> None:
+        self.returned = returned
+
+    def __call__(self, prompts: Any, responses: Any, answers: Any) -> Any:
+        return self.returned
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        [0, 1, 1], [False, True, True], [np.bool_(0), np.bool_(1), np.bool_(1)], [np.float32(0), 1, "1"],
+        np.array([[0], [1], [1]]), torch.tensor([0.0, 1.0, 1.0]), torch.tensor([[0], [1], [1]]),
+        [torch.tensor(0.0), torch.tensor(1.0), torch.tensor([1.0])[0]],
+    ],
+)  # fmt: skip
+def test_a_reward_may_return_a_list_an_array_or_a_tensor(returned, tiny_folder, tmp_path):
+    """Three numbers are stored as they are, whatever holds them."""
+    one = annotator(tiny_folder, tmp_path, Returns(returned))
+    found = one.score([(ROWS[0].prompt, text, None) for text in "abc"])
+    assert (found.tolist(), found.dtype) == ([0.0, 1.0, 1.0], np.float64)
+
+
+@pytest.mark.parametrize(
+    ("returned", "told"),
+    [
+        ([1.0, 2.0], "the reward (Returns) returned 2 numbers for 3 responses; it owes one a response"),
+        (np.ones((3, 2)), "the reward (Returns) returned 6 numbers for 3 responses; it owes one a response"),
+        (None, "the reward (Returns) returned 1 numbers for 3 responses; it owes one a response"),
+        (["a", "b", "c"], "the reward (Returns) returns no list of numbers: could not convert string to float: 'a'"),
+        ([{}, {}, {}], "the reward (Returns) returns no list of numbers: float() argument must be a string or a real "
+                       "number, not 'dict'"),
+        (torch.ones(3, requires_grad=True), "the reward (Returns) returns no list of numbers: Can't call numpy() on "
+                                            "Tensor that requires grad. Use tensor.detach().numpy() instead."),
+        ([1.0, None, 2.0], "rewards that are not finite (1):\n  response 'b': the reward is NaN or infinite"),
+    ],
+)  # fmt: skip
+def test_a_reward_that_returns_something_else_is_told(returned, told, tiny_folder, tmp_path):
+    one = annotator(tiny_folder, tmp_path, Returns(returned))
+    with pytest.raises(UserError) as error:
+        one.score([(ROWS[0].prompt, text, None) for text in "abc"])
+    assert str(error.value) == told
+
+
+def test_answers_that_a_reward_cannot_use_are_named_all_at_once(tiny_folder, tmp_path):
+    answers = ["1,000", None, "12 apples", "nan", "1e400", "-2.5"]
+    rows, _ = data(
+        annotator(tiny_folder, tmp_path), tuple(replace(row, answer=a) for row, a in zip(ROWS, answers, strict=True))
+    )
+    for reward in (ExactNumber(), NearNumber(), Ensemble(members={"a": Lengths(), "b": ExactNumber()})):
+        with pytest.raises(UserError) as error:
+            refuse_unanswered(reward, rows)
+        assert str(error.value).splitlines()[:-1] == [
+            "the reward compares with a row's `answer`, and rows have none that it can use (4):",
+            "  row row-1: no answer",
+            "  row row-2: its answer '12 apples' is no finite number",
+            "  row row-3: its answer 'nan' is no finite number",
+            "  row row-4: its answer '1e400' is no finite number",
+        ]
+    refuse_unanswered(Lengths(), rows)
 
 
 def test_scores_of_the_data_are_read_and_missing_ones_named_all_at_once(tiny_folder, tmp_path):

@@ -125,6 +125,27 @@ def test_shards_of_another_process_are_seen(tmp_path):
     assert mine.read(keys(1)).to_pylist() == [1.0]
 
 
+def test_what_is_read_has_offsets_of_64_bits(tmp_path):
+    """A shelf is one array in memory, and of 32 bits it would end at 2 GiB of text or 2^31 numbers."""
+    one = pa.list_(pa.struct([("text", pa.string()), ("tokens", pa.list_(pa.int32()))]))
+    texts = Store(tmp_path).shelf("responses", IDENTITY, one)
+    values = [[{"text": "a", "tokens": [1, 2]}], []]
+    texts.write(keys(1, 2), values)
+    found = texts.read(keys(1, 2))
+    inner = pa.struct([("text", pa.large_string()), ("tokens", pa.large_list(pa.int32()))])
+    assert found.type == pa.large_list(inner)
+    assert found.to_pylist() == values
+
+
+@pytest.mark.long
+def test_a_shelf_may_hold_more_than_2_gib(tmp_path):
+    """Needs 7 GiB of memory and 10 MiB of disk: texts of one letter."""
+    texts = Store(tmp_path).shelf("responses", IDENTITY, pa.string())
+    text, wanted = "x" * 2**20, keys(*range(2100))
+    texts.fill(wanted, lambda indices, _: [text] * len(indices), 300)
+    assert texts.read(wanted)[2099].as_py() == text
+
+
 def test_lists_of_floats_round_trip_in_float32(tmp_path):
     target = Store(tmp_path).shelf("reference_logps", {}, pa.list_(pa.float32()))
     lists = [[-0.1, -1e-30], [], [-1e30, -float(np.float32(1 / 3)), 0.0]]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from var.data import rows as rows_module
 from var.data.rows import Response, Row, content_hash, from_record, load, read, write
 from var.problems import Problems, UserError
 
@@ -79,17 +80,30 @@ def test_all_faulty_records_are_told_at_once_with_their_places(tmp_path: Path):
             {"id": "turn", "prompt": [{"role": "assistant", "content": "x"}]},
             record("half", "a\ud800"),
             record("word", {"text": "x", "score": "high"}),
+            {
+                **record("blank", "x"),
+                "prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": " \u00a0"}],
+            },
+            record("missing", "x", answer=float("nan")),
+            record("infinite", "x", answer=float("inf")),
+            record("object", "x", answer={"a": 1}),
+            record("list", "x", answer=["4"]),
+            record("part", "x", subset=float("nan")),
         ]
     )
     with pytest.raises(UserError) as error:
         read(source, tmp_path)
     lines = str(error.value).splitlines()
-    assert lines[0] == "Listed: rows that cannot be used (10):"
+    assert lines[0] == "Listed: rows that cannot be used (16):"
     expected = {
         2: "'id' must be a string", 3: "a row is an object", 4: "response 0 is empty (row empty)",
         5: "the score of response 0 is nan", 6: "weights are finite and ≥ 0", 7: "is also the id of file.jsonl:1",
         8: "unknown keys ['respones']", 9: "the prompt ends with an assistant's message",
         10: "half a surrogate pair '\\ud800'", 11: "'score' must be a number, got 'high'",
+        12: "its prompt is empty (row blank)",
+        13: "'answer' must be text or a finite number, or null where there is none, got nan",
+        14: "null where there is none, got inf", 15: "got {'a': 1}", 16: "got ['4']",
+        17: "'subset' must be text or a finite number, or null where there is none, got nan",
     }  # fmt: skip
     for line, (number, text) in zip(lines[1:], expected.items(), strict=True):
         assert line.startswith(f"  file.jsonl:{number}: ")
@@ -136,6 +150,39 @@ def test_the_second_read_does_not_read_the_source(tmp_path: Path):
 def test_another_identity_is_read_anew(tmp_path: Path):
     read(Listed([record("a", "x")]), tmp_path)
     assert read(Listed([record("a", "other")]), tmp_path)[0].responses[0].text == "other"
+
+
+def test_a_number_as_answer_is_its_text_and_null_is_none(tmp_path: Path):
+    given = [4, 0.5, "4", True, None, 10**400]
+    rows = read(Listed([record(str(i), "x", answer=answer) for i, answer in enumerate(given)]), tmp_path)
+    assert [row.answer for row in rows] == ["4", "0.5", "4", "True", None, "1" + "0" * 400]
+    with pytest.raises(ValueError, match=r"'answer' must be text or a finite number.* got b'4'"):
+        from_record(record("a", answer=b"4"))
+
+
+def test_an_empty_earlier_turn_is_no_fault(tmp_path: Path):
+    """HHA has such rows."""
+    turns = [{"role": role, "content": text} for role, text in (("user", "q"), ("assistant", ""), ("user", "r"))]
+    assert len(read(Listed([{"id": "a", "prompt": turns}]), tmp_path)) == 1
+
+
+def test_a_row_is_decoded_once_for_all_of_its_responses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Asked response by response, and pair by pair of eight rows."""
+    rows = read(Listed([record(str(i), *"abcd") for i in range(8)]), tmp_path)
+    decoded, real = list[str](), rows_module.from_record
+    monkeypatch.setattr(rows_module, "from_record", lambda one: decoded.append(one["id"]) or real(one))
+    for i in range(8):
+        for j in range(8):
+            for k in range(4):
+                assert rows[np.int64(j)].responses[k].text == "abcd"[k]
+                assert rows[i].id == str(i)
+    assert sorted(decoded) == list("01234567")
+
+
+def test_few_decoded_rows_are_held(tmp_path: Path):
+    rows = read(Listed([record(str(i), "x") for i in range(50)]), tmp_path)
+    assert [rows[i].id for i in range(50)] == [row.id for row in rows]
+    assert len(rows._decoded) <= 16
 
 
 def test_equal_prompts_have_one_key_whatever_the_row(tmp_path: Path):

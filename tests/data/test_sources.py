@@ -4,6 +4,7 @@ import ast
 import gzip
 import json
 import math
+import os
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -108,6 +109,37 @@ def test_files_reads_a_folder_in_the_order_of_names(tmp_path):
     rows = read(Files(path=str(tmp_path / "d")), tmp_path / "cache")
     assert [row.prompt[0]["content"] for row in rows] == ["1", "1b", "2", "3", "4"]
     assert [row.id for row in rows] == ["one", "a.jsonl.gz:3", "b.jsonl:1", "c.parquet:row 1", "c.parquet:row 2"]
+
+
+def test_what_is_no_file_in_a_folder_of_data_is_named(tmp_path):
+    lines(tmp_path / "d" / "a.jsonl", {"prompt": "x"})
+    (tmp_path / "d" / "b.jsonl").mkdir()
+    (tmp_path / "d" / "c.jsonl").symlink_to("nowhere")
+    told = "d: b.jsonl, c.jsonl there is a folder or a dead link; move it away, or name a file"
+    for source in (Files(path=str(tmp_path / "d")), Prompts(path=str(tmp_path / "d"))):
+        with pytest.raises(UserError, match=re.escape(told)):
+            read(source, tmp_path / "cache")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=r"pipe: no such file or folder; set `data\.path=`"):
+        read(Files(path=str(tmp_path / "pipe")), tmp_path / "cache")
+
+
+def test_a_nan_as_answer_is_told_and_never_a_text(tmp_path):
+    path = lines(tmp_path / "a.jsonl", '{"prompt": "x", "answer": NaN}', {"prompt": "x", "answer": [1]})
+    told = "a.jsonl:{}: 'answer' must be text or a finite number, or null where there is none, got {}"
+    for source in (Files(path=path), Prompts(path=path)):
+        with pytest.raises(UserError) as error:
+            read(source, tmp_path / "cache")
+        assert [line.strip() for line in str(error.value).splitlines()[1:]] == [
+            told.format(1, "nan"),
+            told.format(2, "[1]"),
+        ]
+
+
+def test_an_empty_prompt_is_told(tmp_path):
+    (tmp_path / "p.txt").write_text("first\n\u00a0\n")
+    with pytest.raises(UserError, match=r"p\.txt:2: its prompt is empty \(row p\.txt:2\)"):
+        read(Prompts(path=str(tmp_path / "p.txt")), tmp_path / "cache")
 
 
 def test_all_faulty_lines_are_told_at_once(tmp_path):
@@ -280,10 +312,12 @@ def test_ultrafeedback_ranks_by_the_mean_rating_and_ignores_overall_score(tmp_pa
     ]
     tied = {"instruction": "t", "completions": [completion(name, "3", "3", "3", "3") for name in "ab"]}
     few = {"instruction": "f", "completions": completions[-3:]}
-    path = lines(tmp_path / "u.jsonl", {"instruction": "x", "completions": completions}, few, tied)
+    path = lines(
+        tmp_path / "u.jsonl", {"instruction": "x", "completions": completions}, few, tied, {**tied, "instruction": " "}
+    )
 
     rows = read(UltraFeedback(path=path), tmp_path / "cache")
-    assert (len(rows), rows.left_out) == (2, 1)
+    assert (len(rows), rows.left_out) == (2, 2)
     assert [(r.text, r.source, r.score) for r in rows[0].responses] == [
         ("high", "m-high", None),
         ("mid", "m-mid", None),
@@ -293,7 +327,7 @@ def test_ultrafeedback_ranks_by_the_mean_rating_and_ignores_overall_score(tmp_pa
     assert not rows[1].ordered  # a tie has no order
 
     rows = read(UltraFeedback(path=path, keep="best_worst", ratings_as_score=True), tmp_path / "cache")
-    assert (len(rows), rows.left_out) == (1, 2)
+    assert (len(rows), rows.left_out) == (1, 3)
     assert [(r.text, r.score) for r in rows[0].responses] == [("high", 4.5), ("low", 1.5)]
 
     rows = read(UltraFeedback(path=path, ratings_as_score=True), tmp_path / "cache")
@@ -313,10 +347,11 @@ def test_preferences_as_text_and_as_messages(tmp_path):
         {"question": "?", "chosen": good, "rejected": bad, "s": 1, "t": 0},
         {"question": [user("y")], "chosen": [assistant("good")], "rejected": [assistant("bad")], "s": 1, "t": 0},
         {"question": "x", "chosen": "good", "rejected": "", "s": 1, "t": 0},
+        {"question": " ", "chosen": "good", "rejected": "bad", "s": 1, "t": 0},
     )
     source = Preferences(path=path, prompt="question", score_chosen="s", score_rejected="t")
     rows = read(source, tmp_path / "cache")
-    assert (len(rows), rows.left_out) == (3, 1)
+    assert (len(rows), rows.left_out) == (3, 2)
     assert [row.prompt for row in rows] == [(user("x"),), tuple(history), (user("y"),)]
     assert [[r.text for r in row.responses] for row in rows] == [["good", "bad"]] * 3
     assert [r.score for r in rows[0].responses] == [2.0, -1.5]
@@ -438,7 +473,7 @@ def test_hha_by_score_on_real_data(tmp_path, subset, ties, other):
 @real
 def test_hha_reads_every_test_set_that_is_there():
     sources = [HHA(folder=str(REAL)), HHA(folder=str(REAL), subsets=("dev",))]
-    assert [[name for name, *_ in source.identity()["files"]] for source in sources] == [
+    assert [[Path(name).name for name, *_ in source.identity()["files"]] for source in sources] == [
         [f"hha_test_{s}.jsonl.gz" for s in ("harmless_base", "helpful_base", "helpful_online")]
         + ["hha_bad_test_indices.json"],
         ["hha_dev.jsonl.gz", "hha_bad_test_indices.json"],
@@ -510,13 +545,26 @@ def test_identity_follows_settings_and_files(tmp_path):
     path = lines(tmp_path / "a.jsonl", {"prompt": "x"})
     before = Files(path=path).identity()
     file = tmp_path / "a.jsonl"
-    assert before == {"source": "Files", "path": path, "files": [["a.jsonl", 16, file.stat().st_mtime_ns]]}
+    stat = file.stat()
+    assert before == {"source": "Files", "path": path, "files": [[path, 16, stat.st_mtime_ns, stat.st_ctime_ns]]}
     lines(file, {"prompt": "xy"})
     assert Files(path=path).identity() != before
     assert Arithmetic(seed=1).identity() != Arithmetic().identity()
     json.dumps(
         instantiate({"_target_": f"{Arithmetic.__module__}.Arithmetic", "kinds": ["sum"], "problems": 9}).identity()
     )  # Hydra hands over lists of its own
+
+
+def test_files_of_one_name_size_and_time_are_told_apart(tmp_path, monkeypatch):
+    """Two projects' rows.jsonl of one archive, by a relative path; and one rewritten in place with its time kept."""
+    for name in ("a", "b"):
+        path = lines(tmp_path / name / "rows.jsonl", {"prompt": name})
+        os.utime(path, ns=(10**18, 10**18))
+        monkeypatch.chdir(tmp_path / name)
+        assert only(Files(path="rows.jsonl"), tmp_path / "cache").prompt == (user(name),)
+    lines(tmp_path / "b" / "rows.jsonl", {"prompt": "c"})
+    os.utime(path, ns=(10**18, 10**18))
+    assert only(Files(path="rows.jsonl"), tmp_path / "cache").prompt == (user("c"),)
 
 
 def test_every_adapter_has_a_yaml_with_all_its_fields():

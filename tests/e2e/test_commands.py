@@ -122,6 +122,19 @@ def test_a_run_leaves_its_folder(own: list[str], tmp_path: Path) -> None:
     assert "This very run is finished" in again.stdout
 
 
+def test_a_finished_run_whose_data_was_edited_says_so(options: list[str], rows: Path, tmp_path: Path) -> None:
+    """The folder's name has the data's path, and not what is in it."""
+    data = tmp_path / "own rows.jsonl"
+    data.write_bytes(rows.read_bytes())
+    command = ["train.py", *options, f"data.path='{data}'", "trainer.max_steps=1"]
+    assert run(*command).returncode == 0
+    assert "was written after this run ended" not in run(*command).stdout
+    data.write_text(data.read_text().replace("question", "request"))
+    again = run(*command)
+    assert again.returncode == 0
+    assert f"{data} was written after this run ended: resume=false trains on what is there now" in again.stdout
+
+
 def test_a_real_run_is_reported(own: list[str], tmp_path: Path) -> None:
     """What train.py leaves is what reports read."""
     assert run("train.py", *own, "loss.min_weight=0.1").returncode == 0
@@ -378,7 +391,7 @@ class TestBadInput:
         (bare := tmp_path / "bare.jsonl").write_text(rows.read_text().replace('"answer": "1", ', ""))
         own = [*own, f"data.path={bare}"]
         for more in (["data.responses=sampled"], ["loss=sft"], ["loss=grpo"]):
-            refused("the reward compares with a row's `answer`, and rows have none (", *own, *more)
+            refused("the reward compares with a row's `answer`, and rows have none that it can use (", *own, *more)
         model = next(option for option in own if option.startswith("model.path="))
         done = run("eval.py", model, "data=files", f"data.path={bare}", "held_out=false", f"store={tmp_path}/store")
         assert done.returncode == 1

@@ -234,6 +234,13 @@ def test_sampling_refuses_what_a_run_refuses(base: list[str], tmp_path: Path) ->
     done = run("sample.py", *base)
     assert done.returncode == 1
     assert "Error: out must be given: out=rows.jsonl" in done.stderr
+    done = run("sample.py", *base, f"out={tmp_path}")
+    assert done.returncode == 1
+    assert f"Error: out={tmp_path} is a folder; name a file in it: out={tmp_path}/rows.jsonl" in done.stderr
+    (tmp_path / "file").touch()
+    done = run("sample.py", *base, f"out={tmp_path}/file/rows.jsonl")
+    assert done.returncode == 1
+    assert f"folders that cannot be written (1):\n  out={tmp_path}/file: File exists" in done.stderr
 
 
 def test_sampled_responses_stand_in_for_the_datas_own(base: list[str], tmp_path: Path) -> None:

@@ -52,7 +52,10 @@ def test_two_games_by_hand(found):
     assert found.facts["inconsistent"] == 1  # b
     assert found.facts["first_shown_wins"] == pytest.approx(4 / 6)  # a's first, b's both, d's second
     assert [game["verdict"] for game in found.games[:3]] == ["A>>B", "B>>A", "A>>B"]
-    assert rates(found, [pair(id) for id in "abcd"])["all"]["win_rate"] == 50.0
+    whole = rates(found, [pair(id) for id in "abcd"])["all"]  # what eval.py's table and a report show
+    assert (whole["win_rate"], whole["mean_score"]) == (pytest.approx(1000 / 14), 0.5625)
+    sums = 6 - 60 / 14, 3 - 40 / 14, 1 - 20 / 14, -20 / 14
+    assert whole["se_prompts"] == pytest.approx(100 * math.sqrt(4 / 3 * sum(s**2 for s in sums)) / 14)
     json.dumps([found.facts, found.games], allow_nan=False)
 
 

@@ -23,6 +23,7 @@ from var.evaluate.judge import (
     rates,
     read_template,
     too_many,
+    unjudged,
 )
 from var.problems import UserError
 from var.rewards.programmatic import ExactNumber, NearNumber
@@ -102,6 +103,30 @@ def test_rates_by_hand():
     assert found["all"]["win_rate"] == pytest.approx(400 / 6)
     assert set(found["subsets"]) == {"h", "k"}
     json.dumps(found, allow_nan=False)
+
+
+def test_a_protocols_own_counts_are_its_win_rate():
+    """a: three ones, b: a quarter, c: an error; 3.25 of 4. By seed: 1 and 1/4, of error 0.375."""
+    several = Judgement(
+        ["win", "loss", "error"], np.array([1.0, 0.25, math.nan]), [], {"max_errors": 0.5}, [[1.0] * 3, [0.25], []]
+    )
+    found = rates(several, [pair("a"), pair("b", seed=1), pair("c", seed=1)])["all"]
+    assert (found["win_rate"], found["mean_score"]) == (81.25, 0.625)
+    assert (found["win"], found["loss"], found["error"]) == (1, 1, 1)
+    assert found["se_prompts"] == pytest.approx(100 * math.sqrt(2 * 2 * 0.5625**2) / 4)
+    assert found["se_seeds"] == pytest.approx(37.5)
+
+
+def test_why_there_is_no_win_rate_is_told_with_the_first_failure():
+    facts = {"errors": {"failed": 3, "no verdict": 1}, "first_failure": "500: out of memory"}
+    limit = "2 of 2 pairs are in error, more than max_errors=0.05 allows; what fails is not a random part, so the rest "
+    assert unjudged(rates(judged(["error"] * 2), [pair("a"), pair("b")])["all"], facts) == (
+        f"no win rate by the judge: {limit}gives no win rate. Of the games: 3 failed, 1 no verdict. The first that "
+        "failed: 500: out of memory"
+    )
+    all_may = rates(judged(["error"], max_errors=1.0), [pair("a")])["all"]
+    assert unjudged(all_may, {}) == "no win rate by the judge: no pair was judged"
+    assert unjudged(rates(judged(["win"]), [pair("a")])["all"], facts) is None
 
 
 def test_without_subsets_the_average_is_over_all():

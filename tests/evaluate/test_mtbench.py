@@ -97,9 +97,6 @@ def test_a_request_field_can_be_left_out_and_another_put_in(client):
         (completion("[[A]], or rather [[B]]"), "several verdicts"),
         (completion("[[D]] [A] [[a]]"), "no verdict"),
         (completion("I would say", finish="length"), "cut off"),
-        (completion(None), "no text"),
-        ({"choices": []}, "no text"),
-        ({"error": "busy"}, "no text"),
     ],
 )
 def test_a_reply_without_one_kind_of_verdict_is_an_error_and_never_a_tie(client, reply, kind):
@@ -110,6 +107,35 @@ def test_a_reply_without_one_kind_of_verdict_is_an_error_and_never_a_tie(client,
     assert found.facts["errors"] == {kind: 2}
     assert found.facts["reason"].startswith("1 of 1 pairs are in error")
     assert rates(found, [pair("a")])["all"]["win_rate"] is None
+
+
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        (completion(None), "no text in the reply {'choices': [{'index': 0,"),
+        ({"choices": []}, "no text in the reply {'choices': []}"),
+        ({"detail": "overloaded"}, "no text in the reply {'detail': 'overloaded'}"),
+        ({"error": "busy"}, "busy"),
+    ],
+)
+def test_a_reply_without_words_is_a_failure_and_asked_again_by_the_next_run(client, reply, reason):
+    sick = True
+    with served(lambda body, before: reply if sick else completion("[[C]]")) as server:
+        found = MTBench(client=client(server.base_url, retries=0))([pair("a")], nothing)
+        assert (found.outcomes, found.facts["errors"]) == (["error"], {"failed": 2})
+        assert found.facts["first_failure"].startswith(reason)
+        sick = False
+        assert MTBench(client=client(server.base_url))([pair("a")], nothing).outcomes == ["tie"]
+        assert len(server.bodies) == 4
+
+
+def test_half_a_surrogate_pair_in_a_reply_can_be_written(client):
+    with served(lambda body, before: completion("[[C]] \ud83d")) as server:
+        found = MTBench(client=client(server.base_url))([pair("a")], nothing)
+    assert [game["text"] for game in found.games] == ["[[C]] ?"] * 2
+    with served(lambda body, before: Broken(400, text='{"detail": "\\ud83d"}')) as server:
+        found = MTBench(client=client(server.base_url, model="other"))([pair("a")], nothing)
+    assert found.facts["first_failure"] == "400: ?"
 
 
 def test_the_same_verdict_twice_is_one_verdict(client):

@@ -1,7 +1,6 @@
 """Validation: clustered means, rewards and lengths of answers, and the divergence from the reference."""
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,13 @@ import torch
 from numpy.testing import assert_allclose
 
 from tests.conftest import pretrained
+from var import summary
 from var.data.chat import Chat
 from var.data.rows import FEATURES, Rows
 from var.evaluate.validation import Estimate, clustered, divergence, rewarded, samples, win_rate
 from var.logprobs import attention
 from var.policy import Policy
+from var.problems import UserError
 from var.rewards.programmatic import ExactNumber
 from var.rewards.scale import Scale
 from var.rewards.score import Score
@@ -51,8 +52,9 @@ def test_the_mean_and_its_error_are_of_the_prompts():
 def test_one_prompt_has_no_error():
     found = clustered(np.array([[1.0, 3.0]]))
     assert found.mean == 2.0
-    assert math.isnan(found.se)
     assert isinstance(found, Estimate)
+    assert json.dumps(found._asdict(), allow_nan=False) == '{"mean": 2.0, "se": null}'
+    assert str(found) == summary.told(found._asdict()) == "2.000"
 
 
 def test_answers_are_judged_by_the_rows_answer_on_the_given_scale(rows, tokenizer):
@@ -71,6 +73,12 @@ def test_a_reward_that_cannot_score_text_leaves_lengths_alone(rows, tokenizer):
         found = rewarded(rows, TEXTS, reward, Scale(), Chat(tokenizer))
         assert found.rewards is None
         assert found.lengths.tolist() == [[1, 8], [0, 2]]
+
+
+def test_a_reward_that_returns_too_few_numbers_is_told(rows, tokenizer, monkeypatch):
+    monkeypatch.setattr(ExactNumber, "__call__", lambda self, prompts, responses, answers: np.ones((3, 1)))
+    with pytest.raises(UserError, match=r"the reward \(ExactNumber\) returned 3 numbers for 4 responses"):
+        rewarded(rows, TEXTS, ExactNumber(), Scale(), Chat(tokenizer))
 
 
 def test_the_divergence_of_a_model_from_itself_is_0(rows, tokenizer, load):

@@ -44,6 +44,21 @@ def test_mean_and_min_by_hand():
     assert asked(Ensemble(members={"a": A, "b": B}, how="min")) == [1.0, -2.0, -1.0]
 
 
+def test_a_member_that_returns_too_few_numbers_is_named():
+    class Short(Table):
+        def __call__(self, prompts: Any, responses: Any, answers: Any) -> list[float]:
+            return [1.0]
+
+    with pytest.raises(UserError, match=r"the reward \(Short\) returned 1 numbers for 3 responses"):
+        asked(Ensemble(members={"a": A, "b": Short(rewards={})}))
+
+
+def test_an_answer_is_checked_by_every_member():
+    ensemble = Ensemble(members={"a": A, "b": NearNumber()})
+    assert ensemble.answer_fault("3") is None
+    assert ensemble.answer_fault("x") == "its answer 'x' is no finite number"
+
+
 def test_weights_are_of_the_mean_by_name_and_sum_to_one():
     """(1·1 + 3·3)/4, (−2 + 12)/4, (0 − 3)/4; named in another order than the members."""
     assert asked(Ensemble(members={"a": A, "b": B}, weights={"b": 3, "a": 1})) == [2.5, 2.5, -0.75]

@@ -74,6 +74,15 @@ def test_an_answer_that_is_no_number_is_an_error_that_names_it():
     assert str(error.value) == "this reward compares with a number, and a row's `answer` is 'yes'"
 
 
+@pytest.mark.parametrize("answer", ["nan", "inf", "-inf", "1e400"])
+def test_an_answer_that_is_no_finite_number_is_an_error(answer):
+    for reward in (ExactNumber(), NearNumber()):
+        with pytest.raises(UserError, match=f"compares with a number, and a row's `answer` is '{answer}'"):
+            reward([PROMPT], ["1"], [answer])
+        assert reward.answer_fault(answer) == f"its answer '{answer}' is no finite number"
+        assert reward.answer_fault("1,234") is None
+
+
 def test_sentiment_is_the_compound_score():
     pytest.importorskip("vaderSentiment")
     good, bad, none = Sentiment()(

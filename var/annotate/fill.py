@@ -22,7 +22,7 @@ from var.generate import Sampler, Sampling, Transformers
 from var.packing import pack, pack_tree, whole
 from var.policy import ActorCritic, Policy, WithoutAdapter
 from var.pretrained import Pretrained
-from var.problems import Problems, UserError
+from var.problems import Problems, UserError, brief
 from var.progress import clocked, stage
 from var.rewards.scale import Scale
 
@@ -53,7 +53,8 @@ class Triples(Sequence[Triple]):
 
 class Reward(Protocol):
     """A reward of text. scores_text: False where it can only read the data's own scores. One that compares with a
-    row's `answer` says so by reads_answers = True, and rows without one are told before anything is sampled."""
+    row's `answer` says so by reads_answers = True, and rows without one are told before anything is sampled; so are
+    those of whose answer `answer_fault(answer)`, where a reward has it, says what is wrong (None: nothing)."""
 
     scores_text: bool
 
@@ -65,6 +66,23 @@ class Reward(Protocol):
     ) -> list[float]:
         """Raw rewards, one a response, in reward units."""
         ...
+
+
+def scored(
+    reward: Reward, prompts: Sequence[Sequence[Message]], responses: Sequence[str], answers: Sequence[str | None]
+) -> np.ndarray:
+    """[n] float64: what a reward returns, as a list, an array or a tensor; UserError where it is not n numbers."""
+    returned = reward(prompts, responses, answers)
+    name = f"the reward ({type(reward).__name__})"
+    try:
+        numbers = np.asarray(returned, dtype=np.float64).reshape(-1)
+    except (TypeError, ValueError, RuntimeError) as error:  # the last one is torch's, of a tensor with a gradient
+        raise UserError(f"{name} returns no list of numbers: {brief(error)}") from error
+    if len(numbers) != len(responses):
+        raise UserError(
+            f"{name} returned {len(numbers)} numbers for {len(responses)} responses; it owes one a response"
+        )
+    return numbers
 
 
 @dataclass
@@ -155,11 +173,12 @@ class Annotator:
         """The same with the reference itself as sampler: for what is set beside answers that the policy draws so."""
         return replace(self, sampler=Transformers())
 
-    def check(self) -> None:
-        """Touch everything that sampling and scoring will need, before the first of them costs anything."""
+    def check(self, **more: Path) -> None:
+        """Touch everything that sampling and scoring will need, before the first of them costs anything. more: other
+        folders that will be written, by the setting that names them."""
         self.chat.suffix, self.chat.end_token, self.reference.identity, self.reward.identity  # noqa: B018
         problems = Problems("folders that cannot be written")
-        for name, folder in (("store", self.store.root), ("cache", self.cache)):
+        for name, folder in {"store": self.store.root, "cache": self.cache, **more}.items():
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 with tempfile.TemporaryFile(dir=folder):
@@ -219,7 +238,7 @@ class Annotator:
             out: list[float] = []
             for begin in range(0, len(indices), 64):
                 prompts, texts, answers = zip(*(triples[i] for i in indices[begin : begin + 64]), strict=True)
-                out.extend(self.reward(prompts, texts, answers))
+                out.extend(scored(self.reward, prompts, texts, answers).tolist())
                 advance(len(texts))
             if bad := [i for i, value in zip(indices, out, strict=True) if not np.isfinite(value)]:
                 problems = Problems("rewards that are not finite")
@@ -422,15 +441,16 @@ def refuse_unscored(names: Iterable[str]) -> None:
 
 
 def refuse_unanswered(reward: Reward, rows: Rows) -> None:
-    """Of a reward that reads them, rows that have no `answer`."""
+    """Of a reward that reads them, rows that have no `answer`, or none that it can compare with."""
     if getattr(reward, "reads_answers", False):
-        problems = Problems("the reward compares with a row's `answer`, and rows have none")
+        fault = getattr(reward, "answer_fault", lambda answer: None)
+        problems = Problems("the reward compares with a row's `answer`, and rows have none that it can use")
         for i, answer in enumerate(rows.table["answer"]):
-            if answer is None:
-                problems.add(f"row {rows[i].id}", "no answer")
+            if what := "no answer" if answer is None else fault(answer):
+                problems.add(f"row {rows[i].id}", what)
         problems.check(
-            "Choose a reward that needs none, as reward=classifier; reward=score reads the data's own scores, and "
-            "leaves validation without a reward unless +reward@eval.reward=… names one."
+            "Mend the rows, or choose a reward that needs none, as reward=classifier; reward=score reads the data's "
+            "own scores, and leaves validation without a reward unless +reward@eval.reward=… names one."
         )
 
 

@@ -45,6 +45,17 @@ def as_keys(hashes: Sequence[bytes]) -> Keys:
     return np.array(hashes, dtype="S16")
 
 
+def large(kind: pa.DataType) -> pa.DataType:
+    """The same type with offsets of 64 bits: in memory all of a shelf is one array, and may have more than 2 GiB."""
+    if pa.types.is_string(kind):
+        return pa.large_string()
+    if pa.types.is_list(kind):
+        return pa.large_list(large(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([pa.field(field.name, large(field.type)) for field in kind])
+    return kind
+
+
 class Store:
     """A folder of shelves, one for each kind and identity."""
 
@@ -64,13 +75,14 @@ class Shelf:
         self, path: Path, identity: Mapping[str, Any], value: pa.DataType, warn: Callable[[str], None]
     ) -> None:
         self.path, self.identity, self.value, self.warn = path, identity, value, warn
+        self._held = large(value)
         self._schema = pa.schema({"key": pa.binary(16), "value": value})
         self._own = False  # identity.json was seen to be this shelf's
         self._known: set[str] = set()  # files that are read, or need no second look
         self._names: list[str] = []  # of the shards that are read, as they came
         self._shard = np.array([], dtype=np.int64)  # [n] which of them holds an item
         self._keys = as_keys([])
-        self._values = pa.array([], type=value)
+        self._values = pa.array([], type=self._held)
         self._order = np.array([], dtype=np.int64)
 
     def __len__(self) -> int:
@@ -86,7 +98,8 @@ class Shelf:
             return
         self._known |= set(tables)  # a damaged one is not: computed again it may have the same bytes, hence its name
         keys = [self._keys, *(as_keys(table["key"].to_pylist()) for table in tables.values())]
-        values = [self._values, *(chunk for table in tables.values() for chunk in table["value"].chunks)]
+        chunks = (chunk for table in tables.values() for chunk in table["value"].chunks)
+        values = [self._values, *(chunk.cast(self._held) for chunk in chunks)]
         numbers = np.arange(len(self._names), len(self._names) + len(tables))
         self._names += tables
         self._shard = np.concatenate([self._shard, np.repeat(numbers, [len(table) for table in tables.values()])])

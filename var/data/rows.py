@@ -5,7 +5,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ from var.files import atomic, replacing
 from var.problems import Problems
 
 Message = dict[str, str]
-FORMAT = 3  # raised when an adapter or Row changes what the same source gives
+FORMAT = 4  # raised when an adapter or Row changes what the same source gives
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,12 +97,18 @@ class Rows:
     table: datasets.Dataset
     keys: np.ndarray
     left_out: int = 0
+    _decoded: dict[int, Row] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.table)
 
     def __getitem__(self, index: int) -> Row:
-        return from_record(self.table[int(index)])
+        """The last few decoded are kept: a row is asked for once a response, and decoding one decodes them all."""
+        if (row := self._decoded.get(int(index))) is None:
+            if len(self._decoded) >= 16:
+                self._decoded.clear()
+            row = self._decoded[int(index)] = from_record(self.table[int(index)])
+        return row
 
     def __iter__(self) -> Iterator[Row]:
         return (from_record(record) for record in self.table)
@@ -134,7 +140,7 @@ def from_record(record: Mapping[str, Any]) -> Row:
         raise ValueError(f"unknown keys {sorted(unknown)}; a row has {sorted(FEATURES)}")
     if not isinstance(record.get("id"), str):
         raise ValueError(f"'id' must be a string, got {record.get('id')!r}")
-    answer, responses, ordered = record.get("answer"), record.get("responses"), record.get("ordered")
+    responses, ordered = record.get("responses"), record.get("ordered")
     if not isinstance(responses, list | tuple | None):
         raise ValueError(f"'responses' must be a list, got {responses!r}")
     sampling = record.get("sampling")
@@ -145,10 +151,18 @@ def from_record(record: Mapping[str, Any]) -> Row:
         prompt=messages(record.get("prompt")),
         responses=tuple(_response(value) for value in responses or ()),
         ordered=bool(ordered),
-        answer=None if answer is None else str(answer),
-        subset=None if record.get("subset") is None else str(record["subset"]),
+        answer=_text(record, "answer"),
+        subset=_text(record, "subset"),
         sampling=sampling if isinstance(sampling, str | None) else json.dumps(sampling, ensure_ascii=False),
     )
+
+
+def _text(record: Mapping[str, Any], key: str) -> str | None:
+    """Text, or a number as text. NaN, which is how a missing number is often written, would be the text `nan`."""
+    value = record.get(key)
+    if isinstance(value, Mapping | list | tuple | bytes) or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(f"'{key}' must be text or a finite number, or null where there is none, got {value!r}")
+    return None if value is None else str(value)
 
 
 def messages(value: Any) -> tuple[Message, ...]:
@@ -188,7 +202,7 @@ def _response(value: Any) -> Response:
 
 
 def faults(row: Row) -> list[str]:
-    """What makes a row unfit for training whatever the loss: empty responses, rewards that are not finite."""
+    """What makes a row unfit whatever the loss: an empty prompt, empty responses, rewards that are not finite."""
     found = []
     texts = [row.id, row.answer, row.subset, row.sampling, *(r.source for r in row.responses)]
     texts += [*(text for m in row.prompt for text in m.values()), *(r.text for r in row.responses)]
@@ -196,6 +210,8 @@ def faults(row: Row) -> list[str]:
         "".join(filter(None, texts)).encode()
     except UnicodeEncodeError as error:
         found.append(f"its text cannot be written as UTF-8: half a surrogate pair {error.object[error.start]!r}")
+    if not row.prompt[-1]["content"].strip():
+        found.append("its prompt is empty")
     for k, response in enumerate(row.responses):
         if not response.text.strip():
             found.append(f"response {k} is empty")
@@ -215,7 +231,7 @@ def content_hash(*parts: Any) -> bytes:
 def read(source: Source, cache: Path) -> Rows:
     """All rows of `source`, checked; kept under `cache` and read from there the next time, by memory map.
 
-    Malformed records, empty responses, NaN scores and duplicate ids are one error that names them all.
+    Malformed records, empty prompts and responses, NaN scores and duplicate ids are one error that names them all.
     """
     target = cache / "rows" / content_hash(FORMAT, source.identity()).hex()
     if not (target / "done.json").exists():

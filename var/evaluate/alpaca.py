@@ -135,7 +135,7 @@ class AlpacaEval:
         own: dict[str, Any] = {"usage": spent(self.client, before), **win_rate(pairs, scores, given)}
         if difficulties is not None:
             own |= self._controlled(pairs, scores, difficulties) if given else {"lc_win_rate": None}
-        return Judgement(outcomes, scores, games, {**shared, **own})
+        return Judgement(outcomes, scores, games, {**shared, **own}, [[score] for score in scores.tolist()])
 
     def _difficulties(self, pairs: Sequence[Pair]) -> np.ndarray | None:
         """[n] each pair's difficulty; pairs that the files do not hold are one error."""

@@ -112,7 +112,7 @@ class ArenaHard:
             "first_shown_wins": float(np.mean(verdicts)) if verdicts else None,
             "usage": spent(self.client, before),
         }
-        return Judgement(outcomes, scores, games, {**shared, **own})
+        return Judgement(outcomes, scores, games, {**shared, **own}, counts)
 
 
 def bootstrap(counts: np.ndarray, draws: int, seed: int) -> tuple[float, float]:

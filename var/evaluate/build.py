@@ -78,6 +78,7 @@ class Evaluation:
         """Check the configuration as a whole, then build what is light: no model is loaded."""
         quieten()
         check(cfg, EVAL)
+        refuse_values(cfg)
         names = [part.name for part in (cfg.data, *cfg.more.values())]
         if len(set(names)) < len(names):
             raise UserError(f"data sets must have different names, got {names}: set more.….name")
@@ -109,7 +110,7 @@ class Evaluation:
         if cfg.reference is None:
             start = None
         elif cfg.reference != "auto":
-            start = replace(pretrained, path=str(exported(cfg.reference)), revision=None)
+            start = replace(pretrained, path=str(exported(cfg.reference, "reference")), revision=None)
         reward = instantiate(cfg.reward)
 
         def annotator(model: Pretrained) -> Annotator:
@@ -312,7 +313,7 @@ class Evaluation:
         ]  # fmt: skip
 
     def _lines(self, name: str, records: list[dict[str, Any]]) -> None:
-        with atomic(self.folder / name) as file:
+        with atomic(self.folder / name, errors="replace") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
     def show(self, result: dict[str, Any]) -> None:
@@ -337,10 +338,34 @@ class Evaluation:
             table.add_row(f"average, {name} ({count}): reward", cell(before.get("reward")), cell(part["reward"]))
         if "win_rates" in result:
             table.add_row(f"win rate in %, against {self.cfg.against}", "", cell(result["win_rates"]["all"]))
+            if "lc_win_rate" in (facts := result["win_rates"]["facts"]):
+                rate = {"mean": facts["lc_win_rate"], "se": facts.get("lc_se")}
+                table.add_row("length-controlled win rate in %", "", cell(rate))
         console.print(table)
         for score in result.get("benchmarks", {}).get("scores", []):
             say(" ".join(f"{key}={value}" for key, value in score.items() if not isinstance(value, list | dict)))
         console.print(f"Result: {self.folder}/result.json", markup=False)
+
+
+def refuse_values(cfg: DictConfig) -> None:
+    """Values of the right type that mean nothing."""
+    problems = Problems("the configuration cannot be used")
+    for name in ("prompts", "judged"):
+        if cfg[name] is not None and cfg[name] < 1:
+            problems.add(name, f"must be at least 1, or null for all, got {cfg[name]}")
+    if cfg.seed < 0:
+        problems.add("seed", f"must be at least 0, got {cfg.seed}")
+    if cfg.generate.seed != cfg.seed:
+        problems.add("generate.seed", "nothing reads it here: seeds has the seeds of sampling")
+    for name in ("init", "answers", "reference"):
+        if cfg[name] == "":
+            problems.add(name, f"is empty, as after {name}=$RUN of an unset variable; null is none")
+    if not isinstance(cfg.more, DictConfig) or not all(isinstance(part, DictConfig) for part in cfg.more.values()):
+        problems.add("more", f"further data sets by name, as +data@more.bias=offsetbias, got {cfg.more!r}")
+    averages = cfg.averages.values() if isinstance(cfg.averages, DictConfig) else [cfg.averages]
+    if not all(isinstance(of, ListConfig) for of in averages):
+        problems.add("averages", f"lists of subsets by name, got {cfg.averages}")
+    problems.check()
 
 
 def cell(value: dict[str, Any] | None) -> str:

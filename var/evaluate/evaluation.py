@@ -11,11 +11,11 @@ import numpy as np
 from var.annotate.fill import Annotator, Reward
 from var.data.rows import Message, Row, Rows
 from var.evaluate import diversity, lengths
-from var.evaluate.judge import Judge, Pair, rates
+from var.evaluate.judge import Judge, Pair, rates, unjudged
 from var.evaluate.validation import response_tokens
 from var.generate import Sampling
 from var.problems import Problems
-from var.progress import say, stage
+from var.progress import say, stage, warn
 from var.rewards.scale import Scale
 
 Texts = list[list[tuple[str, bool]]]  # of each prompt, one (text, finished) a seed
@@ -251,4 +251,9 @@ def judged(
     say(f"Judge: {judge.describe(pairs)}")
     with stage("Judging", len(pairs), "pairs") as advance:
         judgement = judge(pairs, advance)
-    return {**rates(judgement, pairs), "facts": judgement.facts}, judgement.games
+    rated = rates(judgement, pairs)
+    if reason := unjudged(rated["all"], judgement.facts):
+        warn(reason)
+    elif reason := judgement.facts.get("lc_reason"):
+        warn(f"no length-controlled win rate: {reason}")
+    return {**rated, "facts": judgement.facts}, judgement.games

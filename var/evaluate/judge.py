@@ -14,6 +14,7 @@ import numpy as np
 from var.annotate.fill import Reward
 from var.data.rows import Message, content_hash
 from var.evaluate.lengths import clustered_error
+from var.files import encodable
 from var.problems import Problems, UserError
 from var.remote import Client, Failure, grouped, written
 
@@ -39,13 +40,15 @@ class Judgement:
 
     outcomes: [n] of `answer` against `opponent`. scores: [n] in [0, 1]: 1, 0.5, 0 or a graded preference; NaN where it
     is an error. games: one JSON record a game, enough to compute any table again. facts: protocol, template, model,
-    errors by kind, usage, and the protocol's own numbers; JSON values.
+    errors by kind, usage, and the protocol's own numbers; JSON values. counts: of each pair, what the protocol's win
+    rate is the mean of, in [0, 1]; None: 1 of a win and 0 of any other outcome.
     """
 
     outcomes: list[Outcome]
     scores: np.ndarray
     games: list[dict[str, Any]]
     facts: dict[str, Any]
+    counts: list[list[float]] | None = None
 
 
 class Judge(Protocol):
@@ -81,9 +84,10 @@ def decide(games: Sequence[Outcome], rule: Literal["paper", "mtbench"]) -> Outco
 def rates(judgement: Judgement, pairs: Sequence[Pair]) -> dict[str, Any]:
     """Win rates of each subset, over all pairs, and the mean of the subsets' as in the paper; None where undefined.
 
-    win_rate: wins over judged pairs, in %; ties are no wins, errors are left out and counted. mean_score: in [0, 1].
-    se_prompts: standard error of win_rate, clustered by prompt id; se_seeds: standard deviation of the seeds' win
-    rates over √seeds. Above the share facts["max_errors"] of errors there is no win rate but a `reason`.
+    win_rate: the protocol's, in %: the mean of `counts`, or else wins over judged pairs, where ties are no wins; errors
+    are left out and counted. mean_score: in [0, 1], ties count half. se_prompts: standard error of win_rate, clustered
+    by prompt id; se_seeds: standard deviation of the seeds' win rates over √seeds. Above the share facts["max_errors"]
+    of errors there is no win rate but a `reason`.
     """
     members: dict[str, list[int]] = defaultdict(list)
     if any(pair.subset is not None for pair in pairs):
@@ -106,20 +110,22 @@ def rates(judgement: Judgement, pairs: Sequence[Pair]) -> dict[str, Any]:
 
 def _rate(judgement: Judgement, pairs: Sequence[Pair], index: Sequence[int], limit: float) -> dict[str, Any]:
     judged = [i for i in index if judgement.outcomes[i] != "error"]
-    counts = Counter(judgement.outcomes[i] for i in index)
-    won = np.array([100.0 * (judgement.outcomes[i] == "win") for i in judged])
+    outcomes = Counter(judgement.outcomes[i] for i in index)
+    counts = judgement.counts or [[float(outcome == "win")] for outcome in judgement.outcomes]
+    won = np.array([100 * count for i in judged for count in counts[i]])
+    of = [pairs[i] for i in judged for _ in counts[i]]
     reason = too_many([judgement.outcomes[i] for i in index], limit)
     given = reason is None and len(judged) > 0
     by_seed = [
-        _mean([value for i, value in zip(judged, won, strict=True) if pairs[i].seed == seed]) if given else None
+        _mean([value for pair, value in zip(of, won.tolist(), strict=True) if pair.seed == seed]) if given else None
         for seed in sorted({pair.seed for pair in pairs})
     ]
     return {
         "n": len(index),
-        **{outcome: counts[outcome] for outcome in ("win", "tie", "loss", "error")},
+        **{outcome: outcomes[outcome] for outcome in ("win", "tie", "loss", "error")},
         "win_rate": float(won.mean()) if given else None,
         "mean_score": float(judgement.scores[judged].mean()) if given else None,
-        "se_prompts": clustered_error(won, [pairs[i].id for i in judged]) if given else None,
+        "se_prompts": clustered_error(won, [pair.id for pair in of]) if given else None,
         "se_seeds": _error(by_seed),
         "reason": reason,
         "by_seed": by_seed,
@@ -134,6 +140,19 @@ def too_many(outcomes: Sequence[Outcome], limit: float) -> str | None:
     return (
         f"{errors} of {len(outcomes)} pairs are in error, more than max_errors={limit:g} allows; what fails is not a "
         "random part, so the rest gives no win rate"
+    )
+
+
+def unjudged(rated: Mapping[str, Any], facts: Mapping[str, Any]) -> str | None:
+    """Why there is no win rate over all pairs, of `rates` and the judgement's facts; None where there is one."""
+    if rated["win_rate"] is not None:
+        return None
+    kinds = ", ".join(f"{number} {kind}" for kind, number in facts.get("errors", {}).items())
+    first = facts.get("first_failure")
+    return (
+        f"no win rate by the judge: {rated['reason'] or 'no pair was judged'}"
+        + (f". Of the games: {kinds}" if kinds else "")
+        + (f". The first that failed: {first}" if first else "")
     )
 
 
@@ -281,7 +300,7 @@ class Games:
         """
         bodies, order = self.bodies(pairs), self.each(pairs)
         records = []
-        replies = self.client.ask(bodies, advance=grouped(advance, self._size))
+        replies = self.client.ask(bodies, advance=grouped(advance, self._size), accept=_useless)
         for (i, first), body, reply in zip(order, bodies, replies, strict=True):
             record: dict[str, Any] = {
                 "id": pairs[i].id, "subset": pairs[i].subset, "seed": pairs[i].seed,
@@ -290,7 +309,7 @@ class Games:
                 "verdict": None, "error": None, "text": None, "usage": None,
             }  # fmt: skip
             if isinstance(reply, Failure):
-                record.update(error="failed", text=reply.reason)
+                record.update(error="failed", text=encodable(reply.reason))
             else:
                 record.update(text=written(reply), usage=reply.get("usage"))
                 try:
@@ -307,6 +326,15 @@ class Games:
     def _size(self) -> int:
         """Games of a pair."""
         return 2 if self.orders == "both" else 1
+
+
+def _useless(reply: Mapping[str, Any]) -> str | None:
+    """Why a reply is not worth keeping: it holds no words of the judge, such as some gateways' errors."""
+    try:
+        graded = bool(reply["choices"][0]["logprobs"])
+    except (LookupError, TypeError):
+        graded = False
+    return None if graded or written(reply) is not None else f"no text in the reply {str(reply)[:120]}"
 
 
 def verdict(reply: Mapping[str, Any], pattern: re.Pattern[str]) -> str:

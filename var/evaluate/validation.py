@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from var.annotate.fill import Reward
+from var.annotate.fill import Reward, scored
 from var.data.chat import Chat
 from var.data.rows import Rows
 from var.packing import pack_tree
@@ -17,13 +17,13 @@ from var.rewards.scale import Scale
 
 
 class Estimate(NamedTuple):
-    """A mean over responses and its standard error, clustered by prompt."""
+    """A mean over responses and its standard error, clustered by prompt; None of a single prompt."""
 
     mean: float
-    se: float
+    se: float | None
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f} ± {self.se:.3f}"
+        return f"{self.mean:.3f}" + ("" if self.se is None else f" ± {self.se:.3f}")
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,7 @@ class Answers:
 def clustered(values: np.ndarray) -> Estimate:
     """Mean of [P, K] values; the prompts' means are the independent draws."""
     means = values.mean(axis=1)
-    return Estimate(
-        float(means.mean()), float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else math.nan
-    )
+    return Estimate(float(means.mean()), float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else None)
 
 
 def rewarded(
@@ -59,7 +57,7 @@ def rewarded(
     lengths = np.array([len(chat.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in flat])
     rewards = None
     if reward is not None and reward.scores_text:
-        rewards = scale(np.array(reward(prompts, flat, answers), dtype=float)).reshape(shape)
+        rewards = scale(scored(reward, prompts, flat, answers)).reshape(shape)
     return Answers(
         texts=[[text for text, _ in several] for several in texts],
         finished=np.array([[done for _, done in several] for several in texts]),

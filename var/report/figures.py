@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from var.files import encodable
 from var.report.read import Estimate, Evaluation, Group, estimate, over
 from var.report.tables import plain
 
@@ -108,7 +109,7 @@ def _labels(groups: Sequence[Group]) -> list[str]:
 
 def _short(label: str, limit: int = 44) -> str:
     """At most so long, in letters that can be drawn, and no formula: a $ in a command line is a $."""
-    label = " ".join(label.encode("utf-8", "replace").decode().split())
+    label = " ".join(encodable(label).split())
     return (label if len(label) <= limit else f"{label[: limit - 1]}…").replace("$", r"\$")
 
 

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 from zipfile import BadZipFile
+from zlib import error as ZlibError
 
 import numpy as np
 import yaml
@@ -21,7 +22,7 @@ Curve = tuple[list[int], list[float]]  # optimiser steps, values
 
 SAFE = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # yaml.safe_load's is Python, ten times slower
 BEGUN = {".hydra", "metrics.csv", "checkpoints", "plan.npz"}  # what a run leaves before its summary
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)
 
 
 class Estimate(NamedTuple):
@@ -81,7 +82,7 @@ class Run:
         """One of UNREADABLE where the summary is no run's."""
         summary = json.loads((folder / "summary.json").read_text())
         settings = {key: value for key, value in flat(summary["config"]) if not is_elsewhere(key)}
-        summary["title"], summary["steps"]
+        summary["title"], summary["steps"], (summary.get("hashes") or {}).keys()
         return cls(folder, summary, settings, measured(summary))
 
     @property
@@ -104,6 +105,8 @@ class Run:
         try:
             lines = SAFE((self.folder / ".hydra" / "overrides.yaml").read_text()).get_single_data() or []
         except (OSError, ValueError, yaml.YAMLError):
+            return []
+        if not isinstance(lines, list):
             return []
         keys = [(str(line), str(line).partition("=")[0]) for line in lines]
         return [line for line, key in keys if not is_seed(key) and not is_elsewhere(key)]
@@ -140,7 +143,7 @@ class Run:
         try:
             with np.load(self.folder / "plan.npz") as file:
                 return dict(file)
-        except (*UNREADABLE, BadZipFile):
+        except (*UNREADABLE, EOFError, BadZipFile, ZlibError):
             return {}
 
     @property
@@ -246,7 +249,7 @@ def grouped(runs: list[Run], notes: list[str]) -> tuple[list[Group], list[str]]:
     often = Counter(line for lines in told for line in set(lines))  # what is a configuration's own stands first
     labels = [" ".join(sorted((s for s in lines if s not in common), key=lambda s: often[s])) for lines in told]
     if len(several) == 1:
-        labels = [several[0][0].summary["title"]]
+        labels = [str(several[0][0].summary["title"])]
     if len(set(labels)) < len(labels):  # alike on the command line: the files that it names have changed between them
         first = [group[0].settings for group in several]
         keys = [key for key in differing(first) if not is_seed(key)]
@@ -283,15 +286,17 @@ class Evaluation:
         averages = {f"average, {k}": v for k, v in model["averages"].items() if len(v["of"]) > 1}
         for name, found in (model["subsets"] | averages).items():
             game = games.get(name) or {}
-            rate = None if game.get("win_rate") is None else {"mean": game["win_rate"], "se": game.get("se_prompts")}
             of = {
                 **{key: estimate(found.get(key)) for key in ("reward", "second_reward")},
                 "gain, paired": estimate((gains.get(name) or {}).get("gain")),
                 "KL, nats": estimate(found.get("kl")),
                 "length": estimate(found.get("length")),
-                "win rate, %": estimate(rate),
+                "win rate, %": _rate(game.get("win_rate"), game.get("se_prompts")),
             }
             parts[name] = {key: value for key, value in of.items() if value is not None}
+        facts = rates.get("facts") or {}
+        if (controlled := _rate(facts.get("lc_win_rate"), facts.get("lc_se"))) is not None:
+            parts["all judged pairs"] = {"win rate, %, length-controlled": controlled}
         return cls(folder, result, parts)
 
     @property
@@ -313,6 +318,10 @@ class Evaluation:
         return (self.result.get("win_rates") or {}).get("all") or {}
 
 
+def _rate(mean: Any, error: Any) -> Estimate | None:
+    return None if mean is None else estimate({"mean": mean, "se": error})
+
+
 @dataclass
 class Found:
     """What stands under the folders that were asked for. problems: what is left out, and why."""
@@ -326,10 +335,21 @@ class Found:
         return bool(self.runs or self.evaluations or self.tables)
 
 
+def read_tables(folder: Path) -> dict[str, Any]:
+    """One of UNREADABLE where tables.json is none of python -m var.tabular's."""
+    tables: dict[str, Any] = json.loads((folder / "tables.json").read_text())
+    for record in tables.get("partition", ()):
+        record["world"], record["estimator"], record["size"], record["relative_variance"]
+    return tables
+
+
 def find(places: list[Path]) -> Found:
     """Runs, evaluations and tables at these folders or anywhere under them, each once, in the order of their names."""
     found, seen = Found(), set[tuple[int, int]]()
-    readers = {"summary.json": (Run.read, found.runs), "result.json": (Evaluation.read, found.evaluations)}
+    readers = {
+        "summary.json": (Run.read, found.runs), "result.json": (Evaluation.read, found.evaluations),
+        "tables.json": (read_tables, found.tables),
+    }  # fmt: skip
 
     def visit(folder: Path) -> None:
         stat = folder.stat()
@@ -341,13 +361,10 @@ def find(places: list[Path]) -> Found:
         for name, (reader, into) in readers.items():
             if name in names:
                 try:
-                    into.append(reader(folder))  # type: ignore[attr-defined]
+                    into.append(reader(folder))  # type: ignore[operator,attr-defined]
                 except UNREADABLE as error:
                     found.problems.append(f"{folder}: its {name} cannot be used ({type(error).__name__}: {error})")
                 return
-        if "tables.json" in names:
-            found.tables.append(json.loads((folder / "tables.json").read_text()))
-            return
         if names.keys() & BEGUN:
             found.problems.append(f"{folder}: not finished; the command that began it goes on with it")
             return

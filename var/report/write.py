@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import quote
 
-from var.files import atomic
+from var.files import atomic, encodable
 from var.problems import UserError
 from var.report import figures, tables
 from var.report.page import page
@@ -50,10 +50,16 @@ def report(found: Found, out: Path, kind: Literal["png", "pdf", "svg"], shown: i
         add("What differs in configuration", "settings", tables.settings_apart(drawn))
     if found.evaluations:
         add("Evaluations", "evaluations", tables.evaluations(found.evaluations), "± is one standard error, by prompt.")
-    if len(found.evaluations) == 2 and (apart := tables.evaluations_apart(*found.evaluations)).rows:
-        add("What differs between the evaluations", "evaluations_difference", apart)
+    if len(found.evaluations) == 2:
+        try:
+            apart = tables.evaluations_apart(*found.evaluations)
+        except UNREADABLE as error:
+            notes.append(f"the evaluations' answers.jsonl do not fit together ({type(error).__name__}: {error})")
+        else:
+            if apart.rows:
+                add("What differs between the evaluations", "evaluations_difference", apart)
 
-    read_first = _encodable("\n\n".join(parts))
+    read_first = encodable("\n\n".join(parts))
     sketches: dict[str, tuple[str, Callable[[Path], bool]]] = {
         "curves": ("Curves", lambda path: bool(drawn) and figures.curves(drawn, path)),
         "frontier": ("Reward against KL", lambda path: figures.frontier(groups, path, shown)),
@@ -66,7 +72,15 @@ def report(found: Found, out: Path, kind: Literal["png", "pdf", "svg"], shown: i
     which = f", the {len(drawn)} of {len(groups)} configurations with the highest reward" if drawn != groups else ""
     for name, (title, draw) in sketches.items():
         path = out / "figures" / f"{name}.{kind}"
-        if draw(path):
+        try:
+            drawn_there = draw(path)
+        except UNREADABLE as error:
+            notes.append(
+                f"figures/{path.name}: not drawn, as files of its runs do not fit together "
+                f"({type(error).__name__}: {error})"
+            )
+            continue
+        if drawn_there:
             parts.append(f"## {title}{which}\n\n![{title}](figures/{path.name})")
     in_order = [run for group in groups for run in group.runs]
     if places := write_pages(in_order[:pages], out / "pages", notes):
@@ -111,12 +125,7 @@ def _line(told: str) -> str:
     return "".join(f"\\{letter}" if letter in "\\`*_[]<>|" else letter for letter in " ".join(told.split()))
 
 
-def _encodable(told: str) -> str:
-    """Without halves of surrogate pairs, which JSON can hold and UTF-8 cannot."""
-    return told.encode("utf-8", "replace").decode()
-
-
 def _write(path: Path, content: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path, encoding="utf-8") as file:
-        file.write(_encodable(content))
+        file.write(encodable(content))

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from var.annotate.fill import Reward
+from var.annotate.fill import Reward, scored
 from var.data.rows import Message
 from var.problems import UserError
 from var.rewards.scale import Scale
@@ -59,6 +59,11 @@ class Ensemble:
     def reads_answers(self) -> bool:
         return any(getattr(member, "reads_answers", False) for member in self.members.values())
 
+    def answer_fault(self, answer: str) -> str | None:
+        """Of the first member that cannot compare with it."""
+        faults = [getattr(member, "answer_fault", lambda answer: None)(answer) for member in self.members.values()]
+        return next(filter(None, faults), None)
+
     @property
     def identity(self) -> dict[str, Any]:
         members = {name: member.identity for name, member in self.members.items()}
@@ -68,12 +73,7 @@ class Ensemble:
         self, prompts: Sequence[Sequence[Message]], responses: Sequence[str], answers: Sequence[str | None]
     ) -> list[float]:
         scale = Scale(kind=self.scale)
-        scores = np.stack(
-            [
-                scale(np.array(member(prompts, responses, answers), dtype=float).reshape(len(responses)))
-                for member in self.members.values()
-            ]
-        )
+        scores = np.stack([scale(scored(member, prompts, responses, answers)) for member in self.members.values()])
         if self.how == "min":
             return scores.min(axis=0).tolist()
         weights = None if self.weights is None else [self.weights[name] for name in self.members]

@@ -1,5 +1,6 @@
 """Rewards that are programs: exact, free, and without a model."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ class ExactNumber:
 
     scores_text = True
     reads_answers = True
+
+    def answer_fault(self, answer: str) -> str | None:
+        return _fault(answer)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -39,6 +43,9 @@ class NearNumber:
     scores_text = True
     reads_answers = True
 
+    def answer_fault(self, answer: str) -> str | None:
+        return _fault(answer)
+
     @property
     def identity(self) -> dict[str, Any]:
         return {"program": "near_number", "version": 1}
@@ -59,10 +66,19 @@ def _numbers(responses: Sequence[str], answers: Sequence[str | None]) -> list[tu
 
 
 def _number(answer: str) -> float:
+    if _fault(answer):
+        raise UserError(f"this reward compares with a number, and a row's `answer` is {answer!r}")
+    return float(answer.replace(",", ""))
+
+
+def _fault(answer: str) -> str | None:
+    """What is wrong with an answer that is to be a number."""
     try:
-        return float(answer.replace(",", ""))
+        if math.isfinite(float(answer.replace(",", ""))):
+            return None
     except ValueError:
-        raise UserError(f"this reward compares with a number, and a row's `answer` is {answer!r}") from None
+        pass
+    return f"its answer {answer[:60]!r} is no finite number"
 
 
 def given(answers: Sequence[str | None]) -> list[str]:

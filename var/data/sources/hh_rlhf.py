@@ -23,7 +23,7 @@ ROLES = {"Human": "user", "Assistant": "assistant"}
 class HHRLHF:
     """`chosen` and `rejected`, each `\\n\\nHuman: … \\n\\nAssistant: …`, equal but for the last turn.
 
-    Left out and counted: pairs that differ before it, that do not alternate, or that end in an empty answer
+    Left out and counted: pairs that differ before it, that do not alternate, or whose question or answer is empty
     (harmless-base, test: 13 of 2,312).
     path: instead of the hub a clone of it (`<subset>/<split>.jsonl.gz`), or one file, read whole.
     """

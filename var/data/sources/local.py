@@ -19,11 +19,13 @@ def listed(path: str, key: str, suffixes: Sequence[str] = SUFFIXES) -> list[Path
     place = Path(path).expanduser()
     if place.is_file():
         return [place]
-    if not place.exists():
+    if not place.is_dir():
         raise UserError(f"{path}: no such file or folder; set `{key}=` to a {', '.join(suffixes)} or a folder of these")
     found = sorted(file for file in place.iterdir() if file.name.endswith(tuple(suffixes)))
     if not found:
         raise UserError(f"{path}: the folder holds no {', '.join(suffixes)}; set `{key}=` to one that does")
+    if strange := [file.name for file in found if not file.is_file()]:
+        raise UserError(f"{path}: {', '.join(strange)} there is a folder or a dead link; move it away, or name a file")
     return found
 
 
@@ -97,5 +99,6 @@ def settings(source: Any) -> dict[str, Any]:
 
 
 def stamps(files: Sequence[Path]) -> list[list[Any]]:
-    """[name, size, mtime_ns] of each file."""
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    """[path, size, mtime_ns, ctime_ns] of each file: a copy may keep name, size and mtime, but no ctime."""
+    stats = [(file.resolve(), file.stat()) for file in files]
+    return [[str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for path, stat in stats]

@@ -16,7 +16,7 @@ class Preferences:
 
     chosen, rejected: text, with the prompt in its own column; or messages that end in the answer and begin with the
     prompt, the same in both. Messages of the answer alone take the prompt column. score_*: rewards, if the set has any.
-    Left out and counted: pairs with an empty answer.
+    Left out and counted: pairs with an empty prompt or answer.
     """
 
     path: str

@@ -18,8 +18,8 @@ class UltraFeedback:
     """Completions by the mean of their aspect ratings (1 to 5), best first.
 
     The mean is over the ratings that are there, "N/A" is none. `overall_score` is never read: some 2,000 of its 1
-    became 10 (OpenBMB/UltraFeedback #8). Left out and counted: prompts with fewer than two completions that have text
-    and a rating, and with keep=best_worst those whose best and worst are rated the same.
+    became 10 (OpenBMB/UltraFeedback #8). Left out and counted: empty prompts, those with fewer than two completions
+    that have text and a rating, and with keep=best_worst those whose best and worst are rated the same.
     keep: all, best_worst (a pair), best. ratings_as_score: the mean is the score; else rewards come from a model.
     path: a local copy instead of the hub.
     """
@@ -39,7 +39,8 @@ class UltraFeedback:
         record = local.parse(record)
         rated = [(mean_rating(c["annotations"]), c) for c in record["completions"] if (c["response"] or "").strip()]
         ranked = sorted(((mean, c) for mean, c in rated if mean is not None), key=lambda item: -item[0])
-        if len(ranked) < 2:
+        prompt = messages(record["instruction"])
+        if len(ranked) < 2 or not prompt[-1]["content"].strip():
             return None
         differ = ranked[0][0] > ranked[-1][0]
         if self.keep == "best_worst" and not differ:
@@ -49,7 +50,7 @@ class UltraFeedback:
             Response(text=c["response"], source=c["model"], score=mean if self.ratings_as_score else None)
             for mean, c in kept
         )
-        return Row(id=where, prompt=messages(record["instruction"]), responses=responses, ordered=differ)
+        return Row(id=where, prompt=prompt, responses=responses, ordered=differ)
 
     def identity(self) -> Mapping[str, Any]:
         if self.path is None:
