@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from var.annotate.fill import Reward
+from var.annotate.fill import Reward, scored
 from var.data.rows import Message, content_hash
 from var.evaluate.lengths import clustered_error
 from var.files import encodable
@@ -411,8 +411,8 @@ class RewardJudge:
         for begin in range(0, len(pairs), 64):
             part = pairs[begin : begin + 64]
             for side, texts in enumerate(([p.answer for p in part], [p.opponent for p in part])):
-                scored = self.reward([p.prompt for p in part], texts, [p.gold for p in part])
-                rewards[begin : begin + 64, side] = scored
+                numbers = scored(self.reward, [p.prompt for p in part], texts, [p.gold for p in part])
+                rewards[begin : begin + 64, side] = numbers
             advance(len(part))
         problems = Problems("rewards that are not finite")
         for i in np.flatnonzero(~np.isfinite(rewards).all(axis=1)).tolist():
