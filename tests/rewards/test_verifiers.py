@@ -208,6 +208,7 @@ def test_what_a_model_wrote_is_never_run(task, tmp_path, monkeypatch):
 
 def test_rows_of_another_source_are_told():
     pytest.importorskip("reasoning_gym")
+    assert ReasoningGym().answer_fault("42") == "its answer is no problem of reasoning-gym's but '42'"
     with pytest.raises(UserError) as error:
         scored("1", "42")
     assert str(error.value) == (

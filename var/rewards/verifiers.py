@@ -108,6 +108,14 @@ class ReasoningGym:
     ) -> list[float]:
         return [self._score(text, answer) for text, answer in zip(responses, given(answers), strict=True)]
 
+    def answer_fault(self, answer: str) -> str | None:
+        """Of a row of another data set."""
+        try:
+            read_problem(answer)
+        except ValueError as error:
+            return f"its answer is {error}"
+        return None
+
     def _score(self, response: str, answer: str) -> float:
         try:
             problem = read_problem(answer)
