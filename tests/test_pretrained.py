@@ -256,9 +256,10 @@ def test_code_that_a_model_brings_is_not_run_unless_it_is_allowed(tmp_path: Path
     (folder / "config.json").write_text(
         json.dumps({**config, "auto_map": {"AutoConfig": "own.Own"}, "model_type": "own"})
     )
-    for ask in ("config", "chat"):
-        with pytest.raises(UserError, match=r"brings code of its own; read it, and run it by model\.trust_remote_code"):
-            getattr(pretrained(folder, tmp_path), ask)
+    model = pretrained(folder, tmp_path)
+    for ask in (lambda: model.config, model.load, model.meta):
+        with pytest.raises(UserError, match=r"brings code of its own, which runs where model\.trust_remote_code=true"):
+            ask()
 
 
 def exported(folder: Path, model: Any, template: str = TEMPLATE) -> Chat:

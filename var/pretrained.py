@@ -7,6 +7,7 @@ import json
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -156,8 +157,8 @@ class Pretrained:
 
         if self.base is not None and not (self.folder / "tokenizer_config.json").exists():
             return self.base.tokenizer
-        self.config  # noqa: B018  refuses what the tokenizer would refuse without a word of ours
-        return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+        with self._without_its_code():
+            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
 
     @cached_property
     def config(self) -> Any:
@@ -168,13 +169,20 @@ class Pretrained:
         """A new one, of the folder's file."""
         from transformers import AutoConfig
 
-        try:
+        with self._without_its_code():
             return AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+
+    @contextmanager
+    def _without_its_code(self) -> Iterator[None]:
+        """transformers refuses by a message of its own, with the setting of its own."""
+        try:
+            yield
         except ValueError as error:
-            if self.trust_remote_code or "trust_remote_code" not in str(error):
+            if "trust_remote_code" not in str(error):
                 raise
             raise UserError(
-                f"model.path={self.path} brings code of its own; read it, and run it by model.trust_remote_code=true"
+                f"{self.path} brings code of its own, which runs where model.trust_remote_code=true allows it, and of "
+                "a reward model nowhere"
             ) from error
 
     @cached_property
@@ -228,7 +236,8 @@ class Pretrained:
         if self.base is not None:
             return merged(self.base._model(kind, **more), self.folder, keep=self.quantization is not None)
         try:
-            model, found = kind.from_pretrained(self.folder, output_loading_info=True, **self._options, **more)
+            with self._without_its_code():
+                model, found = kind.from_pretrained(self.folder, output_loading_info=True, **self._options, **more)
         except KeyError as error:
             if error.args != (self.attention,):
                 raise
