@@ -159,6 +159,26 @@ def test_rows_longer_than_a_models_positions_are_told_ahead(
     assert not (tmp_path / "store" / "cross_logps").exists()
 
 
+def test_an_online_run_needs_positions_for_its_prompts_and_answers_alone(options: list[str], tmp_path: Path) -> None:
+    """data.max_length is a bound, above what the model has here; the longest prompt and its answer have some 20."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    def gpt2(positions: int) -> Path:
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=264, n_embd=32, n_layer=1, n_head=4, n_positions=positions))
+        return saved(tmp_path / f"gpt2-{positions}", model)
+
+    options = [option for option in options if not option.startswith("reward")]
+    more = (
+        "loss=grpo", "reward=sentiment", "data.micro_batch=2", "data.global_batch=2", "trainer.max_steps=1",
+        "generate.responses=2", "generate.max_new_tokens=4",
+    )  # fmt: skip
+    fit(options, tmp_path / "fits", *more, f"model.path={gpt2(64)}")
+    with pytest.raises(
+        UserError, match=r"gpt2 knows 16 positions, and the longest prompt with its answer has \d\d tokens"
+    ):
+        fit(options, tmp_path / "short", *more, f"model.path={gpt2(16)}")
+
+
 def test_single_answers_to_kto_are_told_of_its_threshold(options: list[str], tmp_path: Path) -> None:
     path = tmp_path / "single.jsonl"
     path.write_text("".join(

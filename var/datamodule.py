@@ -303,7 +303,6 @@ class AlignmentData(lightning.LightningDataModule):
         if settings.responses not in ("auto", "sampled"):
             raise UserError(f"an online loss samples its own answers; data.responses={settings.responses} does nothing")
         prompts = self._fitting(np.sort(np.unique(self.rows.keys, return_index=True)[1]))
-        self._refuse_longer(settings.max_length, "prompt with its answer")
         size = np.full(len(prompts), self.sampling.responses)
         # not the table's fingerprint: that is of the cache's file, its place and its time
         self.content = content_hash(self.rows.keys.tobytes().hex(), self.rows.table["answer"][:]).hex()[:16]
@@ -333,6 +332,7 @@ class AlignmentData(lightning.LightningDataModule):
             self.facts["prompts dropped as overlong"] = int((~fits).sum())
         if not fits.any():
             raise UserError(f"no prompt leaves room for generate.max_new_tokens={room} within data.max_length")
+        self._refuse_longer(length[fits].max() + room, "prompt with its answer")
         return prompts[fits]
 
     def _rewards(self) -> torch.Tensor:

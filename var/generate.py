@@ -18,7 +18,7 @@ from var.data.chat import Chat
 from var.data.rows import Message
 from var.logprobs import attention
 from var.problems import Problems, UserError
-from var.remote import Client, Failure, grouped, written
+from var.remote import Client, Failure, grouped, wordless, written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -338,7 +338,7 @@ class Endpoint:
     ) -> list[list[tuple[str, bool]]]:
         k = sampling.responses
         bodies = [self._body(prompt, draw, sampling) for prompt in prompts for draw in range(k)]
-        replies = self.client.ask(bodies, advance=grouped(advance, k), accept=_wordless, version=self.version)
+        replies = self.client.ask(bodies, advance=grouped(advance, k), accept=wordless, version=self.version)
         problems = Problems(f"{self.client.base_url} left responses out", shown=5)
         for at, reply in enumerate(replies):
             if isinstance(reply, Failure):
@@ -347,8 +347,8 @@ class Endpoint:
             f"{len(replies) - len(problems.found)} of {len(replies)} came and are kept: the same command asks only "
             "for the rest."
         )
-        choices = [reply["choices"][0] for reply in replies if not isinstance(reply, Failure)]
-        texts = [(choice["message"]["content"], choice.get("finish_reason") == "stop") for choice in choices]
+        came = [reply for reply in replies if not isinstance(reply, Failure)]
+        texts = [(written(reply) or "", reply["choices"][0].get("finish_reason") == "stop") for reply in came]
         return [texts[at : at + k] for at in range(0, len(texts), k)]
 
     def _body(self, prompt: Sequence[Message], draw: int, sampling: Sampling) -> dict[str, Any]:
@@ -361,10 +361,6 @@ class Endpoint:
 
     def release(self) -> None:
         pass
-
-
-def _wordless(reply: dict[str, Any]) -> str | None:
-    return None if written(reply) is not None else f"no text in the reply {str(reply)[:120]}"
 
 
 def _until_end(chat: Chat, ids: list[int]) -> tuple[list[int], bool]:

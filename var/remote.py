@@ -305,6 +305,11 @@ def _read(kept: sqlite3.Connection, key: bytes) -> str | None:
     return None if row is None else str(row[0])
 
 
+def wordless(reply: Mapping[str, Any]) -> str | None:
+    """Why a reply without words is not worth keeping, for `ask`'s accept; None of one with them."""
+    return None if written(reply) is not None else f"no text in the reply {str(reply)[:120]}"
+
+
 def _tokens(reply: Mapping[str, Any], name: str) -> int:
     """A count of the reply's `usage`; some servers write it as text, or none."""
     try:

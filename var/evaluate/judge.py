@@ -16,7 +16,7 @@ from var.data.rows import Message, content_hash
 from var.evaluate.lengths import clustered_error
 from var.files import encodable
 from var.problems import Problems, UserError
-from var.remote import Client, Failure, grouped, written
+from var.remote import Client, Failure, grouped, wordless, written
 
 Outcome = Literal["win", "tie", "loss", "error"]
 
@@ -334,7 +334,7 @@ def _useless(reply: Mapping[str, Any]) -> str | None:
         graded = bool(reply["choices"][0]["logprobs"])
     except (LookupError, TypeError):
         graded = False
-    return None if graded or written(reply) is not None else f"no text in the reply {str(reply)[:120]}"
+    return None if graded else wordless(reply)
 
 
 def verdict(reply: Mapping[str, Any], pattern: re.Pattern[str]) -> str:
