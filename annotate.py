@@ -3,22 +3,24 @@
 import hydra
 from omegaconf import DictConfig
 
-from var import config
+from var.config.check import FOLDER, TRAIN, check
+from var.config.entry import run_command
+from var.utils.distributed import set_rank_variables
 
 
-@hydra.main(version_base="1.3", config_path=config.FOLDER, config_name="train")
+@hydra.main(version_base="1.3", config_path=FOLDER, config_name="train")
 def main(cfg: DictConfig) -> None:
     """Sample, score and annotate whatever this configuration's run would need, on every rank of the launcher."""
-    config.name_rank()
-    config.check(cfg, config.TRAIN, imports=False)
+    set_rank_variables()
+    check(cfg, TRAIN, imports=False)
 
     from pathlib import Path
 
     import torch
     from hydra.core.hydra_config import HydraConfig
 
-    from var.build import Run
-    from var.progress import say
+    from var.training.run import Run
+    from var.utils.console import say
 
     run = Run.compose(cfg, Path(HydraConfig.get().runtime.output_dir))
     if run.settings.world > 1:
@@ -30,4 +32,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    config.run(main, "train")
+    run_command(main, "train")

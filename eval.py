@@ -3,15 +3,16 @@
 import hydra
 from omegaconf import DictConfig
 
-from var import config
+from var.config.check import EVAL, FOLDER, check
+from var.config.entry import run_command
 
 
-@hydra.main(version_base="1.3", config_path=config.FOLDER, config_name="eval")
+@hydra.main(version_base="1.3", config_path=FOLDER, config_name="eval")
 def main(cfg: DictConfig) -> None:
     """Everything that can be wrong is told first; then answers, their worth, and result.json with what it rests on."""
-    config.check(cfg, config.EVAL, imports=False)
+    check(cfg, EVAL, imports=False)
 
-    from var.evaluate.build import Evaluation
+    from var.evaluate.run import Evaluation
 
     evaluation = Evaluation.compose(cfg)
     evaluation.check()
@@ -19,4 +20,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    config.run(main, "eval")
+    run_command(main, "eval")

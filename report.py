@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from var import config
+from var.config.entry import run_command
 
 
 def main() -> None:
@@ -15,7 +15,7 @@ def main() -> None:
     )
     parser.add_argument(
         "folders", nargs="*", type=Path,
-        help="a run's, an evaluation's, python -m var.tabular's, or a folder of any number of them",
+        help="a run's, an evaluation's, python -m experiments.tabular's, or a folder of any number of them",
     )  # fmt: skip
     parser.add_argument("--out", default="report", type=Path, help="the report's folder (default: %(default)s)")
     parser.add_argument("--format", default="png", choices=("png", "pdf", "svg"), help="of figures (default: png)")
@@ -31,7 +31,7 @@ def main() -> None:
     if not given.folders and not given.wandb:
         parser.error("nothing to report on: name folders, or --wandb")
 
-    from var.progress import say
+    from var.utils.console import say
 
     if given.folders:
         from var.report.read import find
@@ -51,4 +51,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    config.run(main, "train")
+    run_command(main, "train")

@@ -3,10 +3,11 @@
 import hydra
 from omegaconf import DictConfig
 
-from var import config
+from var.config.check import FOLDER, TRAIN, check
+from var.config.entry import run_command
 
 
-@hydra.main(version_base="1.3", config_path=config.FOLDER, config_name="sample")
+@hydra.main(version_base="1.3", config_path=FOLDER, config_name="sample")
 def main(cfg: DictConfig) -> None:
     """K responses to every prompt, held-out ones too (the same seed holds them out again), from the reference."""
     import json
@@ -14,7 +15,7 @@ def main(cfg: DictConfig) -> None:
 
     from omegaconf import OmegaConf, open_dict
 
-    from var.problems import UserError
+    from var.utils.errors import UserError
 
     if OmegaConf.is_missing(cfg, "out"):
         raise UserError("out must be given: out=rows.jsonl")
@@ -23,18 +24,18 @@ def main(cfg: DictConfig) -> None:
         raise UserError(f"out={out} is a folder; name a file in it: out={out / 'rows.jsonl'}")
     with open_dict(cfg):
         del cfg.out
-    config.check(cfg, config.TRAIN, imports=False)
+    check(cfg, TRAIN, imports=False)
 
-    from var.annotate.fill import refuse_unanswered
-    from var.build import Run
     from var.data.rows import read
-    from var.files import atomic
-    from var.progress import say
+    from var.rewards.base import check_answers
+    from var.training.run import Run
+    from var.utils.console import say
+    from var.utils.files import atomic
 
     run = Run.compose(cfg, Path("."))
     run.annotator.check(out=out.parent)
     rows = read(run.data.source, run.annotator.cache).head(run.data.settings.limit)
-    refuse_unanswered(run.annotator.reward, rows)
+    check_answers(run.annotator.reward, rows)
     texts = run.annotator.sampled(rows, run.data.sampling)
     scores = run.annotator.candidates(rows, run.data.sampling) if run.annotator.reward.scores_text else None
     sampling = run.annotator.source(run.data.sampling)
@@ -61,4 +62,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    config.run(main, "sample")
+    run_command(main, "sample")

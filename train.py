@@ -3,14 +3,16 @@
 import hydra
 from omegaconf import DictConfig
 
-from var import config
+from var.config.check import FOLDER, TRAIN, check
+from var.config.entry import run_command
+from var.utils.distributed import set_rank_variables
 
 
-@hydra.main(version_base="1.3", config_path=config.FOLDER, config_name="train")
+@hydra.main(version_base="1.3", config_path=FOLDER, config_name="train")
 def main(cfg: DictConfig) -> float | None:
     """One run; returns the validation reward after training, for sweepers."""
-    config.name_rank()
-    config.check(cfg, config.TRAIN, imports=False)
+    set_rank_variables()
+    check(cfg, TRAIN, imports=False)
 
     import json
     import time
@@ -18,8 +20,8 @@ def main(cfg: DictConfig) -> float | None:
 
     from hydra.core.hydra_config import HydraConfig
 
-    from var import summary
-    from var.progress import say
+    from var.training import summary
+    from var.utils.console import say
 
     folder = Path(HydraConfig.get().runtime.output_dir)
     if cfg.resume == "auto" and (folder / "summary.json").exists() and not cfg.dry:
@@ -31,9 +33,9 @@ def main(cfg: DictConfig) -> float | None:
 
     from lightning import seed_everything
 
-    from var import dry
-    from var.build import Run
     from var.report.write import plot
+    from var.training import dry_run as dry
+    from var.training.run import Run
 
     run = Run.compose(cfg, folder)
     if cfg.dry:
@@ -58,4 +60,4 @@ def main(cfg: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
-    config.run(main, "train")
+    run_command(main, "train")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from var.data.rows import Message
-from var.problems import UserError
+from var.utils.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from var.data.rows import Response, Row, messages
-from var.problems import UserError
+from var.utils.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

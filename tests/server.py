@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from var.remote import Client
+from var.utils.http_client import Client
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,13 @@ from tests.conftest import composed, pretrained, saved, tiny_model
 from tests.e2e.test_commands import only
 from tests.e2e.test_commands import run as command
 from tests.test_trajectory import column, fit, launch, same_folders
-from var.adapters import LoRA, adapted, adapter_off
-from var.build import Run
-from var.packing import pack
-from var.policy import Policy, WithoutAdapter
-from var.pretrained import Pretrained
-from var.problems import UserError
+from var.models.frozen import AdapterOff
+from var.models.lora import LoRA, adapted, adapter_off
+from var.models.packing import pack
+from var.models.policy import Policy
+from var.models.pretrained import Pretrained
+from var.training.run import Run
+from var.utils.errors import UserError
 
 pytest.importorskip("peft")
 ADAPTER = ("adapter=lora", "adapter.r=4", "optim.optimizer.lr=1e-2")
@@ -52,8 +53,8 @@ def test_the_adapted_model_starts_as_its_base_and_is_it_again_with_the_adapter_o
     assert not torch.allclose(logps(model), base, atol=0.1)
     with adapter_off(model):
         assert torch.equal(logps(model), base)
-    assert torch.equal(WithoutAdapter(Policy(model))(BATCH), base)
-    states = WithoutAdapter(Policy(model)).prompt_states(BATCH)
+    assert torch.equal(AdapterOff(Policy(model))(BATCH), base)
+    states = AdapterOff(Policy(model)).prompt_states(BATCH)
     for found, expected in zip(states, Policy(files.load()).prompt_states(BATCH), strict=True):
         assert torch.equal(found, expected)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == set(trained)
@@ -142,7 +143,7 @@ def test_a_checkpoint_of_other_weights_is_refused(options: list[str], tiny_folde
 def train(tiny_folder: Path, tmp_path: Path) -> Any:
     def run(*more: str) -> tuple[Any, Path]:
         done = command(
-            "train.py", f"model.path={tiny_folder}", f"store={tmp_path}/store", f"cache={tmp_path}/cache",
+            "train.py", f"model.path={tiny_folder}", f"annotation_cache={tmp_path}/store", f"cache={tmp_path}/cache",
             f"runs={tmp_path}/runs", "data.source.problems=30", "data.validation_prompts=4", "reward=near_number",
             "generate.max_new_tokens=40", "trainer.max_steps=3", *ADAPTER, *more,
         )  # fmt: skip
@@ -257,7 +258,12 @@ def test_an_adapter_trains_on_a_4_bit_model(train: Any, wide_folder: Path, tmp_p
 
 def test_what_a_quantised_model_cannot_do_is_told_at_once(wide_folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    own = (f"model.path={wide_folder}", f"store={tmp_path}/store", f"cache={tmp_path}/cache", f"runs={tmp_path}/runs")
+    own = (
+        f"model.path={wide_folder}",
+        f"annotation_cache={tmp_path}/store",
+        f"cache={tmp_path}/cache",
+        f"runs={tmp_path}/runs",
+    )
     done = command("train.py", *own, "model.quantization=nf4", "strategy=fsdp")
     assert done.returncode == 1
     assert "nf4 weights stand still; train adapter=lora on them" in done.stderr
@@ -268,12 +274,12 @@ def test_what_a_quantised_model_cannot_do_is_told_at_once(wide_folder: Path, tmp
 
 def test_the_papers_32b_in_4_bit_passes_the_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On paper 31.2 of 32.8 billion weights in 4 bit, a copy on each of 32 cards; no hub is asked."""
-    from var import dry
+    from var.training import dry_run as dry
 
     cfg = composed(
         "model=qwen2.5-32b-int4", "adapter=lora", "strategy=ddp", "loss=var", "dry=true", "data=offsetbias",
         "trainer.num_nodes=4", "trainer.devices=8", "data.micro_batch=4", "trainer.accelerator=gpu",
-        "data.global_batch=128", f"store={tmp_path}",
+        "data.global_batch=128", f"annotation_cache={tmp_path}",
     )  # fmt: skip
     run = Run.compose(cfg, tmp_path)
     dry.memory(run)

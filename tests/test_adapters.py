@@ -12,12 +12,12 @@ from torch.testing import assert_close
 
 from tests.conftest import TEMPLATE, byte_tokenizer, pretrained, tiny_model
 from tests.test_pretrained import CARD
-from var.build import exported
-from var.packing import pack
-from var.policy import Policy
-from var.pretrained import export
-from var.problems import UserError
+from var.models.export import export
+from var.models.packing import pack
+from var.models.policy import Policy
+from var.models.pretrained import find_model
 from var.rewards.classifier import Classifier
+from var.utils.errors import UserError
 
 peft = pytest.importorskip("peft")
 IDS = torch.tensor([[256, 1, 2, 3, 4, 5]])
@@ -135,7 +135,7 @@ def test_a_scorers_adapter_brings_its_head(tiny_folder: Path, tmp_path: Path, mo
     with pytest.raises(UserError, match=r"does not fit its base .*on one side only, as .*score"):
         pretrained(tmp_path / "a", tmp_path).load()
     with pytest.raises(UserError, match="is a reward model's adapter, and a run starts from a language model"):
-        exported(str(tmp_path / "a"))
+        find_model(str(tmp_path / "a"))
 
 
 def test_a_reward_models_adapter_scores_as_peft_does(tiny_folder: Path, tmp_path: Path):
@@ -191,7 +191,7 @@ def test_a_pickled_adapter_is_refused(tiny_folder: Path, tmp_path: Path):
 
 def test_without_peft_it_says_how_to_get_it(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     adapter(tmp_path / "a", tiny_folder)
-    monkeypatch.setattr("var.pretrained.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("var.models.pretrained.importlib.util.find_spec", lambda name: None)
     for ask in (lambda one: one.weights, lambda one: one.chat, lambda one: one.load()):
         with pytest.raises(UserError) as error:
             ask(pretrained(tmp_path / "a", tmp_path))
@@ -258,9 +258,9 @@ def test_an_adapter_of_tied_embeddings_is_refused_and_of_untied_ones_read(tiny_f
 
 def test_init_takes_an_adapters_folder(tiny_folder: Path, tmp_path: Path):
     adapter(tmp_path / "a", tiny_folder)
-    assert exported(str(tmp_path / "a")) == tmp_path / "a"
+    assert find_model(str(tmp_path / "a")) == tmp_path / "a"
     adapter(tmp_path / "run" / "model", tiny_folder)
-    assert exported(str(tmp_path / "run")) == tmp_path / "run" / "model"
+    assert find_model(str(tmp_path / "run")) == tmp_path / "run" / "model"
 
 
 def test_an_adapter_of_the_packaged_default_finds_it(smollm2: Path, tmp_path: Path, tiny_folder: Path):

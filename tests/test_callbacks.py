@@ -10,11 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from var.callbacks import Curves, PlanFile, StepMetrics, Validation, _judged, _with_error
-from var.evaluate.judge import Judgement
-from var.evaluate.validation import Answers, clustered, win_rate
-from var.losses.weighted import Mean
-from var.module import AlignmentModule, Schedule
+from var.evaluate.answers import Answers, win_rate
+from var.evaluate.judges.base import Judgement
+from var.losses.base import Mean
+from var.training.loggers import Curves, PlanFile, _with_error
+from var.training.metrics import StepMetrics
+from var.training.module import AlignmentModule
+from var.training.schedule import Schedule
+from var.training.validation import Validation, _judged
+from var.utils.statistics import clustered
 
 
 def rows(path: Path) -> list[dict[str, str]]:

@@ -13,11 +13,13 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from tests.conftest import ROOT, composed
-from var import config
-from var.build import Run, loggers
-from var.config import EVAL, FOLDER, TRAIN, check, fits, leaves, run_dir
-from var.evaluate.build import Evaluation
-from var.problems import UserError
+from var.config.check import EVAL, FOLDER, TRAIN, check, fits
+from var.config.entry import leaves, run_command
+from var.config.run_dir import run_dir
+from var.evaluate.run import Evaluation
+from var.training.loggers import loggers
+from var.training.run import Run
+from var.utils.errors import UserError
 
 YAMLS = sorted(p.relative_to(FOLDER) for p in Path(FOLDER).rglob("*.yaml"))
 GIVEN = {  # what a user must give
@@ -49,7 +51,7 @@ def test_every_yaml_composes_and_builds(path: Path, tmp_path: Path) -> None:
         f"{group}={name}" if group != "experiment" else f"+experiment={name}",
         *GIVEN.get(f"{group}/{name}", ()),
     ]
-    overrides += [f"store={tmp_path}/s", f"cache={tmp_path}/c"]
+    overrides += [f"annotation_cache={tmp_path}/s", f"cache={tmp_path}/c"]
     if group in ("judge", "benchmarks"):
         evaluation = Evaluation.compose(composed(*overrides, root="eval"))
         assert evaluation.judge or evaluation.benchmarks
@@ -166,7 +168,7 @@ def test_a_runs_folder_is_the_same_for_the_same_training(tmp_path: Path) -> None
     def folder(*overrides: str) -> str:
         return run_dir(str(tmp_path), "m", "d", "l", _root_=composed(f"runs={tmp_path}", *overrides))
 
-    assert folder() == folder("logger=wandb", "store=elsewhere", "annotate=refuse")
+    assert folder() == folder("logger=wandb", "store=elsewhere", "annotate=error")
     assert folder() == folder("trainer.devices=2", "trainer.num_nodes=4")
     assert len({folder(), folder("seed=1"), folder("loss.temperature=2"), folder("loss=sft")}) == 4
     Path(first := folder("resume=false")).mkdir()
@@ -235,13 +237,13 @@ def test_a_file_where_a_folder_should_be_is_told_without_a_traceback(
         lambda: (tmp_path / "file").mkdir(exist_ok=True),
     ):
         with pytest.raises(SystemExit):
-            config.run(fails, "train")
+            run_command(fails, "train")
         assert re.fullmatch(
             rf"Error: {tmp_path}/file(/deeper)?: (Not a directory|File exists); choose another folder or file\n",
             capsys.readouterr().err,
         )
     with pytest.raises(FileNotFoundError):  # no fault of a setting
-        config.run(lambda: (tmp_path / "none").read_text(), "train")
+        run_command(lambda: (tmp_path / "none").read_text(), "train")
 
 
 def test_what_deepspeed_would_refuse_is_told_at_once(tmp_path: Path) -> None:
@@ -257,7 +259,7 @@ def test_git_does_not_hide_the_package() -> None:
     """GitHub's Python .gitignore has a line `var/`."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
-    hidden = subprocess.run(["git", "check-ignore", "-q", "var/module.py"], cwd=ROOT)
+    hidden = subprocess.run(["git", "check-ignore", "-q", "var/training/module.py"], cwd=ROOT)
     assert hidden.returncode == 1
 
 

@@ -16,7 +16,7 @@ import yaml
 
 from tests.conftest import ROOT, composed
 from tests.e2e.test_commands import OWN_REWARD, run
-from var.config import FOLDER
+from var.config.check import FOLDER
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [*DOCS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "examples" / "README.md"]

@@ -7,24 +7,24 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from var.estimators import (
+from var.losses.var import VAR
+from var.requirements import Need
+from var.utils.errors import UserError
+from var.weights.estimators import (
     Estimator,
     Global,
     Grouped,
     InBatch,
     Prompt,
     Sampled,
-    Table,
     Value,
-    health,
     in_batch_log_weights,
-    normalise,
-    prompt_values,
-    within_prompt_deviation,
+    normalize_log_weights,
 )
-from var.losses.var import VAR
-from var.needs import Need
-from var.problems import UserError
+from var.weights.groups import within_prompt_std
+from var.weights.health import health
+from var.weights.prompt_values import prompt_values
+from var.weights.table import Table
 
 
 def f64(*values: float) -> Tensor:
@@ -98,8 +98,8 @@ def test_in_batch_weights_follow_the_plan_and_a_short_micro_batch():
     for reduction in ("none", "mean", "sum"):
         found = weights(InBatch(reduction=reduction), data)
         assert_close(found, f64(0.8807970779778823, 1.0, 0.7310585786300049, 0.0), rtol=1e-14, atol=0)
-    assert_close(normalise(found.log()).exp()[:3].mean(), f64(1.0)[0])
-    assert normalise(found.log())[3] == -torch.inf
+    assert_close(normalize_log_weights(found.log()).exp()[:3].mean(), f64(1.0)[0])
+    assert normalize_log_weights(found.log())[3] == -torch.inf
 
 
 def test_an_in_batch_weight_lies_between_0_and_1_and_its_rows_sum_to_1():
@@ -155,19 +155,19 @@ def test_grouped_weights_do_not_see_what_a_prompt_adds_to_all_rewards():
 
 
 @pytest.mark.parametrize(
-    "estimator", [Grouped(drop_uninformative=True), Prompt(baseline="zero", drop_uninformative=True)]
+    "estimator", [Grouped(drop_zero_variance=True), Prompt(baseline="zero", drop_zero_variance=True)]
 )
 def test_groups_of_equal_rewards_are_left_out_and_only_those(estimator):
     """Left out: two equal answers, and a group of one. Kept: a difference of 1e-9, which is a difference."""
     data = table(f64(1, 1, 1, 0, 3, 0, 1e-9), group=[0, 0, 1, 1, 2, 3, 3])
     found = estimator(data, 1.0)
     assert (found == -torch.inf).tolist() == [True, True, False, False, True, False, False]
-    assert_close(normalise(found).exp().sum(), f64(4.0)[0])
+    assert_close(normalize_log_weights(found).exp().sum(), f64(4.0)[0])
     assert bool((Grouped()(data, 1.0) > -torch.inf).all())
 
 
 def test_a_data_set_without_any_signal_keeps_no_weight():
-    for estimator in (Grouped(drop_uninformative=True), Prompt(baseline="zero", drop_uninformative=True)):
+    for estimator in (Grouped(drop_zero_variance=True), Prompt(baseline="zero", drop_zero_variance=True)):
         assert VAR(estimator=estimator).weights(table(f64(1, 1, 2, 2), group=[0, 0, 1, 1])).tolist() == [0, 0, 0, 0]
 
 
@@ -191,7 +191,7 @@ def test_prompt_with_pairs():
 def test_prompts_constant_is_of_the_rows_that_are_kept():
     """The pairs above beside one without signal, whose reward would move c: w as above, and nothing for it."""
     data = table(torch.cat([f64(4.5, 1.5, 0.5, 1 / 6).log(), f64(5, 5)]), group=[0, 0, 1, 1, 2, 2])
-    found = weights(Prompt(kappa=2, baseline="zero", drop_uninformative=True), data)
+    found = weights(Prompt(kappa=2, baseline="zero", drop_zero_variance=True), data)
     assert_close(found, f64(2.25, 0.75, 0.75, 0.25, 0, 0), rtol=1e-9, atol=0)
 
 
@@ -228,7 +228,7 @@ def test_prompt_tends_to_grouped_and_to_the_uncapped_value():
     """κ → 0 is K softmax; κ → ∞ is exp((r − V)/λ) over its mean."""
     data = spread()
     assert_close(weights(Prompt(kappa=1e-9), data), weights(Grouped(), data), rtol=1e-6, atol=1e-6)
-    value = normalise((data.rewards - prompt_values(data)[data.group]) / 1.0).exp()
+    value = normalize_log_weights((data.rewards - prompt_values(data)[data.group]) / 1.0).exp()
     assert_close(weights(Prompt(kappa=1e12), data), value, rtol=1e-4, atol=1e-9)
 
 
@@ -283,8 +283,8 @@ def test_global_is_the_exponential_over_its_mean():
 
 def test_normalise_takes_the_mean_over_what_is_kept():
     """1, 3 and one left out: mean 2, not 4/3. Nothing kept stays nothing."""
-    assert_close(normalise(f64(1, 3, 0).log()).exp(), f64(0.5, 1.5, 0))
-    assert normalise(f64(-math.inf, -math.inf)).tolist() == [-math.inf, -math.inf]
+    assert_close(normalize_log_weights(f64(1, 3, 0).log()).exp(), f64(0.5, 1.5, 0))
+    assert normalize_log_weights(f64(-math.inf, -math.inf)).tolist() == [-math.inf, -math.inf]
 
 
 @pytest.mark.parametrize("scale", [1e4, 1e7])
@@ -390,8 +390,8 @@ def test_more_features_than_prompts_and_a_constant_one():
 def test_deviation_within_prompts_is_pooled_and_unbiased():
     """0, 2 and 1, 1, 4 (and one alone): squares 2 + 6 over 1 + 2 degrees of freedom: √(8/3)."""
     group = torch.tensor([0, 1, 0, 1, 1, 2])
-    assert within_prompt_deviation(f64(0, 1, 2, 1, 4, 77), group) == pytest.approx(1.632993161855452, rel=1e-14)
-    assert within_prompt_deviation(f64(0, 1), torch.tensor([0, 1])) is None
+    assert within_prompt_std(f64(0, 1, 2, 1, 4, 77), group) == pytest.approx(1.632993161855452, rel=1e-14)
+    assert within_prompt_std(f64(0, 1), torch.tensor([0, 1])) is None
 
 
 def test_health_by_hand():

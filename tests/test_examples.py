@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from tests.conftest import ROOT
 from tests.e2e.test_commands import only, run
 from var.data.rows import read
-from var.packing import pack
+from var.models.packing import pack
 
 EXAMPLES = ROOT / "examples"
 
@@ -78,7 +78,8 @@ def test_all_three_train(tiny_folder: Path, tmp_path: Path) -> None:
     """The README's first command on a tiny model: the reward orders the pairs, the loss falls, nothing is forked."""
     command = ["--config-dir", "examples/conf", "loss=slic", "data=questions", "reward=brevity"]
     done = run(
-        "train.py", *command, f"model.path={tiny_folder}", f"store={tmp_path}/store", f"cache={tmp_path}/cache",
+        "train.py", *command, f"model.path={tiny_folder}",
+        f"annotation_cache={tmp_path}/store", f"cache={tmp_path}/cache",
         f"runs={tmp_path}/runs", "trainer.accelerator=cpu", "trainer.log_every_n_steps=1", "trainer.epochs=3",
         "eval.sampling.responses=1", "eval.sampling.max_new_tokens=3", "model.learning_rate=3e-3",
     )  # fmt: skip

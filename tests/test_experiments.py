@@ -15,9 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from tests.conftest import ROOT, composed
 from tests.e2e.test_commands import run
-from var import dry
-from var.build import Run
-from var.config import EVAL, FOLDER, TRAIN, check
+from var.config.check import EVAL, FOLDER, TRAIN, check
+from var.training import dry_run as dry
+from var.training.run import Run
 
 EXPERIMENTS = ROOT / "experiments"
 ITEMS = [*(f"table{i}" for i in range(1, 10)), *(f"figure{i}" for i in range(1, 5)), "appendix_a1", "appendix_a2"]
@@ -103,7 +103,7 @@ def test_an_item_has_its_sections_and_its_commands_compose(item: str) -> None:
             check(composed(*words, root="eval"), EVAL)
         elif program == "sample.py":
             composed(*words, root="sample")
-        elif program != "var.tabular":
+        elif program != "experiments.tabular":
             assert (ROOT / program).exists(), program
 
 
@@ -123,7 +123,7 @@ SAME = ("figure1", "figure4", "table6", "table7")  # another one's configuration
 )
 def test_the_papers_size_passes_the_dry_run(item: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As far as it goes without a hub: the whole configuration, the model on the meta device, room on the cards."""
-    cfg = composed(f"+experiment={item}", "dry=true", "trainer.accelerator=gpu", f"store={tmp_path}")
+    cfg = composed(f"+experiment={item}", "dry=true", "trainer.accelerator=gpu", f"annotation_cache={tmp_path}")
     # the paper has no run of the appendix, and the project's has one device
     devices = cfg.trainer.devices = 1 if item.startswith("appendix") else CARDS.get(cfg.model.name, 4)
     dry.memory(Run.compose(cfg, tmp_path))
@@ -154,12 +154,17 @@ def test_an_ablation_is_one_command(name: str, count: int) -> None:
 
 @pytest.mark.e2e
 def test_the_sweep_in_the_file_is_what_m_runs(tiny_folder: Path, tmp_path: Path) -> None:
-    places = [f"model.path={tiny_folder}", f"store={tmp_path}/store", f"cache={tmp_path}/cache", f"runs={tmp_path}/r"]
+    places = [
+        f"model.path={tiny_folder}",
+        f"annotation_cache={tmp_path}/store",
+        f"cache={tmp_path}/cache",
+        f"runs={tmp_path}/r",
+    ]
     done = run("train.py", "-m", "+experiment=ablate_b", "debug=dry", *places)
     assert done.returncode == 0, done.stderr
     swept = [OmegaConf.load(path) for path in (tmp_path / "r").glob("*/.hydra/config.yaml")]
     assert sorted(cfg.data.micro_batch for cfg in swept) == [2, 4, 8]
-    assert {cfg.loss.estimator["_target_"] for cfg in swept} == {"var.estimators.InBatch"}
+    assert {cfg.loss.estimator["_target_"] for cfg in swept} == {"var.weights.estimators.InBatch"}
 
 
 def test_the_variance_of_an_estimate_on_a_real_model_is_its_formula() -> None:

@@ -9,10 +9,11 @@ import torch
 
 from tests.conftest import byte_tokenizer, tiny_model
 from var.data.chat import Chat
-from var.generate import Sampling, choose, sample
-from var.packing import pack
-from var.policy import Policy
-from var.problems import UserError
+from var.models.packing import pack
+from var.models.policy import Policy
+from var.sampling.base import Sampling
+from var.sampling.local import choose, sample
+from var.utils.errors import UserError
 
 SAMPLING = Sampling(responses=2, temperature=1.0, top_p=1.0, max_new_tokens=8, batch=6, batch_tokens=4096, seed=0)
 GREEDY = replace(SAMPLING, temperature=0.0, responses=1)

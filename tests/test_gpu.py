@@ -12,10 +12,11 @@ from torch.testing import assert_close
 from tests.conftest import byte_tokenizer, tiny_model
 from tests.e2e.test_commands import run
 from var.data.chat import Chat
-from var.generate import Sampling, sample_tokens
-from var.optim import MasterAdamW
-from var.packing import Packed, pack, pack_tree
-from var.policy import Policy
+from var.models.packing import Packed, pack, pack_tree
+from var.models.policy import Policy
+from var.sampling.base import Sampling
+from var.sampling.local import sample_tokens
+from var.training.optim import MasterAdamW
 
 pytestmark = [
     pytest.mark.gpu,
@@ -92,7 +93,7 @@ MASTERS = ["optim=adamw_masters", "optim.optimizer.device=cpu", "model.dtype=bfl
 )
 def test_the_command_trains_in_bf16(tiny_folder: Path, tmp_path: Path, options: list[str]):
     done = run(
-        "train.py", f"model.path={tiny_folder}", f"store={tmp_path}/store", f"cache={tmp_path}/cache",
+        "train.py", f"model.path={tiny_folder}", f"annotation_cache={tmp_path}/store", f"cache={tmp_path}/cache",
         f"runs={tmp_path}/runs", "data.source.problems=30", "data.validation_prompts=4", "reward=near_number",
         "loss=dpo", "trainer.max_steps=3", "generate.max_new_tokens=40", *options,
     )  # fmt: skip

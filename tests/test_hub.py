@@ -18,7 +18,7 @@ from tests.conftest import ROOT, pretrained
 
 COMMIT = "c" * 40
 LOOK = (
-    "import sys; from var.pretrained import Pretrained; from var.problems import UserError\n"
+    "import sys; from var.models.pretrained import Pretrained; from var.utils.errors import UserError\n"
     "files = Pretrained(name='m', path='someone/model', revision=None, chat_template=None, dtype='float32', "
     "attention='packed', trust_remote_code=False, gradient_checkpointing=False, architecture={}, cache=sys.argv[1])\n"
     "try: print(sum(p.numel() for p in files.load().parameters()), files.weights)\n"

@@ -16,12 +16,13 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.conftest import tiny_config, tiny_model
-from var import logprobs
-from var.logprobs import HEAD_CHUNK, Layout, attention, packed_attention, refuse_longer, token_logps
-from var.module import cross_logps
-from var.packing import Segment, pack, pack_tree
-from var.policy import Policy
-from var.problems import UserError
+from var.models import attention as logprobs
+from var.models.attention import Layout, attention, check_lengths, packed_attention
+from var.models.cross_scoring import cross_logps
+from var.models.logprobs import HEAD_CHUNK, token_logps
+from var.models.packing import Segment, pack, pack_tree
+from var.models.policy import Policy
+from var.utils.errors import UserError
 
 EXACT = {"rtol": 0, "atol": 1e-12}
 FAMILIES = {
@@ -330,10 +331,10 @@ def test_a_sequence_beyond_the_sliding_window_is_an_error():
 )  # fmt: skip
 def test_lengths_that_a_family_gets_wrong_are_told_ahead(kind: str, more: dict[str, Any], most: int | None, words: str):
     config = AutoConfig.for_model(kind, **{"hidden_size": 32, "num_attention_heads": 4, **more})
-    refuse_longer(config, "packed", most or 10_000, "answer")
+    check_lengths(config, "packed", most or 10_000, "answer")
     if most is not None:
         with pytest.raises(UserError, match=words):
-            refuse_longer(config, "packed", most + 1, "answer")
+            check_lengths(config, "packed", most + 1, "answer")
 
 
 def test_a_model_that_changes_its_logits_after_the_head_is_an_error():

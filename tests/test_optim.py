@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.e2e.test_commands import run
-from var.optim import MasterAdamW
+from var.training.optim import MasterAdamW
 
 OPTIONS: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 0.01}
 
@@ -133,7 +133,7 @@ def test_a_schedule_sets_its_rate() -> None:
 @pytest.fixture
 def train(tiny_folder: Path, tmp_path: Path) -> Callable[..., Any]:
     return lambda *options: run(
-        "train.py", f"model.path={tiny_folder}", f"store={tmp_path}/store", f"cache={tmp_path}/cache",
+        "train.py", f"model.path={tiny_folder}", f"annotation_cache={tmp_path}/store", f"cache={tmp_path}/cache",
         f"runs={tmp_path}/runs", "data.source.problems=30", "data.validation_prompts=4", "reward=near_number",
         "loss=sft", "generate.max_new_tokens=40", "trainer.log_every_n_steps=1", "optim=adamw_masters", *options,
     )  # fmt: skip

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from var.module import sequences_of
-from var.packing import Packed, Segment, pack, pack_tree
+from var.models.cross_scoring import unpack_sequences
+from var.models.packing import Packed, Segment, pack, pack_tree
 
 
 def test_a_packed_batch_by_hand():
@@ -58,7 +58,7 @@ def test_neighbours_share_their_prompt():
     assert apart.tokens == 14
     for same in ("target", "sequence", "length"):
         assert getattr(apart, same).tolist() == getattr(batch, same).tolist()
-    assert sequences_of(batch) == sequences_of(apart) == (ids, starts)
+    assert unpack_sequences(batch) == unpack_sequences(apart) == (ids, starts)
 
 
 def test_sums_are_by_sequence():
@@ -83,7 +83,7 @@ def test_to_moves_every_tensor_and_nothing_else():
 
 def test_a_packed_batch_unpacks_to_its_sequences():
     ids, starts = [[1, 2, 3, 4], [5, 6], [7, 8, 9]], [2, 1, 1]
-    assert sequences_of(pack(ids, starts)) == (ids, starts)
+    assert unpack_sequences(pack(ids, starts)) == (ids, starts)
 
 
 def test_a_batch_is_frozen():

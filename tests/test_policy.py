@@ -1,4 +1,4 @@
-"""Scorer: a score is a sequence's own, whatever stands beside it, as transformers computes it alone."""
+"""RewardModel: a score is a sequence's own, whatever stands beside it, as transformers computes it alone."""
 
 import random
 from typing import Any
@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-import var.logprobs  # noqa: F401  registers the packed attention
+import var.models.attention  # noqa: F401  registers the packed attention
 from tests.conftest import spread, tiny_config
-from var.packing import whole
-from var.policy import Scorer
-from var.problems import UserError
+from var.models.packing import whole
+from var.models.reward_model import RewardModel
+from var.utils.errors import UserError
 
 draw = random.Random(0)
 IDS = [[draw.randrange(1, 256) for _ in range(draw.randint(1, 14))] for _ in range(8)]
@@ -53,7 +53,7 @@ def test_a_score_is_that_of_the_sequence_alone_whatever_batch_and_order(build: A
     tolerance = 1e-12 if build is decoder else 1e-6
     if build is decoder:
         model.set_attn_implementation("packed")
-    scorer = Scorer(model)
+    scorer = RewardModel(model)
     assert scorer.packed == (build is decoder)
     with torch.no_grad():
         single = torch.cat([scorer(whole([row])) for row in IDS])
@@ -74,7 +74,7 @@ def test_a_reward_model_that_reads_its_neighbours_is_an_error(kind: str, more: d
     config = AutoConfig.for_model(kind, **sizes, **more)
     model = AutoModelForSequenceClassification.from_config(config, attn_implementation="packed")
     with pytest.raises(UserError, match="sequences can only be packed for plain attention"):
-        Scorer(model)
+        RewardModel(model)
 
 
 @pytest.mark.parametrize("pad", [None, 9])
@@ -86,7 +86,7 @@ def test_a_sequence_that_ends_with_the_pad_token_is_read_where_transformers_read
     expected = torch.stack([alone(model, row) for row in rows])
     model.set_attn_implementation("packed")
     with torch.no_grad():
-        assert_close(Scorer(model)(whole(rows)), expected, rtol=0, atol=1e-12)
+        assert_close(RewardModel(model)(whole(rows)), expected, rtol=0, atol=1e-12)
 
 
 def test_a_score_in_fp32_does_not_depend_on_its_batch():
@@ -94,8 +94,8 @@ def test_a_score_in_fp32_does_not_depend_on_its_batch():
     model = decoder()
     model.set_attn_implementation("packed")
     with torch.no_grad():
-        single = torch.cat([Scorer(model)(whole([row])) for row in IDS])
-        assert_close(Scorer(model)(whole(IDS)), single, rtol=0, atol=1e-6)
+        single = torch.cat([RewardModel(model)(whole([row])) for row in IDS])
+        assert_close(RewardModel(model)(whole(IDS)), single, rtol=0, atol=1e-6)
 
 
 def test_the_head_is_fp32_over_bfloat16_weights():
@@ -103,7 +103,7 @@ def test_the_head_is_fp32_over_bfloat16_weights():
     model = decoder().bfloat16()
     model.set_attn_implementation("packed")
     with torch.no_grad():
-        scores = Scorer(model)(whole(IDS))
+        scores = RewardModel(model)(whole(IDS))
     assert scores.dtype == torch.float32
     assert (scores != scores.bfloat16().float()).any()
 

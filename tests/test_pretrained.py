@@ -12,11 +12,12 @@ from torch.testing import assert_close
 
 from tests.conftest import TEMPLATE, byte_tokenizer, pretrained, saved, tiny_model
 from var.data.chat import Chat
-from var.generate import Sampling, sample_tokens
-from var.packing import pack, pack_tree
-from var.policy import Policy
-from var.pretrained import export
-from var.problems import UserError
+from var.models.export import export
+from var.models.packing import pack, pack_tree
+from var.models.policy import Policy
+from var.sampling.base import Sampling
+from var.sampling.local import sample_tokens
+from var.utils.errors import UserError
 
 ASK = [{"role": "user", "content": "ab"}]
 CARD = {
@@ -34,7 +35,7 @@ def test_a_path_that_is_no_folder_is_an_error(tmp_path: Path):
 
 def test_a_name_that_the_hub_does_not_give_is_an_error_with_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Offline, as all tests are; the default model also names its wheel where that is not installed."""
-    monkeypatch.setattr("var.pretrained.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("var.models.pretrained.importlib.util.find_spec", lambda name: None)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match=r"nobody/nothing is not on this machine.*or set model\.path to a folder"):
         _ = pretrained("nobody/nothing", tmp_path).folder
@@ -90,7 +91,7 @@ def test_the_hash_tells_a_folder_that_was_overwritten(tmp_path: Path):
 def test_a_hash_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = saved(tmp_path / "m")
     first = pretrained(folder, tmp_path).weights
-    monkeypatch.setattr("var.pretrained.hashlib.file_digest", None)
+    monkeypatch.setattr("var.models.pretrained.hashlib.file_digest", None)
     assert pretrained(folder, tmp_path).weights == first
 
 
@@ -262,7 +263,7 @@ def test_code_that_a_model_brings_is_not_run_unless_it_is_allowed(tmp_path: Path
             ask()
 
 
-def exported(folder: Path, model: Any, template: str = TEMPLATE) -> Chat:
+def find_model(folder: Path, model: Any, template: str = TEMPLATE) -> Chat:
     """A base model's export: the tokenizer has no template, the config has."""
     chat = Chat(byte_tokenizer(None), template)
     export(model, chat, folder, CARD)
@@ -273,7 +274,7 @@ def test_an_exported_model_loads_by_transformers_alone_and_gives_the_same_number
     from transformers import AutoModelForCausalLM
 
     model = tiny_model(seed=3, dtype=torch.float64)
-    chat = exported(tmp_path / "out", model)
+    chat = find_model(tmp_path / "out", model)
     assert model.config._attn_implementation == "packed"  # training may go on
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert plain.config._attn_implementation == "sdpa"
@@ -289,7 +290,7 @@ def test_the_template_of_training_is_saved_with_the_model(tmp_path: Path):
     """Template in training differs from inference, 26 % against 57 %: LlamaFactory #2509."""
     from transformers import AutoTokenizer
 
-    chat = exported(tmp_path / "out", tiny_model())
+    chat = find_model(tmp_path / "out", tiny_model())
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.chat_template == TEMPLATE
     rendered = tokenizer.apply_chat_template(ASK, add_generation_prompt=True, return_dict=False)
@@ -303,9 +304,9 @@ def test_an_exported_model_stops_where_training_taught_it_to(tmp_path: Path):
     """The template's end token, which need not be the tokenizer's eos (Llama 3's base): else it talks on."""
     from transformers import GenerationConfig
 
-    exported(tmp_path / "eos", tiny_model())
+    find_model(tmp_path / "eos", tiny_model())
     assert GenerationConfig.from_pretrained(tmp_path / "eos").eos_token_id == 257
-    exported(tmp_path / "other", tiny_model(), template=TEMPLATE.replace("'<end>'", "'<system>'"))
+    find_model(tmp_path / "other", tiny_model(), template=TEMPLATE.replace("'<end>'", "'<system>'"))
     assert GenerationConfig.from_pretrained(tmp_path / "other").eos_token_id == 260
 
 
@@ -317,7 +318,7 @@ def test_settings_of_a_model_that_contradict_each_other_are_left_out(
 
     folder = saved(tmp_path / "m")
     (folder / "generation_config.json").write_text('{"temperature": 0.9, "top_p": 0.6, "pad_token_id": -1}')
-    exported(tmp_path / "out", pretrained(folder, tmp_path).load())
+    find_model(tmp_path / "out", pretrained(folder, tmp_path).load())
     found = GenerationConfig.from_pretrained(tmp_path / "out")
     assert (found.eos_token_id, found.temperature, found.pad_token_id) == (257, None, None)
     assert "generation_config contradicts itself, and is exported without it" in capsys.readouterr().out.replace(
@@ -326,7 +327,7 @@ def test_settings_of_a_model_that_contradict_each_other_are_left_out(
 
 
 def test_the_card_says_how_the_model_was_made(tmp_path: Path):
-    exported(tmp_path / "out", tiny_model())
+    find_model(tmp_path / "out", tiny_model())
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\nbase_model: tiny/base\n")
     for value in CARD.values():
@@ -339,7 +340,7 @@ def test_an_export_replaces_the_last_one_whole(tmp_path: Path):
     (tmp_path / "out" / "old.txt").touch()
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "older.txt").touch()
-    exported(tmp_path / "out", tiny_model())
+    find_model(tmp_path / "out", tiny_model())
     assert not list(tmp_path.rglob("old*.txt"))
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert list((tmp_path / "out").glob("*.safetensors"))

@@ -17,8 +17,8 @@ import pytest
 
 from tests.server import Broken, completion, served
 from tests.server import client as plain
-from var.problems import UserError
-from var.remote import DEAD, Client, Failure
+from var.utils.errors import UserError
+from var.utils.http_client import DEAD, Client, Failure
 
 BODIES = [{"messages": [{"role": "user", "content": f"question {i}"}], "temperature": 0} for i in range(6)]
 
@@ -80,17 +80,17 @@ FAULTS = {
 
 
 def test_each_fault_is_asked_again(tmp_path: Path):
-    faults = list(FAULTS.values())
-    bodies = [{"messages": [{"role": "user", "content": str(i)}]} for i in range(len(faults))]
+    find_faults = list(FAULTS.values())
+    bodies = [{"messages": [{"role": "user", "content": str(i)}]} for i in range(len(find_faults))]
 
     def at_first(body: dict[str, Any], before: int) -> Any:
-        return faults[int(body["messages"][0]["content"])] if before == 0 else echo(body, before)
+        return find_faults[int(body["messages"][0]["content"])] if before == 0 else echo(body, before)
 
     with served(at_first) as server:
         one = client(server.base_url, tmp_path, timeout=0.4, concurrency=10)
-        assert said(one.ask(bodies)) == [str(i) for i in range(len(faults))]
-    assert len(server.bodies) == 2 * len(faults)
-    assert (one.usage.asked, one.usage.retried, one.usage.failed) == (len(faults), len(faults), 0)
+        assert said(one.ask(bodies)) == [str(i) for i in range(len(find_faults))]
+    assert len(server.bodies) == 2 * len(find_faults)
+    assert (one.usage.asked, one.usage.retried, one.usage.failed) == (len(find_faults), len(find_faults), 0)
 
 
 @pytest.mark.parametrize(
@@ -348,7 +348,7 @@ def test_a_process_that_is_stopped_loses_no_reply(sign: signal.Signals, tmp_path
     with served(holding) as server:
         program = f"""
             import signal
-            from var.remote import Client
+            from var.utils.http_client import Client
             signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
             client = Client(base_url={server.base_url!r}, model="judge", api_key_env=None, concurrency=2,
                             cache={str(tmp_path)!r})

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 
 from tests.e2e.test_commands import run
-from var.progress import warn
 from var.report import figures, tables
 from var.report.page import page, warnings
 from var.report.read import Estimate, Group, Run, find, grouped
 from var.report.tables import Table
 from var.report.write import write_pages
+from var.utils.console import warn
 
 
 def fake(

@@ -12,12 +12,12 @@ import torch
 
 from tests.conftest import composed
 from tests.test_trajectory import column, fit
-from var import resuming
-from var.build import Run
-from var.callbacks import Validation
-from var.module import AlignmentModule
-from var.problems import UserError
-from var.resuming import checkpoints
+from var.training import checkpoints as resuming
+from var.training.checkpoints import checkpoints
+from var.training.module import AlignmentModule
+from var.training.run import Run
+from var.training.validation import Validation
+from var.utils.errors import UserError
 
 MORE = (
     "loss=var_grouped", "data.global_batch=4", "data.micro_batch=2", "trainer.epochs=2", "trainer.precision=32-true",

@@ -12,14 +12,15 @@ import torch
 from torch.testing import assert_close
 
 from tests.conftest import composed
-from var import rollout
-from var.annotate.fill import Ranks
-from var.build import Run
-from var.datamodule import AlignmentData
-from var.module import AlignmentModule, sequences_of
-from var.packing import Packed
-from var.problems import UserError
-from var.rollout import Rollout, RolloutLoader
+from var.models.cross_scoring import unpack_sequences
+from var.models.packing import Packed
+from var.training import rollout
+from var.training.datamodule import AlignmentData
+from var.training.module import AlignmentModule
+from var.training.rollout import Rollout, RolloutLoader
+from var.training.run import Run
+from var.utils.distributed import Ranks
+from var.utils.errors import UserError
 
 END = 257
 BYTE = 187  # 0xff
@@ -57,8 +58,8 @@ def make(tiny_folder: Path, tmp_path: Path) -> Callable[..., Made]:
 
     def made(*overrides: str) -> Made:
         options = [
-            "data=files", f"data.path={path}", f"model.path={tiny_folder}", f"store={tmp_path}/store",
-            f"cache={tmp_path}/cache", "data.validation_prompts=0", "data.short_micro_batch=keep",
+            "data=files", f"data.path={path}", f"model.path={tiny_folder}", f"annotation_cache={tmp_path}/store",
+            f"cache={tmp_path}/cache", "data.validation_prompts=0", "data.last_micro_batch=keep",
             "data.micro_batch=2", "data.global_batch=4", "trainer.accelerator=cpu", "generate.responses=2",
             "generate.max_new_tokens=5", "loss=grpo", *overrides,
         ]  # fmt: skip
@@ -96,7 +97,7 @@ class Sampler:
 
 
 def responses(batch: Packed) -> list[list[int]]:
-    ids, starts = sequences_of(batch)
+    ids, starts = unpack_sequences(batch)
     return [row[start:] for row, start in zip(ids, starts, strict=True)]
 
 
@@ -143,7 +144,7 @@ def test_names_groups_and_rewards_line_up_with_their_prompts(make: Callable[...,
     seen: list[str] = []
     chat = data.annotator.chat
     for batch in epoch(data):
-        ids, starts = sequences_of(batch)
+        ids, starts = unpack_sequences(batch)
         assert batch.group.tolist() == [0, 0, 1, 1][: len(batch)]
         assert batch.rewards is not None
         for row, start, name, reward in zip(ids, starts, batch.ids, batch.rewards.tolist(), strict=True):
@@ -237,7 +238,7 @@ def test_the_tokens_of_a_step_are_summed_over_ranks(make: Callable[..., Made], m
 
 
 @pytest.mark.parametrize(("more", "given"), [([], False), (["loss.rollout.steps=2"], True),
-                                             (["loss.rollout.passes=2", "data.short_window=drop"], True)])  # fmt: skip
+                                             (["loss.rollout.passes=2", "data.last_step=drop"], True)])  # fmt: skip
 def test_old_logps_are_the_sampling_policys(make: Callable[..., Made], more: list[str], given: bool) -> None:
     """Where a rollout trains more than one step; else they are the policy's own, and absent. The policy moves on
     after the first micro-batch has been handed out."""
@@ -290,7 +291,7 @@ def test_the_references_logps_are_its_own(make: Callable[..., Made]) -> None:
 
 def test_passes_repeat_the_same_batches(make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight micro-batches of one prompt less the short step's: three steps of two, each twice."""
-    data, _ = make("loss.rollout.passes=2", "data.micro_batch=1", "data.global_batch=2", "data.short_window=drop")
+    data, _ = make("loss.rollout.passes=2", "data.micro_batch=1", "data.global_batch=2", "data.last_step=drop")
     sampler = Sampler(monkeypatch)
     batches = epoch(data)
     assert len(batches) == len(RolloutLoader(data, Ranks())) == 12
@@ -374,7 +375,7 @@ def test_resumed_within_an_epoch_what_was_done_is_not_sampled(
 
 def test_resumed_between_passes(make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch) -> None:
     """Position 5 of 12 is the second micro-batch of the second rollout's first pass."""
-    options = ("data.micro_batch=1", "data.global_batch=2", "loss.rollout.passes=2", "data.short_window=drop")
+    options = ("data.micro_batch=1", "data.global_batch=2", "loss.rollout.passes=2", "data.last_step=drop")
     data, _ = make(*options)
     expected = [batch.ids for batch in epoch(data)]
     data.load_state_dict(stopped(data, 5))

@@ -14,10 +14,13 @@ from hydra.utils import instantiate
 
 from tests.conftest import composed, pretrained
 from tests.server import Broken, client, completion, served
-from var.annotate.fill import Reference
-from var.config import check
-from var.generate import VLLM, Endpoint, Sampling, Transformers, sample
-from var.problems import UserError
+from var.config.check import check
+from var.models.frozen import FrozenModel
+from var.sampling.base import Sampling
+from var.sampling.endpoint import Endpoint
+from var.sampling.local import Transformers, sample
+from var.sampling.vllm import VLLM
+from var.utils.errors import UserError
 
 SAMPLING = Sampling(responses=2, temperature=0.7, top_p=0.9, max_new_tokens=8, batch=6, batch_tokens=4096, seed=0)
 
@@ -30,14 +33,14 @@ PROMPTS = ask("ab", "a longer one", "c")
 
 
 @pytest.fixture
-def reference(tiny_folder: Path, tmp_path: Path) -> Reference:
-    return Reference(pretrained(tiny_folder, tmp_path), "cpu")
+def reference(tiny_folder: Path, tmp_path: Path) -> FrozenModel:
+    return FrozenModel(pretrained(tiny_folder, tmp_path), "cpu")
 
 
 # --- transformers
 
 
-def test_transformers_samples_as_the_reference_scores(reference: Reference):
+def test_transformers_samples_as_the_reference_scores(reference: FrozenModel):
     """The same text as `sample` gives; under the reference's autocast it is another policy, and another identity."""
     sampler = Transformers()
     sampler.check()
@@ -46,7 +49,7 @@ def test_transformers_samples_as_the_reference_scores(reference: Reference):
     assert texts == sample(reference.policy.model, reference.pretrained.chat, PROMPTS, SAMPLING)
     assert sum(done) == 3
     assert sampler.identity(reference) == {"reference": reference.identity, "version": 2}
-    half = Reference(reference.pretrained, "cpu", torch.bfloat16)
+    half = FrozenModel(reference.pretrained, "cpu", torch.bfloat16)
     seen: list[torch.dtype] = []
     half.policy.model.model.layers[0].mlp.up_proj.register_forward_hook(
         lambda module, given, out: seen.append(out.dtype)
@@ -105,7 +108,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return cleaned
 
 
-def test_vllm_gets_the_references_weights_and_the_templates_tokens(reference: Reference, vllm: list[str]):
+def test_vllm_gets_the_references_weights_and_the_templates_tokens(reference: FrozenModel, vllm: list[str]):
     sampler = VLLM(gpu_memory_utilization=0.5, tensor_parallel_size=2, max_model_len=64)
     sampler.check()
     done: list[int] = []
@@ -127,7 +130,7 @@ def test_vllm_gets_the_references_weights_and_the_templates_tokens(reference: Re
     }  # fmt: skip
 
 
-def test_vllms_tokens_become_text_without_the_end_token(reference: Reference, vllm: list[str]):
+def test_vllms_tokens_become_text_without_the_end_token(reference: FrozenModel, vllm: list[str]):
     """By hand: the stand-in's first response is cut after 8 tokens, its second is one token and the end."""
     reference.pretrained.chat.__dict__["end_token"] = 99  # no special token, which decoding would leave out anyway
     texts = VLLM()(reference, PROMPTS, SAMPLING)
@@ -135,7 +138,7 @@ def test_vllms_tokens_become_text_without_the_end_token(reference: Reference, vl
     assert texts == [[(decode([98] * 8), False), (decode([97]), True)]] * 3
 
 
-def test_vllms_seed_is_the_prompts_own_wherever_it_stands(reference: Reference, vllm: list[str]):
+def test_vllms_seed_is_the_prompts_own_wherever_it_stands(reference: FrozenModel, vllm: list[str]):
     sampler = VLLM()
     for sampling, prompts in (
         (SAMPLING, PROMPTS),
@@ -149,7 +152,7 @@ def test_vllms_seed_is_the_prompts_own_wherever_it_stands(reference: Reference, 
     assert all(0 <= seed < 2**31 for seed in seeds)
 
 
-def test_vllm_loads_once_and_is_freed(reference: Reference, vllm: list[str]):
+def test_vllm_loads_once_and_is_freed(reference: FrozenModel, vllm: list[str]):
     sampler = VLLM()
     sampler.release()
     assert vllm == []
@@ -158,20 +161,20 @@ def test_vllm_loads_once_and_is_freed(reference: Reference, vllm: list[str]):
     assert len(Engine.loaded) == 1
     sampler.release()
     assert vllm == ["cleaned"]
-    sampler(Reference(reference.pretrained, "cpu", torch.bfloat16), PROMPTS[:1], SAMPLING)
+    sampler(FrozenModel(reference.pretrained, "cpu", torch.bfloat16), PROMPTS[:1], SAMPLING)
     assert [settings["dtype"] for settings in Engine.loaded] == ["float32", "bfloat16"]
     sampler(reference, PROMPTS[:1], SAMPLING)  # another model takes the place of the one before
     assert (len(Engine.loaded), vllm) == (3, ["cleaned", "cleaned"])
 
 
-def test_vllms_text_is_kept_apart_from_transformers(reference: Reference):
+def test_vllms_text_is_kept_apart_from_transformers(reference: FrozenModel):
     identity = VLLM().identity(reference)
     assert identity != Transformers().identity(reference)
     assert identity["reference"] == reference.identity
     assert VLLM(gpu_memory_utilization=0.5).identity(reference) == identity
 
 
-def test_vllm_refuses_what_it_cannot_do(reference: Reference, vllm: list[str], monkeypatch: pytest.MonkeyPatch):
+def test_vllm_refuses_what_it_cannot_do(reference: FrozenModel, vllm: list[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(reference.pretrained.__dict__, "base", reference.pretrained)
     with pytest.raises(UserError, match="is an adapter; sampler=transformers merges it"):
         VLLM().identity(reference)
@@ -204,7 +207,7 @@ def seeded(body: dict[str, Any], before: int) -> Any:
     return completion(text, finish="length" if body["seed"] % 2 else "stop")
 
 
-def test_an_endpoint_is_asked_for_each_response_with_a_seed_of_its_own(reference: Reference, tmp_path: Path):
+def test_an_endpoint_is_asked_for_each_response_with_a_seed_of_its_own(reference: FrozenModel, tmp_path: Path):
     sampling = replace(SAMPLING, responses=4)
     with served(seeded) as server:
         done: list[int] = []
@@ -227,7 +230,7 @@ def test_an_endpoint_is_asked_for_each_response_with_a_seed_of_its_own(reference
     }  # fmt: skip
 
 
-def test_a_requests_fields_can_be_put_in_and_left_out(reference: Reference, tmp_path: Path):
+def test_a_requests_fields_can_be_put_in_and_left_out(reference: FrozenModel, tmp_path: Path):
     with served(lambda body, before: completion("x")) as server:
         sampler = endpoint(
             server.base_url, tmp_path, request={"max_tokens": None, "max_completion_tokens": 8, "top_k": -1}
@@ -238,7 +241,7 @@ def test_a_requests_fields_can_be_put_in_and_left_out(reference: Reference, tmp_
     }  # fmt: skip
 
 
-def test_an_empty_response_is_one_and_none_is_a_failure(reference: Reference, tmp_path: Path):
+def test_an_empty_response_is_one_and_none_is_a_failure(reference: FrozenModel, tmp_path: Path):
     with served(lambda body, before: completion("")) as server:
         assert endpoint(server.base_url, tmp_path)(reference, PROMPTS[:1], SAMPLING) == [[("", True), ("", True)]]
     for reply in (completion(None), {"choices": []}, {"data": 1}):
@@ -249,7 +252,7 @@ def test_an_empty_response_is_one_and_none_is_a_failure(reference: Reference, tm
             endpoint(server.base_url, tmp_path / "none")(reference, PROMPTS[:1], SAMPLING)
 
 
-def test_what_does_not_come_is_counted_named_and_asked_again(reference: Reference, tmp_path: Path):
+def test_what_does_not_come_is_counted_named_and_asked_again(reference: FrozenModel, tmp_path: Path):
     down = True
 
     def sick(body: dict[str, Any], before: int) -> Any:
@@ -270,13 +273,13 @@ def test_what_does_not_come_is_counted_named_and_asked_again(reference: Referenc
     assert [several[0][0].split(" ")[0] for several in texts] == ["ab", "a", "c"]
 
 
-def test_an_endpoints_identity_is_its_address_model_and_request(reference: Reference, tmp_path: Path):
+def test_an_endpoints_identity_is_its_address_model_and_request(reference: FrozenModel, tmp_path: Path):
     identity = endpoint("http://127.0.0.1:9/v1", tmp_path).identity(reference)
     assert identity == {"base_url": "http://127.0.0.1:9/v1", "model": "tiny", "request": {}, "version": ""}
     assert endpoint("http://127.0.0.1:9/v1", tmp_path, request={"top_k": 1}).identity(reference) != identity
 
 
-def test_another_version_is_sampled_anew(reference: Reference, tmp_path: Path):
+def test_another_version_is_sampled_anew(reference: FrozenModel, tmp_path: Path):
     with served(seeded) as server:
         first, second = endpoint(server.base_url, tmp_path), endpoint(server.base_url, tmp_path, version="2")
         assert first.identity(reference) != second.identity(reference)

@@ -21,9 +21,9 @@ from tests.conftest import ROOT, TEMPLATE, byte_tokenizer, pretrained, saved, ti
 from tests.e2e.test_commands import run
 from tests.server import client, completion, served
 from var.data.chat import Chat
-from var.problems import UserError
 from var.rewards.classifier import Classifier
 from var.rewards.endpoint import Endpoint
+from var.utils.errors import UserError
 
 
 class Bait:
@@ -170,7 +170,7 @@ def test_python_in_yaml_is_not_run(tiny_folder: Path, tmp_path: Path, made: Path
     folder = tmp_path / "conf" / "experiment"
     folder.mkdir(parents=True)
     (folder / "evil.yaml").write_text(f"# @package _global_\nseed: {call}\n")
-    places = [f"runs={tmp_path}/runs", f"store={tmp_path}/store", f"cache={tmp_path}/cache", "dry=true"]
+    places = [f"runs={tmp_path}/runs", f"annotation_cache={tmp_path}/store", f"cache={tmp_path}/cache", "dry=true"]
     from_file = ["--config-dir", str(tmp_path / "conf"), "+experiment=evil"]
     for overrides in ([f"seed={call}"], [f"+seed2='{call}'"]):
         assert run("train.py", *places, *overrides).returncode == 1, overrides
@@ -179,7 +179,7 @@ def test_python_in_yaml_is_not_run(tiny_folder: Path, tmp_path: Path, made: Path
     model = shutil.copytree(tiny_folder, tmp_path / "run" / "model")
     (model / "config.yaml").write_text(f"init: {call}\n")
     with pytest.raises(Exception, match="python/object"):
-        run("eval.py", f"init={tmp_path}/run", f"store={tmp_path}/store", f"cache={tmp_path}/cache")
+        run("eval.py", f"init={tmp_path}/run", f"annotation_cache={tmp_path}/store", f"cache={tmp_path}/cache")
 
 
 # --- templates
@@ -251,7 +251,7 @@ def world(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     ]  # fmt: skip
     (top / "data" / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     common = [
-        f"model.path={tiny_folder}", f"store={top}/store", f"cache={top}/cache", "data=files",
+        f"model.path={tiny_folder}", f"annotation_cache={top}/store", f"cache={top}/cache", "data=files",
         f"data.path={top}/data/rows.jsonl", "data.validation_prompts=2", "generate.max_new_tokens=3",
         "reward=endpoint", "reward.protocol=query", "reward.client.api_key_env=REWARD_KEY",
     ]  # fmt: skip
@@ -342,8 +342,10 @@ def test_ids_and_texts_come_back_as_they_were(world: tuple[Path, list[str]]) -> 
 
 
 FORBIDDEN = {"eval", "exec", "compile", "__import__", "breakpoint", "input"}
-SHELLS = {"subprocess": {"var/evaluate/sandbox.py", "var/summary.py"}}  # the sandbox itself; git's own words
-# var/resuming.py's own unpickler names what it takes
+SHELLS = {
+    "subprocess": {"var/evaluate/benchmarks/sandbox.py", "var/training/summary.py"}
+}  # the sandbox itself; git's own words
+# var/training/checkpoints.py's own unpickler names what it takes
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "jsonpickle"}
 
 
@@ -352,7 +354,7 @@ def sources() -> list[Path]:
 
 
 def test_nothing_is_evaluated_unpickled_or_handed_to_a_shell() -> None:
-    """Programs that a model wrote run in var/evaluate/sandbox.py alone (tests/evaluate/test_sandbox.py)."""
+    """Programs that a model wrote run in var/evaluate/benchmarks/sandbox.py alone (tests/evaluate/test_sandbox.py)."""
     problems = []
     for path in sources():
         name = path.relative_to(ROOT).as_posix()
@@ -368,7 +370,9 @@ def test_nothing_is_evaluated_unpickled_or_handed_to_a_shell() -> None:
             if isinstance(node, ast.Import | ast.ImportFrom):
                 for module in [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]:
                     top = module.split(".")[0]
-                    if (top in PICKLES and name != "var/resuming.py") or name not in SHELLS.get(top, {name}):
+                    if (top in PICKLES and name != "var/training/checkpoints.py") or name not in SHELLS.get(
+                        top, {name}
+                    ):
                         problems.append(f"{place}: import {module}")
             if isinstance(node, ast.Attribute):
                 called = ast.unparse(node)
@@ -430,7 +434,8 @@ def test_a_checkpoint_is_no_program(tiny_folder: Path, tmp_path: Path, made: Pat
     rows = [{"id": str(i), "prompt": f"{i}?", "answer": "1", "responses": ["1", "2"]} for i in range(8)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     options = [
-        f"model.path={tiny_folder}", f"store={tmp_path}/store", f"cache={tmp_path}/cache", f"runs={tmp_path}/runs",
+        f"model.path={tiny_folder}",
+        f"annotation_cache={tmp_path}/store", f"cache={tmp_path}/cache", f"runs={tmp_path}/runs",
         "data=files", f"data.path={tmp_path}/rows.jsonl", "data.validation_prompts=2", "data.micro_batch=2",
         "data.global_batch=2", "loss=sft", "trainer.max_steps=1", "trainer.accelerator=cpu",
         "eval.sampling.responses=1", "eval.sampling.max_new_tokens=2", f"resume={tmp_path}/evil.ckpt",
@@ -444,14 +449,14 @@ def test_a_sharded_checkpoints_metadata_is_no_program(tmp_path: Path, made: Path
     """torch would unpickle it as it is; what torch itself writes passes."""
     from torch.distributed import checkpoint
 
-    from var.resuming import refuse_pickles
+    from var.training.checkpoints import check_checkpoint
 
     state = {"a": torch.ones(3, 2), "b": torch.ones(2, dtype=torch.bfloat16), "step": 3}
     checkpoint.save(state, checkpoint_id=str(tmp_path / "good"), no_dist=True)
-    refuse_pickles(tmp_path / "good")
+    check_checkpoint(tmp_path / "good")
     (tmp_path / "good" / ".metadata").write_bytes(pickle.dumps(Bait(made)))
     with pytest.raises(UserError, match=r"good is no checkpoint of a run: it is damaged, or a pickle"):
-        refuse_pickles(tmp_path / "good")
+        check_checkpoint(tmp_path / "good")
 
 
 def test_lightning_is_told_to_read_tensors_alone() -> None:
@@ -461,7 +466,9 @@ def test_lightning_is_told_to_read_tensors_alone() -> None:
 
 def test_a_checkpoint_comes_from_this_machine(tmp_path: Path) -> None:
     """Lightning would fetch an address, and unpickle it without any check."""
-    done = run("train.py", "resume=http://127.0.0.1:9/evil.ckpt", f"runs={tmp_path}/runs", f"store={tmp_path}/store")
+    done = run(
+        "train.py", "resume=http://127.0.0.1:9/evil.ckpt", f"runs={tmp_path}/runs", f"annotation_cache={tmp_path}/store"
+    )
     assert done.returncode == 1
     assert "resume=http://127.0.0.1:9/evil.ckpt: there is no such checkpoint" in done.stderr
 

@@ -14,15 +14,15 @@ import pytest
 from hydra.utils import get_object
 
 from tests.conftest import ROOT
-from var.config import EVAL, FOLDER, TRAIN
-from var.signatures import imported, read
+from var.config.check import EVAL, FOLDER, TRAIN
+from var.config.signatures import imported, read
 
 NAMES = {n for p in Path(FOLDER).rglob("*.yaml") for n in re.findall(r"_target_: (\S+)", p.read_text())}
 NAMES |= {*TRAIN.values(), *EVAL.values()}
 
 
 def seen(hint: Any) -> Any:
-    """A hint as var.config.fits sees it: what refuses no value is Any."""
+    """A hint as var.config.check.fits sees it: what refuses no value is Any."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
         return ("one of", arguments)
@@ -257,5 +257,5 @@ def test_an_error_is_told_before_torch_is_imported(
     for line in lines:
         assert line in done.stderr
     modules = set(re.findall(r"^import time:.*\| +(\S+)$", done.stderr, flags=re.M))
-    assert "var.signatures" in modules
-    assert modules & {"torch", "lightning", "transformers", "datasets", "numpy", "var.build"} == set()
+    assert "var.config.signatures" in modules
+    assert modules & {"torch", "lightning", "transformers", "datasets", "numpy", "var.training.run"} == set()

@@ -16,9 +16,9 @@ from torch.testing import assert_close
 from notebooks.tiny import SIZES
 from tests.conftest import ROOT, composed, saved, spread
 from tests.e2e.test_commands import only
-from var.build import Run
-from var.module import AlignmentModule
-from var.problems import UserError
+from var.training.module import AlignmentModule
+from var.training.run import Run
+from var.utils.errors import UserError
 
 pytestmark = pytest.mark.trajectory
 
@@ -113,7 +113,7 @@ def test_a_live_weight_is_the_stored_one_where_others_vanish(options: list[str],
 
 def test_a_live_reference_is_loaded_once(options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside the policy."""
-    from var.pretrained import Pretrained
+    from var.models.pretrained import Pretrained
 
     loaded, real = list[str](), Pretrained.load
     monkeypatch.setattr(Pretrained, "load", lambda self: (loaded.append(self.path), real(self))[1])
@@ -217,7 +217,7 @@ def test_resumed_is_straight(
 ) -> None:
     """Killed in the middle of an epoch, the run goes on with the next rows of the plan: weights equal to the last
     bit, the curve without gap or double (Lightning #18780, accelerate PR #4238)."""
-    from var.datamodule import AlignmentData
+    from var.training.datamodule import AlignmentData
 
     seen: list[tuple[str, ...]] = []
     real = AlignmentData.batch

@@ -23,7 +23,7 @@ def seconds(folder: Path, prompts: int, words: list[str]) -> tuple[float, float]
     shutil.rmtree(folder, ignore_errors=True)
     settings = [
         f"data.source.problems={prompts}", "data.validation_prompts=0", "trainer.epochs=1",
-        "generate.max_new_tokens=20", f"runs={folder}/runs", f"store={folder}/store",
+        "generate.max_new_tokens=20", f"runs={folder}/runs", f"annotation_cache={folder}/store",
     ]  # fmt: skip
     command = [sys.executable, str(ROOT / "train.py"), *settings, *words]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

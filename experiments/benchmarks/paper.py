@@ -17,7 +17,9 @@ QWEN_32B = {  # Qwen2.5-32B's published sizes; this project has no configuration
     "num_key_value_heads": 8, "vocab_size": 152064,
 }  # fmt: skip
 GIB = 2**30
-CHUNK = 256  # response tokens whose logits exist at once: var.logprobs.HEAD_CHUNK, not imported: torch comes with it
+CHUNK = (
+    256  # response tokens whose logits exist at once: var.models.logprobs.HEAD_CHUNK, not imported: torch comes with it
+)
 
 
 def parameters(sizes: dict[str, int]) -> dict[str, int]:
@@ -63,8 +65,8 @@ def fsdp(sizes: dict[str, int], options: argparse.Namespace) -> None:
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |""")
     for cards in (8, 64):
         shard = 4 * total / cards
-        gathered, gradients = width * (2 * parts["layer"] + root), 4 * (parts["layer"] + root)
-        cells = [shard, shard, 2 * shard, gathered, gradients, checkpointed(sizes, tokens)]
+        gather_parameters, gradients = width * (2 * parts["layer"] + root), 4 * (parts["layer"] + root)
+        cells = [shard, shard, 2 * shard, gather_parameters, gradients, checkpointed(sizes, tokens)]
         cells.append(4 * CHUNK * sizes["vocab_size"])
         wire = (width * (2 * parts["layers"] + root) + 4 * total) * (cards - 1) / cards
         work = 8 * (parts["layers"] + parts["head"]) * tokens
@@ -130,7 +132,7 @@ def main() -> None:
     parser.add_argument("--wire-gb", type=float, default=50, help="GB/s a card; 50: one 400 Gbit/s link")
     parser.add_argument("--card-tflops", type=float, default=400, help="reached by a card; 400: 40%% of an H100's bf16")
     parser.add_argument(
-        "--gather-bytes", type=int, default=4, help="of a gathered number; 4: var/module.py has no policy"
+        "--gather-bytes", type=int, default=4, help="of a gathered number; 4: var/training/module.py has no policy"
     )
     parser.add_argument("--rank", type=int, default=16, help="of LoRA")
     parser.add_argument("--rows", type=int, default=10_000_000)

@@ -61,9 +61,10 @@ def train(began: float, steps: int) -> None:
     import lightning
 
     import train as command
-    from var import build, config, dry, summary  # noqa: F401  what train.py imports when it runs
-    from var.callbacks import step_metrics
-    from var.pretrained import Pretrained
+    from var.config.entry import run_command
+    from var.models.pretrained import Pretrained
+    from var.training import run as build
+    from var.training.metrics import step_metrics
 
     found: dict[str, Any] = {"imports": time.time() - began, "loading": 0.0}
     load, trainer = Pretrained.load, build.Run.trainer
@@ -92,7 +93,7 @@ def train(began: float, steps: int) -> None:
         return made
 
     Pretrained.load, build.Run.trainer = timed, watched  # type: ignore[method-assign]
-    config.run(command.main, "train")
+    run_command(command.main, "train")
 
 
 def overhead(rounds: int) -> None:
@@ -101,10 +102,11 @@ def overhead(rounds: int) -> None:
     import lightning
     from omegaconf import DictConfig
 
-    from var import config
-    from var.build import Run
-    from var.module import AlignmentModule
-    from var.packing import Packed
+    from var.config.check import FOLDER
+    from var.config.entry import run_command
+    from var.models.packing import Packed
+    from var.training.module import AlignmentModule
+    from var.training.run import Run
 
     class Bare(lightning.LightningModule):
         def __init__(self, module: AlignmentModule) -> None:
@@ -117,7 +119,7 @@ def overhead(rounds: int) -> None:
         def configure_optimizers(self) -> Any:
             return self.optimizer(self.policy.parameters())
 
-    @hydra.main(version_base="1.3", config_path=config.FOLDER, config_name="train")
+    @hydra.main(version_base="1.3", config_path=FOLDER, config_name="train")
     def main(cfg: DictConfig) -> None:
         run = Run.compose(cfg, Path(cfg.runs))
         module, stamps = run.module(), list[float]()
@@ -139,7 +141,7 @@ def overhead(rounds: int) -> None:
                     found[name].append((stamps[-1] - stamps[0]) / (len(stamps) - 1))
         report(found)
 
-    config.run(main, "train")
+    run_command(main, "train")
 
 
 def tiny_model(folder: Path) -> str:
@@ -180,7 +182,7 @@ def measure(options: argparse.Namespace) -> list[str]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tiny = tiny_model(folder / "model")
-        places = [f"store={folder}/store", f"runs={folder}/runs", "resume=false"]
+        places = [f"annotation_cache={folder}/store", f"runs={folder}/runs", "resume=false"]
         model = [f"model.path={tiny}", f"cache={folder}/cache"]
         if not options.tiny:
             model = [f"cache={os.path.expanduser(options.cache)}"]
@@ -216,7 +218,12 @@ def measure(options: argparse.Namespace) -> list[str]:
         aim = f"< {WAITING:.0%}" if not options.tiny else "– (the step is tiny)"
         row("share of time waiting for data", f"{share:.2%}", aim, options.tiny or share < WAITING)
 
-        fit = [f"store={folder}/bare", f"runs={folder}/overhead", f"model.path={tiny}", f"cache={folder}/cache"]
+        fit = [
+            f"annotation_cache={folder}/bare",
+            f"runs={folder}/overhead",
+            f"model.path={tiny}",
+            f"cache={folder}/cache",
+        ]
         fit += [*FILL, *small, "data.validation_prompts=0", "trainer.accelerator=cpu", "trainer.devices=1"]
         seconds = child(f"overhead({options.rounds})", *fit, threads=options.threads)
         apart = [1000 * (a - b) for a, b in zip(seconds["ours"], seconds["bare"], strict=True)]

@@ -17,8 +17,9 @@ from measure import interval
 from steps import pretrained
 
 from var.data.sources.arithmetic import Arithmetic
-from var.generate import Sampling, sample_tokens
-from var.logprobs import attention
+from var.models.attention import attention
+from var.sampling.base import Sampling
+from var.sampling.local import sample_tokens
 
 
 def generated(model: Any, chat: Any, prompts: list[list[int]], sampling: Sampling) -> int:

@@ -24,17 +24,19 @@ os.environ |= {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "TOKENIZERS_PARALLELISM": "
 import torch
 from torch import Tensor
 
-from var.annotate.fill import TOKENS
+from var.annotate.annotator import TOKENS
 from var.data.sources.hha import HHA
-from var.estimators import Global
-from var.logprobs import HEAD_CHUNK
 from var.losses.dpo import DPO
 from var.losses.sft import SFT
 from var.losses.var import VAR
-from var.module import AlignmentModule, Schedule, cross_logps
-from var.packing import Packed, pack, pack_tree
-from var.policy import Policy
-from var.pretrained import Pretrained
+from var.models.cross_scoring import cross_logps
+from var.models.logprobs import HEAD_CHUNK
+from var.models.packing import Packed, pack, pack_tree
+from var.models.policy import Policy
+from var.models.pretrained import Pretrained
+from var.training.module import AlignmentModule
+from var.training.schedule import Schedule
+from var.weights.estimators import Global
 
 LOSSES = {"SFT": SFT(), "VAR": VAR(estimator=Global()), "DPO": DPO(beta=0.1), "group": SFT()}
 OURS = [*LOSSES, "cross"]

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 from hydra import compose, initialize_config_dir
 
-from var import config
-from var.annotate.fill import with_responses
-from var.build import Run
+from var.annotate.annotator import add_responses
+from var.config.check import FOLDER
+from var.config.entry import run_command
 from var.data.rows import Rows, read
 from var.data.sequences import choose, encode
-from var.progress import say
 from var.report.read import over
+from var.training.run import Run
+from var.utils.console import say
 
 PROMPTS, CANDIDATES, ANSWERS, DRAWS = 32, 32, 3, 2000
 SIZES = (2, 4, 8, 16, 32)
@@ -31,7 +32,7 @@ DEFAULTS = ["loss=var", "reward=near_number", f"data.source.problems={PROMPTS}",
 def pairs(run: Run, rows: Rows, texts: list[list[tuple[str, bool]]], k: int) -> tuple[np.ndarray, np.ndarray]:
     """[P, P] nats a token and raw rewards of the k-th answer of each prompt (column) under each prompt (row)."""
     annotator = run.annotator
-    answered, _ = with_responses(rows, [[several[k]] for several in texts], annotator.cache)
+    answered, _ = add_responses(rows, [[several[k]] for several in texts], annotator.cache)
     chosen = choose(answered, "all")
     sequences = encode(answered, chosen, annotator.chat, 1024, "error", False, annotator.cache)
     micro = np.arange(len(sequences))[None]
@@ -75,7 +76,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     given, overrides = parser.parse_known_args()
     given.folder.mkdir(parents=True, exist_ok=True)
-    with initialize_config_dir(config.FOLDER, version_base="1.3"):
+    with initialize_config_dir(FOLDER, version_base="1.3"):
         run = Run.compose(compose("train", [*DEFAULTS, *overrides]), given.folder)
     run.annotator.check()
     rows, sampling = read(run.data.source, run.annotator.cache).head(PROMPTS), run.data.sampling
@@ -105,4 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    config.run(main, "train")
+    run_command(main, "train")

@@ -36,7 +36,11 @@ METHODS = {
 
 def command(method: str, seed: int, folder: Path) -> list[str]:
     settings = [f"loss.estimator.seed={1000 + seed}"] if method == "VAR, sampled Z" else []
-    settings += [f"seed={seed}", f"runs={folder}/runs", f"store={folder}/store-{seed}-{list(METHODS).index(method)}"]
+    settings += [
+        f"seed={seed}",
+        f"runs={folder}/runs",
+        f"annotation_cache={folder}/store-{seed}-{list(METHODS).index(method)}",
+    ]
     return [sys.executable, str(ROOT / "train.py"), "+experiment=frontier", *METHODS[method], *settings]
 
 
@@ -69,7 +73,11 @@ def run(method: str, seed: int, folder: Path) -> None:
 def held_out_answers(folder: Path) -> None:
     """Sampled and kept once, by a run of no training."""
     if not (folder / "store").exists():
-        words = [*command("SFT on the best of 4", 0, folder)[:-1], f"store={folder}/filling", "trainer.max_seconds=0"]
+        words = [
+            *command("SFT on the best of 4", 0, folder)[:-1],
+            f"annotation_cache={folder}/filling",
+            "trainer.max_seconds=0",
+        ]
         subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
         shutil.rmtree(folder / "runs")
         for shelf in list((folder / "filling" / "responses").iterdir()):  # only those of the evaluation's seed stay

@@ -14,20 +14,23 @@ from numpy.testing import assert_allclose
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import pretrained
-from var.annotate.fill import Annotator, Ranks, Reference, Unfilled, refuse_unanswered, with_responses
-from var.annotate.store import Store
-from var.annotate.values import ValueHead
+from var.annotate.annotator import Annotator, Unfilled, add_responses
+from var.annotate.cache import AnnotationCache
+from var.annotate.value_head import ValueHead
 from var.data.plan import make_plan
 from var.data.rows import Response, Row, Rows, read
 from var.data.sequences import Sequences, choose, encode
-from var.generate import Sampling
-from var.packing import Packed, pack, whole
-from var.policy import Policy
-from var.problems import UserError
+from var.models.frozen import FrozenModel
+from var.models.packing import Packed, pack, whole
+from var.models.policy import Policy
+from var.rewards.base import check_answers
+from var.rewards.dataset_score import Score
 from var.rewards.ensemble import Ensemble
 from var.rewards.programmatic import ExactNumber, NearNumber
 from var.rewards.scale import Scale
-from var.rewards.score import Score
+from var.sampling.base import Sampling
+from var.utils.distributed import Ranks
+from var.utils.errors import UserError
 
 SAMPLING = Sampling(responses=2, temperature=1.0, top_p=1.0, max_new_tokens=4, batch=4, batch_tokens=4096, seed=0)
 
@@ -85,8 +88,8 @@ ROWS = tuple(
 
 def annotator(folder: Path, root: Path, reward: Any = None, **options: Any) -> Annotator:
     """A fresh process's annotator: nothing loaded, the store on disk as it is."""
-    reference = Reference(pretrained(folder, root / "cache"), "cpu")
-    return Annotator(Store(root / "store"), reference, reward or Lengths(), root / "cache", **options)
+    reference = FrozenModel(pretrained(folder, root / "cache"), "cpu")
+    return Annotator(AnnotationCache(root / "store"), reference, reward or Lengths(), root / "cache", **options)
 
 
 def data(one: Annotator, rows: tuple[Row, ...] = ROWS) -> tuple[Rows, Sequences]:
@@ -196,7 +199,7 @@ def test_mismatched_logps_are_those_of_the_next_response(tiny_folder, tmp_path, 
     assert found[2, 2] == 0
     assert one.computed == {"Cross log-probabilities": 8}
     one.cross_logps(sequences, micro)
-    again = annotator(tiny_folder, tmp_path, annotate="refuse").mismatched_logps(sequences, micro)
+    again = annotator(tiny_folder, tmp_path, annotate="error").mismatched_logps(sequences, micro)
     assert torch.equal(again, found)
 
 
@@ -234,7 +237,7 @@ def test_values_are_the_heads_of_each_groups_prompt_and_are_stored(tiny_folder, 
             assert_allclose(values[sequences.group[i]], expected[0], rtol=1e-4)
     assert len(set(found.tolist())) == 4
 
-    two = annotator(tiny_folder, tmp_path, annotate="refuse")
+    two = annotator(tiny_folder, tmp_path, annotate="error")
     assert two.values(HEAD, development, sequences, SAMPLING, Scale()).tolist() == found.tolist()
     assert two.computed == {}
     assert "policy" not in vars(two.reference)
@@ -267,7 +270,7 @@ def everything(one: Annotator) -> list[Any]:
 
 def test_a_second_run_computes_nothing_and_reads_the_same(tiny_folder, tmp_path):
     """The first computes each distinct item once: 8 responses, 6 prompts, 32 pairs less those that come twice."""
-    first, second = annotator(tiny_folder, tmp_path), annotator(tiny_folder, tmp_path, annotate="refuse")
+    first, second = annotator(tiny_folder, tmp_path), annotator(tiny_folder, tmp_path, annotate="error")
     before, after = everything(first), everything(second)
     assert before == after
     assert second.computed == {}
@@ -321,17 +324,17 @@ def test_what_computes_a_number_is_part_of_it_where_it_rounds(
     for files, autocast, same in (
         (plain, None, True), (plain, torch.bfloat16, False), (replace(plain, dtype="bfloat16"), None, False),
     ):  # fmt: skip
-        one, other = (Reference(some, "cpu", autocast) for some in (files, replace(files, **kernel)))
+        one, other = (FrozenModel(some, "cpu", autocast) for some in (files, replace(files, **kernel)))
         assert (one.identity == other.identity) is same
 
 
 @pytest.mark.parametrize("change", [{"dtype": "bfloat16"}, {"chat_template": "{{ messages[0]['content'] }}<end>"}])
 def test_the_references_identity_is_its_weights_dtype_template_and_arithmetic(tiny_folder, tmp_path, change):
     plain = pretrained(tiny_folder, tmp_path)
-    identity = Reference(plain, "cpu").identity
-    assert Reference(replace(plain, **change), "cpu").identity != identity
-    assert Reference(plain, "cpu", torch.bfloat16).identity != identity
-    assert Reference(replace(plain, name="other", attention="packed"), "cpu").identity == identity
+    identity = FrozenModel(plain, "cpu").identity
+    assert FrozenModel(replace(plain, **change), "cpu").identity != identity
+    assert FrozenModel(plain, "cpu", torch.bfloat16).identity != identity
+    assert FrozenModel(replace(plain, name="other", attention="packed"), "cpu").identity == identity
 
 
 def test_another_tokenizer_is_another_reference_and_how_it_pads_is_not(tiny_folder, tmp_path):
@@ -340,7 +343,7 @@ def test_another_tokenizer_is_another_reference_and_how_it_pads_is_not(tiny_fold
     content = json.loads((folder / "tokenizer.json").read_text())
     content["normalizer"] = {"type": "Lowercase"}
     (folder / "tokenizer.json").write_text(json.dumps(content))
-    one, other = (Reference(pretrained(where, tmp_path), "cpu") for where in (tiny_folder, folder))
+    one, other = (FrozenModel(pretrained(where, tmp_path), "cpu") for where in (tiny_folder, folder))
     assert other.identity == {**one.identity, "tokenizer": other.identity["tokenizer"]}
     assert other.identity["tokenizer"] != one.identity["tokenizer"]
     again = pretrained(tiny_folder, tmp_path)
@@ -385,7 +388,7 @@ class Elsewhere:
     def __init__(self) -> None:
         self.done: list[str] = []
 
-    def identity(self, reference: Reference) -> dict[str, Any]:
+    def identity(self, reference: FrozenModel) -> dict[str, Any]:
         return {"sampler": "elsewhere"}
 
     def check(self) -> None:
@@ -418,7 +421,7 @@ def test_sampled_responses_as_rows_are_counted(tiny_folder, tmp_path):
     one = annotator(tiny_folder, tmp_path)
     rows, _ = data(one)
     texts = [[("yes", True), (" \n", True)], [("no", False), ("no", True)], *[[("a", True), ("b", True)]] * 4]
-    sampled, counts = with_responses(rows, texts, tmp_path)
+    sampled, counts = add_responses(rows, texts, tmp_path)
     assert counts == {
         "sampled responses": 12, "sampled responses left out as empty": 1, "sampled responses cut": 1,
     }  # fmt: skip
@@ -526,7 +529,7 @@ def test_answers_that_a_reward_cannot_use_are_named_all_at_once(tiny_folder, tmp
     )
     for reward in (ExactNumber(), NearNumber(), Ensemble(members={"a": Lengths(), "b": ExactNumber()})):
         with pytest.raises(UserError) as error:
-            refuse_unanswered(reward, rows)
+            check_answers(reward, rows)
         assert str(error.value).splitlines()[:-1] == [
             "the reward compares with a row's `answer`, and rows have none that it can use (4):",
             "  row row-1: no answer",
@@ -534,7 +537,7 @@ def test_answers_that_a_reward_cannot_use_are_named_all_at_once(tiny_folder, tmp
             "  row row-3: its answer 'nan' is no finite number",
             "  row row-4: its answer '1e400' is no finite number",
         ]
-    refuse_unanswered(Lengths(), rows)
+    check_answers(Lengths(), rows)
 
 
 def test_scores_of_the_data_are_read_and_missing_ones_named_all_at_once(tiny_folder, tmp_path):
@@ -581,11 +584,11 @@ def test_scores_without_a_gap_refuse_an_in_batch_estimator(tiny_folder, tmp_path
 def test_refuse_says_what_is_missing_and_the_command_that_writes_it(tiny_folder, tmp_path):
     some = annotator(tiny_folder, tmp_path)
     some.reference_logps(data(some, ROWS[:2])[1])
-    one = annotator(tiny_folder, tmp_path, annotate="refuse", command="python annotate.py loss=dpo data=files")
+    one = annotator(tiny_folder, tmp_path, annotate="error", command="python annotate.py loss=dpo data=files")
     with pytest.raises(UserError) as error:
         one.reference_logps(data(one)[1])
     assert str(error.value) == (
-        "the store lacks 5 of 8 reference logps and annotate=refuse. Write them once, every later run reads them: "
+        "the store lacks 5 of 8 reference logps and annotate=error. Write them once, every later run reads them: "
         "python annotate.py loss=dpo data=files"
     )
     assert one.computed == {}
@@ -612,7 +615,7 @@ def test_every_rank_comes_to_the_barriers_whatever_it_saw(tiny_folder, tmp_path)
 def test_long_prompts_count_in_a_pass(tiny_folder, tmp_path, monkeypatch):
     """A pass packs at most so many tokens, prompts among them: eight prompts of 20 tokens do not come at once because
     their responses are short."""
-    from var.annotate import fill
+    from var.annotate import annotator as fill
 
     one = annotator(tiny_folder, tmp_path)
     _, sequences = data(one)

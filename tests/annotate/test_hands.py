@@ -19,13 +19,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.annotate.test_store import fill, flip, keys, shards, shelf
-from var.annotate import store
-from var.annotate.store import Shelf, Store
-from var.problems import UserError
+from var.annotate import cache as store
+from var.annotate.cache import AnnotationCache, CacheTable
+from var.utils.errors import UserError
 
 # A process that has imported once and is forked for each worker: a start takes some milliseconds.
 context: Any = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["pytest", "var.annotate.store"])
+context.set_forkserver_preload(["pytest", "var.annotate.cache"])
 
 
 class Disk:
@@ -514,7 +514,7 @@ def test_a_store_is_found_by_its_shelves_alone(tmp_path: Path):
     (target.path / ".nfs0001").touch()  # an open file that was removed
     (target.path / "folder.parquet").mkdir()
     reports: list[str] = []
-    again: Shelf = Store(tmp_path, reports.append).shelf("rewards", {"weights": "a"}, pa.float64())
+    again: CacheTable = AnnotationCache(tmp_path, reports.append).shelf("rewards", {"weights": "a"}, pa.float64())
     assert again.read(keys(1, 2)).to_pylist() == [1.0, 4.0]
     assert len(reports) == 1
     assert "folder.parquet cannot be used" in reports[0]

@@ -15,21 +15,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from var.annotate import store
-from var.annotate.store import Shelf, Store, as_keys
-from var.data.rows import content_hash
-from var.problems import UserError
+from var.annotate import cache as store
+from var.annotate.cache import AnnotationCache, CacheTable, as_keys
+from var.utils.errors import UserError
+from var.utils.provenance import hash_content
 
 IDENTITY = {"weights": "a"}
 
 
 def keys(*items: int) -> np.ndarray:
-    return as_keys([content_hash(item) for item in items])
+    return as_keys([hash_content(item) for item in items])
 
 
-def shelf(root: Path, identity: dict[str, Any] = IDENTITY, warn: Callable[[str], None] = print) -> Shelf:
+def shelf(root: Path, identity: dict[str, Any] = IDENTITY, warn: Callable[[str], None] = print) -> CacheTable:
     """A fresh look at the store, as another process has."""
-    return Store(root, warn).shelf("rewards", identity, pa.float64())
+    return AnnotationCache(root, warn).shelf("rewards", identity, pa.float64())
 
 
 def squares(wanted: np.ndarray, seen: list[int]) -> Callable[..., list[float]]:
@@ -44,14 +44,14 @@ def squares(wanted: np.ndarray, seen: list[int]) -> Callable[..., list[float]]:
     return compute
 
 
-def fill(target: Shelf, items: range, shard: int = 2, **ranks: int) -> list[int]:
+def fill(target: CacheTable, items: range, shard: int = 2, **ranks: int) -> list[int]:
     seen: list[int] = []
     wanted = keys(*items)
     assert target.fill(wanted, squares(wanted, seen), shard, **ranks) == len(seen)
     return seen
 
 
-def shards(target: Shelf) -> list[Path]:
+def shards(target: CacheTable) -> list[Path]:
     return sorted(target.path.glob("*.parquet"))
 
 
@@ -60,11 +60,11 @@ def shards(target: Shelf) -> list[Path]:
 
 def test_a_key_is_16_bytes_of_the_content_whatever_the_order_of_its_names():
     """SHA-256 of compact JSON, here `[{"a":1,"b":"é"}]` by sha256sum; a change would lose every store there is."""
-    assert content_hash({"b": "é", "a": 1}).hex() == "0947ff8502bae37e3a4e94bb876631cd"
-    assert content_hash({"b": "é", "a": 1}) == content_hash({"a": 1, "b": "é"})
-    assert len({content_hash(x) for x in ("1", 1, [1], ["1"], "", None)}) == 6
-    assert content_hash("a", "b") != content_hash("ab")
-    assert content_hash([1], [2, 3]) != content_hash([1, 2], [3])
+    assert hash_content({"b": "é", "a": 1}).hex() == "0947ff8502bae37e3a4e94bb876631cd"
+    assert hash_content({"b": "é", "a": 1}) == hash_content({"a": 1, "b": "é"})
+    assert len({hash_content(x) for x in ("1", 1, [1], ["1"], "", None)}) == 6
+    assert hash_content("a", "b") != hash_content("ab")
+    assert hash_content([1], [2, 3]) != hash_content([1, 2], [3])
 
 
 def test_keys_that_end_in_zero_bytes_are_whole(tmp_path):
@@ -85,7 +85,7 @@ def test_another_identity_is_another_shelf(tmp_path):
     assert shelf(tmp_path, identities[1]).missing(keys(1)).tolist() == [True]
     one, two = (shelf(tmp_path, i).path for i in ({"a": 1, "b": 2}, {"b": 2, "a": 1}))
     assert one == two
-    other = Store(tmp_path).shelf("features", IDENTITY, pa.float64())
+    other = AnnotationCache(tmp_path).shelf("features", IDENTITY, pa.float64())
     assert other.path.parent.name == "features"
     assert other.path.name != paths[0].name  # the kind is part of what is hashed
 
@@ -128,7 +128,7 @@ def test_shards_of_another_process_are_seen(tmp_path):
 def test_what_is_read_has_offsets_of_64_bits(tmp_path):
     """A shelf is one array in memory, and of 32 bits it would end at 2 GiB of text or 2^31 numbers."""
     one = pa.list_(pa.struct([("text", pa.string()), ("tokens", pa.list_(pa.int32()))]))
-    texts = Store(tmp_path).shelf("responses", IDENTITY, one)
+    texts = AnnotationCache(tmp_path).shelf("responses", IDENTITY, one)
     values = [[{"text": "a", "tokens": [1, 2]}], []]
     texts.write(keys(1, 2), values)
     found = texts.read(keys(1, 2))
@@ -140,17 +140,19 @@ def test_what_is_read_has_offsets_of_64_bits(tmp_path):
 @pytest.mark.long
 def test_a_shelf_may_hold_more_than_2_gib(tmp_path):
     """Needs 7 GiB of memory and 10 MiB of disk: texts of one letter."""
-    texts = Store(tmp_path).shelf("responses", IDENTITY, pa.string())
+    texts = AnnotationCache(tmp_path).shelf("responses", IDENTITY, pa.string())
     text, wanted = "x" * 2**20, keys(*range(2100))
     texts.fill(wanted, lambda indices, _: [text] * len(indices), 300)
     assert texts.read(wanted)[2099].as_py() == text
 
 
 def test_lists_of_floats_round_trip_in_float32(tmp_path):
-    target = Store(tmp_path).shelf("reference_logps", {}, pa.list_(pa.float32()))
+    target = AnnotationCache(tmp_path).shelf("reference_logps", {}, pa.list_(pa.float32()))
     lists = [[-0.1, -1e-30], [], [-1e30, -float(np.float32(1 / 3)), 0.0]]
     target.write(keys(1, 2, 3), lists)
-    found = Store(tmp_path).shelf("reference_logps", {}, pa.list_(pa.float32())).read(keys(3, 2, 1)).to_pylist()
+    found = (
+        AnnotationCache(tmp_path).shelf("reference_logps", {}, pa.list_(pa.float32())).read(keys(3, 2, 1)).to_pylist()
+    )
     assert found == [np.array(values, dtype=np.float32).tolist() for values in lists[::-1]]
 
 
@@ -235,13 +237,13 @@ WRITER = """
 import sys, time
 from pathlib import Path
 import pyarrow as pa
-from var.annotate.store import Store, as_keys
-from var.data.rows import content_hash
+from var.annotate.cache import Store, as_keys
+from var.data.rows import hash_content
 
 root, go = Path(sys.argv[1]), Path(sys.argv[2])
 shelf = Store(root).shelf("rewards", {"weights": "a"}, pa.float64())
 order = range(1, 31) if sys.argv[3] == "up" else range(30, 0, -1)
-keys = as_keys([content_hash(i) for i in order])
+keys = as_keys([hash_content(i) for i in order])
 
 def compute(indices, advance):
     time.sleep(0.01)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from var.annotate.values import ValueHead
-from var.problems import UserError
+from var.annotate.value_head import ValueHead
+from var.utils.errors import UserError
 
 SIZE = 16
 HEAD = ValueHead(

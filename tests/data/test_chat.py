@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from tests.conftest import ROOT, TEMPLATE, byte_tokenizer
 from var.data.chat import Chat
-from var.problems import UserError
+from var.utils.errors import UserError
 
 BOS, END, USER, ASSISTANT = 256, 257, 258, 259
 ASK = [{"role": "user", "content": "ab"}]

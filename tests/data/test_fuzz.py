@@ -20,7 +20,7 @@ from var.data.rows import Rows, from_record, read
 from var.data.sources.files import Files
 from var.data.sources.preferences import Preferences
 from var.data.sources.prompts import Prompts
-from var.problems import UserError
+from var.utils.errors import UserError
 
 hypothesis.configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")
 

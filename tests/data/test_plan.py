@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 
 from var.data.plan import ABSENT, Plan, draw, make_plan
-from var.datamodule import by_group
-from var.problems import UserError
+from var.training.datamodule import stack_by_group
+from var.utils.errors import UserError
 
 INF = float("inf")
 
 
 def plan(units: int = 40, micro: int = 4, total: int = 16, seed: int = 0, **more: Any) -> Plan:
     """40 units of 1..40 response tokens each, so that a sum tells which units it is of."""
-    settings = {"short_micro_batch": "drop", "short_window": "keep", "sequences_per_unit": 1, **more}
+    settings = {"last_micro_batch": "drop", "last_step": "keep", "sequences_per_unit": 1, **more}
     tokens = settings.pop("tokens", np.arange(1, units + 1))
     return make_plan(tokens, micro_batch=micro, global_batch=total, seed=seed, **settings)
 
@@ -41,7 +41,7 @@ def test_units_of_several_sizes_count_their_own_sequences():
     step = list(made.batches(0, 0, 1))[:4]
     assert {share.sequences for share in step} == {float(sizes[made.micro[:4]].sum())}
     assert {share.units for share in step} == {16.0}
-    kept = plan(units=42, sequences_per_unit=sizes, short_micro_batch="keep")
+    kept = plan(units=42, sequences_per_unit=sizes, last_micro_batch="keep")
     last = kept.micro[-1][kept.micro[-1] != ABSENT]
     assert len(last) == 2
     assert (kept.sequences[-1], kept.tokens[-1]) == (sizes[last].sum(), (last + 1).sum())
@@ -59,7 +59,7 @@ def test_two_four_and_eight_nest():
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_ranks_and_accumulation_do_not_change_the_steps(short: str, epoch: int):
     """World 1, 2 and 4, or 4, 2 and 1 accumulated: step by step the same micro-batches and the same divisors."""
-    made = plan(short_window=short)
+    made = plan(last_step=short)
     order = made.epoch(epoch)
     for world in (1, 2, 4):
         ranks = [list(made.batches(epoch, rank, world)) for rank in range(world)]
@@ -108,7 +108,7 @@ def test_a_short_window_keeps_its_own_divisors_and_is_filled_for_the_ranks():
     tokens = float(made.tokens[8:].sum())
     more, less = (8, 9) if made.work[8] >= made.work[9] else (9, 8)
     assert last == [(more, tokens, 8.0, 8.0), (less, tokens, 8.0, 8.0), (less, INF, INF, INF), (less, INF, INF, INF)]
-    dropped = plan(short_window="drop")
+    dropped = plan(last_step="drop")
     assert (len(dropped.micro), dropped.steps, dropped.dropped) == (8, 2, 8)
     assert (dropped.micro == made.micro[:8]).all()
 
@@ -116,15 +116,15 @@ def test_a_short_window_keeps_its_own_divisors_and_is_filled_for_the_ranks():
 def test_a_short_micro_batch_is_dropped_kept_or_an_error():
     assert plan(units=10).micro.shape == (2, 4)
     assert plan(units=10).dropped == 2
-    kept = plan(units=10, short_micro_batch="keep", sequences_per_unit=2)
+    kept = plan(units=10, last_micro_batch="keep", sequences_per_unit=2)
     assert kept.micro.shape == (3, 4)
     assert (kept.micro[2] == ABSENT).tolist() == [False, False, True, True]
     assert kept.tokens[2] == (kept.micro[2, :2] + 1).sum()
     assert kept.sequences.tolist() == [8, 8, 4]
     assert kept.dropped == 0
     with pytest.raises(UserError, match=r"10 units do not divide into micro-batches of 4 \(2 are left over\)"):
-        plan(units=10, short_micro_batch="error")
-    assert plan(units=12, short_micro_batch="error").micro.shape == (3, 4)
+        plan(units=10, last_micro_batch="error")
+    assert plan(units=12, last_micro_batch="error").micro.shape == (3, 4)
 
 
 def test_what_makes_no_step_is_an_error():
@@ -133,8 +133,8 @@ def test_what_makes_no_step_is_an_error():
     with pytest.raises(UserError, match=r"3 units make no whole micro-batch of 4"):
         plan(units=3)
     with pytest.raises(UserError, match=r"12 units make no whole micro-batch of 4 and step of 16"):
-        plan(units=12, short_window="drop")
-    assert plan(units=3, short_micro_batch="keep").micro.shape == (1, 4)
+        plan(units=12, last_step="drop")
+    assert plan(units=3, last_micro_batch="keep").micro.shape == (1, 4)
 
 
 def test_an_epoch_permutes_whole_steps_and_shows_every_unit_once():
@@ -154,7 +154,7 @@ def test_an_epoch_permutes_whole_steps_and_shows_every_unit_once():
 @pytest.mark.parametrize("units", [40, 74])
 def test_runs_that_differ_in_b_see_the_same_units_in_every_step_of_every_epoch(units: int):
     """Where units are missing too: 74 fill four steps of 16 and 10 places of a fifth, which stays last whatever B."""
-    plans = [plan(units=units, micro=b, short_micro_batch="keep") for b in (2, 4, 8)]
+    plans = [plan(units=units, micro=b, last_micro_batch="keep") for b in (2, 4, 8)]
     for epoch in (0, 1, 2):
         steps = []
         for made in plans:
@@ -212,6 +212,6 @@ def test_a_draw_needs_a_positive_advantage(kind: Any):
 
 def test_members_of_a_group_stand_side_by_side():
     """Groups of two, one and three; within one, the order of the data."""
-    found = by_group(np.array([7, 0, 7, 3, 7, 0]), np.array([10, 11, 12, 13, 14, 15]))
+    found = stack_by_group(np.array([7, 0, 7, 3, 7, 0]), np.array([10, 11, 12, 13, 14, 15]))
     assert found.tolist() == [[11, 15, ABSENT], [13, ABSENT, ABSENT], [10, 12, 14]]
-    assert by_group(np.array([1, 0]), np.array([4, 9])).tolist() == [[9], [4]]
+    assert stack_by_group(np.array([1, 0]), np.array([4, 9])).tolist() == [[9], [4]]

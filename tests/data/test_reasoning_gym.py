@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 from tests.conftest import composed
 from var.data.rows import read
 from var.data.sources.reasoning_gym import ReasoningGym, read_problem, written
-from var.problems import UserError
+from var.utils.errors import UserError
 
 reasoning_gym = pytest.importorskip("reasoning_gym")
 

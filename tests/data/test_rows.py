@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from var.data import rows as rows_module
-from var.data.rows import Response, Row, content_hash, from_record, load, read, write
-from var.problems import Problems, UserError
+from var.data.rows import Response, Row, from_record, load, read, write
+from var.utils.errors import Problems, UserError
+from var.utils.provenance import hash_content
 
 
 @dataclass
@@ -188,16 +189,16 @@ def test_few_decoded_rows_are_held(tmp_path: Path):
 def test_equal_prompts_have_one_key_whatever_the_row(tmp_path: Path):
     rows = read(Listed([record("a", "x"), record("b", "y"), {**record("c", "z"), "prompt": "r"}]), tmp_path)
     assert rows.keys[0] == rows.keys[1] != rows.keys[2]
-    assert bytes(rows.keys[0]).ljust(16, b"\0") == content_hash(rows[0].prompt)
+    assert bytes(rows.keys[0]).ljust(16, b"\0") == hash_content(rows[0].prompt)
 
 
 def test_the_content_hash_is_that_of_canonical_json():
     """Key order does not count, the order and the borders of the parts do; 16 bytes of SHA-256."""
     import hashlib
 
-    assert content_hash({"a": 1, "b": "ü"}) == content_hash({"b": "ü", "a": 1})
-    assert content_hash("ab", "c") != content_hash("a", "bc")
-    assert content_hash(1, 2) != content_hash(2, 1)
+    assert hash_content({"a": 1, "b": "ü"}) == hash_content({"b": "ü", "a": 1})
+    assert hash_content("ab", "c") != hash_content("a", "bc")
+    assert hash_content(1, 2) != hash_content(2, 1)
     text = json.dumps([["x", 1]], separators=(",", ":")).encode()
-    assert content_hash(["x", 1]) == hashlib.sha256(text).digest()[:16]
-    assert len(content_hash("\ud800")) == 16  # half a surrogate pair has a hash too, so that it can be told as a fault
+    assert hash_content(["x", 1]) == hashlib.sha256(text).digest()[:16]
+    assert len(hash_content("\ud800")) == 16  # half a surrogate pair has a hash too, so that it can be told as a fault

@@ -9,9 +9,10 @@ import pytest
 
 from tests.conftest import TEMPLATE, byte_tokenizer
 from var.data.chat import Chat
-from var.data.rows import Response, Row, Rows, content_hash, load, write
+from var.data.rows import Response, Row, Rows, load, write
 from var.data.sequences import Sequences, choose, encode, needs_rewards
-from var.problems import Problems, UserError
+from var.utils.errors import Problems, UserError
+from var.utils.provenance import hash_content
 
 END = 257
 PROMPT = 6  # tokens of <bos><user>ab<end><assistant>
@@ -32,7 +33,7 @@ def encoded(
     tmp_path: Path, *rows: Row, max_length: int = 64, overlong: Any = "drop", pairs: bool = False, **chat: Any
 ) -> Sequences:
     """All responses (the first and the last with pairs), under the byte tokenizer."""
-    table = rows_of(tmp_path / content_hash([r.id for r in rows]).hex(), *rows)
+    table = rows_of(tmp_path / hash_content([r.id for r in rows]).hex(), *rows)
     choice = choose(table, "both" if pairs else "all")
     return encode(table, choice, Chat(byte_tokenizer(**chat)), max_length, overlong, pairs, tmp_path / "cache")
 
@@ -104,7 +105,7 @@ def test_a_cut_answer_has_no_end_token(tmp_path: Path):
 
     The limit leaves 3 tokens: 'xy' fits with its end token, 'xyz' loses it, 'wxyz' loses its last byte too.
     """
-    sequences = encoded(tmp_path, row("a", "xy", "xyz", "wxyz"), max_length=PROMPT + 3, overlong="cut")
+    sequences = encoded(tmp_path, row("a", "xy", "xyz", "wxyz"), max_length=PROMPT + 3, overlong="truncate")
     assert sequences.length.tolist() == [3, 3, 3]
     assert [sequences.tokens(i)[0][-1] == END for i in range(3)] == [True, False, False]
     assert dict(sequences.counts) == {"sequences cut": 2}
@@ -132,7 +133,7 @@ def test_a_prompt_that_fills_the_limit_is_never_trained(tmp_path: Path):
     assert len(sequences) == 1
     assert dict(sequences.counts) == {"sequences whose prompt fills the limit": 2}
     with pytest.raises(UserError) as error:
-        encoded(tmp_path, *rows, max_length=PROMPT + 2, overlong="cut")
+        encoded(tmp_path, *rows, max_length=PROMPT + 2, overlong="truncate")
     assert str(error.value).splitlines() == [
         "rows that cannot be tokenised (2):",
         "  row long#0: its prompt alone has 8 tokens; data.max_length=8",
@@ -237,7 +238,7 @@ def test_tokens_are_kept_by_content_and_read_from_there(tmp_path: Path, counting
     assert file.name == "sequences.arrow"
     assert json.loads((file.parent / "done.json").read_text())["counts"] == dict(first.counts)
     for change in (
-        {"limit": 64}, {"overlong": "cut"}, {"template": TEMPLATE.replace("'<end>'", "'<end>\n'")},
+        {"limit": 64}, {"overlong": "truncate"}, {"template": TEMPLATE.replace("'<end>'", "'<end>\n'")},
         {"these": choose(rows.select(np.array([0])), "all")},
     ):  # fmt: skip
         before = counting.calls

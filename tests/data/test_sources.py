@@ -27,7 +27,7 @@ from var.data.sources.offsetbias import OffsetBias
 from var.data.sources.preferences import Preferences
 from var.data.sources.prompts import Prompts
 from var.data.sources.ultrafeedback import UltraFeedback
-from var.problems import UserError
+from var.utils.errors import UserError
 
 REAL = ROOT.parent / "shared" / "data"
 CONF = sorted(file for file in (ROOT / "conf" / "data").glob("*.yaml") if not file.name.startswith("_"))

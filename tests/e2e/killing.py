@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 # Audit events of a file system that changes, and which of their arguments names the place.
 CHANGES = {"os.rename": 1, "os.remove": 0, "os.rmdir": 0, "os.mkdir": 0, "os.symlink": 1, "os.link": 1}
 
-HEAVY = ("matplotlib.backends.backend_agg", "transformers.models.llama.modeling_llama", "var.evaluate.build")
+HEAVY = ("matplotlib.backends.backend_agg", "transformers.models.llama.modeling_llama", "var.evaluate.run")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT, byte_tokenizer, saved, tiny_config
-from var import config
+from var.config.entry import run_command
 from var.report.read import find
 from var.report.write import plot
 
@@ -39,7 +39,7 @@ def run(command: str, *overrides: str, **environment: str) -> subprocess.Complet
     patched = mock.patch.object(sys, "argv", arguments), mock.patch.dict(os.environ, environment)
     with patched[0], patched[1], redirect_stdout(out), redirect_stderr(err):
         try:
-            config.run(module.main, "eval" if command == "eval.py" else "train")
+            run_command(module.main, "eval" if command == "eval.py" else "train")
         except SystemExit as stop:
             code = int(stop.code or 0)
         finally:
@@ -78,7 +78,8 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def base(tiny_folder: Path, tmp_path: Path) -> list[str]:
     return [
-        f"model.path={tiny_folder}", f"store={tmp_path}/store", f"cache={tmp_path}/cache", f"runs={tmp_path}/runs",
+        f"model.path={tiny_folder}",
+        f"annotation_cache={tmp_path}/store", f"cache={tmp_path}/cache", f"runs={tmp_path}/runs",
         "trainer.accelerator=cpu", "trainer.log_every_n_steps=1", "data.validation_prompts=2", "data.micro_batch=4",
         "data.global_batch=4", "eval.sampling.responses=2", "eval.sampling.max_new_tokens=3",
     ]  # fmt: skip
@@ -141,7 +142,7 @@ def test_a_real_run_is_reported(own: list[str], tmp_path: Path) -> None:
     assert run("report.py", f"{tmp_path}/runs", "--out", f"{tmp_path}/out").returncode == 0
     (one,) = find([tmp_path / "runs"]).runs
     assert "loss.min_weight=0.1" in one.overrides
-    assert not any(line.startswith(("runs=", "store=", "cache=")) for line in one.overrides)
+    assert not any(line.startswith(("runs=", "annotation_cache=", "cache=")) for line in one.overrides)
     assert {"reward before", "reward after", "gain, paired", "KL, nats", "ESS/n", "tokens/s"} <= one.measures.keys()
     assert {"train/loss", "train/weight/ess", "validation/reward"} <= one.curves.keys()
     assert len(one.samples) == 2
@@ -192,11 +193,11 @@ def test_a_second_run_samples_and_scores_nothing(
 
 
 def test_annotate_fills_ahead_and_refuse_names_it(own: list[str], tmp_path: Path) -> None:
-    refused("Write them once, every later run reads them: python annotate.py ", *own, "loss=dpo", "annotate=refuse")
+    refused("Write them once, every later run reads them: python annotate.py ", *own, "loss=dpo", "annotate=error")
     done = run("annotate.py", *own, "loss=dpo")
     assert done.returncode == 0, done.stderr
     assert "Reference log-probabilities" in done.stdout
-    done = run("train.py", *own, "loss=dpo", "annotate=refuse")
+    done = run("train.py", *own, "loss=dpo", "annotate=error")
     assert done.returncode == 0, done.stderr
 
 
@@ -302,8 +303,8 @@ def test_the_loss_in_the_documents_trains(own: list[str], tmp_path: Path, monkey
 from dataclasses import dataclass
 from torch import Tensor
 from var.losses.weighted import Metrics
-from var.needs import Need
-from var.packing import Packed
+from var.requirements import Need
+from var.models.packing import Packed
 """
     (tmp_path / "slic.py").write_text(imports + code)
     monkeypatch.syspath_prepend(tmp_path)
@@ -378,7 +379,7 @@ class TestBadInput:
         long.write_text(rows.read_text() + "\n" + "\n".join(extra))
         more = [*own, f"data.path={long}", "data.max_length=40", "loss=sft", "data.validation_prompts=1"]
         refused("row long#0: it has", *more, "data.overlong=error")
-        refused("row full#0: its prompt alone has", *more, "data.overlong=cut")
+        refused("row full#0: its prompt alone has", *more, "data.overlong=truncate")
         dropped = run("train.py", *more)
         assert dropped.returncode == 0, dropped.stderr
         assert "sequences dropped as overlong: 1" in dropped.stdout
@@ -393,7 +394,9 @@ class TestBadInput:
         for more in (["data.responses=sampled"], ["loss=sft"], ["loss=grpo"]):
             refused("the reward compares with a row's `answer`, and rows have none that it can use (", *own, *more)
         model = next(option for option in own if option.startswith("model.path="))
-        done = run("eval.py", model, "data=files", f"data.path={bare}", "held_out=false", f"store={tmp_path}/store")
+        done = run(
+            "eval.py", model, "data=files", f"data.path={bare}", "held_out=false", f"annotation_cache={tmp_path}/store"
+        )
         assert done.returncode == 1
         assert "row r0: no answer" in done.stderr
         done = run("sample.py", *own, f"out={tmp_path}/rows.jsonl")
@@ -413,7 +416,7 @@ class TestBadInput:
 
     def test_a_folder_that_cannot_be_written(self, own: list[str], tmp_path: Path) -> None:
         (tmp_path / "file").touch()
-        refused("folders that cannot be written", *own, f"store={tmp_path}/file/store")
+        refused("folders that cannot be written", *own, f"annotation_cache={tmp_path}/file/store")
 
     def test_no_key_for_wandb(self, own: list[str]) -> None:
         refused("no WANDB_API_KEY", *own, "logger=wandb", "logger.wandb.offline=false", WANDB_API_KEY="")
@@ -428,10 +431,10 @@ class TestBadInput:
 def test_the_default_model_takes_a_step(smollm2: Path, tmp_path: Path) -> None:
     """SmolLM2-135M end to end: it samples, is rewarded, trained a step by VAR, evaluated and exported."""
     done = run(
-        "train.py", "debug=step", "loss=var_grouped", "loss.estimator.drop_uninformative=false", "data.limit=8",
+        "train.py", "debug=step", "loss=var_grouped", "loss.estimator.drop_zero_variance=false", "data.limit=8",
         "data.validation_prompts=2", "generate.max_new_tokens=16", "generate.responses=2", "data.micro_batch=4",
         "data.global_batch=4", "eval.sampling.responses=2", "loss.temperature_unit=reward",
-        f"store={tmp_path}/store", f"runs={tmp_path}/runs", "logger=tensorboard",
+        f"annotation_cache={tmp_path}/store", f"runs={tmp_path}/runs", "logger=tensorboard",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     folder = only(tmp_path / "runs")

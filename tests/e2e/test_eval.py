@@ -13,9 +13,9 @@ from tests.conftest import ROOT, byte_tokenizer, saved, tiny_model
 from tests.e2e.test_commands import run, spawn
 from tests.server import Broken, completion, served
 from var.data.chat import Chat
-from var.evaluate.validation import response_tokens
-from var.packing import pack
-from var.policy import Policy
+from var.evaluate.answers import response_tokens
+from var.models.packing import pack
+from var.models.policy import Policy
 from var.report.read import Evaluation
 
 pytestmark = pytest.mark.e2e
@@ -26,7 +26,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> li
     folder = tmp_path_factory.mktemp("eval")
     return [
         f"model.path={tiny_folder}", "model.name=tiny", "data.source.problems=30", "data.validation_prompts=6",
-        "reward=near_number", "seeds=[0,1]", "generate.max_new_tokens=8", f"store={folder}/store",
+        "reward=near_number", "seeds=[0,1]", "generate.max_new_tokens=8", f"annotation_cache={folder}/store",
         f"cache={folder}/cache", f"out={folder}/evals",
     ]  # fmt: skip
 
@@ -100,7 +100,7 @@ def test_what_cannot_be_is_told_first(evaluated: list[str], message: str, overri
 def test_validation_while_training_is_a_curve_of_reward_win_rate_length_and_kl(tiny_folder: Path, tmp_path: Path):
     """Under bf16-mixed too, with its gradients clipped."""
     done = run(
-        "train.py", f"model.path={tiny_folder}", f"store={tmp_path}/store", f"cache={tmp_path}/cache",
+        "train.py", f"model.path={tiny_folder}", f"annotation_cache={tmp_path}/store", f"cache={tmp_path}/cache",
         f"runs={tmp_path}/runs", "data.source.problems=30", "data.validation_prompts=4", "reward=near_number",
         "loss=sft", "trainer.max_steps=3", "trainer.log_every_n_steps=1", "eval.every_n_steps=1",
         "trainer.precision=bf16-mixed", "trainer.accelerator=cpu", "generate.max_new_tokens=40",
@@ -273,7 +273,8 @@ def test_a_judge_while_training_gives_a_curve_and_no_failure_of_it_ends_the_run(
     """Two games of each of the 3 judged prompts at each of 2 evaluations; the judge prefers the answer shown first, so
     every pair is a tie. Then it is down."""
     options = [
-        f"model.path={tiny_folder}", f"store={tmp_path}/store", f"cache={tmp_path}/cache", f"runs={tmp_path}/runs",
+        f"model.path={tiny_folder}",
+        f"annotation_cache={tmp_path}/store", f"cache={tmp_path}/cache", f"runs={tmp_path}/runs",
         "data.source.problems=30", "data.validation_prompts=4", "reward=near_number", "loss=sft",
         "trainer.max_steps=2", "trainer.accelerator=cpu",
         "optim.optimizer.lr=1e-2", "eval.every_n_steps=1", "generate.max_new_tokens=40",

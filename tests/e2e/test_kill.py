@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import Callback
 from tests.conftest import composed, saved, tiny_model
 from tests.e2e.killing import Attempt, Driver
 from tests.e2e.test_commands import only
-from var.build import Run
+from var.training.run import Run
 
 pytestmark = pytest.mark.e2e
 

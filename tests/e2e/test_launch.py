@@ -52,13 +52,13 @@ def options(rows: Path, tiny_folder: Path) -> list[str]:
     return [
         "data=files", f"data.path={rows}", f"model.path={tiny_folder}", "reward=score", "loss=var_grouped",
         "trainer.accelerator=cpu", "optim.optimizer.lr=3e-3", "trainer.log_every_n_steps=1", "trainer.epochs=1",
-        "data.validation_prompts=2", "data.micro_batch=2", "data.global_batch=4", "data.short_micro_batch=keep",
+        "data.validation_prompts=2", "data.micro_batch=2", "data.global_batch=4", "data.last_micro_batch=keep",
         "eval.sampling.responses=2", "eval.sampling.max_new_tokens=4",
     ]  # fmt: skip
 
 
 def at(folder: Path) -> list[str]:
-    return [f"store={folder}/store", f"cache={folder}/cache", f"runs={folder}/runs"]
+    return [f"annotation_cache={folder}/store", f"cache={folder}/cache", f"runs={folder}/runs"]
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 
 from tests.conftest import ROOT, byte_tokenizer, pretrained
 from tests.e2e.test_commands import only, refused, run
-from var.callbacks import PairAccuracy
 from var.data.chat import Chat
-from var.packing import whole
+from var.models.packing import whole
 from var.rewards.classifier import Classifier
+from var.training.validation import PairAccuracy
 
 LOSSES = sorted(file.stem for file in (ROOT / "conf" / "loss").glob("*.yaml"))
 pytestmark = pytest.mark.e2e
@@ -45,7 +45,8 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def base(rows: Path, shared: Path, tiny_folder: Path, tmp_path: Path) -> list[str]:
     return [
-        f"model.path={tiny_folder}", f"store={shared}/store", f"cache={shared}/cache", f"runs={tmp_path}/runs",
+        f"model.path={tiny_folder}",
+        f"annotation_cache={shared}/store", f"cache={shared}/cache", f"runs={tmp_path}/runs",
         "trainer.accelerator=cpu", "trainer.log_every_n_steps=1", "trainer.max_steps=2", "data.validation_prompts=0",
         "data.micro_batch=2", "data.global_batch=4", "eval.sampling.responses=1", "eval.sampling.max_new_tokens=2",
         "data=files", f"data.path={rows}", "reward=exact_number", "reward._target_=tests.e2e.killing.Distinct",
@@ -183,7 +184,7 @@ def held_out(folder: Path) -> set[str]:
 def test_rounds(base: list[str], rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """sample.py answers all prompts by an earlier run's model, empty answers left out; data=files reads its rows, holds
     out the same prompts, and a second round trains on them from there."""
-    from var.annotate.fill import Annotator
+    from var.annotate.annotator import Annotator
 
     real, drawn = Annotator.sampled, list[list[int]]()
 
@@ -259,7 +260,7 @@ def test_sampled_responses_stand_in_for_the_datas_own(base: list[str], tmp_path:
 def test_advantages(base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Development prompts neither train nor are held out; `priority` draws rows above V(x) alone, some of them twice;
     `all` draws the others too."""
-    from var.datamodule import AlignmentData
+    from var.training.datamodule import AlignmentData
 
     prepared: list[AlignmentData] = []
     real = AlignmentData.prepare
@@ -308,7 +309,7 @@ def test_an_online_loss_refuses_what_it_cannot_use(base: list[str]) -> None:
     refused(tempered, *base, "loss=grpo", "generate.temperature=0.7")
     refused(tempered, *base, "loss=ppo", "generate.top_p=0.9")
     refused("reference=live does nothing here", *base, "loss=grpo", "reference=live")
-    refused("every step must be whole: set data.short_window=drop", *base, "loss=grpo", "loss.rollout.passes=2",
+    refused("every step must be whole: set data.last_step=drop", *base, "loss=grpo", "loss.rollout.passes=2",
             "data.limit=10")  # fmt: skip
     refused("generate.responses=1 leaves nothing to compare", *base, "loss=grpo", "generate.responses=1")
     base = [option for option in base if not option.startswith("reward")]

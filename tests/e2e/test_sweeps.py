@@ -13,7 +13,7 @@ import yaml
 
 from tests.conftest import ROOT
 from tests.e2e.test_commands import OWN_REWARD, run, spawn
-from var.module import AlignmentModule
+from var.training.module import AlignmentModule
 
 pytestmark = pytest.mark.e2e
 
@@ -28,7 +28,8 @@ def own(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> l
     answers = ["abcdefgh", "a", "hgfedc", "bb"]
     rows.write_text("\n".join(json.dumps({"prompt": f"{i}?", "responses": answers}) for i in range(6)))
     return [
-        f"model.path={tiny_folder}", f"store={tmp_path}/store", f"cache={tmp_path}/cache", f"runs={tmp_path}/runs",
+        f"model.path={tiny_folder}",
+        f"annotation_cache={tmp_path}/store", f"cache={tmp_path}/cache", f"runs={tmp_path}/runs",
         "data=files", f"data.path={rows}", "reward=exact_number", "reward._target_=own_reward.Distinct",
         "loss=var_grouped", "trainer.accelerator=cpu", "trainer.epochs=1", "optim.optimizer.lr=3e-2",
         "data.validation_prompts=2", "data.micro_batch=2", "data.global_batch=4", "eval.sampling.responses=2",

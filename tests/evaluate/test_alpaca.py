@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.server import client, completion, served, shown
-from var.evaluate.alpaca import (
+from var.evaluate.judges.alpaca import (
     MATCHED,
     AlpacaEval,
     Gamed,
@@ -19,8 +19,8 @@ from var.evaluate.alpaca import (
     read_reference,
     win_rate,
 )
-from var.evaluate.judge import Pair, Unread, rates
-from var.problems import UserError
+from var.evaluate.judges.base import Pair, Unread, rates
+from var.utils.errors import UserError
 
 
 def pair(id: str, answer: str = "a", opponent: str = "b", seed: int = 0, text: str = "?") -> Pair:

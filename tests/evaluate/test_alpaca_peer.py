@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from var.evaluate.alpaca import length_controlled, longer_opponent, preference, read_gamed, win_rate
-from var.evaluate.judge import Pair, Template, read_template
+from var.evaluate.judges.alpaca import length_controlled, longer_opponent, preference, read_gamed, win_rate
+from var.evaluate.judges.base import Pair, Template, read_template
 
 pytestmark = pytest.mark.peer
 pandas = pytest.importorskip("pandas")

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from tests.server import Broken, client, completion, served, shown
-from var.evaluate.arena import FIRST, ArenaHard, bootstrap
-from var.evaluate.judge import Pair, rates
-from var.problems import UserError
+from var.evaluate.judges.arena_hard import FIRST, ArenaHard, bootstrap
+from var.evaluate.judges.base import Pair, rates
+from var.utils.errors import UserError
 
 
 def pair(id: str, seed: int = 0) -> Pair:

@@ -22,11 +22,12 @@ from lightning import seed_everything
 from omegaconf import OmegaConf
 
 from tests.conftest import ROOT, byte_tokenizer, tiny_model
-from var.config import FOLDER, check
-from var.evaluate import benchmarks, sandbox
-from var.evaluate.benchmarks import Benchmarks, command, run
-from var.evaluate.tasks.humaneval import pass_at_1
-from var.problems import UserError
+from var.config.check import FOLDER, check
+from var.evaluate.benchmarks import harness as benchmarks
+from var.evaluate.benchmarks import sandbox
+from var.evaluate.benchmarks.harness import Benchmarks, command, run
+from var.evaluate.benchmarks.tasks.humaneval import pass_at_1
+from var.utils.errors import UserError
 
 pytest.importorskip("lm_eval")
 

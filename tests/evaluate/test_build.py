@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from tests.conftest import composed
-from var.evaluate import evaluation
-from var.evaluate.build import Evaluation
-from var.evaluate.judge import Judgement
-from var.problems import UserError
+from var.evaluate import measures as evaluation
+from var.evaluate.judges.base import Judgement
+from var.evaluate.run import Evaluation
+from var.utils.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -35,14 +35,16 @@ from var.problems import UserError
     ],
 )  # fmt: skip
 def test_values_that_mean_nothing_are_told_at_once(tmp_path: Path, overrides: list[str], lines: list[str]) -> None:
-    cfg = composed(f"store={tmp_path}/s", f"cache={tmp_path}/c", *overrides, root="eval")
+    cfg = composed(f"annotation_cache={tmp_path}/s", f"cache={tmp_path}/c", *overrides, root="eval")
     with pytest.raises(UserError) as error:
         Evaluation.compose(cfg)
     assert [line for line in lines if line not in str(error.value)] == []
 
 
 def test_another_seed_is_the_samplings_too(tmp_path: Path) -> None:
-    Evaluation.compose(composed(f"store={tmp_path}/s", f"cache={tmp_path}/c", "seed=3", "prompts=1", root="eval"))
+    Evaluation.compose(
+        composed(f"annotation_cache={tmp_path}/s", f"cache={tmp_path}/c", "seed=3", "prompts=1", root="eval")
+    )
 
 
 def verdicts(judge: Any, seeds: int = 1) -> dict[str, Any]:

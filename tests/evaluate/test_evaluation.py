@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from var.evaluate.evaluation import average, averages, estimate, measure
+from var.evaluate.measures import average, averages, estimate, measure
 
 LABELS = np.array(["a", "a", "b"])
 REWARD = np.array([[1.0, 3.0], [2.0, 4.0], [0.0, 1.0]])  # [P, S]

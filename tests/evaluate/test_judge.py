@@ -10,8 +10,8 @@ import pytest
 from hydra.utils import instantiate
 
 from tests.conftest import composed
-from var.config import check
-from var.evaluate.judge import (
+from var.config.check import check
+from var.evaluate.judges.base import (
     Judgement,
     Pair,
     RewardJudge,
@@ -25,9 +25,9 @@ from var.evaluate.judge import (
     too_many,
     unjudged,
 )
-from var.problems import UserError
+from var.rewards.dataset_score import Score
 from var.rewards.programmatic import ExactNumber, NearNumber
-from var.rewards.score import Score
+from var.utils.errors import UserError
 
 PROMPT = ({"role": "user", "content": "1 + 2?"},)
 SCORES = {"win": 1.0, "tie": 0.5, "loss": 0.0, "error": math.nan}

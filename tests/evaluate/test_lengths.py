@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from var.evaluate.lengths import clustered_ols, distribution, estimate, length_controlled, matched
-from var.evaluate.validation import clustered
+from var.evaluate.lengths import distribution, estimate, length_controlled, matched
+from var.utils.statistics import clustered, clustered_ols
 
 
 def world(seed: int = 0, prompts: int = 40, replicates: int = 3) -> tuple[np.random.Generator, np.ndarray]:

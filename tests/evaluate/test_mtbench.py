@@ -16,9 +16,9 @@ import pytest
 
 from tests.server import Broken, completion, served, shown
 from tests.server import client as plain
-from var.evaluate.judge import Pair, rates
-from var.evaluate.mtbench import TEMPLATE, MTBench
-from var.problems import UserError
+from var.evaluate.judges.base import Pair, rates
+from var.evaluate.judges.mtbench import TEMPLATE, MTBench
+from var.utils.errors import UserError
 
 
 def pair(id: str, answer: str = "<answer good>", opponent: str = "<answer bad>", **rest) -> Pair:
@@ -286,9 +286,9 @@ def test_a_killed_run_goes_on_where_it_was(client, tmp_path):
 
     with served(slowly) as server:
         program = f"""
-            from var.evaluate.judge import Pair
-            from var.evaluate.mtbench import MTBench
-            from var.remote import Client
+            from var.evaluate.judges.base import Pair
+            from var.evaluate.judges.mtbench import MTBench
+            from var.utils.http_client import Client
             pairs = [Pair(str(i), None, 0, ({{"role": "user", "content": f"question {{i}}"}},),
                           "<answer good>", "<answer bad>") for i in range(20)]
             client = Client(base_url={server.base_url!r}, model="judge", api_key_env=None, retries=3, timeout=20.0,

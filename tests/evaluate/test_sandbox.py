@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from var.evaluate import sandbox
-from var.evaluate.sandbox import Outcome, check, run
-from var.problems import UserError
+from var.evaluate.benchmarks import sandbox
+from var.evaluate.benchmarks.sandbox import Outcome, check, run
+from var.utils.errors import UserError
 
 PASSED = Outcome(True, "passed")
 
@@ -197,7 +197,7 @@ def test_a_child_left_behind_is_dead(ending: str) -> None:
 def test_a_killed_evaluation_leaves_no_program_behind() -> None:
     mark = f"orphan{os.getpid() % 10**6}"
     program = f"import ctypes, time\nctypes.CDLL(None).prctl(15, b'{mark}')\ntime.sleep(60)"
-    code = f"from var.evaluate.sandbox import run\nrun({program!r}, seconds=60)"
+    code = f"from var.evaluate.benchmarks.sandbox import run\nrun({program!r}, seconds=60)"
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     deadline = time.monotonic() + 20
     while not alive(mark) and time.monotonic() < deadline:
@@ -220,7 +220,7 @@ def test_an_ordinary_user_is_confined_as_well() -> None:
         "import os; os.mkdir('x'); os.chroot('x')", "import os\nwhile True: os.fork()", "while True: pass",
     ]  # fmt: skip
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom var.evaluate.sandbox import run\n"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom var.evaluate.benchmarks.sandbox import run\n"
         f"for program in {programs!r}: print(run(program, seconds=0.4).reason[:40])"
     )
     words = [*AS_USER, str(python), "-B", "-c", code]

@@ -12,16 +12,17 @@ import torch
 from numpy.testing import assert_allclose
 
 from tests.conftest import pretrained
-from var import summary
 from var.data.chat import Chat
 from var.data.rows import FEATURES, Rows
-from var.evaluate.validation import Estimate, clustered, divergence, rewarded, samples, win_rate
-from var.logprobs import attention
-from var.policy import Policy
-from var.problems import UserError
+from var.evaluate.answers import divergence, samples, score_answers, win_rate
+from var.models.attention import attention
+from var.models.policy import Policy
+from var.rewards.dataset_score import Score
 from var.rewards.programmatic import ExactNumber
 from var.rewards.scale import Scale
-from var.rewards.score import Score
+from var.training import summary
+from var.utils.errors import UserError
+from var.utils.statistics import Estimate, clustered
 
 TEXTS = [[("3", True), ("it is 44", False)], [("", True), ("4.", True)]]
 
@@ -60,7 +61,7 @@ def test_one_prompt_has_no_error():
 def test_answers_are_judged_by_the_rows_answer_on_the_given_scale(rows, tokenizer):
     """Right: "3", "4."; bytes are tokens, and the end token is not counted. Scaled: (r − 1/2)/(1/4)."""
     scale = Scale(kind="zscore", mean=0.5, sd=0.25)
-    found = rewarded(rows, TEXTS, ExactNumber(), scale, Chat(tokenizer))
+    found = score_answers(rows, TEXTS, ExactNumber(), scale, Chat(tokenizer))
     assert found.rewards is not None
     assert found.rewards.tolist() == [[2.0, -2.0], [-2.0, 2.0]]
     assert found.lengths.tolist() == [[1, 8], [0, 2]]
@@ -70,7 +71,7 @@ def test_answers_are_judged_by_the_rows_answer_on_the_given_scale(rows, tokenize
 
 def test_a_reward_that_cannot_score_text_leaves_lengths_alone(rows, tokenizer):
     for reward in (None, Score()):
-        found = rewarded(rows, TEXTS, reward, Scale(), Chat(tokenizer))
+        found = score_answers(rows, TEXTS, reward, Scale(), Chat(tokenizer))
         assert found.rewards is None
         assert found.lengths.tolist() == [[1, 8], [0, 2]]
 
@@ -78,7 +79,7 @@ def test_a_reward_that_cannot_score_text_leaves_lengths_alone(rows, tokenizer):
 def test_a_reward_that_returns_too_few_numbers_is_told(rows, tokenizer, monkeypatch):
     monkeypatch.setattr(ExactNumber, "__call__", lambda self, prompts, responses, answers: np.ones((3, 1)))
     with pytest.raises(UserError, match=r"the reward \(ExactNumber\) returned 3 numbers for 4 responses"):
-        rewarded(rows, TEXTS, ExactNumber(), Scale(), Chat(tokenizer))
+        score_answers(rows, TEXTS, ExactNumber(), Scale(), Chat(tokenizer))
 
 
 def test_the_divergence_of_a_model_from_itself_is_0(rows, tokenizer, load):
@@ -113,8 +114,8 @@ def test_the_divergence_is_the_difference_of_the_answers_log_probabilities(rows,
 
 
 def test_samples_hold_both_answers_side_by_side(rows, tokenizer):
-    before = rewarded(rows, TEXTS, ExactNumber(), Scale(), Chat(tokenizer))
-    after = rewarded(rows, [[("3", True), ("3", True)]] * 2, Score(), Scale(), Chat(tokenizer))
+    before = score_answers(rows, TEXTS, ExactNumber(), Scale(), Chat(tokenizer))
+    after = score_answers(rows, [[("3", True), ("3", True)]] * 2, Score(), Scale(), Chat(tokenizer))
     found = json.loads(json.dumps(samples(rows, before, after)))
     assert found[1] == {
         "id": "r1", "prompt": [{"role": "user", "content": "2 + 2"}], "answer": "4",

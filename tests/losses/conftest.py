@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from var.packing import Packed, pack
+from var.models.packing import Packed, pack
 
 # a pair of 2 and 1 tokens, one of 1 and 2, the better response first
 LENGTHS = [2, 1, 1, 2]

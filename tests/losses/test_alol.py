@@ -8,11 +8,11 @@ import torch
 from torch.testing import assert_close
 
 from tests.losses.conftest import loss_and_gradient
-from var.annotate.values import ValueHead
+from var.annotate.value_head import ValueHead
 from var.losses.alol import ALoL
 from var.losses.wbc import WBC
-from var.needs import Need
-from var.problems import UserError
+from var.requirements import Need
+from var.utils.errors import UserError
 
 VALUE = ValueHead(
     development_prompts=8, epochs=1, learning_rate=1e-3, heads=2, batch=4, lowest=0.0, largest=1.0, seed=0

@@ -10,10 +10,10 @@ from torch.testing import assert_close
 from tests.conftest import pretrained
 from tests.losses.conftest import HALVES, LENGTHS, LOGPS, REFERENCE, loss_and_gradient
 from var.losses.dpo import DPO
-from var.needs import Need
-from var.packing import pack
-from var.policy import Policy
-from var.problems import UserError
+from var.models.packing import pack
+from var.models.policy import Policy
+from var.requirements import Need
+from var.utils.errors import UserError
 
 
 def test_loss_and_gradient_by_hand(pairs):

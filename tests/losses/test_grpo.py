@@ -8,8 +8,8 @@ from torch.testing import assert_close
 
 from tests.losses.conftest import loss_and_gradient
 from var.losses.grpo import GRPO
-from var.needs import Need
-from var.problems import UserError
+from var.requirements import Need
+from var.utils.errors import UserError
 
 # two groups: of two responses (2 tokens, 1) and of three (1, 2, 1)
 LENGTHS, GROUP, REWARDS = [2, 1, 1, 2, 1], [0, 0, 1, 1, 1], [3.0, 1.0, 0.0, 0.0, 3.0]
@@ -87,8 +87,8 @@ def test_the_kl_term_by_hand(batch_of, normalize):
 
 def test_a_small_kl_is_not_rounded_away():
     """float32, d = 1e-4: e^d − d − 1 = d²/2 + d³/6 = 5.00017e-9, of which exp(d) − 1 − d would keep no digit."""
-    from var.losses.ppo import kl_estimate
-    from var.packing import pack
+    from var.losses.common import kl_estimate
+    from var.models.packing import pack
 
     batch = pack([[0, 1]], [1], reference_logps=torch.tensor([1e-4]))
     assert kl_estimate(torch.zeros(1), batch).item() == pytest.approx(5.00017e-9, rel=2e-3)

@@ -10,8 +10,8 @@ from tests.losses.conftest import loss_and_gradient
 from var.losses.dpo import DPO
 from var.losses.infonca import InfoNCA
 from var.losses.nca import NCA
-from var.needs import Need
-from var.problems import UserError
+from var.requirements import Need
+from var.utils.errors import UserError
 
 # a prompt with three responses (2, 1, 1 tokens) and one with two (2, 1)
 LENGTHS = [2, 1, 1, 2, 1]

@@ -8,8 +8,8 @@ from torch.testing import assert_close
 
 from tests.losses.conftest import HALVES, LENGTHS, LOGPS, REFERENCE, loss_and_gradient
 from var.losses.kto import KTO
-from var.needs import Need
-from var.problems import UserError
+from var.requirements import Need
+from var.utils.errors import UserError
 
 DESIRABLE = [True, True, False, False]
 MISMATCHED = [-3.0, -4.0, -5.0, -6.0], [-3.5, -5.0, -4.0, -7.0]  # policy, reference; differences 0.5, 1, −1, 1

@@ -9,8 +9,8 @@ from torch.testing import assert_close
 from tests.losses.conftest import loss_and_gradient
 from tests.losses.test_infonca import LOGPS, POPULATION, VALUES, group_batch, optimum
 from var.losses.nca import NCA
-from var.needs import Need
-from var.problems import UserError
+from var.requirements import Need
+from var.utils.errors import UserError
 
 LOSS = NCA(beta=0.5, temperature=0.5)
 

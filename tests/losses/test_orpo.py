@@ -8,8 +8,8 @@ from torch.testing import assert_close
 
 from tests.losses.conftest import LENGTHS, loss_and_gradient
 from var.losses.orpo import ORPO, log_odds
-from var.needs import Need
-from var.problems import UserError
+from var.requirements import Need
+from var.utils.errors import UserError
 
 
 def test_loss_and_gradient_by_hand(batch_of):

@@ -13,7 +13,7 @@ from var.losses.orpo import ORPO
 from var.losses.robust import Robust
 from var.losses.rpo import RPO
 from var.losses.simpo import SimPO
-from var.needs import Need
+from var.requirements import Need
 
 LOSSES = [
     APO(beta=0.5, kind="down"), DPONorm(beta=2.0), EXO(beta=0.5, label_smoothing=0.25), Hinge(beta=0.5),

@@ -18,8 +18,8 @@ from var.data.chat import Chat
 from var.losses.dpo import DPO
 from var.losses.ipo import IPO
 from var.losses.sft import SFT
-from var.packing import pack
-from var.policy import Policy
+from var.models.packing import pack
+from var.models.policy import Policy
 
 pytestmark = pytest.mark.peer
 

@@ -16,7 +16,7 @@ from tests.losses.conftest import value_and_gradient
 from var.losses.grpo import GRPO
 from var.losses.ppo import PPO, gae
 from var.losses.rloo import RLOO
-from var.packing import Packed
+from var.models.packing import Packed
 
 pytestmark = pytest.mark.peer
 

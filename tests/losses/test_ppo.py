@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from var.losses.ppo import PPO, clipped_surrogate, gae
-from var.needs import Need
-from var.problems import UserError
+from var.losses.common import clipped_surrogate
+from var.losses.ppo import PPO, gae
+from var.requirements import Need
+from var.utils.errors import UserError
 
 # two responses, of 3 tokens and of 1
 LENGTHS, REWARDS = [3, 1], [2.0, -1.0]

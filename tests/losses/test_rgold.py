@@ -8,8 +8,8 @@ from torch.testing import assert_close
 
 from var.losses.rgold import RGOLD
 from var.losses.wbc import WBC
-from var.needs import Need
-from var.problems import UserError
+from var.requirements import Need
+from var.utils.errors import UserError
 
 # π_t 1/2, 1/20 | 4/5 | 1/10, 1/100
 LENGTHS = [2, 1, 2]

@@ -9,8 +9,8 @@ from torch.testing import assert_close
 from tests.losses.conftest import loss_and_gradient
 from var.losses.rlol import RLoL
 from var.losses.wbc import WBC
-from var.needs import Need
-from var.problems import UserError
+from var.requirements import Need
+from var.utils.errors import UserError
 
 # token ratios 2, 1/4 | 3 | 1/2, 6/5: of whole sequences 1/2, 3, 3/5
 LENGTHS = [2, 1, 2]

@@ -7,8 +7,8 @@ import torch
 from torch.testing import assert_close
 
 from var.losses.rloo import RLOO
-from var.needs import Need
-from var.problems import UserError
+from var.requirements import Need
+from var.utils.errors import UserError
 
 # two groups: of three responses (2 tokens, 1, 1) and of two (2, 1)
 LENGTHS, GROUP, REWARDS = [2, 1, 1, 2, 1], [0, 0, 0, 1, 1], [4.0, 1.0, 2.0, 0.0, 4.0]

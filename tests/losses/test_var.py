@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from var.estimators import Global, Grouped, InBatch, Prompt, Table, Value
-from var.losses.var import VAR, in_batch_table
-from var.problems import UserError
+from var.losses.var import VAR
+from var.utils.errors import UserError
+from var.weights.estimators import Global, Grouped, InBatch, Prompt, Value
+from var.weights.table import Table, micro_batch_inputs
 
 
 def table(rewards: list[float], group: list[int]) -> Table:
@@ -106,7 +107,7 @@ def test_one_batch_as_a_table_gives_the_stored_weights(batch_of):
         cross_logps=torch.tensor([[-2.0, -6.0], [-4.0, -6.0]]),
         reference_logps=torch.tensor([-1.0, -1.0, -1.0, -2.0, -3.0]),
     )  # fmt: skip
-    cross, own = (InBatch(reference=r)(in_batch_table(batch), 0.5).exp() for r in ("cross", "own"))
+    cross, own = (InBatch(reference=r)(micro_batch_inputs(batch), 0.5).exp() for r in ("cross", "own"))
     assert_close(cross, torch.tensor([0.9525741268224334, 0.9525741268224334]).double())
     assert_close(own, torch.tensor([0.9525741268224334, 0.8807970779778823]).double())
 

@@ -8,8 +8,8 @@ from torch.testing import assert_close
 
 from tests.losses.conftest import loss_and_gradient
 from var.losses.var_online import VAROnline
-from var.needs import Need
-from var.problems import UserError
+from var.requirements import Need
+from var.utils.errors import UserError
 
 # two groups: of three responses (2 tokens, 1, 1), e^{r/λ} = 1, 2, 5 at λ = 2; and of two (1, 2), of equal rewards
 LENGTHS, GROUP = [2, 1, 1, 1, 2], [0, 0, 0, 1, 1]
@@ -38,7 +38,7 @@ def test_loss_and_gradient_by_hand(batch_of):
 
 def test_a_group_without_signal_weighs_1_where_it_is_kept(batch_of):
     """9.75 + 1 + 2 over the step's 6 sequences."""
-    loss = VAROnline(temperature=2.0, drop_uninformative=False, normalize="sequence")
+    loss = VAROnline(temperature=2.0, drop_zero_variance=False, normalize="sequence")
     value, gradient, metrics = of_all(loss, batch_of, global_sequences=6.0)
     assert value == pytest.approx(12.75 / 6, rel=1e-6)
     assert_close(gradient[4:], -torch.ones(3, dtype=torch.float64) / 6)
@@ -47,7 +47,7 @@ def test_a_group_without_signal_weighs_1_where_it_is_kept(batch_of):
 
 
 def test_micro_batches_of_whole_groups_add_up(batch_of):
-    loss, step = VAROnline(temperature=2.0, drop_uninformative=False), {"global_tokens": 7.0}
+    loss, step = VAROnline(temperature=2.0, drop_zero_variance=False), {"global_tokens": 7.0}
     whole, _, _ = of_all(loss, batch_of)
     rewards, logps = torch.tensor(REWARDS), torch.tensor(LOGPS).double()
     first, _ = loss(logps[:4], batch_of(LENGTHS[:3], group=[0, 0, 0], rewards=rewards[:3], **step))

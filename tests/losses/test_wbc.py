@@ -6,8 +6,8 @@ from torch.testing import assert_close
 
 from tests.losses.conftest import loss_and_gradient
 from var.losses.wbc import WBC
-from var.needs import Need
-from var.problems import UserError
+from var.requirements import Need
+from var.utils.errors import UserError
 
 LENGTHS = [2, 1, 3]
 LOGPS = [-1.0, -2.0, -5.0, -0.5, -1.0, -2.5]

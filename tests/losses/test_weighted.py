@@ -6,8 +6,8 @@ from torch.testing import assert_close
 
 from tests.losses.conftest import loss_and_gradient
 from var.losses.weighted import Weighted
-from var.needs import Need
-from var.problems import UserError
+from var.requirements import Need
+from var.utils.errors import UserError
 
 LOGPS = [-0.5, -2.0, -9.0]
 

@@ -10,8 +10,8 @@ from torch.testing import assert_close
 
 from tests.conftest import TEMPLATE, byte_tokenizer, saved, spread
 from tests.test_policy import alone, decoder, encoder
-from var.problems import UserError
 from var.rewards.classifier import Classifier
+from var.utils.errors import UserError
 
 ASK = [{"role": "user", "content": "ab"}]
 LLAMA3 = (  # the form of Llama 3's own: the first message brings the BOS, every message ends with the end token

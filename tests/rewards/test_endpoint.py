@@ -10,10 +10,10 @@ from hydra.utils import instantiate
 
 from tests.conftest import TEMPLATE, composed
 from tests.server import Broken, client, served
-from var.config import check
-from var.problems import UserError
-from var.remote import Client
+from var.config.check import check
 from var.rewards.endpoint import Endpoint
+from var.utils.errors import UserError
+from var.utils.http_client import Client
 
 ASK = ({"role": "user", "content": "ab"},)
 TALK = (

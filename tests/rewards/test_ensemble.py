@@ -8,11 +8,11 @@ import pytest
 from hydra.utils import instantiate
 
 from tests.conftest import composed
-from var.config import TRAIN, check
-from var.problems import UserError
+from var.config.check import TRAIN, check
+from var.rewards.dataset_score import Score
 from var.rewards.ensemble import Ensemble
 from var.rewards.programmatic import ExactNumber, NearNumber
-from var.rewards.score import Score
+from var.utils.errors import UserError
 
 PROMPTS = [({"role": "user", "content": "?"},)] * 3
 

@@ -6,10 +6,10 @@ import sys
 import numpy as np
 import pytest
 
-from var.problems import UserError
+from var.rewards.dataset_score import Score
 from var.rewards.programmatic import ExactNumber, NearNumber, Sentiment
 from var.rewards.scale import Scale
-from var.rewards.score import Score
+from var.utils.errors import UserError
 
 PROMPT = ({"role": "user", "content": "?"},)
 

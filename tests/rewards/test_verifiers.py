@@ -11,8 +11,8 @@ import pytest
 from tests.conftest import ROOT
 from var.data.sources.reasoning_gym import ReasoningGym as Source
 from var.data.sources.reasoning_gym import read_problem, written
-from var.problems import UserError
 from var.rewards.verifiers import EVALUATE, MathVerify, ReasoningGym
+from var.utils.errors import UserError
 
 PROMPT = ({"role": "user", "content": "?"},)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from var.tabular.world import World, draw
+from var.testbed.world import World, draw
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from var.tabular.argument import (
+from experiments.tabular.argument import (
     batch_entropy,
     bound_records,
     clip_records,
@@ -20,7 +20,7 @@ from var.tabular.argument import (
     two_answers,
     weighted_nll,
 )
-from var.tabular.world import Responses, World, expectation, kl
+from var.testbed.world import Responses, World, expectation, kl
 
 
 def f64(*values: float) -> torch.Tensor:

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from var.estimators import normalise
-from var.tabular import finite
-from var.tabular.finite import SEVERAL, SINGLE, divergence, draw, fit, limit, rows_of, weighted_fits
-from var.tabular.world import kl
+from experiments.tabular import finite
+from experiments.tabular.finite import SEVERAL, SINGLE, divergence, draw, fit, limit, rows_of, weighted_fits
+from var.testbed.world import kl
+from var.weights.estimators import normalize_log_weights
 
 SMALL = dict(rows=64, tests=32, rest=96)
 
@@ -110,7 +110,7 @@ def test_every_method_gives_weights_of_mean_1(problem):
         prompts, responses, data = rows_of(problem, per_prompt, 8, 8, torch.Generator().manual_seed(0))
         assert torch.bincount(data.group).unique().tolist() == [per_prompt]
         for name, weigher in weighers.items():
-            weights = normalise(weigher(problem, prompts, responses, data, 1.0)).exp()
+            weights = normalize_log_weights(weigher(problem, prompts, responses, data, 1.0)).exp()
             assert float(weights.mean()) == pytest.approx(1), name
 
 

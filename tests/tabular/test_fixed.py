@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from var.estimators import InBatch
-from var.tabular import fixed
-from var.tabular.fixed import ESTIMATORS, SETTINGS, fixed_point, in_batch, own_scores, record, table
-from var.tabular.world import Responses, World, draw, kl
+from experiments.tabular import fixed
+from experiments.tabular.fixed import ESTIMATORS, SETTINGS, fixed_point, in_batch, own_scores, record, table
+from var.testbed.world import Responses, World, draw, kl
+from var.weights.estimators import InBatch
 
 
 def generator() -> torch.Generator:

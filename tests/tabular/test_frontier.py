@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-import var.tabular.__main__ as command
-from var.config import FOLDER
-from var.tabular import few, frontier, stability
-from var.tabular.methods import METHODS, Method, load, train
-from var.tabular.policies import Table, every_row
-from var.tabular.world import draw
+import experiments.tabular.__main__ as command
+from experiments.tabular import few, frontier, stability
+from var.config.check import FOLDER
+from var.testbed.methods import METHODS, Method, load, train
+from var.testbed.policies import Table, every_row
+from var.testbed.world import draw
 
 BY_NAME = {method.name: method for method in METHODS}
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from var.tabular.partition import PARTITIONS, record, table
-from var.tabular.world import draw
+from experiments.tabular.partition import PARTITIONS, record, table
+from var.testbed.world import draw
 
 DRAWS = 6
 SIZE = 3

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from var.estimators import InBatch, in_batch_log_weights
 from var.losses.var import VAR
-from var.needs import Need
-from var.packing import pack
-from var.tabular.methods import load
-from var.tabular.policies import MICRO_BATCH, Rows, Shared, Table, batch, every_row, loss_on, make_rows
-from var.tabular.world import expectation
+from var.models.packing import pack
+from var.requirements import Need
+from var.testbed.methods import load
+from var.testbed.policies import MICRO_BATCH, Rows, Shared, Table, batch, every_row, loss_on, make_rows
+from var.testbed.world import expectation
+from var.weights.estimators import InBatch, in_batch_log_weights
 
 
 def asked(world, questions, answers, seed=0):

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from var.estimators import InBatch
-from var.tabular.world import WORLDS, Responses, World, draw, expectation, foreign, kl, mean_overlap
+from var.testbed.world import WORLDS, Responses, World, draw, expectation, foreign, kl, mean_overlap
+from var.weights.estimators import InBatch
 
 
 def test_every_response_of_a_small_space_by_hand():

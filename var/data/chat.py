@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from var.data.rows import Message
-from var.problems import UserError
+from var.utils.errors import UserError
 
 PROBE = "probe"  # a response that every template renders unchanged
 

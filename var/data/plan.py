@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from var.problems import UserError
+from var.utils.errors import UserError
 
 ABSENT = -1  # fills the last, short micro-batch
 
@@ -101,8 +101,8 @@ def make_plan(
     micro_batch: int,
     global_batch: int,
     seed: int,
-    short_micro_batch: Literal["drop", "keep", "error"],
-    short_window: Literal["keep", "drop"],
+    last_micro_batch: Literal["drop", "keep", "error"],
+    last_step: Literal["keep", "drop"],
     content: str = "",
     work: np.ndarray | None = None,
 ) -> Plan:
@@ -121,20 +121,20 @@ def make_plan(
     n, window = len(tokens), global_batch // micro_batch
     order = np.random.default_rng(seed).permutation(n)
     rest = n % micro_batch
-    if rest and short_micro_batch == "error":
+    if rest and last_micro_batch == "error":
         raise UserError(
             f"{n} units do not divide into micro-batches of {micro_batch} ({rest} are left over); "
-            "set data.short_micro_batch to drop or keep"
+            "set data.last_micro_batch to drop or keep"
         )
-    if rest and short_micro_batch == "keep":
+    if rest and last_micro_batch == "keep":
         order = np.concatenate([order, np.full(micro_batch - rest, ABSENT)])
     micro = order[: len(order) - len(order) % micro_batch].reshape(-1, micro_batch)
-    if short_window == "drop":
+    if last_step == "drop":
         micro = micro[: len(micro) - len(micro) % window]
     if not len(micro):
         raise UserError(
             f"{n} units make no whole micro-batch of {micro_batch} and step of {global_batch}; lower "
-            "data.micro_batch and data.global_batch, or set data.short_micro_batch=keep data.short_window=keep"
+            "data.micro_batch and data.global_batch, or set data.last_micro_batch=keep data.last_step=keep"
         )
     present = micro != ABSENT
     sizes = np.broadcast_to(sequences_per_unit, n)

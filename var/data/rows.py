@@ -1,6 +1,5 @@
 """Rows: one prompt with its responses, whatever the data set; checked once, kept on disk, read by memory map."""
 
-import hashlib
 import json
 import math
 from collections import Counter
@@ -12,10 +11,13 @@ from typing import Any, Protocol
 import datasets
 import numpy as np
 
-from var.files import atomic, replacing
-from var.problems import Problems
+from var.utils.errors import Problems
+from var.utils.files import atomic, replacing
+from var.utils.provenance import hash_content
 
 Message = dict[str, str]
+
+
 FORMAT = 4  # raised when an adapter or Row changes what the same source gives
 
 
@@ -121,7 +123,7 @@ class Rows:
         return self if limit is None or limit >= len(self) else self.select(np.arange(limit))
 
 
-def joined(parts: Sequence[Rows]) -> Rows:
+def concatenate(parts: Sequence[Rows]) -> Rows:
     """The rows of several sets, one after the other."""
     if len(parts) == 1:
         return parts[0]
@@ -201,7 +203,7 @@ def _response(value: Any) -> Response:
     return Response(text=value["text"], source=source, finished=finished is not False, **numbers)
 
 
-def faults(row: Row) -> list[str]:
+def find_faults(row: Row) -> list[str]:
     """What makes a row unfit whatever the loss: an empty prompt, empty responses, rewards that are not finite."""
     found = []
     texts = [row.id, row.answer, row.subset, row.sampling, *(r.source for r in row.responses)]
@@ -222,18 +224,12 @@ def faults(row: Row) -> list[str]:
     return found
 
 
-def content_hash(*parts: Any) -> bytes:
-    """16 bytes that stand for the content of `parts` (JSON values)."""
-    text = json.dumps(parts, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:16]
-
-
 def read(source: Source, cache: Path) -> Rows:
     """All rows of `source`, checked; kept under `cache` and read from there the next time, by memory map.
 
     Malformed records, empty prompts and responses, NaN scores and duplicate ids are one error that names them all.
     """
-    target = cache / "rows" / content_hash(FORMAT, source.identity()).hex()
+    target = cache / "rows" / hash_content(FORMAT, source.identity()).hex()
     if not (target / "done.json").exists():
         problems = Problems(f"{type(source).__name__}: rows that cannot be used")
         left_out: Counter[str] = Counter()
@@ -258,7 +254,7 @@ def write(rows: Iterable[Row], target: Path, problems: Problems) -> None:
     with replacing(target / "rows.arrow", shared=True) as partial:
         with ArrowWriter(path=str(partial), features=FEATURES) as writer:
             for row in rows:
-                keys.append(content_hash(row.prompt))
+                keys.append(hash_content(row.prompt))
                 writer.write(asdict(row))
             writer.finalize()
         if not keys and not problems:
@@ -285,9 +281,9 @@ def _checked(source: Source, problems: Problems, left_out: Counter[str]) -> Iter
         if row is None:
             left_out["rows"] += 1
             continue
-        for fault in faults(row):
+        for fault in find_faults(row):
             problems.add(where, f"{fault} (row {row.id})")
-        key = content_hash(row.id)
+        key = hash_content(row.id)
         if key in seen:
             problems.add(where, f"id {row.id!r} is also the id of {seen[key]}")
         seen[key] = where

@@ -11,9 +11,10 @@ import datasets
 import numpy as np
 
 from var.data.chat import Chat
-from var.data.rows import Rows, content_hash, finish
-from var.files import replacing
-from var.problems import Problems, UserError
+from var.data.rows import Rows, finish
+from var.utils.errors import Problems, UserError
+from var.utils.files import replacing
+from var.utils.provenance import hash_content
 
 Responses = Literal["chosen", "both", "best", "all"]
 FEATURES = datasets.Features(
@@ -125,7 +126,7 @@ def encode(
     choice: Choice,
     chat: Chat,
     max_length: int,
-    overlong: Literal["drop", "cut", "error"],
+    overlong: Literal["drop", "truncate", "error"],
     pairs: bool,
     cache: Path,
 ) -> Sequences:
@@ -135,7 +136,7 @@ def encode(
     dropped are counted. A row whose prompt leaves no room for a response is dropped or an error, never trained.
     """
     chat.suffix, chat.end_token  # noqa: B018  a template that cannot be trained fails before the first row
-    key = content_hash(
+    key = hash_content(
         rows.table._fingerprint,
         chat.tokenizer.chat_template,
         chat.fingerprint,
@@ -185,7 +186,7 @@ def _write(rows: Rows, choice: Choice, chat: Chat, max_length: int, overlong: st
                 ids = encoded.ids
                 if len(ids) > max_length:
                     full = encoded.start >= max_length
-                    if overlong == "error" or (full and overlong == "cut"):
+                    if overlong == "error" or (full and overlong == "truncate"):
                         what = f"its prompt alone has {encoded.start} tokens" if full else f"it has {len(ids)} tokens"
                         problems.add(f"row {name}", f"{what}; data.max_length={max_length}")
                         advice = "Set data.overlong=drop to leave overlong rows out, or raise data.max_length."
@@ -193,7 +194,7 @@ def _write(rows: Rows, choice: Choice, chat: Chat, max_length: int, overlong: st
                         counts[
                             "sequences dropped as overlong" if not full else "sequences whose prompt fills the limit"
                         ] += 1
-                    if overlong != "cut" or full:
+                    if overlong != "truncate" or full:
                         dropped = True
                         continue
                     counts["sequences cut"] += 1
@@ -205,7 +206,7 @@ def _write(rows: Rows, choice: Choice, chat: Chat, max_length: int, overlong: st
                         "response": int(k),
                         "start": encoded.start,
                         "ids": ids,
-                        "prompt_key": content_hash(row.prompt),
+                        "prompt_key": hash_content(row.prompt),
                         "score": response.score,
                         "weight": response.weight,
                         "name": name,

@@ -1,6 +1,6 @@
 """A-LoL, its sequence, reference-free and KL forms (Baheti et al., "Leftover Lunch", arXiv 2305.14718; their code).
 
-A = R − V(x), V the reference's expected reward (var/annotate/values.py). Unlike PPO's, the clip bounds the detached
+A = R − V(x), V the reference's expected reward (var/annotate/value_head.py). Unlike PPO's, the clip bounds the detached
 coefficient and never stops the gradient. Where we leave their code: whether A is held to A⁺ is a setting.
 """
 
@@ -9,13 +9,12 @@ from typing import Literal
 
 from torch import Tensor
 
-from var.annotate.values import ValueHead
-from var.losses.dpo import token_log_ratios
-from var.losses.rlol import Ratio, check_ratio, importance_weighted_nll
-from var.losses.weighted import Mean, Metrics
-from var.needs import Need
-from var.packing import Packed
-from var.problems import UserError
+from var.annotate.value_head import ValueHead
+from var.losses.base import Mean, Metrics
+from var.losses.common import Ratio, check_ratio, importance_weighted_nll, token_log_ratios
+from var.models.packing import Packed
+from var.requirements import Need
+from var.utils.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from var.losses.weighted import Mean, Metrics
-from var.needs import Need
-from var.packing import Packed
-from var.problems import UserError
+from var.losses.base import Mean, Metrics
+from var.models.packing import Packed
+from var.requirements import Need
+from var.utils.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,10 +19,10 @@ class BradleyTerry:
     """
 
     margin: float = 0.0
-    centring: float = 0.0
+    centering: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.margin < 0 or self.centring < 0:
+        if self.margin < 0 or self.centering < 0:
             raise UserError("loss.margin and loss.centring are ≥ 0")
 
     @property
@@ -37,7 +37,7 @@ class BradleyTerry:
             assert batch.rewards is not None
             wanted = self.margin * (batch.rewards[0::2] - batch.rewards[1::2]).to(gap.dtype)
         total = scores[0::2] + scores[1::2]
-        losses = -logsigmoid(gap - wanted) + self.centring * total.square()
+        losses = -logsigmoid(gap - wanted) + self.centering * total.square()
         pairs = float(len(gap))
         metrics = {
             "score/margin": Mean(gap.detach().sum(), pairs),

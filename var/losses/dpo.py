@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from var.losses.weighted import Mean, Metrics
-from var.needs import Need
-from var.packing import Packed
-from var.problems import UserError
+from var.losses.base import Metrics
+from var.losses.common import log_ratios, pair_metrics
+from var.models.packing import Packed
+from var.requirements import Need
+from var.utils.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,31 +34,3 @@ class DPO:
         smooth = self.label_smoothing
         losses = -(1 - smooth) * logsigmoid(margin) - smooth * logsigmoid(-margin)
         return losses.sum() / (batch.global_sequences / 2), pair_metrics(logps, batch, self.beta * ratio)
-
-
-def log_ratios(logps: Tensor, batch: Packed) -> Tensor:
-    """[B] nats: log π_θ(y|x) − log π_ref(y|x), summed over response tokens."""
-    return batch.sum_by_sequence(token_log_ratios(logps, batch))
-
-
-def token_log_ratios(logps: Tensor, batch: Packed) -> Tensor:
-    """[N] nats: log π_θ − log π_ref of each response token."""
-    assert batch.reference_logps is not None
-    return logps - batch.reference_logps.to(logps.dtype)
-
-
-def pair_metrics(logps: Tensor, batch: Packed, implicit: Tensor) -> Metrics:
-    """What a preference loss is watched by. implicit: [B] implicit rewards, better and worse alternating.
-
-    Under DPO the log-probability of the chosen response usually falls too: the loss sees only the difference.
-    """
-    summed, implicit = batch.sum_by_sequence(logps.detach()), implicit.detach()
-    pairs = len(batch) / 2
-    margin = implicit[0::2] - implicit[1::2]
-    return {
-        "nll": Mean(-logps.detach().sum(), float(len(logps))),
-        "logps/chosen": Mean(summed[0::2].sum(), pairs),
-        "logps/rejected": Mean(summed[1::2].sum(), pairs),
-        "implicit_reward/margin": Mean(margin.sum(), pairs),
-        "implicit_reward/accuracy": Mean((margin > 0).to(margin).sum(), pairs),
-    }

@@ -12,14 +12,13 @@ from typing import Literal
 
 from torch import Tensor
 
-from var.estimators import group_size, uninformative
-from var.losses.ppo import clipped_surrogate, kl_estimate, rollout_metrics
-from var.losses.var import in_batch_table
-from var.losses.weighted import Mean, Metrics
-from var.needs import Need
-from var.packing import Packed
-from var.problems import UserError
-from var.rollout import Rollout
+from var.losses.base import Metrics
+from var.losses.common import clipped_surrogate, group_sum, kl_estimate, rollout_metrics, zero_variance_metrics
+from var.models.packing import Packed
+from var.requirements import Need
+from var.training.rollout import Rollout
+from var.utils.errors import UserError
+from var.weights.groups import group_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +65,7 @@ class GRPO:
         """logps: [N] nats, log π_θ of each response token. Returns a scalar and this micro-batch's metrics."""
         assert batch.rewards is not None
         assert batch.old_logps is not None
-        groups = signal_metrics(batch)
+        groups = zero_variance_metrics(batch)
         advantages = self.advantages(batch.rewards.double(), batch.group).to(logps.dtype)[batch.sequence]
         log_ratio = logps - batch.old_logps.to(logps.dtype)
         losses, ratios = clipped_surrogate(log_ratio, advantages, self.clip_low, self.clip_high)
@@ -78,20 +77,3 @@ class GRPO:
         if self.length is not None:
             return losses.sum() / (batch.global_sequences * self.length), metrics
         return losses.sum() / batch.global_tokens, metrics
-
-
-def group_sum(values: Tensor, group: Tensor) -> Tensor:
-    """[B] → [B]: the sum over the sequences of the same prompt."""
-    return values.new_zeros(len(values)).index_add(0, group, values)[group]
-
-
-def signal_metrics(batch: Packed) -> Metrics:
-    """The share of groups whose rewards are all equal: they say nothing. A group of one never does, and is an error."""
-    size = group_size(batch.group)
-    if (size < 2).any():
-        raise UserError(
-            "this loss compares the responses to one prompt, and generate.responses=1 leaves nothing to compare; "
-            "set generate.responses to 2 or more"
-        )
-    silent = uninformative(in_batch_table(batch))
-    return {"groups/without_signal": Mean((silent / size).sum(), float(batch.group.max()) + 1)}

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from var.estimators import group_log_softmax
-from var.losses.dpo import log_ratios
-from var.losses.weighted import Mean, Metrics
-from var.needs import Need
-from var.packing import Packed
-from var.problems import UserError
+from var.losses.base import Metrics
+from var.losses.common import group_metrics, log_ratios, reward_softmax
+from var.models.packing import Packed
+from var.requirements import Need
+from var.utils.errors import UserError
+from var.weights.groups import group_log_softmax
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,20 +38,3 @@ class InfoNCA:
         target = reward_softmax(batch, self.temperature).to(implicit)
         losses = -target * group_log_softmax(implicit, batch.group)
         return losses.sum() / batch.global_groups, group_metrics(logps, batch, implicit, target)
-
-
-def reward_softmax(batch: Packed, temperature: float) -> Tensor:
-    """[B] float64: softmax of r/α over the responses of each prompt, no gradient."""
-    assert batch.rewards is not None
-    return group_log_softmax(batch.rewards.double() / temperature, batch.group).exp()
-
-
-def group_metrics(logps: Tensor, batch: Packed, implicit: Tensor, target: Tensor) -> Metrics:
-    """implicit, target: [B]. The mean implicit reward falls below 0 where the loss lowers all responses; the other
-    weighs responses by the target."""
-    groups, implicit = float(batch.group.max() + 1), implicit.detach()
-    return {
-        "nll": Mean(-logps.detach().sum(), float(len(logps))),
-        "implicit_reward/mean": Mean(implicit.sum(), float(len(implicit))),
-        "implicit_reward/target": Mean((target * implicit).sum(), groups),
-    }

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from var.estimators import group_size
-from var.losses.dpo import log_ratios
-from var.losses.infonca import group_metrics, reward_softmax
-from var.losses.weighted import Metrics
-from var.needs import Need
-from var.packing import Packed
-from var.problems import UserError
+from var.losses.base import Metrics
+from var.losses.common import group_metrics, log_ratios, reward_softmax
+from var.models.packing import Packed
+from var.requirements import Need
+from var.utils.errors import UserError
+from var.weights.groups import group_size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from var.losses.weighted import Mean, Metrics
-from var.needs import Need
-from var.packing import Packed
-from var.problems import UserError
-from var.rollout import Rollout
+from var.losses.base import Mean, Metrics
+from var.losses.common import clipped_surrogate, rollout_metrics
+from var.models.packing import Packed
+from var.requirements import Need
+from var.training.rollout import Rollout
+from var.utils.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,37 +90,3 @@ def _ahead(values: Tensor, sequence: Tensor, by: int) -> Tensor:
     ahead = torch.zeros_like(values)
     ahead[:-by] = torch.where(sequence[by:] == sequence[:-by], values[by:], 0.0)
     return ahead
-
-
-def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, low: float, high: float) -> tuple[Tensor, Metrics]:
-    """−min(ρA, clip(ρ, 1 − low, 1 + high) A) (Eq. 7), ρ = exp(log_ratio); of tokens or of sequences.
-
-    log_ratio: nats, π_θ over the policy that sampled; advantages: no gradient. Both [n]. Returns [n] and metrics:
-    clipped is where the clip decides, and the gradient is 0.
-    """
-    ratio = log_ratio.exp()
-    free, bounded = ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages
-    number = float(len(ratio))
-    return -torch.minimum(free, bounded), {
-        "ratio/mean": Mean(ratio.detach().sum(), number),
-        "ratio/clipped": Mean((bounded < free).sum(), number),
-    }
-
-
-def kl_estimate(logps: Tensor, batch: Packed) -> Tensor:
-    """[N] e^d − d − 1 ≥ 0, d = log π_ref − log π_θ: unbiased for KL(π_θ ‖ π_ref) where π_θ samples (k3)."""
-    assert batch.reference_logps is not None
-    d = batch.reference_logps.to(logps.dtype) - logps
-    return d.expm1() - d  # not exp(d) − 1 − d, which is all rounding where the policy is still close
-
-
-def rollout_metrics(logps: Tensor, batch: Packed) -> Metrics:
-    """What every loss on sampled responses is watched by."""
-    assert batch.rewards is not None
-    metrics = {
-        "nll": Mean(-logps.detach().sum(), float(len(logps))),
-        "reward/mean": Mean(batch.rewards.sum(), float(len(batch))),
-    }
-    if batch.reference_logps is not None:
-        metrics["kl"] = Mean(kl_estimate(logps.detach(), batch).sum(), float(len(logps)))
-    return metrics

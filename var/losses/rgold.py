@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from var.losses.wbc import response_metrics, weighing_rewards
-from var.losses.weighted import Mean, Metrics
-from var.needs import Need
-from var.packing import Packed
-from var.problems import UserError
+from var.losses.base import Mean, Metrics
+from var.losses.common import nonnegative_rewards, response_metrics
+from var.models.packing import Packed
+from var.requirements import Need
+from var.utils.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class RGOLD:
         if not 0 <= self.floor < 1:
             raise UserError(f"loss.floor lies in [0, 1), got {self.floor}; every token weighing 1 is loss=wbc")
 
-    rewards_weigh = True  # see weighing_rewards; the data module refuses negative ones ahead
+    rewards_weigh = True  # see nonnegative_rewards; the data module refuses negative ones ahead
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -32,7 +32,7 @@ class RGOLD:
 
     def __call__(self, logps: Tensor, batch: Packed) -> tuple[Tensor, Metrics]:
         """logps: [N] nats, log π_θ of each response token. Mean over the step's sequences."""
-        rewards = weighing_rewards(batch)
+        rewards = nonnegative_rewards(batch)
         belief = logps.detach().exp().clamp(min=self.floor)
         weights = rewards.to(logps.dtype)[batch.sequence] * belief
         metrics = {**response_metrics(logps, batch), "weight/mean": Mean(rewards.sum(), float(len(rewards)))}

@@ -8,14 +8,13 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from var.estimators import group_size
-from var.losses.grpo import group_sum, signal_metrics
-from var.losses.ppo import clipped_surrogate, rollout_metrics
-from var.losses.weighted import Metrics
-from var.needs import Need
-from var.packing import Packed
-from var.problems import UserError
-from var.rollout import Rollout
+from var.losses.base import Metrics
+from var.losses.common import clipped_surrogate, group_sum, rollout_metrics, zero_variance_metrics
+from var.models.packing import Packed
+from var.requirements import Need
+from var.training.rollout import Rollout
+from var.utils.errors import UserError
+from var.weights.groups import group_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +40,7 @@ class RLOO:
         """logps: [N] nats, log π_θ of each response token. Mean over the step's sequences."""
         assert batch.rewards is not None
         assert batch.old_logps is not None
-        groups = signal_metrics(batch)
+        groups = zero_variance_metrics(batch)
         rewards, old = batch.rewards.double(), batch.old_logps.double()
         if self.beta:
             assert batch.reference_logps is not None

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from var.losses.dpo import log_ratios, pair_metrics
-from var.losses.weighted import Metrics
-from var.needs import Need
-from var.packing import Packed
-from var.problems import UserError
+from var.losses.base import Metrics
+from var.losses.common import log_ratios, pair_metrics
+from var.models.packing import Packed
+from var.requirements import Need
+from var.utils.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from var.losses.weighted import Metrics, Normalize, check_normalize, weighted_nll
-from var.needs import Need
-from var.packing import Packed
+from var.losses.base import Metrics
+from var.losses.common import Normalize, check_normalize, weighted_nll
+from var.models.packing import Packed
+from var.requirements import Need
 
 
 @dataclass(frozen=True, kw_only=True)

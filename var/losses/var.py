@@ -1,7 +1,7 @@
 """VAR: SFT weighted by exp(r/λ) / Z(x) (Du et al., arXiv 2502.11026, Eq. 8 to 10).
 
 Where we leave the paper: weights come from stored numbers, so that a step is an SFT step; they are divided by the
-data set's mean weight, once; and Z has more estimators than the micro-batch (var/estimators.py).
+data set's mean weight, once; and Z has more estimators than the micro-batch (var/weights/estimators.py).
 """
 
 from dataclasses import dataclass
@@ -10,11 +10,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from var.estimators import Estimator, Table, normalise, within_prompt_deviation
-from var.losses.weighted import Metrics, Normalize, check_normalize, weighted_nll
-from var.needs import Need
-from var.packing import Packed
-from var.problems import UserError
+from var.losses.base import Metrics
+from var.losses.common import Normalize, check_normalize, weighted_nll
+from var.models.packing import Packed
+from var.requirements import Need
+from var.utils.errors import UserError
+from var.weights.estimators import Estimator, normalize_log_weights
+from var.weights.groups import within_prompt_std
+from var.weights.table import Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,18 +48,18 @@ class VAR:
 
     def weights(self, table: Table) -> Tensor:
         """[n] float64 of mean 1 over the rows that train; 0 for those left out."""
-        log_weights = normalise(self.estimator(table, self.scaled_temperature(table)))
+        log_weights = normalize_log_weights(self.estimator(table, self.scaled_temperature(table)))
         weights = log_weights.exp()
         small = (weights < self.min_weight) | ((weights == 0) & (log_weights > -torch.inf))
         if small.any() and not self.estimator.planned:  # a weight too small for a float trains no more than a 0
-            weights = normalise(weights.masked_fill(small, 0.0).log()).exp()
+            weights = normalize_log_weights(weights.masked_fill(small, 0.0).log()).exp()
         return weights
 
     def scaled_temperature(self, table: Table) -> float:
         """λ in reward units."""
         if self.temperature_unit == "reward":
             return self.temperature
-        sigma = within_prompt_deviation(table.rewards, table.group)
+        sigma = within_prompt_std(table.rewards, table.group)
         if not sigma:
             raise UserError(
                 "loss.temperature_unit=sd needs prompts whose responses differ in reward, and here none do: take "
@@ -69,18 +72,3 @@ class VAR:
         """logps: [N] nats, log π_θ of each response token. Returns a scalar and this micro-batch's metrics."""
         assert batch.weights is not None
         return weighted_nll(logps, batch.weights, batch, self.normalize)
-
-
-def in_batch_table(batch: Packed) -> Table:
-    """One micro-batch as a Table: for weights from a live reference."""
-    assert batch.rewards is not None
-    own = None if batch.reference_logps is None else batch.sum_by_sequence(batch.reference_logps.double())
-    return Table(
-        rewards=batch.rewards.double(),
-        group=batch.group,
-        length=batch.length,
-        reference_logps=own,
-        micro=torch.arange(len(batch), device=batch.length.device)[None],
-        cross_rewards=None if batch.cross_rewards is None else batch.cross_rewards.double()[None],
-        cross_logps=None if batch.cross_logps is None else batch.cross_logps.double()[None],
-    )

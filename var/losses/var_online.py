@@ -12,15 +12,14 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from var.estimators import Grouped
-from var.losses.grpo import signal_metrics
-from var.losses.ppo import rollout_metrics
-from var.losses.var import in_batch_table
-from var.losses.weighted import Metrics, Normalize, check_normalize, weighted_nll
-from var.needs import Need
-from var.packing import Packed
-from var.problems import UserError
-from var.rollout import Rollout
+from var.losses.base import Metrics
+from var.losses.common import Normalize, check_normalize, rollout_metrics, weighted_nll, zero_variance_metrics
+from var.models.packing import Packed
+from var.requirements import Need
+from var.training.rollout import Rollout
+from var.utils.errors import UserError
+from var.weights.estimators import Grouped
+from var.weights.table import micro_batch_inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +27,12 @@ class VAROnline:
     """The weight is K · softmax of r/λ over a prompt's K responses.
 
     temperature: λ > 0, in reward units alone: a spread taken from the micro-batch would make a sequence's weight
-    depend on its neighbours. drop_uninformative: a group whose rewards are all equal gets the weight 0 and not 1, which
+    depend on its neighbours. drop_zero_variance: a group whose rewards are all equal gets the weight 0 and not 1, which
     is an SFT step on it; its tokens still count in the divisor. rollout: how often the policy is sampled.
     """
 
     temperature: float = 1.0
-    drop_uninformative: bool = True
+    drop_zero_variance: bool = True
     normalize: Normalize = "token"
     rollout: Rollout = field(default_factory=Rollout)
 
@@ -48,8 +47,8 @@ class VAROnline:
 
     def __call__(self, logps: Tensor, batch: Packed) -> tuple[Tensor, Metrics]:
         """logps: [N] nats, log π_θ of each response token. Returns a scalar and this micro-batch's metrics."""
-        groups = signal_metrics(batch)
-        grouped = Grouped(drop_uninformative=self.drop_uninformative)
-        weights = grouped(in_batch_table(batch), self.temperature).exp()
+        groups = zero_variance_metrics(batch)
+        grouped = Grouped(drop_zero_variance=self.drop_zero_variance)
+        weights = grouped(micro_batch_inputs(batch), self.temperature).exp()
         loss, metrics = weighted_nll(logps, weights, batch, self.normalize)
         return loss, {**rollout_metrics(logps, batch), **groups, **metrics}

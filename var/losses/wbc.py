@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from var.losses.weighted import Mean, Metrics, weighted_nll
-from var.needs import Need
-from var.packing import Packed
-from var.problems import UserError
+from var.losses.base import Mean, Metrics
+from var.losses.common import nonnegative_rewards, response_metrics, weighted_nll
+from var.models.packing import Packed
+from var.requirements import Need
 
 
 @dataclass(frozen=True, kw_only=True)
 class WBC:
     """No settings. Rewards must not be negative: reward_scale brings them there."""
 
-    rewards_weigh = True  # see weighing_rewards; the data module refuses negative ones ahead
+    rewards_weigh = True  # see nonnegative_rewards; the data module refuses negative ones ahead
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -25,24 +25,6 @@ class WBC:
 
     def __call__(self, logps: Tensor, batch: Packed) -> tuple[Tensor, Metrics]:
         """logps: [N] nats, log π_θ of each response token. Mean over the step's sequences."""
-        rewards = weighing_rewards(batch)
+        rewards = nonnegative_rewards(batch)
         loss, _ = weighted_nll(logps, rewards, batch, "sequence")
         return loss, {**response_metrics(logps, batch), "weight/mean": Mean(rewards.sum(), float(len(rewards)))}
-
-
-def weighing_rewards(batch: Packed) -> Tensor:
-    """[B] rewards, ≥ 0: with a negative weight π_θ(y|x) → 0 would send the loss to −∞."""
-    assert batch.rewards is not None
-    rewards = batch.rewards.detach()
-    if (lowest := float(rewards.min())) < 0:
-        raise UserError(
-            f"this loss weighs responses by their rewards, and one is {lowest:.4g}; weights must not be negative: set "
-            "reward_scale=sigmoid"
-        )
-    return rewards
-
-
-def response_metrics(logps: Tensor, batch: Packed) -> Metrics:
-    """nll of a token, and log π_θ of a whole response: its fall shows answers being pushed down."""
-    total = logps.detach().sum()
-    return {"nll": Mean(-total, float(len(logps))), "logps/sequence": Mean(total, float(len(batch)))}

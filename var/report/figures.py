@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from var.files import encodable
 from var.report.read import Estimate, Evaluation, Group, estimate, over
 from var.report.tables import plain
+from var.utils.files import encodable
 
 PANELS = {
     "train/loss": "loss, nats a token",
@@ -256,7 +256,7 @@ def cost(groups: Sequence[Group], target: Path) -> bool:
 
 
 def variance(tables: Sequence[dict[str, Any]], target: Path) -> bool:
-    """Relative variance of Ẑ against B or K, mean ± s.e. over seeds, a panel a world: of `python -m var.tabular`."""
+    """Relative variance of Ẑ against B or K, mean ± standard error over seeds, a panel per world."""
     records = [record for one in tables for record in one.get("partition", ())]
     if not records:
         return False

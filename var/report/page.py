@@ -157,8 +157,8 @@ def svg(
         return 48 + 262 * step / last, 140 - 125 * share
 
     def line(points: Curve, kind: str) -> str:
-        joined = " ".join("{:.1f},{:.1f}".format(*place(s, v)) for s, v in zip(*points, strict=True))
-        return f'<polyline class="{kind}" points="{joined}"/>'
+        path = " ".join("{:.1f},{:.1f}".format(*place(s, v)) for s, v in zip(*points, strict=True))
+        return f'<polyline class="{kind}" points="{path}"/>'
 
     bars = "".join(
         '<line class="error" x1="{0:.1f}" y1="{1:.1f}" x2="{0:.1f}" y2="{2:.1f}"/>'.format(

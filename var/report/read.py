@@ -16,7 +16,7 @@ from zlib import error as ZlibError
 import numpy as np
 import yaml
 
-from var.config import DEVICES, ELSEWHERE
+from var.config.run_dir import DEVICES, ELSEWHERE
 
 Curve = tuple[list[int], list[float]]  # optimiser steps, values
 
@@ -336,7 +336,7 @@ class Found:
 
 
 def read_tables(folder: Path) -> dict[str, Any]:
-    """One of UNREADABLE where tables.json is none of python -m var.tabular's."""
+    """One of UNREADABLE where tables.json is none of python -m experiments.tabular's."""
     tables: dict[str, Any] = json.loads((folder / "tables.json").read_text())
     for record in tables.get("partition", ()):
         record["world"], record["estimator"], record["size"], record["relative_variance"]

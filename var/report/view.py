@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from var.problems import UserError, brief
 from var.report.figures import JUDGED, MEMORY, PANELS
+from var.utils.errors import UserError, brief
 
 NAME = "VAR: training, held-out answers"
 STEP = "trainer/global_step"  # Lightning's logger counts optimiser steps under this name

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import quote
 
-from var.files import atomic, encodable
-from var.problems import UserError
 from var.report import figures, tables
 from var.report.page import page
 from var.report.read import UNREADABLE, Found, Group, Run, grouped
 from var.report.tables import Table
+from var.utils.errors import UserError
+from var.utils.files import atomic, encodable
 
 ROWS = 50  # of a table that is read; CSV has all
 

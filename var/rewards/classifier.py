@@ -11,10 +11,10 @@ import torch
 
 from var.data.chat import fingerprint, rendered
 from var.data.rows import Message
-from var.packing import whole
-from var.policy import Scorer
-from var.pretrained import ADAPTER, Pretrained
-from var.problems import UserError
+from var.models.packing import whole
+from var.models.pretrained import ADAPTER, Pretrained
+from var.models.reward_model import RewardModel
+from var.utils.errors import UserError
 
 DECODERS = {"llama", "qwen2", "qwen3", "mistral"}  # `score` on a backbone that attends by AttentionInterface
 GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # how transformers ends a language model's name
@@ -42,8 +42,8 @@ class Classifier:
 
     @cached_property
     def _files(self) -> Any:
-        exported = Path(self.path) / "model"  # of a finished run
-        path = str(exported) if any((exported / name).exists() for name in ("config.json", ADAPTER)) else self.path
+        find_model = Path(self.path) / "model"  # of a finished run
+        path = str(find_model) if any((find_model / name).exists() for name in ("config.json", ADAPTER)) else self.path
         return Pretrained(
             name=Path(self.path).name, path=path, revision=self.revision, chat_template=self.chat_template,
             dtype=self.dtype, attention="packed", trust_remote_code=False, gradient_checkpointing=False,
@@ -84,15 +84,15 @@ class Classifier:
         return config
 
     @cached_property
-    def _scorer(self) -> Scorer:
+    def _scorer(self) -> RewardModel:
         from transformers import AutoModelForSequenceClassification
 
-        import var.logprobs  # noqa: F401  registers the packed attention
+        import var.models.attention  # noqa: F401  registers the packed attention
 
         packed = self._config.model_type in DECODERS
         if self._files.base is not None:
             model = replace(self._files, attention="packed" if packed else "sdpa").load_scorer()
-            return Scorer(model.requires_grad_(False).to(self._device)).eval()
+            return RewardModel(model.requires_grad_(False).to(self._device)).eval()
         options = {"attn_implementation": "packed"} if packed else {}
         model, found = AutoModelForSequenceClassification.from_pretrained(
             self._files.folder, dtype=getattr(torch, self.dtype), use_safetensors=True, trust_remote_code=False,
@@ -100,7 +100,7 @@ class Classifier:
         )  # fmt: skip
         if found["missing_keys"]:  # transformers would fill them at random, with a warning
             raise UserError(f"the reward model {self.path} lacks weights: {', '.join(sorted(found['missing_keys']))}")
-        return Scorer(model.to(self._device)).eval()
+        return RewardModel(model.to(self._device)).eval()
 
     @property
     def _device(self) -> str:

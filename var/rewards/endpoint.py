@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from var.data.rows import Message
-from var.problems import Problems, UserError
-from var.remote import Client, Failure
+from var.utils.errors import Problems, UserError
+from var.utils.http_client import Client, Failure
 
 PATHS = {"query": "", "pooling": "/pooling", "classify": "/classify"}
 

@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from var.annotate.fill import Reward, scored
 from var.data.rows import Message
-from var.problems import UserError
+from var.rewards.base import Reward, scored
 from var.rewards.scale import Scale
+from var.utils.errors import UserError
 
 ADD = "+reward@reward.members.a=classifier reward.members.a.path=… (a is a name of yours)"
 
@@ -61,8 +61,8 @@ class Ensemble:
 
     def answer_fault(self, answer: str) -> str | None:
         """Of the first member that cannot compare with it."""
-        faults = [getattr(member, "answer_fault", lambda answer: None)(answer) for member in self.members.values()]
-        return next(filter(None, faults), None)
+        find_faults = [getattr(member, "answer_fault", lambda answer: None)(answer) for member in self.members.values()]
+        return next(filter(None, find_faults), None)
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Literal
 
 import numpy as np
 
-from var.problems import UserError
+from var.utils.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

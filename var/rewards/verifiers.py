@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from var.data.rows import Message
 from var.data.sources.reasoning_gym import dataset, read_problem
-from var.problems import UserError
 from var.rewards.programmatic import given, last_number
+from var.utils.errors import UserError
 
 EXTRA = "reward={} needs an extra: pip install -e '.[verifiers]'"
 EDGES = ".,;:!?…\"'`*_()[]{}<>"  # what stands around a last word and is not of it

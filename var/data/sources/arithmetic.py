@@ -9,7 +9,7 @@ from typing import Any
 
 from var.data.rows import Row, messages
 from var.data.sources.local import settings
-from var.problems import UserError
+from var.utils.errors import UserError
 
 # kind → (numbers, may both be the same, result, phrasings, how an id is written)
 KINDS: dict[str, tuple[range, bool, Any, tuple[str, ...], str]] = {

@@ -10,7 +10,7 @@ from typing import Any
 from var.data.rows import Message, Row
 from var.data.sources import hub, local
 from var.data.sources.pairs import pair
-from var.problems import UserError
+from var.utils.errors import UserError
 
 HUB = "Anthropic/hh-rlhf"
 SUBSETS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from var.data.rows import Message, Row
 from var.data.sources import local
 from var.data.sources.pairs import pair
-from var.problems import UserError
+from var.utils.errors import UserError
 
 SUBSETS = ("harmless_base", "helpful_base", "helpful_online", "helpful_rejection")
 ROLES = {"<|prompter|>": "user", "<|assistant|>": "assistant"}

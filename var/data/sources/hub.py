@@ -6,7 +6,7 @@ from typing import Any
 
 import datasets
 
-from var.problems import UserError
+from var.utils.errors import UserError
 
 
 @cache

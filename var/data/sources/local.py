@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from var.problems import UserError
+from var.utils.errors import UserError
 
 LINES = (".jsonl", ".jsonl.gz")
 SUFFIXES = (*LINES, ".parquet")

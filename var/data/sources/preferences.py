@@ -7,7 +7,7 @@ from typing import Any
 from var.data.rows import Row
 from var.data.sources import hub, local
 from var.data.sources.pairs import pair
-from var.problems import UserError
+from var.utils.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

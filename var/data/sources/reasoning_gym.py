@@ -11,7 +11,7 @@ import numpy as np
 
 from var.data.rows import Row, messages
 from var.data.sources import local
-from var.problems import UserError
+from var.utils.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 from var.data.rows import Response, Row, messages
 from var.data.sources import hub, local
-from var.problems import UserError
+from var.utils.errors import UserError
 
 HUB = "openbmb/UltraFeedback"
 ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")

@@ -1,0 +1,160 @@
+"""Runs a program that a model wrote, where it can do no harm; without Linux's namespaces it does not run at all."""
+
+import json
+import os
+import secrets
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from var.utils.errors import UserError
+
+TOOLS = ("unshare", "mount", "chroot", "setpriv", "prlimit")  # util-linux ≥ 2.33 and coreutils
+
+
+PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+PROCESSES = 16  # each may take `memory`: the program and its children at most 16 times that
+
+
+FILE_MIB, FOLDER_MIB = 16, 64
+
+
+BUILD_SECONDS = 30.0  # for the sandbox itself, on a busy machine
+
+
+NOBODY = 65519  # the last of systemd's dynamic user ids: no other process has it, so that its processes can be counted
+
+
+# The program runs as a module of its own; what it prints goes nowhere. The token is written after its last line.
+DRIVER = """
+import json, os, sys, types
+channel, own = os.dup(1), os.getpid()
+task = json.load(sys.stdin)
+for standard in (0, 1, 2):
+    os.dup2(4, standard)  # /dev/null
+os.chdir("/tmp")
+os.write(channel, b"started ")
+sys.modules["__main__"] = main = types.ModuleType("__main__")
+try:
+    exec(compile(task["program"], "program", "exec"), main.__dict__)
+    verdict = task["token"]
+except BaseException as error:
+    verdict = f"{type(error).__name__}: {error}"[:300]
+if os.getpid() == own:
+    os.write(channel, verdict.encode(errors="replace"))
+os._exit(0)
+"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """passed: the program ran to its last line without an exception. reason: "passed", or why not."""
+
+    passed: bool
+    reason: str
+
+
+def run(program: str, seconds: float = 10.0, memory: int = 1024) -> Outcome:
+    """Run Python source in a sandbox of its own.
+
+    It sees the interpreter's installation (no virtual environment: the standard library) and the system's libraries,
+    read-only, and an empty folder that is lost with it; no network, no other process, no variable of ours. It has no
+    privileges, `seconds` of wall time (and of CPU time a process), `memory` MiB of address space a process, and dies
+    with all its children. What it could do to its own verdict it would have to mean: the token is in its process.
+    UserError: the sandbox itself cannot be built; then nothing ran.
+    """
+    token = secrets.token_hex(16)
+    with (
+        tempfile.TemporaryDirectory(prefix="sandbox-") as root,
+        tempfile.TemporaryFile() as task,
+        tempfile.TemporaryFile() as out,  # a file, no pipe: its size is bounded like any other file's
+    ):
+        task.write(json.dumps({"program": program, "token": token}).encode())
+        task.seek(0)
+        environment = {"PATH": PATH, "LANG": "C.UTF-8"}
+        command = _command(root, seconds, memory)
+        process = subprocess.Popen(command, stdin=task, stdout=out, stderr=out, env=environment, cwd="/")
+        late = False
+        try:
+            built_by = time.monotonic() + BUILD_SECONDS
+            while os.fstat(out.fileno()).st_size == 0 and process.poll() is None and time.monotonic() < built_by:
+                time.sleep(0.002)
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            late = True
+        finally:
+            process.kill()  # and the kernel kills what is within
+            process.wait()
+        out.seek(0)
+        text = out.read(2000).decode(errors="replace")
+    started, _, verdict = text.partition("started ")
+    if not text.startswith("started "):
+        raise UserError(
+            f"the sandbox for generated programs cannot be built here: {started.strip()[:500] or 'no word'}"
+        )
+    if verdict == token:
+        return Outcome(True, "passed")
+    if late:
+        return Outcome(False, f"ran longer than {seconds:g} s")
+    return Outcome(False, verdict or "ended before its last line")
+
+
+def check() -> None:
+    """UserError where the sandbox is not to be had, before a model generates anything."""
+    if sys.platform != "linux":
+        raise UserError("generated programs run in Linux namespaces only; leave humaneval out on this system")
+    if missing := [tool for tool in TOOLS if shutil.which(tool, path=PATH) is None]:
+        raise UserError(f"generated programs run in a sandbox that needs {', '.join(missing)} (package util-linux)")
+    if not (outcome := run("pass", seconds=30.0)).passed:
+        raise UserError(f"the sandbox for generated programs cannot be built here: {outcome.reason}")
+
+
+def _command(root: str, seconds: float, memory: int) -> list[str]:
+    """New namespaces, in them a small root folder, in it the interpreter without privileges.
+
+    root itself becomes an unprivileged user of no other use; anybody else has a user namespace, which gives the
+    privileges to mount. The new root is entered by chroot: in a chroot the kernel refuses further user namespaces.
+    """
+    is_root = os.geteuid() == 0
+    namespaces = ["--mount", "--net", "--pid", "--ipc", "--uts", *([] if is_root else ["--user", "--map-root-user"])]
+    python = os.path.realpath(sys.executable)
+    installed = sorted({os.path.realpath(sys.base_prefix), os.path.realpath(sys.base_exec_prefix)})
+    quoted = shlex.quote(root)
+    lines = [f"mount -t tmpfs -o size=1m,mode=755,nosuid,nodev tmpfs {quoted}"]
+    for folder in ["/usr", "/lib", "/lib64", "/bin", *installed]:
+        inside = shlex.quote(root + folder)
+        if os.path.islink(folder):  # /lib → usr/lib
+            lines.append(f"ln -s {shlex.quote(os.readlink(folder))} {inside}")
+        elif os.path.isdir(folder) and not (folder != "/usr" and Path(folder).is_relative_to("/usr")):
+            lines += [
+                f"mkdir -p {inside}",
+                f"mount --bind {shlex.quote(folder)} {inside}",
+                f"mount -o remount,bind,ro,nosuid {inside}",
+            ]
+    unprivileged = [
+        "setpriv", "--pdeathsig", "KILL", "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all",
+        *(["--reuid", str(NOBODY), "--regid", str(NOBODY), "--clear-groups"] if is_root else []),
+    ]  # fmt: skip
+    limits = [
+        "prlimit", f"--as={memory * 2**20}", f"--cpu={max(1, round(seconds))}", f"--nproc={PROCESSES}",
+        f"--fsize={FILE_MIB * 2**20}", "--core=0", "--nofile=64",
+    ]  # fmt: skip
+    entered = shlex.join(["chroot", root, *unprivileged, *limits, python, "-I", "-B", "-c", DRIVER])
+    lines += [
+        f"mkdir {quoted}/tmp",
+        f"mount -t tmpfs -o size={FOLDER_MIB}m,nr_inodes=4k,mode=1777,nosuid,nodev tmpfs {quoted}/tmp",
+        f"mount -o remount,bind,ro {quoted}",
+        "exec 4<>/dev/null",
+        f"exec {entered}",
+    ]
+    script = "\n".join(["set -e", *lines])
+    # --kill-child serves while the root folder is built: setpriv, which changes the user, asks for the same anew.
+    inner = ["unshare", *namespaces, "--fork", "--kill-child", "--", "sh", "-c", script]
+    return ["setpriv", "--pdeathsig", "KILL", "--", *inner]  # should this process be killed, the sandbox is, too

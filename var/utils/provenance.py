@@ -1,0 +1,35 @@
+"""What a result depends on: content hashes, versions, machine and commit."""
+
+import hashlib
+import json
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "lightning", "transformers", "datasets", "hydra-core")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and commit."""
+    root = Path(__file__).parents[2]
+
+    def git(*arguments: str) -> str:
+        try:
+            return subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True).stdout.strip()
+        except OSError:
+            return ""
+
+    return {
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "commit": git("rev-parse", "HEAD") or None,
+        "dirty": bool(git("status", "--porcelain")),
+        "machine": platform.machine(),
+    }
+
+
+def hash_content(*parts: Any) -> bytes:
+    """16 bytes that stand for the content of `parts` (JSON values)."""
+    text = json.dumps(parts, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:16]
