@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 
 from var.annotate.annotator import Annotator
+from var.annotate.reference_logps import reference_logps
+from var.annotate.responses import sample_responses
+from var.annotate.rewards import score
 from var.data.rows import Message, Row, Rows
 from var.evaluate import diversity, lengths
 from var.evaluate.answers import response_tokens
@@ -38,7 +41,7 @@ def draw(rows: Rows, labels: np.ndarray, prompts: int | None, seed: int) -> np.n
 
 def answers(annotator: Annotator, rows: Rows, sampling: Sampling, seeds: Sequence[int], title: str) -> Texts:
     """One answer a prompt and seed, from the store where it holds them."""
-    drawn = [annotator.sampled(rows, replace(sampling, seed=seed), f"{title}, seed {seed}") for seed in seeds]
+    drawn = [sample_responses(annotator, rows, replace(sampling, seed=seed), f"{title}, seed {seed}") for seed in seeds]
     return [[one[i][0] for one in drawn] for i in range(len(rows))]
 
 
@@ -59,14 +62,14 @@ class Stored:
         self, prompts: Sequence[Sequence[Message]], responses: Sequence[str], answers: Sequence[str | None]
     ) -> list[float]:
         triples = list(zip(prompts, responses, answers, strict=True))
-        scored: list[float] = replace(self.annotator, reward=self.reward).score(triples, "Judging").tolist()
+        scored: list[float] = score(replace(self.annotator, reward=self.reward), triples, "Judging").tolist()
         return scored
 
 
 def scores(annotator: Annotator, reward: Reward, rows: Rows, texts: Texts, title: str) -> np.ndarray:
     """[P, S] raw rewards, from the store where it holds them."""
     triples = [(row.prompt, text, row.answer) for row, several in zip(rows, texts, strict=True) for text, _ in several]
-    return replace(annotator, reward=reward).score(triples, title).reshape(len(texts), -1)
+    return score(replace(annotator, reward=reward), triples, title).reshape(len(texts), -1)
 
 
 def given(file: Rows, rows: Rows, replicates: int, name: str) -> Texts:
@@ -141,7 +144,7 @@ def logps(annotator: Annotator, encoded: _Tokens) -> np.ndarray:
 
     The answers' text is tokenised again, which may differ from the tokens that were sampled.
     """
-    values = annotator.reference_logps(encoded)  # type: ignore[arg-type]
+    values = reference_logps(annotator, encoded)  # type: ignore[arg-type]
     return np.array([sum(several) for several in values.to_pylist()])
 
 

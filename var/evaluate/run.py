@@ -16,6 +16,7 @@ from rich.table import Table
 
 from var.annotate.annotator import Annotator
 from var.annotate.cache import AnnotationCache
+from var.annotate.responses import sampling_fingerprint
 from var.config.check import EVAL, check
 from var.config.schema import known, values
 from var.data.rows import Rows, concatenate, read
@@ -30,11 +31,10 @@ from var.models.frozen import FrozenModel
 from var.models.pretrained import Pretrained, find_model
 from var.rewards.base import check_answers
 from var.sampling.base import Sampling
-from var.training import summary
 from var.training.run import silence_libraries
 from var.utils.console import console, say, warn
 from var.utils.errors import Problems, UserError
-from var.utils.files import atomic
+from var.utils.files import atomic, write_json
 from var.utils.provenance import environment
 
 
@@ -251,14 +251,15 @@ class Evaluation:
         models = {side: one for side, one in sides.items() if one and not (side == "model" and cfg.answers)}
         result["depends_on"] = {
             "weights": {side: annotator.reference.identity for side, annotator in models.items()},
-            "answers": {side: annotator.source(self.sampling) for side, annotator in models.items()} | self._file(),
+            "answers": {side: sampling_fingerprint(annotator, self.sampling) for side, annotator in models.items()}
+            | self._file(),
             "rewards": {name: reward.identity for name, reward in self.rewards.items()},
             "prompts": hashlib.sha256(rows.keys.tobytes()).hexdigest()[:16],
             "config": values(cfg),
             **environment(),
         }
         self._lines("answers.jsonl", self._records(labels, texts, rewards))
-        summary.write(self.folder, result, "result.json")
+        write_json(self.folder / "result.json", result)
         self.show(result)
         return result
 

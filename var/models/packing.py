@@ -47,6 +47,7 @@ class Packed:
     global_tokens: float = 1.0
     global_sequences: float = 1.0
     global_groups: float = 1.0
+    padding: bool = False
     weights: Tensor | None = None
     rewards: Tensor | None = None
     cross_rewards: Tensor | None = None

@@ -85,7 +85,7 @@ class Sampler(Protocol):
         ...
 
 
-def _text(chat: Chat, ids: list[int]) -> str:
+def decode(chat: Chat, ids: list[int]) -> str:
     return str(chat.tokenizer.decode(ids, skip_special_tokens=True))
 
 

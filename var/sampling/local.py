@@ -13,7 +13,7 @@ from var.data.chat import Chat
 from var.data.rows import Message
 from var.models.attention import attention
 from var.models.lora import adapter_off
-from var.sampling.base import Sampling, _seed, _text
+from var.sampling.base import Sampling, _seed, decode
 
 
 def sample(
@@ -26,7 +26,7 @@ def sample(
     """K (text, finished) for each prompt, in order, the text without the end token; it may be empty."""
     encoded = [chat.prompt(prompt) for prompt in prompts]
     return [
-        [(_text(chat, ids), finished) for ids, finished in several]
+        [(decode(chat, ids), finished) for ids, finished in several]
         for several in sample_tokens(model, chat, encoded, sampling, advance)
     ]
 

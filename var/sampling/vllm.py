@@ -9,7 +9,7 @@ from typing import Any
 
 from var.data.chat import Chat
 from var.data.rows import Message
-from var.sampling.base import Sampling, _seed, _short, _text
+from var.sampling.base import Sampling, _seed, _short, decode
 from var.utils.errors import UserError
 
 
@@ -70,7 +70,7 @@ class VLLM:
         outputs = self._load(reference).generate([{"prompt_token_ids": ids} for ids in encoded], drawn, use_tqdm=False)
         advance(len(prompts))
         ended = [[_until_end(chat, list(one.token_ids)) for one in output.outputs] for output in outputs]
-        return [[(_text(chat, ids), finished) for ids, finished in several] for several in ended]
+        return [[(decode(chat, ids), finished) for ids, finished in several] for several in ended]
 
     def _load(self, reference: Any) -> Any:
         from vllm import LLM
