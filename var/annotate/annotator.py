@@ -154,7 +154,7 @@ class Annotator:
     def reference_logps(self, sequences: Sequences, share: bool = False) -> pa.Array:
         """[n] lists of float32: log π_ref of each response token, in nats. share: pack as the step will, see `pack`."""
         identity = self.reference.identity
-        if share and self.reference.rounds:
+        if share and self.reference.is_low_precision:
             identity["packing"] = "shared prompts"
         shelf = self.store.shelf("reference_logps", identity, pa.list_(pa.float32()))
         keys = as_keys(

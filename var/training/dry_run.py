@@ -46,7 +46,7 @@ def show(run: "Run") -> None:
 def memory(run: "Run") -> None:
     """Parameters and bytes a device: weights, gradients, AdamW's moments, activations of one micro-batch."""
     settings, cfg = run.settings, run.cfg
-    model = run.pretrained.meta()
+    model = run.pretrained.build_meta()
     parameters = sum(p.numel() for p in model.parameters())
     width = model.dtype.itemsize
     weights, quantised = parameters * width, run.pretrained.quantization

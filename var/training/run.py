@@ -30,7 +30,7 @@ from var.config.schema import EvalSettings, TrainerSettings, known, values
 from var.data.settings import DataSettings
 from var.models.export import export
 from var.models.frozen import AdapterOff, FrozenModel
-from var.models.lora import LoRA, merged
+from var.models.lora import LoRA, merge_adapter
 from var.models.policy import Policy
 from var.models.pretrained import Pretrained, find_model
 from var.models.reward_model import RewardModel
@@ -121,18 +121,18 @@ class Run:
             raise UserError(f"adapter: {pretrained.folder} is one itself; start from what adapter.merge=true exported")
         # a reward model's new head, and an adapter, are in no file
         meta = cfg.strategy.name == "fsdp" and self.adapter is None and pretrained.base is None and not scorer
-        model = (pretrained.empty if meta else pretrained.load_scorer if scorer else pretrained.load)()
-        if meta and not pretrained.fills(model):
+        model = (pretrained.build_empty if meta else pretrained.load_scorer if scorer else pretrained.load)()
+        if meta and not pretrained.can_fill(model):
             warn("strategy=fsdp: the model's files name its weights otherwise, so each process loads all of it first")
             meta, model = False, pretrained.load()
         if self.adapter is not None:
-            model = self.adapter.attach(model, pretrained)
+            model = self.adapter.attach(model, pretrained.path, pretrained.revision)
         policy: Policy | ActorCritic | RewardModel = RewardModel(model.train()) if scorer else Policy(model.train())
         if Need.VALUES in needs:
             policy = ActorCritic(policy)  # type: ignore[arg-type]
         reference: Policy | AdapterOff | None = None
         if self.adapter is not None and not isinstance(policy, RewardModel):
-            self.annotator.reference.is_under(policy)
+            self.annotator.reference.share_weights(policy)
         if cfg.reference == "live":
             if self.adapter is not None:
                 reference = self.annotator.reference.policy
@@ -308,7 +308,7 @@ class Run:
         if merge:
             plain = replace(self.pretrained, quantization=None, compile=False)
             scorer = isinstance(module.policy, RewardModel)
-            whole = merged(plain.load_scorer() if scorer else plain.load(), self.folder / "adapter")
+            whole = merge_adapter(plain.load_scorer() if scorer else plain.load(), self.folder / "adapter")
             if scorer:
                 whole.score.load_state_dict(model.score.state_dict())
             export(whole, chat, target, card)
