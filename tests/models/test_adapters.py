@@ -123,7 +123,7 @@ def test_adapter_of_a_scorer_includes_its_head(tiny_folder: Path, tmp_path: Path
     assert_close(logits(scorer), logits(own), rtol=0, atol=2e-5)
     with pytest.raises(UserError, match=r"does not fit its base .*on one side only, for example .*score"):
         pretrained(tmp_path / "a", tmp_path).load()
-    with pytest.raises(UserError, match="is the adapter of a reward model. Use that of a language model"):
+    with pytest.raises(UserError, match=r"is the adapter of a reward model\. Use that of a language model"):
         find_model(str(tmp_path / "a"))
 
 

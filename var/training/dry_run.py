@@ -56,7 +56,7 @@ def memory(run: "Run") -> None:
         weights += linear * (QUANTISED[quantised] - width)
     trained = parameters
     if run.adapter is not None:
-        run.adapter.attach(model, run.pretrained)
+        run.adapter.attach(model, run.pretrained.path, run.pretrained.revision)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         weights += 4 * trained
         width = 4
