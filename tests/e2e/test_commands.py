@@ -338,7 +338,7 @@ class TestBadInput:
 
     def test_an_unknown_model(self, own: list[str]) -> None:
         refused(
-            "is not on this machine and the hub did not give it", *own, "model.path=nobody/nothing", HF_HUB_OFFLINE="1"
+            "is not on this machine and could not be downloaded", *own, "model.path=nobody/nothing", HF_HUB_OFFLINE="1"
         )
 
     def test_an_unknown_group_option_lists_the_known(self, own: list[str]) -> None:

@@ -173,7 +173,7 @@ def test_a_run_starts_from_a_run(base: list[str], tmp_path: Path) -> None:
 
 
 def test_a_wrong_start_is_one_error(base: list[str], tmp_path: Path) -> None:
-    refused(f"init={tmp_path} is neither a finished run (its folder holds no model/) nor a model's folder", *base,
+    refused(f"init={tmp_path} is neither a finished run (its folder has no model/) nor the folder of a model", *base,
             f"init={tmp_path}")  # fmt: skip
 
 

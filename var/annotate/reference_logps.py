@@ -80,7 +80,7 @@ def reference_logps(annotator: Annotator, sequences: Sequences, share: bool = Fa
     """
     reference = annotator.reference
     fingerprint = reference.identity
-    if share and reference.rounds:
+    if share and reference.is_low_precision:
         fingerprint["packing"] = "shared prompts"
     table = annotator.annotations.table("reference_logps", fingerprint, pa.list_(pa.float32()))
     tokens = map(sequences.tokens, range(len(sequences)))

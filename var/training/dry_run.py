@@ -45,7 +45,7 @@ def show(run: Run) -> None:
 def show_memory(run: Run) -> None:
     """Print parameters, disk, and bytes per device: weights, gradients, optimizer state, activations, logits."""
     settings, cfg = run.settings, run.cfg
-    model = run.pretrained.meta()
+    model = run.pretrained.build_meta()
     parameters = sum(p.numel() for p in model.parameters())
     width = model.dtype.itemsize
     weights, quantized = parameters * width, run.pretrained.quantization
@@ -55,7 +55,7 @@ def show_memory(run: Run) -> None:
         weights += linear * (QUANTIZED[quantized] - width)
     trained = parameters
     if run.adapter is not None:
-        run.adapter.attach(model, run.pretrained)
+        run.adapter.attach(model, run.pretrained.path, run.pretrained.revision)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         weights += 4 * trained
         width = 4

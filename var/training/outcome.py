@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from var.config.schema import values
 from var.models.export import export
-from var.models.lora import merged
+from var.models.lora import merge_adapter
 from var.models.reward_model import RewardModel
 from var.training.module import AlignmentModule
 from var.training.run import Run
@@ -91,7 +91,7 @@ def export_model(run: Run, trainer: lightning.Trainer, module: AlignmentModule, 
     if merge:
         plain = replace(run.pretrained, quantization=None, compile=False)
         scores = isinstance(module.policy, RewardModel)
-        complete = merged(plain.load_scorer() if scores else plain.load(), run.folder / "adapter")
+        complete = merge_adapter(plain.load_scorer() if scores else plain.load(), run.folder / "adapter")
         if scores:
             complete.score.load_state_dict(model.score.state_dict())
         export(complete, chat, target, card)

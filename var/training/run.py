@@ -137,18 +137,18 @@ class Run:
             )
         # No file holds a reward model's new head or a new adapter.
         meta = cfg.strategy.name == "fsdp" and self.adapter is None and pretrained.base is None and not scores
-        model = (pretrained.empty if meta else pretrained.load_scorer if scores else pretrained.load)()
-        if meta and not pretrained.fills(model):
+        model = (pretrained.build_empty if meta else pretrained.load_scorer if scores else pretrained.load)()
+        if meta and not pretrained.can_fill(model):
             warn("strategy=fsdp: the model's files use other weight names, so each process loads the complete model")
             meta, model = False, pretrained.load()
         if self.adapter is not None:
-            model = self.adapter.attach(model, pretrained)
+            model = self.adapter.attach(model, pretrained.path, pretrained.revision)
         policy: Policy | ActorCritic | RewardModel = RewardModel(model.train()) if scores else Policy(model.train())
         if find(requirements, TokenValues):
             policy = ActorCritic(policy)  # type: ignore[arg-type]
         reference: Policy | AdapterOff | None = None
         if self.adapter is not None and not isinstance(policy, RewardModel):
-            self.annotator.reference.is_under(policy)
+            self.annotator.reference.share_weights(policy)
         if cfg.reference == "live":
             if self.adapter is not None:
                 reference = self.annotator.reference.policy

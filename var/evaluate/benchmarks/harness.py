@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from var.evaluate.benchmarks import sandbox
-from var.models.attention import attention
+from var.models.attention import use_attention
 from var.utils.errors import Problems, UserError
 
 OWN = Path(__file__).parent / "tasks"
@@ -246,7 +246,7 @@ def run(settings: Benchmarks, model: Any, tokenizer: Any, out: Path) -> dict[str
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    with _as_it_came(model), attention(model, "sdpa"), isolate_rng(), _quiet("lm_eval"):
+    with _as_it_came(model), use_attention(model, "sdpa"), isolate_rng(), _quiet("lm_eval"):
         lm = HFLM(pretrained=model, tokenizer=deepcopy(tokenizer), batch_size=settings.batch)
         try:
             tasks = _load(settings, TaskManager(include_path=str(out / "tasks"), include_defaults=False))
