@@ -35,7 +35,7 @@ from var.training.run import silence_libraries
 from var.utils.console import console, say, warn
 from var.utils.errors import Problems, UserError
 from var.utils.files import atomic
-from var.utils.provenance import environment
+from var.utils.provenance import collect_environment
 
 
 @dataclass
@@ -255,7 +255,7 @@ class Evaluation:
             "rewards": {name: reward.identity for name, reward in self.rewards.items()},
             "prompts": hashlib.sha256(rows.keys.tobytes()).hexdigest()[:16],
             "config": values(cfg),
-            **environment(),
+            **collect_environment(),
         }
         self._lines("answers.jsonl", self._records(labels, texts, rewards))
         summary.write(self.folder, result, "result.json")

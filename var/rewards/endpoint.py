@@ -55,7 +55,7 @@ class Endpoint:
         self, prompts: Sequence[Sequence[Message]], responses: Sequence[str], answers: Sequence[str | None]
     ) -> list[float]:
         bodies = [self._body(*triple) for triple in zip(prompts, responses, answers, strict=True)]
-        replies = self.client.ask(bodies, path=PATHS[self.protocol], accept=self._unscored, version=self.version)
+        replies = self.client.ask(bodies, path=PATHS[self.protocol], find_fault=self._unscored, version=self.version)
         problems = Problems(f"{self.client.base_url} left responses without a score", shown=5)
         for text, reply in zip(responses, replies, strict=True):
             if isinstance(reply, Failure):

@@ -7,7 +7,7 @@ from typing import Any
 from var.data.rows import Message
 from var.sampling.base import Sampling, _seed, _short
 from var.utils.errors import Problems
-from var.utils.http_client import Client, Failure, grouped, wordless, written
+from var.utils.http_client import Client, Failure, count_items, find_missing_text, get_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,9 @@ class Endpoint:
     ) -> list[list[tuple[str, bool]]]:
         k = sampling.responses
         bodies = [self._body(prompt, draw, sampling) for prompt in prompts for draw in range(k)]
-        replies = self.client.ask(bodies, advance=grouped(advance, k), accept=wordless, version=self.version)
+        replies = self.client.ask(
+            bodies, advance=count_items(advance, k), find_fault=find_missing_text, version=self.version
+        )
         problems = Problems(f"{self.client.base_url} left responses out", shown=5)
         for at, reply in enumerate(replies):
             if isinstance(reply, Failure):
@@ -50,7 +52,7 @@ class Endpoint:
             "for the rest."
         )
         came = [reply for reply in replies if not isinstance(reply, Failure)]
-        texts = [(written(reply) or "", reply["choices"][0].get("finish_reason") == "stop") for reply in came]
+        texts = [(get_text(reply) or "", reply["choices"][0].get("finish_reason") == "stop") for reply in came]
         return [texts[at : at + k] for at in range(0, len(texts), k)]
 
     def _body(self, prompt: Sequence[Message], draw: int, sampling: Sampling) -> dict[str, Any]:

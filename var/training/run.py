@@ -47,7 +47,7 @@ from var.training.module import AlignmentModule
 from var.training.validation import PairAccuracy, Validation
 from var.utils.console import console, say, warn
 from var.utils.errors import Problems, UserError
-from var.utils.provenance import environment
+from var.utils.provenance import collect_environment
 
 PROFILERS: dict[str, Any] = {
     "simple": lambda folder: SimpleProfiler(folder, "profile"),
@@ -262,7 +262,7 @@ class Run:
             "devices": trainer.world_size,
             "precision": self.settings.arithmetic,
             "config": values(self.cfg),
-            **environment(),
+            **collect_environment(),
         }
 
     def export(self, trainer: lightning.Trainer, module: AlignmentModule, report: dict[str, Any]) -> None:
