@@ -6,7 +6,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from var.data.rows import Response, Row, messages
+from var.data.rows import Response, Row, parse_prompt
 from var.utils.errors import UserError
 
 
@@ -30,7 +30,7 @@ class Questions:
         question, *answers = record
         if not answers:
             raise ValueError("no answer after the question; separate them by tabs")
-        return Row(id=where, prompt=messages(question), responses=tuple(Response(text=a) for a in answers))
+        return Row(id=where, prompt=parse_prompt(question), responses=tuple(Response(text=a) for a in answers))
 
     def identity(self) -> dict[str, Any]:
         """What the rows depend on: with another content they are read anew."""

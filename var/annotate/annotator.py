@@ -18,7 +18,7 @@ from var.data.rows import Response, Row, Rows
 from var.data.sequences import Sequences
 from var.models.frozen import FrozenModel
 from var.models.packing import pack, pack_tree, whole
-from var.rewards.base import Reward, Triple, Triples, check_scores, scored
+from var.rewards.base import Reward, Triple, Triples, check_scores, compute_scores
 from var.rewards.scale import Scale
 from var.sampling.base import Sampler, Sampling
 from var.sampling.local import Transformers
@@ -129,7 +129,7 @@ class Annotator:
             out: list[float] = []
             for begin in range(0, len(indices), 64):
                 prompts, texts, answers = zip(*(triples[i] for i in indices[begin : begin + 64]), strict=True)
-                out.extend(scored(self.reward, prompts, texts, answers).tolist())
+                out.extend(compute_scores(self.reward, prompts, texts, answers).tolist())
                 advance(len(texts))
             if bad := [i for i, value in zip(indices, out, strict=True) if not np.isfinite(value)]:
                 problems = Problems("rewards that are not finite")

@@ -21,7 +21,7 @@ from var.config.schema import known, values
 from var.data.rows import Rows, concatenate, read
 from var.data.settings import DataSettings
 from var.data.sources.files import Files
-from var.data.sources.local import listed
+from var.data.sources.local import list_files
 from var.data.split import split
 from var.evaluate import diversity
 from var.evaluate import measures as evaluation
@@ -185,7 +185,7 @@ class Evaluation:
         """The answers of the file, where there is one."""
         if self.cfg.answers is None:
             return None
-        listed(self.cfg.answers, "answers")
+        list_files(self.cfg.answers, "answers")
         file = read(Files(path=self.cfg.answers), self.policy.cache)
         return evaluation.given(file, self.rows, len(self.cfg.seeds), self.cfg.answers)
 
@@ -271,7 +271,7 @@ class Evaluation:
     def _file(self) -> dict[str, Any]:
         if self.cfg.answers is None:
             return {}
-        content = b"".join(path.read_bytes() for path in listed(self.cfg.answers, "answers"))
+        content = b"".join(path.read_bytes() for path in list_files(self.cfg.answers, "answers"))
         return {"model": {"file": self.cfg.answers, "sha256": hashlib.sha256(content).hexdigest()}}
 
     def _records(self, labels: np.ndarray, texts: Any, rewards: Any) -> list[dict[str, Any]]:

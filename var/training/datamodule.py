@@ -290,7 +290,7 @@ class AlignmentData(lightning.LightningDataModule):
         else:
             raw = sequences.column("score")
             check_scores(sequences.tokens(i)[2] for i in np.flatnonzero(np.isnan(raw)).tolist())
-        self.scale = self.scale.fitted(raw)
+        self.scale = self.scale.fit(raw)
         self.facts["reward"] = {"mean": float(raw.mean()), "sd": float(raw.std()), "scale": self.scale.describe()}
         scaled = np.array(self.scale(raw))
         if getattr(self.loss, "rewards_weigh", False) and len(negative := np.flatnonzero(scaled < 0)):
@@ -453,7 +453,7 @@ class AlignmentData(lightning.LightningDataModule):
             "global_tokens": share.tokens, "global_sequences": share.sequences, "global_groups": share.units,
         }  # fmt: skip
         if Need.SCALAR_HEAD in self.loss.needs:
-            ids = tuple(map(self.annotator.chat.closed, ids))
+            ids = tuple(map(self.annotator.chat.complete, ids))
             return whole(ids, names, group, **divisors, **extra)
         return pack(ids, starts, names, group, self.shares_prompts, **divisors, **extra)
 

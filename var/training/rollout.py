@@ -14,7 +14,7 @@ from var.losses.base import Mean
 from var.models.packing import Packed, pack
 from var.models.policy import gather_parameters
 from var.requirements import Need
-from var.rewards.base import scored
+from var.rewards.base import compute_scores
 from var.sampling.local import sample_tokens
 from var.utils.console import timed
 from var.utils.distributed import Ranks
@@ -133,7 +133,7 @@ class RolloutLoader:
             for row, several in zip(rows, responses, strict=True)
             for tokens, _ in several
         ]
-        raw = scored(data.annotator.reward, *map(list, zip(*triples, strict=True)))
+        raw = compute_scores(data.annotator.reward, *map(list, zip(*triples, strict=True)))
         if not np.isfinite(raw).all():
             bad = int(np.flatnonzero(~np.isfinite(raw))[0])
             raise UserError(f"the reward of a sampled response is {raw[bad]}: {triples[bad][1][:60]!r}")

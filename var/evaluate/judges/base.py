@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from var.data.rows import Message
-from var.rewards.base import Reward, scored
+from var.rewards.base import Reward, compute_scores
 from var.utils.errors import Problems, UserError
 from var.utils.files import replace_surrogates
 from var.utils.http_client import Client, Failure, count_items, find_missing_text, get_text
@@ -405,7 +405,7 @@ class RewardJudge:
         for begin in range(0, len(pairs), 64):
             part = pairs[begin : begin + 64]
             for side, texts in enumerate(([p.answer for p in part], [p.opponent for p in part])):
-                numbers = scored(self.reward, [p.prompt for p in part], texts, [p.gold for p in part])
+                numbers = compute_scores(self.reward, [p.prompt for p in part], texts, [p.gold for p in part])
                 rewards[begin : begin + 64, side] = numbers
             advance(len(part))
         problems = Problems("rewards that are not finite")
