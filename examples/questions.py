@@ -6,7 +6,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from var.data.rows import Response, Row, messages
+from var.data.rows import Response, Row, parse_prompt
 from var.utils.errors import UserError
 
 
@@ -24,7 +24,7 @@ class Questions:
             )
 
     def records(self) -> Iterator[tuple[str, list[str]]]:
-        """Yield the name of each record, for messages, and its cells."""
+        """Yield the name of each record, for parse_prompt, and its cells."""
         for number, line in enumerate(Path(self.path).read_text().splitlines(), 1):
             yield f"{Path(self.path).name}:{number}", line.split("\t")
 
@@ -33,7 +33,7 @@ class Questions:
         question, *answers = record
         if not answers:
             raise ValueError("no answer after the question. Separate the cells by tabs.")
-        return Row(id=where, prompt=messages(question), responses=tuple(Response(text=a) for a in answers))
+        return Row(id=where, prompt=parse_prompt(question), responses=tuple(Response(text=a) for a in answers))
 
     def identity(self) -> dict[str, Any]:
         """Return what the rows depend on. If it changes, the file is read again."""

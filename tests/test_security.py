@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import ROOT, TEMPLATE, byte_tokenizer, pretrained, saved, tiny_config
 from tests.e2e.test_commands import run
-from tests.server import client, completion, served
+from tests.helpers.servers import client, completion, served
 from var.data.chat import Chat
 from var.rewards.classifier import Classifier
 from var.rewards.endpoint import Endpoint

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.test_commands import run
-from tests.server import Broken, served
+from tests.helpers.servers import Broken, served
 from var.report.figures import JUDGED, MEMORY, PANELS
 
 pytest.importorskip("wandb_workspaces", reason="needs wandb-workspaces: pip install -e '.[wandb-views]'")

@@ -13,7 +13,7 @@ import torch
 from hydra.utils import instantiate
 
 from tests.conftest import composed, pretrained
-from tests.server import Broken, client, completion, served
+from tests.helpers.servers import Broken, client, completion, served
 from var.config.check import check
 from var.models.frozen import FrozenModel
 from var.sampling.base import Sampling

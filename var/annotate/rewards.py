@@ -14,7 +14,7 @@ from var.annotate.responses import sample_responses
 from var.data.rows import Rows
 from var.data.sequences import Sequences
 from var.requirements import Rewards
-from var.rewards.base import Triple, Triples, check_answers, check_scores, scored
+from var.rewards.base import Triple, Triples, check_answers, check_scores, compute_scores
 from var.sampling.base import Sampling
 from var.utils.errors import Problems, UserError
 from var.utils.provenance import hash_content
@@ -36,7 +36,7 @@ class ProvideRewards(Provider[Rewards]):
         else:
             raw = sequences.column("score")
             check_scores(sequences.tokens(i)[2] for i in np.flatnonzero(np.isnan(raw)).tolist())
-        data.scale = data.scale.fitted(raw)
+        data.scale = data.scale.fit(raw)
         scaled = np.array(data.scale(raw))
         negative = np.flatnonzero(scaled < 0)
         if self.requirement.nonnegative and len(negative):
@@ -62,7 +62,7 @@ def score(annotator: Annotator, triples: Sequence[Triple], title: str = "Scoring
         rewards: list[float] = []
         for begin in range(0, len(indices), 64):
             prompts, texts, answers = zip(*(triples[i] for i in indices[begin : begin + 64]), strict=True)
-            rewards.extend(scored(annotator.reward, prompts, texts, answers).tolist())
+            rewards.extend(compute_scores(annotator.reward, prompts, texts, answers).tolist())
             advance(len(texts))
         problems = Problems("rewards that are not finite")
         for i, reward in zip(indices, rewards, strict=True):

@@ -11,7 +11,7 @@ from var.data.chat import Chat
 from var.data.rows import Rows
 from var.models.packing import pack_tree
 from var.models.policy import Policy
-from var.rewards.base import Reward, scored
+from var.rewards.base import Reward, compute_scores
 from var.rewards.scale import Scale
 
 
@@ -40,7 +40,7 @@ def score_answers(
     lengths = np.array([len(chat.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in flat])
     rewards = None
     if reward is not None and reward.scores_text:
-        rewards = scale(scored(reward, prompts, flat, answers)).reshape(shape)
+        rewards = scale(compute_scores(reward, prompts, flat, answers)).reshape(shape)
     return Answers(
         texts=[[text for text, _ in several] for several in texts],
         finished=np.array([[done for _, done in several] for several in texts]),

@@ -22,7 +22,7 @@ from var.config.schema import known, values
 from var.data.rows import Rows, concatenate, read
 from var.data.settings import DataSettings
 from var.data.sources.files import Files
-from var.data.sources.local import listed
+from var.data.sources.local import list_files
 from var.data.split import split
 from var.evaluate import diversity
 from var.evaluate import measures as evaluation
@@ -35,7 +35,7 @@ from var.training.run import silence_libraries
 from var.utils.console import console, say, warn
 from var.utils.errors import Problems, UserError
 from var.utils.files import atomic, write_json
-from var.utils.provenance import environment
+from var.utils.provenance import collect_environment
 
 
 @dataclass
@@ -185,7 +185,7 @@ class Evaluation:
         """The answers of the file, where there is one."""
         if self.cfg.answers is None:
             return None
-        listed(self.cfg.answers, "answers")
+        list_files(self.cfg.answers, "answers")
         file = read(Files(path=self.cfg.answers), self.policy.cache)
         return evaluation.given(file, self.rows, len(self.cfg.seeds), self.cfg.answers)
 
@@ -256,7 +256,7 @@ class Evaluation:
             "rewards": {name: reward.identity for name, reward in self.rewards.items()},
             "prompts": hashlib.sha256(rows.keys.tobytes()).hexdigest()[:16],
             "config": values(cfg),
-            **environment(),
+            **collect_environment(),
         }
         self._lines("answers.jsonl", self._records(labels, texts, rewards))
         write_json(self.folder / "result.json", result)
@@ -272,7 +272,7 @@ class Evaluation:
     def _file(self) -> dict[str, Any]:
         if self.cfg.answers is None:
             return {}
-        content = b"".join(path.read_bytes() for path in listed(self.cfg.answers, "answers"))
+        content = b"".join(path.read_bytes() for path in list_files(self.cfg.answers, "answers"))
         return {"model": {"file": self.cfg.answers, "sha256": hashlib.sha256(content).hexdigest()}}
 
     def _records(self, labels: np.ndarray, texts: Any, rewards: Any) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from var.report.read import Estimate, Evaluation, Group, estimate, over
 from var.report.tables import plain
-from var.utils.files import encodable
+from var.utils.files import replace_surrogates
 
 PANELS = {
     "train/loss": "loss, nats a token",
@@ -109,7 +109,7 @@ def _labels(groups: Sequence[Group]) -> list[str]:
 
 def _short(label: str, limit: int = 44) -> str:
     """At most so long, in letters that can be drawn, and no formula: a $ in a command line is a $."""
-    label = " ".join(encodable(label).split())
+    label = " ".join(replace_surrogates(label).split())
     return (label if len(label) <= limit else f"{label[: limit - 1]}…").replace("$", r"\$")
 
 

@@ -10,7 +10,7 @@ from var.report.page import page
 from var.report.read import UNREADABLE, Found, Group, Run, grouped
 from var.report.tables import Table
 from var.utils.errors import UserError
-from var.utils.files import atomic, encodable
+from var.utils.files import atomic, replace_surrogates
 
 ROWS = 50  # of a table that is read; CSV has all
 
@@ -59,7 +59,7 @@ def report(found: Found, out: Path, kind: Literal["png", "pdf", "svg"], shown: i
             if apart.rows:
                 add("What differs between the evaluations", "evaluations_difference", apart)
 
-    read_first = encodable("\n\n".join(parts))
+    read_first = replace_surrogates("\n\n".join(parts))
     sketches: dict[str, tuple[str, Callable[[Path], bool]]] = {
         "curves": ("Curves", lambda path: bool(drawn) and figures.curves(drawn, path)),
         "frontier": ("Reward against KL", lambda path: figures.frontier(groups, path, shown)),
@@ -128,4 +128,4 @@ def _line(told: str) -> str:
 def _write(path: Path, content: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path, encoding="utf-8") as file:
-        file.write(encodable(content))
+        file.write(replace_surrogates(content))

@@ -7,7 +7,7 @@ from typing import Any
 from var.data.rows import Message
 from var.sampling.base import Advance, Prompts, Sampling, Texts, derive_server_seed, ignore_progress
 from var.utils.errors import Problems
-from var.utils.http_client import Client, Failure, grouped, wordless, written
+from var.utils.http_client import Client, Failure, count_items, find_missing_text, get_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,14 +43,16 @@ class Endpoint:
         """Return K texts per prompt, in order."""
         k = sampling.responses
         bodies = [self._body(prompt, draw, sampling) for prompt in prompts for draw in range(k)]
-        replies = self.client.ask(bodies, advance=grouped(advance, k), accept=wordless, version=self.version)
+        replies = self.client.ask(
+            bodies, advance=count_items(advance, k), find_fault=find_missing_text, version=self.version
+        )
         problems = Problems(f"{self.client.base_url}: missing responses", shown=5)
         texts = []
         for i, reply in enumerate(replies):
             if isinstance(reply, Failure):
                 problems.add(f"prompt {prompts[i // k][-1]['content'][:60]!r}", reply.reason)
             else:
-                texts.append((written(reply) or "", reply["choices"][0].get("finish_reason") == "stop"))
+                texts.append((get_text(reply) or "", reply["choices"][0].get("finish_reason") == "stop"))
         problems.check(
             f"{len(texts)} of {len(replies)} responses were received and cached. Run the same command to request only "
             "the missing ones."

@@ -212,7 +212,7 @@ class AlignmentData(lightning.LightningDataModule):
         fields |= micro_batch.divisors
         group = np.unique(data.sequences.group[members], return_inverse=True)[1].tolist()
         if find(self.requirements, SequenceScores):
-            return whole(list(map(self.annotator.chat.closed, ids)), names, group, **fields)
+            return whole(list(map(self.annotator.chat.complete, ids)), names, group, **fields)
         return pack(ids, starts, names, group, data.shares_prompts, **fields)
 
     @property

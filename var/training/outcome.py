@@ -15,7 +15,7 @@ from var.models.lora import merge_adapter
 from var.models.reward_model import RewardModel
 from var.training.module import AlignmentModule
 from var.training.run import Run
-from var.utils.provenance import environment
+from var.utils.provenance import collect_environment
 from var.utils.statistics import Estimate
 
 
@@ -69,7 +69,7 @@ def summarize(run: Run, trainer: lightning.Trainer, seconds: float) -> dict[str,
         "devices": trainer.world_size,
         "precision": run.settings.arithmetic,
         "config": values(cfg),
-        **environment(),
+        **collect_environment(),
     }
 
 

@@ -14,7 +14,7 @@ from var.data.rows import Row
 from var.losses.base import Mean
 from var.models.packing import Packed, pack
 from var.requirements import Rollout
-from var.rewards.base import scored
+from var.rewards.base import compute_scores
 from var.utils.console import timed
 from var.utils.distributed import Ranks
 from var.utils.errors import UserError
@@ -106,7 +106,7 @@ class RolloutLoader:
             for row, several in zip(rows, responses, strict=True)
             for tokens, _ in several
         ]
-        raw = scored(data.annotator.reward, *map(list, zip(*triples, strict=True)))
+        raw = compute_scores(data.annotator.reward, *map(list, zip(*triples, strict=True)))
         if not np.isfinite(raw).all():
             bad = int(np.flatnonzero(~np.isfinite(raw))[0])
             raise UserError(f"the reward of a sampled response is {raw[bad]}: {triples[bad][1][:60]!r}")

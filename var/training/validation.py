@@ -222,7 +222,7 @@ class PairAccuracy(Callback):
         won = []
         with stage(f"Accuracy {when}", len(pairs) // 2, "pairs") as advance, data.annotator.reference.precision():
             for i in range(0, len(pairs), 2):
-                ids = [data.annotator.chat.closed(pairs.tokens(at)[0]) for at in (i, i + 1)]
+                ids = [data.annotator.chat.complete(pairs.tokens(at)[0]) for at in (i, i + 1)]
                 better, worse = module.policy(whole(ids).to(module.device)).tolist()
                 won.append(0.5 if better == worse else float(better > worse))
                 advance(1)

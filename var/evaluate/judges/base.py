@@ -12,10 +12,10 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from var.data.rows import Message
-from var.rewards.base import Reward, scored
+from var.rewards.base import Reward, compute_scores
 from var.utils.errors import Problems, UserError
-from var.utils.files import encodable
-from var.utils.http_client import Client, Failure, grouped, wordless, written
+from var.utils.files import replace_surrogates
+from var.utils.http_client import Client, Failure, count_items, find_missing_text, get_text
 from var.utils.provenance import hash_content
 from var.utils.statistics import clustered_error
 
@@ -297,7 +297,7 @@ class Games:
         """
         bodies, order = self.bodies(pairs), self.each(pairs)
         records = []
-        replies = self.client.ask(bodies, advance=grouped(advance, self._size), accept=_useless)
+        replies = self.client.ask(bodies, advance=count_items(advance, self._size), find_fault=_useless)
         for (i, first), body, reply in zip(order, bodies, replies, strict=True):
             record: dict[str, Any] = {
                 "id": pairs[i].id, "subset": pairs[i].subset, "seed": pairs[i].seed,
@@ -306,9 +306,9 @@ class Games:
                 "verdict": None, "error": None, "text": None, "usage": None,
             }  # fmt: skip
             if isinstance(reply, Failure):
-                record.update(error="failed", text=encodable(reply.reason))
+                record.update(error="failed", text=replace_surrogates(reply.reason))
             else:
-                record.update(text=written(reply), usage=reply.get("usage"))
+                record.update(text=get_text(reply), usage=reply.get("usage"))
                 try:
                     record["verdict"] = read(reply)
                 except Unread as kind:
@@ -331,12 +331,12 @@ def _useless(reply: Mapping[str, Any]) -> str | None:
         graded = bool(reply["choices"][0]["logprobs"])
     except (LookupError, TypeError):
         graded = False
-    return None if graded else wordless(reply)
+    return None if graded else find_missing_text(reply)
 
 
 def verdict(reply: Mapping[str, Any], pattern: re.Pattern[str]) -> str:
     """The one kind of verdict in a reply; none, or two that differ, is Unread."""
-    text = written(reply)
+    text = get_text(reply)
     if text is None:
         raise Unread("no text")
     found = set(pattern.findall(text))
@@ -405,7 +405,7 @@ class RewardJudge:
         for begin in range(0, len(pairs), 64):
             part = pairs[begin : begin + 64]
             for side, texts in enumerate(([p.answer for p in part], [p.opponent for p in part])):
-                numbers = scored(self.reward, [p.prompt for p in part], texts, [p.gold for p in part])
+                numbers = compute_scores(self.reward, [p.prompt for p in part], texts, [p.gold for p in part])
                 rewards[begin : begin + 64, side] = numbers
             advance(len(part))
         problems = Problems("rewards that are not finite")
