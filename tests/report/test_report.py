@@ -68,6 +68,24 @@ def test_nothing_to_report_is_one_error_with_all_problems(tmp_path: Path) -> Non
     assert not (tmp_path / "out").exists()
 
 
+def test_earlier_names_of_summary_keys_are_read(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "a", data_report={"groups without signal": 4}) / "summary.json"
+    path.write_text(path.read_text().replace('"truncated"', '"cut"'))
+    (one,) = find_records([tmp_path]).runs
+    assert one.measures["truncation rate"] == Estimate(0.1, None)
+    assert one.summary["data"]["zero_variance_groups"] == 4
+
+
+def test_curves_keep_what_precedes_a_truncated_line(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "a") / "metrics.csv"
+    path.write_text(path.read_text() + "3,0.1234567890123456789,inf,0.\n4,\0\0\0")
+    (one,) = find_records([tmp_path]).runs
+    assert one.curves["train/loss"].to_dict() == {1: 2.0, 2: 1.0, 3: 0.1234567890123456789}
+    assert list(one.curves["train/weight/ess"].index) == [1, 2]
+    path.write_text("")
+    assert find_records([tmp_path]).runs[0].curves == {}
+
+
 # --- groups
 
 
@@ -312,9 +330,9 @@ def test_hostile_text_is_escaped_and_page_is_self_contained(tmp_path: Path) -> N
     assert "pages/a%3Cb%3E.html" in markdown
 
 
-@pytest.mark.parametrize("name", ["zero_variance_groups_skipped", "groups without signal, left out"])
-def test_page_has_warnings_results_and_inputs(tmp_path: Path, name: str) -> None:
-    report = {name: 4, "weights": {"ess": 0.5, "largest": 60.0, "length_correlation": -0.5}}
+def test_page_has_warnings_results_and_inputs(tmp_path: Path) -> None:
+    health = {"ess": 0.5, "largest": 60.0, "length_correlation": -0.5}
+    report = {"zero_variance_groups_skipped": 4, "weights": health}
     write_run(tmp_path / "a", "loss.temperature=1", data_report=report, skipped_steps=3, dirty=True, text="seventeen")
     (one,) = find_records([tmp_path]).runs
     warnings = "\n".join(find_warnings(one))
@@ -322,7 +340,7 @@ def test_page_has_warnings_results_and_inputs(tmp_path: Path, name: str) -> None
     assert "under 0.25 of the sequences at 1 of 2 logged steps, first 0.20 at step 1" in warnings
     assert "The largest weight is 60 times the mean" in warnings
     assert "Weights are correlated with response length: -0.50" in warnings
-    assert "zero variance groups skipped: 4." in warnings
+    assert "zero-variance groups skipped: 4." in warnings
     assert "The code had uncommitted changes" in warnings
     parser = BalancedParser()
     parser.feed(render_page(one))
@@ -352,7 +370,7 @@ def test_page_has_the_warnings_of_the_log(tmp_path: Path) -> None:
 
 
 def test_page_omits_sections_whose_files_are_missing(tmp_path: Path) -> None:
-    """Show the micro-batches of the plan if there is no batches.jsonl, and no section if there is no plan either."""
+    """Show the micro-batches of the plan if there is no batches.jsonl, and no section without a plan."""
     write_run(tmp_path / "a")
     (one,) = find_records([tmp_path]).runs
     np.testing.assert_array_equal(one.weights, [0.5, 2.0, 0.5])

@@ -147,15 +147,14 @@ def draw_verdicts(evaluations: Sequence[EvaluationRecord], groups: Sequence[Grou
     bars = [bar for bar in bars if bar[1].total()]
     if not bars:
         return False
+    counts = pd.DataFrame([games for _, games, _ in bars], columns=["win", "tie", "loss"]).fillna(0).astype(int)
+    percent = 100 * counts.div(counts.sum(axis=1), axis=0)
     with draw(target, 1, (6.4, 1 + 0.4 * len(bars))) as (panel,):
-        for i, (_, games, rate) in enumerate(bars):
-            left = 0.0
-            for name, color in (("win", BLUE), ("tie", GRAY), ("loss", RED)):
-                percent = 100 * games[name] / games.total()
-                panel.barh(i, percent, left=left, color=color, height=0.6, label=None if i else name)
-                if percent > 6:
-                    panel.text(left + percent / 2, i, str(games[name]), ha="center", va="center", color="white")
-                left += percent
+        percent.plot.barh(ax=panel, stacked=True, width=0.6, color=[BLUE, GRAY, RED])
+        for name, container in zip(counts, panel.containers, strict=True):
+            labels = [str(n) if width > 6 else "" for n, width in zip(counts[name], percent[name], strict=True)]
+            panel.bar_label(container, labels, label_type="center", color="white")
+        for i, (_, _, rate) in enumerate(bars):
             if rate is not None:
                 panel.text(101, i, f"{format_cell(rate, 'win rate, %')} %", va="center")
         panel.set_yticks(range(len(bars)), [_shorten(title) for title, *_ in bars])
@@ -214,7 +213,8 @@ def draw_cost(groups: Sequence[Group], target: Path) -> bool:
     """Draw tokens per second, seconds by stage, and the peak memory of the GPU if there is one."""
     if not groups:
         return False
-    stages = dict.fromkeys(name for g in groups for name in g.measures if name.startswith("seconds "))
+    measures = pd.DataFrame([{name: value.mean for name, value in group.measures.items()} for group in groups])
+    seconds = measures.filter(regex="^seconds ").fillna(0.0).rename(columns=lambda name: name.removeprefix("seconds "))
     peaks = [[run.curves[PEAK_MEMORY].max() for run in g.runs if PEAK_MEMORY in run.curves] for g in groups]
     none, places = Estimate(0.0, None), range(len(groups))
     with draw(target, 3 if any(peaks) else 2, (4.2, 1.2 + 0.35 * len(groups))) as panels:
@@ -224,11 +224,8 @@ def draw_cost(groups: Sequence[Group], target: Path) -> bool:
             panel.set(title=title)
 
         draw_bars(panels[0], [group.measures.get("tokens/s", none) for group in groups], "tokens per second")
-        left = np.zeros(len(groups))
-        for stage, color in zip(stages, cycle(COLORS), strict=False):
-            spent = np.array([group.measures.get(stage, none).mean for group in groups])
-            panels[1].barh(places, spent, left=left, color=color, height=0.6, label=stage.removeprefix("seconds "))
-            left += spent
+        if not seconds.empty:
+            seconds.plot.barh(ax=panels[1], stacked=True, width=0.6, color=COLORS)
         panels[1].set(title="seconds")
         panels[1].legend(ncols=3, loc="upper left")
         if any(peaks):

@@ -93,7 +93,7 @@ def rounded(value: Any) -> str:
 
 
 def _label(name: str) -> str:
-    return name.replace("_", " ")
+    return name.replace("_", " ").replace("zero variance", "zero-variance")
 
 
 def find_warnings(run: RunRecord) -> list[str]:
