@@ -39,10 +39,7 @@ class Estimate(NamedTuple):
     se: float | None
 
     def __str__(self) -> str:
-        return format(self, ".3f")
-
-    def __format__(self, spec: str) -> str:
-        return format(self.mean, spec) + ("" if self.se is None else f" ± {format(self.se, spec)}")
+        return f"{self.mean:.3f}" + ("" if self.se is None else f" ± {self.se:.3f}")
 
 
 def clustered(values: np.ndarray) -> Estimate:
