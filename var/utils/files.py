@@ -1,5 +1,6 @@
 """Files that stand whole or not at all, wherever a process is killed."""
 
+import json
 import os
 import uuid
 from collections.abc import Iterator
@@ -34,3 +35,9 @@ def atomic(path: Path, mode: str = "w", shared: bool = False, **options: Any) ->
         yield file
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically; values that JSON does not know are written as text."""
+    with atomic(path) as file:
+        json.dump(value, file, indent=1, ensure_ascii=False, default=str)
