@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import ROOT, byte_tokenizer, saved, tiny_config
 from var.config.entry import run_command
-from var.report.read import find
+from var.report.read import find_records
 from var.report.write import plot
 
 pytestmark = pytest.mark.e2e
@@ -140,7 +140,7 @@ def test_a_real_run_is_reported(own: list[str], tmp_path: Path) -> None:
     """What train.py leaves is what reports read."""
     assert run("train.py", *own, "loss.min_weight=0.1").returncode == 0
     assert run("report.py", f"{tmp_path}/runs", "--out", f"{tmp_path}/out").returncode == 0
-    (one,) = find([tmp_path / "runs"]).runs
+    (one,) = find_records([tmp_path / "runs"]).runs
     assert "loss.min_weight=0.1" in one.overrides
     assert not any(line.startswith(("runs=", "annotation_cache=", "cache=")) for line in one.overrides)
     assert {"reward before", "reward after", "gain, paired", "KL, nats", "ESS/n", "tokens/s"} <= one.measures.keys()

@@ -9,8 +9,8 @@ Several ranks and jobs can fill one table at once, also on a network file system
 broken or left behind. A shard is written completely to a `.partial` file of its own, synced, closed, and renamed to the
 hash of its bytes. So two writers never share a file, an interrupted one leaves only complete shards, and damage is
 detected. At worst a race computes an item twice; then every process reads it from the shard whose name sorts first. NFS
-can show changes late: a shard that is list_files but not there is looked for again, and `read` waits up to a minute for one
-that is not list_files yet. Nobody reads a `.partial` file. Whoever fills the table removes those older than a day and
+can show changes late: a shard that is listed but not there is looked for again, and `read` waits up to a minute for one
+that is not listed yet. Nobody reads a `.partial` file. Whoever fills the table removes those older than a day and
 reports it.
 """
 

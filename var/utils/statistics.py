@@ -87,13 +87,3 @@ def estimate_by_prompt(values: np.ndarray) -> Estimate:
 
 
 clustered = estimate_mean  # the name before the refactoring
-
-
-def clustered_ols(y, X, cluster):  # type: ignore[no-untyped-def]
-    """Temporary: until the evaluation is merged."""
-    return fit_ols(y, X, cluster)
-
-
-def clustered_error(values, clusters):  # type: ignore[no-untyped-def]
-    """Temporary: until the evaluation is merged."""
-    return estimate_mean(values, clusters).se
