@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from experiments.tabular.methods import METHODS, Method
 from experiments.tabular.worlds import Record, draw_world, select_prompts
-from var.requirements import Need
+from var.requirements import WeightColumn, Weights, find
 from var.testbed.methods import make_policy, train
 from var.testbed.policies import TabularPolicy
 from var.testbed.rows import MICRO_BATCH, Rows, make_rows
@@ -90,12 +90,13 @@ def count_evaluations(method: Method, loss: Any, prompts: int, steps: int) -> in
     """Return how many rewards are computed in this many steps, or None if the data has the exact weights."""
     if method.online:
         return ROLLOUT * steps
-    if Need.WEIGHT_COLUMN in loss.needs:
+    if find(loss.requires, WeightColumn):
         return None
-    if Need.CROSS_REWARDS in loss.needs:
+    weights = find(loss.requires, Weights)
+    if weights and "cross_rewards" in weights.estimator.inputs:
         return ANSWERS * prompts * MICRO_BATCH
-    candidates = loss.estimator.candidates if Need.CANDIDATE_REWARDS in loss.needs else 0
-    return (ANSWERS + candidates) * prompts if loss.needs or method.best else 0
+    candidates = weights.estimator.candidates if weights and "candidates" in weights.estimator.inputs else 0
+    return (ANSWERS + candidates) * prompts if loss.requires or method.best else 0
 
 
 def make_table(

@@ -23,7 +23,7 @@ from var.testbed.world import World, expectation, kl
 from var.weights.estimators import Estimator, Global, Grouped, InBatch, Prompt, Sampled, Value, normalize_log_weights
 from var.weights.groups import group_logsumexp, group_size
 from var.weights.health import health
-from var.weights.table import Table
+from var.weights.inputs import WeightInputs
 
 RIDGES = tuple(10.0**e for e in (-3.5, -3.0, -2.5, -2.0, -1.5, -1.0, -0.5, 0.0, 1.0))
 """Penalties on the mean log-likelihood. φ has unit standard deviation under π_ref."""
@@ -183,7 +183,7 @@ def fit_ridges(
 
 def draw_rows(
     problem: Problem, per_prompt: int, size: int, candidates: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Table]:
+) -> tuple[Tensor, Tensor, WeightInputs]:
     """Return prompts [n], responses [n] and the estimators' inputs.
 
     There are `per_prompt` responses of π_ref per prompt, micro-batches of `size` rows, and `candidates` further
@@ -199,7 +199,7 @@ def draw_rows(
     return chosen, responses, replace(inputs, candidates=sampled)
 
 
-Weigher = Callable[[Problem, Tensor, Tensor, Table, float], Tensor]
+Weigher = Callable[[Problem, Tensor, Tensor, WeightInputs, float], Tensor]
 """From a problem, prompts [n], responses [n], the estimators' inputs and λ to [n] log-weights."""
 
 
@@ -213,18 +213,22 @@ def cap_weights(weigher: Weigher, cap: float = 5.0) -> Weigher:
     return lambda *arguments: normalize_log_weights(weigher(*arguments)).clamp(max=math.log(cap))
 
 
-def weigh_equally(problem: Problem, prompts: Tensor, responses: Tensor, inputs: Table, temperature: float) -> Tensor:
+def weigh_equally(
+    problem: Problem, prompts: Tensor, responses: Tensor, inputs: WeightInputs, temperature: float
+) -> Tensor:
     """Return the weight 1 of SFT."""
     return torch.zeros_like(inputs.rewards)
 
 
-def weigh_exactly(problem: Problem, prompts: Tensor, responses: Tensor, inputs: Table, temperature: float) -> Tensor:
+def weigh_exactly(
+    problem: Problem, prompts: Tensor, responses: Tensor, inputs: WeightInputs, temperature: float
+) -> Tensor:
     """Return e^{r/λ} / Z(x) with the exact Z."""
     return inputs.rewards / temperature - problem.world.log_partition(temperature)[prompts]
 
 
 def weigh_leave_one_out(
-    problem: Problem, prompts: Tensor, responses: Tensor, inputs: Table, temperature: float
+    problem: Problem, prompts: Tensor, responses: Tensor, inputs: WeightInputs, temperature: float
 ) -> Tensor:
     """Return e^{r/λ} over its mean on the prompt's other rows, K ≥ 2."""
     logits = inputs.rewards / temperature
@@ -233,7 +237,9 @@ def weigh_leave_one_out(
     return logits - (total + (-own.exp()).log1p()) + (size - 1).log()
 
 
-def weigh_balance(problem: Problem, prompts: Tensor, responses: Tensor, inputs: Table, temperature: float) -> Tensor:
+def weigh_balance(
+    problem: Problem, prompts: Tensor, responses: Tensor, inputs: WeightInputs, temperature: float
+) -> Tensor:
     """Return e^{r/λ} over Σ_j [π_ref(y_j|x_i) / Σ_k π_ref(y_j|x_k)] e^{r_ij/λ} of the micro-batch."""
     assert inputs.micro is not None
     assert inputs.cross_logps is not None

@@ -15,7 +15,7 @@ from torch import Tensor
 from experiments.tabular.worlds import WORLDS, Record, draw_micro_batches
 from var.testbed.world import World, expectation
 from var.weights.estimators import Grouped, InBatch, Sampled, in_batch_log_weights
-from var.weights.table import Table
+from var.weights.inputs import WeightInputs
 
 Weigher = Callable[[World, int, float, int, torch.Generator], Tensor]
 """From a world, B or K, λ, the number of draws and a generator to [P, Y], the log of the mean weight over draws."""
@@ -69,7 +69,7 @@ def weigh_grouped(world: World, size: int, temperature: float, draws: int, gener
             answers[..., 0], answers[..., 1:] = rows[:, None], y
             group = torch.arange(len(rows) * draws).repeat_interleave(size)
             rewards = world.rewards[prompt][answers.reshape(-1)]
-            found = Grouped()(Table(rewards=rewards, group=group, length=group), temperature)
+            found = Grouped()(WeightInputs(rewards=rewards, group=group, length=group), temperature)
             return found.reshape(answers.shape)[..., 0]
 
         return average_draws(log_weights, world.logps.shape[1], draws * size)
@@ -97,7 +97,7 @@ def weigh_sampled(world: World, size: int, temperature: float, draws: int, gener
     prompts = torch.arange(len(world))[:, None, None].expand(-1, draws, size)
     candidates = world.rewards[prompts, world.sample(prompts, generator)].reshape(-1, size)
     group = torch.arange(len(candidates))
-    rows = Table(rewards=torch.zeros(len(group)).double(), group=group, length=group, candidates=candidates)
+    rows = WeightInputs(rewards=torch.zeros(len(group)).double(), group=group, length=group, candidates=candidates)
     inverse = Sampled(candidates=size, cap=None)(rows, temperature).reshape(len(world), draws)  # −log Ẑ: r = 0
     return world.rewards / temperature + (inverse.logsumexp(-1) - math.log(draws))[:, None]
 

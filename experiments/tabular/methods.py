@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from var.requirements import Need
+from var.requirements import Advantages, Desirable, Groups, Pairs, Rollout, SequenceScores, find
 from var.testbed.methods import default_answers, load_loss, loss_names
 from var.testbed.rows import Labels, Rows, make_rows
 from var.testbed.world import World
@@ -48,17 +48,17 @@ class Method:
     @property
     def online(self) -> bool:
         """Whether it trains on responses of the policy itself."""
-        return Need.ROLLOUT in self.build(self.values[0]).needs
+        return find(self.build(self.values[0]).requires, Rollout) is not None
 
     @property
     def family(self) -> str:
         """The name of its family, by what the loss needs."""
         if self.online:
             return "online"
-        needs = self.build(self.values[0]).needs
-        if needs & {Need.PAIRS, Need.GROUPS, Need.DESIRABLE}:
+        requires = self.build(self.values[0]).requires
+        if any(find(requires, kind) for kind in (Pairs, Groups, Desirable)):
             return "preferences"
-        return "A-LoL and its baselines" if self.sigmoid or Need.ADVANTAGES in needs else "SFT and VAR"
+        return "A-LoL and its baselines" if self.sigmoid or find(requires, Advantages) else "SFT and VAR"
 
     def build(self, value: Any = None) -> Any:
         """Return the loss at a value of the knob."""
@@ -165,7 +165,7 @@ def list_others() -> list[Method]:
     return [
         Method(name=name, loss=name, answers=default_answers(loss))
         for name, loss in losses.items()
-        if Need.SCALAR_HEAD not in loss.needs
+        if not find(loss.requires, SequenceScores)
     ]
 
 

@@ -19,7 +19,7 @@ from experiments.tabular.fixed import score_own
 from experiments.tabular.worlds import WORLDS, Record, draw_micro_batches
 from var.testbed.world import World
 from var.weights.estimators import Grouped, InBatch, Sampled, in_batch_log_weights
-from var.weights.table import Table
+from var.weights.inputs import WeightInputs
 
 Partition = Callable[[World, Tensor, int, float, torch.Generator], Tensor]
 """From a world, own responses [P, M], B or K, λ and a generator to [P, M], log Ẑ(x).
@@ -52,7 +52,7 @@ def estimate_grouped(world: World, own: Tensor, size: int, temperature: float, g
     responses = torch.cat([own[..., None], world.sample(prompt[..., 1:], generator)], -1)
     rewards = world.rewards[prompt, responses]
     group = torch.arange(own.numel()).repeat_interleave(size)
-    log_weights = Grouped()(Table(rewards=rewards.reshape(-1), group=group, length=group), temperature)
+    log_weights = Grouped()(WeightInputs(rewards=rewards.reshape(-1), group=group, length=group), temperature)
     return rewards[..., 0] / temperature - log_weights.reshape(rewards.shape)[..., 0]
 
 
@@ -61,7 +61,7 @@ def estimate_sampled(world: World, own: Tensor, size: int, temperature: float, g
     prompt = torch.arange(len(world))[:, None, None].expand(*own.shape, size)
     candidates = world.rewards[prompt, world.sample(prompt, generator)].reshape(-1, size)
     rewards, group = world.rewards[prompt[..., 0], own], torch.arange(own.numel())
-    rows = Table(rewards=rewards.reshape(-1), group=group, length=group, candidates=candidates)
+    rows = WeightInputs(rewards=rewards.reshape(-1), group=group, length=group, candidates=candidates)
     log_weights = Sampled(candidates=size, cap=None)(rows, temperature)
     return rewards / temperature - log_weights.reshape(own.shape)
 

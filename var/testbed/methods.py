@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from var.config.check import FOLDER
-from var.requirements import Need
+from var.requirements import Desirable, Groups, Pairs, Rollout, TokenValues, find
 from var.testbed.policies import TablePolicy, TabularPolicy
 from var.testbed.rows import Rows, make_rows, pack_rows
 from var.testbed.world import World
@@ -39,14 +39,14 @@ def load_loss(name: str, **settings: Any) -> Any:
 
 def default_answers(loss: Any) -> int:
     """Return K, the smallest usual number of responses per prompt: 4 for groups, 2 for pairs, otherwise 1."""
-    if loss.needs & {Need.GROUPS, Need.ROLLOUT}:
+    if any(find(loss.requires, kind) for kind in (Groups, Rollout)):
         return 4
-    return 2 if loss.needs & {Need.PAIRS, Need.DESIRABLE} else 1
+    return 2 if any(find(loss.requires, kind) for kind in (Pairs, Desirable)) else 1
 
 
 def make_policy(world: World, loss: Any, kind: type[TabularPolicy] = TablePolicy) -> TabularPolicy:
     """Return a policy at π_ref, with a critic if the loss needs one."""
-    return kind(world, Need.VALUES in loss.needs)
+    return kind(world, find(loss.requires, TokenValues) is not None)
 
 
 def sample_rows(
@@ -66,7 +66,7 @@ def sample_rows(
     """
     if sequences % answers and not options.get("best"):
         raise ValueError(f"sequences={sequences} must be a multiple of answers={answers}")
-    online = Need.ROLLOUT in loss.needs
+    online = find(loss.requires, Rollout)
     questions = (sequences if options.get("best") else sequences // answers) * (1 if online else POOL)
     while True:
         prompts = torch.randint(len(world), (questions,), generator=generator)

@@ -12,9 +12,20 @@ from torch import Tensor
 
 from var.data.plan import draw
 from var.models.packing import Packed
-from var.requirements import Need
+from var.requirements import (
+    Advantages,
+    Desirable,
+    Groups,
+    MismatchedLogps,
+    Pairs,
+    ReferenceLogps,
+    Rollout,
+    Weights,
+    find,
+)
 from var.testbed.policies import TabularPolicy
 from var.testbed.world import World, expectation
+from var.weights.estimators import compute_weights
 
 MICRO_BATCH = 8  # B of an in-batch weight
 Labels = Literal["reward", "bradley_terry"]  # the better response has the higher reward, or wins a Bradley-Terry draw
@@ -76,7 +87,7 @@ def make_rows(
     question = torch.arange(len(prompts))
     if best:
         answers = answers.gather(1, rewards[prompts[:, None], answers].argmax(1, keepdim=True))
-    if loss.needs & {Need.PAIRS, Need.DESIRABLE}:
+    if any(find(loss.requires, kind) for kind in (Pairs, Desirable)):
         pairs = answers.reshape(-1, 2)
         question = question.repeat_interleave(answers.shape[1] // 2)
         different = pairs[:, 0] != pairs[:, 1]
@@ -84,21 +95,21 @@ def make_rows(
         answers = order_pairs(rewards[prompts[question][:, None], answers], answers, labels, generator)
     size = answers.shape[1]
     group = question.repeat_interleave(size)
-    unit = size if loss.needs & {Need.PAIRS, Need.GROUPS, Need.ROLLOUT} else 1
+    unit = size if any(find(loss.requires, kind) for kind in (Pairs, Groups, Rollout)) else 1
     rows = Rows(prompts=prompts[group], responses=answers.reshape(-1), group=group, unit=unit, columns={})
-    if Need.DESIRABLE in loss.needs:
+    if find(loss.requires, Desirable):
         rows.columns["desirable"] = torch.arange(len(rows)) % 2 == 0
     if weights is not None:
         rows.columns["weights"] = weights[rows.prompts, rows.responses]
     if unit == 1:
         rows = rows.take(torch.randperm(len(rows), generator=generator))
     rows.columns["rewards"] = rewards[rows.prompts, rows.responses]
-    if callable(getattr(loss, "weights", None)):
-        rows.columns["weights"] = compute_weights(world, loss, rows, rewards, generator)
-    if Need.ADVANTAGES in loss.needs:  # with the exact V(x) = E_{π_ref}[r]
+    if required := find(loss.requires, Weights):
+        rows.columns["weights"] = weight_rows(world, required, rows, rewards, generator)
+    if advantages := find(loss.requires, Advantages):  # with the exact V(x) = E_{π_ref}[r]
         rows.columns["advantages"] = rows.columns["rewards"] - expectation(world.logps, rewards)[rows.prompts]
         seed = int(torch.randint(2**31, (), generator=generator))
-        drawn = torch.from_numpy(draw(rows.columns["advantages"].numpy(), loss.draw, seed))
+        drawn = torch.from_numpy(draw(rows.columns["advantages"].numpy(), advantages.draw, seed))
         rows = rows.take(drawn[torch.randperm(len(drawn), generator=generator)])
     return rows
 
@@ -112,19 +123,20 @@ def order_pairs(rewards: Tensor, pairs: Tensor, labels: Labels, generator: torch
     return torch.where(swap[:, None], pairs.flip(1), pairs)
 
 
-def compute_weights(world: World, loss: Any, rows: Rows, rewards: Tensor, generator: torch.Generator) -> Tensor:
+def weight_rows(world: World, required: Weights, rows: Rows, rewards: Tensor, generator: torch.Generator) -> Tensor:
     """Return [n] VAR's weights of mean 1. Rows after the last full micro-batch have in-batch weight 0."""
     full = len(rows) - len(rows) % MICRO_BATCH
-    micro = torch.arange(full).view(-1, MICRO_BATCH) if loss.estimator.planned else None
+    micro = torch.arange(full).view(-1, MICRO_BATCH) if required.estimator.planned else None
     inputs = replace(world, rewards=rewards).weight_inputs(rows.prompts, rows.responses, micro)
     questions, group = rows.group.unique(return_inverse=True)
     asked = torch.zeros(len(questions), dtype=torch.long)
     asked[group] = rows.prompts
     candidates = None
-    if Need.CANDIDATE_REWARDS in loss.needs:
-        prompts = asked[:, None].expand(-1, loss.estimator.candidates)
+    if "candidates" in required.estimator.inputs:
+        prompts = asked[:, None].expand(-1, required.estimator.candidates)
         candidates = rewards[prompts, world.sample(prompts, generator)]
-    return loss.weights(replace(inputs, group=group, features=world.features[asked], candidates=candidates))
+    inputs = replace(inputs, group=group, features=world.features[asked], candidates=candidates)
+    return compute_weights(required, inputs)
 
 
 def pack_rows(world: World, loss: Any, rows: Rows, policy: TabularPolicy) -> Packed:
@@ -136,11 +148,11 @@ def pack_rows(world: World, loss: Any, rows: Rows, policy: TabularPolicy) -> Pac
         input_ids=target, position_ids=target, segments=(), predictor=target, target=target, ids=(), tokens=len(target),
         sequence=torch.repeat_interleave(length), length=length, group=group,
         global_tokens=float(len(target)), global_sequences=float(len(rows)), global_groups=float(len(present)),
-        **rows.columns,
+        **rows.columns,  # type: ignore[arg-type]
     )  # fmt: skip
-    if Need.REFERENCE_LOGPS in loss.needs:
+    if find(loss.requires, ReferenceLogps):
         packed = replace(packed, reference_logps=world.token_logps[rows.prompts, rows.responses][mask])
-    if Need.MISMATCHED_LOGPS in loss.needs:
+    if find(loss.requires, MismatchedLogps):
         following = rows.responses.roll(-1)
         packed = replace(
             packed,

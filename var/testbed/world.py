@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from var.weights.table import Table
+from var.weights.inputs import WeightInputs
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class World:
         found = torch.searchsorted(cumulative.reshape(-1), draws, right=True) - prompts * cumulative.shape[1]
         return found.clamp(0, cumulative.shape[1] - 1)
 
-    def weight_inputs(self, prompts: Tensor, responses: Tensor, micro: Tensor | None = None) -> Table:
+    def weight_inputs(self, prompts: Tensor, responses: Tensor, micro: Tensor | None = None) -> WeightInputs:
         """Return the numbers of rows (x, y), [n] int each, that the estimators of VAR's weight read.
 
         The group of a row is the rank of its prompt among the distinct prompts. In-batch estimators also need `micro`,
@@ -140,7 +140,7 @@ class World:
         """
         present, group = prompts.unique(return_inverse=True)
         cross = None if micro is None else (prompts[micro][..., :, None], responses[micro][..., None, :])
-        return Table(
+        return WeightInputs(
             rewards=self.rewards[prompts, responses],
             group=group,
             length=self.responses.length[responses],
