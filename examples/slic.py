@@ -1,12 +1,13 @@
 """A custom loss: SLiC-HF without its SFT term (Zhao et al., arXiv 2305.10425, Eq. 2)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from var.losses.base import Metrics
 from var.models.packing import Packed
-from var.requirements import Need
+from var.requirements import Pairs, Requirement
 from var.utils.errors import UserError
 
 
@@ -17,14 +18,11 @@ class SLiC:
     margin: float = 1.0
     """δ > 0, in nats. Pairs whose log-probabilities differ by more have no gradient."""
 
+    requires: ClassVar[tuple[Requirement, ...]] = (Pairs(),)
+
     def __post_init__(self) -> None:
         if not self.margin > 0:
             raise UserError(f"loss.margin: expected a number > 0 (δ in nats), got {self.margin}.")
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        """Return what the batch must contain: pairs of a better and a worse response."""
-        return frozenset({Need.PAIRS})
 
     def __call__(self, logps: Tensor, batch: Packed) -> tuple[Tensor, Metrics]:
         """Return the mean over the pairs of the complete step, and no metrics.
