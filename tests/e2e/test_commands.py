@@ -298,7 +298,7 @@ def test_a_killed_run_goes_on_by_the_same_command(signal_at: int, own: list[str]
 def test_the_loss_in_the_documents_trains(own: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The recipe of docs/losses.md, as it stands there: one Python file and one YAML."""
     page = (ROOT / "docs" / "losses.md").read_text()
-    code = page.split("## One of your own")[1].split("```python\n")[1].split("```")[0]
+    code = page.split("## Write your own")[1].split("```python\n")[1].split("```")[0]
     imports = """
 from dataclasses import dataclass
 from torch import Tensor
@@ -338,7 +338,7 @@ class TestBadInput:
 
     def test_an_unknown_model(self, own: list[str]) -> None:
         refused(
-            "is not on this machine and the hub did not give it", *own, "model.path=nobody/nothing", HF_HUB_OFFLINE="1"
+            "is not on this machine and could not be downloaded", *own, "model.path=nobody/nothing", HF_HUB_OFFLINE="1"
         )
 
     def test_an_unknown_group_option_lists_the_known(self, own: list[str]) -> None:

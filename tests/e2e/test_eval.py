@@ -11,7 +11,7 @@ import torch
 
 from tests.conftest import ROOT, byte_tokenizer, saved, tiny_model
 from tests.e2e.test_commands import run, spawn
-from tests.server import Broken, completion, served
+from tests.helpers.servers import Broken, completion, served
 from var.data.chat import Chat
 from var.evaluate.answers import response_tokens
 from var.models.packing import pack

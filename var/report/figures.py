@@ -14,7 +14,7 @@ import pandas as pd
 from var.report.groups import Group
 from var.report.read import EvaluationRecord, read_rate
 from var.report.tables import format_cell
-from var.utils.files import encodable
+from var.utils.files import replace_surrogates
 from var.utils.statistics import Estimate, estimate_mean
 
 PANELS = {
@@ -106,7 +106,7 @@ def _label(groups: Sequence[Group]) -> list[str]:
 
 def _shorten(label: str, limit: int = 44) -> str:
     """Return at most `limit` characters that can be drawn, with $ escaped, as it would start a formula."""
-    label = " ".join(encodable(label).split())
+    label = " ".join(replace_surrogates(label).split())
     return (label if len(label) <= limit else f"{label[: limit - 1]}…").replace("$", r"\$")
 
 

@@ -16,7 +16,7 @@ import pandas as pd
 import yaml
 
 from var.config.run_dir import DEVICES, ELSEWHERE
-from var.utils.files import encodable
+from var.utils.files import replace_surrogates
 from var.utils.statistics import Estimate
 
 YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster than yaml.safe_load
@@ -126,7 +126,7 @@ class RunRecord:
             return []
         if not isinstance(lines, list):
             return []
-        keys = [(encodable(str(line)), str(line).partition("=")[0]) for line in lines]
+        keys = [(replace_surrogates(str(line)), str(line).partition("=")[0]) for line in lines]
         return [line for line, key in keys if not is_seed(key) and affects_result(key)]
 
     @cached_property
@@ -185,7 +185,7 @@ def read_measures(summary: Mapping[str, Any]) -> dict[str, Estimate]:
 
 def read_json(path: Path) -> Any:
     """Read JSON, replace characters that UTF-8 cannot encode, and rename earlier names."""
-    text = encodable(json.dumps(json.loads(path.read_text()), ensure_ascii=False))
+    text = replace_surrogates(json.dumps(json.loads(path.read_text()), ensure_ascii=False))
     return json.loads(text, object_hook=lambda pairs: {RENAMED.get(key, key): value for key, value in pairs.items()})
 
 
@@ -234,7 +234,7 @@ class EvaluationRecord:
     @property
     def title(self) -> str:
         """The evaluation's title, or the name of its folder."""
-        return encodable(str(self.result.get("title", self.folder.name)))
+        return replace_surrogates(str(self.result.get("title", self.folder.name)))
 
     @property
     def rewards(self) -> dict[str, Any]:

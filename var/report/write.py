@@ -13,7 +13,7 @@ from var.report.groups import Group, group_runs
 from var.report.page import render_page
 from var.report.read import UNREADABLE, Found, RunRecord
 from var.utils.errors import UserError
-from var.utils.files import atomic, encodable
+from var.utils.files import atomic, replace_surrogates
 
 SHOWN_ROWS = 50  # of a table in report.md and in LaTeX; CSV has all rows
 NOTE = (
@@ -69,7 +69,7 @@ def write_report(found: Found, out: Path, kind: Literal["png", "pdf", "svg"], sh
         else:
             if len(table):
                 add_table("Differences between the evaluations", "evaluations_difference", table, code=False)
-    all_tables = encodable("\n\n".join(parts))
+    all_tables = replace_surrogates("\n\n".join(parts))
 
     sketches: dict[str, tuple[str, Callable[[Path], bool]]] = {
         "curves": ("Curves", lambda path: figures.draw_curves(drawn, path)),
@@ -136,4 +136,4 @@ def _escape(text: str) -> str:
 def _write(path: Path, content: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path, encoding="utf-8") as file:
-        file.write(encodable(content))
+        file.write(replace_surrogates(content))
