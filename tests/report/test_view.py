@@ -4,9 +4,9 @@ import json
 from typing import Any
 
 import pytest
-from tests.server import Broken, served
 
 from tests.e2e.test_commands import run
+from tests.helpers.servers import Broken, served
 from var.report.figures import JUDGE_WIN_RATE, PANELS, PEAK_MEMORY
 
 pytest.importorskip("wandb_workspaces", reason="needs wandb-workspaces: pip install -e '.[wandb-views]'")

@@ -1,5 +1,6 @@
 """Draw figures of many runs in one style. Each function returns whether there was something to draw."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,11 +11,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from var.report.groups import Group, estimate_mean
+from var.report.groups import Group
 from var.report.read import EvaluationRecord, read_rate
 from var.report.tables import format_cell
 from var.utils.files import replace_surrogates
-from var.utils.statistics import Estimate
+from var.utils.statistics import Estimate, estimate_mean
 
 PANELS = {
     "train/loss": "loss, nats per token",
@@ -29,6 +30,7 @@ PANELS = {
 JUDGE_WIN_RATE = "validation/judge_win_rate"
 PEAK_MEMORY = "throughput/peak_memory_gib"
 COLUMNS = 4
+MISSING = Estimate(math.nan)
 MOST_SEEDS = 5  # per configuration, single answers and weights are drawn for so many runs: they are the large files
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")  # Okabe and Ito
 BLUE, RED, GRAY = COLORS[0], COLORS[1], COLORS[7]
@@ -142,8 +144,7 @@ def draw_verdicts(evaluations: Sequence[EvaluationRecord], groups: Sequence[Grou
         bars.append((evaluation.title, _count(evaluation.verdicts), read_rate(evaluation.verdicts)))
     for group in groups:
         games = sum((_count(run.summary["validation"].get("judge") or {}) for run in group.runs), Counter[str]())
-        rate = group.measures.get("judge's win rate")
-        bars.append((group.label, games, rate and Estimate(100 * rate.mean, rate.se and 100 * rate.se)))
+        bars.append((group.label, games, group.measures.get("judge's win rate", MISSING).scale(100)))
     bars = [bar for bar in bars if bar[1].total()]
     if not bars:
         return False
@@ -155,7 +156,7 @@ def draw_verdicts(evaluations: Sequence[EvaluationRecord], groups: Sequence[Grou
             labels = [str(n) if width > 6 else "" for n, width in zip(counts[name], percent[name], strict=True)]
             panel.bar_label(container, labels, label_type="center", color="white")
         for i, (_, _, rate) in enumerate(bars):
-            if rate is not None:
+            if not math.isnan(rate.mean):
                 panel.text(101, i, f"{format_cell(rate, 'win rate, %')} %", va="center")
         panel.set_yticks(range(len(bars)), [_shorten(title) for title, *_ in bars])
         panel.set(xlim=(0, 118), xlabel="% of judged pairs", ylim=(len(bars) - 0.5, -1.1))
@@ -216,7 +217,7 @@ def draw_cost(groups: Sequence[Group], target: Path) -> bool:
     measures = pd.DataFrame([{name: value.mean for name, value in group.measures.items()} for group in groups])
     seconds = measures.filter(regex="^seconds ").fillna(0.0).rename(columns=lambda name: name.removeprefix("seconds "))
     peaks = [[run.curves[PEAK_MEMORY].max() for run in g.runs if PEAK_MEMORY in run.curves] for g in groups]
-    none, places = Estimate(0.0, None), range(len(groups))
+    none, places = Estimate(0.0), range(len(groups))
     with draw(target, 3 if any(peaks) else 2, (4.2, 1.2 + 0.35 * len(groups))) as panels:
 
         def draw_bars(panel: Any, estimates: Sequence[Estimate], title: str) -> None:
@@ -229,7 +230,9 @@ def draw_cost(groups: Sequence[Group], target: Path) -> bool:
         panels[1].set(title="seconds")
         panels[1].legend(ncols=3, loc="upper left")
         if any(peaks):
-            draw_bars(panels[2], [estimate_mean(values) if values else none for values in peaks], "peak memory, GiB")
+            draw_bars(
+                panels[2], [estimate_mean(np.array(values)) if values else none for values in peaks], "peak memory, GiB"
+            )
         for panel in panels:
             panel.set(yticks=places, ylim=(len(groups) - 0.5, -1.1))
             panel.set_yticklabels([_shorten(g.label, 32) for g in groups] if panel is panels[0] else [])

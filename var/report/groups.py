@@ -2,7 +2,6 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,12 +10,7 @@ import numpy as np
 import pandas as pd
 
 from var.report.read import RunRecord, is_seed
-from var.utils.statistics import Estimate, clustered
-
-
-def estimate_mean(values: Sequence[float]) -> Estimate:
-    """Return the mean of independent draws and its standard error, which is None for a single draw."""
-    return clustered(np.asarray(values, dtype=float)[:, None])
+from var.utils.statistics import Estimate, estimate_mean
 
 
 @dataclass(frozen=True)
@@ -32,7 +26,8 @@ class Group:
         if len(self.runs) == 1:
             return self.runs[0].measures
         names = dict.fromkeys(name for run in self.runs for name in run.measures)
-        return {n: estimate_mean([run.measures[n].mean for run in self.runs if n in run.measures]) for n in names}
+        means = {name: [run.measures[name].mean for run in self.runs if name in run.measures] for name in names}
+        return {name: estimate_mean(np.array(values)) for name, values in means.items()}
 
     @property
     def outcome(self) -> float:

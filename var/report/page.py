@@ -64,9 +64,9 @@ def render_page(run: RunRecord) -> str:
         run=run,
         warnings=find_warnings(run),
         results=[(name, format_cell(value, name)) for name, value in run.measures.items()],
-        curves=draw_curves(run.curves),
+        curves=chart_curves(run.curves),
         health=[(label, f"{health[key]:.3f}") for key, label in WEIGHT_LABELS.items() if key in health],
-        histogram=draw_histogram(weights, f"weights of {len(weights)} responses") if len(weights) else None,
+        histogram=chart_histogram(weights, f"weights of {len(weights)} responses") if len(weights) else None,
         micro_batches=tabulate_micro_batches(run),
         samples=run.samples[:SHOWN_PROMPTS],
         open=OPEN_PROMPTS,
@@ -132,7 +132,7 @@ def find_warnings(run: RunRecord) -> list[str]:
     return warnings
 
 
-def draw_curves(curves: Mapping[str, pd.Series]) -> list[Chart]:
+def chart_curves(curves: Mapping[str, pd.Series]) -> list[Chart]:
     """Return a chart for each known metric, with its standard errors. A judge's win rate is a second, dashed curve."""
     panels = {**PANELS, PEAK_MEMORY: "peak memory, GiB", "validation/accuracy": "accuracy on validation pairs"}
     charts = []
@@ -140,11 +140,13 @@ def draw_curves(curves: Mapping[str, pd.Series]) -> list[Chart]:
         if name in curves:
             second = curves.get(JUDGE_WIN_RATE) if name == "validation/win_rate" else None
             label += "" if second is None else " (dashed: the judge's)"
-            charts.append(draw_curve(curves[name], label, curves.get(f"{name}_se"), second))
+            charts.append(chart_curve(curves[name], label, curves.get(f"{name}_se"), second))
     return charts
 
 
-def draw_curve(curve: pd.Series, label: str, errors: pd.Series | None = None, second: pd.Series | None = None) -> Chart:
+def chart_curve(
+    curve: pd.Series, label: str, errors: pd.Series | None = None, second: pd.Series | None = None
+) -> Chart:
     """Return the chart of a curve over optimizer steps, from step 0."""
     curves = [curve] if second is None else [curve, second]
     errors = pd.Series(0.0, curve.index) if errors is None else errors.reindex(curve.index, fill_value=0.0)
@@ -166,7 +168,7 @@ def draw_curve(curve: pd.Series, label: str, errors: pd.Series | None = None, se
     )
 
 
-def draw_histogram(values: np.ndarray, label: str) -> Chart:
+def chart_histogram(values: np.ndarray, label: str) -> Chart:
     """Return a histogram with 24 bars."""
     counts, edges = np.histogram(values, 24)
     most, width = int(counts.max()), (RIGHT - LEFT) / len(counts)

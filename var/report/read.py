@@ -48,25 +48,14 @@ MEASURES = {  # the columns of the tables, and where summary.json has them
 }
 
 
-def read_estimate(value: Any) -> Estimate | None:
-    """Return the estimate in a number or a {mean, se} mapping; None if the mean is missing or not finite.
-
-    summary.json calls the standard error `se`, and result.json `se_prompts`.
-    """
-    if not isinstance(value, Mapping):
-        value = {"mean": value}
-    if value["mean"] is None or not math.isfinite(mean := float(value["mean"])):
-        return None
-    error = value.get("se", value.get("se_prompts"))
-    return Estimate(mean, float(error) if error is not None and math.isfinite(error) else None)
+def read_rate(verdicts: Any, rate: str = "win_rate", error: str = "se_prompts") -> Estimate:
+    """Return a judge's win rate in percent; NaN if there is none."""
+    return Estimate.from_json({"mean": look_up(verdicts, rate), "se": look_up(verdicts, error)})
 
 
-def read_rate(verdicts: Any, rate: str = "win_rate", error: str = "se_prompts", divisor: int = 1) -> Estimate | None:
-    """Return a judge's win rate, which is in percent, over `divisor`; None if there is none."""
-    if not verdicts or verdicts.get(rate) is None:
-        return None
-    se = verdicts.get(error)
-    return read_estimate({"mean": verdicts[rate] / divisor, "se": None if se is None else se / divisor})
+def drop_missing(measures: Mapping[str, Estimate]) -> dict[str, Estimate]:
+    """Omit results without a finite mean."""
+    return {name: value for name, value in measures.items() if math.isfinite(value.mean)}
 
 
 def look_up(record: Any, path: str) -> Any:
@@ -188,11 +177,10 @@ class RunRecord:
 
 def read_measures(summary: Mapping[str, Any]) -> dict[str, Estimate]:
     """Return the results in a summary by the column names of the tables. Missing results are omitted."""
-    measures = {name: read_estimate(look_up(summary, path)) for name, path in MEASURES.items()}
-    measures["judge's win rate"] = read_rate(look_up(summary, "validation.judge"), divisor=100)
+    measures = {name: Estimate.from_json(look_up(summary, path)) for name, path in MEASURES.items()}
+    measures["judge's win rate"] = read_rate(look_up(summary, "validation.judge")).scale(0.01)
     seconds = summary.get("seconds") or {}
-    measures |= {f"seconds {stage}": read_estimate(spent) for stage, spent in seconds.items()}
-    return {name: value for name, value in measures.items() if value is not None}
+    return drop_missing(measures | {f"seconds {stage}": Estimate.from_json(spent) for stage, spent in seconds.items()})
 
 
 def read_json(path: Path) -> Any:
@@ -232,16 +220,15 @@ class EvaluationRecord:
         model = result["model"]
         averages = {f"average, {k}": v for k, v in model["averages"].items() if len(v["of"]) > 1}
         for name, part in (model["subsets"] | averages).items():
-            measures = {
-                **{key: read_estimate(part.get(key)) for key in ("reward", "second_reward")},
-                "gain, paired": read_estimate(look_up(gains.get(name), "gain")),
-                "KL, nats": read_estimate(part.get("kl")),
-                "length": read_estimate(part.get("length")),
-                "win rate, %": read_rate(verdicts.get(name)),
-            }
-            parts[name] = {key: value for key, value in measures.items() if value is not None}
-        if (controlled := read_rate(look_up(result, "win_rates.facts"), "lc_win_rate", "lc_se")) is not None:
-            parts["all judged pairs"] = {"win rate, %, length-controlled": controlled}
+            measures = {name: Estimate.from_json(part.get(name)) for name in ("reward", "second_reward")}
+            measures["gain, paired"] = Estimate.from_json(look_up(gains, f"{name}.gain"))
+            measures["KL, nats"] = Estimate.from_json(part.get("kl"))
+            measures["length"] = Estimate.from_json(part.get("length"))
+            measures["win rate, %"] = read_rate(verdicts.get(name))
+            parts[name] = drop_missing(measures)
+        controlled = read_rate(look_up(result, "win_rates.facts"), "lc_win_rate", "lc_se")
+        if measures := drop_missing({"win rate, %, length-controlled": controlled}):
+            parts["all judged pairs"] = measures
         return cls(folder, result, parts)
 
     @property

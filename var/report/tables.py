@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from var.report.groups import Group, estimate_mean, find_differing_keys
+from var.report.groups import Group, find_differing_keys
 from var.report.read import EvaluationRecord, RunRecord, is_seed
-from var.utils.statistics import Estimate
+from var.utils.statistics import Estimate, estimate_mean
 
 DECIMALS = {  # by the first words of a measure; 3 for all others
     "KL, nats": 2, "length": 1, "tokens/s": 0, "steps": 0, "seconds": 0, "ESS/n": 2, "truncation rate": 2,
@@ -182,10 +182,10 @@ def _subtract(first: Group, second: Group, name: str) -> tuple[Estimate, str]:
     else:
         unit, a, b = "seeds", _by_seed(first, name), _by_seed(second, name)
     if len(a) > 1 and a.keys() == b.keys():
-        return estimate_mean([b[key] - value for key, value in a.items()]), f"paired by {len(a)} {unit}"
+        return estimate_mean(np.array([b[key] - value for key, value in a.items()])), f"paired by {len(a)} {unit}"
     one, other = first.measures[name], second.measures[name]
     if one.se is None or other.se is None:
-        return Estimate(other.mean - one.mean, None), "no standard error"
+        return Estimate(other.mean - one.mean), "no standard error"
     return Estimate(other.mean - one.mean, math.hypot(one.se, other.se)), "unpaired"
 
 
