@@ -11,7 +11,7 @@ import torch
 from torch.testing import assert_close
 
 from tests.e2e.test_commands import only
-from tests.test_trajectory import Killed, column, curve, fit, launch, same_folders
+from tests.helpers.runs import Killed, column, curve, fit, launch, same_folders
 from var.config.check import FOLDER
 from var.models.packing import Packed
 from var.training.module import AlignmentModule
