@@ -87,9 +87,11 @@ def test_signal_ends_a_run_after_the_current_step(
     """It arrives in either micro-batch of the fourth step, which is saved anyway, or of the third."""
     expected, before = runs.straight(), signal.getsignal(number)
     call = 2 * (step - 1) + micro_batch
-    with interrupted(AlignmentModule, "training_step", call, lambda: os.kill(os.getpid(), number)):
-        with pytest.raises(SystemExit) as stopped:
-            runs.run()
+    with (
+        interrupted(AlignmentModule, "training_step", call, lambda: os.kill(os.getpid(), number)),
+        pytest.raises(SystemExit) as stopped,
+    ):
+        runs.run()
     assert stopped.value.code == 128 + number
     assert f"Received {number.name}; saved step {step}." in capsys.readouterr().out
     assert runs.steps() == [f"step-{step}"]
