@@ -3,7 +3,6 @@
 import ast
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -61,7 +60,7 @@ class RankWeighted:
         return loss, {"weight": Mean(batch.weights.sum(), float(len(batch)))}
 
 
-def test_user_defined_requirement_trains(options: list[str], rows: Path, tmp_path: Path) -> None:
+def test_user_defined_requirement_trains(options, rows, tmp_path):
     """Two steps equal AdamW by hand on the loss by hand. A response of n characters has n + 1 tokens."""
     more = (
         f"loss._target_={__name__}.RankWeighted", "~loss.normalize", "+loss.decay=0.25", "trainer.max_steps=2",
@@ -98,7 +97,7 @@ def test_user_defined_requirement_trains(options: list[str], rows: Path, tmp_pat
     assert_close(weights, module.policy.state_dict(), rtol=1e-9, atol=1e-10)
 
 
-def test_provider_must_have_a_dotted_name() -> None:
+def test_provider_must_have_a_dotted_name():
     @dataclass(frozen=True, kw_only=True)
     class Nameless(Requirement):
         provider = "ProvideNothing"
@@ -117,7 +116,7 @@ class WeightsFirst(SFT):
     )
 
 
-def test_weights_before_rewards_are_an_error(options: list[str], tmp_path: Path) -> None:
+def test_weights_before_rewards_are_an_error(options, tmp_path):
     with pytest.raises(TypeError, match=r"^Weights is computed from rewards: list Rewards\(\) before it$"):
         fit(options, tmp_path / "run", f"loss._target_={__name__}.WeightsFirst")
 
@@ -129,7 +128,7 @@ class PairsAndGroups(SFT):
     requires: ClassVar[tuple[Requirement, ...]] = (Pairs(), Groups())
 
 
-def test_units_that_exclude_each_other_are_an_error(options: list[str], tmp_path: Path) -> None:
+def test_units_that_exclude_each_other_are_an_error(options, tmp_path):
     with pytest.raises(UserError, match=r"^this loss asks for units that exclude each other: group, pair$"):
         fit(options, tmp_path / "run", f"loss._target_={__name__}.PairsAndGroups")
 
@@ -158,7 +157,7 @@ def find_reads(source: str) -> set[str]:
     return reads
 
 
-def test_training_and_evaluation_read_only_the_requirements_of_a_loss() -> None:
+def test_training_and_evaluation_read_only_the_requirements_of_a_loss():
     code = "def f(self, loss: Loss):\n  self.loss(1), loss.a, self.run.loss.b, hasattr(self.loss, 'c'), loss.requires"
     assert find_reads(code) == {"a", "b", "hasattr", "requires"}
     reads: dict[str, set[str]] = {}

@@ -59,7 +59,7 @@ def test_value_does_not_depend_on_the_other_prompts(head):
 
 
 @pytest.mark.parametrize("filling", [0.0, 1e4, -7.0])
-def test_padding_has_no_effect(head, filling: float):
+def test_padding_has_no_effect(head, filling):
     states, _ = make_prompts(12, seed=3)
     padded, mask = torch.full((12, 11, SIZE), filling), torch.zeros(12, 11, dtype=torch.bool)
     for i, part in enumerate(states):
@@ -94,7 +94,7 @@ def test_predictions_start_at_the_mean_reward_and_stay_in_the_range():
 
 
 @pytest.mark.parametrize("reward", [-1.0, 3.0])
-def test_rewards_all_at_an_end_of_the_range_can_be_fitted(reward: float):
+def test_rewards_all_at_an_end_of_the_range_can_be_fitted(reward):
     """Otherwise the sigmoid would start at infinity, where it has no slope."""
     states, _ = make_prompts(10, seed=0)
     rewards = torch.full((10,), reward)
@@ -135,7 +135,7 @@ def test_states_from_inference_mode_can_be_fitted():
 
 
 @pytest.mark.parametrize("wrong", [-1.5, 3.5, math.nan])
-def test_rewards_outside_the_range_are_an_error(wrong: float):
+def test_rewards_outside_the_range_are_an_error(wrong):
     states, rewards = make_prompts(4, seed=0)
     rewards[2] = wrong
     with pytest.raises(UserError, match=r"outside loss\.value\.lowest=-1\.0 to loss\.value\.largest=3\.0"):
@@ -167,7 +167,7 @@ def test_heads_that_do_not_divide_the_hidden_size_are_an_error():
         ({"largest": math.nan}, "loss.value.lowest=-1.0 must be below loss.value.largest=nan"),
     ],
 )  # fmt: skip
-def test_wrong_settings_are_an_error(options: Any, message: str):
+def test_wrong_settings_are_an_error(options, message):
     with pytest.raises(UserError) as error:
         replace(SETTINGS, **options)
     assert str(error.value) == message
