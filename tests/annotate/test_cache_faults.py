@@ -40,13 +40,13 @@ class Disk:
     def __exit__(self, *_: Any) -> None:
         self.file.close()
         if self.step == "close":  # where NFS reports it
-            raise_no_space()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def write(self, data: bytes) -> None:
         half = len(data) // 2
         self.file.write(data[:half])
         if self.step == "write":
-            raise_no_space()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if self.step == "slow":
             self.file.flush()
             time.sleep(0.002)
@@ -238,33 +238,45 @@ def test_interrupted_write_leaves_no_file(tmp_path, monkeypatch):
 # --- disks
 
 
-def raise_no_space(*_: Any, **__: Any) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def raise_read_only(*_: Any, **__: Any) -> None:
-    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-
-@pytest.mark.parametrize("step", ["write", "close", "fsync", "rename"])
+@pytest.mark.parametrize(
+    ("step", "code", "reason"),
+    [
+        *[(step, errno.ENOSPC, "no space left") for step in ("write", "close", "fsync", "rename")],
+        ("fsync", errno.EDQUOT, "quota exceeded"), ("fsync", errno.EIO, "Input/output error"),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("removable", [True, False], ids=["", "and nothing can be removed"])
-def test_disk_that_fills_at_any_step_loses_only_the_current_shard(tmp_path, monkeypatch, step, removable):
-    """The first error is reported, even if the incomplete file cannot be removed either."""
-    assert fill(open_table(tmp_path), range(1, 3)) == [1, 2]
-    table = open_table(tmp_path)
-    monkeypatch.setattr(Path, "open", open_on_disk(step))
-    if step == "fsync":
-        monkeypatch.setattr(os, "fsync", raise_no_space)
-    if step == "rename":
-        monkeypatch.setattr(Path, "replace", raise_no_space)
-    if not removable:
-        monkeypatch.setattr(Path, "unlink", raise_read_only)
-    with pytest.raises(
-        UserError, match=r"^annotation_cache: cannot be written: no space left at .*Earlier annotations are kept"
-    ):
-        fill(table, range(1, 6))
+def test_disk_that_fills_at_any_step_loses_only_the_current_shard(tmp_path, monkeypatch, step, code, reason, removable):
+    """Three shards of 2: the second one does not fit. The first one is kept, and a later run resumes.
+
+    The first error is reported, even if the incomplete file cannot be removed either.
+    """
+    table, written = open_table(tmp_path), list[int]()
+
+    def raise_error(code: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    def fill_up(indices: np.ndarray, advance: Callable[[int], None]) -> list[float]:
+        if written:
+            monkeypatch.setattr(Path, "open", open_on_disk(step))
+            if step == "fsync":
+                monkeypatch.setattr(os, "fsync", lambda _: raise_error(code))
+            if step == "rename":
+                monkeypatch.setattr(Path, "replace", lambda *_: raise_error(code))
+            if not removable:
+                monkeypatch.setattr(Path, "unlink", lambda *_, **__: raise_error(errno.EROFS))
+        return squares(range(1, 6), written)(indices, advance)
+
+    with pytest.raises(UserError) as error:
+        table.fill(keys(*range(1, 6)), fill_up, 2)
+    assert str(error.value) == (
+        f"annotation_cache: cannot be written: {reason} at {table.path}. Earlier annotations are kept. Free disk space "
+        "or set another folder, and run the same command again."
+    )
+    assert isinstance(error.value.__cause__, OSError)
     monkeypatch.undo()
     assert len(list(table.path.glob("*.partial"))) == (not removable)
+    assert json.loads((table.path / "identity.json").read_text())["weights"] == "a"
     assert_sound(tmp_path, range(1, 6))
     assert fill(open_table(tmp_path), range(1, 6)) == [3, 4, 5]
 

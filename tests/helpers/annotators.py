@@ -75,9 +75,7 @@ def make_annotator(folder: Path, root: Path, reward: Any = None, **options: Any)
     return Annotator(AnnotationCache(root / "store"), reference, reward or Lengths(), root / "cache", **options)
 
 
-def make_sequences(
-    annotator: Annotator, rows: tuple[Row, ...] = ROWS, max_length: int = 128
-) -> tuple[Rows, Sequences]:
+def make_sequences(annotator: Annotator, rows: tuple[Row, ...] = ROWS, max_length: int = 128) -> tuple[Rows, Sequences]:
     """Return the rows, and all their responses as tokens."""
     loaded = read(RowSource(rows), annotator.cache)
     choice = choose(loaded, "all")

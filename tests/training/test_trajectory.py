@@ -1,7 +1,6 @@
 """Ways of running that must give the same curve: accumulation, ranks, cached and live, resumed and unbroken."""
 
 import json
-from typing import Any
 
 import pytest
 import torch
@@ -11,12 +10,13 @@ from torch.testing import assert_close
 from notebooks.tiny import SIZES
 from tests.helpers.models import saved, spread, tiny_gpt2
 from tests.helpers.runs import (
-    Killed,
+    Result,
     assert_identical,
     assert_same,
     column,
     exported,
     fit,
+    kill_and_resume,
     launch,
     run_folder,
     same_folders,
@@ -155,35 +155,25 @@ def test_logged_learning_rate_is_that_of_the_step(options, tmp_path):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_resumed_run_equals_the_unbroken_one(accumulate, options, tmp_path, monkeypatch):
+def test_resumed_run_equals_the_unbroken_one(accumulate, options, tmp_path):
     """Killed within an epoch, a run resumes with the next rows of the plan.
 
     Weights are equal to the last bit, and the curve has no gap and no duplicates (Lightning #18780, accelerate #4238).
     """
-    seen: list[tuple[str, ...]] = []
-    real, kill_at = AlignmentData.batch, -1
-
-    def watched(self: AlignmentData, *arguments: Any) -> Any:
-        if len(seen) == kill_at:
-            raise Killed
-        batch = real(self, *arguments)
-        seen.append(batch.ids)
-        return batch
-
-    monkeypatch.setattr(AlignmentData, "batch", watched)
     more = (
         "loss=var_grouped", "data.global_batch=4", f"data.micro_batch={4 // accumulate}", "trainer.epochs=3",
         "trainer.checkpoint_every_n_steps=4", "trainer.precision=32-true",
     )  # fmt: skip
-    straight = fit(options, tmp_path / "straight", *more)
-    order, seen[:] = list(seen), []
-    steps = straight[0].data.training_set.plan.steps
-    kill_at = (steps + 6) * accumulate  # in the second epoch, two steps after a checkpoint
-    with pytest.raises(Killed):
-        fit(options, tmp_path / "killed", *more)
-    kill_at, before, seen[:] = -1, list(seen), []
-    resumed = fit(options, tmp_path / "killed", *more)
-    assert before[: (steps + 6) // 4 * 4 * accumulate] + seen == order
+
+    def second_epoch(straight: Result) -> int:
+        """Return the call that is two steps after a checkpoint."""
+        return (straight[0].data.training_set.plan.steps + 6) * accumulate
+
+    straight, resumed, order, before, after = kill_and_resume(
+        AlignmentData, "batch", lambda batch: batch.ids, second_epoch, options, tmp_path, *more
+    )
+    saved_at = second_epoch(straight) // accumulate // 4 * 4 * accumulate
+    assert before[:saved_at] + after == order
     assert_identical(straight, resumed, "step", "train/loss")
 
 

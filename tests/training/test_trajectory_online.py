@@ -13,12 +13,12 @@ import torch
 from torch.testing import assert_close
 
 from tests.helpers.runs import (
-    Killed,
     assert_identical,
     assert_same,
     column,
     curve,
     fit,
+    kill_and_resume,
     launch,
     run_folder,
     same_folders,
@@ -120,32 +120,18 @@ def test_rollout_trains_the_policy_that_sampled_it(accumulate, options, tmp_path
 
 
 @pytest.mark.parametrize("loss", ["grpo", "ppo"])
-def test_resumed_run_equals_the_unbroken_one(loss, options, tmp_path, monkeypatch):
+def test_resumed_run_equals_the_unbroken_one(loss, options, tmp_path):
     """Killed in the second epoch, two steps after a checkpoint: the same responses, and identical weights."""
     more = (
         f"loss={loss}", "data.global_batch=4", "data.micro_batch=2", "trainer.checkpoint_every_n_steps=3",
         "trainer.precision=32-true", "model.dtype=float32",
     )  # fmt: skip
-    seen: list[list[tuple[tuple[str, ...], list[int]]]] = []
-    real, kill_at = RolloutLoader.sample_batches, -1
-
-    def watched(self: RolloutLoader, *arguments: Any) -> Any:
-        if len(seen) == kill_at:
-            raise Killed
-        batches = real(self, *arguments)
-        seen.append([(batch.ids, batch.target.tolist()) for batch in batches])
-        return batches
-
-    monkeypatch.setattr(RolloutLoader, "sample_batches", watched)
-    straight = fit(options, tmp_path / "straight", *more)
-    order, seen[:] = list(seen), []
+    straight, resumed, order, before, after = kill_and_resume(
+        RolloutLoader, "sample_batches", lambda batches: [(batch.ids, batch.target.tolist()) for batch in batches],
+        lambda _: 5, options, tmp_path, *more,
+    )  # fmt: skip
     assert len(order) == 8
-    kill_at = 5
-    with pytest.raises(Killed):
-        fit(options, tmp_path / "killed", *more)
-    kill_at, before, seen[:] = -1, list(seen), []
-    resumed = fit(options, tmp_path / "killed", *more)
-    assert before[:3] + seen == order
+    assert before[:3] + after == order
     assert_identical(straight, resumed, "train/loss")
 
 
