@@ -97,22 +97,18 @@ def test_signal_ends_a_run_after_the_current_step(number, step, micro_batch, run
     assert_resumed(runs.run(), expected)
 
 
-def test_signal_between_steps_ends_a_run_and_its_evaluation_is_made_up_for(runs):
-    more = (*JUDGED, "eval.every_n_steps=3")
-    expected = runs.straight(*more)
-    with interrupted(Validation, "_evaluate", 2, terminate), pytest.raises(SystemExit):
-        runs.run(*more)
-    assert runs.steps()[-1] == "step-6"
-    assert len(column(expected[2], "validation/kl")) == 6
-    assert_resumed(runs.run(*more), expected)
-
-
-def test_signal_after_training_ends_a_run_at_once(runs):
-    expected = runs.straight(*JUDGED)
-    with interrupted(Validation, "_divergence", 1, terminate), pytest.raises(SystemExit) as stopped:
-        runs.run(*JUDGED)
+@pytest.mark.parametrize(
+    ("method", "call", "step", "more"), [("_evaluate", 2, 6, ["eval.every_n_steps=3"]), ("_divergence", 1, 20, [])]
+)
+def test_signal_during_evaluation_ends_a_run_at_once(method, call, step, more, runs):
+    """Between two steps or after training. The resumed run makes up for the evaluation."""
+    expected = runs.straight(*JUDGED, *more)
+    with interrupted(Validation, method, call, terminate), pytest.raises(SystemExit) as stopped:
+        runs.run(*JUDGED, *more)
     assert stopped.value.code == 143
-    assert_resumed(runs.run(*JUDGED), expected)
+    assert runs.steps()[-1] == f"step-{step}"
+    assert len(column(expected[2], "validation/kl")) == (6 if more else 1)
+    assert_resumed(runs.run(*JUDGED, *more), expected)
 
 
 @pytest.mark.parametrize("end", [[], ["trainer.max_steps=8"], ["trainer.max_steps=7"]])
