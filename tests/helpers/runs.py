@@ -55,6 +55,7 @@ def kill_and_resume(
 ) -> tuple[Result, Result, list[Any], list[Any], list[Any]]:  # fmt: skip
     """Train without a break, and again with a kill at a call of a method of `owner`.
 
+    The killed run resumes on another machine, whose clock shows the year 2000.
     `kill_at` maps the unbroken run to the number of that call. Return the unbroken and the resumed run, and `entry` of
     what the method returned: in the unbroken run, before the kill, and after it.
     """
@@ -74,6 +75,9 @@ def kill_and_resume(
         with pytest.raises(Killed):
             fit(options, folder / "killed", *more)
         before, seen[:], killed[0] = list(seen), [], -1
+        patch.setattr("time.time", lambda: 946_684_800.0)
+        patch.setattr("socket.gethostname", lambda: "elsewhere")
+        patch.setenv("HOSTNAME", "elsewhere")
         resumed = fit(options, folder / "killed", *more)
     return straight, resumed, unbroken, before, seen
 
