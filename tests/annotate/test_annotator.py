@@ -90,11 +90,10 @@ def test_kernel_is_part_of_the_identity_in_low_precision(kernel, tiny_folder, tm
         assert (one.identity == other.identity) is same
 
 
-@pytest.mark.parametrize("change", [{"dtype": "bfloat16"}, {"chat_template": "{{ messages[0]['content'] }}<end>"}])
-def test_identity_depends_on_dtype_template_and_autocast_but_not_name(tiny_folder, tmp_path, change):
+def test_identity_depends_on_autocast_but_not_on_the_name(tiny_folder, tmp_path):
     plain = pretrained(tiny_folder, tmp_path)
     identity = FrozenModel(plain, "cpu").identity
-    assert FrozenModel(replace(plain, **change), "cpu").identity != identity
+    assert identity.items() >= plain.identity.items()
     assert FrozenModel(plain, "cpu", torch.bfloat16).identity != identity
     assert FrozenModel(replace(plain, name="other", attention="packed"), "cpu").identity == identity
 

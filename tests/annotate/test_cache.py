@@ -31,7 +31,7 @@ def test_key_is_16_bytes_of_the_content_whatever_the_order_of_names():
 
 
 def test_keys_that_end_in_zero_bytes_are_found(tmp_path):
-    """numpy removes trailing zeros of a fixed-width string. On disk a key has all 16 bytes."""
+    """Trailing zeros are removed by numpy from a fixed-width string. On disk a key has all 16 bytes."""
     first, second, third = b"k" * 14 + b"\0\0", b"k" * 13 + b"\0\0\0", b"\0" * 16
     open_table(tmp_path).write(as_keys([first, second, third]), [1.0, 2.0, 3.0])
     again = open_table(tmp_path)

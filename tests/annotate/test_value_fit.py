@@ -68,7 +68,7 @@ def test_padding_has_no_effect(head, filling):
 
 
 def test_attention_equals_torch_multihead_attention(head):
-    """torch's module with the same weights and a key padding mask gives the same attention."""
+    """The module of torch with the same weights and a key padding mask gives the same attention."""
     torchs = torch.nn.MultiheadAttention(SIZE, SETTINGS.heads, batch_first=True)
     with torch.no_grad():
         torchs.in_proj_weight.copy_(torch.cat([torch.eye(SIZE), *(w.flatten(0, 1) for w in (head.key, head.value))]))

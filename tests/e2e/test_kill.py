@@ -20,9 +20,9 @@ import pytest
 from lightning.pytorch.callbacks import Callback
 
 from tests.e2e.killing import Attempt, Driver
-from tests.helpers.runs import run_folder as only
 from tests.helpers.models import saved, tiny_model
 from tests.helpers.runs import composed
+from tests.helpers.runs import run_folder as only
 from var.training.run import Run
 
 pytestmark = pytest.mark.e2e
