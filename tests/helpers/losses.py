@@ -79,11 +79,6 @@ def check_loss(
     return metrics
 
 
-def get_kinds(loss: Any) -> set[type]:
-    """Return the kinds of requirements of a loss."""
-    return {type(requirement) for requirement in loss.requires}
-
-
 def minimize(loss_of_table: Callable[[Tensor], Tensor], size: int) -> Tensor:
     """Return the distribution over `size` responses that minimizes a function of its log-probabilities."""
     table = torch.zeros(size, dtype=torch.float64, requires_grad=True)
@@ -99,28 +94,3 @@ def minimize(loss_of_table: Callable[[Tensor], Tensor], size: int) -> Tensor:
 
     optimizer.step(closure)
     return table.detach().softmax(0)
-
-
-# Groups for InfoNCA and NCA: a prompt with three responses (2, 1, 1 tokens) and a prompt with two (2, 1).
-GROUP_LOGPS = [-1.0, -2.0, -4.0, -3.0, -1.0, -1.5, -1.0]
-
-
-def make_groups() -> Packed:
-    """Return these groups. The log-ratios are 2, 0.5, −2 | 2, 0.5."""
-    return make_batch(
-        [2, 1, 1, 2, 1], group=[0, 0, 0, 1, 1], global_groups=2.0, rewards=[1.0, 0.0, 0.5, 0.0, 3.0],
-        reference_logps=[-2.0, -3.0, -4.5, -1.0, -2.0, -2.5, -1.5],
-    )  # fmt: skip
-
-
-# Four responses of one token. Eight draws represent π_ref exactly, so one group is its whole distribution.
-DRAWS = [0, 0, 0, 0, 1, 1, 2, 3]
-POPULATION = double([0.5, 0.25, 0.125, 0.125])
-VALUES = double([0.3, 1.0, -0.5, 2.0])
-
-
-def find_optimum(loss: Any) -> Tensor:
-    """Return π_θ [4] at the minimum over tables, where the reference is POPULATION and the rewards are VALUES."""
-    reference, rewards = POPULATION.log()[DRAWS], VALUES[DRAWS]
-    batch = make_batch([1] * 8, group=[0] * 8, reference_logps=reference, rewards=rewards)
-    return minimize(lambda logps: loss(logps[DRAWS], batch)[0], 4)

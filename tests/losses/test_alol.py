@@ -13,80 +13,60 @@ from var.losses.alol import ALoL
 from var.losses.wbc import WBC
 from var.models.packing import Packed
 
-LENGTHS = [2, 1, 3, 1]
 LOGPS = [-1.0, -2.0, -3.0, -0.5, -1.0, -1.5, -4.0]
 RATIOS = [2, 0.25, 3, 0.5, 0.04, 1.5, 0.7]  # of tokens. Of sequences: 1/2, 3, 3/100, 7/10
-ADVANTAGES = [1.5, 0.25, 0.5, -2.0]
+CLIPPED = [0.5, 1.9, 0.1, 0.7]
+REFERENCE_FREE = ALoL(value=VALUE_FIT, ratio="none", clip=None)
+KL_SUM = 6.75 + 0.75 * math.log(0.5 * 3 * 0.03 * 0.7)
 
 
 def make_responses(**fields: Any) -> Packed:
-    """Return four responses."""
+    """Return four responses, of which the last has a negative advantage. The NLL is 3, 3, 3, 4."""
     reference = double(LOGPS) - double(RATIOS).log()
-    return make_batch(LENGTHS, **{"reference_logps": reference, "advantages": double(ADVANTAGES), **fields})
+    defaults = {"reference_logps": reference, "advantages": double([1.5, 0.25, 0.5, -2.0])}
+    return make_batch([2, 1, 3, 1], **{**defaults, **fields})
 
 
-def test_sequence_ratio_matches_hand_computation():
-    """ε = 0.9: ρ = 0.5, 3 → 1.9, 0.03 → 0.1, 0.7. A⁺ρ = 0.75, 0.475, 0.05, 0. The NLL of each response but the last
-    is 3: (0.75 + 0.475 + 0.05) · 3 over the step's 5 sequences. The gradient is −A⁺ρ/5 also where ρ is clipped."""
-    gradient = [-weight / 5 for weight in (0.75, 0.75, 0.475, 0.05, 0.05, 0.05, 0.0)]
-    loss, batch = ALoL(value=VALUE_FIT, clip=0.9), make_responses(global_sequences=5.0)
-    metrics = check_loss(loss, batch, 3.825 / 5, gradient, LOGPS)
-    assert metrics == pytest.approx(
-        {
-            "nll": 13 / 7, "logps/sequence": -13 / 4, "advantage/positive": 0.75,
-            "ratio/mean": (0.5 + 1.9 + 0.1 + 0.7) / 4, "ratio/clipped": 0.5,
-        }
-    )  # fmt: skip
-
-
-def test_ratio_without_a_clip():
-    """A⁺ρ = 0.75, 0.75, 0.015: times 3, over 4."""
-    gradient = [-weight / 4 for weight in (0.75, 0.75, 0.75, 0.015, 0.015, 0.015, 0.0)]
-    loss = ALoL(value=VALUE_FIT, clip=None)
-    metrics = check_loss(loss, make_responses(), 1.515 * 3 / 4, gradient, LOGPS)
-    assert metrics["ratio/mean"] == pytest.approx((0.5 + 3 + 0.03 + 0.7) / 4)
-    assert metrics["ratio/clipped"] == 0
-
-
-def test_negative_advantage_lowers_a_response_unless_clamped():
-    """The unclamped A adds −2 · 0.7 · 4 to the sum 3.825, and its token's gradient is +1.4/4."""
-    gradient = [slope / 4 for slope in (-0.75, -0.75, -0.475, -0.05, -0.05, -0.05, 1.4)]
-    loss = ALoL(value=VALUE_FIT, clip=0.9, clamp=False, draw="all")
-    check_loss(loss, make_responses(), (3.825 - 5.6) / 4, gradient, LOGPS)
-
-
-def test_token_ratio_matches_hand_computation():
-    """ρ_t: 2 → 1.9, 0.25 | 3 → 1.9 | 0.5, 0.04 → 0.1, 1.5 | 0.7, times A⁺ = 1.5, 0.25, 0.5, 0.
-
-    2.85 · 1 + 0.375 · 2 + 0.475 · 3 + 0.25 · 0.5 + 0.05 · 1 + 0.75 · 1.5 = 6.325.
-    """
-    gradient = [-weight / 4 for weight in (2.85, 0.375, 0.475, 0.25, 0.05, 0.75, 0.0)]
-    loss = ALoL(value=VALUE_FIT, ratio="token", clip=0.9)
-    metrics = check_loss(loss, make_responses(), 6.325 / 4, gradient, LOGPS)
-    assert metrics["ratio/mean"] == pytest.approx((1.9 + 0.25 + 1.9 + 0.5 + 0.1 + 1.5 + 0.7) / 7)
-    assert metrics["ratio/clipped"] == pytest.approx(3 / 7)
-
-
-def test_reference_free_form_matches_hand_computation():
-    """ρ = 1: (1.5 + 0.25 + 0.5) · 3 over 4. There is no ratio, so none is reported."""
-    gradient = [-weight / 4 for weight in (1.5, 1.5, 0.25, 0.5, 0.5, 0.5, 0.0)]
-    loss = ALoL(value=VALUE_FIT, ratio="none", clip=None)
-    metrics = check_loss(loss, make_responses(), 6.75 / 4, gradient, LOGPS)
-    assert set(metrics) == {"nll", "logps/sequence", "advantage/positive"}
-
-
-@pytest.mark.parametrize("clamp", [True, False])
-def test_kl_form_has_the_coefficient_advantage_minus_beta(clamp):
-    """β = 3/4: the sum is 6.75 + β Σ log ρ, with Σ log ρ = log(0.5 · 3 · 0.03 · 0.7). A token has gradient −(A⁺ − β)/4.
-
-    A⁺ − β = 0.75, −0.5, −0.25, −0.75: three of four responses are made less likely, two of them with a positive
-    advantage. Unclamped, the last coefficient is −2.75, and −2 · 4 is added to the sum.
-    """
-    loss = ALoL(value=VALUE_FIT, ratio="none", clip=None, beta=0.75, clamp=clamp, draw="all")
-    total = 6.75 + 0.75 * math.log(0.5 * 3 * 0.03 * 0.7) - (0 if clamp else 8)
-    last = -0.75 if clamp else -2.75
-    gradient = [-weight / 4 for weight in (0.75, 0.75, -0.5, -0.25, -0.25, -0.25, last)]
-    check_loss(loss, make_responses(), total / 4, gradient, LOGPS)
+@pytest.mark.parametrize(
+    ("options", "total", "weights", "ratios", "clipped"),
+    [
+        # A⁺ρ = 0.75, 0.475, 0.05, 0, each times an NLL of 3. The gradient is −A⁺ρ also where ρ is clipped.
+        ({}, 3.825, [0.75, 0.75, 0.475, 0.05, 0.05, 0.05, 0.0], CLIPPED, 1 / 2),
+        # A⁺ρ = 0.75, 0.75, 0.015, 0.
+        ({"clip": None}, 4.545, [0.75, 0.75, 0.75, 0.015, 0.015, 0.015, 0.0], [0.5, 3, 0.03, 0.7], 0.0),
+        # The unclamped A adds −2 · 0.7 · 4, and makes the last response less likely.
+        ({"clamp": False, "draw": "all"}, -1.775, [0.75, 0.75, 0.475, 0.05, 0.05, 0.05, -1.4], CLIPPED, 1 / 2),
+        # ρ_t times A⁺: 2.85 · 1 + 0.375 · 2 + 0.475 · 3 + 0.25 · 0.5 + 0.05 · 1 + 0.75 · 1.5.
+        (
+            {"ratio": "token"}, 6.325, [2.85, 0.375, 0.475, 0.25, 0.05, 0.75, 0.0],
+            [1.9, 0.25, 1.9, 0.5, 0.1, 1.5, 0.7], 3 / 7,
+        ),
+        # ρ = 1: (1.5 + 0.25 + 0.5) · 3. There is no ratio, so none is reported.
+        ({"ratio": "none", "clip": None}, 6.75, [1.5, 1.5, 0.25, 0.5, 0.5, 0.5, 0.0], None, None),
+        # β = 3/4 adds β Σ log ρ, and the coefficient is A⁺ − β: three of four responses are made less likely, two of
+        # them with a positive advantage.
+        (
+            {"ratio": "none", "clip": None, "beta": 0.75}, KL_SUM,
+            [0.75, 0.75, -0.5, -0.25, -0.25, -0.25, -0.75], None, None,
+        ),
+        # Unclamped, −2 · 4 is added and the last coefficient is −2 − β.
+        (
+            {"ratio": "none", "clip": None, "beta": 0.75, "clamp": False, "draw": "all"}, KL_SUM - 8,
+            [0.75, 0.75, -0.5, -0.25, -0.25, -0.25, -2.75], None, None,
+        ),
+    ],
+    ids=["sequence", "unclipped", "unclamped", "token", "reference_free", "kl", "kl_unclamped"],
+)  # fmt: skip
+def test_forms_match_hand_computation(options, total, weights, ratios, clipped):
+    """ε = 0.9: the ratios of sequences are 0.5, 3 → 1.9, 0.03 → 0.1, 0.7. The step has 5 sequences."""
+    gradient = [-weight / 5 for weight in weights]
+    metrics = check_loss(
+        ALoL(value=VALUE_FIT, **options), make_responses(global_sequences=5.0), total / 5, gradient, LOGPS
+    )
+    expected = {"nll": 13 / 7, "logps/sequence": -13 / 4, "advantage/positive": 0.75}
+    if ratios:
+        expected |= {"ratio/mean": sum(ratios) / len(ratios), "ratio/clipped": clipped}
+    assert metrics == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("ratio", ["sequence", "token"])
@@ -95,8 +75,8 @@ def test_ratio_at_the_reference_is_1_bit_for_bit(ratio):
     torch.manual_seed(0)
     logps = -torch.rand(7)
     batch = make_responses(reference_logps=logps)
-    reference_free, _ = ALoL(value=VALUE_FIT, ratio="none", clip=None)(logps, batch)
-    loss, metrics = ALoL(value=VALUE_FIT, ratio=ratio, clip=0.9)(logps, batch)
+    reference_free, _ = REFERENCE_FREE(logps, batch)
+    loss, metrics = ALoL(value=VALUE_FIT, ratio=ratio)(logps, batch)
     assert loss == reference_free
     assert loss.dtype == torch.float32
     assert metrics["ratio/mean"].total == metrics["ratio/mean"].number
@@ -107,8 +87,6 @@ def test_value_fit_is_a_setting_of_the_loss():
 
 
 # Minimizers over a table of responses
-
-REFERENCE_FREE = ALoL(value=VALUE_FIT, ratio="none", clip=None)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ RATIOS = [1.5, 0.5, 0.5, 2.0, 0.9, 1.1, 1.1]
 LOGPS = [-1.0, -2.0, -4.0, -3.0, -1.0, -1.5, -0.5]
 # Advantages over the standard deviation: ±A in the first group; −B, −B, 2B in the second.
 A, B = 1 / (math.sqrt(2) + 1e-4), 1 / (math.sqrt(3) + 1e-4)
-CLIP = {"clip_low": 0.2, "clip_high": 0.3}
 
 
 def make_rollout(**fields: Any) -> Packed:
@@ -23,37 +22,32 @@ def make_rollout(**fields: Any) -> Packed:
     return make_batch([2, 1, 1, 2, 1], **{"group": [0, 0, 1, 1, 1], **defaults, **fields})
 
 
-def compute_gradient(a: float, b: float, divisors: list[float]) -> list[float]:
-    """Return −ρA of each token over its divisor, or 0 if the ratio is clipped."""
-    free = [0.0, -0.5 * a, 0.0, 2 * b, 0.9 * b, 1.1 * b, -2.2 * b]
-    return [slope / divisor for slope, divisor in zip(free, divisors, strict=True)]
+@pytest.mark.parametrize(
+    ("options", "value", "a", "b", "divisors"),
+    [
+        # Means over a sequence's tokens: −(1.3 + 0.5)A/2, 0.8A, 2B, (0.9 + 1.1)B/2, −2.2B, over 6 sequences.
+        ({}, (-0.1 * A + 0.8 * B) / 6, A, B, [12, 12, 6, 6, 12, 12, 6]),
+        # The sum over tokens is −1.8A + 0.8A + 2B + 2B − 2.2B, over 14 tokens.
+        ({"normalize": "token"}, (-A + 1.8 * B) / 14, A, B, [14] * 7),
+        # Dr. GRPO: −1 + 1.8, over 6 sequences times 10 tokens.
+        ({"scale": "none", "normalize": "constant", "length": 10}, 0.8 / 60, 1.0, 1.0, [60] * 7),
+    ],
+    ids=["grpo", "token", "dr_grpo"],
+)
+def test_loss_matches_hand_computation(options, value, a, b, divisors):
+    """Rewards 3, 1: mean 2, standard deviation √2, advantages ±A or ±1. Rewards 0, 0, 3: mean 1, standard
+    deviation √(6/2), advantages −B, −B, 2B or −1, −1, 2.
 
-
-def test_grpo_matches_hand_computation():
-    """Rewards 3, 1: mean 2, standard deviation √2, advantages ±A. Rewards 0, 0, 3: mean 1, standard deviation √(6/2),
-    advantages −B, −B, 2B.
-
-    A > 0: ρ = 1.5 is clipped at 1.3, 0.5 is not. A < 0: 0.5 is clipped at 0.8, 2 is not. Means over a sequence's tokens
-    are −(1.3 + 0.5)A/2, 0.8A, 2B, (0.9 + 1.1)B/2, −2.2B. Their sum is −0.1A + 0.8B, over 5 sequences.
+    A > 0: ρ = 1.5 is clipped at 1.3, 0.5 is not. A < 0: 0.5 is clipped at 0.8, 2 is not. A token that is not
+    clipped has gradient −ρA over its divisor.
     """
-    value, gradient = (-0.1 * A + 0.8 * B) / 5, compute_gradient(A, B, [10, 10, 5, 5, 10, 10, 5])
-    metrics = check_loss(GRPO(beta=0.0, **CLIP), make_rollout(), value, gradient, LOGPS)
+    free = [0.0, -0.5 * a, 0.0, 2 * b, 0.9 * b, 1.1 * b, -2.2 * b]
+    gradient = [slope / divisor for slope, divisor in zip(free, divisors, strict=True)]
+    loss = GRPO(beta=0.0, clip_low=0.2, clip_high=0.3, **options)
+    metrics = check_loss(loss, make_rollout(global_tokens=14.0, global_sequences=6.0), value, gradient, LOGPS)
     assert metrics == pytest.approx(
         {"nll": 13 / 7, "reward/mean": 1.4, "groups/zero_variance": 0.0, "ratio/mean": 7.6 / 7, "ratio/clipped": 2 / 7}
     )
-
-
-def test_token_mean_matches_hand_computation():
-    """The sum over tokens, −1.8A + 0.8A + 2B + 2B − 2.2B = −A + 1.8B, over the 14 tokens of the step."""
-    loss, batch = GRPO(beta=0.0, normalize="token", **CLIP), make_rollout(global_tokens=14.0)
-    check_loss(loss, batch, (-A + 1.8 * B) / 14, compute_gradient(A, B, [14.0] * 7), LOGPS)
-
-
-def test_dr_grpo_matches_hand_computation():
-    """Advantages 1, −1 and −1, −1, 2: −1 + 1.8 = 0.8 over 6 sequences of the step times 10 tokens."""
-    loss = GRPO(beta=0.0, scale="none", normalize="constant", length=10, **CLIP)
-    gradient = compute_gradient(1.0, 1.0, [60.0] * 7)
-    check_loss(loss, make_rollout(global_sequences=6.0), 0.8 / 60, gradient, LOGPS)
 
 
 UP, DOWN = 1 - math.log(2), math.log(2) - 0.5

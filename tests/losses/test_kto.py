@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 import pytest
-import torch
 
 from tests.helpers.losses import LENGTHS, LOGPS, REFERENCE, check_loss, double, make_batch
 from var.losses.kto import KTO
@@ -57,11 +56,7 @@ def test_negative_kl_estimate_counts_as_zero():
 
 
 def test_metrics_without_a_response_of_their_kind_count_nothing():
-    """Then means over a step are exact. Both sequences are desirable here."""
-    batch = make_batch(
-        LENGTHS[:2], desirable=[True, True], reference_logps=REFERENCE[:3], mismatched_logps=MISMATCHED[:2],
-        mismatched_reference_logps=MISMATCHED_REFERENCE[:2],
-    )  # fmt: skip
-    _, metrics = LOSS(torch.tensor(LOGPS[:3]).double(), batch)
+    """Then means over a step are exact. All responses are desirable here."""
+    _, metrics = LOSS(double(LOGPS), make_labeled_batch(desirable=[True] * 4))
     assert metrics["implicit_reward/undesirable"] == (0.0, 0.0)
-    assert metrics["implicit_reward/desirable"] == (1.25, 2.0)
+    assert metrics["implicit_reward/desirable"] == (1.25, 4.0)

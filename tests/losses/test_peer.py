@@ -74,16 +74,10 @@ def test_dpo_step_equals_trl(folders, tokenizer, tmp_path, kind):
     from transformers import AutoModelForCausalLM
     from trl import DPOConfig, DPOTrainer
 
-    def make_message(role: str, text: str) -> list[dict[str, str]]:
-        return [{"role": role, "content": text}]
-
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
     records = [
-        {
-            "prompt": make_message("user", prompt),
-            "chosen": make_message("assistant", better),
-            "rejected": make_message("assistant", worse),
-        }
-        for prompt, better, worse in TRIPLES
+        {name: [{"role": roles[name], "content": text}] for name, text in zip(roles, texts, strict=True)}
+        for texts in TRIPLES
     ]
     trainer = DPOTrainer(
         AutoModelForCausalLM.from_pretrained(folders[0]),
@@ -94,7 +88,11 @@ def test_dpo_step_equals_trl(folders, tokenizer, tmp_path, kind):
     )
     theirs = train_one_step(trainer)
     chat = Chat(tokenizer)
-    rows = [chat.encode(make_message("user", prompt), text) for prompt, *both in TRIPLES for text in both]
+    rows = [
+        chat.encode(record["prompt"], text)
+        for record, texts in zip(records, TRIPLES, strict=True)
+        for text in texts[1:]
+    ]
     batch = pack([row.ids for row in rows], [row.start for row in rows], global_sequences=6.0)
     policy, reference = (Policy(pretrained(folder, tmp_path).load()) for folder in folders)
     with torch.no_grad():

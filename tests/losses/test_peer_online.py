@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.testing import assert_close
 
 from tests.helpers.losses import make_batch, value_and_gradient
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.peer
 
 LENGTHS = [4, 2, 1, 5, 3, 3, 6, 2, 1]  # three groups of three
 GROUP = [0, 0, 0, 1, 1, 1, 2, 2, 2]
-LONGEST = max(LENGTHS)
+ENTROPY = torch.zeros(len(LENGTHS), max(LENGTHS))
 
 
 class Numbers(torch.nn.Module):
@@ -36,16 +37,15 @@ class Numbers(torch.nn.Module):
 
     def pad(self) -> Tensor:
         """Return the log-probabilities as [B, longest]."""
-        return torch.stack([torch.cat([row, row.new_zeros(LONGEST - len(row))]) for row in self.logps.split(LENGTHS)])
+        return pad_sequence(self.logps.split(LENGTHS), batch_first=True)
 
 
 def make_trainer(old: Tensor, reference: Tensor, rewards: Tensor, **options: Any) -> Any:
     """Return the attributes that methods of GRPOTrainer and RLOOTrainer read. The options are theirs."""
-    logps = lambda model, *_, **__: (model.pad(), torch.zeros(len(LENGTHS), LONGEST), None)  # noqa: E731
-    completions = [[1] * n for n in LENGTHS]
-    prompts = [[0]] * len(LENGTHS)
     common = {
-        "model": Numbers(old).train(), "ref_model": Numbers(reference), "_get_per_token_logps_and_entropies": logps,
+        "model": Numbers(old).train(), "ref_model": Numbers(reference), "prompts": [[0]] * len(LENGTHS),
+        "_get_per_token_logps_and_entropies": lambda model, *_, **__: (model.pad(), ENTROPY, None),
+        "completions": [[1] * length for length in LENGTHS],
         "_calculate_rewards": lambda *_: rewards[:, None], "reward_weights": torch.ones(1), "reward_func_names": ["r"],
         "args": SimpleNamespace(
             report_to=[], per_device_train_batch_size=len(LENGTHS), gradient_checkpointing_kwargs=None,
@@ -62,7 +62,7 @@ def make_trainer(old: Tensor, reference: Tensor, rewards: Tensor, **options: Any
     }  # fmt: skip
     common["_logs"]["rewards"] = defaultdict(list)  # type: ignore[index]
     common["_logs"]["extra"] = defaultdict(list)  # type: ignore[index]
-    return SimpleNamespace(**common, prompts=prompts, completions=completions, **options)
+    return SimpleNamespace(**common, **options)
 
 
 def make_grpo_trainer(

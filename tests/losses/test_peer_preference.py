@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.testing import assert_close
 
 from tests.helpers.losses import make_batch, value_and_gradient
@@ -51,16 +52,21 @@ def assert_equal(ours: Any, theirs: Any, logps: Tensor) -> None:
     assert_close(value_and_gradient(ours, logps), value_and_gradient(theirs, logps), rtol=1e-12, atol=1e-14)
 
 
+def average_over_pairs(function: Any, *values: Tensor) -> Tensor:
+    """Return the mean of a function of lengths and values [N] over micro-batches of one pair."""
+    pairs = zip(*(value.split(PAIR_TOKENS) for value in values), strict=True)
+    return torch.stack([function(LENGTHS[2 * i : 2 * i + 2], *pair) for i, pair in enumerate(pairs)]).mean()
+
+
 def pad(values: Tensor, lengths: list[int], order: list[int]) -> Tensor:
     """Return `values` [N] as [B, longest], with the sequences in this order."""
     rows = values.split(lengths)
-    return torch.stack([torch.cat([rows[i], values.new_zeros(max(lengths) - lengths[i])]) for i in order])
+    return pad_sequence([rows[i] for i in order], batch_first=True)
 
 
 def make_response_mask(lengths: list[int], order: list[int]) -> Tensor:
     """Return [B, 1 + longest]: one prompt token, then the response."""
-    place = torch.arange(max(lengths) + 1)
-    return torch.stack([(place > 0) & (place <= lengths[i]) for i in order]).long()
+    return pad_sequence([torch.tensor([0] + [1] * lengths[i]) for i in order], batch_first=True)
 
 
 def order_by_side(lengths: list[int]) -> list[int]:
@@ -83,6 +89,17 @@ def make_logit_model(rows: Tensor) -> Any:
     return lambda *_, **__: SimpleNamespace(logits=torch.cat([logits, last], 1))
 
 
+def make_trainer(**options: Any) -> Any:
+    """Return the attributes that DPOTrainer._compute_loss and KTOTrainer._compute_loss both read."""
+    nothing: Any = torch.nn.Module()
+    nothing.is_gradient_checkpointing = False
+    return SimpleNamespace(
+        model=nothing, aux_loss_enabled=False, precompute_ref_logps=False, accelerator=ACCELERATOR, _tp_size=1,
+        args=SimpleNamespace(gradient_checkpointing_kwargs=None), _total_train_tokens=0,
+        _metrics={"train": defaultdict(list)}, **options,
+    )  # fmt: skip
+
+
 # Pairs with a reference
 
 
@@ -91,14 +108,10 @@ def trl_dpo(kinds: dict[str, float], logps: Tensor, reference: Tensor, lengths: 
     from trl.trainer.dpo_trainer import DPOTrainer
 
     order = order_by_side(lengths)
-    nothing: Any = torch.nn.Module()
-    nothing.is_gradient_checkpointing = False
-    trainer = SimpleNamespace(
-        model=nothing, ref_model=make_logp_model(pad(reference, lengths, order)),
-        aux_loss_enabled=False, ld_alpha=None, precompute_ref_logps=False, f_divergence_type="reverse_kl",
+    trainer = make_trainer(
+        ref_model=make_logp_model(pad(reference, lengths, order)), ld_alpha=None, f_divergence_type="reverse_kl",
         loss_types=list(kinds), loss_weights=list(kinds.values()), use_weighting=False,
-        args=SimpleNamespace(gradient_checkpointing_kwargs=None), _tp_size=1, _total_train_tokens=0,
-        accelerator=ACCELERATOR, _metrics={"train": defaultdict(list)}, **{"label_smoothing": 0.0, **options},
+        **{"label_smoothing": 0.0, **options},
     )  # fmt: skip
     mask = make_response_mask(lengths, order)
     inputs = {"completion_mask": mask, "input_ids": torch.zeros_like(mask), "attention_mask": torch.ones_like(mask)}
@@ -158,17 +171,11 @@ def test_rpo_equals_trl_sigmoid_with_sft_pair_by_pair(seed):
     def ours(x: Tensor) -> Tensor:
         return RPO(beta=0.3, alpha=0.7)(x, batch)[0]
 
-    def theirs(x: Tensor) -> Tensor:
-        kinds = {"sigmoid": 1.0, "sft": 0.7}
-        parts = [
-            trl_dpo(kinds, a, b, LENGTHS[2 * i : 2 * i + 2], beta=0.3)
-            for i, (a, b) in enumerate(zip(x.split(PAIR_TOKENS), reference.split(PAIR_TOKENS), strict=True))
-        ]
-        return torch.stack(parts).mean()
+    def compute_theirs(lengths: list[int], x: Tensor, y: Tensor) -> Tensor:
+        return trl_dpo({"sigmoid": 1.0, "sft": 0.7}, x, y, lengths, beta=0.3)
 
-    assert_equal(ours, theirs, logps)
-    at_once = trl_dpo({"sigmoid": 1.0, "sft": 0.7}, logps, reference, LENGTHS, beta=0.3)
-    assert abs(at_once - ours(logps)) > 1e-3
+    assert_equal(ours, lambda x: average_over_pairs(compute_theirs, x, reference), logps)
+    assert abs(compute_theirs(LENGTHS, logps, reference) - ours(logps)) > 1e-3
 
 
 # Groups: TRL has pairs, which are the limit of unbounded rewards
@@ -243,14 +250,11 @@ def test_orpo_equals_trl_pair_by_pair(beta, seed):
 
     logps, _ = draw_logps(seed)
 
-    def theirs(x: Tensor) -> Tensor:
-        parts = [
-            trl_without_reference(ORPOTrainer, part, LENGTHS[2 * i : 2 * i + 2], beta=beta)
-            for i, part in enumerate(x.split(PAIR_TOKENS))
-        ]
-        return torch.stack(parts).mean()
+    def compute_theirs(lengths: list[int], x: Tensor) -> Tensor:
+        return trl_without_reference(ORPOTrainer, x, lengths, beta=beta)
 
-    assert_equal(lambda x: ORPO(beta=beta)(x, make_batch(LENGTHS))[0], theirs, logps)
+    ours = ORPO(beta=beta)
+    assert_equal(lambda x: ours(x, make_batch(LENGTHS))[0], lambda x: average_over_pairs(compute_theirs, x), logps)
 
 
 # Single responses
@@ -263,8 +267,6 @@ def trl_kto(logps: Tensor, reference: Tensor, mismatched: Tensor, desirable: Ten
 
     order = list(range(len(LENGTHS)))
     mask = make_response_mask(LENGTHS, order)
-    nothing: Any = torch.nn.Module()
-    nothing.is_gradient_checkpointing = False
 
     def model(own: Tensor, other: Tensor) -> Any:
         """Return a model. TRL marks the pass over mismatched responses by its input ids, here 1."""
@@ -274,17 +276,11 @@ def trl_kto(logps: Tensor, reference: Tensor, mismatched: Tensor, desirable: Ten
 
         return forward
 
-    trainer = SimpleNamespace(
-        model=nothing, ref_model=model(reference, mismatched[1]), calculate_KL=True, loss_type="kto",
-        precompute_ref_logps=False, aux_loss_enabled=False, args=SimpleNamespace(gradient_checkpointing_kwargs=None),
-        accelerator=ACCELERATOR, _metrics={"train": defaultdict(list)}, _tp_size=1, _total_train_tokens=0, **options,
-    )  # fmt: skip
+    trainer = make_trainer(ref_model=model(reference, mismatched[1]), calculate_KL=True, loss_type="kto", **options)
     trainer._compute_kl_logps = KTOTrainer._compute_kl_logps.__get__(trainer)
-    inputs = {
-        "input_ids": torch.zeros_like(mask), "attention_mask": torch.ones_like(mask), "completion_mask": mask,
-        "KL_input_ids": torch.ones_like(mask), "KL_attention_mask": torch.ones_like(mask), "KL_completion_mask": mask,
-        "label": desirable,
-    }  # fmt: skip
+    inputs = {"input_ids": torch.zeros_like(mask), "attention_mask": torch.ones_like(mask), "completion_mask": mask}
+    inputs |= {f"KL_{name}": value for name, value in inputs.items()} | {"label": desirable}
+    inputs["KL_input_ids"] = torch.ones_like(mask)
     return KTOTrainer._compute_loss(trainer, model(logps, mismatched[0]), inputs, False)
 
 
@@ -301,9 +297,6 @@ def test_kto_equals_trl(beta, seed):
         LENGTHS, reference_logps=reference, desirable=desirable, mismatched_logps=sums[0],
         mismatched_reference_logps=sums[1],
     )  # fmt: skip
-    assert (float(KTO(**weights)(logps, batch)[1]["kl"].total) > 0) == (seed < 2)
-    assert_equal(
-        lambda x: KTO(**weights)(x, batch)[0],
-        lambda x: trl_kto(x, reference, mismatched, desirable, **weights),
-        logps,
-    )
+    loss = KTO(**weights)
+    assert (float(loss(logps, batch)[1]["kl"].total) > 0) == (seed < 2)
+    assert_equal(lambda x: loss(x, batch)[0], lambda x: trl_kto(x, reference, mismatched, desirable, **weights), logps)

@@ -28,11 +28,21 @@ def compute_ppo(loss: PPO, **fields: Any) -> tuple[float, Tensor, Tensor, dict[s
     return value.item(), logps.grad, values.grad, compute_means(metrics)  # type: ignore[return-value]
 
 
-def test_advantages_match_hand_computation():
-    """γ = 0.9, λ = 1/2. δ = 0.9·1 − 0.5 = 0.4, 0.9·(−0.5) − 1 = −1.45, 2 + 0.5 = 2.5 | −1 − 0.25 = −1.25. The value of
-    the second response does not enter the first. From the end, times 0.45: 2.5; −1.45 + 1.125; 0.4 − 0.14625."""
-    advantages = gae(double([0, 0, 2, -1]), double(OLD_VALUES), torch.tensor([0, 0, 0, 1]), 0.9, 0.5)
-    assert_close(advantages, double([0.25375, -0.325, 2.5, -1.25]), rtol=1e-12, atol=0)
+@pytest.mark.parametrize(
+    ("rewards", "values", "gamma", "lam", "expected"),
+    [
+        # δ = 0.9·1 − 0.5 = 0.4, 0.9·(−0.5) − 1 = −1.45, 2 + 0.5 = 2.5 | −1 − 0.25 = −1.25. The value of the second
+        # response does not enter the first. From the end, times 0.45: 2.5; −1.45 + 1.125; 0.4 − 0.14625.
+        ([0, 0, 2, -1], OLD_VALUES, 0.9, 0.5, [0.25375, -0.325, 2.5, -1.25]),
+        # λ = 1 is return minus value. The returns are 6, 5, 3 | 4.
+        ([1, 2, 3, 4], [0.5, -1, 2, 7], 1.0, 1.0, [5.5, 6, 1, -3]),
+        # λ = 0 is the one-step error: 1 + V_2 − V_1, 2 + V_3 − V_2, 3 − V_3.
+        ([1, 2, 3, 4], [0.5, -1, 2, 7], 1.0, 0.0, [-0.5, 5, 1, -3]),
+    ],
+)
+def test_advantages_match_hand_computation(rewards, values, gamma, lam, expected):
+    advantages = gae(double(rewards), double(values), torch.tensor([0, 0, 0, 1]), gamma, lam)
+    assert_close(advantages, double(expected), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("lengths", [[7, 1, 4, 9], [1], [1, 1], [2, 16], [17]])
@@ -51,13 +61,6 @@ def test_advantages_satisfy_the_recursion(lengths):
         first += length
     sequence = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     assert_close(gae(rewards, values, sequence, 0.97, 0.9), double(expected), rtol=1e-12, atol=1e-14)
-
-
-@pytest.mark.parametrize(("lam", "expected"), [(1.0, [5.5, 6, 1, -3]), (0.0, [-0.5, 5, 1, -3])])
-def test_lambda_1_is_return_minus_value_and_lambda_0_one_step_error(lam, expected):
-    """γ = 1. Rewards 1, 2, 3 | 4 have returns 6, 5, 3 | 4. One-step errors: 1 + V_2 − V_1, 2 + V_3 − V_2, 3 − V_3."""
-    rewards, values, sequence = double([1, 2, 3, 4]), double([0.5, -1, 2, 7]), torch.tensor([0, 0, 0, 1])
-    assert_close(gae(rewards, values, sequence, 1.0, lam), double(expected))
 
 
 def test_loss_and_gradients_match_hand_computation():

@@ -14,30 +14,28 @@ REFERENCE = double(LOGPS) - double(RATIOS).log()
 REWARDS = [0.5, 2.0, 1.5]
 
 
-def test_sequence_ratio_matches_hand_computation():
-    """ε = 0.2: ρ 0.5 → 0.8, 3 → 1.2, 0.6 → 0.8. Rρ = 0.4, 2.4, 1.2; NLL 3, 5, 2: 1.2 + 12 + 2.4 = 15.6, over 3."""
-    batch = make_batch(LENGTHS, reference_logps=REFERENCE, rewards=REWARDS)
-    gradient = [-weight / 3 for weight in (0.4, 0.4, 2.4, 1.2, 1.2)]
-    metrics = check_loss(RLoL(clip=0.2), batch, 15.6 / 3, gradient, LOGPS)
+@pytest.mark.parametrize(
+    ("options", "total", "weights", "ratios", "clipped"),
+    [
+        # Rρ = 0.4, 2.4, 1.2 and NLL 3, 5, 2: 1.2 + 12 + 2.4.
+        ({"clip": 0.2}, 15.6, [0.4, 0.4, 2.4, 1.2, 1.2], [0.8, 1.2, 0.8], 1.0),
+        # 0.95 · 1 + 0.125 · 2 + 3.8 · 5 + 0.75 · 0.5 + 1.8 · 1.5.
+        ({"ratio": "token"}, 23.275, [0.95, 0.125, 3.8, 0.75, 1.8], [1.9, 0.25, 1.9, 0.5, 1.2], 2 / 5),
+        # Rρ = 0.25, 6, 0.9: 0.75 + 30 + 1.8.
+        ({"clip": None}, 32.55, [0.25, 0.25, 6, 0.9, 0.9], [0.5, 3, 0.6], 0.0),
+    ],
+    ids=["sequence", "token", "unclipped"],
+)
+def test_loss_matches_hand_computation(options, total, weights, ratios, clipped):
+    """The clip is ε = 0.2 for sequences and 0.9 for tokens. The step has 7 sequences."""
+    batch = make_batch(LENGTHS, reference_logps=REFERENCE, rewards=REWARDS, global_sequences=7.0)
+    metrics = check_loss(RLoL(**options), batch, total / 7, [-weight / 7 for weight in weights], LOGPS)
     assert metrics == pytest.approx(
         {
-            "nll": 2.0, "logps/sequence": -10 / 3, "ratio/mean": 2.8 / 3, "ratio/clipped": 1.0, "weight/mean": 4 / 3,
+            "nll": 2.0, "logps/sequence": -10 / 3, "ratio/mean": sum(ratios) / len(ratios), "ratio/clipped": clipped,
+            "weight/mean": 4 / 3,
         }
     )  # fmt: skip
-
-
-def test_token_ratio_matches_hand_computation():
-    """ε = 0.9: ρ_t 1.9, 0.25 | 1.9 | 0.5, 1.2. 0.95 · 1 + 0.125 · 2 + 3.8 · 5 + 0.75 · 0.5 + 1.8 · 1.5 = 23.275."""
-    batch = make_batch(LENGTHS, reference_logps=REFERENCE, rewards=REWARDS, global_sequences=7.0)
-    gradient = [-weight / 7 for weight in (0.95, 0.125, 3.8, 0.75, 1.8)]
-    metrics = check_loss(RLoL(ratio="token", clip=0.9), batch, 23.275 / 7, gradient, LOGPS)
-    assert metrics["ratio/clipped"] == pytest.approx(2 / 5)
-
-
-def test_ratio_without_a_clip():
-    """Rρ = 0.25, 6, 0.9: 0.75 + 30 + 1.8, over 3."""
-    batch = make_batch(LENGTHS, reference_logps=REFERENCE, rewards=REWARDS)
-    assert compute_loss(RLoL(clip=None), batch, LOGPS)[0] == pytest.approx(32.55 / 3, rel=1e-12)
 
 
 @pytest.mark.parametrize("ratio", ["sequence", "token"])

@@ -19,26 +19,23 @@ def make_rollout(**fields: Any) -> Packed:
     return make_batch([2, 1, 1, 1, 2], group=[0, 0, 0, 1, 1], **{"rewards": double(REWARDS), **fields})
 
 
-def test_loss_matches_hand_computation():
-    """Weights 3·(1, 2, 5)/8 = 0.375, 0.75, 1.875 and 0, 0: 0.375·3 + 0.75·4 + 1.875·3 = 9.75 over 14 tokens."""
-    gradient = [-weight / 14 for weight in (0.375, 0.375, 0.75, 1.875, 0, 0, 0)]
-    batch = make_rollout(global_tokens=14.0)
-    metrics = check_loss(VAROnline(temperature=2.0), batch, 9.75 / 14, gradient, LOGPS)
+@pytest.mark.parametrize(
+    ("options", "total", "equal", "divisor"),
+    [({}, 9.75, 0.0, 14.0), ({"drop_zero_variance": False, "normalize": "sequence"}, 12.75, 1.0, 6.0)],
+)
+def test_loss_matches_hand_computation(options, total, equal, divisor):
+    """Weights 3·(1, 2, 5)/8 = 0.375, 0.75, 1.875 give 0.375·3 + 0.75·4 + 1.875·3 = 9.75. The group of equal rewards has
+    weight 0, or weight 1 if it is kept, which adds 1 + 2. The step has 14 tokens and 6 sequences."""
+    weights = [0.375, 0.375, 0.75, 1.875, equal, equal, equal]
+    batch = make_rollout(global_tokens=14.0, global_sequences=6.0)
+    gradient = [-weight / divisor for weight in weights]
+    metrics = check_loss(VAROnline(temperature=2.0, **options), batch, total / divisor, gradient, LOGPS)
     assert metrics == pytest.approx(
         {
             "nll": 13 / 7, "reward/mean": sum(REWARDS) / 5, "groups/zero_variance": 0.5,
-            "weight/mean": 0.6, "weight/square": (0.375**2 + 0.75**2 + 1.875**2) / 5,
+            "weight/mean": 0.6 + 0.4 * equal, "weight/square": (0.375**2 + 0.75**2 + 1.875**2 + 2 * equal) / 5,
         }
     )  # fmt: skip
-
-
-def test_kept_zero_variance_group_has_weight_1():
-    """9.75 + 1 + 2 over the step's 6 sequences."""
-    loss = VAROnline(temperature=2.0, drop_zero_variance=False, normalize="sequence")
-    gradient = [-weight / 6 for weight in (0.375, 0.375, 0.75, 1.875, 1, 1, 1)]
-    metrics = check_loss(loss, make_rollout(global_sequences=6.0), 12.75 / 6, gradient, LOGPS)
-    assert metrics["weight/mean"] == pytest.approx(1.0)
-    assert metrics["groups/zero_variance"] == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from tests.helpers.weights import make_inputs, require_weights, weigh
 from var.utils.errors import UserError
 from var.weights.estimators import Global, Grouped, InBatch, Prompt, Value, normalize_log_weights, scale_temperature
 
+LOGS = [0.0, math.log(2), math.log(9)]
+
 
 @pytest.mark.parametrize("temperature", [0.01, 1.0, 100.0])
 @pytest.mark.parametrize("estimator", [Grouped(), Global(), Prompt(baseline="zero"), Value()])
@@ -49,29 +51,27 @@ def test_huge_rewards_over_a_small_temperature_stay_finite(estimator, scale):
     assert_close(kept.mean().item(), 1.0, rtol=1e-6, atol=0)
 
 
-def test_large_temperature_is_sft():
-    weights = weigh(Global(), make_inputs([-3.0, 0.0, 5.0]), 1e9)
-    assert_close(weights, torch.ones(3).double(), rtol=0, atol=1e-8)
-
-
 def test_normalization_takes_the_mean_over_kept_weights():
     """1, 3 and an absent weight have mean 2, not 4/3. If nothing is kept, nothing changes."""
     assert_close(normalize_log_weights(double([1, 3, 0]).log()).exp(), double([0.5, 1.5, 0]))
     assert normalize_log_weights(double([-math.inf, -math.inf])).tolist() == [-math.inf, -math.inf]
 
 
-def test_underflowing_weight_does_not_train_and_the_others_have_mean_1():
-    """e^−1000 = 0 in float64."""
-    weights = weigh(Grouped(), make_inputs([0.0, 1000.0, 0.0, 0.0], [0, 0, 1, 1]))
-    assert_close(weights, double([0.0, 1.5, 0.75, 0.75]))
-
-
-@pytest.mark.parametrize(("min_weight", "expected"), [(0.499999, [0.0, 4 / 11, 18 / 11]), (0.2, [0.25, 0.5, 2.25])])
-def test_weights_below_min_weight_do_not_train_and_the_others_have_mean_1(min_weight, expected):
-    """e^{r/λ} = 1, 2, 9 has the weights 0.25, 0.5, 2.25. Just below 1/2, the minimum leaves out only the first: 2 and 9
-    over their mean 5.5."""
-    inputs = make_inputs([0.0, math.log(2), math.log(9)])
-    assert_close(weigh(Global(), inputs, min_weight=min_weight), double(expected))
+@pytest.mark.parametrize(
+    ("estimator", "settings", "rewards", "expected"),
+    [
+        pytest.param(Global(), {"temperature": 1e9}, [-3.0, 0.0, 5.0], [1.0, 1.0, 1.0], id="large_temperature_is_sft"),
+        # e^−1000 = 0 in float64.
+        pytest.param(Grouped(), {}, [0.0, 1000.0, 0.0, 0.0], [0.0, 1.5, 0.75, 0.75], id="underflow_does_not_train"),
+        # e^{r/λ} = 1, 2, 9 has the weights 0.25, 0.5, 2.25.
+        pytest.param(Global(), {"min_weight": 0.2}, LOGS, [0.25, 0.5, 2.25], id="all_above_min_weight"),
+        # Only the first is below the minimum: 2 and 9 over their mean 5.5.
+        pytest.param(Global(), {"min_weight": 0.499999}, LOGS, [0.0, 4 / 11, 18 / 11], id="below_min_weight"),
+    ],
+)
+def test_weights_that_train_have_mean_1(estimator, settings, rewards, expected):
+    inputs = make_inputs(rewards, [i // 2 for i in range(len(rewards))])
+    assert_close(weigh(estimator, inputs, **settings), double(expected), rtol=1e-7, atol=1e-8)
 
 
 def test_temperature_in_units_of_the_standard_deviation():

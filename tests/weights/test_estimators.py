@@ -34,6 +34,11 @@ PAIR = dict(
     cross_rewards=double([[[1.0, 0.0], [0.5, 2.0]]]),
     cross_logps=double([[[-2.0, -6.0], [-4.0, -6.0]]]),
 )
+# The same as a micro-batch, from which a live reference computes weights.
+PAIR_BATCH = make_batch(
+    [2, 3], rewards=[1.0, 2.0], cross_rewards=[[1.0, 0.0], [0.5, 2.0]], cross_logps=[[-2.0, -6.0], [-4.0, -6.0]],
+    reference_logps=[-1.0, -1.0, -1.0, -2.0, -3.0],
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -53,21 +58,8 @@ def test_in_batch_pair_is_a_sigmoid_of_the_row_difference(estimator, expected):
     sum: [[−2, −6], [−4, −6]]: σ(0 − (−6)), σ(−2 − (−3)). none: σ(2), σ(3).
     own: s_ij = s_jj. mean [−1, −2]: σ(1 − (−2)), σ(2 − 0). sum [−2, −6]: σ(0 − (−6)), σ(−2 − (−1)).
     """
-    assert_close(estimate(estimator, make_inputs(**PAIR), 0.5), double(expected), rtol=1e-14, atol=0)
-
-
-@pytest.mark.parametrize(
-    ("reference", "expected"),
-    [("cross", [0.9525741268224334, 0.9525741268224334]), ("own", [0.9525741268224334, 0.8807970779778823])],
-)
-def test_inputs_of_a_micro_batch_give_the_same_weights(reference, expected):
-    """With a live reference the inputs come from the batch. The numbers are those above; log π_ref of the own pairs is
-    summed from the tokens −1, −1 and −1, −2, −3."""
-    batch = make_batch(
-        [2, 3], rewards=[1.0, 2.0], cross_rewards=[[1.0, 0.0], [0.5, 2.0]], cross_logps=[[-2.0, -6.0], [-4.0, -6.0]],
-        reference_logps=[-1.0, -1.0, -1.0, -2.0, -3.0],
-    )  # fmt: skip
-    assert_close(estimate(InBatch(reference=reference), micro_batch_inputs(batch), 0.5), double(expected))
+    for inputs in (make_inputs(**PAIR), micro_batch_inputs(PAIR_BATCH)):
+        assert_close(estimate(estimator, inputs, 0.5), double(expected), rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
@@ -122,17 +114,18 @@ def test_inputs_follow_from_the_settings(estimator, inputs, planned):
 # Grouped
 
 
-def test_grouped_pair_is_twice_the_sigmoid():
-    """K = 2: w = 2σ(Δr/λ). Δr = 1, λ = 1/2: 2σ(2) = 1.7615942, and 2 minus that. The sequences of a group need not be
-    adjacent. A group of one has weight 1."""
-    found = estimate(Grouped(), make_inputs([1.0, 9.0, 0.0], group=[1, 0, 1]), 0.5)
-    assert_close(found, double([1.7615941559557646, 1.0, 0.2384058440442354]), rtol=1e-14, atol=0)
-
-
-def test_grouped_weights_of_three_match_hand_computation():
-    """K = 3, e^{r/λ} = 1, 2, 5: w = 3/8, 6/8, 15/8."""
-    inputs = make_inputs(2 * double([1, 2, 5]).log(), group=[0, 0, 0])
-    assert_close(estimate(Grouped(), inputs, 2.0), double([0.375, 0.75, 1.875]), rtol=1e-14, atol=0)
+@pytest.mark.parametrize(
+    ("rewards", "group", "temperature", "expected"),
+    [
+        # K = 2: w = 2σ(Δr/λ) = 2σ(2), and 2 minus that. The group need not be adjacent. A group of one has weight 1.
+        ([1.0, 9.0, 0.0], [1, 0, 1], 0.5, [1.7615941559557646, 1.0, 0.2384058440442354]),
+        # K = 3, e^{r/λ} = 1, 2, 5: w = 3/8, 6/8, 15/8.
+        (2 * double([1, 2, 5]).log(), [0, 0, 0], 2.0, [0.375, 0.75, 1.875]),
+    ],
+)
+def test_grouped_weights_match_hand_computation(rewards, group, temperature, expected):
+    found = estimate(Grouped(), make_inputs(rewards, group), temperature)
+    assert_close(found, double(expected), rtol=1e-14, atol=0)
 
 
 def test_grouped_weights_ignore_a_prompt_offset_of_rewards():
@@ -178,17 +171,14 @@ def test_prompt_weights_of_single_responses_match_hand_computation(constant, tem
 
 
 def test_prompt_weights_of_pairs_match_hand_computation():
-    """K = κ = 2: w = 4u / (Σu + 2e^c). u = 9/2, 3/2 and 1/2, 1/6: 4u/8 and 4u/(8/3) have mean 1 at c = 0."""
-    inputs = make_inputs(double([4.5, 1.5, 0.5, 1 / 6]).log(), group=[0, 0, 1, 1])
-    found = estimate(Prompt(kappa=2, baseline="zero"), inputs)
-    assert_close(found, double([2.25, 0.75, 0.75, 0.25]), rtol=1e-9, atol=0)
-
-
-def test_prompt_constant_is_computed_over_kept_rows():
-    """The pairs above and a zero-variance pair, whose reward would move c. Its weight is 0, the others are as above."""
-    inputs = make_inputs(torch.cat([double([4.5, 1.5, 0.5, 1 / 6]).log(), double([5, 5])]), group=[0, 0, 1, 1, 2, 2])
-    found = estimate(Prompt(kappa=2, baseline="zero", drop_zero_variance=True), inputs)
-    assert_close(found, double([2.25, 0.75, 0.75, 0.25, 0, 0]), rtol=1e-9, atol=0)
+    """K = κ = 2: w = 4u / (Σu + 2e^c). u = 9/2, 3/2 and 1/2, 1/6: 4u/8 and 4u/(8/3) have mean 1 at c = 0. A dropped
+    zero-variance pair does not change c."""
+    rewards, expected = double([4.5, 1.5, 0.5, 1 / 6]).log(), double([2.25, 0.75, 0.75, 0.25])
+    found = estimate(Prompt(kappa=2, baseline="zero"), make_inputs(rewards, [0, 0, 1, 1]))
+    assert_close(found, expected, rtol=1e-9, atol=0)
+    more = make_inputs(torch.cat([rewards, double([5, 5])]), [0, 0, 1, 1, 2, 2])
+    found = estimate(Prompt(kappa=2, baseline="zero", drop_zero_variance=True), more)
+    assert_close(found, torch.cat([expected, double([0, 0])]), rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize(
