@@ -11,6 +11,7 @@ from tests.helpers.losses import double
 from tests.helpers.weights import make_inputs, require_weights, weigh
 from var.utils.errors import UserError
 from var.weights.estimators import Global, Grouped, InBatch, Prompt, Value, normalize_log_weights, scale_temperature
+from var.weights.groups import within_prompt_std
 
 LOGS = [0.0, math.log(2), math.log(9)]
 
@@ -96,3 +97,26 @@ def test_absent_or_zero_standard_deviation_is_an_error(rewards, group):
         "(data.responses=both or all, generate.responses), other prompts or another reward, or set "
         "loss.temperature_unit=reward."
     )
+
+
+@pytest.mark.parametrize("noise", [1e-12, 1e-15])
+@pytest.mark.parametrize("size", [0.7, 1e6])
+def test_standard_deviation_of_rounding_noise_is_an_error(noise, size):
+    rewards = size * (1 + noise * double([1, -1, 0, 1]))
+    with pytest.raises(UserError) as error:
+        weigh(Grouped(), make_inputs(rewards, [0, 0, 1, 1]), temperature_unit="sd")
+    sigma = within_prompt_std(rewards, torch.tensor([0, 0, 1, 1]))
+    assert str(error.value) == (
+        f"loss.temperature_unit=sd: the standard deviation of the rewards within a prompt is {sigma:.3g}, which is "
+        f"rounding error for rewards of size {size:.3g}. Use other prompts or another reward, or set "
+        "loss.temperature_unit=reward."
+    )
+
+
+@pytest.mark.parametrize(
+    "rewards", [[1e6, 1e6 + 1e-3, 1e6, 1e6], [1e-8, -1e-8, 0.0, 0.0], [1e-8, -1e-8, 1e9, 1e9], [0.7, 0.7 + 6e-8, 0, 0]]
+)
+def test_small_but_real_standard_deviation_is_accepted(rewards):
+    """A small difference at a large size, small rewards, a large zero-variance group, and float32's resolution."""
+    weights = weigh(Grouped(), make_inputs(rewards, [0, 0, 1, 1]), temperature_unit="sd")
+    assert float(weights[:2].max() / weights[:2].min()) == pytest.approx(math.exp(2), rel=1e-6)  # σ = Δr/2
