@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from tests.helpers.losses import double
-from var.requirements import Weights
+from var.losses.var import VAR
+from var.requirements import Weights, find
 from var.weights.estimators import Estimator, compute_weights
 from var.weights.inputs import WeightInputs
 
@@ -34,10 +35,8 @@ def estimate(estimator: Estimator, inputs: WeightInputs, temperature: float = 1.
 
 
 def require_weights(estimator: Estimator, **settings: Any) -> Weights:
-    """Return the requirement with VAR's default settings."""
-    return Weights(
-        estimator=estimator, **{"temperature": 1.0, "temperature_unit": "reward", "min_weight": 0.0, **settings}
-    )
+    """Return VAR's requirement."""
+    return find(VAR(estimator=estimator, **settings).requires, Weights)  # type: ignore[return-value]
 
 
 def weigh(estimator: Estimator, inputs: WeightInputs, temperature: float = 1.0, **settings: Any) -> Tensor:

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.testing import assert_close
 
-from tests.helpers.losses import VALUE_FIT, double, make_batch
+from tests.helpers.losses import VALUE_FIT, double, make_batch, value_and_gradient
 from var.losses.alol import ALoL
 from var.losses.apo import APO
 from var.losses.dpo import DPO
@@ -128,6 +129,25 @@ def test_loss_at_the_reference(loss, value):
     logps, same = -torch.rand(10), torch.zeros(6)
     fields = {"reference_logps": logps, "mismatched_logps": same, "mismatched_reference_logps": same}
     assert loss(logps, make_batch(LENGTHS, desirable=DESIRABLE, **fields))[0].item() == pytest.approx(value, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("loss", "logps", "value", "gradient"),
+    [
+        # log σ(−1e4) is −1e4, not −∞. The gradient there is −β per pair.
+        (DPO(beta=1.0), [-1e4, 0.0], 1e4, [-1.0, 1.0]),
+        # The slope in the margin tends to −β ε/(1 − 2ε) = −0.5 · 0.25/0.5, not to 0.
+        (Robust(beta=0.5, label_smoothing=0.25), [0.0, -1e5], -25000.0, [-0.25, 0.25]),
+        # The policy is certain of the wrong answer, KL −log ε, or of the right one, −log(1 − ε). There is no 0 · ∞.
+        (EXO(beta=1.0, label_smoothing=0.1), [-1e4, 0.0], -math.log(0.1), [0.0, 0.0]),
+        (EXO(beta=1.0, label_smoothing=0.1), [0.0, -1e4], -math.log(0.9), [0.0, 0.0]),
+    ],
+    ids=["dpo", "robust", "exo_wrong", "exo_right"],
+)
+def test_large_margin_has_the_exact_loss_and_gradient_in_float32(loss, logps, value, gradient):
+    batch = make_batch([1, 1], reference_logps=[0.0, 0.0])
+    found = value_and_gradient(lambda x: loss(x, batch)[0], torch.tensor(logps))
+    assert_close(found, (torch.tensor(value), torch.tensor(gradient)))
 
 
 ROLLOUT = "Rollout Rewards OldLogps"

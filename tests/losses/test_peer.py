@@ -113,15 +113,12 @@ def test_accumulated_sft_step_equals_trl(folders, tokenizer, tmp_path):
     chat = Chat(tokenizer)
     texts = [("hi", "a"), ("what is 2 + 2?", "it is four, as far as I can tell you"), ("a", "bc"), ("bb", "def gh")]
     rows = [chat.encode([{"role": "user", "content": p}], text) for p, text in texts]
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    options["dataset_kwargs"] = {"skip_prepare_dataset": True}
     records = [{"input_ids": r.ids, "labels": [-100] * r.start + r.ids[r.start :]} for r in rows]
     trainer = SFTTrainer(
         AutoModelForCausalLM.from_pretrained(folders[0]),
-        args=SFTConfig(
-            **make_settings(
-                tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2,
-                dataset_kwargs={"skip_prepare_dataset": True},
-            )
-        ),
+        args=SFTConfig(**make_settings(tmp_path, **options)),
         train_dataset=Dataset.from_list(records),
         processing_class=add_padding(tokenizer),
     )  # fmt: skip

@@ -1,10 +1,9 @@
 """Robust DPO: by hand, and unbiased over flipped labels."""
 
 import pytest
-import torch
 from torch.testing import assert_close
 
-from tests.helpers.losses import check_loss, double, make_batch, value_and_gradient
+from tests.helpers.losses import check_loss, double, make_batch
 from var.losses.dpo import DPO
 from var.losses.robust import Robust
 
@@ -31,12 +30,3 @@ def test_expectation_over_flipped_labels_is_dpo():
     flipped = make_batch([1, 2], reference_logps=reference[[2, 0, 1]])
     expected = 0.7 * robust(logps, pair)[0] + 0.3 * robust(logps[[2, 0, 1]], flipped)[0]
     assert_close(expected, DPO(beta=0.5)(logps, pair)[0], rtol=1e-14, atol=0)
-
-
-def test_slope_does_not_vanish_at_large_margins():
-    """m → ∞: the slope in the margin is −β ε/(1 − 2ε) = −0.5 · 0.25/0.5, not 0, and nothing overflows."""
-    batch = make_batch([1, 1], reference_logps=[0.0, 0.0])
-    loss = Robust(beta=0.5, label_smoothing=0.25)
-    value, gradient = value_and_gradient(lambda x: loss(x, batch)[0], torch.tensor([0.0, -1e5]))
-    assert value.item() == -25000.0
-    assert_close(gradient, torch.tensor([-0.25, 0.25]))

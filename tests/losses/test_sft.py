@@ -5,12 +5,12 @@ import torch
 from torch.testing import assert_close
 
 from tests.helpers.losses import check_loss, make_batch, value_and_gradient
+from tests.helpers.weights import make_inputs
 from var.losses.sft import SFT
 from var.losses.var import VAR
 from var.losses.weighted import Weighted
 from var.requirements import Weights, find
 from var.weights.estimators import Global, Grouped, Prompt, compute_weights
-from var.weights.inputs import WeightInputs
 
 
 @pytest.mark.parametrize(("normalize", "divisor"), [("token", 3), ("sequence", 2)])
@@ -28,8 +28,7 @@ def test_equal_weights_give_sft_bit_for_bit(estimator):
     logps, loss, weights = torch.randn(40, 50).log_softmax(-1)[:, 0], Weighted(), torch.ones(8)
     if estimator:
         loss = VAR(estimator=estimator, temperature=0.7)
-        rewards, group = torch.full((8,), 0.3).double(), torch.arange(4).repeat(2)
-        inputs = WeightInputs(rewards=rewards, group=group, length=torch.full((8,), 5))
+        inputs = make_inputs([0.3] * 8, [0, 1, 2, 3] * 2, length=[5] * 8)
         weights = compute_weights(find(loss.requires, Weights), inputs).float()
     batch = make_batch([5] * 8, weights=weights)
     found = value_and_gradient(lambda x: loss(x, batch)[0], logps)
