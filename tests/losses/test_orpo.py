@@ -69,7 +69,7 @@ def test_probability_within_rounding_of_1_counts_as_1_minus_eps():
     assert_close(gradient, torch.tensor([0.0, 1e6]), rtol=1e-5, atol=0)
 
 
-def test_float32_agrees_with_float64_on_a_near_certain_rejected_response():
+def test_float32_agrees_with_float64_on_a_near_certain_response():
     """1 − p = 1e-4 per token, over 500 tokens: nothing overflows, and float32 is right to its rounding."""
     logps, batch = torch.cat([torch.full((3,), -2.0), torch.full((500,), -1e-4)]), make_batch([3, 500])
     single, double = (

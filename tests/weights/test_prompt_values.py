@@ -52,7 +52,7 @@ def test_noise_features_do_not_remove_the_signal(seed):
     assert float((rewards - values).std() / rewards.std()) > 0.95
 
 
-def test_values_are_finite_with_more_features_than_prompts_and_a_constant():
+def test_values_are_finite_with_more_features_than_prompts():
     torch.manual_seed(0)
     features = torch.cat([torch.randn(30, 100), torch.ones(30, 1)], 1)
     assert bool(prompt_values(make_inputs(torch.randn(30).double(), features=features)).isfinite().all())
