@@ -93,7 +93,7 @@ def train(began: float, steps: int) -> None:
         return made
 
     Pretrained.load, build.Run.trainer = timed, watched  # type: ignore[method-assign]
-    run_command(command.main, "train")
+    run_command(command.main)
 
 
 def overhead(rounds: int) -> None:
@@ -141,7 +141,7 @@ def overhead(rounds: int) -> None:
                     found[name].append((stamps[-1] - stamps[0]) / (len(stamps) - 1))
         report(found)
 
-    run_command(main, "train")
+    run_command(main)
 
 
 def tiny_model(folder: Path) -> str:

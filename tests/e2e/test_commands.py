@@ -39,7 +39,7 @@ def run(command: str, *overrides: str, **environment: str) -> subprocess.Complet
     patched = mock.patch.object(sys, "argv", arguments), mock.patch.dict(os.environ, environment)
     with patched[0], patched[1], redirect_stdout(out), redirect_stderr(err):
         try:
-            run_command(module.main, "eval" if command == "eval.py" else "train")
+            run_command(module.main)
         except SystemExit as stop:
             code = int(stop.code or 0)
         finally:
@@ -353,9 +353,9 @@ class TestBadInput:
             "train.py", *own, "loss.temperature=hot", "trainer.epochs=two", "data.overlong=shrink", "reference=alive"
         )
         assert done.returncode == 1
-        for what in ("loss.temperature: 'hot' is no float", "trainer.epochs: 'two' is no int",
-                     "data.overlong: 'shrink' is no drop or cut or error",
-                     "reference: 'alive' is no stored or live"):  # fmt: skip
+        for what in ("loss.temperature: expected float, got 'hot'", "trainer.epochs: expected int, got 'two'",
+                     "data.overlong: expected drop or truncate or error, got 'shrink'",
+                     "reference: expected stored or live, got 'alive'"):  # fmt: skip
             assert what in done.stderr, done.stderr
 
     def test_settings_that_clash(self, own: list[str]) -> None:

@@ -17,7 +17,7 @@ from rich.table import Table
 from var.annotate.annotator import Annotator
 from var.annotate.cache import AnnotationCache
 from var.config.check import EVAL, check
-from var.config.schema import known, values
+from var.config.schema import pick_fields, to_dict
 from var.data.rows import Rows, concatenate, read
 from var.data.settings import DataSettings
 from var.data.sources.files import Files
@@ -72,7 +72,7 @@ class Evaluation:
             raise UserError("eval.py samples one answer a prompt and seed: leave generate.responses at 1, set seeds")
         if sampling.temperature == 0 and len(cfg.seeds) > 1 and not cfg.answers:
             raise UserError("at temperature 0 all seeds are one: set seeds=[0]")
-        pretrained = Pretrained(**known(Pretrained, cfg.model), cache=cfg.cache)
+        pretrained = Pretrained(**pick_fields(Pretrained, cfg.model), cache=cfg.cache)
         start = pretrained if cfg.init else None
         if cfg.init:
             folder = find_model(cfg.init)
@@ -135,7 +135,7 @@ class Evaluation:
         """Of each data set its prompts, one row each."""
         cfg, sets = self.cfg, {}
         for part in (cfg.data, *cfg.more.values()):
-            settings = DataSettings(**known(DataSettings, part))
+            settings = DataSettings(**pick_fields(DataSettings, part))
             rows = read(instantiate(part.source), self.policy.cache).head(settings.limit)
             held_out = part.name in cfg.held_out if isinstance(cfg.held_out, ListConfig) else cfg.held_out
             if held_out:
@@ -176,7 +176,7 @@ class Evaluation:
 
     @cached_property
     def folder(self) -> Path:
-        content = {k: v for k, v in values(self.cfg).items() if k not in ("store", "cache", "out")}
+        content = {k: v for k, v in to_dict(self.cfg).items() if k not in ("store", "cache", "out")}
         digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:8]
         return Path(self.cfg.out).expanduser() / f"{self.name}_{'+'.join(self.sets)}-{digest}"
 
@@ -196,7 +196,7 @@ class Evaluation:
             "all" if len(self.sets) == 1 else f"all of {name}": np.unique(evaluation.subsets(rows, name)).tolist()
             for name, rows in self.sets.items()
         }
-        return {**values(self.cfg.averages), **whole}
+        return {**to_dict(self.cfg.averages), **whole}
 
     def run(self) -> dict[str, Any]:
         """Sample, score, measure, write."""
@@ -254,7 +254,7 @@ class Evaluation:
             "answers": {side: annotator.source(self.sampling) for side, annotator in models.items()} | self._file(),
             "rewards": {name: reward.identity for name, reward in self.rewards.items()},
             "prompts": hashlib.sha256(rows.keys.tobytes()).hexdigest()[:16],
-            "config": values(cfg),
+            "config": to_dict(cfg),
             **environment(),
         }
         self._lines("answers.jsonl", self._records(labels, texts, rewards))

@@ -15,9 +15,9 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig
 
-from var.config.run_dir import digest
+from var.config.run_dir import hash_config
+from var.config.schema import to_dict
 from var.training.datamodule import AlignmentData
-from var.training.run import values
 from var.utils.errors import Problems, brief
 from var.utils.files import atomic
 from var.utils.statistics import Estimate
@@ -134,12 +134,12 @@ def loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
             logger = WandbLogger(
                 name=name,
                 project=cfg.logger.wandb.project,
-                group=f"{re.sub('-[0-9a-f]{8}(-[0-9]+)?$', '', folder.name)}-{digest(cfg, seeds=False)}",  # all seeds
+                group=f"{re.sub('-[0-9a-f]{8}(-[0-9]+)?$', '', folder.name)}-{hash_config(cfg, seeds=False)}",
                 offline=offline,
                 save_dir=folder,
             )
             try:
-                logger.log_hyperparams(values(cfg))
+                logger.log_hyperparams(to_dict(cfg))
             except wandb.errors.CommError as error:
                 problems.add(
                     "logger.wandb", f"the server does not answer ({brief(error)}); "

@@ -26,7 +26,7 @@ from torch.distributed.fsdp import FSDPModule
 from var.annotate.annotator import Annotator
 from var.annotate.cache import AnnotationCache
 from var.config.check import TRAIN, check
-from var.config.schema import EvalSettings, TrainerSettings, known, values
+from var.config.schema import EvalSettings, TrainerSettings, pick_fields, to_dict
 from var.data.settings import DataSettings
 from var.models.export import export
 from var.models.frozen import AdapterOff, FrozenModel
@@ -85,7 +85,7 @@ class Run:
         check_ranks(settings)
         if cfg.dry and cfg.annotate == "error":
             raise UserError("debug=dry computes nothing, so annotate=error does nothing beside it")
-        pretrained = Pretrained(**known(Pretrained, cfg.model), cache=cfg.cache)
+        pretrained = Pretrained(**pick_fields(Pretrained, cfg.model), cache=cfg.cache)
         if cfg.init is not None:
             pretrained = replace(pretrained, path=str(find_model(cfg.init)), revision=None, chat_template=None)
         adapter = instantiate(cfg.adapter) if cfg.adapter else None
@@ -102,7 +102,7 @@ class Run:
         )
         data = AlignmentData(
             source=instantiate(cfg.data.source),
-            settings=DataSettings(**known(DataSettings, cfg.data)),
+            settings=DataSettings(**pick_fields(DataSettings, cfg.data)),
             loss=instantiate(cfg.loss),
             annotator=annotator,
             sampling=Sampling(**cfg.generate),
@@ -171,7 +171,7 @@ class Run:
         strategy = cfg.strategy.name
         check_strategy(cfg, settings)
         if "_target_" in cfg.strategy:
-            extra = {"data_parallel_size": settings.world} if strategy == "fsdp" else {}
+            extra = {"data_parallel_size": settings.world, "tensor_parallel_size": 1} if strategy == "fsdp" else {}
             options = {k: v for k, v in cfg.strategy.items() if k != "name"}
             strategy = instantiate(OmegaConf.create(options), **extra)
         return lightning.Trainer(
@@ -261,7 +261,7 @@ class Run:
             "seeds": {"run": self.cfg.seed, "data": self.cfg.data.seed, "sampling": self.cfg.generate.seed},
             "devices": trainer.world_size,
             "precision": self.settings.arithmetic,
-            "config": values(self.cfg),
+            "config": to_dict(self.cfg),
             **environment(),
         }
 
