@@ -1,4 +1,4 @@
-"""What a run or a model is worth: rewards, lengths, KL, win rates, benchmarks: `python eval.py init=runs/…`."""
+"""Evaluate a run or a model: rewards, lengths, KL, win rates, benchmarks. Run `python eval.py init=runs/…`."""
 
 import hydra
 from omegaconf import DictConfig
@@ -9,7 +9,7 @@ from var.config.entry import run_command
 
 @hydra.main(version_base="1.3", config_path=FOLDER, config_name="eval")
 def main(cfg: DictConfig) -> None:
-    """Everything that can be wrong is told first; then answers, their worth, and result.json with what it rests on."""
+    """Validate everything, then sample, score, and write result.json with its provenance."""
     check(cfg, EVAL, imports=False)
 
     from var.evaluate.run import Evaluation

@@ -21,9 +21,16 @@ from var.training.run import Run
 
 EXPERIMENTS = ROOT / "experiments"
 ITEMS = [*(f"table{i}" for i in range(1, 10)), *(f"figure{i}" for i in range(1, 5)), "appendix_a1", "appendix_a2"]
-SECTIONS = ["Claim", "Configuration", "At the paper's size", "At the size here", "What came out", "What it shows"]
+SECTIONS = [
+    "Conclusion",
+    "Claim in the paper",
+    "Configuration",
+    "Commands at the paper's size",
+    "Commands at the reduced size",
+    "Results",
+]
 ABLATIONS = {"ablate_b": 3, "ablate_lambda": 5, "ablate_estimator": 9, "ablate_lr": 5}  # jobs
-FRONTIER = ["+experiment=frontier", "seed=0"]
+FRONTIER = ["experiment=frontier", "seed=0"]
 FOUR_PAIRS = ["loss=dpo", "data.micro_batch=4", "data.global_batch=4"]
 ALOL = [*FRONTIER, "loss=alol", "loss.value.development_prompts=10"]
 RAN = {  # the commands, in experiments/default and frontier, of the runs whose results a folder quotes as its own
@@ -92,7 +99,7 @@ def test_an_item_has_its_sections_and_its_commands_compose(item: str) -> None:
     for link in re.findall(r"\]\(([^)]+)\)", text):
         assert (EXPERIMENTS / item / link).exists(), link
     found = list(commands(item))
-    assert any(re.search(rf"\+experiment=\[?{item}\b", " ".join(words)) for _, words in found)
+    assert any(re.search(rf"\bexperiment=\[?{item}\b", " ".join(words)) for _, words in found)
     for program, words in found:
         if program in TRAINING:
             first, *others = jobs(words)
@@ -123,7 +130,7 @@ SAME = ("figure1", "figure4", "table6", "table7")  # another one's configuration
 )
 def test_the_papers_size_passes_the_dry_run(item: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As far as it goes without a hub: the whole configuration, the model on the meta device, room on the cards."""
-    cfg = composed(f"+experiment={item}", "dry=true", "trainer.accelerator=gpu", f"annotation_cache={tmp_path}")
+    cfg = composed(f"experiment={item}", "dry=true", "trainer.accelerator=gpu", f"annotation_cache={tmp_path}")
     # the paper has no run of the appendix, and the project's has one device
     devices = cfg.trainer.devices = 1 if item.startswith("appendix") else CARDS.get(cfg.model.name, 4)
     dry.memory(Run.compose(cfg, tmp_path))
@@ -141,9 +148,9 @@ def test_the_list_has_every_item_and_its_state() -> None:
 
 @pytest.mark.parametrize(("name", "count"), ABLATIONS.items())
 def test_an_ablation_is_one_command(name: str, count: int) -> None:
-    cfg = composed(f"+experiment={name}", return_hydra_config=True)
+    cfg = composed(f"experiment={name}", return_hydra_config=True)
     words = [f"{key}={value}" for key, value in cfg.hydra.sweeper.params.items()]
-    found = jobs(["-m", f"+experiment={name}", *words])
+    found = jobs(["-m", f"experiment={name}", *words])
     assert len(found) == count
     check(run_of(*found[0]), TRAIN)
     if name == "ablate_estimator":
@@ -160,7 +167,7 @@ def test_the_sweep_in_the_file_is_what_m_runs(tiny_folder: Path, tmp_path: Path)
         f"cache={tmp_path}/cache",
         f"runs={tmp_path}/r",
     ]
-    done = run("train.py", "-m", "+experiment=ablate_b", "debug=dry", *places)
+    done = run("train.py", "-m", "experiment=ablate_b", "debug=dry", *places)
     assert done.returncode == 0, done.stderr
     swept = [OmegaConf.load(path) for path in (tmp_path / "r").glob("*/.hydra/config.yaml")]
     assert sorted(cfg.data.micro_batch for cfg in swept) == [2, 4, 8]

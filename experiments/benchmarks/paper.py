@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from hydra import compose, initialize_config_dir
 
 MODELS = Path(__file__).parents[2] / "conf" / "model"
 QWEN_32B = {  # Qwen2.5-32B's published sizes; this project has no configuration of it
@@ -142,7 +142,8 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=20_000, help="tokens/s that a card scores with a 7B model")
     parser.add_argument("--cards", type=int, default=8, help="that annotate")
     options = parser.parse_args()
-    sizes: dict[str, Any] = dict(OmegaConf.load(MODELS / "qwen2.5-7b.yaml").architecture)
+    with initialize_config_dir(str(MODELS), version_base="1.3"):
+        sizes: dict[str, Any] = dict(compose("qwen2.5-7b").architecture)
     fsdp(sizes, options)
     lora(options)
     annotation(options)

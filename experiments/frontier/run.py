@@ -3,7 +3,7 @@
     python experiments/frontier/run.py runs/frontier                 # under an hour on two quiet cores
     python experiments/frontier/run.py runs/frontier --table         # table and figure of what is there
 
-Each run is `python train.py +experiment=frontier <method> seed=<seed>` with a store of its own, so that sampling and
+Each run is `python train.py experiment=frontier <method> seed=<seed>` with a store of its own, so that sampling and
 scoring count; only the reference's answers to the held-out prompts, the same for all, are shared. The budget
 (trainer.max_seconds, in conf/experiment/frontier.yaml) counts sampling, scoring, reference passes and steps, no loading
 and no evaluation. Runs that are done are not run again.
@@ -41,7 +41,7 @@ def command(method: str, seed: int, folder: Path) -> list[str]:
         f"runs={folder}/runs",
         f"annotation_cache={folder}/store-{seed}-{list(METHODS).index(method)}",
     ]
-    return [sys.executable, str(ROOT / "train.py"), "+experiment=frontier", *METHODS[method], *settings]
+    return [sys.executable, str(ROOT / "train.py"), "experiment=frontier", *METHODS[method], *settings]
 
 
 def summary(method: str, seed: int, folder: Path) -> dict[str, Any] | None:

@@ -147,7 +147,7 @@ def test_a_template_that_strips_content_trains_what_it_renders():
 
 def test_llama_2s_template_trains_the_space_before_the_answer():
     """' ' + content + eos: the space belongs to the response, since the generation prompt does not write it."""
-    conf = OmegaConf.load(ROOT / "conf" / "model" / "llama2-7b.yaml")
+    conf = OmegaConf.load(ROOT / "conf" / "model" / "_llama2.yaml")
     tokenizer = byte_tokenizer(conf.chat_template)
     chat = Chat(tokenizer)
     turns = [{"role": "system", "content": "be brief"}, *ASK, {"role": "assistant", "content": "no"}, *ASK]

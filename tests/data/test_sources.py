@@ -16,7 +16,7 @@ import pytest
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, composed
 from var.data.rows import Response, read
 from var.data.sources import hub, local
 from var.data.sources.arithmetic import KINDS, Arithmetic
@@ -30,7 +30,7 @@ from var.data.sources.ultrafeedback import UltraFeedback
 from var.utils.errors import UserError
 
 REAL = ROOT.parent / "shared" / "data"
-CONF = sorted(file for file in (ROOT / "conf" / "data").glob("*.yaml") if not file.name.startswith("_"))
+CONF = sorted(file for file in (ROOT / "conf" / "data").glob("*.yaml") if file.name[0] != "_" and file.stem != "custom")
 real = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real data: {REAL} is absent")
 
 
@@ -570,13 +570,11 @@ def test_files_of_one_name_size_and_time_are_told_apart(tmp_path, monkeypatch):
 def test_every_adapter_has_a_yaml_with_all_its_fields():
     assert len(CONF) == 9
     for file in CONF:
-        config = OmegaConf.load(file)
-        assert isinstance(config, DictConfig)
-        assert config.defaults == ["_base", "_self_"]
+        config: DictConfig = OmegaConf.create({**composed(f"data={file.stem}").data})
         target = get_class(config.source._target_)
         assert {str(key) for key in config.source} - {"_target_"} == {field.name for field in fields(target)}
         shortcuts = {"path", "folder"} & set(config)
-        assert set(config) - {"global_batch"} == {"defaults", "name", "source"} | shortcuts
+        assert set(config) - set(OmegaConf.load(file.parent / "_base.yaml")) == {"name", "source"} | shortcuts
         for key in shortcuts:
             config[key] = "org/set"
         source = instantiate(OmegaConf.create({"data": config}).data.source)

@@ -11,12 +11,12 @@ import torch
 
 from tests.conftest import ROOT, byte_tokenizer, saved, tiny_model
 from tests.e2e.test_commands import run, spawn
-from tests.server import Broken, completion, served
+from tests.helpers.servers import Broken, completion, served
 from var.data.chat import Chat
 from var.evaluate.answers import response_tokens
 from var.models.packing import pack
 from var.models.policy import Policy
-from var.report.read import Evaluation
+from var.report.read import EvaluationRecord
 
 pytestmark = pytest.mark.e2e
 
@@ -260,7 +260,7 @@ def test_a_killed_evaluation_goes_on_by_the_same_command(tiny_folder: Path, eval
     for part in ("model", "reference", "against_reference", "distinct"):
         assert one[part] == two[part]
     assert one["win_rates"]["all"] == two["win_rates"]["all"]
-    read = [Evaluation.read(path.parent) for path in sorted(tmp_path.glob("*/out/*/result.json"))]
+    read = [EvaluationRecord.read(path.parent) for path in sorted(tmp_path.glob("*/out/*/result.json"))]
     assert read[0].rewards == read[1].rewards != {}  # what report.py compares two evaluations by
     assert read[0].by_prompt("reward") == read[1].by_prompt("reward")
     assert len(read[0].by_prompt("reward")) == 6

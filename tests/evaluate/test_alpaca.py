@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from tests.server import client, completion, served, shown
+from tests.helpers.servers import client, completion, served, shown
 from var.evaluate.judges.alpaca import (
     MATCHED,
     AlpacaEval,

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from tests.server import Broken, client, completion, served, shown
+from tests.helpers.servers import Broken, client, completion, served, shown
 from var.evaluate.judges.arena_hard import FIRST, ArenaHard, bootstrap
 from var.evaluate.judges.base import Pair, rates
 from var.utils.errors import UserError

@@ -14,8 +14,8 @@ from functools import partial
 import numpy as np
 import pytest
 
-from tests.server import Broken, completion, served, shown
-from tests.server import client as plain
+from tests.helpers.servers import Broken, completion, served, shown
+from tests.helpers.servers import client as plain
 from var.evaluate.judges.base import Pair, rates
 from var.evaluate.judges.mtbench import TEMPLATE, MTBench
 from var.utils.errors import UserError
@@ -267,7 +267,7 @@ def test_a_second_run_asks_nothing_and_says_the_same(client):
         first = judge(pairs, nothing)
         assert len(server.bodies) == 24
         second = MTBench(client=client(server.base_url))
-        assert "24 answered before" in second.describe(pairs)
+        assert "24 cached" in second.describe(pairs)
         done = []
         again = second(pairs, done.append)
         assert second(pairs, nothing).facts["usage"]["cached"] == again.facts["usage"]["cached"] == 24

@@ -47,7 +47,7 @@ OmegaConf.register_new_resolver("run_dir", run_dir, replace=True, use_cache=Fals
 def check(cfg: DictConfig, schemas: Mapping[str, Any], imports: bool = True) -> None:
     """Report wrong types, unknown keys and missing keys of all parts in one UserError.
 
-    schemas: the dataclass, or its dotted name, that takes each part without a `_target_`. `part.*` is any part of `part`.
+    schemas: the dataclass, or its dotted name, that takes each part without a `_target_`; `a.*` is any part of `a`.
     imports: if False, read signatures from the source if it is clear enough, in a fraction of a second. Commands check
     in this way first, and with imports=True before they build anything.
     """

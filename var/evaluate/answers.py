@@ -1,7 +1,7 @@
-"""Validation by generation: reward, length and KL of a policy's own answers on prompts that training never saw."""
+"""Sampled answers and what is measured of them: rewards, lengths and the KL divergence from the reference."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,48 +11,52 @@ from var.data.chat import Chat
 from var.data.rows import Rows
 from var.models.packing import pack_tree
 from var.models.policy import Policy
-from var.rewards.base import Reward, scored
+from var.rewards.base import Reward, compute_scores
 from var.rewards.scale import Scale
+
+Texts = list[list[tuple[str, bool]]]  # [P][K] (text, whether it ended before the token limit)
 
 
 @dataclass(frozen=True)
 class Answers:
-    """K sampled answers of each of P prompts. rewards: [P, K] on the scale that `rewarded` was given, absent where the
-    reward cannot score new text."""
+    """K sampled answers to each of P prompts."""
 
     texts: list[list[str]]
+    """[P][K] texts."""
     finished: np.ndarray
+    """[P, K] whether an answer ended before the token limit."""
     lengths: np.ndarray
-    rewards: np.ndarray | None
+    """[P, K] tokens, without the end token."""
+    rewards: np.ndarray | None = None
+    """[P, K] scaled rewards; None if the reward cannot score new text."""
 
 
-def score_answers(
-    rows: Rows, texts: list[list[tuple[str, bool]]], reward: Reward | None, scale: Scale, chat: Chat
-) -> Answers:
-    """Rewards and lengths (in tokens, the end token not counted) of sampled answers."""
-    prompts, flat, answers = [], [], []
-    for row, several in zip(rows, texts, strict=True):
-        for text, _ in several:
-            prompts.append(row.prompt)
-            flat.append(text)
-            answers.append(row.answer)
-    shape = (len(texts), len(texts[0]))
-    lengths = np.array([len(chat.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in flat])
-    rewards = None
-    if reward is not None and reward.scores_text:
-        rewards = scale(scored(reward, prompts, flat, answers)).reshape(shape)
+def describe_answers(texts: Texts, chat: Chat) -> Answers:
+    """Return the answers with their lengths, without rewards."""
     return Answers(
-        texts=[[text for text, _ in several] for several in texts],
-        finished=np.array([[done for _, done in several] for several in texts]),
-        lengths=lengths.reshape(shape),
-        rewards=rewards,
+        texts=[[text for text, _ in answers] for answers in texts],
+        finished=np.array([[finished for _, finished in answers] for answers in texts]),
+        lengths=np.array([[len(tokenize_response(chat, text, True)) - 1 for text, _ in answers] for answers in texts]),
     )
 
 
+def score_answers(rows: Rows, texts: Texts, reward: Reward | None, scale: Scale, chat: Chat) -> Answers:
+    """Return the answers with their lengths and, if the reward can score text, their scaled rewards."""
+    answers = describe_answers(texts, chat)
+    if reward is None or not reward.scores_text:
+        return answers
+    triples = [(row.prompt, text, row.answer) for row, several in zip(rows, texts, strict=True) for text, _ in several]
+    rewards = compute_scores(reward, *map(list, zip(*triples, strict=True)))
+    return replace(answers, rewards=scale(rewards).reshape(answers.lengths.shape))
+
+
 def win_rate(after: np.ndarray, before: np.ndarray) -> np.ndarray:
-    """[P] share of a prompt's pairs (k, k') in which the reward prefers the answer after, ties half; both [P, K]."""
-    ahead = after[:, :, None] - before[:, None, :]
-    return ((ahead > 0) + 0.5 * (ahead == 0)).mean(axis=(1, 2))
+    """Return the fraction [P] of pairs (k, k') in which the reward prefers the answer `after`, from [P, K] rewards.
+
+    A tie counts half.
+    """
+    gain = after[:, :, None] - before[:, None, :]
+    return ((gain > 0) + 0.5 * (gain == 0)).mean(axis=(1, 2))
 
 
 @torch.inference_mode()
@@ -61,31 +65,31 @@ def divergence(
     reference: Policy,
     chat: Chat,
     rows: Rows,
-    texts: list[list[tuple[str, bool]]],
+    texts: Texts,
     advance: Callable[[int], None] = lambda done: None,
 ) -> np.ndarray:
-    """[P, K] nats: log π_θ(y|x) − log π_ref(y|x) of the policy's own answers; its mean estimates KL(π_θ ‖ π_ref).
+    """Return log π_θ(y|x) − log π_ref(y|x) [P, K] in nats for the policy's own answers.
 
-    Each prompt is encoded once for its K answers. An empty answer is its end token alone.
+    Its mean estimates KL(π_θ ‖ π_ref). Each prompt is encoded once for its K answers. An empty answer consists of its
+    end token.
     """
-    out = []
-    for row, several in zip(rows, texts, strict=True):
-        prompt = chat.prompt(row.prompt)
-        batch = pack_tree([prompt], [[response_tokens(chat, text, done) for text, done in several]])
-        batch = batch.to(next(policy.parameters()).device)
-        out.append(batch.sum_by_sequence(policy(batch) - reference(batch)).float().cpu().numpy())
+    divergences = []
+    for row, answers in zip(rows, texts, strict=True):
+        responses = [tokenize_response(chat, text, finished) for text, finished in answers]
+        batch = pack_tree([chat.prompt(row.prompt)], [responses]).to(next(policy.parameters()).device)
+        divergences.append(batch.sum_by_sequence(policy(batch) - reference(batch)).float().cpu().numpy())
         advance(1)
-    return np.stack(out)
+    return np.stack(divergences)
 
 
-def response_tokens(chat: Chat, text: str, finished: bool) -> list[int]:
-    """An answer's tokens and, where it is finished, the end token; an empty one is its end token alone."""
+def tokenize_response(chat: Chat, text: str, finished: bool) -> list[int]:
+    """Return an answer's tokens, with the end token if it is finished; an empty answer is its end token."""
     ids = list(chat.tokenizer(text, add_special_tokens=False)["input_ids"])
     return [*ids, chat.end_token] if finished or not ids else ids
 
 
 def samples(rows: Rows, before: Answers | None, after: Answers) -> Sequence[dict[str, Any]]:
-    """One record a prompt: the answers before and after, side by side, with their rewards."""
+    """Return one JSON record per prompt: the answers before and after training with their rewards."""
     records = []
     for i, row in enumerate(rows):
         record: dict[str, Any] = {"id": row.id, "prompt": list(row.prompt), "answer": row.answer}

@@ -1,8 +1,8 @@
-"""From eval.py's configuration to an evaluation, and what it leaves behind."""
+"""One evaluation: composed from eval.py's configuration, run, and written to its folder."""
 
 import hashlib
 import json
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,343 +11,281 @@ from typing import Any
 import numpy as np
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from rich.table import Table
+from omegaconf import DictConfig, OmegaConf
 
 from var.annotate.annotator import Annotator
 from var.annotate.cache import AnnotationCache
+from var.annotate.responses import sampling_fingerprint
 from var.config.check import EVAL, check
 from var.config.schema import pick_fields, to_dict
-from var.data.rows import Rows, concatenate, read
-from var.data.settings import DataSettings
+from var.data.rows import Rows, read
 from var.data.sources.files import Files
-from var.data.sources.local import listed
-from var.data.split import split
-from var.evaluate import diversity
-from var.evaluate import measures as evaluation
-from var.evaluate.judges.base import RewardJudge
+from var.data.sources.local import list_files
+from var.evaluate.answers import Answers, Texts, describe_answers
+from var.evaluate.benchmarks.harness import Benchmarks, run_benchmarks
+from var.evaluate.candidate import CachedReward, Candidate, match_answers
+from var.evaluate.diversity import measure_distinct
+from var.evaluate.judges.base import Judge, Pair, RewardJudge, compute_rates, explain_missing_rate
+from var.evaluate.measures import average_subsets, compare, measure
+from var.evaluate.prompts import Prompts, read_prompts
+from var.evaluate.settings import check_settings
+from var.evaluate.table import print_result
 from var.models.frozen import FrozenModel
 from var.models.pretrained import Pretrained, find_model
-from var.rewards.base import check_answers
+from var.rewards.base import Reward, check_answers
 from var.sampling.base import Sampling
-from var.training import summary
-from var.training.run import silence_libraries
-from var.utils.console import console, say, warn
-from var.utils.errors import Problems, UserError
-from var.utils.files import atomic
-from var.utils.provenance import environment
+from var.utils.console import say, silence_libraries, stage, warn
+from var.utils.errors import UserError
+from var.utils.files import atomic, write_json
+from var.utils.provenance import collect_environment
 
 
 @dataclass
 class Evaluation:
-    """The parts of one evaluation."""
+    """The parts of an evaluation."""
 
     cfg: DictConfig
-    policy: Annotator
-    reference: Annotator | None
-    rewards: dict[str, Any]
-    judge: Any
-    benchmarks: Any
+    """The configuration (conf/eval.yaml)."""
+    model: Candidate
+    """The model that is evaluated."""
+    reference: Candidate | None
+    """π_ref, which the model is compared with."""
+    rewards: dict[str, Reward]
+    """`reward` and, if there is one, `second_reward`."""
+    judge: Judge | None
+    benchmarks: Benchmarks | None
     sampling: Sampling
 
     @classmethod
     def compose(cls, cfg: DictConfig) -> "Evaluation":
-        """Check the configuration as a whole, then build what is light: no model is loaded."""
+        """Check the configuration and build the parts; no model is loaded."""
         silence_libraries()
         check(cfg, EVAL)
-        check_values(cfg)
-        names = [part.name for part in (cfg.data, *cfg.more.values())]
-        if len(set(names)) < len(names):
-            raise UserError(f"data sets must have different names, got {names}: set more.….name")
-        if isinstance(cfg.held_out, ListConfig) and (unknown := set(cfg.held_out) - set(names)):
-            raise UserError(f"held_out names {sorted(unknown)}, and the data sets are {names}")
-        if cfg.answers and cfg.init:
-            raise UserError("answers= is a file in place of a model's answers, so init= would do nothing beside it")
-        if cfg.answers and cfg.benchmarks:
-            raise UserError("benchmarks run a model, and answers= is a file: leave one away")
-        if not cfg.seeds or len(set(cfg.seeds)) < len(cfg.seeds):
-            raise UserError(f"seeds are one or several different numbers, got {list(cfg.seeds)}")
+        check_settings(cfg)
         sampling = Sampling(**cfg.generate)
-        if sampling.responses != 1:
-            raise UserError("eval.py samples one answer a prompt and seed: leave generate.responses at 1, set seeds")
-        if sampling.temperature == 0 and len(cfg.seeds) > 1 and not cfg.answers:
-            raise UserError("at temperature 0 all seeds are one: set seeds=[0]")
-        pretrained = Pretrained(**pick_fields(Pretrained, cfg.model), cache=cfg.cache)
-        start = pretrained if cfg.init else None
-        if cfg.init:
-            folder = find_model(cfg.init)
-            trained = folder / "config.yaml"
-            if (
-                cfg.reference == "auto"
-                and trained.exists()
-                and (before := OmegaConf.select(OmegaConf.load(trained), "init"))
-            ):
-                start = replace(pretrained, path=str(find_model(before)), revision=None, chat_template=None)
-            pretrained = replace(pretrained, path=str(folder), revision=None, chat_template=None)
-        if cfg.reference is None:
-            start = None
-        elif cfg.reference != "auto":
-            start = replace(pretrained, path=str(find_model(cfg.reference, "reference")), revision=None)
-        reward = instantiate(cfg.reward)
+        model, reference = locate_models(cfg)
+        rewards = {key: instantiate(cfg[key]) for key in ("reward", "second_reward") if cfg[key]}
 
-        def annotator(model: Pretrained) -> Annotator:
+        def build(name: str, pretrained: Pretrained) -> Candidate:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            dtype = torch.bfloat16 if cfg.precision == "bfloat16" else None
+            frozen = FrozenModel(pretrained, device, torch.bfloat16 if cfg.precision == "bfloat16" else None)
             store = AnnotationCache(Path(cfg.annotation_cache).expanduser(), warn=warn)
             cache = Path(cfg.cache).expanduser()
-            return Annotator(store, FrozenModel(model, device, dtype), reward, cache, instantiate(cfg.sampler))
+            annotator = Annotator(store, frozen, rewards["reward"], cache, instantiate(cfg.sampler))
+            return Candidate(name, frozen, annotator)
 
-        rewards = {"reward": reward}
-        if cfg.second_reward:
-            rewards["second_reward"] = instantiate(cfg.second_reward)
         return cls(
-            cfg, annotator(pretrained), annotator(start) if start else None, rewards,
+            cfg, build("model", model), build("reference", reference) if reference else None, rewards,
             instantiate(cfg.judge) if cfg.judge else None, instantiate(cfg.benchmarks) if cfg.benchmarks else None,
             sampling,
         )  # fmt: skip
 
+    @property
+    def candidates(self) -> list[Candidate]:
+        """The model and, if there is one, the reference."""
+        return [self.model] if self.reference is None else [self.model, self.reference]
+
     def check(self) -> None:
-        """What would fail later is told now."""
-        for annotator in filter(None, (self.policy, self.reference)):
-            annotator.check()
-        if self.reference and self.reference.chat.tokenizer.get_vocab() != self.policy.chat.tokenizer.get_vocab():
-            raise UserError("model and reference have different vocabularies, so a KL between them means nothing")
+        """Raise a UserError for everything that would fail later."""
+        chats = [candidate.annotator.chat for candidate in self.candidates]
+        for candidate in self.candidates:
+            candidate.annotator.check()
+        if any(chat.tokenizer.get_vocab() != chats[0].tokenizer.get_vocab() for chat in chats):
+            raise UserError("reference: its vocabulary differs from the model's, so their KL divergence is undefined")
         for name, reward in self.rewards.items():
             if not reward.scores_text:
-                raise UserError(f"{name}=score reads the data's own scores and cannot score new text; choose another")
+                raise UserError(f"{name}=score: reads the data's scores and cannot score new text. Choose another one.")
             reward.identity  # noqa: B018
-            check_answers(reward, self.rows)
-        self.given  # noqa: B018
+            check_answers(reward, self.prompts.rows)
+        self.file_answers  # noqa: B018
         if self.benchmarks:
             self.benchmarks.check()
         if self.judge:
             self.judge.check()
             if self.cfg.against == "reference" and self.reference is None:
-                raise UserError(
-                    "the judge sets the answers against the reference's, and there is none: set reference=<folder>, "
-                    "or against=chosen"
-                )
-            if self.cfg.against == "chosen" and not all(row.ordered for row in self.rows):
-                raise UserError("against=chosen, and these rows have no chosen response")
+                raise UserError("against=reference: there is no reference. Set reference=<folder> or against=chosen.")
+            if self.cfg.against == "chosen" and not all(row.ordered for row in self.prompts.rows):
+                raise UserError("against=chosen: these rows have no chosen response")
 
     @cached_property
-    def sets(self) -> dict[str, Rows]:
-        """Of each data set its prompts, one row each."""
-        cfg, sets = self.cfg, {}
-        for part in (cfg.data, *cfg.more.values()):
-            settings = DataSettings(**pick_fields(DataSettings, part))
-            rows = read(instantiate(part.source), self.policy.cache).head(settings.limit)
-            held_out = part.name in cfg.held_out if isinstance(cfg.held_out, ListConfig) else cfg.held_out
-            if held_out:
-                rows = split(rows, settings)[0]
-            chosen = evaluation.draw(rows, evaluation.subsets(rows, part.name), cfg.prompts, cfg.seed)
-            say(
-                f"{part.name}: {len(chosen)} of {len(np.unique(rows.keys))} "
-                + ("held-out prompts; held_out=false takes all" if held_out else "prompts, held-out ones or not")
-            )
-            sets[part.name] = rows.select(chosen)
-        return sets
+    def prompts(self) -> Prompts:
+        """The prompts of all data sets."""
+        return read_prompts(self.cfg, self.model.annotator.cache)
 
     @cached_property
-    def rows(self) -> Rows:
-        """The prompts of all data sets, one after the other."""
-        rows = concatenate(list(self.sets.values()))
-        problems = Problems("data sets share", shown=5)
-        if len(self.sets) > 1:
-            labels = [set(evaluation.subsets(part, name)) for name, part in self.sets.items()]
-            ids = [set(part.table["id"]) for part in self.sets.values()]
-            for what, several in (("a subset", labels), ("a row's id", ids)):
-                for name, times in Counter(one for part in several for one in part).items():
-                    if times > 1:
-                        problems.add(what, str(name))
-        problems.check("Results are told apart by them: evaluate the sets one by one.")
-        return rows
-
-    @cached_property
-    def labels(self) -> np.ndarray:
-        """[P] the subset of each row."""
-        return np.concatenate([evaluation.subsets(part, name) for name, part in self.sets.items()])
+    def file_answers(self) -> Texts | None:
+        """The answers in the file `answers`, if it is set."""
+        if self.cfg.answers is None:
+            return None
+        list_files(self.cfg.answers, "answers")
+        file = read(Files(path=self.cfg.answers), self.model.annotator.cache)
+        return match_answers(file, self.prompts.rows, len(self.cfg.seeds), self.cfg.answers)
 
     @property
     def name(self) -> str:
-        """Of what is evaluated."""
+        """The name of the model, run or file that is evaluated."""
         cfg = self.cfg
         return Path(cfg.answers).name.split(".")[0] if cfg.answers else Path(cfg.init or cfg.model.name).name
 
     @cached_property
     def folder(self) -> Path:
-        content = {k: v for k, v in to_dict(self.cfg).items() if k not in ("store", "cache", "out")}
-        digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:8]
-        return Path(self.cfg.out).expanduser() / f"{self.name}_{'+'.join(self.sets)}-{digest}"
+        """The folder of the results, the same for the same configuration."""
+        kept = {key: v for key, v in to_dict(self.cfg).items() if key not in ("annotation_cache", "cache", "out")}
+        digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:8]
+        return Path(self.cfg.out).expanduser() / f"{self.name}_{'+'.join(self.prompts.subsets)}-{digest}"
 
-    @cached_property
-    def given(self) -> evaluation.Texts | None:
-        """The answers of the file, where there is one."""
-        if self.cfg.answers is None:
-            return None
-        listed(self.cfg.answers, "answers")
-        file = read(Files(path=self.cfg.answers), self.policy.cache)
-        return evaluation.given(file, self.rows, len(self.cfg.seeds), self.cfg.answers)
+    def run(self) -> dict[str, Any]:
+        """Sample, score and measure; write answers.jsonl, games.jsonl and result.json, and print a table."""
+        cfg, rows, labels = self.cfg, self.prompts.rows, self.prompts.labels
+        self.folder.mkdir(parents=True, exist_ok=True)
+        result: dict[str, Any] = {
+            "title": f"{self.name} on {', '.join(self.prompts.subsets)}", "seeds": list(cfg.seeds),
+        }  # fmt: skip
+        answers, rewards, logps = dict[str, Answers](), dict[str, dict[str, np.ndarray]](), dict[str, np.ndarray]()
+        for candidate in self.candidates:
+            name = candidate.name
+            if name == "model" and self.file_answers is not None:
+                texts = self.file_answers
+            else:
+                texts = candidate.sample(rows, self.sampling, cfg.seeds)
+            if name == "model":
+                model_texts = texts
+            answers[name] = describe_answers(texts, candidate.annotator.chat)
+            if self.reference and self.file_answers is None:
+                logps[name] = candidate.sum_logps(rows, model_texts)
+            if name == "model" and self.benchmarks:
+                result["benchmarks"] = run_benchmarks(
+                    self.benchmarks, candidate.model.policy.model, candidate.annotator.chat.tokenizer,
+                    self.folder / "benchmarks",
+                )  # fmt: skip
+            candidate.model.release()
+            rewards[name] = {key: candidate.score(key, reward, rows, texts) for key, reward in self.rewards.items()}
+        for name, found in answers.items():
+            numbers = dict(rewards[name])
+            if name == "model" and logps:
+                numbers["kl"] = logps["model"] - logps["reference"]  # its mean estimates KL(π ‖ π_ref)
+            subsets = measure(labels, found.texts, found.finished, found.lengths, numbers)
+            result[name] = {"subsets": subsets, "averages": average_subsets(subsets, self._averages)}
+        if self.reference:
+            sizes = answers["model"].lengths, answers["reference"].lengths
+            result["against_reference"] = {
+                key: compare(labels, rewards["model"][key] - rewards["reference"][key], *sizes) for key in self.rewards
+            }
+        result["distinct"] = measure_distinct({name: found.texts for name, found in answers.items()})
+        if self.judge:
+            result["win_rates"], games = self._judge(self.judge, answers)
+            self._write_lines("games.jsonl", games)
+        result["depends_on"] = self._provenance()
+        self._write_lines("answers.jsonl", self._records(answers, rewards))
+        write_json(self.folder / "result.json", result)
+        print_result(result, cfg.against)
+        say(f"Result: {self.folder}/result.json")
+        return result
 
     @property
     def _averages(self) -> dict[str, list[str]]:
-        """Those that the configuration names, and of each data set that of its subsets."""
-        whole = {
-            "all" if len(self.sets) == 1 else f"all of {name}": np.unique(evaluation.subsets(rows, name)).tolist()
-            for name, rows in self.sets.items()
-        }
-        return {**to_dict(self.cfg.averages), **whole}
+        """The averages in the configuration, and one over the subsets of each data set."""
+        sets = self.prompts.subsets
+        own = {"all" if len(sets) == 1 else f"all of {name}": subsets for name, subsets in sets.items()}
+        return {**to_dict(self.cfg.averages), **own}
 
-    def run(self) -> dict[str, Any]:
-        """Sample, score, measure, write."""
-        cfg, rows, labels, seeds = self.cfg, self.rows, self.labels, list(self.cfg.seeds)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        sides = {"model": self.policy, "reference": self.reference}
-        result: dict[str, Any] = {"title": f"{self.name} on {', '.join(self.sets)}", "seeds": seeds}
-        texts, encoded, sizes, rewards, logps = {}, {}, {}, {}, {}
-        for side, annotator in sides.items():
-            if annotator is None:
-                continue
-            if side == "model" and self.given is not None:
-                texts[side] = self.given
-            else:
-                texts[side] = evaluation.answers(annotator, rows, self.sampling, seeds, f"Answers of the {side}")
-            encoded[side] = evaluation.tokens(annotator, rows, texts[side])
-            sizes[side] = encoded[side].size.reshape(len(rows), -1)
-            if self.reference and self.given is None:  # both read the policy's answers, while they are loaded
-                logps[side] = evaluation.logps(annotator, encoded["model"]).reshape(len(rows), -1)
-            if side == "model" and self.benchmarks:
-                result["benchmarks"] = self._benchmarks()
-            annotator.reference.release()
-            rewards[side] = {
-                name: evaluation.scores(annotator, reward, rows, texts[side], f"{name} of the {side}")
-                for name, reward in self.rewards.items()
-            }
-        for side in texts:
-            numbers = dict(rewards[side])
-            if side == "model" and logps:
-                numbers["kl"] = logps["model"] - logps["reference"]  # its mean estimates KL(π ‖ π_ref)
-            measured = evaluation.measure(labels, texts[side], sizes[side], numbers)
-            result[side] = {"subsets": measured, "averages": evaluation.averages(measured, self._averages)}
-        if "reference" in texts:
-            result["against_reference"] = {
-                name: evaluation.compare(
-                    labels, rewards["model"][name] - rewards["reference"][name], sizes["model"], sizes["reference"]
-                )
-                for name in self.rewards
-            }
-        plain = {side: [[text for text, _ in several] for several in found] for side, found in texts.items()}
-        result["distinct"] = diversity.distinct(plain)
-        if self.judge:
-            own = [[(row.responses[0].text, True)] * len(seeds) for row in rows] if cfg.against == "chosen" else None
-            opponents = own or texts["reference"]
-            judge = self.judge
-            if isinstance(judge, RewardJudge):
-                judge = replace(judge, reward=evaluation.Stored(self.policy, judge.reward))
-            result["win_rates"], games = evaluation.judged(
-                judge, rows, labels, texts["model"], opponents, cfg.judged, seeds
-            )
-            self._lines("games.jsonl", games)
-        models = {side: one for side, one in sides.items() if one and not (side == "model" and cfg.answers)}
-        result["depends_on"] = {
-            "weights": {side: annotator.reference.identity for side, annotator in models.items()},
-            "answers": {side: annotator.source(self.sampling) for side, annotator in models.items()} | self._file(),
+    def _judge(self, judge: Judge, answers: dict[str, Answers]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Return win rates against the reference's answers or the chosen responses, and one record per game."""
+        rows, seeds = self.prompts.rows, list(self.cfg.seeds)
+        if self.cfg.against == "chosen":
+            opponents = [[row.responses[0].text] * len(seeds) for row in rows]
+        else:
+            opponents = answers["reference"].texts
+        if isinstance(judge, RewardJudge):
+            judge = replace(judge, reward=CachedReward(self.model.annotator, judge.reward))
+        pairs = make_pairs(rows, self.prompts.labels, seeds, answers["model"].texts, opponents, self.cfg.judged)
+        return judge_pairs(judge, pairs)
+
+    def _provenance(self) -> dict[str, Any]:
+        """Return everything that the numbers depend on."""
+        sampled = [c for c in self.candidates if not (c.name == "model" and self.cfg.answers)]
+        sources: dict[str, Any] = {c.name: sampling_fingerprint(c.annotator, self.sampling) for c in sampled}
+        if self.cfg.answers:
+            content = b"".join(path.read_bytes() for path in list_files(self.cfg.answers, "answers"))
+            sources["model"] = {"file": self.cfg.answers, "sha256": hashlib.sha256(content).hexdigest()}
+        return {
+            "weights": {c.name: c.model.identity for c in sampled},
+            "answers": sources,
             "rewards": {name: reward.identity for name, reward in self.rewards.items()},
-            "prompts": hashlib.sha256(rows.keys.tobytes()).hexdigest()[:16],
-            "config": to_dict(cfg),
-            **environment(),
+            "prompts": hashlib.sha256(self.prompts.rows.keys.tobytes()).hexdigest()[:16],
+            "config": to_dict(self.cfg),
+            **collect_environment(),
         }
-        self._lines("answers.jsonl", self._records(labels, texts, rewards))
-        summary.write(self.folder, result, "result.json")
-        self.show(result)
-        return result
 
-    def _benchmarks(self) -> dict[str, Any]:
-        from var.evaluate.benchmarks import harness as benchmarks
-
-        model, tokenizer = self.policy.reference.policy.model, self.policy.chat.tokenizer
-        return benchmarks.run(self.benchmarks, model, tokenizer, self.folder / "benchmarks")
-
-    def _file(self) -> dict[str, Any]:
-        if self.cfg.answers is None:
-            return {}
-        content = b"".join(path.read_bytes() for path in listed(self.cfg.answers, "answers"))
-        return {"model": {"file": self.cfg.answers, "sha256": hashlib.sha256(content).hexdigest()}}
-
-    def _records(self, labels: np.ndarray, texts: Any, rewards: Any) -> list[dict[str, Any]]:
+    def _records(self, answers: dict[str, Answers], rewards: dict[str, dict[str, np.ndarray]]) -> list[dict[str, Any]]:
+        """Return one record per prompt, with all answers and rewards."""
         return [
             {
-                "id": row.id, "subset": str(labels[i]), "prompt": list(row.prompt), "answer": row.answer,
+                "id": row.id, "subset": str(self.prompts.labels[i]), "prompt": list(row.prompt), "answer": row.answer,
                 **{
-                    side: [
-                        {"text": t, "finished": f, **{name: float(v[i, s]) for name, v in rewards[side].items()}}
-                        for s, (t, f) in enumerate(found[i])
+                    name: [
+                        {
+                            "text": text, "finished": bool(found.finished[i, s]),
+                            **{key: float(scores[i, s]) for key, scores in rewards[name].items()},
+                        }
+                        for s, text in enumerate(found.texts[i])
                     ]
-                    for side, found in texts.items()
+                    for name, found in answers.items()
                 },
             }
-            for i, row in enumerate(self.rows)
+            for i, row in enumerate(self.prompts.rows)
         ]  # fmt: skip
 
-    def _lines(self, name: str, records: list[dict[str, Any]]) -> None:
+    def _write_lines(self, name: str, records: list[dict[str, Any]]) -> None:
         with atomic(self.folder / name, errors="replace") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
-    def show(self, result: dict[str, Any]) -> None:
-        """The closing table: mean ± standard error by prompt."""
-        table = Table(title=result["title"], title_justify="left")
-        table.add_column("")
-        for side in ("reference", "model"):
-            table.add_column(side, justify="right")
-        measured = result["model"]["subsets"]
-        for name, part in measured.items():
-            before = result.get("reference", {}).get("subsets", {}).get(name, {})
-            for key in ("reward", "second_reward", "kl", "length"):
-                if key in part:
-                    table.add_row(f"{name}: {key}", cell(before.get(key)), cell(part[key]))
-            table.add_row(f"{name}: share cut", f"{before['cut']:.2f}" if before else "–", f"{part['cut']:.2f}")
-        for name, part in result["model"]["averages"].items():
-            before = result.get("reference", {}).get("averages", {}).get(name, {})
-            of = len(part["of"])
-            if of + len(part["without"]) == 1:
-                continue
-            count = f"{of} of {of + len(part['without'])} subsets" if part["without"] else f"{of} subsets"
-            table.add_row(f"average, {name} ({count}): reward", cell(before.get("reward")), cell(part["reward"]))
-        if "win_rates" in result:
-            table.add_row(f"win rate in %, against {self.cfg.against}", "", cell(result["win_rates"]["all"]))
-            if "lc_win_rate" in (facts := result["win_rates"]["facts"]):
-                rate = {"mean": facts["lc_win_rate"], "se": facts.get("lc_se")}
-                table.add_row("length-controlled win rate in %", "", cell(rate))
-        console.print(table)
-        for score in result.get("benchmarks", {}).get("scores", []):
-            say(" ".join(f"{key}={value}" for key, value in score.items() if not isinstance(value, list | dict)))
-        console.print(f"Result: {self.folder}/result.json", markup=False)
+
+def locate_models(cfg: DictConfig) -> tuple[Pretrained, Pretrained | None]:
+    """Return the model to evaluate, and the reference, if there is one."""
+    base = Pretrained(**pick_fields(Pretrained, cfg.model), cache=cfg.cache)
+    model, reference = base, None
+    if cfg.init:
+        model = replace(base, path=str(find_model(cfg.init)), revision=None, chat_template=None)
+        config = Path(model.path) / "config.yaml"
+        reference = base
+        if cfg.reference == "auto" and config.exists() and (parent := OmegaConf.select(OmegaConf.load(config), "init")):
+            reference = replace(model, path=str(find_model(parent)))
+    if cfg.reference is None:
+        return model, None
+    if cfg.reference != "auto":
+        reference = replace(model, path=str(find_model(cfg.reference, "reference")), revision=None)
+    return model, reference
 
 
-def check_values(cfg: DictConfig) -> None:
-    """Values of the right type that mean nothing."""
-    problems = Problems("the configuration cannot be used")
-    for name in ("prompts", "judged"):
-        if cfg[name] is not None and cfg[name] < 1:
-            problems.add(name, f"must be at least 1, or null for all, got {cfg[name]}")
-    if cfg.seed < 0:
-        problems.add("seed", f"must be at least 0, got {cfg.seed}")
-    if cfg.generate.seed != cfg.seed:
-        problems.add("generate.seed", "nothing reads it here: seeds has the seeds of sampling")
-    for name in ("init", "answers", "reference"):
-        if cfg[name] == "":
-            problems.add(name, f"is empty, as after {name}=$RUN of an unset variable; null is none")
-    if not isinstance(cfg.more, DictConfig) or not all(isinstance(part, DictConfig) for part in cfg.more.values()):
-        problems.add("more", f"further data sets by name, as +data@more.bias=offsetbias, got {cfg.more!r}")
-    averages = cfg.averages.values() if isinstance(cfg.averages, DictConfig) else [cfg.averages]
-    if not all(isinstance(of, ListConfig) for of in averages):
-        problems.add("averages", f"lists of subsets by name, got {cfg.averages}")
-    problems.check()
+def make_pairs(
+    rows: Rows,
+    labels: np.ndarray,
+    seeds: Sequence[int],
+    texts: list[list[str]],
+    opponents: list[list[str]],
+    limit: int | None,
+) -> list[Pair]:
+    """Return the pairs to judge: every seed's answer to the first `limit` prompts of each subset."""
+    pairs, seen = [], dict.fromkeys(labels.tolist(), 0)
+    for row, label, own, other in zip(rows, labels.tolist(), texts, opponents, strict=True):
+        seen[label] += 1
+        if limit is None or seen[label] <= limit:
+            pairs += [
+                Pair(row.id, label, seed, row.prompt, answer, opponent, row.answer)
+                for seed, answer, opponent in zip(seeds, own, other, strict=True)
+            ]
+    return pairs
 
 
-def cell(value: dict[str, Any] | None) -> str:
-    if value is None:
-        return "–"
-    mean = value.get("mean", value.get("win_rate"))
-    error = value.get("se_prompts", value.get("se"))
-    return "–" if mean is None else f"{mean:.3f}" + ("" if error is None else f" ± {error:.3f}")
+def judge_pairs(judge: Judge, pairs: list[Pair]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the win rates and the judgement's facts, and one record per game; warn if there is no win rate."""
+    say(f"Judge: {judge.describe(pairs)}")
+    with stage("Judging", len(pairs), "pairs") as advance:
+        judgement = judge(pairs, advance)
+    rates, facts = compute_rates(judgement, pairs), judgement.facts
+    if reason := explain_missing_rate(rates["all"], facts):
+        warn(reason)
+    elif reason := facts.get("lc_reason"):
+        warn(f"no length-controlled win rate: {reason}")
+    return {**rates, "facts": facts}, judgement.games

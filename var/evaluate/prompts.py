@@ -1,0 +1,68 @@
+"""The prompts of an evaluation: distinct ones of one or more data sets, with the subset of each."""
+
+from collections import Counter
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+from hydra.utils import instantiate
+from omegaconf import DictConfig, ListConfig
+
+from var.config.schema import pick_fields
+from var.data.rows import Rows, concatenate, read
+from var.data.settings import DataSettings
+from var.data.split import split
+from var.utils.console import say
+from var.utils.errors import Problems
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """P prompts, those of each data set after one another."""
+
+    rows: Rows
+    """One row per prompt."""
+    labels: np.ndarray
+    """[P] the subset of each row."""
+    subsets: dict[str, list[str]]
+    """The subsets of each data set, by its name."""
+
+
+def read_prompts(cfg: DictConfig, cache: Path) -> Prompts:
+    """Read the prompts of `data` and `more`: the held-out ones if held_out says so, at most `prompts` per subset."""
+    parts, labels = dict[str, Rows](), dict[str, np.ndarray]()
+    for part in (cfg.data, *cfg.more.values()):
+        settings = DataSettings(**pick_fields(DataSettings, part))
+        rows = read(instantiate(part.source), cache).head(settings.limit)
+        held_out = part.name in cfg.held_out if isinstance(cfg.held_out, ListConfig) else cfg.held_out
+        if held_out:
+            rows = split(rows, settings)[0]
+        subsets = np.array([subset or part.name for subset in rows.table["subset"]])
+        chosen = draw_prompts(rows, subsets, cfg.prompts, cfg.seed)
+        kind = "held-out prompts; held_out=false uses all" if held_out else "prompts, held out or not"
+        say(f"{part.name}: {len(chosen)} of {len(np.unique(rows.keys))} {kind}")
+        parts[part.name], labels[part.name] = rows.select(chosen), subsets[chosen]
+    problems = Problems("the data sets are not distinct", shown=5)
+    for what, names in (
+        ("subset", [set(subsets.tolist()) for subsets in labels.values()]),
+        ("row id", [set(rows.table["id"]) for rows in parts.values()]),
+    ):
+        for name, count in Counter(chain(*names)).items():
+            if count > 1:
+                problems.add(f"{what} {name}", f"is in {count} data sets")
+    problems.check("Results are labeled by subset and row id, so evaluate these data sets one by one.")
+    return Prompts(
+        concatenate(list(parts.values())),
+        np.concatenate(list(labels.values())),
+        {name: np.unique(subsets).tolist() for name, subsets in labels.items()},
+    )
+
+
+def draw_prompts(rows: Rows, labels: np.ndarray, prompts: int | None, seed: int) -> np.ndarray:
+    """Return row indices [n], one per distinct prompt; at most `prompts` per subset, by a seeded shuffle."""
+    first = np.sort(np.unique(rows.keys, return_index=True)[1])
+    if prompts is None:
+        return first
+    shuffled = np.random.default_rng(seed).permutation(first)
+    return np.sort(np.concatenate([shuffled[labels[shuffled] == name][:prompts] for name in np.unique(labels)]))

@@ -1,0 +1,40 @@
+"""Checks of eval.py's configuration before anything is loaded."""
+
+from omegaconf import DictConfig, ListConfig
+
+from var.utils.errors import Problems
+
+
+def check_settings(cfg: DictConfig) -> None:
+    """Raise one UserError for all values that have the right type and cannot be used."""
+    more = list(cfg.more.values()) if isinstance(cfg.more, DictConfig) else [None]
+    averages = list(cfg.averages.values()) if isinstance(cfg.averages, DictConfig) else [None]
+    has_sets = all(isinstance(part, DictConfig) for part in more)
+    names = [part.name for part in (cfg.data, *more)] if has_sets else []
+    unknown = sorted(set(cfg.held_out) - set(names)) if isinstance(cfg.held_out, ListConfig) else []
+    seeds, sampling = list(cfg.seeds), cfg.generate
+    checks = [
+        *((key, cfg[key] is None or cfg[key] >= 1, f"expected at least 1, or null for all, got {cfg[key]}")
+          for key in ("prompts", "judged")),
+        *((key, cfg[key] != "", f"is empty (unset shell variable?). Use {key}=null for none.")
+          for key in ("init", "answers", "reference")),
+        ("seed", cfg.seed >= 0, f"expected at least 0, got {cfg.seed}"),
+        ("seeds", seeds and len(set(seeds)) == len(seeds), f"expected one or more different numbers, got {seeds}"),
+        ("seeds", sampling.temperature != 0 or len(seeds) < 2 or cfg.answers,
+         "at temperature 0 all seeds give the same answers. Set seeds=[0]."),
+        ("generate.seed", sampling.seed == cfg.seed, "has no effect here. Set seeds."),
+        ("generate.responses", sampling.responses == 1,
+         "one answer is sampled per prompt and seed. Leave it at 1 and set seeds."),
+        ("more", has_sets, f"expected data sets by name, as from +data@more.bias=offsetbias, got {cfg.more!r}"),
+        ("more", len(set(names)) == len(names), f"data sets must have different names, got {names}. Set more.….name."),
+        ("held_out", not unknown or not has_sets, f"there is no data set {unknown}; the data sets are {names}"),
+        ("averages", all(isinstance(part, ListConfig) for part in averages),
+         f"expected lists of subsets by name, got {cfg.averages}"),
+        ("init", not (cfg.answers and cfg.init), "has no effect with answers=, a file in place of a model's answers"),
+        ("benchmarks", not (cfg.answers and cfg.benchmarks), "need a model, but answers= is a file. Remove one"),
+    ]  # fmt: skip
+    problems = Problems("the configuration cannot be used")
+    for key, valid, problem in checks:
+        if not valid:
+            problems.add(key, problem)
+    problems.check()
