@@ -47,7 +47,7 @@ losses.rgold.RGOLD losses.rlol.RLoL losses.rloo.RLOO losses.robust.Robust losses
 losses.simpo.SimPO losses.var.VAR losses.var_online.VAROnline losses.weighted.Weighted models.pretrained.Pretrained
 rewards.classifier.Classifier rewards.dataset_score.Score rewards.endpoint.Endpoint rewards.ensemble.Ensemble
 rewards.verifiers.MathVerify rewards.verifiers.ReasoningGym sampling.endpoint.Endpoint sampling.vllm.VLLM
-training.optim.MasterAdamW training.rollout.Rollout utils.http_client.Client weights.estimators.InBatch
+training.optim.MasterAdamW requirements.Rollout utils.http_client.Client weights.estimators.InBatch
 weights.estimators.Prompt weights.estimators.Sampled weights.estimators.Value
 """
 NOT_IN_YAML = {("models.pretrained.Pretrained", "cache"), ("rewards.classifier.Classifier", "device")}  # set by code

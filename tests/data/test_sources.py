@@ -570,7 +570,7 @@ def test_files_of_one_name_size_and_time_are_told_apart(tmp_path, monkeypatch):
 def test_every_adapter_has_a_yaml_with_all_its_fields():
     assert len(CONF) == 9
     for file in CONF:
-        config: DictConfig = OmegaConf.create({**composed(f"data={file.stem}").data})
+        config: DictConfig = OmegaConf.create(OmegaConf.to_container(composed(f"data={file.stem}").data))
         target = get_class(config.source._target_)
         assert {str(key) for key in config.source} - {"_target_"} == {field.name for field in fields(target)}
         shortcuts = {"path", "folder"} & set(config)

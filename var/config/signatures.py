@@ -76,10 +76,14 @@ def _find(name: str) -> tuple[Any, Module]:
     home, _, attribute = name.rpartition(".")
     module = _module(home)
     node = module.names[attribute]
-    if isinstance(node, ast.ImportFrom):
-        source = importlib.util.resolve_name("." * node.level + (node.module or ""), module.package)
-        return _find(f"{source}.{next(a.name for a in node.names if attribute == (a.asname or a.name))}")
-    return node, module
+    return _find(_follow(attribute, module)) if isinstance(node, ast.ImportFrom) else (node, module)
+
+
+def _follow(name: str, module: Module) -> str:
+    """Return the dotted name of what a module imports under `name`."""
+    node = module.names[name]
+    source = importlib.util.resolve_name("." * node.level + (node.module or ""), module.package)
+    return f"{source}.{next(alias.name for alias in node.names if name == (alias.asname or alias.name))}"
 
 
 def _build(node: ast.ClassDef, module: Module) -> Any:
@@ -108,6 +112,8 @@ def _build(node: ast.ClassDef, module: Module) -> Any:
 
 
 def _base(node: ast.expr, module: Module) -> Any:
+    if isinstance(node, ast.Attribute) and (imported_module := ast.unparse(node.value)) in module.names:
+        return _build(*_find(f"{_follow(imported_module, module)}.{node.attr}"))
     base = _evaluate(node, module)
     return _build(*_find(f"{module.name}.{ast.unparse(node)}")) if base is Any else base
 
