@@ -18,7 +18,7 @@ from var.config.check import EVAL, FOLDER, TRAIN, check, fits
 from var.config.entry import RENAMED, list_keys, run_command
 from var.config.run_dir import run_dir
 from var.evaluate.run import Evaluation
-from var.training.loggers import loggers
+from var.training.loggers import make_loggers
 from var.training.run import Run
 from var.utils.errors import UserError
 
@@ -68,6 +68,11 @@ def test_papers_command_composes() -> None:
     run = Run.compose(cfg, Path("."))
     assert sum(p.numel() for p in run.pretrained.build_meta().parameters()) == 7_615_616_512
     assert cfg.data.global_batch % (8 * cfg.data.micro_batch) == 0
+
+
+def test_debug_overrides_the_experiment() -> None:
+    assert composed("experiment=table5", "debug=limit").data.limit == 64
+    assert composed("experiment=[table1,hha]", "data.folder=x").data.limit == 200
 
 
 def test_keys_are_pinned() -> None:
@@ -211,7 +216,7 @@ def test_runs_that_differ_only_in_seeds_are_one_group(tmp_path: Path, monkeypatc
     )
     for overrides in ([], ["seed=1"], ["generate.seed=3", "trainer.devices=2"], ["loss.temperature=2"]):
         cfg = composed(f"runs={tmp_path}", "logger=wandb", *overrides)
-        loggers(cfg, Path(run_dir(str(tmp_path), "m", "d", "l", _root_=cfg)))
+        make_loggers(cfg, Path(run_dir(str(tmp_path), "m", "d", "l", _root_=cfg)))
     assert [group.rpartition("-")[0] for group in groups] == ["m_d_l"] * 4
     assert groups[0] == groups[1] == groups[2] != groups[3]
 
@@ -231,7 +236,7 @@ def test_all_ranks_of_a_job_share_a_folder(tmp_path: Path, monkeypatch: pytest.M
 def test_number_of_processes_must_match_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     for overrides in ([], ["trainer.devices=2"], ["trainer.devices=2", "trainer.num_nodes=3"]):
-        with pytest.raises(UserError, match=r"4 processes were started, and trainer\.devices=\d times"):
+        with pytest.raises(UserError, match=r"4 processes were started, but trainer\.devices=\d times"):
             Run.compose(composed(*overrides), tmp_path)
     Run.compose(composed("trainer.devices=2", "trainer.num_nodes=2", "data.micro_batch=2"), tmp_path)
 
@@ -243,7 +248,7 @@ def test_number_of_processes_must_match_the_trainer(tmp_path: Path, monkeypatch:
             "eval.every_n_steps: must be at least 1, or null (only before and after training), got 0",
             "eval.judged: must be at least 1, or null (all), got -1",
         ]),
-        (["seed=-1"], ["seed=-1: a seed is at least 0 and below 2**32"]),
+        (["seed=-1"], ["seed=-1: a seed must be at least 0 and below 2**32"]),
         (["seed=4294967296"], ["seed=4294967296: a seed"]),
         (["init="], ["init is empty (unset shell variable?). Use init=null"]),
     ],
@@ -275,8 +280,8 @@ def test_deepspeed_settings_are_checked_at_once(tmp_path: Path) -> None:
     run = Run.compose(composed("strategy=deepspeed", "strategy.stage=3", "trainer.accelerator=cpu"), tmp_path)
     with pytest.raises(UserError, match="strategy=deepspeed") as error:
         run.trainer()
-    assert "trainer.accelerator: DeepSpeed runs on GPUs" in str(error.value)
-    assert "strategy.stage: 3 is none of 1, 2" in str(error.value)
+    assert "trainer.accelerator: " in str(error.value)
+    assert "strategy.stage: must be 1 or 2, got 3" in str(error.value)
 
 
 def test_git_tracks_the_package_and_setuptools_finds_it() -> None:
