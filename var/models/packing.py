@@ -1,7 +1,7 @@
 """Packed: a micro-batch of sequences in one row of tokens, without padding."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -78,6 +78,8 @@ class Packed:
     """[N] value of the state before each response token, in reward units; may carry a gradient."""
     old_values: Tensor | None = None
     """[N] the same by the value head at sampling time, in reward units."""
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    """What requirements outside the package provide, by name."""
 
     def __len__(self) -> int:
         return len(self.length)
@@ -93,7 +95,7 @@ class Packed:
     def _with(self, change: Callable[[Tensor], Tensor]) -> "Packed":
         tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
         changed: dict[str, Any] = {name: change(tensor) for name, tensor in tensors.items()}
-        return replace(self, **changed)
+        return replace(self, **changed, extra={name: change(tensor) for name, tensor in self.extra.items()})
 
     def sum_by_sequence(self, values: Tensor) -> Tensor:
         """Return [B] sums of `values` [N] over the response tokens of each sequence."""
