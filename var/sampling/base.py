@@ -9,7 +9,6 @@ from var.data.chat import Chat
 from var.data.rows import Message
 from var.utils.errors import UserError
 
-
 Prompts = Sequence[Sequence[Message]]
 Texts = list[list[tuple[str, bool]]]  # per prompt K texts, each with whether it finished; the end token is not included
 Advance = Callable[[int], None]  # reports how many more prompts are done
