@@ -105,7 +105,7 @@ def pack(
     share: bool = False,
     **extra: Any,
 ) -> Packed:
-    """Pack B sequences, where ids[i][starts[i]:] is the response of sequence i.
+    """Pack B sequences, where ids[i][starts[i]:] is the response of sequence i; `extra` are further fields.
 
     If `share` is true, the tokens of a prompt are stored once for consecutive sequences that answer it, as a tree.
     The results then differ by rounding, hundredths of a nat in bf16, so compare only sequences packed the same way.
