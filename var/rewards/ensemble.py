@@ -52,9 +52,7 @@ class Ensemble:
             raise UserError("reward.weights: has no effect with reward.how=min. Set it to null")
         if set(self.weights) != set(self.members) or not all(weight > 0 for weight in self.weights.values()):
             got = ", ".join(f"{name}: {weight}" for name, weight in self.weights.items())
-            raise UserError(
-                f"reward.weights: expected positive numbers for {', '.join(self.members)}, got {got}"
-            )
+            raise UserError(f"reward.weights: expected positive numbers for {', '.join(self.members)}, got {got}")
 
     @property
     def reads_answers(self) -> bool:

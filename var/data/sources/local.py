@@ -44,7 +44,7 @@ def list_files(path: str, key: str, suffixes: Sequence[str] = SUFFIXES) -> list[
     if not found:
         raise UserError(f"{path}: the folder has no {', '.join(suffixes)}. Set `{key}=` to one that does")
     if strange := [file.name for file in found if not file.is_file()]:
-        raise UserError(f"{path}: not a regular file: {', '.join(strange)}. Move it away, or set `{key}=` to one file")
+        raise UserError(f"{path}: not a regular file: {', '.join(strange)}. Move them away, or set `{key}=` to a file")
     return found
 
 
