@@ -125,14 +125,8 @@ def test_folders_and_broken_links_in_a_data_folder_are_named(tmp_path):
 
 def test_one_error_lists_all_invalid_lines(tmp_path):
     """Invalid rows are in test_rows.py."""
-    lines = (
-        {"id": "1", "prompt": "x"},
-        '{"prompt": "x"',
-        [1],
-        '{"id": "9", "prompt": "half \\ud83d"}',
-        {"prompt": "\u00a0"},
-    )
-    path = write_lines(tmp_path / "a.jsonl", *lines)
+    half = '{"id": "9", "prompt": "half \\ud83d"}'
+    path = write_lines(tmp_path / "a.jsonl", {"prompt": "x"}, '{"prompt": "x"', [1], half, {"prompt": "\u00a0"})
     with (tmp_path / "a.jsonl").open("ab") as file:
         file.write(b'{"prompt": "\xff"}\n')
     for source in (Files(path=path), Prompts(path=path)):

@@ -15,14 +15,13 @@ SUFFIXES = (*LINES, ".parquet")
 
 
 class LocalSource:
-    """Base of adapters of local files. A subclass is a dataclass that adds its fields and `row`."""
+    """Base of adapters of local files. A subclass is a dataclass with a field `path`, and adds `row`."""
 
-    path: Any  # a file or a folder
     suffixes = SUFFIXES
 
     def files(self) -> list[Path]:
         """Return the files to read."""
-        return list_files(self.path, "data.path", self.suffixes)
+        return list_files(self.path, "data.path", self.suffixes)  # type: ignore[attr-defined]
 
     def records(self) -> Iterator[tuple[str, Any]]:
         """Yield (where, record) of all files."""
