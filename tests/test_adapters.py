@@ -159,7 +159,7 @@ def test_a_reward_models_adapter_scores_as_peft_does(tiny_folder: Path, tmp_path
 
 def test_a_language_models_adapter_gives_no_score(tiny_folder: Path, tmp_path: Path):
     adapter(tmp_path / "a", tiny_folder)
-    with pytest.raises(UserError, match="an adapter for CAUSAL_LM. Choose an adapter of a reward model, for SEQ_CLS"):
+    with pytest.raises(UserError, match=r"an adapter for CAUSAL_LM\. Choose an adapter"):
         Classifier(path=str(tmp_path / "a"), cache=str(tmp_path)).identity  # noqa: B018
 
 

@@ -425,7 +425,7 @@ class TestBadInput:
         refused("no WANDB_API_KEY", *own, "logger=wandb", "logger.wandb.offline=false", WANDB_API_KEY="")
 
     def test_no_network_for_a_hub_set(self, base: list[str]) -> None:
-        refused("could not be loaded from the hub", *base, "data=offsetbias", "reward=exact_number", HF_HUB_OFFLINE="1")
+        refused("cannot be loaded from the hub", *base, "data=offsetbias", "reward=exact_number", HF_HUB_OFFLINE="1")
 
     def test_no_checkpoint_at_resume(self, own: list[str]) -> None:
         refused("there is no such checkpoint", *own, "resume=/nowhere.ckpt")

@@ -34,15 +34,15 @@ def score_length(body: dict[str, Any], before: int) -> Any:
     return {"data": [{"index": 0, "data": score, "probs": score, "num_classes": 1}]}
 
 
-def score(one: Endpoint, *texts: str) -> list[float]:
-    return one([ASK] * len(texts), texts, [None] * len(texts))
+def score(reward: Endpoint, *texts: str) -> list[float]:
+    return reward([ASK] * len(texts), texts, [None] * len(texts))
 
 
 @pytest.mark.parametrize(("protocol", "path"), [("pooling", "/pooling"), ("classify", "/classify")])
 def test_vllm_receives_messages_and_returns_the_raw_score(protocol: str, path: str, tmp_path: Path):
     with served(score_length) as server:
-        one = make_reward(server.base_url, tmp_path, protocol, request={"priority": 1})
-        assert one([ASK, TALK], ["xyz", "w"], [None, "7"]) == [3.0, 1.0]
+        reward = make_reward(server.base_url, tmp_path, protocol, request={"priority": 1})
+        assert reward([ASK, TALK], ["xyz", "w"], [None, "7"]) == [3.0, 1.0]
     assert server.paths == [f"/v1{path}"] * 2
     first = next(body for body in server.bodies if len(body["messages"]) == 2)
     assert first == {
@@ -138,10 +138,10 @@ def test_identity_depends_on_server_model_and_settings(tmp_path: Path):
         make_reward(url, tmp_path, version="2"), make_reward(url, tmp_path, request={"use_activation": True}),
         make_reward(url, tmp_path, "query"), make_reward(url, tmp_path, "query", chat_template=TEMPLATE),
     ]  # fmt: skip
-    identities = [one.identity for one in variants]
+    identities = [reward.identity for reward in variants]
     assert all(identities[i] != identities[j] for i in range(len(variants)) for j in range(i))
     assert make_reward(url, tmp_path / "other").identity == identities[0]
-    assert all(one.scores_text for one in variants)
+    assert all(reward.scores_text for reward in variants)
 
 
 def test_another_version_is_requested_again(tmp_path: Path):
@@ -155,9 +155,9 @@ def test_another_version_is_requested_again(tmp_path: Path):
 
 def test_identity_checks_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("RM_KEY", raising=False)
-    one = Endpoint(client=client("http://127.0.0.1:9", tmp_path, api_key_env="RM_KEY"), protocol="classify")
+    reward = Endpoint(client=client("http://127.0.0.1:9", tmp_path, api_key_env="RM_KEY"), protocol="classify")
     with pytest.raises(UserError, match="RM_KEY is not set"):
-        one.identity  # noqa: B018
+        reward.identity  # noqa: B018
 
 
 def test_invalid_settings_are_errors(tmp_path: Path):
@@ -170,9 +170,9 @@ def test_invalid_settings_are_errors(tmp_path: Path):
 def test_yaml_states_every_setting(tmp_path: Path):
     cfg = composed(f"+cache={tmp_path}", "reward.client.base_url=http://127.0.0.1:9", root="reward/endpoint")
     check(cfg, {})
-    one = instantiate(cfg.reward)
-    assert one == Endpoint(client=one.client, protocol="classify")
-    assert type(one.request) is dict
+    reward = instantiate(cfg.reward)
+    assert reward == Endpoint(client=reward.client, protocol="classify")
+    assert type(reward.request) is dict
     stated = set(cfg.reward) - {"_target_", "_convert_"}
     assert stated == set(Endpoint.__dataclass_fields__)
     assert set(cfg.reward.client) - {"_target_"} == set(Client.__dataclass_fields__) - {"usage"}

@@ -1,0 +1,1 @@
+"""Data: rows, their sequences of tokens, and the plan of batches. No model is loaded here."""

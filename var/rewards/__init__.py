@@ -1,0 +1,1 @@
+"""Rewards: texts to numbers."""

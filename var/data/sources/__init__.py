@@ -1,0 +1,1 @@
+"""Adapters of data sets: each converts its records to rows."""
