@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from var.config.check import FOLDER
@@ -27,21 +29,20 @@ def loss_names() -> list[str]:
     return [file.stem for file in files if "_target_: ???" not in file.read_text()]
 
 
+@cache
+def read_config(name: str) -> DictConfig:
+    """Return `conf/loss/{name}.yaml` merged with its bases."""
+    with initialize_config_dir(str(Path(FOLDER) / "loss"), version_base="1.3"):
+        return compose(name)
+
+
 def load_loss(name: str, **settings: Any) -> Any:
     """Return the loss of `conf/loss/{name}.yaml`. `settings` override it, by dotted key."""
-    with initialize_config_dir(str(Path(FOLDER) / "loss"), version_base="1.3"):
-        config = compose(name)
+    config = deepcopy(read_config(name))
     OmegaConf.set_struct(config, False)
     for key, value in settings.items():
         OmegaConf.update(config, key, value)
     return instantiate(config)
-
-
-def default_answers(loss: Any) -> int:
-    """Return K, the smallest usual number of responses per prompt: 4 for groups, 2 for pairs, otherwise 1."""
-    if loss.needs & {Need.GROUPS, Need.ROLLOUT}:
-        return 4
-    return 2 if loss.needs & {Need.PAIRS, Need.DESIRABLE} else 1
 
 
 def make_policy(world: World, loss: Any, kind: type[TabularPolicy] = TablePolicy) -> TabularPolicy:
