@@ -47,7 +47,7 @@ def executed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_every_notebook_is_executed_here() -> None:
-    assert NOTEBOOKS == ["bring_your_own", "enumerable_world", "read_a_run"]
+    assert NOTEBOOKS == ["bring_your_own", "exact_testbed", "read_a_run"]
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
@@ -67,8 +67,8 @@ def test_read_a_run(executed: dict[str, Any]) -> None:
     assert len(executed["samples"]) == 4
 
 
-@pytest.mark.parametrize("executed", ["enumerable_world"], indirect=True)
-def test_the_enumerable_world(executed: dict[str, Any]) -> None:
+@pytest.mark.parametrize("executed", ["exact_testbed"], indirect=True)
+def test_exact_testbed(executed: dict[str, Any]) -> None:
     """What its text says: who is at π*, who is short of it, and that nothing lies above the frontier."""
     distance, ends = executed["distance"], executed["ends"]
     assert distance["exact"] < 1e-9 > distance["global"]

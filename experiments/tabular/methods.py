@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from var.requirements import Need
-from var.testbed.methods import load_loss, loss_names
+from var.testbed.methods import list_losses, load_loss
 from var.testbed.rows import Labels, Rows, make_rows
 from var.testbed.world import World
 
@@ -164,7 +164,7 @@ def list_others() -> list[Method]:
 
     Reward models are omitted.
     """
-    losses = {name: load_loss(name) for name in loss_names() if name not in {method.loss for method in LISTED}}
+    losses = {name: load_loss(name) for name in list_losses() if name not in {method.loss for method in LISTED}}
     policies = [name for name, loss in losses.items() if Need.SCALAR_HEAD not in loss.needs]
     return [Method(name=name, loss=name, answers=4) for name in policies]
 

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from tests.helpers.testbed import every_row, random_world
 from var.requirements import Need
-from var.testbed.methods import load_loss, loss_names, make_policy, sample_rows, train
+from var.testbed.methods import list_losses, load_loss, make_policy, sample_rows, train
 from var.testbed.policies import TablePolicy
 
 REWARD_UNIT = {"temperature_unit": "reward"}
@@ -22,7 +22,7 @@ def train_on_samples(world, loss, *, answers, steps=300, sequences=512, learning
     return policy.logps()
 
 
-@pytest.mark.parametrize("name", loss_names())
+@pytest.mark.parametrize("name", list_losses())
 def test_every_loss_of_conf_trains(small, name):
     """A new loss is tested here as soon as `conf/loss` has it."""
     loss = load_loss(name)

@@ -23,7 +23,7 @@ from var.testbed.world import World
 POOL = 16  # optimizer steps whose rows are drawn, and weighted, together
 
 
-def loss_names() -> list[str]:
+def list_losses() -> list[str]:
     """Return the names of the complete configurations in `conf/loss`."""
     files = sorted((Path(FOLDER) / "loss").glob("[!_]*.yaml"))
     return [file.stem for file in files if "_target_: ???" not in file.read_text()]
@@ -39,9 +39,8 @@ def read_config(name: str) -> DictConfig:
 def load_loss(name: str, **settings: Any) -> Any:
     """Return the loss of `conf/loss/{name}.yaml`. `settings` override it, by dotted key."""
     config = deepcopy(read_config(name))
-    OmegaConf.set_struct(config, False)
     for key, value in settings.items():
-        OmegaConf.update(config, key, value)
+        OmegaConf.update(config, key, value, force_add=True)
     return instantiate(config)
 
 
