@@ -12,11 +12,11 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 from safetensors.torch import load_file, save_file
+from var.annotate.value_head import ValueHead
 
 from tests.conftest import pretrained
 from var.annotate.annotator import Annotator, Unfilled, add_responses
 from var.annotate.cache import AnnotationCache
-from var.annotate.value_head import ValueHead
 from var.data.plan import make_plan
 from var.data.rows import Response, Row, Rows, read
 from var.data.sequences import Sequences, choose, encode
