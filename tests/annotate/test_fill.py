@@ -12,11 +12,11 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 from safetensors.torch import load_file, save_file
+from var.annotate.value_head import ValueHead
 
 from tests.conftest import pretrained
 from var.annotate.annotator import Annotator, Unfilled, add_responses
 from var.annotate.cache import AnnotationCache
-from var.annotate.value_head import ValueHead
 from var.data.plan import make_plan
 from var.data.rows import Response, Row, Rows, read
 from var.data.sequences import Sequences, choose, encode
@@ -504,13 +504,13 @@ def test_a_reward_may_return_a_list_an_array_or_a_tensor(returned, tiny_folder, 
 @pytest.mark.parametrize(
     ("returned", "told"),
     [
-        ([1.0, 2.0], "the reward (Returns) returned 2 numbers for 3 responses; it owes one a response"),
-        (np.ones((3, 2)), "the reward (Returns) returned 6 numbers for 3 responses; it owes one a response"),
-        (None, "the reward (Returns) returned 1 numbers for 3 responses; it owes one a response"),
-        (["a", "b", "c"], "the reward (Returns) returns no list of numbers: could not convert string to float: 'a'"),
-        ([{}, {}, {}], "the reward (Returns) returns no list of numbers: float() argument must be a string or a real "
-                       "number, not 'dict'"),
-        (torch.ones(3, requires_grad=True), "the reward (Returns) returns no list of numbers: Can't call numpy() on "
+        ([1.0, 2.0], "the reward (Returns) returned 2 numbers for 3 responses; expected one each"),
+        (np.ones((3, 2)), "the reward (Returns) returned 6 numbers for 3 responses; expected one each"),
+        (None, "the reward (Returns) returned 1 numbers for 3 responses; expected one each"),
+        (["a", "b", "c"], "the reward (Returns) must return a list of numbers: could not convert string to float: 'a'"),
+        ([{}, {}, {}], "the reward (Returns) must return a list of numbers: float() argument must be a string or a "
+                       "real number, not 'dict'"),
+        (torch.ones(3, requires_grad=True), "the reward (Returns) must return a list of numbers: Can't call numpy() on "
                                             "Tensor that requires grad. Use tensor.detach().numpy() instead."),
         ([1.0, None, 2.0], "rewards that are not finite (1):\n  response 'b': the reward is NaN or infinite"),
     ],
@@ -531,11 +531,11 @@ def test_answers_that_a_reward_cannot_use_are_named_all_at_once(tiny_folder, tmp
         with pytest.raises(UserError) as error:
             check_answers(reward, rows)
         assert str(error.value).splitlines()[:-1] == [
-            "the reward compares with a row's `answer`, and rows have none that it can use (4):",
+            "the reward compares with a row's `answer`, which is missing or unusable (4):",
             "  row row-1: no answer",
-            "  row row-2: its answer '12 apples' is no finite number",
-            "  row row-3: its answer 'nan' is no finite number",
-            "  row row-4: its answer '1e400' is no finite number",
+            "  row row-2: its answer '12 apples' is not a finite number",
+            "  row row-3: its answer 'nan' is not a finite number",
+            "  row row-4: its answer '1e400' is not a finite number",
         ]
     check_answers(Lengths(), rows)
 
@@ -551,10 +551,10 @@ def test_scores_of_the_data_are_read_and_missing_ones_named_all_at_once(tiny_fol
     with pytest.raises(UserError) as error:
         one.row_rewards(data(one, unscored)[0])
     assert str(error.value) == (
-        "reward=score, but the data carries no score (2):\n"
+        "reward=score, but rows have no score (2):\n"
         "  row row-1: a response has no score\n"
         "  row row-4: a response has no score\n"
-        "Choose a reward that scores text, as reward=offsetbias-rm-8b."
+        "Choose a reward that scores text, such as reward=offsetbias-rm-8b."
     )
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
-
 from var.annotate.value_head import ValueHead
+
 from var.utils.errors import UserError
 
 SIZE = 16

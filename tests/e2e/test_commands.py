@@ -369,7 +369,10 @@ class TestBadInput:
         model = LlamaForSequenceClassification(tiny_config(num_labels=1))
         folder = saved(tmp_path / "rm", model, byte_tokenizer(template=None))
         refused(
-            "has no chat template, so its scores would mean nothing", *own, "reward=classifier", f"reward.path={folder}"
+            "has no chat template, so its scores would be meaningless",
+            *own,
+            "reward=classifier",
+            f"reward.path={folder}",
         )
 
     def test_overlong_rows(self, own: list[str], rows: Path, tmp_path: Path) -> None:
@@ -392,7 +395,7 @@ class TestBadInput:
         (bare := tmp_path / "bare.jsonl").write_text(rows.read_text().replace('"answer": "1", ', ""))
         own = [*own, f"data.path={bare}"]
         for more in (["data.responses=sampled"], ["loss=sft"], ["loss=grpo"]):
-            refused("the reward compares with a row's `answer`, and rows have none that it can use (", *own, *more)
+            refused("the reward compares with a row's `answer`, which is missing or unusable (", *own, *more)
         model = next(option for option in own if option.startswith("model.path="))
         done = run(
             "eval.py", model, "data=files", f"data.path={bare}", "held_out=false", f"annotation_cache={tmp_path}/store"
@@ -422,7 +425,7 @@ class TestBadInput:
         refused("no WANDB_API_KEY", *own, "logger=wandb", "logger.wandb.offline=false", WANDB_API_KEY="")
 
     def test_no_network_for_a_hub_set(self, base: list[str]) -> None:
-        refused("could not be loaded from the hub", *base, "data=offsetbias", "reward=exact_number", HF_HUB_OFFLINE="1")
+        refused("cannot be loaded from the hub", *base, "data=offsetbias", "reward=exact_number", HF_HUB_OFFLINE="1")
 
     def test_no_checkpoint_at_resume(self, own: list[str]) -> None:
         refused("there is no such checkpoint", *own, "resume=/nowhere.ckpt")

@@ -1,10 +1,8 @@
 """From a checked configuration to the parts of a run: data, module and trainer."""
 
 import gc
-import logging
 import os
 import shlex
-import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -49,7 +47,7 @@ from var.training.loggers import Curves, PlanFile, make_loggers
 from var.training.metrics import Budget, StepMetrics
 from var.training.module import AlignmentModule
 from var.training.validation import PairAccuracy, Validation
-from var.utils.console import console, say, warn
+from var.utils.console import console, say, silence_libraries, warn
 from var.utils.errors import UserError
 
 PROFILERS: dict[str, Any] = {
@@ -254,18 +252,3 @@ class Run:
             import wandb
 
             wandb.finish()
-
-
-def silence_libraries() -> None:
-    """Turn off progress bars and advertisements of libraries. Warnings stay on."""
-    import datasets
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its failures are raised as our errors
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft uses an old name of transformers
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
