@@ -8,7 +8,7 @@ from experiments.tabular import frontier
 from experiments.tabular import methods as methods_of_studies
 from experiments.tabular.methods import METHODS
 from experiments.tabular.worlds import draw_world
-from var.requirements import Need
+from var.requirements import SequenceScores, find
 from var.testbed.methods import list_losses, load_loss
 
 BY_NAME = {method.name: method for method in METHODS}
@@ -22,7 +22,7 @@ def tiny():
 
 def test_every_loss_is_a_method_except_reward_models():
     others = set(list_losses()) - {method.loss for method in METHODS}
-    assert all(Need.SCALAR_HEAD in load_loss(name).needs for name in others)
+    assert all(find(load_loss(name).requires, SequenceScores) for name in others)
     assert len(BY_NAME) == len(METHODS)
 
 

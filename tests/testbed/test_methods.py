@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from tests.helpers.testbed import every_row, random_world
-from var.requirements import Need
+from var.requirements import SequenceScores, find
 from var.testbed.methods import list_losses, load_loss, make_policy, sample_rows, train
 from var.testbed.policies import TablePolicy
 
@@ -26,7 +26,7 @@ def train_on_samples(world, loss, *, answers, steps=300, sequences=512, learning
 def test_every_loss_of_conf_trains(small, name):
     """A new loss is tested here as soon as `conf/loss` has it."""
     loss = load_loss(name)
-    if Need.SCALAR_HEAD in loss.needs:
+    if find(loss.requires, SequenceScores):
         pytest.skip("a reward model, not a policy")
     options = {"rewards": small.rewards.sigmoid(), "weights": torch.ones_like(small.rewards)}
     logps = train_on_samples(small, loss, answers=4, steps=3, sequences=48, **options)

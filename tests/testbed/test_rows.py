@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from tests.helpers.testbed import every_row
 from var.losses.var import VAR
 from var.models.packing import pack
-from var.requirements import Need
+from var.requirements import Rollout
 from var.testbed.methods import compute_loss, load_loss
 from var.testbed.policies import TablePolicy
 from var.testbed.rows import MICRO_BATCH, Rows, make_rows, pack_rows
@@ -128,7 +128,7 @@ def test_the_current_policy_counts_as_the_one_that_sampled(small):
         seen.update(old=packed.old_logps, new=logps, values=packed.values, old_values=packed.old_values)
         return logps.sum(), {}
 
-    loss.needs = frozenset({Need.ROLLOUT})
+    loss.requires = (Rollout(),)
     rows = make_rows(small, loss, *draw_answers(small, 3, 2))
     compute_loss(small, loss, rows, TablePolicy(small, critic=True))
     assert_close(seen["old"], seen["new"].detach())
