@@ -34,7 +34,7 @@ LOSSES = (
 LIVE = ("var", "dpo", "kto", "infonca", "alol")  # losses that use the reference in each step
 TIMING = ("throughput/", "seconds")
 # Names that changed on purpose since a recording was made, old to new.
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {"cut": "truncated"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,7 +38,7 @@ def fake(
         "validation": {
             "reward": {"before": mean, "after": {"mean": after, "se": 0.03}, "gain": {"mean": after - 0.1, "se": 0.04}},
             "length": {"before": {"mean": 9.0, "se": 1.0}, "after": {"mean": 7.0, "se": 1.0}},
-            "cut": {"before": 0.0, "after": 0.1},
+            "truncated": {"before": 0.0, "after": 0.1},
             "kl": {"mean": 10 * after, "se": 0.2}, "win_rate": {"mean": 0.6, "se": 0.02},
             "judge": {"win": 5, "tie": 1, "loss": 2, "error": 0, "win_rate": 62.5, "se_prompts": 10.0, "reason": None},
         },

@@ -109,7 +109,7 @@ def warnings(run: Run) -> list[str]:
         out.append(f"One response weighs {weights['largest']:.0f} times the mean.")
     if abs(weights.get("length_correlation", 0)) > 0.3:
         out.append(f"Weights follow response length: correlation {weights['length_correlation']:.2f}.")
-    if (cut := (summary["validation"].get("cut") or {}).get("after") or 0) > 0.2:
+    if (cut := (summary["validation"].get("truncated") or {}).get("after") or 0) > 0.2:
         out.append(f"{cut:.0%} of the held-out answers after training were cut at the limit of new tokens.")
     out += [
         f"{name}: {n}."

@@ -177,7 +177,7 @@ def measured(summary: Mapping[str, Any]) -> dict[str, Estimate]:
         "KL, nats": estimate(validation.get("kl")),
         "length before": estimate(length.get("before")),
         "length after": estimate(length.get("after")),
-        "share cut": estimate((validation.get("cut") or {}).get("after")),
+        "truncation rate": estimate((validation.get("truncated") or {}).get("after")),
         "ESS/n": estimate(summary.get("ess")),
         "tokens/s": estimate(summary.get("tokens_per_second")),
         **{f"s of {stage}": estimate(spent) for stage, spent in (summary.get("seconds") or {}).items()},

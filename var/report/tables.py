@@ -15,7 +15,8 @@ from var.report.read import Estimate, Evaluation, Group, Run, differing, is_seed
 Cell = str | int | Estimate | None
 
 DIGITS = {
-    "KL, nats": 2, "length": 1, "tokens/s": 0, "steps": 0, "s of": 0, "ESS/n": 2, "share cut": 2, "win rate, %": 1,
+    "KL, nats": 2, "length": 1, "tokens/s": 0, "steps": 0, "s of": 0, "ESS/n": 2, "truncation rate": 2,
+    "win rate, %": 1,
 }  # fmt: skip
 WIDEST = 240  # letters of a cell of Markdown; a chat template has thousands
 SPECIAL = {

@@ -217,7 +217,7 @@ class Validation(Callback):
         return {
             "reward": None if answers.rewards is None else clustered(answers.rewards)._asdict(),
             "length": clustered(answers.lengths.astype(float))._asdict(),
-            "cut": float(1 - answers.finished.mean()),
+            "truncated": float(1 - answers.finished.mean()),
         }
 
     def _log(self, trainer: lightning.Trainer, answers: Answers, step: int, extra: Mapping[str, float] = {}) -> None:

@@ -191,7 +191,7 @@ def find_verdict(reply: Mapping[str, Any], pattern: re.Pattern[str]) -> str:
     if len(verdicts) > 1:
         raise UnreadableReply("several verdicts")
     if not verdicts:
-        raise UnreadableReply("cut off" if reply["choices"][0].get("finish_reason") == "length" else "no verdict")
+        raise UnreadableReply("truncated" if reply["choices"][0].get("finish_reason") == "length" else "no verdict")
     return str(verdicts.pop())
 
 

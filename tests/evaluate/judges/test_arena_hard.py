@@ -6,14 +6,11 @@ import math
 import numpy as np
 import pytest
 
+from tests.helpers.judges import ignore, pair
 from tests.server import Broken, client, completion, served, shown
-from var.evaluate.judges.arena_hard import FIRST, ArenaHard, bootstrap
-from var.evaluate.judges.base import Pair, rates
+from var.evaluate.judges.arena_hard import COUNTS, ArenaHard, bootstrap_mean
+from var.evaluate.judges.base import compute_rates
 from var.utils.errors import UserError
-
-
-def pair(id: str, seed: int = 0) -> Pair:
-    return Pair(id, None, seed, ({"role": "user", "content": f"question {id}."},), "<answer ours>", "<answer theirs>")
 
 
 @pytest.fixture
@@ -25,11 +22,11 @@ def arena(tmp_path):
 
 
 def scripted(**games: tuple[str, str]):
-    """For each question the verdicts of its two games, ours first and theirs first."""
+    """Return a reply function; games: per question the verdicts with our answer first and second."""
 
     def reply(body, before):
         ((first, second),) = (both for id, both in games.items() if f"question {id}." in body["messages"][1]["content"])
-        return completion(f"Mine would be … so [[{first if shown(body)[0] == '<answer ours>' else second}]]")
+        return completion(f"My answer would be … so [[{first if shown(body)[0] == '<answer ours>' else second}]]")
 
     return reply
 
@@ -40,7 +37,7 @@ def found(arena):
     with served(scripted(**verdicts)) as server:
         judge = arena(server.base_url)
         judge.check()
-        return judge([pair(id) for id in "abcd"], lambda done: None)
+        return judge([pair(id) for id in "abcd"], ignore)
 
 
 def test_two_games_by_hand(found):
@@ -52,37 +49,37 @@ def test_two_games_by_hand(found):
     assert found.facts["inconsistent"] == 1  # b
     assert found.facts["first_shown_wins"] == pytest.approx(4 / 6)  # a's first, b's both, d's second
     assert [game["verdict"] for game in found.games[:3]] == ["A>>B", "B>>A", "A>>B"]
-    whole = rates(found, [pair(id) for id in "abcd"])["all"]  # what eval.py's table and a report show
-    assert (whole["win_rate"], whole["mean_score"]) == (pytest.approx(1000 / 14), 0.5625)
+    overall = compute_rates(found, [pair(id) for id in "abcd"])["all"]
+    assert (overall["win_rate"], overall["mean_score"]) == (pytest.approx(1000 / 14), 0.5625)
     sums = 6 - 60 / 14, 3 - 40 / 14, 1 - 20 / 14, -20 / 14
-    assert whole["se_prompts"] == pytest.approx(100 * math.sqrt(4 / 3 * sum(s**2 for s in sums)) / 14)
+    assert overall["se_prompts"] == pytest.approx(100 * math.sqrt(4 / 3 * sum(s**2 for s in sums)) / 14)
     json.dumps([found.facts, found.games], allow_nan=False)
 
 
-def test_the_quantiles_are_of_all_counts(found):
+def test_quantiles_are_those_of_all_counts(found):
     counts = np.array([1.0] * 6 + [1.0, 1.0, 1.0, 0.0] + [0.5, 0.5] + [0.0, 0.0])
-    low, high = bootstrap(counts, 100, 0)
+    low, high = bootstrap_mean(counts, 100, 0)
     assert (found.facts["win_rate_5"], found.facts["win_rate_95"]) == (100 * low, 100 * high)
     assert 40 < 100 * low < 1000 / 14 < 100 * high < 95
 
 
-def test_the_bootstrap_has_the_spread_of_a_mean():
-    """Of 400 counts of 0 and 1, half and half, the mean's sd is 1/40: quantiles ½ ∓ 1.645/40. The seed decides."""
+def test_bootstrap_has_the_spread_of_a_mean():
+    """The mean of 200 zeros and 200 ones has sd 1/40, so the quantiles are ½ ∓ 1.645/40. The seed sets the draws."""
     counts = np.tile([0.0, 1.0], 200)
-    low, high = bootstrap(counts, 4000, 0)
+    low, high = bootstrap_mean(counts, 4000, 0)
     assert (low, high) == (pytest.approx(0.5 - 1.645 / 40, abs=0.004), pytest.approx(0.5 + 1.645 / 40, abs=0.004))
-    assert bootstrap(counts, 50, 1) == bootstrap(counts, 50, 1) != bootstrap(counts, 50, 2)
-    assert bootstrap(np.ones(7), 10, 0) == (1.0, 1.0)
+    assert bootstrap_mean(counts, 50, 1) == bootstrap_mean(counts, 50, 1) != bootstrap_mean(counts, 50, 2)
+    assert bootstrap_mean(np.ones(7), 10, 0) == (1.0, 1.0)
 
 
-def test_labels_are_the_same_from_either_end():
-    """A>B and B<A say one thing; A>B and B>A say opposite things."""
+def test_labels_are_symmetric():
+    """A>B and B<A mean the same; A>B and B>A are opposites."""
     turned = str.maketrans("AB<>", "BA<>")
     mirrored = str.maketrans("<>", "><")
-    for label, counts in FIRST.items():
-        assert [1 - count for count in counts] == FIRST[label.translate(turned)]
-        assert [1 - count for count in counts] == FIRST[label.translate(mirrored)]
-    assert sorted(map(len, FIRST.values())) == [1] * 6 + [3] * 4
+    for label, counts in COUNTS.items():
+        assert [1 - count for count in counts] == COUNTS[label.translate(turned)]
+        assert [1 - count for count in counts] == COUNTS[label.translate(mirrored)]
+    assert sorted(map(len, COUNTS.values())) == [1] * 6 + [3] * 4
 
 
 @pytest.mark.parametrize(
@@ -94,37 +91,34 @@ def test_labels_are_the_same_from_either_end():
         ("[[A]]", "no verdict"),
     ],
 )
-def test_a_game_without_one_known_label_is_an_error(arena, text, kind):
-    """One game of `a` is in error: the pair is, though its other game has a verdict; b stands."""
+def test_game_without_one_known_label_is_an_error(arena, text, kind):
+    """One game of `a` is in error, so the pair is, though its other game has a verdict; b is not affected."""
 
     def reply(body, before):
         odd = "question a." in str(body) and shown(body)[0] == "<answer ours>"
         return completion(text if odd else "[[A>B]]" if shown(body)[0] == "<answer ours>" else "[[B>A]]")
 
     with served(reply) as server:
-        found = arena(server.base_url, max_errors=0.5)([pair("a"), pair("b")], lambda done: None)
+        found = arena(server.base_url, max_errors=0.5)([pair("a"), pair("b")], ignore)
     assert found.outcomes == ["error", "win"]
     assert math.isnan(found.scores[0])
     assert found.facts["errors"] == {kind: 1}
     assert found.facts["win_rate"] == found.facts["win_rate_5"] == 100.0
 
 
-def test_above_max_errors_no_number_is_given(arena):
+def test_above_max_errors_there_is_no_win_rate(arena):
     with served(lambda body, before: Broken(400, text='{"error": {"message": "no such model"}}')) as server:
-        found = arena(server.base_url)([pair("a")], lambda done: None)
+        found = arena(server.base_url)([pair("a")], ignore)
     assert found.facts["errors"] == {"failed": 2}
     assert "no such model" in found.facts["first_failure"]
     assert found.facts["reason"].startswith("1 of 1 pairs are in error")
     assert found.facts["win_rate"] is found.facts["win_rate_5"] is found.facts["win_rate_95"] is None
 
 
-def test_the_request_is_the_protocols(arena):
+def test_request_follows_the_protocol(arena):
     with served(scripted(a=("A>B", "B>A"))) as server:
-        arena(server.base_url)([pair("a")], lambda done: None)
-    assert {key: server.bodies[0][key] for key in ("temperature", "max_tokens")} == {
-        "temperature": 0,
-        "max_tokens": 4096,
-    }
+        arena(server.base_url)([pair("a")], ignore)
+    assert (server.bodies[0]["temperature"], server.bodies[0]["max_tokens"]) == (0, 4096)
     system = server.bodies[0]["messages"][0]["content"]
     assert all(f"[[{label}]]" in system for label in ("A>>B", "A>B", "A=B", "B>A", "B>>A"))
     assert sorted(map(shown, server.bodies)) == [
@@ -132,7 +126,7 @@ def test_the_request_is_the_protocols(arena):
     ]  # fmt: skip
 
 
-def test_settings_that_cannot_be_are_refused(arena):
+def test_invalid_settings_are_rejected(arena):
     for wrong in ({"max_errors": -0.1}, {"bootstraps": 0}):
         with pytest.raises(UserError, match=r"judge\."):
             arena("http://127.0.0.1:1/v1", **wrong)
