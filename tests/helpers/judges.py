@@ -1,7 +1,9 @@
-"""Pairs for judges."""
+"""Pairs for judges, and judges on a scripted server."""
 
+from pathlib import Path
 from typing import Any
 
+from tests.server import client, served
 from var.evaluate.judges.base import Pair
 
 
@@ -16,3 +18,14 @@ def pair(id: str, subset: str | None = None, seed: int = 0, question: str | None
 
 def ignore(done: int) -> None:
     """Ignore progress."""
+
+
+def play(judge: type, folder: Path, reply: Any, pairs: list[Pair], options: Any = None, **settings: Any) -> Any:
+    """Judge the pairs on a scripted server; return the judgement and the bodies of all requests.
+
+    options: of the client, whose replies are stored in `folder`. settings: of the judge.
+    """
+    with served(reply) as server:
+        built = judge(client=client(server.base_url, folder, **(options or {})), **settings)
+        built.check()
+        return built(pairs, ignore), server.bodies

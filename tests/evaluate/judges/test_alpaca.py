@@ -4,10 +4,12 @@ import json
 import math
 import sys
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 
+from tests.helpers import judges
 from tests.helpers.judges import ignore, pair
 from tests.server import client, completion, served, shown
 from var.evaluate.judges.alpaca import MATCHED, AlpacaEval, compute_win_rate, read_preference
@@ -195,6 +197,11 @@ def test_reference_numbers_the_instructions(tmp_path):
 
 
 @pytest.fixture
+def play(tmp_path):
+    return partial(judges.play, AlpacaEval, tmp_path)
+
+
+@pytest.fixture
 def alpaca(tmp_path):
     def build(url: str = "http://127.0.0.1:1/v1", **options) -> AlpacaEval:
         return AlpacaEval(client=client(url, tmp_path), **options)
@@ -211,12 +218,9 @@ def longer_is_better(body, before):
     return completion(letter, "length", logprobs={"content": [{"token": letter, "logprob": -0.2, "top_logprobs": top}]})
 
 
-def test_score_is_the_answers_preference_in_both_orders(alpaca):
+def test_score_is_the_answers_preference_in_both_orders(play):
     pairs = [sized(str(i), 9 if i % 3 else 3, 6, f"question {i}") for i in range(30)] + [sized("t", 4, 4)]
-    with served(longer_is_better) as server:
-        judge = alpaca(server.base_url)
-        judge.check()
-        found = judge(pairs, ignore)
+    found, bodies = play(longer_is_better, pairs)
     assert found.scores == pytest.approx([0.8 if i % 3 else 0.2 for i in range(30)] + [0.5])
     assert found.outcomes == ["win" if i % 3 else "loss" for i in range(30)] + ["tie"]
     assert found.facts["win_rate"] == pytest.approx(100 * (20 * 0.8 + 10 * 0.2 + 0.5) / 31)
@@ -225,24 +229,22 @@ def test_score_is_the_answers_preference_in_both_orders(alpaca):
     assert overall["se_prompts"] == pytest.approx(found.facts["win_rate_se"])
     assert (overall["win"], overall["tie"], overall["loss"]) == (20, 1, 10)
     assert 5 < [game["order"] for game in found.games].count("answer first") < 25
-    assert (len(server.bodies), found.facts["games"]) == (31, 31)
+    assert (len(bodies), found.facts["games"]) == (31, 31)
     assert not any(name.startswith("lc") for name in found.facts)  # without its file nothing has that name
     json.dumps([found.facts, found.games], allow_nan=False)
 
 
-def test_request_follows_the_protocol(alpaca):
-    with served(longer_is_better) as server:
-        alpaca(server.base_url)([sized("a", 5, 6)], ignore)
-    (body,) = server.bodies
+def test_request_follows_the_protocol(play):
+    _, bodies = play(longer_is_better, [sized("a", 5, 6)])
+    (body,) = bodies
     assert {key: value for key, value in body.items() if key not in ("messages", "model")} == {
         "max_tokens": 1, "temperature": 1, "logprobs": True, "top_logprobs": 5,
     }  # fmt: skip
     assert body["messages"][1]["content"].endswith("m or M.")
 
 
-def test_judge_without_log_probabilities_gives_errors(alpaca):
-    with served(lambda body, before: completion("m")) as server:
-        found = alpaca(server.base_url)([sized("a", 5, 6)], ignore)
+def test_judge_without_log_probabilities_gives_errors(play):
+    found = play(lambda body, before: completion("m"), [sized("a", 5, 6)])[0]
     assert (found.outcomes, found.facts["errors"]) == (["error"], {"no log-probabilities": 1})
     assert found.facts["win_rate"] is None
 
@@ -263,16 +265,12 @@ def files(tmp_path):
     return {"gamed": str(tmp_path / "df_gamed.csv"), "reference": str(tmp_path / "alpaca_eval.json")}
 
 
-def test_length_controlled_rate_of_longer_answers_is_lower(alpaca, files):
+def test_length_controlled_rate_of_longer_answers_is_lower(play, files):
     """The judge prefers the longer output and nothing else; ours are longer in 30 of 40: 65 %, and near ½ at equal
-    length. Two seeds that are alike give what one gives."""
+    length. Two equal seeds give the same as one."""
     pairs = [sized(f"row{i}", 30 + i if i % 4 else 20, 30 - i % 3, f" question {i}") for i in range(40)]
-    with served(longer_is_better) as server:
-        judge = alpaca(server.base_url, **files)
-        judge.check()
-        one = judge(pairs, ignore).facts
-        twice = [*pairs, *(replace(pair, seed=1) for pair in pairs)]
-        two = judge(twice, ignore).facts
+    twice = [*pairs, *(replace(pair, seed=1) for pair in pairs)]
+    one, two = (play(longer_is_better, given, **files)[0].facts for given in (pairs, twice))
     assert one["win_rate"] == pytest.approx(65.0)
     assert 45 < one["lc_win_rate"] < 58
     assert one["lc_weights"][0]["length"] < -0.5
@@ -309,9 +307,8 @@ def test_repeated_instruction_has_two_difficulties(alpaca, files, tmp_path):
     assert judge._difficulties(pairs).tolist() == [0.5, 2.5, 1.5, 0.5, 2.5, 1.5]
 
 
-def test_equal_lengths_have_no_length_controlled_rate(alpaca, files):
-    with served(longer_is_better) as server:
-        found = alpaca(server.base_url, **files)([sized(str(i), 5, 6, f"question {i}") for i in range(3)], print)
+def test_equal_lengths_have_no_length_controlled_rate(play, files):
+    found = play(longer_is_better, [sized(str(i), 5, 6, f"question {i}") for i in range(3)], **files)[0]
     assert found.facts["lc_win_rate"] is None
     assert found.facts["lc_reason"] == "a seed has no judged pair, or all its pairs have the same length difference"
     assert found.facts["win_rate"] == pytest.approx(20.0)

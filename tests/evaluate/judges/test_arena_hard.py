@@ -2,15 +2,22 @@
 
 import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 
-from tests.helpers.judges import ignore, pair
-from tests.server import Broken, client, completion, served, shown
+from tests.helpers import judges
+from tests.helpers.judges import pair
+from tests.server import Broken, client, completion, shown
 from var.evaluate.judges.arena_hard import COUNTS, ArenaHard, bootstrap_mean
 from var.evaluate.judges.base import compute_rates
 from var.utils.errors import UserError
+
+
+@pytest.fixture
+def play(tmp_path):
+    return partial(judges.play, ArenaHard, tmp_path)
 
 
 @pytest.fixture
@@ -32,12 +39,9 @@ def scripted(**games: tuple[str, str]):
 
 
 @pytest.fixture
-def found(arena):
+def found(play):
     verdicts = {"a": ("A>>B", "B>>A"), "b": ("A>>B", "A>B"), "c": ("A=B", "B=A"), "d": ("B>A", "A>B")}
-    with served(scripted(**verdicts)) as server:
-        judge = arena(server.base_url)
-        judge.check()
-        return judge([pair(id) for id in "abcd"], ignore)
+    return play(scripted(**verdicts), [pair(id) for id in "abcd"])[0]
 
 
 def test_two_games_by_hand(found):
@@ -91,37 +95,34 @@ def test_labels_are_symmetric():
         ("[[A]]", "no verdict"),
     ],
 )
-def test_game_without_one_known_label_is_an_error(arena, text, kind):
+def test_game_without_one_known_label_is_an_error(play, text, kind):
     """One game of `a` is in error, so the pair is, though its other game has a verdict; b is not affected."""
 
     def reply(body, before):
         odd = "question a." in str(body) and shown(body)[0] == "<answer ours>"
         return completion(text if odd else "[[A>B]]" if shown(body)[0] == "<answer ours>" else "[[B>A]]")
 
-    with served(reply) as server:
-        found = arena(server.base_url, max_errors=0.5)([pair("a"), pair("b")], ignore)
+    found = play(reply, [pair("a"), pair("b")], max_errors=0.5)[0]
     assert found.outcomes == ["error", "win"]
     assert math.isnan(found.scores[0])
     assert found.facts["errors"] == {kind: 1}
     assert found.facts["win_rate"] == found.facts["win_rate_5"] == 100.0
 
 
-def test_above_max_errors_there_is_no_win_rate(arena):
-    with served(lambda body, before: Broken(400, text='{"error": {"message": "no such model"}}')) as server:
-        found = arena(server.base_url)([pair("a")], ignore)
+def test_above_max_errors_there_is_no_win_rate(play):
+    found = play(lambda body, before: Broken(400, text='{"error": {"message": "no such model"}}'), [pair("a")])[0]
     assert found.facts["errors"] == {"failed": 2}
     assert "no such model" in found.facts["first_failure"]
     assert found.facts["reason"].startswith("1 of 1 pairs are in error")
     assert found.facts["win_rate"] is found.facts["win_rate_5"] is found.facts["win_rate_95"] is None
 
 
-def test_request_follows_the_protocol(arena):
-    with served(scripted(a=("A>B", "B>A"))) as server:
-        arena(server.base_url)([pair("a")], ignore)
-    assert (server.bodies[0]["temperature"], server.bodies[0]["max_tokens"]) == (0, 4096)
-    system = server.bodies[0]["messages"][0]["content"]
+def test_request_follows_the_protocol(play):
+    _, bodies = play(scripted(a=("A>B", "B>A")), [pair("a")])
+    assert (bodies[0]["temperature"], bodies[0]["max_tokens"]) == (0, 4096)
+    system = bodies[0]["messages"][0]["content"]
     assert all(f"[[{label}]]" in system for label in ("A>>B", "A>B", "A=B", "B>A", "B>>A"))
-    assert sorted(map(shown, server.bodies)) == [
+    assert sorted(map(shown, bodies)) == [
         ("<answer ours>", "<answer theirs>"), ("<answer theirs>", "<answer ours>"),
     ]  # fmt: skip
 

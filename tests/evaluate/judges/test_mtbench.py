@@ -10,10 +10,12 @@ import subprocess
 import sys
 import textwrap
 import time
+from functools import partial
 
 import numpy as np
 import pytest
 
+from tests.helpers import judges
 from tests.helpers.judges import ignore, pair
 from tests.server import Broken, client, completion, served, shown
 from var.evaluate.judges.base import compute_rates
@@ -33,6 +35,11 @@ def mtbench(tmp_path):
         return MTBench(client=client(url, tmp_path, **of_client), **settings)
 
     return build
+
+
+@pytest.fixture
+def play(tmp_path):
+    return partial(judges.play, MTBench, tmp_path)
 
 
 def fair(body, before=0):
@@ -105,10 +112,9 @@ def test_both_orders_of_each_pair_are_judged(mtbench):
     json.dumps([found.facts, found.games], allow_nan=False)
 
 
-def test_request_follows_the_protocol(mtbench):
-    with served(fair) as server:
-        mtbench(server.base_url)([quality("a")], ignore)
-    first = min(server.bodies, key=lambda body: shown(body)[0] != "<answer good>")
+def test_request_follows_the_protocol(play):
+    _, bodies = play(fair, [quality("a")])
+    first = min(bodies, key=lambda body: shown(body)[0] != "<answer good>")
     assert {key: first[key] for key in ("model", "temperature", "max_tokens")} == {
         "model": "judge", "temperature": 0, "max_tokens": 2048,
     }  # fmt: skip
@@ -119,11 +125,10 @@ def test_request_follows_the_protocol(mtbench):
     assert user["content"].index("question a") < user["content"].index("good") < user["content"].index("bad")
 
 
-def test_request_fields_can_be_replaced(mtbench):
+def test_request_fields_can_be_replaced(play):
     request = {"temperature": None, "max_tokens": None, "max_completion_tokens": 9}
-    with served(fair) as server:
-        mtbench(server.base_url, request=request)([quality("a")], ignore)
-    assert set(server.bodies[0]) == {"model", "max_completion_tokens", "messages"}
+    _, bodies = play(fair, [quality("a")], request=request)
+    assert set(bodies[0]) == {"model", "max_completion_tokens", "messages"}
 
 
 @pytest.mark.parametrize(
@@ -135,9 +140,8 @@ def test_request_fields_can_be_replaced(mtbench):
         (completion("I would say", finish="length"), "truncated"),
     ],
 )
-def test_reply_without_one_verdict_is_an_error(mtbench, reply, kind):
-    with served(lambda body, before: reply) as server:
-        found = mtbench(server.base_url)([quality("a")], ignore)
+def test_reply_without_one_verdict_is_an_error(play, reply, kind):
+    found = play(lambda body, before: reply, [quality("a")])[0]
     assert found.outcomes == ["error"]
     assert math.isnan(found.scores[0])
     assert found.facts["errors"] == {kind: 2}
@@ -165,48 +169,44 @@ def test_reply_without_text_fails_and_is_asked_again(mtbench, reply, reason):
         assert len(server.bodies) == 4
 
 
-def test_lone_surrogate_in_a_reply_can_be_written(mtbench):
-    with served(lambda body, before: completion("[[C]] \ud83d")) as server:
-        found = mtbench(server.base_url)([quality("a")], ignore)
+def test_lone_surrogate_in_a_reply_can_be_written(play):
+    found = play(lambda body, before: completion("[[C]] \ud83d"), [quality("a")])[0]
     assert [game["text"] for game in found.games] == ["[[C]] ?"] * 2
-    with served(lambda body, before: Broken(400, text='{"detail": "\\ud83d"}')) as server:
-        found = mtbench(server.base_url, {"model": "other"})([quality("a")], ignore)
+    found, bodies = play(
+        lambda body, before: Broken(400, text='{"detail": "\\ud83d"}'), [quality("a")], options={"model": "other"}
+    )
     assert found.facts["first_failure"] == "400: ?"
 
 
-def test_repeated_verdict_counts_once(mtbench):
-    with served(lambda body, before: completion("[[C]] ... so: [[C]]", finish="length")) as server:
-        found = mtbench(server.base_url)([quality("a")], ignore)
+def test_repeated_verdict_counts_once(play):
+    found = play(lambda body, before: completion("[[C]] ... so: [[C]]", finish="length"), [quality("a")])[0]
     assert found.outcomes == ["tie"]
 
 
-def test_one_game_in_error_makes_the_pair_an_error(mtbench):
+def test_one_game_in_error_makes_the_pair_an_error(play):
     def half(body, before):
         return fair(body) if shown(body)[0] == "<answer good>" else completion("no idea")
 
-    with served(half) as server:
-        found = mtbench(server.base_url, max_errors=0.5)([quality("a"), quality("b")], ignore)
+    found = play(half, [quality("a"), quality("b")], max_errors=0.5)[0]
     assert found.outcomes == ["error", "error"]
     assert found.facts["errors"] == {"no verdict": 2}
 
 
-def test_position_bias_gives_ties_and_is_reported(mtbench):
+def test_position_bias_gives_ties_and_is_reported(play):
     pairs = [quality(str(i)) for i in range(10)]
-    with served(lambda body, before: completion("[[A]]")) as server:
-        found = mtbench(server.base_url)(pairs, ignore)
+    found = play(lambda body, before: completion("[[A]]"), pairs)[0]
     assert found.outcomes == ["tie"] * 10
     assert (found.facts["inconsistent"], found.facts["first_shown_wins"]) == (10, 1.0)
 
 
-def test_rule_of_the_paper_counts_win_and_tie_as_win(mtbench):
+def test_rule_of_the_paper_counts_win_and_tie_as_win(play):
     def tie_in_the_second_order(body, before):
         return completion("[[A]]" if shown(body)[0] == "<answer good>" else "[[C]]")
 
-    with served(tie_in_the_second_order) as server:
-        for rule, expected in (("paper", "win"), ("mtbench", "tie")):
-            found = mtbench(server.base_url, rule=rule)([quality("a")], ignore)
-            assert found.outcomes == [expected]
-            assert found.facts["inconsistent"] == 1
+    for rule, expected in (("paper", "win"), ("mtbench", "tie")):
+        found = play(tie_in_the_second_order, [quality("a")], rule=rule)[0]
+        assert found.outcomes == [expected]
+        assert found.facts["inconsistent"] == 1
 
 
 def test_random_order_follows_from_the_content(mtbench):
@@ -222,26 +222,13 @@ def test_random_order_follows_from_the_content(mtbench):
     assert len(server.bodies) == 40  # the other seed has the same answer, so it is the same request
 
 
-def test_conversations_and_braces_reach_the_judge(mtbench):
-    turns = [("system", "Be brief {answer_a}"), ("user", "Hi"), ("assistant", "Hello"), ("user", "Bye")]
-    prompt = tuple({"role": role, "content": text} for role, text in turns)
-    odd = quality("a", "{question} {answer_b} {0} \\1", prompt=prompt)
-    with served(lambda body, before: completion("[[C]]")) as server:
-        mtbench(server.base_url)([odd], ignore)
-    text = server.bodies[0]["messages"][1]["content"]
-    assert "[System]\nBe brief {answer_a}\n\n[User]\nHi\n\n[Assistant]\nHello\n\n[User]\nBye" in text
-    assert "<answer {question} {answer_b} {0} \\1>" in text
-
-
-def test_own_template_is_used_and_its_hash_stored(mtbench, tmp_path):
+def test_own_template_is_used_and_its_hash_stored(play, mtbench, tmp_path):
     (tmp_path / "mine.txt").write_text("{question}: {answer_a} or {answer_b}? Say [[A]], [[B]] or [[C]].")
-    with served(fair) as server:
-        mine = mtbench(server.base_url, template=str(tmp_path / "mine.txt"))
-        mine.check()
-        found = mine([quality("a")], ignore)
+    template = str(tmp_path / "mine.txt")
+    found, bodies = play(fair, [quality("a")], template=template)
     assert found.outcomes == ["win"]
-    assert [message["role"] for message in server.bodies[0]["messages"]] == ["user"]
-    assert found.facts["template"] == mine.identity["template"] != mtbench().identity["template"]
+    assert [message["role"] for message in bodies[0]["messages"]] == ["user"]
+    assert found.facts["template"] == mtbench(template=template).identity["template"] != mtbench().identity["template"]
 
 
 def test_invalid_settings_are_rejected(mtbench):
@@ -263,7 +250,7 @@ def test_identity_has_every_setting_of_a_verdict(mtbench):
 # --- a server that fails
 
 
-def test_slow_busy_and_broken_server_is_retried(mtbench):
+def test_slow_busy_and_broken_server_is_retried(play):
     whole = json.dumps(completion("They differ. [[A]]"))
     first = [Broken(429), Broken(500), Broken(text="{"), Broken(text="<html>"), Broken(text=whole, cut=20), Broken(503)]
 
@@ -274,19 +261,17 @@ def test_slow_busy_and_broken_server_is_retried(mtbench):
         return Broken(text=json.dumps(fair(body)), slow=0.2) if number == 6 else fair(body)
 
     pairs = [quality(str(i)) for i in range(8)]
-    with served(at_first) as server:
-        found = mtbench(server.base_url)(pairs, ignore)
+    found, bodies = play(at_first, pairs)
     assert found.outcomes == ["win"] * 8
-    assert len(server.bodies) == 16 + 2 * len(first)
+    assert len(bodies) == 16 + 2 * len(first)
 
 
-def test_failed_game_is_an_error_with_its_reason(mtbench):
+def test_failed_game_is_an_error_with_its_reason(play):
     def never(body, before):
         return Broken(500, text='{"error": {"message": "out of memory"}}') if "question b" in str(body) else fair(body)
 
     pairs = [quality("a"), quality("b")]
-    with served(never) as server:
-        found = mtbench(server.base_url, {"retries": 1}, max_errors=0.5)(pairs, ignore)
+    found = play(never, pairs, options={"retries": 1}, max_errors=0.5)[0]
     assert found.outcomes == ["win", "error"]
     assert found.facts["errors"] == {"failed": 2}
     assert found.facts["first_failure"]
