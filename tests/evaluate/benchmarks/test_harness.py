@@ -55,6 +55,13 @@ def sandboxed() -> None:
         pytest.skip(str(error))
 
 
+def read_solutions(real_data: Path) -> dict[str, str]:
+    """Return HumanEval's solutions by prompt, or skip the test if there is no sandbox."""
+    sandboxed()
+    with gzip.open(real_data / "humaneval.jsonl.gz", "rt") as file:
+        return {p["prompt"]: p["canonical_solution"] for p in map(json.loads, file)}
+
+
 def answering(answer: Callable[[str], str]) -> Any:
     """Return a tiny model whose `generate` gives known responses."""
     model, tokenizer = tiny_model(**LONG), byte_tokenizer()
@@ -72,14 +79,7 @@ def answering(answer: Callable[[str], str]) -> Any:
     return model
 
 
-def run(
-    out: Path,
-    tasks: dict[str, int | None],
-    folder: Path | None,
-    model: Any = None,
-    tokenizer: Any = None,
-    **changes: Any,
-) -> dict[str, Any]:
+def run(out: Path, tasks: Any, folder: Path | None, model: Any = None, tokenizer: Any = None, **changes: Any) -> Any:
     """Run benchmarks on a model, by default one that knows the sums."""
     model = answering(summed) if model is None else model
     return run_benchmarks(settings(tasks, folder, **changes), model, tokenizer or byte_tokenizer(), out)
@@ -203,9 +203,7 @@ def test_bbh_prompt_is_the_published_chain_of_thought(real_data: Path, tmp_path:
 
 def test_humaneval_runs_the_programs_in_the_sandbox(real_data: Path, tmp_path: Path) -> None:
     """Canonical solutions of three of four problems; the fourth response never ends and is stopped."""
-    sandboxed()
-    with gzip.open(real_data / "humaneval.jsonl.gz", "rt") as file:
-        problems = {p["prompt"]: p["canonical_solution"] for p in map(json.loads, file)}
+    problems = read_solutions(real_data)
     last = list(problems)[3]
 
     def answer(prompt: str) -> str:
@@ -226,9 +224,7 @@ def test_limits_apply_to_the_program() -> None:
 
 
 def test_chat_template_makes_turns_and_starts_the_answer(real_data: Path, tmp_path: Path) -> None:
-    sandboxed()
-    with gzip.open(real_data / "humaneval.jsonl.gz", "rt") as file:
-        problems = {p["prompt"]: p["canonical_solution"] for p in map(json.loads, file)}
+    problems = read_solutions(real_data)
 
     def answer(prompt: str) -> str:
         given = prompt.rsplit("```python\n", 1)[1]

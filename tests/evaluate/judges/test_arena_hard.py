@@ -20,14 +20,6 @@ def play(tmp_path):
     return partial(judges.play, ArenaHard, tmp_path)
 
 
-@pytest.fixture
-def arena(tmp_path):
-    def build(url: str, **options) -> ArenaHard:
-        return ArenaHard(client=client(url, tmp_path), **options)
-
-    return build
-
-
 def scripted(**games: tuple[str, str]):
     """Return a reply function; games: per question the verdicts with our answer first and second."""
 
@@ -127,7 +119,7 @@ def test_request_follows_the_protocol(play):
     ]  # fmt: skip
 
 
-def test_invalid_settings_are_rejected(arena):
+def test_invalid_settings_are_rejected(tmp_path):
     for wrong in ({"max_errors": -0.1}, {"bootstraps": 0}):
         with pytest.raises(UserError, match=r"judge\."):
-            arena("http://127.0.0.1:1/v1", **wrong)
+            ArenaHard(client=client("http://127.0.0.1:1/v1", tmp_path), **wrong)

@@ -172,9 +172,8 @@ def test_reply_without_text_fails_and_is_asked_again(mtbench, reply, reason):
 def test_lone_surrogate_in_a_reply_can_be_written(play):
     found = play(lambda body, before: completion("[[C]] \ud83d"), [quality("a")])[0]
     assert [game["text"] for game in found.games] == ["[[C]] ?"] * 2
-    found, bodies = play(
-        lambda body, before: Broken(400, text='{"detail": "\\ud83d"}'), [quality("a")], options={"model": "other"}
-    )
+    broken = Broken(400, text='{"detail": "\\ud83d"}')
+    found = play(lambda body, before: broken, [quality("a")], options={"model": "other"})[0]
     assert found.facts["first_failure"] == "400: ?"
 
 
