@@ -1,15 +1,8 @@
-"""MT-Bench's pairs against a real server on this machine: verdicts, orders, failures, and resumed runs."""
+"""MT-Bench's pairs against a real server on this machine: verdicts, orders, failures, and cached replies."""
 
 import itertools
 import json
 import math
-import os
-import re
-import signal
-import subprocess
-import sys
-import textwrap
-import time
 from functools import partial
 
 import numpy as np
@@ -249,22 +242,6 @@ def test_identity_has_every_setting_of_a_verdict(mtbench):
 # --- a server that fails
 
 
-def test_slow_busy_and_broken_server_is_retried(play):
-    whole = json.dumps(completion("They differ. [[A]]"))
-    first = [Broken(429), Broken(500), Broken(text="{"), Broken(text="<html>"), Broken(text=whole, cut=20), Broken(503)]
-
-    def at_first(body, before):
-        number = int(re.search(r"question (\d+)", body["messages"][1]["content"])[1])
-        if before == 0 and number < len(first):
-            return first[number]
-        return Broken(text=json.dumps(fair(body)), slow=0.2) if number == 6 else fair(body)
-
-    pairs = [quality(str(i)) for i in range(8)]
-    found, bodies = play(at_first, pairs)
-    assert found.outcomes == ["win"] * 8
-    assert len(bodies) == 16 + 2 * len(first)
-
-
 def test_failed_game_is_an_error_with_its_reason(play):
     def never(body, before):
         return Broken(500, text='{"error": {"message": "out of memory"}}') if "question b" in str(body) else fair(body)
@@ -295,41 +272,3 @@ def test_second_run_sends_no_requests(mtbench):
     assert again.outcomes == first.outcomes
     np.testing.assert_equal(again.scores, first.scores)
     assert again.games == first.games  # including usage
-
-
-def test_killed_run_resumes_without_repeated_requests(mtbench, tmp_path):
-    """A process is killed after six of its replies are stored; the next one requests only the others."""
-
-    def slowly(body, before):
-        return Broken(text=json.dumps(fair(body)), slow=0.05)
-
-    with served(slowly) as server:
-        program = f"""
-            from var.evaluate.judges.base import Pair
-            from var.evaluate.judges.mtbench import MTBench
-            from var.utils.http_client import Client
-            pairs = [Pair(str(i), None, 0, ({{"role": "user", "content": f"question {{i}}."}},),
-                          "<answer good>", "<answer bad>") for i in range(20)]
-            client = Client(base_url={server.base_url!r}, model="judge", api_key_env=None, retries=3, timeout=20.0,
-                            concurrency=2, cache={str(tmp_path)!r})
-            MTBench(client=client)(pairs, lambda done: print(done, flush=True))
-        """
-        code = textwrap.dedent(program)
-        process = subprocess.Popen(
-            [sys.executable, "-c", code],
-            stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        )
-        for _ in range(3):
-            assert process.stdout.readline()
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        time.sleep(0.2)  # requests in flight reach the server
-        before = len(server.bodies)
-        assert before < 40
-        pairs = [quality(str(i)) for i in range(20)]
-        judge = mtbench(server.base_url)
-        found = judge(pairs, ignore)
-        assert found.outcomes == ["win"] * 20
-        assert found.facts["usage"]["cached"] >= 6
-        assert len(server.bodies) - before == 40 - found.facts["usage"]["cached"]

@@ -35,7 +35,7 @@ def test_hash_depends_on_the_wording(tmp_path):
     ("name", "hash"),
     [
         ("mtbench", "2ddcb3d5515fbceb453afd369bb59f12"),
-        ("arena_hard", "34692030ba3b20c5bfb51a2a283826bd"),
+        ("arena_hard_0.1", "34692030ba3b20c5bfb51a2a283826bd"),
         ("alpaca_eval_2", "a0a3282661033817125eae06101ec6ac"),
     ],
 )
