@@ -1,4 +1,4 @@
-"""Fill the store ahead of training, with the configuration of train.py: `python annotate.py loss=var data=…`."""
+"""Fill the annotation cache before training, with train.py's configuration: `python annotate.py loss=var data=…`."""
 
 import hydra
 from omegaconf import DictConfig
@@ -10,7 +10,7 @@ from var.utils.distributed import set_rank_variables
 
 @hydra.main(version_base="1.3", config_path=FOLDER, config_name="train")
 def main(cfg: DictConfig) -> None:
-    """Sample, score and annotate whatever this configuration's run would need, on every rank of the launcher."""
+    """Sample, score and annotate what this configuration's run needs, on all ranks of the launcher."""
     set_rank_variables()
     check(cfg, TRAIN, imports=False)
 
@@ -26,9 +26,11 @@ def main(cfg: DictConfig) -> None:
     if run.settings.world > 1:
         torch.distributed.init_process_group("nccl" if run.settings.gpu else "gloo")
     run.data.setup()
-    run.validation_answers()
-    computed = ", ".join(f"{count} {title.lower()}" for title, count in run.annotator.computed.items())
-    say(f"Computed: {computed or 'nothing, the store held it all'}.")
+    run.sample_validation()
+    if computed := run.annotator.computed:
+        say("Computed: " + ", ".join(f"{count} {title.lower()}" for title, count in computed.items()) + ".")
+    else:
+        say("All annotations were cached; nothing to do.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Runs and evaluations in; tables, figures and a page a run out: `python report.py runs/a runs/b …`."""
+"""Compare runs and evaluations in tables, figures and one page per run: `python report.py runs/a runs/b …`."""
 
 import argparse
 from pathlib import Path
@@ -7,47 +7,60 @@ from var.config.entry import run_command
 
 
 def main() -> None:
-    """What is no finished run is named and counted, and the others are reported."""
+    """Write a report. Folders without a finished run or an evaluation are listed and left out."""
     parser = argparse.ArgumentParser(
         prog="report.py",
-        description="Tables (Markdown, LaTeX, CSV), figures, and one HTML page a run. Runs that differ in seeds alone "
-        "are one configuration, with standard errors over seeds; two configurations are compared.",
+        description="Compare runs and evaluations: tables (Markdown, LaTeX, CSV), figures, and one HTML page per run. "
+        "Runs that differ only in seeds are one configuration, with standard errors over seeds. "
+        "If there are exactly two configurations, the report also has their differences.",
     )
     parser.add_argument(
-        "folders", nargs="*", type=Path,
-        help="a run's, an evaluation's, python -m experiments.tabular's, or a folder of any number of them",
-    )  # fmt: skip
-    parser.add_argument("--out", default="report", type=Path, help="the report's folder (default: %(default)s)")
-    parser.add_argument("--format", default="png", choices=("png", "pdf", "svg"), help="of figures (default: png)")
+        "folders",
+        nargs="*",
+        type=Path,
+        help="folders of runs, of evaluations (eval.py), of python -m experiments.tabular, or folders that contain "
+        "any number of them",
+    )
+    parser.add_argument("--out", default="report", type=Path, help="folder of the report (default: %(default)s)")
+    parser.add_argument(
+        "--format", default="png", choices=("png", "pdf", "svg"), help="file format of the figures (default: png)"
+    )
     parser.add_argument(
         "--shown",
         default=8,
         type=int,
-        help="configurations that figures draw, those of the highest reward (default: 8)",
+        help="number of configurations in figures; those with the highest reward are drawn (default: 8)",
     )
-    parser.add_argument("--pages", default=20, type=int, help="runs with a page, the table's first (default: 20)")
-    parser.add_argument("--wandb", metavar="ENTITY/PROJECT", help="save the same panels as a view of this W&B project")
-    given = parser.parse_args()
-    if not given.folders and not given.wandb:
-        parser.error("nothing to report on: name folders, or --wandb")
+    parser.add_argument(
+        "--pages",
+        default=20,
+        type=int,
+        help="number of runs that get an HTML page, in the order of the table (default: 20)",
+    )
+    parser.add_argument(
+        "--wandb", metavar="ENTITY/PROJECT", help="save the same panels as a view of this Weights & Biases project"
+    )
+    arguments = parser.parse_args()
+    if not arguments.folders and not arguments.wandb:
+        parser.error("nothing to report. Give folders, or --wandb ENTITY/PROJECT.")
 
     from var.utils.console import say
 
-    if given.folders:
-        from var.report.read import find
-        from var.report.write import report
+    if arguments.folders:
+        from var.report.read import find_records
+        from var.report.write import write_report
 
-        found = find(given.folders)
-        say(report(found, given.out, given.format, given.shown, given.pages))
+        found = find_records(arguments.folders)
+        say(write_report(found, arguments.out, arguments.format, arguments.shown, arguments.pages))
         for problem in found.problems[:10]:
             say(f"Left out: {problem}")
         if len(found.problems) > 10:
             say(f"Left out: {len(found.problems) - 10} more")
-        say(f"Report: {given.out / 'report.md'}")
-    if given.wandb:
-        from var.report.view import save
+        say(f"Report: {arguments.out / 'report.md'}")
+    if arguments.wandb:
+        from var.report.view import save_view
 
-        say(f"View: {save(given.wandb)}")
+        say(f"View: {save_view(arguments.wandb)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A model's answers to the data's prompts, rewarded, as rows: `python sample.py init=runs/… out=rows.jsonl`."""
+"""Sample and reward a model's responses to the data's prompts: `python sample.py init=runs/… out=rows.jsonl`."""
 
 import hydra
 from omegaconf import DictConfig
@@ -9,7 +9,7 @@ from var.config.entry import run_command
 
 @hydra.main(version_base="1.3", config_path=FOLDER, config_name="sample")
 def main(cfg: DictConfig) -> None:
-    """K responses to every prompt, held-out ones too (the same seed holds them out again), from the reference."""
+    """Write K responses to every prompt, validation prompts included; the same data.seed selects these again."""
     import json
     from pathlib import Path
 
@@ -18,14 +18,16 @@ def main(cfg: DictConfig) -> None:
     from var.utils.errors import UserError
 
     if OmegaConf.is_missing(cfg, "out"):
-        raise UserError("out must be given: out=rows.jsonl")
+        raise UserError("out: a file must be given: out=rows.jsonl")
     out = Path(cfg.out)
     if out.is_dir():
-        raise UserError(f"out={out} is a folder; name a file in it: out={out / 'rows.jsonl'}")
+        raise UserError(f"out={out} is a folder. Name a file in it: out={out / 'rows.jsonl'}.")
     with open_dict(cfg):
         del cfg.out
     check(cfg, TRAIN, imports=False)
 
+    from var.annotate.responses import sample_responses, sampling_fingerprint
+    from var.annotate.rewards import score_candidates
     from var.data.rows import read
     from var.rewards.base import check_answers
     from var.training.run import Run
@@ -33,13 +35,14 @@ def main(cfg: DictConfig) -> None:
     from var.utils.files import atomic
 
     run = Run.compose(cfg, Path("."))
-    run.annotator.check(out=out.parent)
-    rows = read(run.data.source, run.annotator.cache).head(run.data.settings.limit)
-    check_answers(run.annotator.reward, rows)
-    texts = run.annotator.sampled(rows, run.data.sampling)
-    scores = run.annotator.candidates(rows, run.data.sampling) if run.annotator.reward.scores_text else None
-    sampling = run.annotator.source(run.data.sampling)
-    written = empty = unanswered = 0
+    annotator, generate = run.annotator, run.data.training_set.sampling
+    annotator.check(out=out.parent)
+    rows = read(run.data.source, annotator.cache).head(run.data.settings.limit)
+    check_answers(annotator.reward, rows)
+    texts = sample_responses(annotator, rows, generate)
+    scores = score_candidates(annotator, rows, generate) if annotator.reward.scores_text else None
+    sampling = sampling_fingerprint(annotator, generate)
+    written = empty = without_response = 0
     with atomic(out) as file:
         for i, (row, several) in enumerate(zip(rows, texts, strict=True)):
             responses = [
@@ -50,15 +53,15 @@ def main(cfg: DictConfig) -> None:
             kept = [response for response in responses if response["text"].strip()]
             empty += len(responses) - len(kept)
             written += len(kept)
-            unanswered += not kept
+            without_response += not kept
             record = {
                 "id": row.id, "prompt": row.prompt, "responses": kept, "answer": row.answer, "subset": row.subset,
                 "sampling": sampling,
             }  # fmt: skip
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    say(f"{written} responses to {len(rows) - unanswered} prompts in {out}; left out, as empty: {empty}")
-    if unanswered:
-        say(f"{unanswered} prompts have no answer left; their rows stand there without")
+    say(f"{written} responses to {len(rows) - without_response} prompts in {out}; empty responses skipped: {empty}")
+    if without_response:
+        say(f"{without_response} prompts have no response left; their rows are kept without one")
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ from var.utils.distributed import set_rank_variables
 
 @hydra.main(version_base="1.3", config_path=FOLDER, config_name="train")
 def main(cfg: DictConfig) -> float | None:
-    """One run; returns the validation reward after training, for sweepers."""
+    """Run the configuration. Return the validation reward after training, for sweepers."""
     set_rank_variables()
-    check(cfg, TRAIN, imports=False)
+    check(cfg, TRAIN, imports=False)  # heavy libraries are imported only after it
 
     import json
     import time
@@ -25,38 +25,40 @@ def main(cfg: DictConfig) -> float | None:
 
     folder = Path(HydraConfig.get().runtime.output_dir)
     if cfg.resume == "auto" and (folder / "summary.json").exists() and not cfg.dry:
-        say(f"This very run is finished: {folder}. resume=false runs it anew, in another folder.")
-        done = json.loads((folder / "summary.json").read_text())
-        summary.show(done)
+        say(f"Run already finished: {folder}. Use resume=false to start a new one.")
+        finished = json.loads((folder / "summary.json").read_text())
+        summary.show(finished)
         summary.warn_of_newer_data(cfg, folder)
-        return None if done["reward"] is None else float(done["reward"])
+        return None if finished["reward"] is None else float(finished["reward"])
 
     from lightning import seed_everything
 
     from var.report.write import plot
-    from var.training import dry_run as dry
+    from var.training import dry_run
+    from var.training.outcome import export_model, summarize
     from var.training.run import Run
+    from var.utils.files import write_json
 
     run = Run.compose(cfg, folder)
     if cfg.dry:
-        return dry.show(run)
+        return dry_run.show(run)
 
     seed_everything(cfg.seed, verbose=False)
     trainer = run.trainer()
     try:
         module = run.module()
-        begun = time.perf_counter()
-        # its setup fills the store: see AlignmentData.prepare
+        started = time.perf_counter()
+        # Its setup fills the annotation cache (AlignmentData.prepare).
         trainer.fit(module, run.data, ckpt_path=run.checkpoint, weights_only=True)
-        report = run.report(trainer, time.perf_counter() - begun)
-        run.export(trainer, module, report)
+        result = summarize(run, trainer, time.perf_counter() - started)
+        export_model(run, trainer, module, result)
         if trainer.is_global_zero:
             plot([folder], folder / "plots" / "curves.png")
-            summary.write(folder, report)  # last: it says that the run is finished
-            summary.show(report)
+            write_json(folder / "summary.json", result)  # last: it marks the run as finished
+            summary.show(result)
     finally:
-        run.close(trainer)  # after a failure too: a sweep's next job would log into this one's W&B run
-    return None if report["reward"] is None else float(report["reward"])
+        run.close(trainer)  # also after a failure: a sweep's next job would log to this one's W&B run
+    return None if result["reward"] is None else float(result["reward"])
 
 
 if __name__ == "__main__":

@@ -1,20 +1,22 @@
-"""MkDocs: the README, the experiments, examples and notebooks that these pages link to are part of the site."""
+"""MkDocs hooks: add the README, experiments, examples and notebooks to the site, and convert formulas to MathML."""
 
+import html
 import re
 from pathlib import Path
 from typing import Any
 
+from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
-SHOWN = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "CITATION.cff")
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "CITATION.cff")
 FOLDERS = ("experiments", "examples", "notebooks", "conf", "launch")
 SUFFIXES = {".md", ".txt", ".png", ".svg", ".csv", ".json", ".py", ".yaml", ".tsv", ".ipynb", ".sh"}
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """What stands beside docs/ appears under repository/, as it lies in the repository."""
-    found = [ROOT / name for name in SHOWN]
+    """Add files outside docs/ to the site under repository/, with their paths in the repository."""
+    found = [ROOT / name for name in PAGES]
     found += [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*")) if path.suffix in SUFFIXES]
     for path in found:
         if path.is_file():
@@ -23,8 +25,20 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Links out of docs/ go there, and links from there into docs/ come back."""
+    """Rewrite links out of docs/ to repository/, and links from repository/ into docs/ back."""
     if page.file.src_uri.startswith("repository/"):
         up = "../" * page.file.src_uri.count("/")
         return re.sub(r"\]\((?:\.\./)*docs/", f"]({up}", markdown)
     return re.sub(r"\]\(\.\./", "](repository/", markdown)
+
+
+def on_page_content(content: str, page: Any, config: Any, files: Files) -> str:
+    """Convert the formulas that the arithmatex extension marked to MathML, which browsers show without a script."""
+    for tag, display, opening, closing in (("span", "inline", r"\\\(", r"\\\)"), ("div", "block", r"\\\[", r"\\\]")):
+        content = re.sub(
+            rf'<{tag} class="arithmatex">\s*{opening}(.*?){closing}\s*</{tag}>',
+            lambda formula: convert(html.unescape(formula[1]), display=display),  # noqa: B023  called in this pass
+            content,
+            flags=re.S,
+        )
+    return content

@@ -1,4 +1,4 @@
-"""A reward of one's own: the nearer an answer is to so many words, the better."""
+"""A custom reward: the closer a response is to a target number of words, the higher its reward."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,22 +10,24 @@ from var.utils.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Brevity:
-    """−|n − words|/words of an answer of n words: 0 at best, in units of the wanted length."""
+    """−|n − words| / words for a response of n words: at most 0, in units of the target length."""
 
     words: int = 12
+    """The target number of words, at least 1."""
 
-    scores_text = True  # it reads any text, the policy's own answers too
+    scores_text = True  # the reward can score any text, including the policy's own responses
 
     def __post_init__(self) -> None:
         if self.words < 1:
-            raise UserError(f"reward.words is at least 1, got {self.words}")
+            raise UserError(f"reward.words: expected an integer of at least 1, got {self.words}.")
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What its numbers depend on: the store's key. Raise `version` when the code below changes."""
+        """Return what the numbers depend on, for the cache key. Increase `version` when the code below changes."""
         return {"program": "brevity", "version": 1, "words": self.words}
 
     def __call__(
         self, prompts: Sequence[Sequence[Message]], responses: Sequence[str], answers: Sequence[str | None]
     ) -> list[float]:
+        """Return one reward per response. Prompts and reference answers are not used."""
         return [-abs(len(text.split()) - self.words) / self.words for text in responses]

@@ -1,4 +1,4 @@
-"""A tiny random model and train.py on it, so that the notebooks, and the tests, run in seconds on any machine."""
+"""A tiny random model, and train.py on it, so that notebooks and tests run in seconds on any machine."""
 
 import os
 import subprocess
@@ -20,7 +20,10 @@ SIZES = dict(
 
 
 def byte_tokenizer(template: str | None = TEMPLATE) -> Any:
-    """Every byte is a token, so that lengths are known by hand; <bos> 256, <end> 257, role marks are one token each."""
+    """Return a tokenizer in which every byte is a token, so that lengths are easy to count.
+
+    <bos> is 256, <end> is 257, and each role marker is a single token.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -34,8 +37,8 @@ def byte_tokenizer(template: str | None = TEMPLATE) -> Any:
     )  # fmt: skip
 
 
-def model(folder: Path) -> Path:
-    """A Llama of two layers with random weights and a token for each byte, in Hugging Face form."""
+def save_model(folder: Path) -> Path:
+    """Save a two-layer Llama with random weights and the byte tokenizer in Hugging Face format; return the folder."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -46,16 +49,18 @@ def model(folder: Path) -> Path:
 
 
 def train(place: Path, *overrides: str, path: Path = ROOT / "examples") -> Path:
-    """`python train.py` on the tiny model, everything it writes under `place`; returns the run's folder.
+    """Run `python train.py` on the tiny model and return the run's folder.
 
-    path: where Python finds what a `_target_` names, as PYTHONPATH says it.
+    place: the folder for everything that the run writes.
+    overrides: Hydra overrides, and other arguments of train.py.
+    path: the PYTHONPATH, where Python finds the classes that a `_target_` names.
     """
     folder = place / "tiny"
     if not folder.exists():
-        model(folder)
+        save_model(folder)
     command = [
         sys.executable, str(ROOT / "train.py"), *overrides, f"model.path={folder}", "trainer.accelerator=cpu",
-        f"annotation_cache={place / 'store'}", f"cache={place / 'cache'}", f"runs={place / 'runs'}",
+        f"annotation_cache={place / 'annotations'}", f"cache={place / 'cache'}", f"runs={place / 'runs'}",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(path), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -34,7 +34,11 @@ LOSSES = (
 LIVE = ("var", "dpo", "kto", "infonca", "alol")  # losses that use the reference in each step
 TIMING = ("throughput/", "seconds")
 # Names that changed on purpose since a recording was made, old to new.
-RENAMED: dict[str, str] = {"cut": "truncated"}
+RENAMED: dict[str, str] = {
+    "train/groups/without_signal": "train/groups/zero_variance",
+    "train/rollout/cut": "train/rollout/truncated",
+    "cut": "truncated",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +86,7 @@ def run(out: Path, name: str, overrides: list[str], interrupt: bool) -> None:
     """One training run; with `interrupt` it is stopped at its first checkpoint and resumed."""
     work = out / "work" / name
     command = [
-        sys.executable, str(ROOT / "train.py"), *overrides, f"store={work}/store", f"cache={work}/cache",
+        sys.executable, str(ROOT / "train.py"), *overrides, f"annotation_cache={work}/store", f"cache={work}/cache",
         f"runs={work}/runs",
     ]  # fmt: skip
     if name == "default":

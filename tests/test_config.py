@@ -73,7 +73,7 @@ def test_the_papers_command_composes() -> None:
     cfg = composed("model=qwen2.5-7b", "data=offsetbias", "reward=offsetbias-rm-8b", "loss=var", "strategy=fsdp")
     check(cfg, TRAIN)
     run = Run.compose(cfg, Path("."))
-    assert sum(p.numel() for p in run.pretrained.meta().parameters()) == 7_615_616_512
+    assert sum(p.numel() for p in run.pretrained.build_meta().parameters()) == 7_615_616_512
     assert cfg.data.global_batch % (8 * cfg.data.micro_batch) == 0
 
 
@@ -217,7 +217,7 @@ def test_processes_beside_the_trainers_are_refused(tmp_path: Path, monkeypatch: 
         ]),
         (["seed=-1"], ["seed=-1: a seed is at least 0 and below 2**32"]),
         (["seed=4294967296"], ["seed=4294967296: a seed"]),
-        (["init="], ["init= is empty, as after init=$RUN of an unset variable"]),
+        (["init="], ["init is empty (unset shell variable?). Use init=null"]),
     ],
 )  # fmt: skip
 def test_values_that_mean_nothing_are_told_before_a_model_is_loaded(

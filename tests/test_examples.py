@@ -1,4 +1,4 @@
-"""What examples/ plugs in from outside the package: each part by itself, and all three in one run of train.py."""
+"""The custom loss, data set and reward of examples/: each one alone, and all of them in one run of train.py."""
 
 import csv
 import json
@@ -21,8 +21,8 @@ EXAMPLES = ROOT / "examples"
 
 
 @pytest.fixture(autouse=True)
-def on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PYTHONPATH=examples, from the repository's folder."""
+def examples_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set PYTHONPATH=examples in the repository's root folder."""
     monkeypatch.syspath_prepend(EXAMPLES)
     monkeypatch.chdir(ROOT)
 
@@ -30,7 +30,7 @@ def on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_slic_is_a_hinge_on_the_difference() -> None:
     """Pairs (−1, −3) and (−2, −2.5) at δ = 1: max(0, 1 − 2) + max(0, 1 − 0.5) = 0.5, over 2 pairs: 0.25.
 
-    The second pair alone has a gradient: −1/2 and 1/2.
+    Only the second pair has a gradient: −1/2 and 1/2.
     """
     from slic import SLiC
 
@@ -43,17 +43,17 @@ def test_slic_is_a_hinge_on_the_difference() -> None:
     assert_close(logps.grad, torch.tensor([0.0, 0.0, 0.0, -0.5, 0.5]))
 
 
-def test_the_loss_in_the_documents_is_this_one() -> None:
+def test_loss_in_the_docs_is_slic() -> None:
     """docs/losses.md shows it without imports and checks."""
     page = (ROOT / "docs" / "losses.md").read_text()
     (shown,) = re.findall(r"```python\n(@dataclass.*?class SLiC.*?)```", page, re.S)
-    there = (EXAMPLES / "slic.py").read_text()
+    code = (EXAMPLES / "slic.py").read_text()
     for line in shown.splitlines():
         if '"""' not in line:
-            assert line.strip() in there, line
+            assert line.strip() in code, line
 
 
-def test_the_table_becomes_rows_and_names_its_faults(tmp_path: Path) -> None:
+def test_questions_reads_rows_and_reports_bad_lines(tmp_path: Path) -> None:
     from questions import Questions
 
     rows = read(Questions(path="examples/questions.tsv"), tmp_path / "cache")
@@ -66,7 +66,7 @@ def test_the_table_becomes_rows_and_names_its_faults(tmp_path: Path) -> None:
         Questions(path="nowhere")
 
 
-def test_brevity_is_the_distance_in_words() -> None:
+def test_brevity_is_the_relative_distance_in_words() -> None:
     from brevity import Brevity
 
     assert Brevity(words=4)([[]] * 3, ["a b c d", "a", "a b c d e f"], [None] * 3) == [0.0, -0.75, -0.5]
@@ -74,12 +74,12 @@ def test_brevity_is_the_distance_in_words() -> None:
         Brevity(words=0)
 
 
-def test_all_three_train(tiny_folder: Path, tmp_path: Path) -> None:
-    """The README's first command on a tiny model: the reward orders the pairs, the loss falls, nothing is forked."""
+def test_all_three_train_together(tiny_folder: Path, tmp_path: Path) -> None:
+    """The README's first command, on a tiny model: the loss falls. An invalid margin is an error."""
     command = ["--config-dir", "examples/conf", "loss=slic", "data=questions", "reward=brevity"]
     done = run(
         "train.py", *command, f"model.path={tiny_folder}",
-        f"annotation_cache={tmp_path}/store", f"cache={tmp_path}/cache",
+        f"annotation_cache={tmp_path}/annotations", f"cache={tmp_path}/cache",
         f"runs={tmp_path}/runs", "trainer.accelerator=cpu", "trainer.log_every_n_steps=1", "trainer.epochs=3",
         "eval.sampling.responses=1", "eval.sampling.max_new_tokens=3", "model.learning_rate=3e-3",
     )  # fmt: skip
@@ -92,9 +92,9 @@ def test_all_three_train(tiny_folder: Path, tmp_path: Path) -> None:
     assert losses[-1] < losses[0]
     assert json.loads((folder / "summary.json").read_text())["validation"]["reward"]["after"]["mean"] < 0
 
-    wrong = subprocess.run(
+    invalid = subprocess.run(
         [sys.executable, "train.py", *command, "loss.margin=-1", f"model.path={tiny_folder}", f"runs={tmp_path}/runs"],
         env={**os.environ, "PYTHONPATH": str(EXAMPLES)}, capture_output=True, text=True,
     )  # fmt: skip
-    assert wrong.returncode == 1, wrong.stdout
-    assert "loss.margin is δ > 0, got -1" in wrong.stderr
+    assert invalid.returncode == 1, invalid.stdout
+    assert "loss.margin: expected a number > 0 (δ in nats), got -1" in invalid.stderr

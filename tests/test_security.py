@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import ROOT, TEMPLATE, byte_tokenizer, pretrained, saved, tiny_config
 from tests.e2e.test_commands import run
-from tests.server import client, completion, served
+from tests.helpers.servers import client, completion, served
 from var.data.chat import Chat
 from var.rewards.classifier import Classifier
 from var.rewards.endpoint import Endpoint
@@ -62,7 +62,7 @@ def pickled(folder: Path, made: Path, name: str = "pytorch_model.bin") -> Path:
 
 def test_a_model_of_pickled_weights_is_refused(tmp_path: Path, made: Path) -> None:
     model = pretrained(pickled(saved(tmp_path / "m"), made), tmp_path)
-    with pytest.raises(UserError, match=r"m holds no \.safetensors; pickled weights are not read"):
+    with pytest.raises(UserError, match=r"m contains no \.safetensors file, and pickled weights are not read"):
         _ = model.identity
     for load in (model.load, model.load_scorer):
         with pytest.raises(OSError, match="safetensors"):
@@ -71,9 +71,9 @@ def test_a_model_of_pickled_weights_is_refused(tmp_path: Path, made: Path) -> No
 
 def test_a_pickled_adapter_is_refused(tiny_folder: Path, tmp_path: Path, made: Path) -> None:
     pytest.importorskip("peft")
-    from tests.test_adapters import adapter
+    from tests.helpers.models import save_lora
 
-    adapter(tmp_path / "a", tiny_folder)
+    save_lora(tmp_path / "a", tiny_folder)
     pickled(tmp_path / "a", made, "adapter_model.bin")
     model = pretrained(tmp_path / "a", tmp_path)
     for ask in (lambda: model.weights, model.load, lambda: Classifier(path=str(tmp_path / "a")).identity):
@@ -86,7 +86,7 @@ def test_a_pickled_reward_model_is_refused(tmp_path: Path, made: Path) -> None:
 
     folder = saved(tmp_path / "rm", LlamaForSequenceClassification(tiny_config(num_labels=1, pad_token_id=0)))
     reward = Classifier(path=str(pickled(folder, made)), cache=str(tmp_path))
-    with pytest.raises(UserError, match=r"holds no \.safetensors; pickled weights are not read"):
+    with pytest.raises(UserError, match=r"contains no \.safetensors file, and pickled weights are not read"):
         _ = reward.identity
     with pytest.raises(OSError, match="safetensors"):
         reward([[{"role": "user", "content": "a"}]], ["b"], [None])
@@ -148,9 +148,9 @@ def test_a_models_own_code_is_not_run(tmp_path: Path, made: Path, kind: str) -> 
             return str(error)
 
     loaded = outcome(model.load)
-    assert loaded.startswith("transformers.") if kind == "llama" else "brings code of its own" in loaded
+    assert loaded.startswith("transformers.") if kind == "llama" else "contains its own code" in loaded
     for load in (model.load_scorer, lambda: model.chat):  # with the tokenizer, which brings its own in either
-        assert "brings code of its own" in outcome(load)
+        assert "contains its own code" in outcome(load)
 
 
 def test_a_models_own_code_runs_where_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -404,11 +404,11 @@ def test_nobody_is_asked_whether_a_models_code_may_run(
     monkeypatch.setattr("builtins.input", lambda *words: asked.append(str(words)) or "y")
     folder = with_code(tmp_path / "m", made, "evil")
     for load in (
-        pretrained(folder, tmp_path).load, pretrained(folder, tmp_path).meta,
+        pretrained(folder, tmp_path).load, pretrained(folder, tmp_path).build_meta,
         lambda: Classifier(path=str(folder), cache=str(tmp_path)).identity,
         lambda: Classifier(path=str(folder), cache=str(tmp_path))([[{"role": "user", "content": "a"}]], ["b"], [None]),
     ):  # fmt: skip
-        with pytest.raises(UserError, match="brings code of its own"):
+        with pytest.raises(UserError, match="contains its own code"):
             load()
     assert asked == []
 

@@ -153,7 +153,7 @@ def test_rows_longer_than_a_models_positions_are_told_ahead(
         "reward.mismatch_gap=1.0",
     )  # fmt: skip
     with pytest.raises(
-        UserError, match=rf"gpt2 knows {positions} positions, and the longest {what} has \d\d tokens; lower"
+        UserError, match=rf"gpt2 has {positions} positions, but the longest {what} has \d\d tokens. Lower"
     ):
         fit(options, tmp_path / "run", *more)
     assert not (tmp_path / "store" / "cross_logps").exists()
@@ -174,7 +174,7 @@ def test_an_online_run_needs_positions_for_its_prompts_and_answers_alone(options
     )  # fmt: skip
     fit(options, tmp_path / "fits", *more, f"model.path={gpt2(64)}")
     with pytest.raises(
-        UserError, match=r"gpt2 knows 16 positions, and the longest prompt with its answer has \d\d tokens"
+        UserError, match=r"gpt2 has 16 positions, but the longest prompt with its answer has \d\d tokens"
     ):
         fit(options, tmp_path / "short", *more, f"model.path={gpt2(16)}")
 

@@ -17,7 +17,7 @@ from measure import interval
 from steps import pretrained
 
 from var.data.sources.arithmetic import Arithmetic
-from var.models.attention import attention
+from var.models.attention import use_attention
 from var.sampling.base import Sampling
 from var.sampling.local import sample_tokens
 
@@ -27,7 +27,7 @@ def generated(model: Any, chat: Any, prompts: list[list[int]], sampling: Samplin
     width = max(map(len, prompts))
     ids = torch.tensor([[chat.end_token] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    with torch.inference_mode(), attention(model, "sdpa"):
+    with torch.inference_mode(), use_attention(model, "sdpa"):
         out = model.generate(
             input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_p=1.0, top_k=0,
             num_return_sequences=sampling.responses, max_new_tokens=sampling.max_new_tokens,

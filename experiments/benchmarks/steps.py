@@ -248,7 +248,7 @@ def full_logits(model: Any, rows: Rows) -> Step:
     batch, policy = pack(rows.ids, rows.starts).to(model.device), Policy(model)
 
     def step() -> Tensor:
-        logits = torch.nn.functional.linear(policy.predicting(batch), model.get_output_embeddings().weight)
+        logits = torch.nn.functional.linear(policy.predictor_states(batch), model.get_output_embeddings().weight)
         return -logits.float().log_softmax(-1).gather(1, batch.target[:, None]).sum() / sum(rows.answers)
 
     return step

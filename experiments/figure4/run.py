@@ -20,9 +20,9 @@ from var.config.check import FOLDER
 from var.config.entry import run_command
 from var.data.rows import Rows, read
 from var.data.sequences import choose, encode
-from var.report.read import over
 from var.training.run import Run
 from var.utils.console import say
+from var.utils.statistics import estimate_mean
 
 PROMPTS, CANDIDATES, ANSWERS, DRAWS = 32, 32, 3, 2000
 SIZES = (2, 4, 8, 16, 32)
@@ -100,7 +100,7 @@ def main() -> None:
             of = [record for record in found if (record["estimator"], record["size"]) == (name, size)]
             cells = []
             for column in columns:
-                mean, error = over([record[column] for record in of])
+                mean, error = estimate_mean(np.array([record[column] for record in of]))
                 cells.append(f"{mean:.3g} ± {error:.1g}")
             say(f"| {name} | {size} | {' | '.join(cells)} |")
 

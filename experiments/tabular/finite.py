@@ -1,10 +1,14 @@
-"""Few rows and shared parameters: where a weight's variance decides, not its bias (docs/method.md).
+"""VAR's weights on few rows with shared parameters, where their variance decides, not their bias (docs/method.md).
 
-512 rows (x, y), y ~ π_ref(·|x), train π_θ(y|x) ∝ π_ref(y|x) exp(φ(x, y)·θ) by weighted maximum likelihood from θ = 0,
-that is from π_ref, with a ridge; KL(π* ‖ π_θ) is taken on prompts that no row has. φ(x, y) is a response's letters by
-position and its length, times 1 and the features of its prompt. Rewards: an offset of the prompt, half of its variance
-linear in the features; a part of the family; a part outside it, which is the family's limit; less for another prompt's
-answer. λ is in units of the reward's standard deviation within a prompt, which is 1.
+512 rows (x, y) with y ~ π_ref(·|x) train π_θ(y|x) ∝ π_ref(y|x) exp(φ(x, y)·θ) by weighted maximum likelihood with a
+ridge penalty, from θ = 0, that is from π_ref. KL(π* ‖ π_θ) is measured on prompts without rows. φ(x, y) is the outer
+product of a response's letters by position and its length with 1 and the features of its prompt.
+
+A reward is the sum of an offset per prompt, half of whose variance is linear in the features, of a part that the family
+of policies can express, and of a part that it cannot, less a penalty for another prompt's response. λ is in units of
+the reward's standard deviation within a prompt, which is 1.
+
+Shapes as in `var/testbed/world.py`, D features of a response.
 """
 
 import math
@@ -14,32 +18,36 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from var.testbed import world as worlds
-from var.testbed.world import Record, World, expectation, foreign, kl
+from experiments.tabular.worlds import Record, draw_world, foreignness
+from var.testbed.world import World, expectation, kl
 from var.weights.estimators import Estimator, Global, Grouped, InBatch, Prompt, Sampled, Value, normalize_log_weights
 from var.weights.groups import group_logsumexp, group_size
 from var.weights.health import health
-from var.weights.table import Table
+from var.weights.inputs import WeightInputs
 
 RIDGES = tuple(10.0**e for e in (-3.5, -3.0, -2.5, -2.0, -1.5, -1.0, -0.5, 0.0, 1.0))
-
-"""Of the mean log-likelihood, φ being scaled to unit spread under π_ref."""
+"""Penalties on the mean log-likelihood. φ has unit standard deviation under π_ref."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """The world; inputs [P, 1 + seen] and outputs [Y, D], whose outer product is φ; which prompts train, which test and
-    which stand for infinitely many."""
+    """A world with the features of a log-linear policy, and the split of its prompts."""
 
     world: World
+    """All prompts."""
     inputs: Tensor
+    """[P, 1 + seen], 1 and the features of a prompt. Their outer product with `outputs` is φ."""
     outputs: Tensor
+    """[Y, D], the features of a response."""
     train: Tensor
+    """Prompts that have rows."""
     test: Tensor
+    """Prompts on which the policy is measured."""
     rest: Tensor
+    """Prompts that serve as infinitely many, to compute the limit of the family."""
 
 
-def draw(
+def draw_problem(
     seed: int,
     *,
     rows: int = 512,
@@ -54,10 +62,14 @@ def draw(
     features: int = 8,
     seen: int = 1,
 ) -> Problem:
-    """seen: how many of the prompt's features the policy and the family's part of the reward read. outside: standard
-    deviation of the part of the reward that no θ expresses; the two parts' variances sum to 1."""
+    """Return the problem of a seed.
+
+    `rows`, `tests` and `rest` are numbers of prompts. `seen` is the number of the prompt's features that the policy and
+    the family's part of the reward read. `outside` is the standard deviation of the part of the reward that no θ
+    expresses. The variances of the two parts sum to 1. The other arguments are those of `draw_world`.
+    """
     count = rows + tests + rest
-    base = worlds.draw(
+    base = draw_world(
         seed, prompts=count, letters=letters, tokens=tokens, features=features, overlap=overlap, spread=1, offset=offset
     )
     generator = torch.Generator().manual_seed(seed + 1_000_003)
@@ -66,23 +78,23 @@ def draw(
         return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
     def scaled(values: Tensor, deviation: float) -> Tensor:
-        """Mean 0 within each prompt under π_ref, and so much spread, pooled."""
+        """Return values with mean 0 within each prompt under π_ref and this standard deviation, pooled."""
         values = values - expectation(base.logps, values)[:, None]
         return deviation * values / expectation(base.logps, values.square()).mean().sqrt()
 
-    outputs = response_features(base)
+    outputs = encode_responses(base)
     inputs = torch.cat([torch.ones(count, 1, dtype=torch.float64), base.features[:, :seen]], 1)
     inside = inputs @ normal(seen + 1, outputs.shape[1]) @ outputs.T
     beyond = normal(*base.rewards.shape)
     quality = scaled(scaled(inside, (1 - outside**2) ** 0.5) + scaled(beyond, outside), 1.0)
     offsets = expectation(base.logps, base.rewards)[:, None]
-    world = replace(base, rewards=offsets + quality - mismatch * foreign(base.logps))
+    world = replace(base, rewards=offsets + quality - mismatch * foreignness(base.logps))
     train, test, remaining = torch.arange(count).split([rows, tests, rest])
     return Problem(world=world, inputs=inputs, outputs=outputs, train=train, test=test, rest=remaining)
 
 
-def response_features(world: World) -> Tensor:
-    """[Y, D]: indicators of each letter at each place and of each length, standardised under the mean π_ref."""
+def encode_responses(world: World) -> Tensor:
+    """Return [Y, D], indicators of each letter at each position and of each length, standardized under mean π_ref."""
     space = world.responses
     letters = torch.nn.functional.one_hot(space.path[1], space.letters + 1)[..., 1:] * space.mask[..., None]
     lengths = torch.nn.functional.one_hot(space.depth, space.tokens + 1)[:, 1:]
@@ -93,9 +105,17 @@ def response_features(world: World) -> Tensor:
 
 
 def fit(problem: Problem, prompts: Tensor, mass: Tensor, target: Tensor, ridge: float, start: Tensor) -> Tensor:
-    """θ [1 + seen, D] of the largest Σ_i w_i log π_θ(y_i|x_i) − ridge |θ|²/2, by Newton's method with halved steps.
+    """Return θ [1 + seen, D] that maximizes Σ_i w_i log π_θ(y_i|x_i) − ridge |θ|²/2.
 
-    prompts [n], each once; mass [n] Σ w of its rows; target [n, D] Σ w · outputs[y]. All that the likelihood needs.
+    It is found by Newton's method with backtracking.
+
+    Args:
+        problem: the features and π_ref.
+        prompts: [n] int, each prompt that has rows once.
+        mass: [n], Σ w over the rows of a prompt.
+        target: [n, D], Σ w · outputs[y] over the rows of a prompt.
+        ridge: the penalty.
+        start: θ to start from.
     """
     x, z, logps = problem.inputs[prompts], problem.outputs, problem.world.logps[prompts]
     aim = x.T @ target
@@ -128,26 +148,26 @@ def fit(problem: Problem, prompts: Tensor, mass: Tensor, target: Tensor, ridge: 
     return theta
 
 
-def divergence(problem: Problem, theta: Tensor, temperature: float) -> float:
-    """KL(π* ‖ π_θ), mean over the test prompts."""
+def measure_divergence(problem: Problem, theta: Tensor, temperature: float) -> float:
+    """Return KL(π* ‖ π_θ), averaged over the test prompts."""
     test = problem.test
     policy = (problem.world.logps[test] + problem.inputs[test] @ theta @ problem.outputs.T).log_softmax(-1)
     return float(kl(problem.world.optimum(temperature)[test], policy).mean())
 
 
-def limit(problem: Problem, temperature: float) -> float:
-    """What the family reaches: θ fitted to π* itself on the prompts that stand for infinitely many."""
+def find_limit(problem: Problem, temperature: float) -> float:
+    """Return KL(π* ‖ π_θ) of θ fitted to π* itself on many prompts, the best that the family reaches."""
     prompts, best = problem.rest, problem.world.optimum(temperature)[problem.rest].exp()
     mass = torch.full((len(prompts),), 1 / len(prompts), dtype=torch.float64)
     start = torch.zeros(problem.inputs.shape[1], problem.outputs.shape[1], dtype=torch.float64)
     theta = fit(problem, prompts, mass, best @ problem.outputs / len(prompts), 1e-6, start)
-    return divergence(problem, theta, temperature)
+    return measure_divergence(problem, theta, temperature)
 
 
-def weighted_fits(
+def fit_ridges(
     problem: Problem, prompts: Tensor, responses: Tensor, weights: Tensor, temperature: float, ridges: Iterable[float]
 ) -> list[float]:
-    """KL(π* ‖ π_θ) on new prompts at each ridge, of rows (x, y) [n], [n] weighted by w [n] of mean 1."""
+    """Return KL(π* ‖ π_θ) on the test prompts at each ridge, fitted to n rows with weights [n] of mean 1."""
     present, place = prompts.unique(return_inverse=True)
     share = weights / len(weights)
     mass = torch.zeros(len(present), dtype=torch.float64).index_add(0, place, share)
@@ -155,125 +175,119 @@ def weighted_fits(
     target = target.index_add(0, place, share[:, None] * problem.outputs[responses])
     theta = torch.zeros(problem.inputs.shape[1], problem.outputs.shape[1], dtype=torch.float64)
     found = {}
-    for ridge in sorted(ridges, reverse=True):  # each start is the last, stiffer fit
+    for ridge in sorted(ridges, reverse=True):  # each fit starts at the one before, of the larger ridge
         theta = fit(problem, present, mass, target, ridge, theta)
-        found[ridge] = divergence(problem, theta, temperature)
+        found[ridge] = measure_divergence(problem, theta, temperature)
     return [found[ridge] for ridge in ridges]
 
 
-def rows_of(
+def draw_rows(
     problem: Problem, per_prompt: int, size: int, candidates: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Table]:
-    """prompts, responses [n] and their table: `per_prompt` answers of π_ref a prompt, micro-batches of `size`, and so
-    many candidates a prompt."""
+) -> tuple[Tensor, Tensor, WeightInputs]:
+    """Return prompts [n], responses [n] and the estimators' inputs.
+
+    There are `per_prompt` responses of π_ref per prompt, micro-batches of `size` rows, and `candidates` further
+    responses per prompt for a sampled Z.
+    """
     count = len(problem.train)
     chosen = problem.train[: count // per_prompt].repeat_interleave(per_prompt)
     responses = problem.world.sample(chosen, generator)
     micro = torch.randperm(count, generator=generator).reshape(-1, size)
     asked = problem.train[: count // per_prompt, None].expand(-1, candidates)
-    table = problem.world.table(chosen, responses, micro)
-    return (
-        chosen,
-        responses,
-        replace(table, candidates=problem.world.rewards[asked, problem.world.sample(asked, generator)]),
-    )
+    inputs = problem.world.weight_inputs(chosen, responses, micro)
+    sampled = problem.world.rewards[asked, problem.world.sample(asked, generator)]
+    return chosen, responses, replace(inputs, candidates=sampled)
 
 
-Weigher = Callable[[Problem, Tensor, Tensor, Table, float], Tensor]
-
-"""(problem, prompts [n], responses [n], their table, λ) → [n] log-weights."""
-
-
-def package(estimator: Estimator) -> Weigher:
-    return lambda problem, prompts, responses, table, temperature: estimator(table, temperature)
+Weigher = Callable[[Problem, Tensor, Tensor, WeightInputs, float], Tensor]
+"""From a problem, prompts [n], responses [n], the estimators' inputs and λ to [n] log-weights."""
 
 
-def capped(weigher: Weigher, cap: float = 5.0) -> Weigher:
-    """Mean 1, cut at `cap`."""
+def wrap(estimator: Estimator) -> Weigher:
+    """Return an estimator of the package as a Weigher."""
+    return lambda problem, prompts, responses, inputs, temperature: estimator(inputs, temperature)
+
+
+def cap_weights(weigher: Weigher, cap: float = 5.0) -> Weigher:
+    """Return a Weigher that divides weights by their mean and clips them at `cap`."""
     return lambda *arguments: normalize_log_weights(weigher(*arguments)).clamp(max=math.log(cap))
 
 
-def one(problem: Problem, prompts: Tensor, responses: Tensor, table: Table, temperature: float) -> Tensor:
-    """SFT."""
-    return torch.zeros_like(table.rewards)
+def weigh_equally(
+    problem: Problem, prompts: Tensor, responses: Tensor, inputs: WeightInputs, temperature: float
+) -> Tensor:
+    """Return the weight 1 of SFT."""
+    return torch.zeros_like(inputs.rewards)
 
 
-def exact(problem: Problem, prompts: Tensor, responses: Tensor, table: Table, temperature: float) -> Tensor:
-    """e^{r/λ} / Z(x)."""
-    return table.rewards / temperature - problem.world.log_partition(temperature)[prompts]
+def weigh_exactly(
+    problem: Problem, prompts: Tensor, responses: Tensor, inputs: WeightInputs, temperature: float
+) -> Tensor:
+    """Return e^{r/λ} / Z(x) with the exact Z."""
+    return inputs.rewards / temperature - problem.world.log_partition(temperature)[prompts]
 
 
-def leave_one_out(problem: Problem, prompts: Tensor, responses: Tensor, table: Table, temperature: float) -> Tensor:
-    """e^{r/λ} over the mean of the prompt's other rows, K ≥ 2."""
-    logits = table.rewards / temperature
-    total, size = group_logsumexp(logits, table.group), group_size(table.group)
-    own = (logits - total).clamp(max=-1e-15)  # alone in a group that it fills to the last bit, it is capped anyway
+def weigh_leave_one_out(
+    problem: Problem, prompts: Tensor, responses: Tensor, inputs: WeightInputs, temperature: float
+) -> Tensor:
+    """Return e^{r/λ} over its mean on the prompt's other rows, K ≥ 2."""
+    logits = inputs.rewards / temperature
+    total, size = group_logsumexp(logits, inputs.group), group_size(inputs.group)
+    own = (logits - total).clamp(max=-1e-15)  # so that the others' part is above 0 after rounding
     return logits - (total + (-own.exp()).log1p()) + (size - 1).log()
 
 
-def balance(problem: Problem, prompts: Tensor, responses: Tensor, table: Table, temperature: float) -> Tensor:
-    """e^{r/λ} over Σ_j [π_ref(y_j|x_i) / Σ_k π_ref(y_j|x_k)] e^{r_ij/λ} of the micro-batch."""
-    assert table.micro is not None
-    assert table.cross_logps is not None
-    assert table.cross_rewards is not None
-    mixture = table.cross_logps.logsumexp(1, keepdim=True)
-    log_partition = (table.cross_logps - mixture + table.cross_rewards / temperature).logsumexp(-1)
-    out = table.rewards / temperature
-    out[table.micro] -= log_partition
+def weigh_balance(
+    problem: Problem, prompts: Tensor, responses: Tensor, inputs: WeightInputs, temperature: float
+) -> Tensor:
+    """Return e^{r/λ} over Σ_j [π_ref(y_j|x_i) / Σ_k π_ref(y_j|x_k)] e^{r_ij/λ} of the micro-batch."""
+    assert inputs.micro is not None
+    assert inputs.cross_logps is not None
+    assert inputs.cross_rewards is not None
+    mixture = inputs.cross_logps.logsumexp(1, keepdim=True)
+    log_partition = (inputs.cross_logps - mixture + inputs.cross_rewards / temperature).logsumexp(-1)
+    out = inputs.rewards / temperature
+    out[inputs.micro] -= log_partition
     return out
 
 
-SINGLE: Mapping[str, Weigher] = {
-    "sft": one,
-    "in_batch sum": package(InBatch(reduction="sum")),
-    "in_batch mean": package(InBatch(reduction="mean")),
-    "in_batch none": package(InBatch(reduction="none")),
-    "in_batch sum, own": package(InBatch(reduction="sum", reference="own")),
-    "in_batch mean, own": package(InBatch(reduction="mean", reference="own")),
-    "balance": balance,
-    "global": package(Global()),
-    "global, capped": capped(package(Global())),
-    "value": package(Value(cap=math.inf)),
-    "value, capped": package(Value()),
-    "prompt 4": package(Prompt(kappa=4)),
-    "prompt 8": package(Prompt(kappa=8)),
-    "prompt 4, V = 0": package(Prompt(kappa=4, baseline="zero")),
-    "sampled, capped": package(Sampled()),
-    "exact": exact,
-    "exact, capped": capped(exact),
+SINGLE: Mapping[str, Weigher] = {  # for one response per prompt
+    "sft": weigh_equally,
+    "in_batch sum": wrap(InBatch(reduction="sum")),
+    "in_batch mean": wrap(InBatch(reduction="mean")),
+    "in_batch none": wrap(InBatch(reduction="none")),
+    "in_batch sum, own": wrap(InBatch(reduction="sum", reference="own")),
+    "in_batch mean, own": wrap(InBatch(reduction="mean", reference="own")),
+    "balance": weigh_balance,
+    "global": wrap(Global()),
+    "global, capped": cap_weights(wrap(Global())),
+    "value": wrap(Value(cap=math.inf)),
+    "value, capped": wrap(Value()),
+    "prompt 4": wrap(Prompt(kappa=4)),
+    "prompt 8": wrap(Prompt(kappa=8)),
+    "prompt 4, V = 0": wrap(Prompt(kappa=4, baseline="zero")),
+    "sampled, capped": wrap(Sampled()),
+    "exact": weigh_exactly,
+    "exact, capped": cap_weights(weigh_exactly),
 }
 
 
-SEVERAL: Mapping[str, Weigher] = {
-    **{
-        name: SINGLE[name]
-        for name in (
-            "sft",
-            "in_batch mean",
-            "global",
-            "value, capped",
-            "prompt 4",
-            "prompt 8",
-            "sampled, capped",
-            "exact, capped",
-        )
-    },
-    "grouped": package(Grouped()),
-    "leave-one-out": leave_one_out,
-    "leave-one-out, capped": capped(leave_one_out),
+SEVERAL: Mapping[str, Weigher] = {  # for more than one
+    **{name: SINGLE[name] for name in ("sft", "in_batch mean", "global", "value, capped")},
+    **{name: SINGLE[name] for name in ("prompt 4", "prompt 8", "sampled, capped", "exact, capped")},
+    "grouped": wrap(Grouped()),
+    "leave-one-out": weigh_leave_one_out,
+    "leave-one-out, capped": cap_weights(weigh_leave_one_out),
 }
 
 
 WORLDS: Mapping[str, Mapping[str, float]] = {
-    "apart": {},
-    "fair": {"mismatch": 0.0},
-    "shared": {"mismatch": 0.0, "overlap": 0.72},
+    "apart": {},  # another prompt's response scores up to 4 lower
+    "fair": {"mismatch": 0.0},  # it scores like an own response
+    "shared": {"mismatch": 0.0, "overlap": 0.72},  # and it is likely under the prompt itself
 }
 
-"""Another prompt's answer is 4 lower; it is a fair answer; and it is an answer that the prompt itself would give."""
-
-
-SETTINGS: tuple[tuple[str, float, int], ...] = (
+SETTINGS: tuple[tuple[str, float, int], ...] = (  # world, λ, responses per prompt
     ("apart", 1.0, 1),
     ("apart", 1.0, 2),
     ("apart", 1.0, 4),
@@ -283,10 +297,8 @@ SETTINGS: tuple[tuple[str, float, int], ...] = (
     ("shared", 1.0, 1),
 )
 
-"""World, λ, responses a prompt."""
 
-
-def table(
+def make_table(
     *,
     settings: Iterable[tuple[str, float, int]] = SETTINGS,
     seeds: Iterable[int] = tuple(range(12)),
@@ -296,13 +308,13 @@ def table(
     ridges: tuple[float, ...] = RIDGES,
     **options: int,
 ) -> list[Record]:
-    """A record for each setting and method: see `compare`. options: draw's, to make it small."""
+    """Return a record per setting and method, see `compare`. `options` are arguments of `draw_problem`."""
     seeds, chosen = tuple(seeds), None if methods is None else tuple(methods)
     drawn: dict[str, list[Problem]] = {}
     records = []
     for world, temperature, per_prompt in settings:
         if world not in drawn:
-            drawn[world] = [draw(seed, **{**WORLDS[world], **options}) for seed in seeds]  # type: ignore[arg-type]
+            drawn[world] = [draw_problem(seed, **{**WORLDS[world], **options}) for seed in seeds]  # type: ignore[arg-type]
         weighers = SINGLE if per_prompt == 1 else SEVERAL
         weighers = {name: weigher for name, weigher in weighers.items() if chosen is None or name in chosen}
         found = compare(drawn[world], seeds, weighers, per_prompt, temperature, size, candidates, ridges)
@@ -320,19 +332,23 @@ def compare(
     candidates: int,
     ridges: tuple[float, ...],
 ) -> list[Record]:
-    """kl: KL(π* ‖ π_θ) on new prompts, mean over seeds, at the ridge that is best for the method on that mean. gap:
-    less the first method's, on the same worlds and rows. limit: the family's. mean_ess: of the weights, over n.
+    """Return a record per method, averaged over the seeds' problems.
+
+    - kl: KL(π* ‖ π_θ) on new prompts, at the ridge that is best for the method on average.
+    - gap: kl less that of the first method, on the same worlds and rows.
+    - limit: the smallest kl in the family of policies.
+    - mean_ess: the effective sample size of the weights, divided by n.
     """
     problems = tuple(problems)
-    limits = torch.tensor([limit(problem, temperature) for problem in problems]).double()
+    limits = torch.tensor([find_limit(problem, temperature) for problem in problems]).double()
     scores = {name: torch.zeros(len(problems), len(ridges)).double() for name in weighers}
     ess = dict.fromkeys(weighers, 0.0)
     for s, (seed, problem) in enumerate(zip(seeds, problems, strict=True)):
         generator = torch.Generator().manual_seed(seed)
-        prompts, responses, data = rows_of(problem, per_prompt, size, candidates, generator)
+        prompts, responses, data = draw_rows(problem, per_prompt, size, candidates, generator)
         for name, weigher in weighers.items():
             weights = normalize_log_weights(weigher(problem, prompts, responses, data, temperature)).exp()
-            fits = weighted_fits(problem, prompts, responses, weights, temperature, ridges)
+            fits = fit_ridges(problem, prompts, responses, weights, temperature, ridges)
             scores[name][s] = torch.tensor(fits).double()
             ess[name] += health(weights, data.length).ess / len(problems)
     best = {name: int(score.mean(0).argmin()) for name, score in scores.items()}

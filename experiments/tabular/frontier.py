@@ -1,60 +1,37 @@
-"""How much reward at which KL from π_ref: every objective beside π*'s exact frontier, which no policy can pass.
+"""How much reward each objective reaches at which KL from π_ref, compared with π*'s exact frontier.
 
-The policy is a table, the data fresh answers of π_ref (of the policy itself, for online losses), the learning rate
-falls to 0: what is left is the objective's own fixed point. few.py asks the same of few rows.
+The policy is a table and the data are always new responses of π_ref, or of the policy itself for online losses. The
+learning rate falls to 0, so the policy ends at the objective's own fixed point. `few.py` trains on few rows instead.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from experiments.tabular.argument import temperature_at
-from var.testbed.methods import METHODS, Method, new_policy, rows_of, train
-from var.testbed.policies import Rows, Table, TabularPolicy, make_rows
-from var.testbed.world import Record, World, draw
-
-POOL = 16  # steps whose rows are drawn at once, and weighed together
-
-
-def frontier_world(seed: int = 0) -> World:
-    """12 prompts that overlap, 40 responses of up to 3 tokens; rewards of unit spread within and between prompts."""
-    return draw(seed, prompts=12, tokens=3)
+from experiments.tabular.argument import find_temperature
+from experiments.tabular.methods import METHODS, Method
+from experiments.tabular.worlds import Record, draw_world, trace_frontier
+from var.testbed.methods import make_policy, sample_rows, train
+from var.testbed.world import World
 
 
-def questions(
-    world: World, method: Method, value: Any, count: int, generator: torch.Generator, logps: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """prompts [count], drawn uniformly, and K answers of π_ref, or of the policy `logps`, to each."""
-    prompts = torch.randint(len(world), (count,), generator=generator)
-    asked = prompts[:, None].expand(-1, method.answers_at(value))
-    return prompts, world.sample(asked, generator, logps)
+def draw_frontier_world(seed: int = 0) -> World:
+    """Return a world of 12 prompts that overlap and 40 responses of up to 3 tokens, with unit reward spreads."""
+    return draw_world(seed, prompts=12, tokens=3)
 
 
-def stream(
-    world: World, method: Method, value: Any, policy: TabularPolicy, sequences: int, generator: torch.Generator
-) -> Iterator[Rows]:
-    """The rows of each optimiser step, `sequences` of them, never the same twice."""
-    loss, rewards = method.build(value), method.rewards(world)
-    count = sequences if method.best else max(1, sequences // method.answers_at(value))
-    while True:
-        if method.online:
-            asked = questions(world, method, value, count, generator, policy.logps())
-            yield make_rows(world, loss, *asked, generator, rewards=rewards)
-            continue
-        asked = questions(world, method, value, POOL * count, generator)
-        rows = rows_of(world, method, value, *asked, generator)
-        whole = len(rows) - len(rows) % sequences
-        for index in torch.arange(whole).split(sequences):
-            yield rows.take(index)
+def measure(world: World, logps: Tensor, temperature: float | None) -> Record:
+    """Return the numbers of a policy log π [P, Y].
 
-
-def numbers(world: World, logps: Tensor, temperature: float | None) -> Record:
-    """Where a policy lies: reward, KL from π_ref, mean length; regret, what π* has more at the same KL, the λ of that
-    π* and the divergences from it; and those from π* at the method's own λ, where it has one."""
+    - reward, kl_policy_reference, length: its means.
+    - regret: how much more reward π* has at the same KL from π_ref. No policy has a negative regret.
+    - temperature_of_equal_kl, kl_optimum_policy_of_equal_kl: λ of that π*, and KL(π* ‖ π).
+    - temperature, kl_optimum_policy, kl_policy_optimum: the method's own λ, and divergences from π* at that λ.
+    """
     found = world.summary(logps, 1.0)
-    same = temperature_at(world, found["kl_policy_reference"])
+    same = find_temperature(world, found["kl_policy_reference"])
     best = world.reward(world.optimum(same))
     at_same = world.summary(logps, same)
     own = {} if temperature is None else world.summary(logps, temperature)
@@ -71,12 +48,12 @@ def numbers(world: World, logps: Tensor, temperature: float | None) -> Record:
     }
 
 
-def records(
+def run(
     world: World, method: Method, value: Any, *, steps: int, sequences: int, rate: float, seed: int
 ) -> list[Record]:
-    """One run of the first regime: its end, or, along a path, where it is after 1/64, 1/32, … of the steps."""
+    """Train once and return a record of the end, or, for a path, of 1/64, 1/32, … of the steps."""
     loss, generator = method.build(value), torch.Generator().manual_seed(seed)
-    policy = new_policy(Table, world, loss)
+    policy = make_policy(world, loss)
     temperature = method.temperature(value)
     marks = {steps >> k for k in range(7)} if method.path else {steps}
     out: list[Record] = []
@@ -84,15 +61,18 @@ def records(
     def watch(step: int, _: float) -> None:
         if step in marks and step:
             head = {"regime": "population", "method": method.name, "knob": method.knob, "value": value, "step": step}
-            out.append({**head, "path": method.path, **numbers(world, policy.logps(), temperature)})
+            out.append({**head, "path": method.path, **measure(world, policy.logps(), temperature)})
 
-    rows = stream(world, method, value, policy, sequences, generator)
-    speed = rate / 5 if method.path else rate  # slow enough to see where it goes
-    train(policy, world, loss, rows, steps=steps, rate=speed, decay=not method.path, watch=watch)
+    rows = sample_rows(
+        world, loss, policy, generator, answers=method.answers_at(value), sequences=sequences,
+        **method.row_options(world, value),
+    )  # fmt: skip
+    rate = rate / 5 if method.path else rate  # slow enough to see the path
+    train(policy, world, loss, rows, steps=steps, learning_rate=rate, decay=not method.path, watch=watch)
     return out
 
 
-def table(
+def make_table(
     *,
     world: World | None = None,
     methods: Iterable[Method] = METHODS,
@@ -102,16 +82,19 @@ def table(
     seed: int = 0,
     twice: bool = True,
 ) -> list[Record]:
-    """First regime, and π*'s frontier as its limit. twice: at the middle value of each knob, where twice the steps
-    lead, for what still moves has no fixed point in reach."""
-    world = frontier_world() if world is None else world
-    limit = world.frontier(torch.logspace(-1.3, 1.3, 27).tolist())
+    """Return π*'s frontier and a record per objective and value of its knob.
+
+    With `twice`, the middle value of each knob is also trained for twice the steps. If the policy then moved further,
+    no fixed point is in reach.
+    """
+    world = draw_frontier_world() if world is None else world
+    limit = trace_frontier(world, torch.logspace(-1.3, 1.3, 27).tolist())
     out: list[Record] = [{"regime": "limit", "method": "π*", **record} for record in limit]
     for method in methods:
         for value in method.values:
-            run = records(world, method, value, steps=steps, sequences=sequences, rate=rate, seed=seed)
+            found = run(world, method, value, steps=steps, sequences=sequences, rate=rate, seed=seed)
             if twice and not method.path and value is method.values[len(method.values) // 2]:
-                more = records(world, method, value, steps=2 * steps, sequences=sequences, rate=rate, seed=seed)[-1]
-                run[-1] |= {f"{key}_of_twice": more[key] for key in ("reward", "kl_policy_reference")}
-            out += run
+                more = run(world, method, value, steps=2 * steps, sequences=sequences, rate=rate, seed=seed)[-1]
+                found[-1] |= {f"{key}_of_twice": more[key] for key in ("reward", "kl_policy_reference")}
+            out += found
     return out

@@ -1,5 +1,7 @@
-"""Losses along training, on few rows: VAR's is never negative and has a bound from below, its weights being ≥ 0 (the
-paper's A.2 as docs/method.md has it); what becomes of the answers that should win under the other objectives.
+"""Losses along training on few rows, and the log-probability of the better and the worse responses.
+
+VAR's weights are not negative, so its loss is not negative and has a lower bound (the paper's A.2, in the form of
+docs/method.md).
 """
 
 import math
@@ -8,14 +10,16 @@ from typing import Any
 
 import torch
 
-from experiments.tabular.argument import entropy_bound
-from experiments.tabular.few import ANSWERS, few_world, part
-from var.testbed.methods import Method, load, new_policy, rows_of, train, var
-from var.testbed.policies import Rows, Shared, make_rows
-from var.testbed.world import Record, World
+from experiments.tabular.argument import bound_loss
+from experiments.tabular.few import ANSWERS, SharedPolicy, draw_few_world
+from experiments.tabular.methods import Method, var_method
+from experiments.tabular.worlds import Record, select_prompts
+from var.testbed.methods import load_loss, make_policy, train
+from var.testbed.rows import Rows, make_rows
+from var.testbed.world import World
 
 STABLE: tuple[Method, ...] = (
-    var("var_grouped", "var_grouped", 4),
+    var_method("var_grouped", "var_grouped", 4),
     Method(name="sft", loss="sft"),
     Method(name="alol", loss="alol"),
     Method(name="alol_seq", loss="alol_seq"),
@@ -27,36 +31,41 @@ STABLE: tuple[Method, ...] = (
 )
 
 
-def table(*, world: World | None = None, methods: Iterable[Method] = STABLE, **options: Any) -> list[Record]:
-    """A record for each method and some of its steps; options: run's."""
-    world = few_world() if world is None else world
+def make_table(*, world: World | None = None, methods: Iterable[Method] = STABLE, **options: Any) -> list[Record]:
+    """Return the records of each method. `options` are arguments of `run`."""
+    world = draw_few_world() if world is None else world
     return [record for method in methods for record in run(world, method, **options)]
 
 
 def run(
     world: World, method: Method, *, steps: int = 400, rate: float = 0.02, seed: int = 0, every: int = 5
 ) -> list[Record]:
-    """At a constant rate on the rows of few.py. loss; bound: of VAR's, by its rows; chosen, rejected: log π_θ of the
-    better and the worse answer of each pair among those rows, summed over tokens, the same pairs for all methods."""
+    """Train at a constant rate on the rows of `few.py` and return a record every `every` steps.
+
+    - loss: the loss of the step.
+    - bound: the lower bound of a weighted loss on its rows.
+    - chosen, rejected: log π_θ, summed over tokens, of the better and the worse response of each pair among those
+      rows. All methods have the same pairs.
+    """
     half, generator = len(world) // 2, torch.Generator().manual_seed(seed)
-    known, prompts = part(world, slice(half)), torch.arange(half)
-    given = known.sample(prompts[:, None].expand(-1, ANSWERS), generator)
-    pairs = make_rows(known, load("dpo"), prompts, given, generator)
+    known, prompts = select_prompts(world, slice(half)), torch.arange(half)
+    answers = known.sample(prompts[:, None].expand(-1, ANSWERS), generator)
+    pairs = make_rows(known, load_loss("dpo"), prompts, answers, generator)
     value = 1.0 if method.knob == "temperature" else None
     loss = method.build(value)
-    policy = new_policy(Shared, world, loss)
-    rows = rows_of(known, method, value, prompts, given, generator)
+    policy = make_policy(world, loss, SharedPolicy)
+    rows = method.rows(known, value, prompts, answers, generator)
     bound = None
     if (weights := rows.columns.get("weights")) is not None:
         divisor = float(known.responses.length[rows.responses].sum())
-        bound = entropy_bound(weights, rows.prompts, rows.responses, divisor)
+        bound = bound_loss(weights, rows.prompts, rows.responses, divisor)
     out: list[Record] = []
 
     def watch(step: int, value: float) -> None:
         if step % every == 0 and not math.isnan(value):
             logps = policy.logps()[pairs.prompts, pairs.responses]
-            found = {"chosen": float(logps[0::2].mean()), "rejected": float(logps[1::2].mean())}
-            out.append({"method": method.name, "step": step, "loss": value, "bound": bound, **found})
+            pair_logps = {"chosen": float(logps[0::2].mean()), "rejected": float(logps[1::2].mean())}
+            out.append({"method": method.name, "step": step, "loss": value, "bound": bound, **pair_logps})
 
     def source() -> Iterator[Rows]:
         while True:
@@ -66,5 +75,5 @@ def run(
             drawn = known.sample(prompts[:, None].expand(-1, ANSWERS), generator, policy.logps()[:half])
             yield make_rows(known, loss, prompts, drawn, generator)
 
-    train(policy, known, loss, source(), steps=steps, rate=rate, decay=False, watch=watch)
+    train(policy, known, loss, source(), steps=steps, learning_rate=rate, decay=False, watch=watch)
     return out

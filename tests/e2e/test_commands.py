@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import ROOT, byte_tokenizer, saved, tiny_config
 from var.config.entry import run_command
-from var.report.read import find
+from var.report.read import find_records
 from var.report.write import plot
 
 pytestmark = pytest.mark.e2e
@@ -140,7 +140,7 @@ def test_a_real_run_is_reported(own: list[str], tmp_path: Path) -> None:
     """What train.py leaves is what reports read."""
     assert run("train.py", *own, "loss.min_weight=0.1").returncode == 0
     assert run("report.py", f"{tmp_path}/runs", "--out", f"{tmp_path}/out").returncode == 0
-    (one,) = find([tmp_path / "runs"]).runs
+    (one,) = find_records([tmp_path / "runs"]).runs
     assert "loss.min_weight=0.1" in one.overrides
     assert not any(line.startswith(("runs=", "annotation_cache=", "cache=")) for line in one.overrides)
     assert {"reward before", "reward after", "gain, paired", "KL, nats", "ESS/n", "tokens/s"} <= one.measures.keys()
@@ -298,7 +298,7 @@ def test_a_killed_run_goes_on_by_the_same_command(signal_at: int, own: list[str]
 def test_the_loss_in_the_documents_trains(own: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The recipe of docs/losses.md, as it stands there: one Python file and one YAML."""
     page = (ROOT / "docs" / "losses.md").read_text()
-    code = page.split("## One of your own")[1].split("```python\n")[1].split("```")[0]
+    code = page.split("## Write your own")[1].split("```python\n")[1].split("```")[0]
     imports = """
 from dataclasses import dataclass
 from torch import Tensor
@@ -338,7 +338,7 @@ class TestBadInput:
 
     def test_an_unknown_model(self, own: list[str]) -> None:
         refused(
-            "is not on this machine and the hub did not give it", *own, "model.path=nobody/nothing", HF_HUB_OFFLINE="1"
+            "is not on this machine and could not be downloaded", *own, "model.path=nobody/nothing", HF_HUB_OFFLINE="1"
         )
 
     def test_an_unknown_group_option_lists_the_known(self, own: list[str]) -> None:

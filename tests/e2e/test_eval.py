@@ -11,12 +11,12 @@ import torch
 
 from tests.conftest import ROOT, byte_tokenizer, saved, tiny_model
 from tests.e2e.test_commands import run, spawn
-from tests.server import Broken, completion, served
+from tests.helpers.servers import Broken, completion, served
 from var.data.chat import Chat
 from var.evaluate.answers import tokenize_response
 from var.models.packing import pack
 from var.models.policy import Policy
-from var.report.read import Evaluation
+from var.report.read import EvaluationRecord
 
 pytestmark = pytest.mark.e2e
 
@@ -253,7 +253,7 @@ def test_killed_evaluation_resumes_by_the_same_command(tiny_folder: Path, base: 
     for part in ("model", "reference", "against_reference", "distinct"):
         assert one[part] == two[part]
     assert one["win_rates"]["all"] == two["win_rates"]["all"]
-    read = [Evaluation.read(path.parent) for path in sorted(tmp_path.glob("*/out/*/result.json"))]
+    read = [EvaluationRecord.read(path.parent) for path in sorted(tmp_path.glob("*/out/*/result.json"))]
     assert read[0].rewards == read[1].rewards != {}  # report.py compares evaluations by these
     assert read[0].by_prompt("reward") == read[1].by_prompt("reward")
     assert len(read[0].by_prompt("reward")) == 6
@@ -278,7 +278,7 @@ def test_judge_during_training_logs_a_curve_and_may_fail(tiny_folder: Path, tmp_
         done = run("train.py", *options, f"eval.judge.client.base_url={server.base_url}")
         assert done.returncode == 0, done.stderr
         assert 6 <= len(server.bodies) <= 12  # an unchanged answer is judged once
-    assert "the judge's win rate" in done.stdout
+    assert "win rate against the initial policy, by judge" in done.stdout
     (folder,) = (tmp_path / "runs").iterdir()
     summary = json.loads((folder / "summary.json").read_text())
     judged = summary["validation"]["judge"]

@@ -106,7 +106,7 @@ def test_a_trained_reward_model_scores_as_a_reward_what_it_scored(
 
     def measured(self: Any, trainer: Any, module: Any) -> None:
         data = trainer.datamodule
-        ids = [data.annotator.chat.closed(data.sequences.tokens(i)[0]) for i in range(len(data.sequences))]
+        ids = [data.annotator.chat.complete(data.sequences.tokens(i)[0]) for i in range(len(data.sequences))]
         batch = data.batch(next(iter(data.plan.batches(0, 0, 1))))
         assert all(batch.input_ids[s.start : s.stop].tolist() in ids for s in batch.segments)
         with torch.no_grad():
@@ -147,8 +147,8 @@ def test_a_closed_row_is_what_the_classifier_renders(
     for prompt in (several[1:], several):
         for text in ("It is 4.", "4", "two\n\nlines\n"):
             ids = chat.encode(prompt, text).ids
-            assert chat.closed(ids) == classifier.encode(prompt, text)
-            assert chat.closed(ids[:-1]) == chat.closed(ids)
+            assert chat.complete(ids) == classifier.encode(prompt, text)
+            assert chat.complete(ids[:-1]) == chat.complete(ids)
     assert bool(chat.tail) == (which == "smollm2")
 
 
@@ -173,7 +173,7 @@ def test_a_run_starts_from_a_run(base: list[str], tmp_path: Path) -> None:
 
 
 def test_a_wrong_start_is_one_error(base: list[str], tmp_path: Path) -> None:
-    refused(f"init={tmp_path} is neither a finished run (its folder holds no model/) nor a model's folder", *base,
+    refused(f"init={tmp_path} is neither a finished run (its folder has no model/) nor the folder of a model", *base,
             f"init={tmp_path}")  # fmt: skip
 
 

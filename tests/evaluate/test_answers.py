@@ -15,7 +15,7 @@ from tests.conftest import pretrained
 from var.data.chat import Chat
 from var.data.rows import FEATURES, Rows
 from var.evaluate.answers import divergence, samples, score_answers, win_rate
-from var.models.attention import attention
+from var.models.attention import use_attention
 from var.models.policy import Policy
 from var.rewards.dataset_score import Score
 from var.rewards.programmatic import ExactNumber
@@ -87,7 +87,7 @@ def test_divergence_is_the_difference_of_log_probabilities(rows, tokenizer, load
         for k, response in enumerate(several):
             sums = []
             for model in (changed, reference):
-                with attention(model, "sdpa"), torch.inference_mode():
+                with use_attention(model, "sdpa"), torch.inference_mode():
                     logits = model(input_ids=torch.tensor([ids + tokens(response)])).logits[0].log_softmax(-1)
                 sums.append(sum(float(logits[len(ids) - 1 + t, y]) for t, y in enumerate(tokens(response))))
             assert_allclose(found[prompt, k], sums[0] - sums[1], atol=1e-4)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from tests.server import client, served
+from tests.helpers.servers import client, served
 from var.evaluate.judges.base import Pair
 
 

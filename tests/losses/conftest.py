@@ -45,3 +45,8 @@ def loss_and_gradient(loss: Any, batch: Packed, logps: Sequence[float] = LOGPS) 
     value, metrics = loss(given, batch)
     value.backward()
     return value.item(), given.grad, {name: float(total / number) for name, (total, number) in metrics.items()}
+
+
+def kinds(loss: Any) -> set[type]:
+    """Return the kinds of requirements of a loss."""
+    return {type(requirement) for requirement in loss.requires}

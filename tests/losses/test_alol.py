@@ -6,12 +6,12 @@ from dataclasses import asdict
 import pytest
 import torch
 from torch.testing import assert_close
-
-from tests.losses.conftest import loss_and_gradient
 from var.annotate.value_head import ValueHead
+
+from tests.losses.conftest import kinds, loss_and_gradient
 from var.losses.alol import ALoL
 from var.losses.wbc import WBC
-from var.requirements import Need
+from var.requirements import Advantages, ReferenceLogps
 from var.utils.errors import UserError
 
 VALUE = ValueHead(
@@ -210,7 +210,7 @@ def test_a_priority_draw_weighs_by_the_square_of_the_advantage(batch_of):
     [({}, True), (FORMS["token"], True), (FORMS["none"], False), (FORMS["kl"], True)],
 )
 def test_needs_the_reference_only_where_it_reads_it(options, reference):
-    assert ALoL(value=VALUE, **options).needs == {Need.ADVANTAGES} | ({Need.REFERENCE_LOGPS} if reference else set())
+    assert kinds(ALoL(value=VALUE, **options)) == {Advantages} | ({ReferenceLogps} if reference else set())
 
 
 RATIO = "loss.ratio is sequence, token or none; loss.clip is ε > 0, or null, as it is with ratio none"

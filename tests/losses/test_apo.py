@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.losses.conftest import loss_and_gradient
+from tests.losses.conftest import kinds, loss_and_gradient
 from var.losses.apo import APO
-from var.requirements import Need
+from var.requirements import Pairs, ReferenceLogps
 from var.utils.errors import UserError
 
 
@@ -43,7 +43,7 @@ def test_step_0_is_1_and_raises_the_better_response_only_under_zero(batch_of, ki
 
 
 def test_needs_pairs_and_the_reference():
-    assert APO().needs == {Need.PAIRS, Need.REFERENCE_LOGPS}
+    assert kinds(APO()) == {Pairs, ReferenceLogps}
 
 
 @pytest.mark.parametrize("options", [{"beta": 0.0}, {"beta": math.nan}, {"kind": "up"}])

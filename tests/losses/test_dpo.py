@@ -8,11 +8,11 @@ import torch
 from torch.testing import assert_close
 
 from tests.conftest import pretrained
-from tests.losses.conftest import HALVES, LENGTHS, LOGPS, REFERENCE, loss_and_gradient
+from tests.losses.conftest import HALVES, LENGTHS, LOGPS, REFERENCE, kinds, loss_and_gradient
 from var.losses.dpo import DPO
 from var.models.packing import pack
 from var.models.policy import Policy
-from var.requirements import Need
+from var.requirements import Pairs, ReferenceLogps
 from var.utils.errors import UserError
 
 
@@ -87,7 +87,7 @@ def test_step_0_is_log_2_with_a_model(tiny_folder):
 
 
 def test_needs_pairs_and_the_reference():
-    assert DPO().needs == {Need.PAIRS, Need.REFERENCE_LOGPS}
+    assert kinds(DPO()) == {Pairs, ReferenceLogps}
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.losses.conftest import loss_and_gradient
+from tests.losses.conftest import kinds, loss_and_gradient
 from var.losses.dpo import DPO
 from var.losses.dpo_norm import DPONorm
-from var.requirements import Need
+from var.requirements import Pairs, ReferenceLogps
 from var.utils.errors import UserError
 
 
@@ -34,7 +34,7 @@ def test_with_equal_lengths_it_is_dpo_at_beta_over_length(batch_of):
 
 
 def test_needs_pairs_and_the_reference():
-    assert DPONorm().needs == {Need.PAIRS, Need.REFERENCE_LOGPS}
+    assert kinds(DPONorm()) == {Pairs, ReferenceLogps}
 
 
 @pytest.mark.parametrize("beta", [0.0, -1.0, math.nan])

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.losses.conftest import loss_and_gradient
+from tests.losses.conftest import kinds, loss_and_gradient
 from var.losses.exo import EXO
-from var.requirements import Need
+from var.requirements import Pairs, ReferenceLogps
 from var.utils.errors import UserError
 
 
@@ -51,7 +51,7 @@ def test_a_large_margin_has_a_finite_loss_and_gradient(batch_of, pairs):
 
 
 def test_needs_pairs_and_the_reference():
-    assert EXO().needs == {Need.PAIRS, Need.REFERENCE_LOGPS}
+    assert kinds(EXO()) == {Pairs, ReferenceLogps}
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.losses.conftest import loss_and_gradient
+from tests.losses.conftest import kinds, loss_and_gradient
 from var.losses.grpo import GRPO
-from var.requirements import Need
+from var.requirements import OldLogps, ReferenceLogps, Rewards, Rollout
 from var.utils.errors import UserError
 
 # two groups: of two responses (2 tokens, 1) and of three (1, 2, 1)
@@ -132,9 +132,9 @@ def test_a_group_of_one_says_what_to_set(batch_of):
 
 
 def test_needs_the_reference_where_it_has_a_kl_term():
-    rollout = {Need.ROLLOUT, Need.REWARDS, Need.OLD_LOGPS}
-    assert GRPO(beta=0.0).needs == rollout
-    assert GRPO(beta=0.01).needs == rollout | {Need.REFERENCE_LOGPS}
+    rollout = {Rollout, Rewards, OldLogps}
+    assert kinds(GRPO(beta=0.0)) == rollout
+    assert kinds(GRPO(beta=0.01)) == rollout | {ReferenceLogps}
 
 
 NUMBERS = "loss.beta is β ≥ 0, loss.clip_low lies in (0, 1] and loss.clip_high is > 0"

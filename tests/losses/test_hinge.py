@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.losses.conftest import loss_and_gradient
+from tests.losses.conftest import kinds, loss_and_gradient
 from var.losses.hinge import Hinge
-from var.requirements import Need
+from var.requirements import Pairs, ReferenceLogps
 from var.utils.errors import UserError
 
 
@@ -28,7 +28,7 @@ def test_a_margin_above_its_target_trains_no_more(pairs):
 
 
 def test_needs_pairs_and_the_reference():
-    assert Hinge().needs == {Need.PAIRS, Need.REFERENCE_LOGPS}
+    assert kinds(Hinge()) == {Pairs, ReferenceLogps}
 
 
 @pytest.mark.parametrize("beta", [0.0, -1.0, math.nan])

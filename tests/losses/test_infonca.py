@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.losses.conftest import loss_and_gradient
+from tests.losses.conftest import kinds, loss_and_gradient
 from var.losses.dpo import DPO
 from var.losses.infonca import InfoNCA
 from var.losses.nca import NCA
-from var.requirements import Need
+from var.requirements import Groups, ReferenceLogps, Rewards
 from var.utils.errors import UserError
 
 # a prompt with three responses (2, 1, 1 tokens) and one with two (2, 1)
@@ -117,7 +117,7 @@ def test_groups_of_a_step_add_up_over_micro_batches(batch_of, loss):
 
 
 def test_needs_groups_rewards_and_the_reference():
-    assert InfoNCA().needs == {Need.GROUPS, Need.REWARDS, Need.REFERENCE_LOGPS}
+    assert kinds(InfoNCA()) == {Groups, Rewards, ReferenceLogps}
 
 
 @pytest.mark.parametrize("options", [{"beta": 0.0}, {"beta": math.nan}, {"temperature": 0.0}])

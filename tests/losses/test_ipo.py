@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.losses.conftest import LENGTHS, loss_and_gradient
+from tests.losses.conftest import LENGTHS, kinds, loss_and_gradient
 from var.losses.ipo import IPO
-from var.requirements import Need
+from var.requirements import Pairs, ReferenceLogps
 from var.utils.errors import UserError
 
 
@@ -35,7 +35,7 @@ def test_step_0_is_the_squared_target(batch_of):
 
 
 def test_needs_pairs_and_the_reference():
-    assert IPO().needs == {Need.PAIRS, Need.REFERENCE_LOGPS}
+    assert kinds(IPO()) == {Pairs, ReferenceLogps}
 
 
 @pytest.mark.parametrize("options", [{"beta": 0.0}, {"beta": math.nan}, {"reduction": "token"}])

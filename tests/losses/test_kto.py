@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.losses.conftest import HALVES, LENGTHS, LOGPS, REFERENCE, loss_and_gradient
+from tests.losses.conftest import HALVES, LENGTHS, LOGPS, REFERENCE, kinds, loss_and_gradient
 from var.losses.kto import KTO
-from var.requirements import Need
+from var.requirements import Desirable, MismatchedLogps, ReferenceLogps, Rewards
 from var.utils.errors import UserError
 
 DESIRABLE = [True, True, False, False]
@@ -94,9 +94,9 @@ def test_step_0_is_half_the_weight(batch_of):
 
 
 def test_needs_rewards_only_with_a_threshold():
-    needs = {Need.DESIRABLE, Need.REFERENCE_LOGPS, Need.MISMATCHED_LOGPS}
-    assert KTO().needs == needs
-    assert KTO(threshold=0.0).needs == needs | {Need.REWARDS}
+    needs = {Desirable, ReferenceLogps, MismatchedLogps}
+    assert kinds(KTO()) == needs
+    assert kinds(KTO(threshold=0.0)) == needs | {Rewards}
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.losses.conftest import loss_and_gradient
+from tests.losses.conftest import kinds, loss_and_gradient
 from tests.losses.test_infonca import LOGPS, POPULATION, VALUES, group_batch, optimum
 from var.losses.nca import NCA
-from var.requirements import Need
+from var.requirements import Groups, ReferenceLogps, Rewards
 from var.utils.errors import UserError
 
 LOSS = NCA(beta=0.5, temperature=0.5)
@@ -66,7 +66,7 @@ def test_a_group_of_one_response_stays_at_the_reference(batch_of):
 
 
 def test_needs_groups_rewards_and_the_reference():
-    assert NCA().needs == {Need.GROUPS, Need.REWARDS, Need.REFERENCE_LOGPS}
+    assert kinds(NCA()) == {Groups, Rewards, ReferenceLogps}
 
 
 @pytest.mark.parametrize("options", [{"beta": 0.0}, {"beta": math.nan}, {"temperature": 0.0}])

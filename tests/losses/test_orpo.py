@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.losses.conftest import LENGTHS, loss_and_gradient
+from tests.losses.conftest import LENGTHS, kinds, loss_and_gradient
 from var.losses.orpo import ORPO, log_odds
-from var.requirements import Need
+from var.requirements import Pairs
 from var.utils.errors import UserError
 
 
@@ -85,7 +85,7 @@ def test_a_rejected_response_near_certain_in_float32_agrees_with_float64(batch_o
 
 
 def test_needs_pairs_and_no_reference():
-    assert ORPO().needs == {Need.PAIRS}
+    assert kinds(ORPO()) == {Pairs}
 
 
 @pytest.mark.parametrize("beta", [0.0, -1.0, math.nan])

@@ -13,7 +13,7 @@ from var.losses.orpo import ORPO
 from var.losses.robust import Robust
 from var.losses.rpo import RPO
 from var.losses.simpo import SimPO
-from var.requirements import Need
+from var.requirements import ReferenceLogps, find
 
 LOSSES = [
     APO(beta=0.5, kind="down"), DPONorm(beta=2.0), EXO(beta=0.5, label_smoothing=0.25), Hinge(beta=0.5),
@@ -27,7 +27,7 @@ def test_pairs_of_a_step_add_up_over_micro_batches(batch_of, loss):
     """The divisor is the step's pairs: two micro-batches of one pair sum to the whole. DPO's has metrics beside it."""
 
     def value(sequences, tokens):
-        stored = {"reference_logps": torch.tensor(REFERENCE[tokens])} if Need.REFERENCE_LOGPS in loss.needs else {}
+        stored = {"reference_logps": torch.tensor(REFERENCE[tokens])} if find(loss.requires, ReferenceLogps) else {}
         batch = batch_of(LENGTHS[sequences], global_sequences=4.0, **stored)
         return loss(torch.tensor(LOGPS[tokens]).double(), batch)[0].item()
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from tests.losses.conftest import kinds
 from var.losses.common import clipped_surrogate
 from var.losses.ppo import PPO, gae
-from var.requirements import Need
+from var.requirements import OldLogps, ReferenceLogps, Rewards, Rollout, TokenValues
 from var.utils.errors import UserError
 
 # two responses, of 3 tokens and of 1
@@ -139,9 +140,9 @@ def test_micro_batches_add_up(batch_of):
 
 
 def test_needs_the_reference_where_it_has_a_kl_penalty():
-    rollout = {Need.ROLLOUT, Need.REWARDS, Need.OLD_LOGPS, Need.VALUES}
-    assert PPO(beta=0.0).needs == rollout
-    assert PPO(beta=0.01).needs == rollout | {Need.REFERENCE_LOGPS}
+    rollout = {Rollout, Rewards, OldLogps, TokenValues}
+    assert kinds(PPO(beta=0.0)) == rollout
+    assert kinds(PPO(beta=0.01)) == rollout | {ReferenceLogps}
 
 
 POLICY = "loss.beta is β ≥ 0 and loss.clip lies in (0, 1]"

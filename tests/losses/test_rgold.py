@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from tests.losses.conftest import kinds
 from var.losses.rgold import RGOLD
 from var.losses.wbc import WBC
-from var.requirements import Need
+from var.requirements import Rewards
 from var.utils.errors import UserError
 
 # π_t 1/2, 1/20 | 4/5 | 1/10, 1/100
@@ -70,7 +71,7 @@ def test_a_negative_reward_is_refused(batch_of):
 
 
 def test_needs_rewards_alone():
-    assert RGOLD().needs == {Need.REWARDS}
+    assert kinds(RGOLD()) == {Rewards}
 
 
 @pytest.mark.parametrize("floor", [-0.1, 1.0, math.nan])

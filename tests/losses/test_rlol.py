@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.losses.conftest import loss_and_gradient
+from tests.losses.conftest import kinds, loss_and_gradient
 from var.losses.rlol import RLoL
 from var.losses.wbc import WBC
-from var.requirements import Need
+from var.requirements import ReferenceLogps, Rewards
 from var.utils.errors import UserError
 
 # token ratios 2, 1/4 | 3 | 1/2, 6/5: of whole sequences 1/2, 3, 3/5
@@ -89,7 +89,7 @@ def test_a_negative_reward_is_refused(batch_of):
 
 
 def test_needs_rewards_and_the_reference():
-    assert RLoL().needs == {Need.REWARDS, Need.REFERENCE_LOGPS}
+    assert kinds(RLoL()) == {Rewards, ReferenceLogps}
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from tests.losses.conftest import kinds
 from var.losses.rloo import RLOO
-from var.requirements import Need
+from var.requirements import OldLogps, ReferenceLogps, Rewards, Rollout
 from var.utils.errors import UserError
 
 # two groups: of three responses (2 tokens, 1, 1) and of two (2, 1)
@@ -82,9 +83,9 @@ def test_a_group_of_one_says_what_to_set(batch_of):
 
 
 def test_needs_the_reference_where_it_has_a_kl_term():
-    rollout = {Need.ROLLOUT, Need.REWARDS, Need.OLD_LOGPS}
-    assert RLOO(beta=0.0).needs == rollout
-    assert RLOO(beta=0.01).needs == rollout | {Need.REFERENCE_LOGPS}
+    rollout = {Rollout, Rewards, OldLogps}
+    assert kinds(RLOO(beta=0.0)) == rollout
+    assert kinds(RLOO(beta=0.01)) == rollout | {ReferenceLogps}
 
 
 @pytest.mark.parametrize("options", [{"beta": -0.1}, {"beta": math.nan}, {"clip": 0.0}, {"clip": 1.5}])

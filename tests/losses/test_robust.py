@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.losses.conftest import loss_and_gradient
+from tests.losses.conftest import kinds, loss_and_gradient
 from var.losses.dpo import DPO
 from var.losses.robust import Robust
-from var.requirements import Need
+from var.requirements import Pairs, ReferenceLogps
 from var.utils.errors import UserError
 
 
@@ -47,7 +47,7 @@ def test_the_slope_stays_however_large_the_margin(batch_of):
 
 
 def test_needs_pairs_and_the_reference():
-    assert Robust().needs == {Need.PAIRS, Need.REFERENCE_LOGPS}
+    assert kinds(Robust()) == {Pairs, ReferenceLogps}
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.losses.conftest import loss_and_gradient
+from tests.losses.conftest import kinds, loss_and_gradient
 from var.losses.rpo import RPO
-from var.requirements import Need
+from var.requirements import Pairs, ReferenceLogps
 from var.utils.errors import UserError
 
 
@@ -28,7 +28,7 @@ def test_loss_and_gradient_by_hand(pairs):
 
 
 def test_needs_pairs_and_the_reference():
-    assert RPO().needs == {Need.PAIRS, Need.REFERENCE_LOGPS}
+    assert kinds(RPO()) == {Pairs, ReferenceLogps}
 
 
 @pytest.mark.parametrize("options", [{"beta": 0.0}, {"beta": math.nan}, {"alpha": 0.0}, {"alpha": math.nan}])

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.losses.conftest import LENGTHS, loss_and_gradient
+from tests.losses.conftest import LENGTHS, kinds, loss_and_gradient
 from var.losses.simpo import SimPO
-from var.requirements import Need
+from var.requirements import Pairs
 from var.utils.errors import UserError
 
 
@@ -31,7 +31,7 @@ def test_loss_and_gradient_by_hand(batch_of):
 
 
 def test_needs_pairs_and_no_reference():
-    assert SimPO().needs == {Need.PAIRS}
+    assert kinds(SimPO()) == {Pairs}
 
 
 @pytest.mark.parametrize("options", [{"beta": 0.0}, {"beta": math.nan}, {"gamma": -0.1}, {"gamma": math.nan}])

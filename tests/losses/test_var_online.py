@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.losses.conftest import loss_and_gradient
+from tests.losses.conftest import kinds, loss_and_gradient
 from var.losses.var_online import VAROnline
-from var.requirements import Need
+from var.requirements import Rewards, Rollout
 from var.utils.errors import UserError
 
 # two groups: of three responses (2 tokens, 1, 1), e^{r/λ} = 1, 2, 5 at λ = 2; and of two (1, 2), of equal rewards
@@ -86,7 +86,7 @@ def test_a_group_of_one_says_what_to_set(batch_of):
 
 
 def test_needs_rewards_of_a_rollout_and_no_more():
-    assert VAROnline().needs == {Need.ROLLOUT, Need.REWARDS}
+    assert kinds(VAROnline()) == {Rollout, Rewards}
 
 
 @pytest.mark.parametrize(

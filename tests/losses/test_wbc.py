@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.losses.conftest import loss_and_gradient
+from tests.losses.conftest import kinds, loss_and_gradient
 from var.losses.wbc import WBC
-from var.requirements import Need
+from var.requirements import Rewards
 from var.utils.errors import UserError
 
 LENGTHS = [2, 1, 3]
@@ -43,4 +43,4 @@ def test_a_negative_reward_is_refused(batch_of):
 
 
 def test_needs_rewards_alone():
-    assert WBC().needs == {Need.REWARDS}
+    assert kinds(WBC()) == {Rewards}

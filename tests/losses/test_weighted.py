@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.losses.conftest import loss_and_gradient
+from tests.losses.conftest import kinds, loss_and_gradient
 from var.losses.weighted import Weighted
-from var.requirements import Need
+from var.requirements import WeightColumn
 from var.utils.errors import UserError
 
 LOGPS = [-0.5, -2.0, -9.0]
@@ -59,7 +59,7 @@ def test_a_row_of_weight_0_gives_nothing_but_its_tokens_still_count(batch_of):
 
 
 def test_needs_the_weight_column():
-    assert Weighted().needs == {Need.WEIGHT_COLUMN}
+    assert kinds(Weighted()) == {WeightColumn}
 
 
 def test_another_normalize_is_refused():

@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from tests.conftest import TEMPLATE, byte_tokenizer, saved, spread
-from tests.test_policy import alone, decoder, encoder
+from tests.helpers.models import decoder, encoder, score_alone
 from var.rewards.classifier import Classifier
 from var.utils.errors import UserError
 
@@ -63,7 +63,7 @@ def test_a_classifier_scores_the_rendered_conversation(build: Any, tmp_path: Pat
     texts = ["x", "yz", "", "longer text", "x"]
     tokenizer = byte_tokenizer()
     rows = [tokenizer(f"<bos><user>ab<end><assistant>{t}<end>", add_special_tokens=False)["input_ids"] for t in texts]
-    expected = [float(alone(model, row)) for row in rows]
+    expected = [float(score_alone(model, row)) for row in rows]
     for tokens in (8192, 20, 1):
         reward = classifier(path, tokens=tokens)
         assert_close(scored(reward, texts), torch.tensor(expected), rtol=0, atol=2e-6)

@@ -9,7 +9,7 @@ import pytest
 from hydra.utils import instantiate
 
 from tests.conftest import TEMPLATE, composed
-from tests.server import Broken, client, served
+from tests.helpers.servers import Broken, client, served
 from var.config.check import check
 from var.rewards.endpoint import Endpoint
 from var.utils.errors import UserError

@@ -1,9 +1,9 @@
-"""The plan: which units make which micro-batch and optimiser step, fixed before training, whatever the devices."""
+"""The plan: which units form which micro-batch and optimizer step, fixed before training and for any devices."""
 
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -12,68 +12,82 @@ from var.utils.errors import UserError
 ABSENT = -1  # fills the last, short micro-batch
 
 
-class Share(NamedTuple):
-    """A micro-batch, and the response tokens, sequences and units of its whole optimiser step."""
+class MicroBatch(NamedTuple):
+    """A micro-batch of the plan, as one rank trains it."""
 
-    micro_batch: int
+    number: int
+    """Its row in `Plan.micro`."""
     tokens: float
+    """Response tokens of its complete optimizer step."""
     sequences: float
+    """Sequences of its complete optimizer step."""
     units: float
+    """Units of its complete optimizer step."""
+    padding: bool = False
+    """Whether it only keeps the ranks in step. A padding batch counts for nothing."""
+
+    @property
+    def divisors(self) -> dict[str, Any]:
+        """The fields of `Packed` with the loss's divisors."""
+        return {
+            "global_tokens": self.tokens, "global_sequences": self.sequences, "global_groups": self.units,
+            "padding": self.padding,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Plan:
-    """micro: [M, B] units of each micro-batch: a sequence, or what the loss compares, a pair or all of a prompt's.
-
-    tokens, sequences: [M] response tokens and sequences of each micro-batch. work: [M] tokens that the model reads in
-    it; ranks that work side by side get micro-batches of like work.
-    content: a hash of the units' tokens.
-    window: micro-batches of one optimiser step over all ranks and accumulation; the last one may be shorter.
-    """
+    """Micro-batches and optimizer steps of an epoch. A unit is a sequence, a pair, or all responses to a prompt."""
 
     micro: np.ndarray
+    """[M, B] int: the units of each micro-batch, ABSENT where the last one is short."""
     tokens: np.ndarray
+    """[M] response tokens of each micro-batch."""
     sequences: np.ndarray
+    """[M] sequences of each micro-batch."""
     work: np.ndarray
+    """[M] tokens that the model reads in each micro-batch, by which work is balanced over ranks."""
     window: int
+    """Micro-batches per optimizer step, over all ranks and accumulation. The last step may be shorter."""
     seed: int
-    content: str = ""
+    """The seed of the order."""
+    fingerprint: str = ""
+    """A hash of the units' tokens."""
     dropped: int = 0
+    """Units that are in no micro-batch."""
 
     @property
     def hash(self) -> str:
-        """Of the micro-batches, their content and the window; a checkpoint holds it, another data set is refused."""
-        digest = hashlib.sha256(f"{self.micro.shape}{self.window}{self.seed}{self.content}".encode())
+        """A hash of the micro-batches, their content and the steps. A checkpoint resumes only with the same one."""
+        digest = hashlib.sha256(f"{self.micro.shape}{self.window}{self.seed}{self.fingerprint}".encode())
         for array in (self.micro, self.tokens, self.sequences):
             digest.update(np.ascontiguousarray(array, dtype=np.int64).tobytes())
         return digest.hexdigest()[:16]
 
     @property
     def steps(self) -> int:
-        """Optimiser steps of an epoch."""
+        """Optimizer steps per epoch."""
         return -(-len(self.micro) // self.window)
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """[M] the micro-batches in the order of this epoch: whole optimiser steps are permuted, a short one stays last.
+        """Return [M] the micro-batches in the order of this epoch. Complete steps are permuted; a short one stays last.
 
-        Steps keep their micro-batches, so that runs which differ only in B see the same rows at the same step.
+        Steps keep their micro-batches, so runs that differ only in B see the same rows at the same step.
         """
         order = np.arange(len(self.micro))
         if epoch == 0:
             return order
-        whole = int((self.micro != ABSENT).sum()) // (self.window * self.micro.shape[1])  # full steps, whatever B is
-        steps = order[: whole * self.window].reshape(whole, self.window)
-        shuffled = steps[np.random.default_rng([self.seed, epoch]).permutation(whole)].ravel()
-        return np.concatenate([shuffled, order[whole * self.window :]])
+        complete = int((self.micro != ABSENT).sum()) // (self.window * self.micro.shape[1])  # whatever B is
+        steps = order[: complete * self.window].reshape(complete, self.window)
+        shuffled = steps[np.random.default_rng([self.seed, epoch]).permutation(complete)].ravel()
+        return np.concatenate([shuffled, order[complete * self.window :]])
 
-    def batches(self, epoch: int, rank: int, world: int) -> Iterator[Share]:
-        """This rank's micro-batches of an epoch.
+    def batches(self, epoch: int, rank: int, world: int) -> Iterator[MicroBatch]:
+        """Yield this rank's micro-batches of an epoch.
 
-        Of a step the dearest go to the ranks first, then the next ones, the other way round: so none waits long for
-        another, within a step and over it. One rank has them in the plan's order.
-
-        Where a short step leaves a rank without one, it gets the step's last micro-batch again with infinite
-        divisors: it counts for nothing, and the ranks stay in step.
+        Micro-batches of a step are dealt to the ranks in serpentine order of decreasing cost, to balance load. A single
+        rank gets them in the plan's order. If a short step has none for a rank, the rank gets the step's last
+        micro-batch as padding, so that the ranks stay in step.
         """
         order = self.epoch(epoch)
         for begin in range(0, len(order), self.window):
@@ -84,15 +98,13 @@ class Plan:
                 step = step[np.argsort(-self.work[step], kind="stable")]
             for turn, at in enumerate(range(0, len(step), world)):
                 mine = at + (world - 1 - rank if turn % 2 else rank)
-                if mine < len(step):
-                    yield Share(int(step[mine]), *totals)
-                else:
-                    yield Share(int(step[-1]), *[float("inf")] * 3)
+                padding = mine >= len(step)
+                yield MicroBatch(int(step[-1 if padding else mine]), *totals, padding=padding)
 
     def length(self, world: int) -> int:
-        """Micro-batches of one rank in an epoch."""
-        whole, rest = divmod(len(self.micro), self.window)
-        return whole * (self.window // world) + -(-rest // world)
+        """Return the micro-batches of one rank per epoch."""
+        complete, rest = divmod(len(self.micro), self.window)
+        return complete * (self.window // world) + -(-rest // world)
 
 
 def make_plan(
@@ -103,28 +115,36 @@ def make_plan(
     seed: int,
     last_micro_batch: Literal["drop", "keep", "error"],
     last_step: Literal["keep", "drop"],
-    content: str = "",
+    fingerprint: str = "",
     work: np.ndarray | None = None,
 ) -> Plan:
-    """Shuffle the units, split them into micro-batches of exactly B.
+    """Shuffle the units and split them into micro-batches of exactly B.
 
-    tokens: [units] response tokens of each. sequences_per_unit: one number, or [units]. work: [units] tokens that the
-    model reads; None: the response tokens.
+    B = 2, 4 and 8 with one seed are nested: a micro-batch of 8 is two of 4.
 
-    B = 2, 4, 8 of one seed nest: a micro-batch of 8 is two of 4.
+    Args:
+        tokens: [units] response tokens.
+        sequences_per_unit: one number, or [units].
+        micro_batch: B, in units.
+        global_batch: units per optimizer step.
+        seed: of the order.
+        last_micro_batch: what to do with a last micro-batch of fewer than B units.
+        last_step: what to do with a last step of fewer than global_batch units.
+        fingerprint: a hash of the units' tokens.
+        work: [units] tokens that the model reads; None for the response tokens.
     """
     if global_batch % micro_batch:
         raise UserError(
-            f"data.global_batch={global_batch} is no multiple of data.micro_batch={micro_batch}; "
-            "an optimiser step is a whole number of micro-batches"
+            f"data.global_batch={global_batch} must be a multiple of data.micro_batch={micro_batch}: an optimizer step "
+            "has complete micro-batches"
         )
     n, window = len(tokens), global_batch // micro_batch
     order = np.random.default_rng(seed).permutation(n)
     rest = n % micro_batch
     if rest and last_micro_batch == "error":
         raise UserError(
-            f"{n} units do not divide into micro-batches of {micro_batch} ({rest} are left over); "
-            "set data.last_micro_batch to drop or keep"
+            f"data.last_micro_batch=error: {n} units do not divide into micro-batches of {micro_batch}, {rest} are "
+            "left over. Set data.last_micro_batch to drop or keep."
         )
     if rest and last_micro_batch == "keep":
         order = np.concatenate([order, np.full(micro_batch - rest, ABSENT)])
@@ -133,8 +153,9 @@ def make_plan(
         micro = micro[: len(micro) - len(micro) % window]
     if not len(micro):
         raise UserError(
-            f"{n} units make no whole micro-batch of {micro_batch} and step of {global_batch}; lower "
-            "data.micro_batch and data.global_batch, or set data.last_micro_batch=keep data.last_step=keep"
+            f"{n} units (see the counts above) make no complete micro-batch of {micro_batch} and step of "
+            f"{global_batch}. Lower data.micro_batch and data.global_batch, or set data.last_micro_batch=keep "
+            "data.last_step=keep."
         )
     present = micro != ABSENT
     sizes = np.broadcast_to(sequences_per_unit, n)
@@ -145,27 +166,30 @@ def make_plan(
         work=np.where(present, np.asarray(tokens if work is None else work)[micro], 0).sum(1),
         window=window,
         seed=seed,
-        content=content,
+        fingerprint=fingerprint,
         dropped=n - int(present.sum()),
     )
 
 
 def draw(advantages: np.ndarray, kind: Literal["all", "uniform", "priority"], seed: int) -> np.ndarray:
-    """Indices of the rows that train, by their advantages [n], as A-LoL draws them; the plan orders them after.
+    """Return the indices of the sequences that train, by their advantages [n], as A-LoL draws them.
 
-    all: every row. uniform: those of A > 0, once each. priority: as many draws as there are rows of A > 0, with
-    replacement, ∝ max(A, 0).
+    Args:
+        advantages: [n].
+        kind: `all`; `uniform` for each of A > 0 once; `priority` for as many draws as there are of A > 0, with
+            replacement, proportional to max(A, 0).
+        seed: of the draws.
     """
     positive = np.flatnonzero(advantages > 0)
     if not len(positive):
         raise UserError(
-            "no response's reward is above V(x), the reference's expected reward at its prompt: no advantage is "
-            "positive, and nothing would be learnt; use another reward, responses or loss.value"
+            "no response's reward exceeds V(x), the reference's expected reward for its prompt, so no advantage is "
+            "positive and nothing would be learned. Use another reward, other responses or another loss.value."
         )
     if kind == "all":
         return np.arange(len(advantages))
     if kind == "uniform":
         return positive
     odds = np.asarray(advantages[positive], dtype=np.float64)
-    # [seed, 0, 1]: neither the stream of the plan's first order, [seed], nor that of an epoch, [seed, epoch]
+    # [seed, 0, 1] is neither the stream of the plan's first order, [seed], nor that of an epoch, [seed, epoch].
     return np.random.default_rng([seed, 0, 1]).choice(positive, size=len(positive), p=odds / odds.sum())

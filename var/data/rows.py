@@ -1,4 +1,4 @@
-"""Rows: one prompt with its responses, whatever the data set; checked once, kept on disk, read by memory map."""
+"""Rows: prompts with their responses, checked once, stored as an Arrow file and read by memory map."""
 
 import json
 import math
@@ -15,116 +15,100 @@ from var.utils.errors import Problems
 from var.utils.files import atomic, replacing
 from var.utils.provenance import hash_content
 
-Message = dict[str, str]
+Message = dict[str, str]  # keys "role" and "content"
 
-
-FORMAT = 4  # raised when an adapter or Row changes what the same source gives
+FORMAT = 4  # increase it when an adapter or Row changes the rows of an unchanged source
 
 
 @dataclass(frozen=True, kw_only=True)
 class Response:
-    """score: the data's own reward of this response, raw, in reward units. weight: for loss=weighted, unitless.
-    finished: it ends where its writer ended it; a sampled one that was cut is trained without an end token.
-    """
+    """A response to a prompt."""
 
     text: str
-    score: float | None = None
-    weight: float | None = None
-    source: str | None = None
-    finished: bool = True
+    score: float | None = None  # the data set's own reward, in reward units
+    weight: float | None = None  # for loss=weighted, without a unit
+    source: str | None = None  # the model or person that wrote it
+    finished: bool = True  # False: sampling was truncated, so the response is trained without an end token
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One prompt and its responses.
+    """A prompt and its responses."""
 
-    prompt: messages with `role` and `content`; the last one is not the assistant's.
-    responses: none (a prompt alone, to be sampled), one or several.
-    ordered: the responses stand in order of preference, the best one first and the worst one last.
-    answer: what a programmatic reward compares with.
-    subset: the part of the data set that it is of, where results are told apart by it.
-    sampling: JSON, how its responses were sampled, where sample.py wrote them.
-    """
-
-    id: str
-    prompt: tuple[Message, ...]
-    responses: tuple[Response, ...] = ()
-    ordered: bool = False
-    answer: str | None = None
-    subset: str | None = None
-    sampling: str | None = None
+    id: str  # unique in the data set
+    prompt: tuple[Message, ...]  # the last message is not the assistant's
+    responses: tuple[Response, ...] = ()  # empty: the prompt is to be sampled
+    ordered: bool = False  # the responses are in order of preference, best first
+    answer: str | None = None  # the reference answer of a programmatic reward
+    subset: str | None = None  # part of the data set; results are reported per subset
+    sampling: str | None = None  # JSON written by sample.py: how the responses were sampled
 
 
+TEXT, NUMBER, FLAG = datasets.Value("string"), datasets.Value("float64"), datasets.Value("bool")
+RESPONSE = {"text": TEXT, "score": NUMBER, "weight": NUMBER, "source": TEXT, "finished": FLAG}
 FEATURES = datasets.Features(
     {
-        "id": datasets.Value("string"),
-        "prompt": datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")}),
-        "responses": datasets.List(
-            {
-                "text": datasets.Value("string"),
-                "score": datasets.Value("float64"),
-                "weight": datasets.Value("float64"),
-                "source": datasets.Value("string"),
-                "finished": datasets.Value("bool"),
-            }
-        ),
-        "ordered": datasets.Value("bool"),
-        "answer": datasets.Value("string"),
-        "subset": datasets.Value("string"),
-        "sampling": datasets.Value("string"),
+        "id": TEXT,
+        "prompt": datasets.List({"role": TEXT, "content": TEXT}),
+        "responses": datasets.List(RESPONSE),
+        "ordered": FLAG,
+        "answer": TEXT,
+        "subset": TEXT,
+        "sampling": TEXT,
     }
 )
 
 
 class Source(Protocol):
-    """An adapter of one data set. `records` reads, `row` translates; a fault in a record is a ValueError of `row`."""
+    """An adapter of one data set."""
 
     def records(self) -> Iterator[tuple[str, Any]]:
-        """Yield (where, record): where names the record for a message, as `file.jsonl:12`."""
+        """Yield (where, record). `where` names the record in messages, such as `file.jsonl:12`."""
         ...
 
     def row(self, where: str, record: Any) -> Row | None:
-        """Translate one record; None leaves it out, and it is counted."""
+        """Convert a record to a row. None skips and counts it; a ValueError describes an invalid record."""
         ...
 
     def identity(self) -> Mapping[str, Any]:
-        """What the rows depend on: names, settings, files with size and time. JSON values only."""
+        """Return what the rows depend on as JSON values: names, settings, files with size and time."""
         ...
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one data set, on disk. keys: [n] S16, each row's prompt by content. left_out: by the adapter."""
+    """The rows of a data set, on disk."""
 
-    table: datasets.Dataset
-    keys: np.ndarray
-    left_out: int = 0
+    table: datasets.Dataset  # columns as in FEATURES
+    keys: np.ndarray  # [n] S16, a hash of each row's prompt
+    left_out: int = 0  # number of records that the adapter skipped
     _decoded: dict[int, Row] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.table)
 
     def __getitem__(self, index: int) -> Row:
-        """The last few decoded are kept: a row is asked for once a response, and decoding one decodes them all."""
+        """Return a row. The last few are cached, since callers ask for a row once per response."""
         if (row := self._decoded.get(int(index))) is None:
             if len(self._decoded) >= 16:
                 self._decoded.clear()
-            row = self._decoded[int(index)] = from_record(self.table[int(index)])
+            row = self._decoded[int(index)] = parse_row(self.table[int(index)])
         return row
 
     def __iter__(self) -> Iterator[Row]:
-        return (from_record(record) for record in self.table)
+        return (parse_row(record) for record in self.table)
 
     def select(self, indices: Any) -> "Rows":
+        """Return the rows at these indices."""
         return Rows(self.table.select(indices), self.keys[indices])
 
     def head(self, limit: int | None) -> "Rows":
-        """The first `limit` rows; None: all."""
+        """Return the first `limit` rows, or all if it is None."""
         return self if limit is None or limit >= len(self) else self.select(np.arange(limit))
 
 
 def concatenate(parts: Sequence[Rows]) -> Rows:
-    """The rows of several sets, one after the other."""
+    """Return the rows of all parts, in order."""
     if len(parts) == 1:
         return parts[0]
     return Rows(
@@ -133,120 +117,118 @@ def concatenate(parts: Sequence[Rows]) -> Rows:
     )  # fmt: skip
 
 
-def from_record(record: Mapping[str, Any]) -> Row:
-    """A Row from a table's record or from a line of our own JSONL; an unknown key or a wrong type is a ValueError."""
+def parse_row(record: Any) -> Row:
+    """Return the row in a record of a table or a line of JSON. Raise a ValueError for unknown keys and wrong types."""
     if not isinstance(record, Mapping):
-        raise ValueError(f"a row is an object with id, prompt and responses, got {type(record).__name__}")
-    unknown = set(record) - set(FEATURES)
-    if unknown:
+        raise ValueError(f"a row must be an object with id, prompt and responses, got {type(record).__name__}")
+    if unknown := set(record) - set(FEATURES):
         raise ValueError(f"unknown keys {sorted(unknown)}; a row has {sorted(FEATURES)}")
     if not isinstance(record.get("id"), str):
         raise ValueError(f"'id' must be a string, got {record.get('id')!r}")
-    responses, ordered = record.get("responses"), record.get("ordered")
-    if not isinstance(responses, list | tuple | None):
-        raise ValueError(f"'responses' must be a list, got {responses!r}")
     sampling = record.get("sampling")
-    if not isinstance(ordered, bool | None):
-        raise ValueError(f"'ordered' must be true or false, got {ordered!r}")
     return Row(
         id=record["id"],
-        prompt=messages(record.get("prompt")),
-        responses=tuple(_response(value) for value in responses or ()),
-        ordered=bool(ordered),
-        answer=_text(record, "answer"),
-        subset=_text(record, "subset"),
+        prompt=parse_prompt(record.get("prompt")),
+        responses=tuple(map(_parse_response, _get(record, "responses", list | tuple, "a list") or ())),
+        ordered=bool(_get(record, "ordered", bool, "true or false")),
+        answer=_get_text(record, "answer"),
+        subset=_get_text(record, "subset"),
         sampling=sampling if isinstance(sampling, str | None) else json.dumps(sampling, ensure_ascii=False),
     )
 
 
-def _text(record: Mapping[str, Any], key: str) -> str | None:
-    """Text, or a number as text. NaN, which is how a missing number is often written, would be the text `nan`."""
-    value = record.get(key)
-    if isinstance(value, Mapping | list | tuple | bytes) or (isinstance(value, float) and not math.isfinite(value)):
-        raise ValueError(f"'{key}' must be text or a finite number, or null where there is none, got {value!r}")
-    return None if value is None else str(value)
-
-
-def messages(value: Any) -> tuple[Message, ...]:
-    """A prompt given as text (one user turn) or as messages."""
+def parse_prompt(value: Any) -> tuple[Message, ...]:
+    """Return the messages of a prompt, which is a text (one user turn) or a list of messages."""
     if isinstance(value, str):
         return ({"role": "user", "content": value},)
     if not isinstance(value, list | tuple) or not value:
         raise ValueError(f"'prompt' must be text or a non-empty list of messages, got {value!r}")
     for message in value:
         if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise ValueError(f"a message has 'role' and 'content', both text, got {message!r}")
+            raise ValueError(f"a message must have 'role' and 'content', both text, got {message!r}")
     if value[-1]["role"] == "assistant":
-        raise ValueError("the prompt ends with an assistant's message; the answer belongs into 'responses'")
+        raise ValueError("the prompt ends with an assistant's message; put the answer into 'responses'")
     return tuple({"role": m["role"], "content": m["content"]} for m in value)
 
 
-def _response(value: Any) -> Response:
+def _parse_response(value: Any) -> Response:
     if isinstance(value, str):
-        value = {"text": value}
+        return Response(text=value)
     if not isinstance(value, Mapping) or not isinstance(value.get("text"), str):
-        raise ValueError(f"a response is text or an object with 'text', got {value!r}")
-    unknown = set(value) - {"text", "score", "weight", "source", "finished"}
-    if unknown:
-        raise ValueError(f"unknown keys {sorted(unknown)} in a response; it has text, score, weight, source, finished")
+        raise ValueError(f"a response must be text or an object with 'text', got {value!r}")
+    if unknown := set(value) - set(RESPONSE):
+        raise ValueError(f"unknown keys {sorted(unknown)} in a response; it has {sorted(RESPONSE)}")
     numbers = {}
     for key in ("score", "weight"):
-        number = value.get(key)
-        if number is not None and (not isinstance(number, int | float) or isinstance(number, bool)):
+        number = _get(value, key, int | float, "a number")
+        if isinstance(number, bool):
             raise ValueError(f"'{key}' must be a number, got {number!r}")
         numbers[key] = None if number is None else float(number)
-    finished, source = value.get("finished"), value.get("source")
-    if not isinstance(finished, bool | None):
-        raise ValueError(f"'finished' must be true or false, got {finished!r}")
-    if not isinstance(source, str | None):
-        raise ValueError(f"'source' must be text, got {source!r}")
+    finished = _get(value, "finished", bool, "true or false")
+    source = _get(value, "source", str, "text")
     return Response(text=value["text"], source=source, finished=finished is not False, **numbers)
 
 
+def _get(record: Mapping[str, Any], key: str, kind: Any, expected: str) -> Any:
+    """Return the value of a key, or None if it is missing. Raise a ValueError if it has another type."""
+    value = record.get(key)
+    if not isinstance(value, kind | None):
+        raise ValueError(f"'{key}' must be {expected}, got {value!r}")
+    return value
+
+
+def _get_text(record: Mapping[str, Any], key: str) -> str | None:
+    """Return a text, or a number as text. NaN often marks a missing number, so it is an error, not the text `nan`."""
+    value = record.get(key)
+    if isinstance(value, Mapping | list | tuple | bytes) or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(f"'{key}' must be text, a finite number or null, got {value!r}")
+    return None if value is None else str(value)
+
+
 def find_faults(row: Row) -> list[str]:
-    """What makes a row unfit whatever the loss: an empty prompt, empty responses, rewards that are not finite."""
-    found = []
+    """Return what makes a row unusable for any loss: empty or unencodable text, invalid scores or weights."""
+    faults = []
     texts = [row.id, row.answer, row.subset, row.sampling, *(r.source for r in row.responses)]
     texts += [*(text for m in row.prompt for text in m.values()), *(r.text for r in row.responses)]
     try:
         "".join(filter(None, texts)).encode()
     except UnicodeEncodeError as error:
-        found.append(f"its text cannot be written as UTF-8: half a surrogate pair {error.object[error.start]!r}")
+        faults.append(f"its text cannot be written as UTF-8: unpaired surrogate {error.object[error.start]!r}")
     if not row.prompt[-1]["content"].strip():
-        found.append("its prompt is empty")
+        faults.append("its prompt is empty")
     for k, response in enumerate(row.responses):
         if not response.text.strip():
-            found.append(f"response {k} is empty")
+            faults.append(f"response {k} is empty")
         if response.score is not None and not math.isfinite(response.score):
-            found.append(f"the score of response {k} is {response.score}")
+            faults.append(f"the score of response {k} is {response.score}; scores must be finite")
         if response.weight is not None and not (math.isfinite(response.weight) and response.weight >= 0):
-            found.append(f"the weight of response {k} is {response.weight}; weights are finite and ≥ 0")
-    return found
+            faults.append(f"the weight of response {k} is {response.weight}; weights must be finite and ≥ 0")
+    return faults
 
 
 def read(source: Source, cache: Path) -> Rows:
-    """All rows of `source`, checked; kept under `cache` and read from there the next time, by memory map.
+    """Return the checked rows of a source, from `cache` if they were read before.
 
-    Malformed records, empty prompts and responses, NaN scores and duplicate ids are one error that names them all.
+    Raise one `UserError` with all problems: malformed records, empty prompts and responses, NaN scores, duplicate ids.
     """
     target = cache / "rows" / hash_content(FORMAT, source.identity()).hex()
     if not (target / "done.json").exists():
-        problems = Problems(f"{type(source).__name__}: rows that cannot be used")
+        problems = Problems(f"{type(source).__name__}: invalid rows")
         left_out: Counter[str] = Counter()
-        write(_checked(source, problems, left_out), target, problems)
+        write(_check_rows(source, problems, left_out), target, problems)
         finish(target, {"left_out": left_out["rows"]})
     return load(target)
 
 
 def load(target: Path) -> Rows:
-    """Rows that `write` left in a folder."""
+    """Return the rows that `write` and `finish` left in a folder."""
     counts = json.loads((target / "done.json").read_text())
     table = datasets.Dataset.from_file(str(target / "rows.arrow"))
     return Rows(table, np.load(target / "prompts.npy"), left_out=counts["left_out"])
 
 
 def write(rows: Iterable[Row], target: Path, problems: Problems) -> None:
-    """Write rows to `target` as they come; nothing stands there when there were problems."""
+    """Write rows to the folder `target` one by one, or raise `problems` and write nothing."""
     from datasets.arrow_writer import ArrowWriter
 
     target.mkdir(parents=True, exist_ok=True)
@@ -258,19 +240,20 @@ def write(rows: Iterable[Row], target: Path, problems: Problems) -> None:
                 writer.write(asdict(row))
             writer.finalize()
         if not keys and not problems:
-            problems.add("source", "it holds no row")
+            problems.add("source", "it has no rows")
         problems.check()
         with atomic(target / "prompts.npy", "wb", shared=True) as file:
             np.save(file, np.array(keys, dtype="S16"))
 
 
-def finish(target: Path, facts: Mapping[str, Any]) -> None:
-    """Say that a folder of the cache is whole, to all processes at once: another one may be reading it."""
+def finish(target: Path, counts: Mapping[str, Any]) -> None:
+    """Mark a folder of the cache as complete. Other processes may be reading it."""
     with atomic(target / "done.json", shared=True) as file:
-        json.dump(facts, file)
+        json.dump(counts, file)
 
 
-def _checked(source: Source, problems: Problems, left_out: Counter[str]) -> Iterator[Row]:
+def _check_rows(source: Source, problems: Problems, left_out: Counter[str]) -> Iterator[Row]:
+    """Yield the rows of a source until the first problem; collect all problems and count skipped records."""
     seen: dict[bytes, str] = {}
     for where, record in source.records():
         try:
@@ -287,5 +270,5 @@ def _checked(source: Source, problems: Problems, left_out: Counter[str]) -> Iter
         if key in seen:
             problems.add(where, f"id {row.id!r} is also the id of {seen[key]}")
         seen[key] = where
-        if not problems:  # else nothing will stand, and a fault may be one that cannot be written
+        if not problems:  # after a problem nothing is kept, and some faulty rows cannot be written
             yield row

@@ -1,11 +1,11 @@
-"""Sequences: which responses of the rows train, as tokens, on disk; what was left out, cut or dropped is counted."""
+"""Sequences: the responses that train, as tokens on disk, with counts of those truncated, dropped or left out."""
 
 import hashlib
 import json
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -33,54 +33,53 @@ FEATURES = datasets.Features(
 
 @dataclass(frozen=True)
 class Choice:
-    """row, response: [n] which response of which row trains; pairs stand side by side, the better one first."""
+    """The responses that train. The two responses of a pair are adjacent, the better one first."""
 
-    row: np.ndarray
-    response: np.ndarray
-    counts: Counter[str] = field(default_factory=Counter)
+    row: np.ndarray  # [n] index of the row
+    response: np.ndarray  # [n] index of the response in its row
+    counts: Counter[str] = field(default_factory=Counter)  # rows left out, by reason
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """n encoded sequences. table: on disk, columns as FEATURES. The arrays are [n] and in memory.
+    """n tokenized sequences. Tokens are on disk, the arrays [n] in memory."""
 
-    group: 0..G-1, equal where the prompts are. length: response tokens, the end token among them.
-    counts: what was cut, dropped and left out, by name. content: a hash of all tokens, whatever subset this is.
-    ended: of all sequences, those whose last token is the template's end token.
-    """
-
-    table: datasets.Dataset
-    row: np.ndarray
-    start: np.ndarray
-    length: np.ndarray
-    group: np.ndarray
-    counts: Counter[str]
-    content: str
-    ended: int
+    table: datasets.Dataset  # columns as in FEATURES
+    row: np.ndarray  # index of the row
+    start: np.ndarray  # prompt tokens
+    length: np.ndarray  # response tokens, including the end token
+    group: np.ndarray  # 0 to G-1, equal for equal prompts
+    counts: Counter[str]  # sequences and rows that were truncated, dropped or left out, by reason
+    content: str  # hash of all tokens, also of sequences that a subset leaves out
+    ended: int  # number of all sequences that end with the template's end token
 
     def __len__(self) -> int:
         return len(self.row)
 
     @property
     def first(self) -> np.ndarray:
-        """[G] the first sequence of each group, which stands for its prompt."""
+        """[G] index of the first sequence of each group."""
         return np.unique(self.group, return_index=True)[1]
 
     def tokens(self, index: int) -> tuple[list[int], int, str]:
-        """Token ids, where the response starts, and a name for messages."""
+        """Return the token ids, the index of the first response token, and a name for messages."""
         record = self.table[int(index)]
         return record["ids"], record["start"], record["name"]
 
     def column(self, name: Literal["score", "weight"]) -> np.ndarray:
-        """[n] float64 of the data's own; NaN where a response has none."""
+        """Return [n] float64 values of the data set, NaN for responses without one."""
         return np.array([np.nan if v is None else v for v in self.table[name]], dtype=np.float64)
 
 
 def choose(rows: Rows, responses: Responses, rewards: list[np.ndarray] | None = None) -> Choice:
-    """Which responses train. rewards: of each row's responses, needed for `best`, and for `both` of unordered rows.
+    """Choose the responses that train.
 
-    chosen: the first of an ordered row. both: the first and the last of an ordered row, else the highest and the
-    lowest reward, rows without a difference left out and counted. best: the highest reward. all: all.
+    Args:
+        rows: All rows.
+        responses: `all`; `chosen`, the first of an ordered row; `best`, the one with the highest reward; or `both`, the
+            first and the last of an ordered row, and those with the highest and the lowest reward of another row.
+            If these rewards are equal, the row is left out and counted.
+        rewards: The rewards of each row's responses, if `needs_rewards`.
     """
     problems = Problems(f"data.responses={responses} does not fit these rows")
     row, response, counts = list[int](), list[int](), Counter[str]()
@@ -94,22 +93,22 @@ def choose(rows: Rows, responses: Responses, rewards: list[np.ndarray] | None = 
             picked = list(range(n))
         elif responses == "chosen":
             if not item.ordered:
-                problems.add(f"row {item.id}", "its responses stand in no order of preference; set data.responses=best")
+                problems.add(f"row {item.id}", "its responses are not ordered by preference. Set data.responses=best")
             picked = [0]
         elif responses == "both" and n < 2:
             counts["rows with fewer than two responses"] += 1
             continue
         elif responses == "both" and item.ordered:
             picked = [0, n - 1]
+        elif rewards is None:
+            raise UserError(f"data.responses={responses} needs the rewards of all responses. Pass `rewards`")
         else:
-            assert rewards is not None, "the caller brings rewards for best, and for both of unordered rows"
-            scores = rewards[i]
-            picked = [int(scores.argmax())]
+            picked = [int(rewards[i].argmax())]
             if responses == "both":
-                if scores.max() == scores.min():
+                if rewards[i].max() == rewards[i].min():
                     counts["rows whose responses have one reward"] += 1
                     continue
-                picked.append(int(scores.argmin()))
+                picked.append(int(rewards[i].argmin()))
         row.extend([i] * len(picked))
         response.extend(picked)
     problems.check()
@@ -117,7 +116,7 @@ def choose(rows: Rows, responses: Responses, rewards: list[np.ndarray] | None = 
 
 
 def needs_rewards(rows: Rows, responses: Responses) -> bool:
-    """Whether `choose` takes rewards for these rows."""
+    """Return whether `choose` needs rewards for these rows."""
     return responses == "best" or (responses == "both" and not all(rows.table["ordered"]))
 
 
@@ -130,12 +129,12 @@ def encode(
     pairs: bool,
     cache: Path,
 ) -> Sequences:
-    """Tokens of the chosen responses, kept under `cache` by content and read from there by memory map.
+    """Return the chosen responses as tokens. They are cached by content and read by memory map.
 
-    A sequence longer than max_length is dropped (with its pair), or cut at its end, or an error; the cut and the
-    dropped are counted. A row whose prompt leaves no room for a response is dropped or an error, never trained.
+    If a sequence is longer than max_length, it is dropped (with its pair), truncated, or an error. If a prompt leaves
+    no room for a response, its row is dropped or an error. All of these are counted.
     """
-    chat.suffix, chat.end_token  # noqa: B018  a template that cannot be trained fails before the first row
+    chat.suffix, chat.end_token  # noqa: B018  raise errors of the template before the first row
     key = hash_content(
         rows.table._fingerprint,
         chat.tokenizer.chat_template,
@@ -151,69 +150,65 @@ def encode(
     counts = Counter(done["counts"]) + choice.counts
     table = datasets.Dataset.from_file(str(target / "sequences.arrow"))
     if not len(table):
-        raise UserError(f"no sequence is left to train on: {dict(counts)}; raise data.max_length or see data.responses")
+        reasons = ", ".join(f"{name}: {count}" for name, count in counts.items())
+        raise UserError(f"no sequence is left to train on ({reasons}). Increase data.max_length or set data.responses")
     start, ids = np.array(table["start"]), table.data.column("ids")
     total = np.concatenate([chunk.value_lengths().to_numpy() for chunk in ids.chunks])
     keys = np.array([bytes(k) for k in table["prompt_key"]], dtype="S16")
     group = np.unique(keys, return_inverse=True)[1]
-    length, row = total - start, np.array(table["row"])
-    return Sequences(table, row, start, length, group, counts, done["content"], done["ended"])
+    row = np.array(table["row"])
+    return Sequences(table, row, start, total - start, group, counts, done["content"], done["ended"])
 
 
 def _write(rows: Rows, choice: Choice, chat: Chat, max_length: int, overlong: str, pairs: bool, target: Path) -> None:
+    """Tokenize the chosen responses into the folder `target`, or raise one error for all invalid rows."""
     from datasets.arrow_writer import ArrowWriter
 
-    problems = Problems("rows that cannot be tokenised")
-    counts: Counter[str] = Counter()
-    advice, ended, total = "", 0, 0
-    unit = 2 if pairs else 1
+    problems, counts = Problems("rows that cannot be tokenized"), Counter[str]()
+    size, ended, total = 2 if pairs else 1, 0, 0
     content = hashlib.sha256()
+
+    def tokenize(index: int, k: int) -> dict[str, Any] | None:
+        """Return one record of the table, or None if it is dropped."""
+        row, response = rows[index], rows[index].responses[k]
+        name = f"{row.id}#{k}"
+        try:
+            encoded = chat.encode(row.prompt, response.text, response.finished)
+        except ValueError as error:
+            problems.add(f"row {name}", str(error))
+            return None
+        full = encoded.start >= max_length  # no room for a response
+        if len(encoded.ids) > max_length:
+            if overlong == "drop":
+                counts["sequences whose prompt fills the limit" if full else "sequences dropped as overlong"] += 1
+                return None
+            if overlong == "error" or full:
+                what = f"its prompt alone has {encoded.start} tokens" if full else f"it has {len(encoded.ids)} tokens"
+                problems.add(f"row {name}", f"{what}; data.max_length={max_length}")
+                counts["sequences that are errors"] += 1
+                return None
+            counts["sequences truncated"] += 1
+        return {
+            "row": index,
+            "response": k,
+            "start": encoded.start,
+            "ids": encoded.ids[:max_length],  # a truncated response has no end token: it must not teach to stop
+            "prompt_key": hash_content(row.prompt),
+            "score": response.score,
+            "weight": response.weight,
+            "name": name,
+        }
+
     with (
         replacing(target / "sequences.arrow", shared=True) as partial,
         ArrowWriter(path=str(partial), features=FEATURES) as writer,
     ):
-        for begin in range(0, len(choice.row), unit):
-            records, dropped = [], False
-            for i, k in zip(choice.row[begin : begin + unit], choice.response[begin : begin + unit], strict=True):
-                row = rows[i]
-                name = f"{row.id}#{k}"
-                try:
-                    encoded = chat.encode(row.prompt, row.responses[k].text, row.responses[k].finished)
-                except ValueError as error:
-                    problems.add(f"row {name}", str(error))
-                    dropped = True
-                    continue
-                ids = encoded.ids
-                if len(ids) > max_length:
-                    full = encoded.start >= max_length
-                    if overlong == "error" or (full and overlong == "truncate"):
-                        what = f"its prompt alone has {encoded.start} tokens" if full else f"it has {len(ids)} tokens"
-                        problems.add(f"row {name}", f"{what}; data.max_length={max_length}")
-                        advice = "Set data.overlong=drop to leave overlong rows out, or raise data.max_length."
-                    if overlong == "drop":
-                        counts[
-                            "sequences dropped as overlong" if not full else "sequences whose prompt fills the limit"
-                        ] += 1
-                    if overlong != "truncate" or full:
-                        dropped = True
-                        continue
-                    counts["sequences cut"] += 1
-                    ids = ids[:max_length]  # without an end token: a cut answer does not teach to stop
-                response = row.responses[k]
-                records.append(
-                    {
-                        "row": int(i),
-                        "response": int(k),
-                        "start": encoded.start,
-                        "ids": ids,
-                        "prompt_key": hash_content(row.prompt),
-                        "score": response.score,
-                        "weight": response.weight,
-                        "name": name,
-                    }
-                )
-            if dropped:
-                counts["sequences dropped with their pair"] += len(records) if pairs else 0
+        chosen = list(zip(choice.row.tolist(), choice.response.tolist(), strict=True))
+        for begin in range(0, len(chosen), size):
+            unit = [tokenize(index, k) for index, k in chosen[begin : begin + size]]
+            records = [record for record in unit if record is not None]
+            if len(records) < len(unit):
+                counts["sequences dropped with their pair"] += len(records)
                 continue
             for record in records:
                 ended += record["ids"][-1] == chat.end_token
@@ -222,9 +217,12 @@ def _write(rows: Rows, choice: Choice, chat: Chat, max_length: int, overlong: st
                 writer.write(record)
         writer.finalize()
         if total and not ended:
-            what = "none ends with the template's end token; the model would never learn to stop"
-            cause = "raise data.max_length, or generate.max_new_tokens for sampled ones"
-            problems.add("all rows", f"{what}. Every response was cut: {cause}")
-        problems.check(advice)
+            problems.add(
+                "all rows",
+                "every response was truncated, so none ends with the template's end token and the model would never "
+                "learn to stop. Increase data.max_length, or generate.max_new_tokens for sampled responses",
+            )
+        advice = "Set data.overlong=drop to drop overlong rows, or increase data.max_length."
+        problems.check(advice if counts["sequences that are errors"] else "")
     done = {"counts": {k: v for k, v in counts.items() if v}, "content": content.hexdigest()[:16], "ended": int(ended)}
     finish(target, done)

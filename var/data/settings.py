@@ -1,48 +1,64 @@
-"""Settings of a data group."""
+"""Settings of a data set: which responses train, how long, and how many per micro-batch."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from var.utils.errors import Problems
+
+Responses = Literal["auto", "chosen", "both", "best", "all", "sampled"]
+Overlong = Literal["drop", "truncate", "error"]
+LastMicroBatch = Literal["drop", "keep", "error"]
+LastStep = Literal["keep", "drop"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
-    """conf/data/_base.yaml has the meaning of each."""
+    """The settings that every data set has (conf/data/_base.yaml)."""
 
-    responses: Literal["auto", "chosen", "both", "best", "all", "sampled"]
+    responses: Responses
+    """Which responses train. `auto`: pairs for a loss that compares them, otherwise all."""
     max_length: int
-    overlong: Literal["drop", "truncate", "error"]
+    """Tokens of prompt and response together."""
+    overlong: Overlong
+    """What to do with a longer row."""
     validation_prompts: int
+    """Prompts that do not train and on which the policy is evaluated."""
     limit: int | None
+    """Use only the first rows; None for all."""
     micro_batch: int
+    """B, in units: sequences, pairs, groups or, in an online run, prompts."""
     global_batch: int
-    last_micro_batch: Literal["drop", "keep", "error"]
-    last_step: Literal["keep", "drop"]
+    """Units per optimizer step, over all devices and accumulation."""
+    last_micro_batch: LastMicroBatch
+    """What to do with a last micro-batch of fewer than B units."""
+    last_step: LastStep
+    """What to do with a last optimizer step of fewer than global_batch units."""
     seed: int
+    """The seed of the shuffle and of the validation split."""
 
     def __post_init__(self) -> None:
         problems = Problems("data settings")
         choices = {
-            "responses": ("auto", "chosen", "both", "best", "all", "sampled"),
-            "overlong": ("drop", "truncate", "error"),
-            "last_micro_batch": ("drop", "keep", "error"),
-            "last_step": ("keep", "drop"),
-        }
+            "responses": Responses, "overlong": Overlong, "last_micro_batch": LastMicroBatch, "last_step": LastStep,
+        }  # fmt: skip
         for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                problems.add(f"data.{name}", f"{getattr(self, name)!r} is none of {', '.join(allowed)}")
+            if getattr(self, name) not in get_args(allowed):
+                problems.add(
+                    f"data.{name}", f"must be one of {', '.join(get_args(allowed))}, got {getattr(self, name)!r}"
+                )
         for name in ("max_length", "micro_batch", "global_batch"):
             if getattr(self, name) < 1:
-                problems.add(f"data.{name}", "must be at least 1")
+                problems.add(f"data.{name}", f"must be at least 1, got {getattr(self, name)}")
         if self.validation_prompts < 0:
-            problems.add("data.validation_prompts", "must be at least 0")
+            problems.add("data.validation_prompts", f"must be at least 0, got {self.validation_prompts}")
         problems.check()
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataGroup(DataSettings):
-    """A data group of the configuration: its settings, and the set's name and adapter."""
+    """A data group of the configuration: its settings, and the data set's name and adapter."""
 
     name: str
+    """The name, for folders and tables."""
     source: Any
+    """The adapter."""

@@ -7,21 +7,25 @@ from var.data.settings import DataSettings
 from var.utils.errors import UserError
 
 
-def split(rows: Rows, settings: DataSettings, develop: int = 0) -> tuple[Rows, Rows, Rows]:
-    """Rows of the held-out prompts and of `develop` further ones, one a prompt, and all rows of the others."""
+def split(rows: Rows, settings: DataSettings, development: int = 0) -> tuple[Rows, Rows, Rows]:
+    """Return rows of the validation prompts, of `development` further prompts, and all rows of the others.
+
+    The draw is over distinct prompts, by `settings.seed`. The first two have one row per prompt.
+    """
     prompts, first = np.unique(rows.keys, return_index=True)
-    if settings.validation_prompts + develop >= len(prompts):
+    reserved = settings.validation_prompts + development
+    if reserved >= len(prompts):
         raise UserError(
             f"data.validation_prompts={settings.validation_prompts}"
-            + (f" and loss.value.development_prompts={develop}" if develop else "")
-            + f" holds out all of the {len(prompts)} distinct prompts; lower it"
+            + (f" and loss.value.development_prompts={development}" if development else "")
+            + f" leave none of the {len(prompts)} distinct prompts for training. Lower them."
         )
     order = np.random.default_rng(settings.seed).permutation(len(prompts))
-    held, developing = np.split(order[: settings.validation_prompts + develop], [settings.validation_prompts])
+    validation, developing = np.split(order[:reserved], [settings.validation_prompts])
 
-    def only(which: np.ndarray) -> Rows:
+    def one_row_each(which: np.ndarray) -> Rows:
         inside = np.isin(rows.keys, prompts[which])
         return rows.select(np.sort(first[inside[first]]))
 
-    train = rows.select(np.flatnonzero(~np.isin(rows.keys, prompts[order[: len(held) + develop]])))
-    return only(held), only(developing), train
+    train = rows.select(np.flatnonzero(~np.isin(rows.keys, prompts[order[:reserved]])))
+    return one_row_each(validation), one_row_each(developing), train

@@ -11,7 +11,7 @@ from var.data.chat import Chat
 from var.data.rows import Rows
 from var.models.packing import pack_tree
 from var.models.policy import Policy
-from var.rewards.base import Reward, scored
+from var.rewards.base import Reward, compute_scores
 from var.rewards.scale import Scale
 
 Texts = list[list[tuple[str, bool]]]  # [P][K] (text, whether it ended before the token limit)
@@ -46,7 +46,7 @@ def score_answers(rows: Rows, texts: Texts, reward: Reward | None, scale: Scale,
     if reward is None or not reward.scores_text:
         return answers
     triples = [(row.prompt, text, row.answer) for row, several in zip(rows, texts, strict=True) for text, _ in several]
-    rewards = scored(reward, *map(list, zip(*triples, strict=True)))
+    rewards = compute_scores(reward, *map(list, zip(*triples, strict=True)))
     return replace(answers, rewards=scale(rewards).reshape(answers.lengths.shape))
 
 

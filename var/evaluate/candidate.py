@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 
 from var.annotate.annotator import Annotator
+from var.annotate.reference_logps import reference_logps
+from var.annotate.responses import sample_responses
+from var.annotate.rewards import score
 from var.data.rows import Message, Row, Rows
 from var.evaluate.answers import Texts, tokenize_response
 from var.models.frozen import FrozenModel
@@ -32,13 +35,13 @@ class Candidate:
     def sample(self, rows: Rows, sampling: Sampling, seeds: Sequence[int]) -> Texts:
         """Sample one answer per prompt and seed."""
         title = f"Answers of the {self.name}"
-        drawn = [self.annotator.sampled(rows, replace(sampling, seed=s), f"{title}, seed {s}") for s in seeds]
+        drawn = [sample_responses(self.annotator, rows, replace(sampling, seed=s), f"{title}, seed {s}") for s in seeds]
         return [[answers[i][0] for answers in drawn] for i in range(len(rows))]
 
     def score(self, name: str, reward: Reward, rows: Rows, texts: Texts) -> np.ndarray:
         """Return raw rewards [P, S]."""
         triples = [(row.prompt, text, row.answer) for row, own in zip(rows, texts, strict=True) for text, _ in own]
-        scores = replace(self.annotator, reward=reward).score(triples, f"{name} of the {self.name}")
+        scores = score(replace(self.annotator, reward=reward), triples, f"{name} of the {self.name}")
         return scores.reshape(len(texts), -1)
 
     def sum_logps(self, rows: Rows, texts: Texts) -> np.ndarray:
@@ -52,7 +55,7 @@ class Candidate:
             ids += [[*prompt, *tokenize_response(chat, text, finished)] for text, finished in answers]
             start += [len(prompt)] * len(answers)
         sequences = _Sequences(ids, np.array(start), np.array(list(map(len, ids))) - np.array(start))
-        logps = self.annotator.reference_logps(sequences)  # type: ignore[arg-type]
+        logps = reference_logps(self.annotator, sequences)  # type: ignore[arg-type]
         return np.array([sum(tokens) for tokens in logps.to_pylist()]).reshape(len(rows), -1)
 
 
@@ -89,7 +92,7 @@ class CachedReward:
     ) -> list[float]:
         """Return the raw rewards."""
         triples = list(zip(prompts, responses, answers, strict=True))
-        return replace(self.annotator, reward=self.reward).score(triples, "Judging").tolist()
+        return score(replace(self.annotator, reward=self.reward), triples, "Judging").tolist()
 
 
 def match_answers(file: Rows, rows: Rows, seeds: int, name: str) -> Texts:

@@ -15,11 +15,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from var.annotate.annotator import Annotator
 from var.annotate.cache import AnnotationCache
+from var.annotate.responses import sampling_fingerprint
 from var.config.check import EVAL, check
 from var.config.schema import known, values
 from var.data.rows import Rows, read
 from var.data.sources.files import Files
-from var.data.sources.local import listed
+from var.data.sources.local import list_files
 from var.evaluate.answers import Answers, Texts, describe_answers
 from var.evaluate.benchmarks.harness import Benchmarks, run_benchmarks
 from var.evaluate.candidate import CachedReward, Candidate, match_answers
@@ -36,7 +37,7 @@ from var.sampling.base import Sampling
 from var.utils.console import say, silence_libraries, stage, warn
 from var.utils.errors import UserError
 from var.utils.files import atomic, write_json
-from var.utils.provenance import environment
+from var.utils.provenance import collect_environment
 
 
 @dataclass
@@ -116,7 +117,7 @@ class Evaluation:
         """The answers in the file `answers`, if it is set."""
         if self.cfg.answers is None:
             return None
-        listed(self.cfg.answers, "answers")
+        list_files(self.cfg.answers, "answers")
         file = read(Files(path=self.cfg.answers), self.model.annotator.cache)
         return match_answers(file, self.prompts.rows, len(self.cfg.seeds), self.cfg.answers)
 
@@ -203,9 +204,9 @@ class Evaluation:
     def _provenance(self) -> dict[str, Any]:
         """Return everything that the numbers depend on."""
         sampled = [c for c in self.candidates if not (c.name == "model" and self.cfg.answers)]
-        sources: dict[str, Any] = {c.name: c.annotator.source(self.sampling) for c in sampled}
+        sources: dict[str, Any] = {c.name: sampling_fingerprint(c.annotator, self.sampling) for c in sampled}
         if self.cfg.answers:
-            content = b"".join(path.read_bytes() for path in listed(self.cfg.answers, "answers"))
+            content = b"".join(path.read_bytes() for path in list_files(self.cfg.answers, "answers"))
             sources["model"] = {"file": self.cfg.answers, "sha256": hashlib.sha256(content).hexdigest()}
         return {
             "weights": {c.name: c.model.identity for c in sampled},
@@ -213,7 +214,7 @@ class Evaluation:
             "rewards": {name: reward.identity for name, reward in self.rewards.items()},
             "prompts": hashlib.sha256(self.prompts.rows.keys.tobytes()).hexdigest()[:16],
             "config": values(self.cfg),
-            **environment(),
+            **collect_environment(),
         }
 
     def _records(self, answers: dict[str, Answers], rewards: dict[str, dict[str, np.ndarray]]) -> list[dict[str, Any]]:

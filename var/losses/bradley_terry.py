@@ -7,30 +7,35 @@ from torch.nn.functional import logsigmoid
 
 from var.losses.base import Mean, Metrics
 from var.models.packing import Packed
-from var.requirements import Need
+from var.requirements import Pairs, Requirement, Rewards, SequenceScores
 from var.utils.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class BradleyTerry:
-    """margin: ≥ 0, multiplies the gap of the pair's own rewards, by which the better one is to win; 0 leaves them out.
-
-    centring: k ≥ 0 of k · (s_w + s_l)², which holds the scores around zero, where the likelihood leaves them free.
-    """
+    """Log-likelihood of the pairs' order under a reward model."""
 
     margin: float = 0.0
+    """≥ 0 times the gap of the pair's own rewards is the margin by which the better response must win; 0 for none."""
     centering: float = 0.0
+    """k ≥ 0 of k · (s_w + s_l)², which keeps scores around zero; the likelihood alone leaves their level free."""
 
     def __post_init__(self) -> None:
         if self.margin < 0 or self.centering < 0:
-            raise UserError("loss.margin and loss.centring are ≥ 0")
+            raise UserError("loss.margin and loss.centering must be at least 0")
 
     @property
-    def needs(self) -> frozenset[Need]:
-        return frozenset({Need.PAIRS, Need.SCALAR_HEAD} | ({Need.REWARDS} if self.margin else set()))
+    def requires(self) -> tuple[Requirement, ...]:
+        """Pairs and scores, and rewards for the margin."""
+        return (Pairs(), SequenceScores(), *((Rewards(),) if self.margin else ()))
 
     def __call__(self, scores: Tensor, batch: Packed) -> tuple[Tensor, Metrics]:
-        """scores: [B] of the trained model, better and worse alternating. Mean over the step's pairs."""
+        """Return the sum over this micro-batch's pairs, divided by the step's pairs, and its metrics.
+
+        Args:
+            scores: [B] of the trained model. Sequences alternate, better and worse.
+            batch: the micro-batch.
+        """
         gap = scores[0::2] - scores[1::2]
         wanted = gap.new_zeros(len(gap))
         if self.margin:

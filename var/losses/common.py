@@ -1,4 +1,4 @@
-"""Parts that several losses share."""
+"""Parts that several losses share. Shapes: N response tokens, B sequences of a micro-batch."""
 
 from typing import Literal
 
@@ -9,16 +9,22 @@ from var.losses.base import Mean, Metrics
 from var.models.packing import Packed
 from var.utils.errors import UserError
 from var.weights.groups import group_log_softmax, group_size, zero_variance
-from var.weights.table import micro_batch_inputs
 
 Normalize = Literal["token", "sequence"]
+Ratio = Literal["sequence", "token", "none"]
+
+
+# Weighted likelihood: SFT, VAR, A-LoL and its baselines.
 
 
 def weighted_nll(logps: Tensor, weights: Tensor, batch: Packed, normalize: Normalize) -> tuple[Tensor, Metrics]:
-    """Σ_i w_i Σ_t −log π_θ(y_it) over the step's response tokens, or over its sequences.
+    """Return Σ_i w_i Σ_t −log π_θ(y_it) over the step's response tokens or sequences, and its metrics.
 
-    logps [N] nats; weights [B], unitless, no gradient. The divisor is the whole optimiser step's, so micro-batches
-    and ranks add up. Returns the scalar share of this micro-batch and its metrics.
+    Args:
+        logps: [N] nats, log π_θ of each response token.
+        weights: [B], unitless. No gradient flows through them.
+        batch: the micro-batch.
+        normalize: `token` divides by the step's response tokens, `sequence` by its sequences.
     """
     divisor = batch.global_tokens if normalize == "token" else batch.global_sequences
     weighted = weights.detach().to(logps.dtype)[batch.sequence] * logps
@@ -31,25 +37,86 @@ def weighted_nll(logps: Tensor, weights: Tensor, batch: Packed, normalize: Norma
 
 
 def check_normalize(normalize: str) -> None:
+    """Raise UserError unless `normalize` is one of `Normalize`."""
     if normalize not in ("token", "sequence"):
-        raise UserError(f"loss.normalize is token or sequence, got {normalize}")
+        raise UserError(f"loss.normalize must be token or sequence, got {normalize}")
+
+
+def importance_weighted_nll(
+    logps: Tensor, coefficients: Tensor, batch: Packed, ratio: Ratio, clip: float | None
+) -> tuple[Tensor, Metrics]:
+    """Return Σ_i c_i Σ_t −clip(ρ) log π_θ(y_it) over the step's sequences, and its metrics.
+
+    Args:
+        logps: [N] nats, log π_θ of each response token.
+        coefficients: [B], c. No gradient flows through c or ρ.
+        batch: the micro-batch.
+        ratio: ρ = π_θ/π_ref of the whole `sequence`, of each `token`, or 1 (`none`).
+        clip: ε > 0 holds ρ within 1 ± ε; None does not clip.
+    """
+    metrics = response_metrics(logps, batch)
+    weights = coefficients.detach().to(logps.dtype)[batch.sequence]
+    if ratio != "none":
+        log_ratio = token_log_ratios(logps, batch).detach()
+        raw = (batch.sum_by_sequence(log_ratio) if ratio == "sequence" else log_ratio).exp()
+        rho = raw if clip is None else raw.clamp(1 - clip, 1 + clip)
+        metrics["ratio/mean"] = Mean(rho.sum(), float(len(rho)))
+        metrics["ratio/clipped"] = Mean((rho != raw).to(rho).sum(), float(len(rho)))
+        rho = rho[batch.sequence] if ratio == "sequence" else rho
+        weights = torch.where(weights == 0, 0.0, weights * rho)  # an unclipped ratio can be infinite
+    return -(weights * logps).sum() / batch.global_sequences, metrics
+
+
+def check_ratio(ratio: str, clip: float | None) -> None:
+    """Raise UserError unless ratio and clip fit each other."""
+    if ratio not in ("sequence", "token", "none") or (clip is not None and (not clip > 0 or ratio == "none")):
+        raise UserError(
+            "loss.ratio must be sequence, token or none; loss.clip must be above 0, or null, as it must be with "
+            "ratio=none"
+        )
+
+
+def nonnegative_rewards(batch: Packed) -> Tensor:
+    """Return the rewards [B] as weights. Raise UserError on a negative one: π_θ(y|x) → 0 would be a loss of −∞."""
+    assert batch.rewards is not None
+    rewards = batch.rewards.detach()
+    if (lowest := float(rewards.min())) < 0:
+        raise UserError(
+            f"this loss uses rewards as weights, which must not be negative, and one is {lowest:.4g}. Set "
+            "reward_scale=sigmoid."
+        )
+    return rewards
+
+
+def response_metrics(logps: Tensor, batch: Packed) -> Metrics:
+    """Return the NLL per token, and log π_θ per response, which falls when responses are made less likely."""
+    total = logps.detach().sum()
+    return {"nll": Mean(-total, float(len(logps))), "logps/sequence": Mean(total, float(len(batch)))}
+
+
+# Log-ratios to the reference, pairs and groups.
 
 
 def log_ratios(logps: Tensor, batch: Packed) -> Tensor:
-    """[B] nats: log π_θ(y|x) − log π_ref(y|x), summed over response tokens."""
+    """Return [B] nats: log π_θ(y|x) − log π_ref(y|x), summed over response tokens."""
     return batch.sum_by_sequence(token_log_ratios(logps, batch))
 
 
 def token_log_ratios(logps: Tensor, batch: Packed) -> Tensor:
-    """[N] nats: log π_θ − log π_ref of each response token."""
+    """Return [N] nats: log π_θ − log π_ref of each response token."""
     assert batch.reference_logps is not None
     return logps - batch.reference_logps.to(logps.dtype)
 
 
 def pair_metrics(logps: Tensor, batch: Packed, implicit: Tensor) -> Metrics:
-    """What a preference loss is watched by. implicit: [B] implicit rewards, better and worse alternating.
+    """Return the metrics of a preference loss.
 
     Under DPO the log-probability of the chosen response usually falls too: the loss sees only the difference.
+
+    Args:
+        logps: [N] nats, log π_θ of each response token.
+        batch: the micro-batch; its sequences alternate, better and worse.
+        implicit: [B] implicit rewards.
     """
     summed, implicit = batch.sum_by_sequence(logps.detach()), implicit.detach()
     pairs = len(batch) / 2
@@ -63,30 +130,64 @@ def pair_metrics(logps: Tensor, batch: Packed, implicit: Tensor) -> Metrics:
     }
 
 
-def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, low: float, high: float) -> tuple[Tensor, Metrics]:
-    """−min(ρA, clip(ρ, 1 − low, 1 + high) A) (Eq. 7), ρ = exp(log_ratio); of tokens or of sequences.
+def reward_softmax(batch: Packed, temperature: float) -> Tensor:
+    """Return [B] float64 without a gradient: the softmax of r/α over the responses to each prompt."""
+    assert batch.rewards is not None
+    return group_log_softmax(batch.rewards.double() / temperature, batch.group).exp()
 
-    log_ratio: nats, π_θ over the policy that sampled; advantages: no gradient. Both [n]. Returns [n] and metrics:
-    clipped is where the clip decides, and the gradient is 0.
+
+def group_metrics(logps: Tensor, batch: Packed, implicit: Tensor, target: Tensor) -> Metrics:
+    """Return the metrics of a loss on groups.
+
+    `implicit_reward/mean` is the mean over responses; it falls below 0 when the loss makes all responses less likely.
+    `implicit_reward/target` weights the responses of a group by the target.
+
+    Args:
+        logps: [N] nats, log π_θ of each response token.
+        batch: the micro-batch.
+        implicit: [B] implicit rewards.
+        target: [B] target probabilities within each group.
+    """
+    groups, implicit = float(batch.group.max() + 1), implicit.detach()
+    return {
+        "nll": Mean(-logps.detach().sum(), float(len(logps))),
+        "implicit_reward/mean": Mean(implicit.sum(), float(len(implicit))),
+        "implicit_reward/target": Mean((target * implicit).sum(), groups),
+    }
+
+
+# Responses that the policy samples while it trains.
+
+
+def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, low: float, high: float) -> tuple[Tensor, Metrics]:
+    """Return −min(ρA, clip(ρ, 1 − low, 1 + high) A), ρ = exp(log_ratio), and its metrics (PPO, Eq. 7).
+
+    `ratio/clipped` counts where the clip decides and the gradient is 0.
+
+    Args:
+        log_ratio: [n] nats, the policy over the policy that sampled, per token or per sequence.
+        advantages: [n] without a gradient.
+        low: the ratio is clipped at 1 − low.
+        high: the ratio is clipped at 1 + high.
     """
     ratio = log_ratio.exp()
     free, bounded = ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages
-    number = float(len(ratio))
+    count = float(len(ratio))
     return -torch.minimum(free, bounded), {
-        "ratio/mean": Mean(ratio.detach().sum(), number),
-        "ratio/clipped": Mean((bounded < free).sum(), number),
+        "ratio/mean": Mean(ratio.detach().sum(), count),
+        "ratio/clipped": Mean((bounded < free).sum(), count),
     }
 
 
 def kl_estimate(logps: Tensor, batch: Packed) -> Tensor:
-    """[N] e^d − d − 1 ≥ 0, d = log π_ref − log π_θ: unbiased for KL(π_θ ‖ π_ref) where π_θ samples (k3)."""
+    """Return [N] e^d − d − 1 ≥ 0, d = log π_ref − log π_θ, unbiased for KL(π_θ ‖ π_ref) if π_θ samples (k3)."""
     assert batch.reference_logps is not None
     d = batch.reference_logps.to(logps.dtype) - logps
-    return d.expm1() - d  # not exp(d) − 1 − d, which is all rounding where the policy is still close
+    return d.expm1() - d  # exp(d) − 1 − d would be all rounding while the policy is close to the reference
 
 
 def rollout_metrics(logps: Tensor, batch: Packed) -> Metrics:
-    """What every loss on sampled responses is watched by."""
+    """Return the metrics of every loss on sampled responses."""
     assert batch.rewards is not None
     metrics = {
         "nll": Mean(-logps.detach().sum(), float(len(logps))),
@@ -97,81 +198,14 @@ def rollout_metrics(logps: Tensor, batch: Packed) -> Metrics:
     return metrics
 
 
-def group_sum(values: Tensor, group: Tensor) -> Tensor:
-    """[B] → [B]: the sum over the sequences of the same prompt."""
-    return values.new_zeros(len(values)).index_add(0, group, values)[group]
-
-
 def zero_variance_metrics(batch: Packed) -> Metrics:
-    """The share of groups whose rewards are all equal: they say nothing. A group of one never does, and is an error."""
+    """Return the fraction of groups whose rewards are all equal. Raise UserError on a group of one response."""
+    assert batch.rewards is not None
     size = group_size(batch.group)
     if (size < 2).any():
         raise UserError(
-            "this loss compares the responses to one prompt, and generate.responses=1 leaves nothing to compare; "
-            "set generate.responses to 2 or more"
+            "generate.responses=1: this loss compares the responses to a prompt, and there is nothing to compare. Set "
+            "generate.responses to 2 or more."
         )
-    silent = zero_variance(micro_batch_inputs(batch))
-    return {"groups/without_signal": Mean((silent / size).sum(), float(batch.group.max()) + 1)}
-
-
-Ratio = Literal["sequence", "token", "none"]
-
-
-def importance_weighted_nll(
-    logps: Tensor, coefficients: Tensor, batch: Packed, ratio: Ratio, clip: float | None
-) -> tuple[Tensor, Metrics]:
-    """Σ_i c_i Σ_t −clip(ρ) log π_θ(y_it) over the step's sequences; c and ρ hold no gradient.
-
-    logps [N] nats; coefficients [B]. Returns this micro-batch's share and its metrics, ρ after the clip.
-    """
-    metrics = response_metrics(logps, batch)
-    weights = coefficients.detach().to(logps.dtype)[batch.sequence]
-    if ratio != "none":
-        logs = token_log_ratios(logps, batch).detach()
-        raw = (batch.sum_by_sequence(logs) if ratio == "sequence" else logs).exp()
-        rho = raw if clip is None else raw.clamp(1 - clip, 1 + clip)
-        metrics["ratio/mean"] = Mean(rho.sum(), float(len(rho)))
-        metrics["ratio/clipped"] = Mean((rho != raw).to(rho).sum(), float(len(rho)))
-        rho = rho[batch.sequence] if ratio == "sequence" else rho
-        weights = torch.where(weights == 0, 0.0, weights * rho)  # 0 beside an unclipped ratio that overflows
-    return -(weights * logps).sum() / batch.global_sequences, metrics
-
-
-def check_ratio(ratio: str, clip: float | None) -> None:
-    if ratio not in ("sequence", "token", "none") or (clip is not None and (not clip > 0 or ratio == "none")):
-        raise UserError("loss.ratio is sequence, token or none; loss.clip is ε > 0, or null, as it is with ratio none")
-
-
-def nonnegative_rewards(batch: Packed) -> Tensor:
-    """[B] rewards, ≥ 0: with a negative weight π_θ(y|x) → 0 would send the loss to −∞."""
-    assert batch.rewards is not None
-    rewards = batch.rewards.detach()
-    if (lowest := float(rewards.min())) < 0:
-        raise UserError(
-            f"this loss weighs responses by their rewards, and one is {lowest:.4g}; weights must not be negative: set "
-            "reward_scale=sigmoid"
-        )
-    return rewards
-
-
-def response_metrics(logps: Tensor, batch: Packed) -> Metrics:
-    """nll of a token, and log π_θ of a whole response: its fall shows answers being pushed down."""
-    total = logps.detach().sum()
-    return {"nll": Mean(-total, float(len(logps))), "logps/sequence": Mean(total, float(len(batch)))}
-
-
-def reward_softmax(batch: Packed, temperature: float) -> Tensor:
-    """[B] float64: softmax of r/α over the responses of each prompt, no gradient."""
-    assert batch.rewards is not None
-    return group_log_softmax(batch.rewards.double() / temperature, batch.group).exp()
-
-
-def group_metrics(logps: Tensor, batch: Packed, implicit: Tensor, target: Tensor) -> Metrics:
-    """implicit, target: [B]. The mean implicit reward falls below 0 where the loss lowers all responses; the other
-    weighs responses by the target."""
-    groups, implicit = float(batch.group.max() + 1), implicit.detach()
-    return {
-        "nll": Mean(-logps.detach().sum(), float(len(logps))),
-        "implicit_reward/mean": Mean(implicit.sum(), float(len(implicit))),
-        "implicit_reward/target": Mean((target * implicit).sum(), groups),
-    }
+    equal = zero_variance(batch.rewards.double(), batch.group)
+    return {"groups/zero_variance": Mean((equal / size).sum(), float(batch.group.max()) + 1)}

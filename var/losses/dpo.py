@@ -1,6 +1,7 @@
 """DPO (Rafailov et al., arXiv 2305.18290, Eq. 7), with conservative labels (Mitchell, 2023: cDPO)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -8,27 +9,27 @@ from torch.nn.functional import logsigmoid
 from var.losses.base import Metrics
 from var.losses.common import log_ratios, pair_metrics
 from var.models.packing import Packed
-from var.requirements import Need
+from var.requirements import Pairs, ReferenceLogps, Requirement
 from var.utils.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class DPO:
-    """beta: β > 0, the KL coefficient. label_smoothing: share of pairs taken to be labelled wrongly, in [0, 1/2)."""
+    """Direct preference optimization on pairs."""
 
     beta: float = 0.1
+    """β > 0, the KL coefficient."""
     label_smoothing: float = 0.0
+    """The fraction of pairs assumed to be labeled wrongly, in [0, 1/2)."""
+
+    requires: ClassVar[tuple[Requirement, ...]] = (Pairs(), ReferenceLogps())
 
     def __post_init__(self) -> None:
         if not self.beta > 0 or not 0 <= self.label_smoothing < 0.5:
-            raise UserError("loss.beta is β > 0 and loss.label_smoothing lies in [0, 0.5)")
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        return frozenset({Need.PAIRS, Need.REFERENCE_LOGPS})
+            raise UserError("loss.beta must be above 0 and loss.label_smoothing in [0, 0.5)")
 
     def __call__(self, logps: Tensor, batch: Packed) -> tuple[Tensor, Metrics]:
-        """logps: [N] nats; the batch's sequences alternate, better and worse. Mean over the step's pairs."""
+        """Return the sum over this micro-batch's pairs, divided by the step's pairs, and its metrics."""
         ratio = log_ratios(logps, batch)
         margin = self.beta * (ratio[0::2] - ratio[1::2])
         smooth = self.label_smoothing

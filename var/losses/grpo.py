@@ -1,10 +1,10 @@
 """GRPO (Shao et al., arXiv 2402.03300, Eq. 3 and 4), Dr. GRPO (Liu et al., arXiv 2503.20783) and DAPO's loss (Yu et
-al., arXiv 2503.14476, Eq. 8): one class, three files of settings.
+al., arXiv 2503.14476, Eq. 8): one class with three files of settings.
 
-β's term estimates KL(π_θ ‖ π_ref) in value; its gradient where the ratio is 1 is that of KL(π_ref ‖ π_θ), so that the
-fixed point is not π* (var/tabular measures it; RLOO's and PPO's is).
-DAPO divides by the tokens of the step, where the paper writes those of a group; its sampling until a group has a signal
-and its penalty on long answers are not here. The KL term is the paper's, not multiplied by the ratio as in TRL.
+The value of β's term estimates KL(π_θ ‖ π_ref). Its gradient where the ratio is 1 is that of KL(π_ref ‖ π_θ), so the
+fixed point is not π* (measured in experiments/tabular; RLOO's and PPO's fixed point is π*). The KL term is the paper's;
+TRL multiplies it by the ratio. DAPO's loss divides by the tokens of the step, where its paper writes those of a group.
+Its sampling until a group has a signal and its penalty on long responses are not implemented.
 """
 
 from dataclasses import dataclass, field
@@ -13,56 +13,65 @@ from typing import Literal
 from torch import Tensor
 
 from var.losses.base import Metrics
-from var.losses.common import clipped_surrogate, group_sum, kl_estimate, rollout_metrics, zero_variance_metrics
+from var.losses.common import clipped_surrogate, kl_estimate, rollout_metrics, zero_variance_metrics
 from var.models.packing import Packed
-from var.requirements import Need
-from var.training.rollout import Rollout
+from var.requirements import OldLogps, ReferenceLogps, Requirement, Rewards, Rollout
 from var.utils.errors import UserError
-from var.weights.groups import group_size
+from var.weights.groups import group_size, group_sum
 
 
 @dataclass(frozen=True, kw_only=True)
 class GRPO:
-    """beta: β ≥ 0, the KL coefficient; 0 needs no reference. clip_low, clip_high: the ratio is clipped at 1 − clip_low,
-    in (0, 1], and 1 + clip_high, > 0. scale: `std` divides a group's advantages by its deviation, `none` does not.
-    normalize: `sequence`, mean over each response's tokens, then over the step's sequences; `token`, over the step's
-    tokens; `constant`, over the step's sequences times length. length: tokens, with `constant` alone.
-    rollout: how often the policy is sampled; where each rollout gives one step, the ratio is 1 and never clipped.
-    """
+    """Clipped policy gradient with advantages within the group of a prompt's sampled responses."""
 
     beta: float = 0.04
+    """β ≥ 0, the KL coefficient; 0 needs no reference."""
     clip_low: float = 0.2
+    """The ratio is clipped at 1 − clip_low, in (0, 1]. If each rollout is one step, the ratio is 1."""
     clip_high: float = 0.2
+    """The ratio is clipped at 1 + clip_high, above 0."""
     scale: Literal["std", "none"] = "std"
+    """Whether a group's advantages are divided by the standard deviation of its rewards."""
     normalize: Literal["sequence", "token", "constant"] = "sequence"
+    """`sequence`: mean over a response's tokens, then over the step's sequences. `token`: over the step's tokens.
+    `constant`: over the step's sequences times `length`.
+    """
     length: int | None = None
+    """Tokens, with normalize=constant only."""
     rollout: Rollout = field(default_factory=Rollout)
+    """How often the policy is sampled."""
 
     def __post_init__(self) -> None:
         if not self.beta >= 0 or not 0 < self.clip_low <= 1 or not self.clip_high > 0:
-            raise UserError("loss.beta is β ≥ 0, loss.clip_low lies in (0, 1] and loss.clip_high is > 0")
+            raise UserError("loss.beta must be at least 0, loss.clip_low in (0, 1] and loss.clip_high above 0")
         if self.scale not in ("std", "none") or self.normalize not in ("sequence", "token", "constant"):
-            raise UserError("loss.scale is std or none, and loss.normalize is sequence, token or constant")
+            raise UserError("loss.scale must be std or none, and loss.normalize sequence, token or constant")
         if (self.normalize == "constant") != (self.length is not None) or (self.length is not None and self.length < 1):
             raise UserError(
-                "loss.length is the divisor of loss.normalize=constant, ≥ 1 there (generate.max_new_tokens, say), and "
-                "null with any other"
+                "loss.length is the divisor of loss.normalize=constant and at least 1 there (for example "
+                "generate.max_new_tokens). It must be null with any other."
             )
 
     @property
-    def needs(self) -> frozenset[Need]:
-        reference = {Need.REFERENCE_LOGPS} if self.beta else set()
-        return frozenset({Need.ROLLOUT, Need.REWARDS, Need.OLD_LOGPS} | reference)
+    def requires(self) -> tuple[Requirement, ...]:
+        """Rollouts with rewards and the sampling policy's numbers, and the reference for the KL term."""
+        reference = (ReferenceLogps(),) if self.beta else ()
+        return (self.rollout, Rewards(), OldLogps(rollout=self.rollout), *reference)
 
     def advantages(self, rewards: Tensor, group: Tensor) -> Tensor:
-        """[B] r less the group's mean, over its deviation (K − 1 in the divisor) plus 1e-4. rewards, group: [B]."""
-        centred = rewards - group_sum(rewards, group) / (size := group_size(group))
+        """Return [B]: r minus the group's mean, over its standard deviation (K − 1 in the divisor) plus 1e-4.
+
+        Args:
+            rewards: [B].
+            group: [B] int, the prompt of each sequence.
+        """
+        centered = rewards - group_sum(rewards, group) / (size := group_size(group))
         if self.scale == "none":
-            return centred
-        return centred / ((group_sum(centred.square(), group) / (size - 1)).sqrt() + 1e-4)
+            return centered
+        return centered / ((group_sum(centered.square(), group) / (size - 1)).sqrt() + 1e-4)
 
     def __call__(self, logps: Tensor, batch: Packed) -> tuple[Tensor, Metrics]:
-        """logps: [N] nats, log π_θ of each response token. Returns a scalar and this micro-batch's metrics."""
+        """Return the loss of this micro-batch and its metrics."""
         assert batch.rewards is not None
         assert batch.old_logps is not None
         groups = zero_variance_metrics(batch)

@@ -1,34 +1,34 @@
 """IPO (Azar et al., arXiv 2310.12036, Eq. 17): the log-ratio margin is regressed on 1/(2β)."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from var.losses.base import Metrics
 from var.losses.common import log_ratios, pair_metrics
 from var.models.packing import Packed
-from var.requirements import Need
+from var.requirements import Pairs, ReferenceLogps, Requirement
 from var.utils.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class IPO:
-    """beta: τ of the paper, > 0. reduction: `sum` of the log-ratio over tokens is the paper's; `mean` is TRL's."""
+    """Identity preference optimization on pairs."""
 
     beta: float = 0.1
+    """τ of the paper, above 0."""
     reduction: Literal["sum", "mean"] = "sum"
+    """Over tokens of the log-ratio: `sum` is the paper's, `mean` is TRL's."""
+
+    requires: ClassVar[tuple[Requirement, ...]] = (Pairs(), ReferenceLogps())
 
     def __post_init__(self) -> None:
         if not self.beta > 0 or self.reduction not in ("sum", "mean"):
-            raise UserError("loss.beta is > 0 and loss.reduction is sum or mean")
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        return frozenset({Need.PAIRS, Need.REFERENCE_LOGPS})
+            raise UserError("loss.beta must be above 0 and loss.reduction sum or mean")
 
     def __call__(self, logps: Tensor, batch: Packed) -> tuple[Tensor, Metrics]:
-        """logps: [N] nats; the batch's sequences alternate, better and worse. Mean over the step's pairs."""
+        """Return the sum over this micro-batch's pairs, divided by the step's pairs, and its metrics."""
         ratio = log_ratios(logps, batch)
         if self.reduction == "mean":
             ratio = ratio / batch.length

@@ -1,9 +1,9 @@
-"""PPO (Schulman et al., arXiv 1707.06347, Eq. 7, 9, 11) as RLHF has it (Stiennon et al., arXiv 2009.01325): the KL
-penalty is a reward of each token, the reward comes with the last one, and a value head is trained beside the policy.
+"""PPO (Schulman et al., arXiv 1707.06347, Eq. 7, 9, 11) as RLHF uses it (Stiennon et al., arXiv 2009.01325).
 
-Where we leave the usual implementations: advantages are not whitened. Their mean and spread over a micro-batch would
-make a sequence's loss depend on its neighbours, and micro-batches and ranks would no longer add up; the scale of the
-reward is the learning rate's business. β is fixed, there is no entropy bonus, and an answer that was cut is at its end.
+The KL penalty is a reward of each token, the reward is added at the last token, and a value head is trained alongside
+the policy. Unlike the usual implementations, advantages are not whitened: their mean and spread over a micro-batch
+would make a sequence's loss depend on its neighbors, and micro-batches and ranks would no longer add up. The learning
+rate absorbs the scale of the reward. β is fixed and there is no entropy bonus. A truncated response counts as finished.
 """
 
 from dataclasses import dataclass, field
@@ -14,43 +14,50 @@ from torch import Tensor
 from var.losses.base import Mean, Metrics
 from var.losses.common import clipped_surrogate, rollout_metrics
 from var.models.packing import Packed
-from var.requirements import Need
-from var.training.rollout import Rollout
+from var.requirements import OldLogps, ReferenceLogps, Requirement, Rewards, Rollout, TokenValues
 from var.utils.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class PPO:
-    """beta: β ≥ 0, the KL coefficient; 0 needs no reference. gamma: discount of a token, in (0, 1]. lam: λ of GAE, in
-    [0, 1]; 0 trusts the value head, 1 the return. clip: ε of the ratio, in (0, 1]. clip_value: > 0, in reward units,
-    how far a value moves from the one predicted when sampling; .inf leaves it free. value_weight: > 0, of half the
-    squared error. rollout: how often the policy is sampled; where each rollout gives one step, the ratio is 1.
-    """
+    """Clipped policy gradient with a value head."""
 
     beta: float = 0.05
+    """β ≥ 0, the KL coefficient; 0 needs no reference."""
     gamma: float = 1.0
+    """Discount per token, in (0, 1]."""
     lam: float = 0.95
+    """λ of GAE, in [0, 1]: 0 trusts the value head, 1 the return."""
     clip: float = 0.2
+    """ε of the ratio, in (0, 1]. If each rollout is one step, the ratio is 1."""
     clip_value: float = 0.2
+    """How far a value moves from the one predicted at sampling, above 0, in units of the reward; .inf for no bound."""
     value_weight: float = 0.1
+    """The weight of half the squared error of the value, above 0."""
     rollout: Rollout = field(default_factory=Rollout)
+    """How often the policy is sampled."""
 
     def __post_init__(self) -> None:
         if not self.beta >= 0 or not 0 < self.clip <= 1:
-            raise UserError("loss.beta is β ≥ 0 and loss.clip lies in (0, 1]")
+            raise UserError("loss.beta must be at least 0 and loss.clip in (0, 1]")
         if not 0 < self.gamma <= 1 or not 0 <= self.lam <= 1:
-            raise UserError("loss.gamma lies in (0, 1] and loss.lam in [0, 1]")
+            raise UserError("loss.gamma must be in (0, 1] and loss.lam in [0, 1]")
         if not self.clip_value > 0 or not self.value_weight > 0:
-            raise UserError("loss.clip_value and loss.value_weight are > 0; loss.clip_value=.inf clips no value")
+            raise UserError(
+                "loss.clip_value and loss.value_weight must be above 0. For no bound use loss.clip_value=.inf."
+            )
 
     @property
-    def needs(self) -> frozenset[Need]:
-        reference = {Need.REFERENCE_LOGPS} if self.beta else set()
-        return frozenset({Need.ROLLOUT, Need.REWARDS, Need.OLD_LOGPS, Need.VALUES} | reference)
+    def requires(self) -> tuple[Requirement, ...]:
+        """Rollouts with rewards, values and the sampling policy's numbers, and the reference for the KL penalty."""
+        reference = (ReferenceLogps(),) if self.beta else ()
+        return (self.rollout, Rewards(), OldLogps(rollout=self.rollout), TokenValues(), *reference)
 
     def __call__(self, logps: Tensor, batch: Packed) -> tuple[Tensor, Metrics]:
-        """logps: [N] nats, log π_θ of each response token; batch.values hold a gradient too. Mean over the step's
-        response tokens of the policy's and, weighted, the value head's loss."""
+        """Return the policy's loss plus the weighted value loss, over the step's tokens, and its metrics.
+
+        `batch.values` hold a gradient, as `logps` do.
+        """
         assert batch.rewards is not None
         assert batch.old_logps is not None
         assert batch.values is not None
@@ -73,20 +80,27 @@ class PPO:
 
 
 def gae(rewards: Tensor, values: Tensor, sequence: Tensor, gamma: float, lam: float) -> Tensor:
-    """Â_t = Σ_l (γλ)^l δ_{t+l} within a response, δ_t = r_t + γ V_{t+1} − V_t (Eq. 11, 12), V after its end 0.
+    """Return [N] Â_t = Σ_l (γλ)^l δ_{t+l} within a response, δ_t = r_t + γ V_{t+1} − V_t (Eq. 11, 12).
 
-    rewards, values: [N] reward units, no gradient; values[t] comes before the token. sequence: [N]. Returns [N].
+    V after a response's end is 0.
+
+    Args:
+        rewards: [N] in units of the reward, without a gradient.
+        values: [N], the value before each token.
+        sequence: [N] int, the sequence of each token.
+        gamma: the discount per token.
+        lam: λ of GAE.
     """
-    advantages = rewards + gamma * _ahead(values, sequence, 1) - values
-    reach = 1  # tokens that each sum spans; doubled, so that a response of T tokens takes log2 T passes and not T
+    advantages = rewards + gamma * _shift(values, sequence, 1) - values
+    reach = 1  # tokens that each sum spans. It doubles, so a response of T tokens takes log2 T passes.
     while reach < len(sequence):
-        advantages = advantages + (gamma * lam) ** reach * _ahead(advantages, sequence, reach)
+        advantages = advantages + (gamma * lam) ** reach * _shift(advantages, sequence, reach)
         reach *= 2
     return advantages
 
 
-def _ahead(values: Tensor, sequence: Tensor, by: int) -> Tensor:
-    """[N] → [N]: each token's value `by` tokens later, 0 past the end of its sequence."""
-    ahead = torch.zeros_like(values)
-    ahead[:-by] = torch.where(sequence[by:] == sequence[:-by], values[by:], 0.0)
-    return ahead
+def _shift(values: Tensor, sequence: Tensor, by: int) -> Tensor:
+    """Return [N]: the value `by` tokens later in the same sequence, and 0 past its end."""
+    later = torch.zeros_like(values)
+    later[:-by] = torch.where(sequence[by:] == sequence[:-by], values[by:], 0.0)
+    return later

@@ -1,7 +1,7 @@
-"""RLOO (Ahmadian et al., arXiv 2402.14740): REINFORCE whose baseline is the mean of the group's others.
+"""RLOO (Ahmadian et al., arXiv 2402.14740): REINFORCE whose baseline is the mean of the group's other responses.
 
-The paper's gradient is that of a policy that samples anew for each step. Where a rollout serves more than one, the
-ratio of the whole sequence enters, clipped, as in TRL.
+The paper's gradient is that of a policy that samples for each step. If a rollout serves several steps, the ratio of the
+whole sequence enters, clipped, as in TRL.
 """
 
 from dataclasses import dataclass, field
@@ -9,35 +9,36 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from var.losses.base import Metrics
-from var.losses.common import clipped_surrogate, group_sum, rollout_metrics, zero_variance_metrics
+from var.losses.common import clipped_surrogate, rollout_metrics, zero_variance_metrics
 from var.models.packing import Packed
-from var.requirements import Need
-from var.training.rollout import Rollout
+from var.requirements import OldLogps, ReferenceLogps, Requirement, Rewards, Rollout
 from var.utils.errors import UserError
-from var.weights.groups import group_size
+from var.weights.groups import group_size, group_sum
 
 
 @dataclass(frozen=True, kw_only=True)
 class RLOO:
-    """beta: β ≥ 0, the KL coefficient, part of the reward; 0 needs no reference. clip: ε of the sequence's ratio, in
-    (0, 1]. rollout: how often the policy is sampled; where each rollout gives one step, the ratio is 1, never clipped.
-    """
+    """Policy gradient with a leave-one-out baseline."""
 
     beta: float = 0.05
+    """β ≥ 0, the KL coefficient, part of the reward; 0 needs no reference."""
     clip: float = 0.2
+    """ε of the sequence's ratio, in (0, 1]. If each rollout is one step, the ratio is 1."""
     rollout: Rollout = field(default_factory=Rollout)
+    """How often the policy is sampled."""
 
     def __post_init__(self) -> None:
         if not self.beta >= 0 or not 0 < self.clip <= 1:
-            raise UserError("loss.beta is β ≥ 0 and loss.clip lies in (0, 1]")
+            raise UserError("loss.beta must be at least 0 and loss.clip in (0, 1]")
 
     @property
-    def needs(self) -> frozenset[Need]:
-        reference = {Need.REFERENCE_LOGPS} if self.beta else set()
-        return frozenset({Need.ROLLOUT, Need.REWARDS, Need.OLD_LOGPS} | reference)
+    def requires(self) -> tuple[Requirement, ...]:
+        """Rollouts with rewards and the sampling policy's numbers, and the reference for the KL penalty."""
+        reference = (ReferenceLogps(),) if self.beta else ()
+        return (self.rollout, Rewards(), OldLogps(rollout=self.rollout), *reference)
 
     def __call__(self, logps: Tensor, batch: Packed) -> tuple[Tensor, Metrics]:
-        """logps: [N] nats, log π_θ of each response token. Mean over the step's sequences."""
+        """Return the sum over this micro-batch, divided by the step's sequences, and its metrics."""
         assert batch.rewards is not None
         assert batch.old_logps is not None
         groups = zero_variance_metrics(batch)

@@ -1,6 +1,7 @@
-"""SimPO: the policy's mean log-probability per token as reward, and a target margin (Meng et al., arXiv 2405.14734)."""
+"""SimPO: the mean log-probability per token as reward, and a target margin (Meng et al., arXiv 2405.14734)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -8,29 +9,29 @@ from torch.nn.functional import logsigmoid
 from var.losses.base import Metrics
 from var.losses.common import pair_metrics
 from var.models.packing import Packed
-from var.requirements import Need
+from var.requirements import Pairs, Requirement
 from var.utils.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class SimPO:
-    """beta: β > 0, per token. gamma: γ ≥ 0 of the paper, a margin of β times mean log-probabilities; the authors'
-    code is set by the ratio γ/β instead, mostly 0.3 to 0.6.
-    """
+    """Reference-free preference optimization on pairs."""
 
     beta: float = 2.0
+    """β > 0 per token."""
     gamma: float = 1.0
+    """γ ≥ 0 of the paper, a margin of β times mean log-probabilities. The authors' code sets the ratio γ/β instead,
+    mostly 0.3 to 0.6.
+    """
+
+    requires: ClassVar[tuple[Requirement, ...]] = (Pairs(),)
 
     def __post_init__(self) -> None:
         if not self.beta > 0 or not self.gamma >= 0:
-            raise UserError("loss.beta is β > 0 and loss.gamma is γ ≥ 0")
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        return frozenset({Need.PAIRS})
+            raise UserError("loss.beta must be above 0 and loss.gamma at least 0")
 
     def __call__(self, logps: Tensor, batch: Packed) -> tuple[Tensor, Metrics]:
-        """logps: [N] nats; the batch's sequences alternate, better and worse. Mean over the step's pairs."""
+        """Return the sum over this micro-batch's pairs, divided by the step's pairs, and its metrics."""
         implicit = self.beta * batch.sum_by_sequence(logps) / batch.length
         losses = -logsigmoid(implicit[0::2] - implicit[1::2] - self.gamma)
         return losses.sum() / (batch.global_sequences / 2), pair_metrics(logps, batch, implicit)

@@ -15,75 +15,82 @@ from var.models.value_head import ActorCritic, unwrap_value_head
 
 
 class AdapterOff:
-    """The model that a policy adapts, as its reference: the same weights, the adapter off, nothing trained."""
+    """A frozen view of the model under a policy's adapter: the same weights, computed with the adapter off."""
 
     def __init__(self, policy: Policy | ActorCritic) -> None:
         self.policy = policy
 
     @property
     def model(self) -> Any:
+        """The policy's transformers model, adapter included."""
         return self.policy.model
 
     @torch.no_grad()
     def __call__(self, batch: Packed) -> Tensor:
-        """As a Policy's forward."""
+        """Return [N] nats, as `Policy.forward`."""
         with adapter_off(self.model):
             outputs = self.policy(batch)
         return outputs[0] if isinstance(outputs, tuple) else outputs
 
     def prompt_states(self, batch: Packed) -> list[Tensor]:
-        """As a Policy's."""
+        """Return the hidden states of each segment, as `Policy.prompt_states`."""
         with adapter_off(self.model):
             return unwrap_value_head(self.policy).prompt_states(batch)
 
     def prompt_features(self, batch: Packed) -> Tensor:
-        """As a Policy's."""
+        """Return the features of each segment, as `Policy.prompt_features`."""
         with adapter_off(self.model):
             return unwrap_value_head(self.policy).prompt_features(batch)
 
     def to(self, device: torch.device | str) -> "AdapterOff":
-        """Moves the policy: it is the same model."""
+        """Move the policy, which holds the weights, to `device`."""
         if next(self.policy.parameters()).device != torch.device(device):
             self.policy.to(device)
         return self
 
 
 class FrozenModel:
-    """The frozen reference: loaded when first needed, let go with `release`. autocast: as the policy trains."""
+    """A pretrained model that is loaded when it is first needed and never trained; `release` frees its memory.
+
+    autocast is the dtype in which the policy of the run computes, or None.
+    """
 
     def __init__(self, pretrained: Pretrained, device: torch.device | str, autocast: torch.dtype | None = None) -> None:
         self.pretrained, self.device, self.autocast = pretrained, torch.device(device), autocast
-        self._adapted: AdapterOff | None = None
+        self._adapter_off: AdapterOff | None = None
 
     @property
     def policy(self) -> Policy | AdapterOff:
-        return self._loaded if self._adapted is None else self._adapted.to(self.device)
+        """The model, loaded at the first use."""
+        return self._loaded if self._adapter_off is None else self._adapter_off.to(self.device)
 
     @cached_property
     def _loaded(self) -> Policy:
         return Policy(self.pretrained.load().to(self.device)).eval().requires_grad_(False)
 
-    def is_under(self, policy: Policy | ActorCritic) -> None:
-        """The policy adapts this very model: its weights serve as the reference, and no second copy is loaded."""
-        self._adapted = AdapterOff(policy)
+    def share_weights(self, policy: Policy | ActorCritic) -> None:
+        """Use the weights under the adapter of `policy`, which are this model's, in place of a second copy."""
+        self._adapter_off = AdapterOff(policy)
 
     @property
     def identity(self) -> dict[str, Any]:
+        """What the model's results depend on."""
         identity = {**self.pretrained.identity, "autocast": str(self.autocast)}
-        if self.rounds:
+        if self.is_low_precision:
             identity |= {"attention": self.pretrained.attention, "compile": self.pretrained.compile}
         return identity
 
     @property
-    def rounds(self) -> bool:
-        """In bf16 what computes a number shows in it, by hundredths of a nat; in fp32 every way gives the same."""
+    def is_low_precision(self) -> bool:
+        """Whether results depend, by hundredths of a nat, on the kernel that computes them. In float32 they do not."""
         return self.autocast is not None or self.pretrained.dtype not in ("float32", "float64")
 
     def precision(self) -> AbstractContextManager[Any]:
-        """The arithmetic of the policy's own steps."""
+        """Return a context in which the model computes in the arithmetic of the policy's training steps."""
         if self.autocast is None:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast)
 
     def release(self) -> None:
+        """Free the loaded model. The next use loads it again."""
         self.__dict__.pop("_loaded", None)

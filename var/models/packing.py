@@ -1,4 +1,4 @@
-"""Packed: several sequences in one row of tokens, without padding; which tokens are response travels with it."""
+"""Packed: a micro-batch of sequences in one row of tokens, without padding."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Segment(NamedTuple):
-    """Tokens start..stop attend to themselves, causally, and to all of prefix_start..prefix_stop, a segment before."""
+    """Tokens start..stop attend causally to themselves, and to all of prefix_start..prefix_stop, an earlier segment."""
 
     start: int
     stop: int
@@ -20,55 +20,74 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Packed:
-    """A micro-batch. [T] tokens, [N] response tokens, [B] sequences, N counted over all of them.
+    """A micro-batch of B sequences with T tokens, of which the N response tokens of all sequences are scored.
 
-    input_ids, position_ids: [T]. A sequence's last token predicts nothing and is not among them; a prompt that several
-    share is there once. tokens: of all sequences, each with its own prompt and its last token.
-    segments: who attends to whom; they cover the T tokens in order.
-    predictor: [N] index into the T tokens: the position whose logits predict the response token.
-    target: [N] the response tokens. sequence: [N] their sequence, 0..B-1. length: [B] response tokens.
-    group: [B] the prompt a sequence answers, 0..G-1. ids: [B] names for messages.
-    global_tokens, global_sequences, global_groups: of the whole optimiser step, over ranks and accumulation: the
-    loss's divisors. Groups are pairs where the loss compares pairs.
-    The rest is what losses ask for (needs.py), absent where none does. weights, rewards, advantages [B]; cross_*
-    [B, B]; *_logps [N], of the response tokens, but mismatched_* [B], summed; values [N], which may hold a gradient.
+    T does not count the last token of a sequence, which predicts nothing, and counts a shared prompt once. The fields
+    that default to None hold what a loss requires, and are None for losses that do not require them.
     """
 
     input_ids: Tensor
+    """[T] tokens."""
     position_ids: Tensor
+    """[T] position of each token within its sequence."""
     segments: tuple[Segment, ...]
+    """Which tokens attend to each other; the segments cover the T tokens in order."""
     predictor: Tensor
+    """[N] index into the T tokens of the position whose logits predict the response token."""
     target: Tensor
+    """[N] response tokens."""
     sequence: Tensor
+    """[N] sequence of each response token, 0..B-1."""
     length: Tensor
+    """[B] number of response tokens."""
     group: Tensor
+    """[B] group of each sequence: its prompt, or its pair if the loss compares pairs."""
     ids: tuple[str, ...]
+    """[B] names of the sequences, for messages."""
     tokens: int
+    """Tokens of all sequences, each with its own prompt and its last token."""
     global_tokens: float = 1.0
+    """Response tokens of the optimizer step, over all ranks and accumulated micro-batches; a divisor of the loss."""
     global_sequences: float = 1.0
+    """Sequences of the optimizer step; a divisor of the loss."""
     global_groups: float = 1.0
+    """Groups of the optimizer step; a divisor of the loss."""
+    padding: bool = False
+    """Whether the batch only keeps the ranks in step. Its loss is multiplied by 0 and its metrics count nothing."""
     weights: Tensor | None = None
+    """[B] weight of each sequence, unitless."""
     rewards: Tensor | None = None
+    """[B] reward of each sequence, in reward units."""
     cross_rewards: Tensor | None = None
+    """[B, B] reward of response j under prompt i, in reward units."""
     reference_logps: Tensor | None = None
+    """[N] log-probability of each response token under the reference, in nats."""
     cross_logps: Tensor | None = None
+    """[B, B] log-probability of response j under prompt i by the reference, summed over tokens, in nats."""
     advantages: Tensor | None = None
+    """[B] advantage of each sequence, in reward units."""
     desirable: Tensor | None = None
+    """[B] whether the response is a desirable one, for KTO."""
     mismatched_logps: Tensor | None = None
+    """[B] log-probability of the next sequence's response by the policy, summed over tokens, in nats."""
     mismatched_reference_logps: Tensor | None = None
+    """[B] the same by the reference, in nats."""
     old_logps: Tensor | None = None
+    """[N] log-probability of each response token under the policy that sampled it, in nats."""
     values: Tensor | None = None
+    """[N] value of the state before each response token, in reward units; may carry a gradient."""
     old_values: Tensor | None = None
+    """[N] the same by the value head at sampling time, in reward units."""
 
     def __len__(self) -> int:
         return len(self.length)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Packed":
-        """A copy on `device`."""
+        """Return a copy on `device`."""
         return self._with(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pinned(self) -> "Packed":
-        """A copy in memory from which a GPU takes it without the CPU waiting."""
+        """Return a copy in pinned memory, for an asynchronous transfer to a GPU."""
         return self._with(Tensor.pin_memory)
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> "Packed":
@@ -77,7 +96,7 @@ class Packed:
         return replace(self, **changed)
 
     def sum_by_sequence(self, values: Tensor) -> Tensor:
-        """[N] → [B]: sums over each sequence's response tokens."""
+        """Return [B] sums of `values` [N] over the response tokens of each sequence."""
         return values.new_zeros(len(self)).index_add(0, self.sequence, values)
 
 
@@ -89,11 +108,10 @@ def pack(
     share: bool = False,
     **extra: Any,
 ) -> Packed:
-    """Pack B sequences, ids[i][starts[i]:] being the response of the i-th; nothing is padded.
+    """Pack B sequences, where ids[i][starts[i]:] is the response of sequence i.
 
-    share: neighbours that answer the same prompt have its tokens once, as branches of a tree; the numbers are those
-    of the sequences alone, but for rounding, which in bf16 is hundredths of a nat: what is set beside each other is to
-    be packed alike.
+    If `share` is true, the tokens of a prompt are stored once for consecutive sequences that answer it, as a tree.
+    The results then differ by rounding, hundredths of a nat in bf16, so compare only sequences packed the same way.
     """
     prompts: list[Sequence[int]] = []
     responses: list[list[Sequence[int]]] = []
@@ -114,11 +132,10 @@ def pack_tree(
     group: Sequence[int] | None = None,
     **extra: Any,
 ) -> Packed:
-    """Pack each prompt once with its responses as branches: sequence order is prompt by prompt.
+    """Pack each prompt once, with responses[i] as branches of prompts[i]. Sequences are ordered by prompt.
 
-    responses[i] are the responses scored under prompts[i]; each branch attends to its prompt and to itself, and
-    positions go on after the prompt, so that the numbers are those of the sequence alone. A prompt's only response
-    stands in one segment with it.
+    A branch attends to its prompt and to itself, and its positions continue those of the prompt, so that results are
+    those of each sequence alone. A prompt with a single response forms one segment with it.
     """
     tokens: list[int] = []
     positions: list[int] = []
@@ -169,7 +186,7 @@ def whole(
     group: Sequence[int] | None = None,
     **extra: Any,
 ) -> Packed:
-    """Whole sequences in one row, for a RewardModel: nothing is response, every token is seen."""
+    """Pack complete sequences for a RewardModel: all tokens are kept, and none is a response token."""
     lengths = [len(row) for row in ids]
     bounds = [0, *torch.tensor(lengths).cumsum(0).tolist()]
     empty = torch.zeros(0, dtype=torch.long)

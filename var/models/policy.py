@@ -1,7 +1,4 @@
-"""Policy (log-probabilities of responses) and RewardModel (a scalar a sequence): modules whose forward takes Packed.
-
-Beside them a policy with a value head, and one with its adapter off.
-"""
+"""Policy: a causal language model whose forward returns the log-probabilities of a batch's response tokens."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,57 +9,56 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from var.models.attention import check_packable
-from var.models.logprobs import check_head, hidden_states, token_logps
+from var.models.logprobs import check_head, compute_hidden_states, compute_token_logps
 from var.models.packing import Packed
-from var.utils.errors import UserError
 
 
 class Policy(nn.Module):
-    """A causal language model as the objectives see it: forward(batch) is log π(y_t | x, y_<t) for each response token.
+    """Compute log π(y_t | x, y_<t) for each response token of a packed batch.
 
-    All of it happens in this forward, head included, so that FSDP's hooks see one module.
+    The head is part of this forward too, so that FSDP's hooks see a single module.
     """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        check_head(model.config)
+        check_head(model)
         check_packable(model)
-        if getattr(model.get_output_embeddings(), "bias", None) is not None:
-            raise UserError(f"{model.config.model_type} has a bias in its head, which the engine does not apply")
         self.model = model
 
     def forward(self, batch: Packed) -> Tensor:
-        """Returns [N] nats, in the order of batch.target."""
-        return self.logps(self.predicting(batch), batch)
+        """Return [N] nats, in the order of batch.target."""
+        return self.logps(self.predictor_states(batch), batch)
 
-    def predicting(self, batch: Packed) -> Tensor:
-        """[N, H]: the hidden state before each response token."""
-        return hidden_states(self.model.base_model, batch)[batch.predictor]
+    def predictor_states(self, batch: Packed) -> Tensor:
+        """Return [N, H]: the hidden state from which each response token is predicted."""
+        return compute_hidden_states(self.model.base_model, batch)[batch.predictor]
 
     def logps(self, hidden: Tensor, batch: Packed) -> Tensor:
-        """[N] nats, of what `predicting` returned."""
-        return token_logps(hidden, self.model.get_output_embeddings().weight, batch.target)
+        """Return [N] nats, given the result of `predictor_states`."""
+        return compute_token_logps(hidden, self.model.get_output_embeddings().weight, batch.target)
 
     @torch.no_grad()
     def prompt_states(self, batch: Packed) -> list[Tensor]:
-        """[T, H] of each packed segment: its hidden states, for a value estimate of the prompt."""
-        hidden = hidden_states(self.model.base_model, batch)
+        """Return the hidden states [T, H] of each packed segment, to estimate the value of a prompt."""
+        hidden = compute_hidden_states(self.model.base_model, batch)
         return [hidden[s.start : s.stop] for s in batch.segments]
 
     def prompt_features(self, batch: Packed) -> Tensor:
-        """[B, 2H]: the last and the mean hidden state of each packed segment."""
+        """Return [B, 2H]: the last and the mean hidden state of each packed segment."""
         return torch.stack([torch.cat([states[-1], states.mean(0)]) for states in self.prompt_states(batch)])
 
 
 @contextmanager
 def gather_parameters(module: nn.Module) -> Iterator[None]:
-    """Within, a part of a module can be called past its forward, by each rank as often as it likes (sampling does):
-    FSDP's parameters are gathered, all of them, and stay so; the whole model has room on each device.
+    """Keep all FSDP parameters of `module` gathered within the context.
+
+    Each rank can then call a part of the module without its forward, as often as it needs to, as sampling does. The
+    unsharded model has to fit on each device. A module without FSDP is left unchanged.
     """
     if not isinstance(module, FSDPModule):
         yield
         return
-    module._get_fsdp_state()._lazy_init()  # before the first forward nothing has said which module is the root
+    module._get_fsdp_state()._lazy_init()  # the root module is not known before the first forward
     parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
     module.set_reshard_after_forward(False)
     for part in parts:
@@ -71,5 +67,5 @@ def gather_parameters(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         for part in parts:
-            part.set_reshard_after_forward(part is not module, recurse=False)  # as fully_shard leaves them
+            part.set_reshard_after_forward(part is not module, recurse=False)  # the default of fully_shard
             part.reshard()

@@ -10,7 +10,7 @@ from var.models.policy import Policy
 
 
 class ActorCritic(nn.Module):
-    """A policy and a value head on its hidden states, for PPO: forward(batch) is both, one value a response token."""
+    """Compute log-probabilities and values: a policy and a linear value head, initially zero, on its hidden states."""
 
     def __init__(self, policy: Policy) -> None:
         super().__init__()
@@ -21,16 +21,17 @@ class ActorCritic(nn.Module):
 
     @property
     def model(self) -> Any:
+        """The policy's transformers model."""
         return self.policy.model
 
     def forward(self, batch: Packed) -> tuple[Tensor, Tensor]:
-        """Returns [N] nats and [N] reward units, the value of the state before each response token."""
-        hidden = self.policy.predicting(batch)
+        """Return [N] nats, and [N] values in reward units of the state before each response token."""
+        hidden = self.policy.predictor_states(batch)
         with torch.autocast(hidden.device.type, enabled=False):
             values = self.head(hidden.to(self.head.weight.dtype))[:, 0]
         return self.policy.logps(hidden, batch), values
 
 
 def unwrap_value_head(policy: Policy | ActorCritic) -> Policy:
-    """What gives the log-probabilities alone."""
+    """Return the policy without its value head, if it has one."""
     return policy.policy if isinstance(policy, ActorCritic) else policy

@@ -1,0 +1,1 @@
+"""Compare runs and evaluations: read their folders, and write tables, figures and pages."""

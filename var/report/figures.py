@@ -1,5 +1,6 @@
-"""Figures of many runs, in one style: curves over seeds, reward against KL, verdicts, lengths, weights, cost."""
+"""Draw figures of many runs in one style. Each function returns whether there was something to draw."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -8,26 +9,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from var.report.read import Estimate, Evaluation, Group, estimate, over
-from var.report.tables import plain
-from var.utils.files import encodable
+from var.report.groups import Group
+from var.report.read import EvaluationRecord, read_rate
+from var.report.tables import format_cell
+from var.utils.files import replace_surrogates
+from var.utils.statistics import Estimate, estimate_mean
 
 PANELS = {
-    "train/loss": "loss, nats a token",
+    "train/loss": "loss, nats per token",
     "train/weight/ess": "effective sample size",
     "train/grad_norm": "gradient norm",
     "throughput/tokens_per_second": "tokens per second",
     "validation/reward": "validation reward",
-    "validation/win_rate": "win rate against the start",
+    "validation/win_rate": "win rate against the initial policy",
     "validation/length": "response length, tokens",
     "validation/kl": "KL to the reference, nats",
 }
-JUDGED = "validation/judge_win_rate"
-MEMORY = "throughput/peak_memory_gib"
+JUDGE_WIN_RATE = "validation/judge_win_rate"
+PEAK_MEMORY = "throughput/peak_memory_gib"
 COLUMNS = 4
-FEW = 5  # seeds of a configuration whose single answers and weights are drawn: they are the large files
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")  # Okabe and Ito
+MISSING = Estimate(math.nan)
+MOST_SEEDS = 5  # per configuration, single answers and weights are drawn for so many runs: they are the large files
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")  # Okabe and Ito
+BLUE, RED, GRAY = COLORS[0], COLORS[1], COLORS[7]
 STYLE: Any = {
     "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 8, "xtick.labelsize": 8, "ytick.labelsize": 8,
     "legend.fontsize": 7, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
@@ -37,8 +43,8 @@ STYLE: Any = {
 
 
 @contextmanager
-def drawing(target: Path, panels: int, size: tuple[float, float], legend: Sequence[str] = ()) -> Iterator[list[Any]]:
-    """So many panels of `size` inches, written to `target` at the end; below them what each colour stands for."""
+def draw(target: Path, panels: int, size: tuple[float, float], legend: Sequence[str] = ()) -> Iterator[list[Any]]:
+    """Yield panels of `size` inches, with a legend of the colors below them, and write the figure to `target`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -47,234 +53,207 @@ def drawing(target: Path, panels: int, size: tuple[float, float], legend: Sequen
     target.parent.mkdir(parents=True, exist_ok=True)
     columns = min(panels, COLUMNS)
     rows = -(-panels // columns)
-    below = 0.16 * len(legend)
+    inches = size[0] * columns, size[1] * rows + 0.16 * len(legend)
     with matplotlib.rc_context(STYLE):
-        figure, axes = pyplot.subplots(
-            rows, columns, figsize=(size[0] * columns, size[1] * rows + below), squeeze=False
-        )
+        figure, axes = pyplot.subplots(rows, columns, figsize=inches, squeeze=False)
         try:
             for unused in list(axes.flat)[panels:]:
                 unused.remove()
             yield list(axes.flat)[:panels]
             if legend:
-                handles = [
-                    lines.Line2D([], [], color=colour) for _, colour in zip(legend, cycle(COLOURS), strict=False)
-                ]
-                figure.legend(handles, [_short(label, 100) for label in legend], loc="outside lower left")
+                handles = [lines.Line2D([], [], color=color) for _, color in zip(legend, cycle(COLORS), strict=False)]
+                figure.legend(handles, [_shorten(label, 100) for label in legend], loc="outside lower left")
             figure.savefig(target)
         finally:
             pyplot.close(figure)
 
 
-def curves(groups: Sequence[Group], target: Path) -> bool:
-    """Training, and validation on prompts that it never saw: each run thin, and the mean ± s.e. over seeds.
+def draw_curves(groups: Sequence[Group], target: Path) -> bool:
+    """Draw training and validation metrics: each run as a thin line, and the mean ± standard error over seeds.
 
-    A judge's win rate is dashed. Where a group is one run, the validation reward has its own standard error.
+    The win rate of a judge is dashed. If a group is one run, its validation reward has the run's own standard errors.
     """
-    known = [name for name in PANELS if any(name in run.curves for group in groups for run in group.runs)]
-    if not known:
+    logged = [name for name in PANELS if any(name in run.curves for group in groups for run in group.runs)]
+    if not logged:
         return False
-    with drawing(target, len(known), (3.2, 2.6), legend=_labels(groups)) as panels:
-        for panel, name in zip(panels, known, strict=True):
-            for group, colour in zip(groups, cycle(COLOURS), strict=False):
-                _curve(panel, group, name, colour)
+    with draw(target, len(logged), (3.2, 2.6), legend=_label(groups)) as panels:
+        for panel, name in zip(panels, logged, strict=True):
+            for group, color in zip(groups, cycle(COLORS), strict=False):
+                _draw_curve(panel, group, name, color)
                 if name == "validation/win_rate":
-                    _curve(panel, group, JUDGED, colour, dashed=True)
-            panel.set(xlabel="optimiser step", title=PANELS[name])
+                    _draw_curve(panel, group, JUDGE_WIN_RATE, color, dashed=True)
+            panel.set(xlabel="optimizer step", title=PANELS[name])
     return True
 
 
-def _curve(panel: Any, group: Group, name: str, colour: str, dashed: bool = False) -> None:
+def _draw_curve(panel: Any, group: Group, name: str, color: str, dashed: bool = False) -> None:
+    curve = group.curve(name)
+    mean, se = curve["mean"], curve["se"]
+    panel.plot(mean, color=color, marker="s" if dashed else "o", linestyle="--" if dashed else "-")
     if len(group.runs) > 1:
-        single = [run.curves[name] for run in group.runs if name in run.curves]
-        x = np.concatenate([[*steps, np.nan] for steps, _ in single] or [[]])
-        y = np.concatenate([[*values, np.nan] for _, values in single] or [[]])
-        panel.plot(x, y, color=colour, linewidth=0.5, alpha=0.4)  # one line with gaps: a sweep has thousands of runs
-    steps, found = group.curve(name)
-    means = np.array([value.mean for value in found])
-    style = {"color": colour, "marker": "s" if dashed else "o", "linestyle": "--" if dashed else "-"}
-    panel.plot(steps, means, **style)
-    if len(group.runs) > 1:
-        errors = np.array([value.se for value in found])
-        panel.fill_between(steps, means - errors, means + errors, color=colour, alpha=0.2, linewidth=0)
-    elif name == "validation/reward":
-        own = dict(zip(*group.runs[0].curves.get(f"{name}_se", ([], [])), strict=True))
-        panel.errorbar(steps, means, [own.get(step, 0.0) for step in steps], color=colour, linestyle="none")
+        gap = pd.Series([np.nan], index=[np.nan])  # all runs are one line with gaps: a sweep has thousands of runs
+        runs = pd.concat([part for run in group.runs for part in (run.curves.get(name, gap), gap)])
+        panel.plot(runs, color=color, linewidth=0.5, alpha=0.4)
+        panel.fill_between(curve.index, mean - se, mean + se, color=color, alpha=0.2, linewidth=0)
+    elif name == "validation/reward" and (errors := group.runs[0].curves.get(f"{name}_se")) is not None:
+        panel.errorbar(curve.index, mean, errors.reindex(curve.index, fill_value=0.0), color=color, linestyle="none")
 
 
-def _labels(groups: Sequence[Group]) -> list[str]:
-    """Of a legend, which one configuration does without."""
+def _label(groups: Sequence[Group]) -> list[str]:
+    """Return the entries of a legend; none for a single configuration."""
     return [group.label for group in groups] if len(groups) > 1 else []
 
 
-def _short(label: str, limit: int = 44) -> str:
-    """At most so long, in letters that can be drawn, and no formula: a $ in a command line is a $."""
-    label = " ".join(encodable(label).split())
+def _shorten(label: str, limit: int = 44) -> str:
+    """Return at most `limit` characters that can be drawn, with $ escaped, as it would start a formula."""
+    label = " ".join(replace_surrogates(label).split())
     return (label if len(label) <= limit else f"{label[: limit - 1]}…").replace("$", r"\$")
 
 
-def frontier(groups: Sequence[Group], target: Path, named: int = len(COLOURS)) -> bool:
-    """Reward after training against KL to the reference, ± standard errors, from where training started.
+def draw_frontier(groups: Sequence[Group], target: Path, shown: int = len(COLORS)) -> bool:
+    """Draw the reward after training against the KL to the reference, ± standard errors, and the initial policy.
 
-    Many configurations are grey points; those than which none has more reward at less KL are joined, and the first
-    of the groups are named.
+    The first `shown` groups are colored, and further ones are gray points. A line joins the Pareto-optimal ones.
     """
-    known = [g for g in groups if {"reward after", "KL, nats"} <= g.measures.keys()]
-    if not known:
+    drawn = [g for g in groups if {"reward after", "KL, nats"} <= g.measures.keys()]
+    if not drawn:
         return False
-    at = [(g.measures["KL, nats"], g.measures["reward after"]) for g in known]
-    with drawing(target, 1, (6.4, 4.2), legend=[group.label for group in known[:named]]) as (panel,):
-        if len(known) > named:
-            panel.plot([x.mean for x, _ in at], [y.mean for _, y in at], ".", color="#999999", alpha=0.5)
-        best, front = -np.inf, list[tuple[float, float]]()
-        for kl, reward in sorted((x.mean, y.mean) for x, y in at):
-            if reward > best:
-                best = reward
-                front.append((kl, reward))
-        panel.plot(*zip(*front, strict=True), color="#999999", linewidth=0.8, zorder=0)
-        for _, (x, y), colour in zip(known[:named], at, cycle(COLOURS), strict=False):
-            errors = {"xerr": x.se or 0.0, "yerr": y.se or 0.0}
-            panel.errorbar(x.mean, y.mean, **errors, marker="o", color=colour)
-        if starts := [g.measures["reward before"].mean for g in known if "reward before" in g.measures]:
-            panel.plot(0, np.mean(starts), "*", color="black", markersize=8, label="before training")
-        panel.set(xlabel="KL to the reference, nats an answer", ylabel="reward of held-out answers")
+    points = [(g.measures["KL, nats"], g.measures["reward after"]) for g in drawn]
+    with draw(target, 1, (6.4, 4.2), legend=[group.label for group in drawn[:shown]]) as (panel,):
+        if len(drawn) > shown:
+            panel.plot([x.mean for x, _ in points], [y.mean for _, y in points], ".", color=GRAY, alpha=0.5)
+        pareto = pd.Series(dict(sorted((x.mean, y.mean) for x, y in points)))
+        pareto = pareto[pareto > pareto.shift().cummax().fillna(-np.inf)]
+        panel.plot(pareto, color=GRAY, linewidth=0.8, zorder=0)
+        for (x, y), color in zip(points[:shown], cycle(COLORS), strict=False):
+            panel.errorbar(x.mean, y.mean, xerr=x.se or 0.0, yerr=y.se or 0.0, marker="o", color=color)
+        if initial := [g.measures["reward before"].mean for g in drawn if "reward before" in g.measures]:
+            panel.plot(0, np.mean(initial), "*", color="black", markersize=8, label="before training")
+        panel.set(xlabel="KL to the reference, nats per answer", ylabel="reward of validation answers")
         panel.legend()
     return True
 
 
-def verdicts(evaluations: Sequence[Evaluation], groups: Sequence[Group], target: Path) -> bool:
-    """Win, tie and loss as shares of the judged pairs, and the win rate: by eval.py's judge, or by the runs' own, their
-    pairs together."""
+def draw_verdicts(evaluations: Sequence[EvaluationRecord], groups: Sequence[Group], target: Path) -> bool:
+    """Draw win, tie and loss as percentages of the judged pairs, next to the win rate.
+
+    The pairs are those of eval.py's judge, or of the judge during training, over all runs of a group.
+    """
     bars = []
-    for one in evaluations:
-        rate = {"mean": one.verdicts.get("win_rate"), "se": one.verdicts.get("se_prompts")}
-        known = estimate(rate) if rate["mean"] is not None else None
-        bars.append((str(one.result.get("title", one.folder.name)), Counter(_games(one.verdicts)), known))
+    for evaluation in evaluations:
+        bars.append((evaluation.title, _count(evaluation.verdicts), read_rate(evaluation.verdicts)))
     for group in groups:
-        games = Counter[str]()
-        for run in group.runs:
-            games.update(_games(run.summary["validation"].get("judge") or {}))
-        rate_of = group.measures.get("judge's win rate")
-        percent = rate_of and Estimate(100 * rate_of.mean, None if rate_of.se is None else 100 * rate_of.se)
-        bars.append((group.label, games, percent))
+        games = sum((_count(run.summary["validation"].get("judge") or {}) for run in group.runs), Counter[str]())
+        bars.append((group.label, games, group.measures.get("judge's win rate", MISSING).scale(100)))
     bars = [bar for bar in bars if bar[1].total()]
     if not bars:
         return False
-    with drawing(target, 1, (6.4, 1 + 0.4 * len(bars))) as (panel,):
-        for i, (_, games, rate_of) in enumerate(bars):
-            left = 0.0
-            for name, colour in (("win", COLOURS[0]), ("tie", COLOURS[7]), ("loss", COLOURS[1])):
-                share = 100 * games[name] / games.total()
-                panel.barh(i, share, left=left, color=colour, height=0.6, label=None if i else name)
-                if share > 6:
-                    panel.text(left + share / 2, i, str(games[name]), ha="center", va="center", color="white")
-                left += share
-            if rate_of is not None:
-                panel.text(101, i, f"{plain(rate_of, 'win rate, %')} %", va="center")
-        panel.set_yticks(range(len(bars)), [_short(bar[0]) for bar in bars])
+    counts = pd.DataFrame([games for _, games, _ in bars], columns=["win", "tie", "loss"]).fillna(0).astype(int)
+    percent = 100 * counts.div(counts.sum(axis=1), axis=0)
+    with draw(target, 1, (6.4, 1 + 0.4 * len(bars))) as (panel,):
+        percent.plot.barh(ax=panel, stacked=True, width=0.6, color=[BLUE, GRAY, RED])
+        for name, container in zip(counts, panel.containers, strict=True):
+            labels = [str(n) if width > 6 else "" for n, width in zip(counts[name], percent[name], strict=True)]
+            panel.bar_label(container, labels, label_type="center", color="white")
+        for i, (_, _, rate) in enumerate(bars):
+            if not math.isnan(rate.mean):
+                panel.text(101, i, f"{format_cell(rate, 'win rate, %')} %", va="center")
+        panel.set_yticks(range(len(bars)), [_shorten(title) for title, *_ in bars])
         panel.set(xlim=(0, 118), xlabel="% of judged pairs", ylim=(len(bars) - 0.5, -1.1))
         panel.legend(ncols=3, loc="upper left")
         panel.grid(visible=False)
     return True
 
 
-def _games(verdicts: Mapping[str, Any]) -> dict[str, int]:
-    return {name: verdicts[name] for name in ("win", "tie", "loss") if verdicts.get(name)}
+def _count(verdicts: Mapping[str, Any]) -> Counter[str]:
+    return Counter({name: verdicts[name] for name in ("win", "tie", "loss") if verdicts.get(name)})
 
 
-def lengths(groups: Sequence[Group], target: Path) -> bool:
-    """Tokens of held-out answers before and after: means ± standard errors, and the middle 90% of single answers."""
-    known = [group for group in groups if {"length before", "length after"} <= group.measures.keys()]
-    if not known:
+def draw_lengths(groups: Sequence[Group], target: Path) -> bool:
+    """Draw the tokens of validation answers before and after training: means ± standard errors, and the middle 90%."""
+    drawn = [group for group in groups if {"length before", "length after"} <= group.measures.keys()]
+    if not drawn:
         return False
-    with drawing(target, 1, (6.4, 1 + 0.45 * len(known))) as (panel,):
-        for i, group in enumerate(known):
-            for when, shift, colour in (("before", -0.14, COLOURS[7]), ("after", 0.14, COLOURS[0])):
-                mean = group.measures[f"length {when}"]
+    with draw(target, 1, (6.4, 1 + 0.45 * len(drawn))) as (panel,):
+        for i, group in enumerate(drawn):
+            for when, shift, color in (("before", -0.14, GRAY), ("after", 0.14, BLUE)):
+                length = group.measures[f"length {when}"]
                 label = None if i else when
-                panel.errorbar(mean.mean, i + shift, xerr=mean.se or 0.0, marker="o", color=colour, label=label)
-                samples = [record for run in group.runs[:FEW] for record in run.samples]
-                single = [n for record in samples for n in (record.get(when) or {}).get("lengths") or ()]
-                if single:
-                    panel.hlines(i + shift, *np.quantile(single, [0.05, 0.95]), color=colour, linewidth=0.8, alpha=0.6)
-        panel.set_yticks(range(len(known)), [_short(group.label) for group in known])
-        panel.set(xlabel="tokens of an answer", ylim=(len(known) - 0.5, -0.8))
+                panel.errorbar(length.mean, i + shift, xerr=length.se or 0.0, marker="o", color=color, label=label)
+                samples = [record for run in group.runs[:MOST_SEEDS] for record in run.samples]
+                lengths = [n for record in samples for n in (record.get(when) or {}).get("lengths") or ()]
+                if lengths:
+                    panel.hlines(i + shift, *np.quantile(lengths, [0.05, 0.95]), color=color, linewidth=0.8, alpha=0.6)
+        panel.set_yticks(range(len(drawn)), [_shorten(group.label) for group in drawn])
+        panel.set(xlabel="tokens per answer", ylim=(len(drawn) - 0.5, -0.8))
         panel.set_xlim(0, 1.05 * panel.get_xlim()[1])
         panel.legend(ncols=2)
     return True
 
 
-def weights(groups: Sequence[Group], target: Path) -> bool:
-    """How unequal weights are: the share of responses that weigh more, and the effective sample size over training."""
-    kept = [[run.weights for run in group.runs[:FEW] if len(run.weights)] for group in groups]
+def draw_weights(groups: Sequence[Group], target: Path) -> bool:
+    """Draw the distribution of the weights, and their effective sample size during training."""
+    weights = [[run.weights for run in group.runs[:MOST_SEEDS] if len(run.weights)] for group in groups]
     logged = any("train/weight/ess" in run.curves for group in groups for run in group.runs)
-    if not any(kept) and not logged:
+    if not any(weights) and not logged:
         return False
-    with drawing(target, any(kept) + logged, (4.8, 3.2), legend=_labels(groups)) as panels:
-        if any(kept):
-            for several, colour in zip(kept, cycle(COLOURS), strict=False):
-                for of_run in several:
-                    relative = np.sort(of_run / of_run.mean())
-                    more = 1 - np.arange(len(relative)) / len(relative)
-                    panels[0].step(relative, more, color=colour, where="post", linewidth=0.9)
-            panels[0].set(xlabel="weight over the mean weight", title="share of responses that weigh as much or more")
+    with draw(target, any(weights) + logged, (4.8, 3.2), legend=_label(groups)) as panels:
+        if any(weights):
+            for of_group, color in zip(weights, cycle(COLORS), strict=False):
+                for of_run in of_group:
+                    panels[0].ecdf(of_run / of_run.mean(), complementary=True, color=color, linewidth=0.9)
+            panels[0].set(xlabel="weight over the mean weight", title="fraction of responses with at least this weight")
         if logged:
-            for group, colour in zip(groups, cycle(COLOURS), strict=False):
-                _curve(panels[-1], group, "train/weight/ess", colour)
-            panels[-1].set(xlabel="optimiser step", title="effective sample size over sequences", ylim=(0, 1.05))
+            for group, color in zip(groups, cycle(COLORS), strict=False):
+                _draw_curve(panels[-1], group, "train/weight/ess", color)
+            panels[-1].set(xlabel="optimizer step", title="effective sample size over sequences", ylim=(0, 1.05))
     return True
 
 
-def cost(groups: Sequence[Group], target: Path) -> bool:
-    """Tokens a second, seconds by stage, and the GPU's peak memory where there is one."""
-    stages = list(dict.fromkeys(name for g in groups for name in g.measures if name.startswith("s of ")))
-    memory = {
-        i: over(peaks)
-        for i, group in enumerate(groups)
-        if (peaks := [max(run.curves[MEMORY][1]) for run in group.runs if MEMORY in run.curves])
-    }
-    with drawing(target, 3 if memory else 2, (4.2, 1.2 + 0.35 * len(groups))) as panels:
-        places = range(len(groups))
-        rates = [group.measures.get("tokens/s", Estimate(0.0)) for group in groups]
-        panels[0].barh(places, [r.mean for r in rates], xerr=[r.se or 0.0 for r in rates], height=0.6)
-        panels[0].set(title="tokens a second")
-        left = np.zeros(len(groups))
-        for stage, colour in zip(stages, cycle(COLOURS), strict=False):
-            spent = np.array([group.measures.get(stage, Estimate(0.0)).mean for group in groups])
-            panels[1].barh(places, spent, left=left, color=colour, height=0.6, label=stage.removeprefix("s of "))
-            left += spent
+def draw_cost(groups: Sequence[Group], target: Path) -> bool:
+    """Draw tokens per second, seconds by stage, and the peak memory of the GPU if there is one."""
+    if not groups:
+        return False
+    measures = pd.DataFrame([{name: value.mean for name, value in group.measures.items()} for group in groups])
+    seconds = measures.filter(regex="^seconds ").fillna(0.0).rename(columns=lambda name: name.removeprefix("seconds "))
+    peaks = [[run.curves[PEAK_MEMORY].max() for run in g.runs if PEAK_MEMORY in run.curves] for g in groups]
+    none, places = Estimate(0.0), range(len(groups))
+    with draw(target, 3 if any(peaks) else 2, (4.2, 1.2 + 0.35 * len(groups))) as panels:
+
+        def draw_bars(panel: Any, estimates: Sequence[Estimate], title: str) -> None:
+            panel.barh(places, [e.mean for e in estimates], xerr=[e.se or 0.0 for e in estimates], height=0.6)
+            panel.set(title=title)
+
+        draw_bars(panels[0], [group.measures.get("tokens/s", none) for group in groups], "tokens per second")
+        if not seconds.empty:
+            seconds.plot.barh(ax=panels[1], stacked=True, width=0.6, color=COLORS)
         panels[1].set(title="seconds")
         panels[1].legend(ncols=3, loc="upper left")
-        if memory:
-            peaks_of = [memory.get(i, Estimate(0.0)) for i in places]
-            panels[2].barh(places, [p.mean for p in peaks_of], xerr=[p.se or 0.0 for p in peaks_of], height=0.6)
-            panels[2].set(title="peak memory, GiB")
+        if any(peaks):
+            draw_bars(
+                panels[2], [estimate_mean(np.array(values)) if values else none for values in peaks], "peak memory, GiB"
+            )
         for panel in panels:
             panel.set(yticks=places, ylim=(len(groups) - 0.5, -1.1))
-            panel.set_yticklabels([_short(g.label, 32) for g in groups] if panel is panels[0] else [])
+            panel.set_yticklabels([_shorten(g.label, 32) for g in groups] if panel is panels[0] else [])
     return True
 
 
-def variance(tables: Sequence[dict[str, Any]], target: Path) -> bool:
-    """Relative variance of Ẑ against B or K, mean ± standard error over seeds, a panel per world."""
-    records = [record for one in tables for record in one.get("partition", ())]
-    if not records:
+def draw_variance(tables: Sequence[dict[str, Any]], target: Path) -> bool:
+    """Draw the relative variance of Ẑ against B or K, as mean ± standard error over seeds, in one panel per world."""
+    records = pd.DataFrame([record for table in tables for record in table.get("partition", ())])
+    if records.empty:
         return False
-    worlds = list(dict.fromkeys(record["world"] for record in records))
-    names = list(dict.fromkeys(record["estimator"] for record in records))
-    with drawing(target, len(worlds), (3.4, 3.2)) as panels:
-        for panel, world in zip(panels, worlds, strict=True):
-            for i, name in enumerate(names):
-                drawn: dict[int, list[float]] = {}
-                for record in records:
-                    if (record["world"], record["estimator"]) == (world, name):
-                        drawn.setdefault(record["size"], []).append(record["relative_variance"])
-                found = [over(drawn[size]) for size in sorted(drawn)]
-                style = {"color": COLOURS[i % len(COLOURS)], "linestyle": "-" if i < len(COLOURS) else ":"}
-                means, errors = [f.mean for f in found], [f.se or 0.0 for f in found]
-                panel.errorbar(sorted(drawn), means, errors, label=_short(name), **style)
+    estimators = list(records["estimator"].unique())
+    with draw(target, records["world"].nunique(), (3.4, 3.2)) as panels:
+        for panel, (world, in_world) in zip(panels, records.groupby("world", sort=False), strict=True):
+            for i, name in enumerate(estimators):
+                style = {"color": COLORS[i % len(COLORS)], "linestyle": "-" if i < len(COLORS) else ":"}
+                by_size = in_world[in_world["estimator"] == name].groupby("size")["relative_variance"]
+                errors = by_size.sem().fillna(0.0)
+                panel.errorbar(errors.index, by_size.mean(), errors, label=_shorten(name), **style)
             panel.set(xscale="log", yscale="log", xlabel="B or K", title=f"{world}: relative variance of Ẑ")
-            sizes = sorted({record["size"] for record in records})
+            sizes = sorted(records["size"].unique())
             panel.set_xticks(sizes, [str(size) for size in sizes])
             panel.minorticks_off()
         panels[-1].legend()

@@ -1,250 +1,211 @@
-"""Tables of runs and evaluations, in Markdown for reading, LaTeX for a paper, CSV with the raw numbers."""
+"""Build tables of runs and evaluations, and write them as Markdown, LaTeX, or CSV with the raw numbers.
 
-import csv
-import io
+A table is a DataFrame of text, numbers and Estimates. Its first column names the rows.
+"""
+
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from var.report.read import Estimate, Evaluation, Group, Run, differing, is_seed, over
+from var.report.groups import Group, find_differing_keys
+from var.report.read import EvaluationRecord, RunRecord, is_seed
+from var.utils.statistics import Estimate, estimate_mean
 
-Cell = str | int | Estimate | None
-
-DIGITS = {
-    "KL, nats": 2, "length": 1, "tokens/s": 0, "steps": 0, "s of": 0, "ESS/n": 2, "truncation rate": 2,
+DECIMALS = {  # by the first words of a measure; 3 for all others
+    "KL, nats": 2, "length": 1, "tokens/s": 0, "steps": 0, "seconds": 0, "ESS/n": 2, "truncation rate": 2,
     "win rate, %": 1,
 }  # fmt: skip
-WIDEST = 240  # letters of a cell of Markdown; a chat template has thousands
-SPECIAL = {
+PER_PROMPT = {  # the measures that samples.jsonl has for each prompt: when, and the key of the values
+    "reward before": ("before", "rewards"), "reward after": ("after", "rewards"),
+    "length before": ("before", "lengths"), "length after": ("after", "lengths"),
+}  # fmt: skip
+WIDEST = 240  # characters of a Markdown cell; a chat template has thousands
+LATEX = str.maketrans({
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
     "|": r"\textbar{}", "λ": r"$\lambda$", "\n": " ",
-}  # fmt: skip
+})  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Table:
-    """The first column names a row; `code`: in the words of a command line."""
-
-    columns: list[str]
-    rows: list[list[Cell]]
-    code: bool = True
-
-    def markdown(self) -> str:
-        def one_line(text: str) -> str:
-            text = " ".join(text.split())
-            return (text if len(text) <= WIDEST else f"{text[:WIDEST]}…").replace("|", "\\|")
-
-        def told(text: str) -> str:
-            return one_line(text).replace("<", "\\<")  # no tag
-
-        def name(text: str) -> str:
-            return f"`{one_line(text).replace('`', chr(39))}`" if self.code else told(text)
-
-        lines = [
-            [name(str(row[0])), *(told(plain(cell, measure)) for cell, measure in self._rest(row))] for row in self.rows
-        ]
-        head = [[told(column) for column in self.columns], ["---", *["---:"] * (len(self.columns) - 1)]]
-        return "\n".join("| " + " | ".join(line) + " |" for line in [*head, *lines])
-
-    def latex(self) -> str:
-        r"""With \usepackage{booktabs}; of texts, all that LaTeX reads as a command is escaped."""
-
-        def number(cell: Cell, measure: str) -> str:
-            if cell is None:
-                return "--"
-            text = plain(cell, measure)
-            return f"${text.replace('±', chr(92) + 'pm')}$" if isinstance(cell, Estimate) else escaped(text)
-
-        lines = [
-            [rf"\texttt{{{escaped(str(row[0]))}}}" if self.code else escaped(str(row[0]))]
-            + [number(cell, measure) for cell, measure in self._rest(row)]
-            for row in self.rows
-        ]
-        body = "\n".join(" & ".join(line) + r" \\" for line in lines)
-        head = " & ".join(map(escaped, self.columns)) + r" \\"
-        kinds = "l" + "r" * (len(self.columns) - 1)
-        return f"\\begin{{tabular}}{{{kinds}}}\n\\toprule\n{head}\n\\midrule\n{body}\n\\bottomrule\n\\end{{tabular}}\n"
-
-    def csv(self) -> str:
-        """Numbers as they are; an estimate's standard error stands in a column beside it."""
-        errors = {i for i in range(len(self.columns)) if any(_error(row[i]) is not None for row in self.rows)}
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(
-            [name for i, c in enumerate(self.columns) for name in ((c, f"{c}, se") if i in errors else (c,))]
-        )
-        for row in self.rows:
-            line: list[Any] = []
-            for i, cell in enumerate(row):
-                line.append(cell.mean if isinstance(cell, Estimate) else cell)
-                line += [_error(cell)] if i in errors else []
-            writer.writerow(line)
-        return out.getvalue()
-
-    def _rest(self, row: list[Cell]) -> list[tuple[Cell, str]]:
-        """The cells after the first, and what each measures: its column says so, or else the row's name."""
-        return [
-            (cell, column if digits(column) is not None else str(row[0]))
-            for cell, column in zip(row[1:], self.columns[1:], strict=True)
-        ]
+def format_cell(cell: Any, *names: str) -> str:
+    """Return a cell as text, such as 0.254 ± 0.035. The names of its column and row determine the decimals."""
+    if isinstance(cell, Estimate):
+        decimals = next((n for name in names for measure, n in DECIMALS.items() if name.startswith(measure)), 3)
+        return f"{cell:.{decimals}f}"
+    return "–" if pd.isna(cell) else str(cell)
 
 
-def _error(cell: Cell) -> float | None:
-    return cell.se if isinstance(cell, Estimate) else None
-
-
-def digits(measure: str) -> int | None:
-    """Decimals that a measure is told with, where they are not three."""
-    return next((count for name, count in DIGITS.items() if measure.startswith(name)), None)
-
-
-def plain(cell: Cell, measure: str = "") -> str:
-    """A cell as it is read: 0.254 ± 0.035."""
-    if cell is None:
-        return "–"
-    if not isinstance(cell, Estimate):
-        return str(cell)
-    count = 3 if (told := digits(measure)) is None else told
-    return f"{cell.mean:.{count}f}" + ("" if cell.se is None else f" ± {cell.se:.{count}f}")
-
-
-def escaped(text: str) -> str:
-    return "".join(SPECIAL.get(letter, letter) for letter in text)
-
-
-def configurations(groups: list[Group]) -> Table:
-    """A row a configuration; of what none has measured there is no column."""
-    several = max((len(group.runs) for group in groups), default=1) > 1
-    names = list(dict.fromkeys(name for group in groups for name in group.measures))
-    columns = ["configuration", *(["seeds"] if several else []), *names]
-    rows: list[list[Cell]] = [
-        [group.label, *([len(group.runs)] if several else []), *(group.measures.get(name) for name in names)]
-        for group in groups
+def _format_rows(table: pd.DataFrame, name: Callable[[str], str], cell: Callable[..., str]) -> list[list[str]]:
+    rows = table.itertuples(index=False, name=None)
+    columns = table.columns[1:]
+    return [
+        [name(str(row[0])), *(cell(c, column, str(row[0])) for c, column in zip(row[1:], columns, strict=True))]
+        for row in rows
     ]
-    return Table(columns, rows)
 
 
-def every_run(runs: list[Run]) -> Table:
-    """A row a run: what came out, the keys in which runs differ, and what makes it the run that it is."""
-    names = list(dict.fromkeys(name for run in runs for name in run.measures))
-    keys = differing([run.settings for run in runs])
-    rows: list[list[Cell]] = []
+def to_markdown(table: pd.DataFrame, code: bool = True) -> str:
+    """Return a Markdown table. With `code`, the names of the rows are typeset as code."""
+
+    def shorten(text: str) -> str:
+        text = " ".join(text.split())
+        return (text if len(text) <= WIDEST else f"{text[:WIDEST]}…").replace("|", "\\|")
+
+    def escape(text: str) -> str:
+        return shorten(text).replace("<", "\\<")  # HTML in data stays text
+
+    def quote(text: str) -> str:
+        return f"`{shorten(text).replace('`', chr(39))}`" if code else escape(text)
+
+    rows = _format_rows(table, quote, lambda *cell: escape(format_cell(*cell)))
+    head = [[escape(column) for column in table.columns], ["---", *["---:"] * (len(table.columns) - 1)]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [*head, *rows])
+
+
+def to_latex(table: pd.DataFrame, code: bool = True) -> str:
+    r"""Return a LaTeX table for \usepackage{booktabs}, with all special characters of the data escaped."""
+
+    def quote(text: str) -> str:
+        return rf"\texttt{{{text.translate(LATEX)}}}" if code else text.translate(LATEX)
+
+    def escape(cell: Any, *names: str) -> str:
+        text = format_cell(cell, *names)
+        if isinstance(cell, Estimate):
+            return f"${text.replace('±', chr(92) + 'pm')}$"
+        return "--" if pd.isna(cell) else text.translate(LATEX)
+
+    columns = [column.translate(LATEX) for column in table.columns]
+    styler = pd.DataFrame(_format_rows(table, quote, escape), columns=columns, dtype=object).style.hide(axis="index")
+    return str(styler.to_latex(hrules=True, column_format="l" + "r" * (len(columns) - 1)))
+
+
+def to_csv(table: pd.DataFrame) -> str:
+    """Return the unrounded numbers as CSV. The standard errors of a column follow it in a column of their own."""
+    columns = []
+    for name, cells in table.items():
+        means = [cell.mean if isinstance(cell, Estimate) else cell for cell in cells]
+        errors = [cell.se if isinstance(cell, Estimate) else None for cell in cells]
+        columns.append(pd.Series(means, name=name, dtype=object))
+        if any(error is not None for error in errors):
+            columns.append(pd.Series(errors, name=f"{name}, se", dtype=object))
+    return str(pd.concat(columns, axis=1).to_csv(index=False, lineterminator="\n"))
+
+
+def tabulate_groups(groups: list[Group]) -> pd.DataFrame:
+    """Return one row per configuration. A result that no run has is not a column."""
+    seeds = any(len(group.runs) > 1 for group in groups)
+    rows = [{"configuration": g.label, **({"seeds": len(g.runs)} if seeds else {}), **g.measures} for g in groups]
+    return pd.DataFrame(rows, dtype=object)
+
+
+def tabulate_runs(runs: list[RunRecord]) -> pd.DataFrame:
+    """Return one row per run: folder, title, hashes, commit, the settings in which runs differ, and the results."""
+    keys = find_differing_keys([run.settings for run in runs])
+    rows: list[list[Any]] = []
     for run in runs:
         hashes = run.summary.get("hashes") or {}
-        facts = [run.summary["title"], *(hashes.get(key) for key in ("plan", "weights")), run.summary.get("commit")]
-        values = [None if (value := run.settings.get(key)) is None else str(value) for key in keys]
-        rows.append([str(run.folder), *facts, *values, *(run.measures.get(name) for name in names)])
-    return Table(["folder", "title", "plan", "weights", "commit", *keys, *names], rows)
+        settings = [None if (value := run.settings.get(key)) is None else str(value) for key in keys]
+        facts = [run.summary["title"], hashes.get("plan"), hashes.get("weights"), run.summary.get("commit")]
+        rows.append([str(run.folder), *facts, *settings])
+    columns = ["folder", "title", "plan", "weights", "commit", *keys]
+    measures = pd.DataFrame([run.measures for run in runs], dtype=object)
+    return pd.concat([pd.DataFrame(rows, columns=columns, dtype=object), measures], axis=1)
 
 
-def evaluations(several: list[Evaluation]) -> Table:
-    """A row a subset of each evaluation, and one an average over subsets; errors by prompt."""
-    names = list(dict.fromkeys(name for one in several for part in one.parts.values() for name in part))
-    rows: list[list[Cell]] = [
-        [str(one.result.get("title", one.folder.name)), part, *(found.get(name) for name in names)]
-        for one in several
-        for part, found in one.parts.items()
-    ]
-    return Table(["evaluation", "subset", *names], rows, code=False)
+def tabulate_evaluations(evaluations: list[EvaluationRecord]) -> pd.DataFrame:
+    """Return one row per subset of each evaluation and per average over subsets. Errors are clustered by prompt."""
+    rows = [{"evaluation": e.title, "subset": part, **found} for e in evaluations for part, found in e.parts.items()]
+    return pd.DataFrame(rows, dtype=object)
 
 
-def evaluations_apart(one: Evaluation, other: Evaluation) -> Table:
-    """Of two evaluations the second's rewards less the first's, by subset, paired by prompt over the prompts of both.
+def compare_evaluations(first: EvaluationRecord, second: EvaluationRecord) -> pd.DataFrame:
+    """Return the rewards of two evaluations and second − first by subset, paired over the prompts of both.
 
-    A reward is compared where both gave it under one identity.
+    Only rewards with equal fingerprints in both evaluations are compared.
     """
-    rewards = [name for name, identity in one.rewards.items() if other.rewards.get(name) == identity]
-    rows: list[list[Cell]] = []
-    for name in rewards:
-        here, there = one.by_prompt(name), other.by_prompt(name)
-        for subset in dict.fromkeys(subset for subset, _ in here):
-            both = [key for key in here if key[0] == subset and key in there]
-            if len(both) > 1:
-                sides = [over([side[key] for key in both]) for side in (here, there)]
-                difference = over([there[key] - here[key] for key in both])
-                rows.append([f"{name}, {subset}", *sides, difference, len(both)])
-    titles = [str(side.result.get("title", side.folder.name)) for side in (one, other)]
-    return Table(["", *titles, "difference, paired", "prompts"], rows, code=False)
+    rows = []
+    for name in [name for name, fingerprint in first.rewards.items() if second.rewards.get(name) == fingerprint]:
+        sides = [side.by_prompt(name) for side in (first, second)]
+        for subset in dict.fromkeys(subset for subset, _ in sides[0]):
+            common = [key for key in sides[0] if key[0] == subset and key in sides[1]]
+            if len(common) > 1:
+                values = [np.array([side[key] for key in common]) for side in sides]
+                rows.append([f"{name}, {subset}", *map(estimate_mean, (*values, values[1] - values[0])), len(common)])
+    columns = ["", first.title, second.title, "difference, paired", "prompts"]
+    return pd.DataFrame(rows, columns=columns, dtype=object)
 
 
-def settings_apart(groups: list[Group]) -> Table:
-    """The keys in which configurations differ, seeds aside, and their values in each."""
+def compare_settings(groups: list[Group]) -> pd.DataFrame:
+    """Return the keys in which configurations differ, without seeds, and their values in each configuration."""
+
+    def show(settings: dict[str, Any], key: str) -> str | None:
+        if key not in settings or isinstance(settings[key], str):
+            return settings.get(key)
+        return json.dumps(settings[key], ensure_ascii=False)
+
     first = [group.runs[0].settings for group in groups]
-    keys = [key for key in differing(first) if not is_seed(key)]
-    rows: list[list[Cell]] = [[key, *(_shown(settings, key) for settings in first)] for key in keys]
-    return Table(["key", *(group.label for group in groups)], rows)
+    rows = [[key, *(show(s, key) for s in first)] for key in find_differing_keys(first) if not is_seed(key)]
+    return pd.DataFrame(rows, columns=["key", *(group.label for group in groups)], dtype=object)
 
 
-def _shown(settings: dict[str, Any], key: str) -> Cell:
-    if key not in settings:
-        return None
-    value = settings[key]
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+def compare_groups(first: Group, second: Group) -> pd.DataFrame:
+    """Return the results of two configurations, and second − first with its standard error.
 
-
-def outcomes_apart(one: Group, other: Group) -> Table:
-    """What came out of two configurations, and the second's less the first's with its standard error.
-
-    Paired by prompt, where each is one run and both answered the same prompts; by seed, where each has several and
-    the seeds are the same; otherwise as of independent draws.
+    Differences are paired by prompt if each configuration is one run and both answered the same prompts. They are
+    paired by seed if each configuration has several runs with the same seeds. Otherwise draws are independent.
     """
-    rows: list[list[Cell]] = []
-    for name in [name for name in one.measures if name in other.measures]:
-        if "reward" in (words := name.split()) or words[0] in ("gain,", "win"):
-            here, there = (_reward(group.runs[0]) for group in (one, other))
-            if here != there:
-                rows.append([name, one.measures[name], other.measures[name], None, "rewards differ"])
-                continue
-        difference, how = _difference(one, other, name)
-        rows.append([name, one.measures[name], other.measures[name], difference, how])
-    return Table(["", one.label, other.label, "difference", "its error"], rows, code=False)
+    difference: Estimate | None
+    same_reward = _reward_settings(first.runs[0]) == _reward_settings(second.runs[0])
+    rows: list[list[Any]] = []
+    for name in [name for name in first.measures if name in second.measures]:
+        if not same_reward and ("reward" in (words := name.split()) or words[0] in ("gain,", "win")):
+            difference, pairing = None, "rewards differ"
+        else:
+            difference, pairing = _subtract(first, second, name)
+        rows.append([name, first.measures[name], second.measures[name], difference, pairing])
+    return pd.DataFrame(rows, columns=["", first.label, second.label, "difference", "pairing"], dtype=object)
 
 
-def _reward(run: Run) -> dict[str, Any]:
-    """What the numbers called rewards are in; its λ and the like are the loss's."""
+def _reward_settings(run: RunRecord) -> dict[str, Any]:
+    """Return the settings that define the unit of rewards. The loss's λ and the like are not among them."""
     return {k: v for k, v in run.settings.items() if k.startswith(("reward", "eval.reward"))}
 
 
-def _difference(one: Group, other: Group, name: str) -> tuple[Estimate, str]:
-    a, b = one.measures[name], other.measures[name]
-    if len(one.runs) == len(other.runs) == 1:
-        if (paired := _by_prompt(one.runs[0], other.runs[0], name)) is not None:
-            return over(list(paired)), f"paired by {len(paired)} prompts"
+def _subtract(first: Group, second: Group, name: str) -> tuple[Estimate, str]:
+    """Return second − first of a result, and how its standard error was computed."""
+    if len(first.runs) == len(second.runs) == 1:
+        unit, a, b = "prompts", _by_prompt(first.runs[0], name), _by_prompt(second.runs[0], name)
     else:
-        seeds = [{run.seeds: run.measures[name].mean for run in g.runs if name in run.measures} for g in (one, other)]
-        if seeds[0].keys() == seeds[1].keys() and len(seeds[0]) > 1:
-            return over(
-                [seeds[1][seed] - value for seed, value in seeds[0].items()]
-            ), f"paired by {len(seeds[0])} seeds"
-    if a.se is None or b.se is None:
-        return Estimate(b.mean - a.mean), "not known"
-    return Estimate(b.mean - a.mean, math.hypot(a.se, b.se)), "unpaired"
+        unit, a, b = "seeds", _by_seed(first, name), _by_seed(second, name)
+    if len(a) > 1 and a.keys() == b.keys():
+        return estimate_mean(np.array([b[key] - value for key, value in a.items()])), f"paired by {len(a)} {unit}"
+    one, other = first.measures[name], second.measures[name]
+    if one.se is None or other.se is None:
+        return Estimate(other.mean - one.mean), "no standard error"
+    return Estimate(other.mean - one.mean, math.hypot(one.se, other.se)), "unpaired"
 
 
-PER_PROMPT: dict[str, Callable[[dict[str, Any]], float]] = {
-    "reward before": lambda record: np.mean(record["before"]["rewards"]),
-    "reward after": lambda record: np.mean(record["after"]["rewards"]),
-    "gain, paired": lambda record: np.mean(record["after"]["rewards"]) - np.mean(record["before"]["rewards"]),
-    "length before": lambda record: np.mean(record["before"]["lengths"]),
-    "length after": lambda record: np.mean(record["after"]["lengths"]),
-}  # type: ignore[assignment]
+def _by_seed(group: Group, name: str) -> dict[str, float]:
+    return {run.seeds: run.measures[name].mean for run in group.runs if name in run.measures}
 
 
-def _by_prompt(one: Run, other: Run, name: str) -> np.ndarray | None:
-    """[P] differences by prompt; None where the prompts are not the same or there is no number a prompt."""
-    if name not in PER_PROMPT:
-        return None
-    values = []
-    for run in (one, other):
-        try:
-            values.append({json.dumps(r["prompt"], sort_keys=True): float(PER_PROMPT[name](r)) for r in run.samples})
-        except (KeyError, TypeError, ValueError):
-            return None
-    if values[0].keys() != values[1].keys() or len(values[0]) < 2:
-        return None
-    return np.array([values[1][prompt] - value for prompt, value in values[0].items()])
+def _by_prompt(run: RunRecord, name: str) -> dict[str, float]:
+    """Return the mean of a result over the answers to each prompt; empty if samples.jsonl does not have it."""
+
+    def average(record: Mapping[str, Any], name: str) -> float:
+        when, key = PER_PROMPT[name]
+        return float(np.mean(record[when][key]))
+
+    def measure(record: Mapping[str, Any]) -> float:
+        if name == "gain, paired":
+            return average(record, "reward after") - average(record, "reward before")
+        return average(record, name)
+
+    try:
+        return {json.dumps(record["prompt"], sort_keys=True): measure(record) for record in run.samples}
+    except (KeyError, TypeError, ValueError):
+        return {}

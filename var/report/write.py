@@ -1,131 +1,139 @@
-"""A report's folder: report.md with its tables and figures, and a page a run."""
+"""Write the folder of a report: report.md, its tables and figures, and one HTML page per run."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 from urllib.parse import quote
 
+import pandas as pd
+from jinja2 import TemplateError
+
 from var.report import figures, tables
-from var.report.page import page
-from var.report.read import UNREADABLE, Found, Group, Run, grouped
-from var.report.tables import Table
+from var.report.groups import Group, group_runs
+from var.report.page import render_page
+from var.report.read import UNREADABLE, Found, RunRecord
 from var.utils.errors import UserError
-from var.utils.files import atomic, encodable
+from var.utils.files import atomic, replace_surrogates
 
-ROWS = 50  # of a table that is read; CSV has all
-
+SHOWN_ROWS = 50  # of a table in report.md and in LaTeX; CSV has all rows
 NOTE = (
-    "± is one standard error: over seeds where a configuration has several, else clustered by prompt. Of a figure's "
-    "configurations each has its colour."
+    "± is one standard error: over seeds if a configuration has several, otherwise clustered by prompt. "
+    "In a figure, each configuration has its own color."
 )
 
 
-def report(found: Found, out: Path, kind: Literal["png", "pdf", "svg"], shown: int, pages: int) -> str:
-    """Writes the report of what was found; returns its tables. shown: configurations that figures draw, those of the
-    highest reward; pages: runs that have a page, the first so many of the table."""
+def write_report(found: Found, out: Path, kind: Literal["png", "pdf", "svg"], shown: int, pages: int) -> str:
+    """Write the report to the folder `out`, and return its tables as Markdown.
+
+    Args:
+        found: the runs and evaluations.
+        out: the folder of the report.
+        kind: the file format of the figures.
+        shown: the number of configurations in figures. Those with the highest reward are drawn.
+        pages: the number of runs that get a page, in the order of the table.
+    """
     if not found:
-        listed = "\n".join(f"  {line}" for line in found.problems[:20])
-        raise UserError(f"nothing to report: no finished run, no evaluation\n{listed}")
+        problems = "\n".join(f"  {line}" for line in found.problems[:20])
+        raise UserError(f"nothing to report: no finished run, no evaluation\n{problems}")
     notes = list(found.problems)
-    groups, common = grouped(found.runs, notes)
+    groups, common = group_runs(found.runs, notes)
     parts = [f"# {len(found.runs)} runs, {len(groups)} configurations, {len(found.evaluations)} evaluations"]
 
-    def add(title: str, name: str, table: Table, told: str = "") -> None:
-        for suffix, content in (("csv", table.csv()), ("tex", _first(table).latex())):
-            _write(out / "tables" / f"{name}.{suffix}", content)
-        rest = f"\n\n{ROWS} of {len(table.rows)} rows; tables/{name}.csv has all." if len(table.rows) > ROWS else ""
-        parts.append(f"## {title}\n\n{told + chr(10) * 2 if told else ''}{_first(table).markdown()}{rest}")
+    def add_table(title: str, name: str, table: pd.DataFrame, note: str = "", code: bool = True) -> None:
+        first = table[:SHOWN_ROWS]
+        _write(out / "tables" / f"{name}.csv", tables.to_csv(table))
+        _write(out / "tables" / f"{name}.tex", tables.to_latex(first, code))
+        omitted = f"{SHOWN_ROWS} of {len(table)} rows; tables/{name}.csv has all." if len(table) > SHOWN_ROWS else ""
+        parts.append("\n\n".join(filter(None, [f"## {title}", note, tables.to_markdown(first, code), omitted])))
 
     drawn = groups
-    if len(groups) > min(shown, ROWS):
+    if len(groups) > min(shown, SHOWN_ROWS):
         groups = sorted(groups, key=lambda group: -group.outcome)
         drawn = groups[:shown]
     if groups:
-        told = f"All with `{' '.join(common).replace('`', chr(39))}`. {NOTE}" if common and len(groups) > 1 else NOTE
-        add("Configurations", "configurations", tables.configurations(groups), told)
-        _write(out / "tables" / "runs.csv", tables.every_run(found.runs).csv())
+        shared = f"All with `{' '.join(common).replace('`', chr(39))}`. " if common and len(groups) > 1 else ""
+        add_table("Configurations", "configurations", tables.tabulate_groups(groups), shared + NOTE)
+        _write(out / "tables" / "runs.csv", tables.to_csv(tables.tabulate_runs(found.runs)))
     if len(groups) == 2:
-        add("What differs in outcome", "difference", tables.outcomes_apart(*groups))
+        add_table("Differences in results", "difference", tables.compare_groups(*groups), code=False)
     if len(drawn) > 1:
-        add("What differs in configuration", "settings", tables.settings_apart(drawn))
+        add_table("Differences in configuration", "settings", tables.compare_settings(drawn))
     if found.evaluations:
-        add("Evaluations", "evaluations", tables.evaluations(found.evaluations), "± is one standard error, by prompt.")
+        table = tables.tabulate_evaluations(found.evaluations)
+        add_table("Evaluations", "evaluations", table, "± is one standard error, clustered by prompt.", code=False)
     if len(found.evaluations) == 2:
         try:
-            apart = tables.evaluations_apart(*found.evaluations)
+            table = tables.compare_evaluations(*found.evaluations)
         except UNREADABLE as error:
-            notes.append(f"the evaluations' answers.jsonl do not fit together ({type(error).__name__}: {error})")
+            notes.append(f"the answers.jsonl files of the evaluations are inconsistent {_name(error)}")
         else:
-            if apart.rows:
-                add("What differs between the evaluations", "evaluations_difference", apart)
+            if len(table):
+                add_table("Differences between the evaluations", "evaluations_difference", table, code=False)
+    all_tables = replace_surrogates("\n\n".join(parts))
 
-    read_first = encodable("\n\n".join(parts))
     sketches: dict[str, tuple[str, Callable[[Path], bool]]] = {
-        "curves": ("Curves", lambda path: bool(drawn) and figures.curves(drawn, path)),
-        "frontier": ("Reward against KL", lambda path: figures.frontier(groups, path, shown)),
-        "verdicts": ("Win, tie, loss", lambda path: figures.verdicts(found.evaluations, drawn, path)),
-        "lengths": ("Lengths before and after", lambda path: figures.lengths(drawn, path)),
-        "weights": ("Weights", lambda path: figures.weights(drawn, path)),
-        "cost": ("Throughput, time and memory", lambda path: bool(drawn) and figures.cost(drawn, path)),
-        "variance": ("Variance of the estimators of Z", lambda path: figures.variance(found.tables, path)),
+        "curves": ("Curves", lambda path: figures.draw_curves(drawn, path)),
+        "frontier": ("Reward against KL", lambda path: figures.draw_frontier(groups, path, shown)),
+        "verdicts": ("Win, tie, loss", lambda path: figures.draw_verdicts(found.evaluations, drawn, path)),
+        "lengths": ("Lengths before and after training", lambda path: figures.draw_lengths(drawn, path)),
+        "weights": ("Weights", lambda path: figures.draw_weights(drawn, path)),
+        "cost": ("Throughput, time and memory", lambda path: figures.draw_cost(drawn, path)),
+        "variance": ("Variance of the estimators of Z", lambda path: figures.draw_variance(found.tables, path)),
     }
     which = f", the {len(drawn)} of {len(groups)} configurations with the highest reward" if drawn != groups else ""
     for name, (title, draw) in sketches.items():
         path = out / "figures" / f"{name}.{kind}"
         try:
-            drawn_there = draw(path)
+            if draw(path):
+                parts.append(f"## {title}{which}\n\n![{title}](figures/{path.name})")
         except UNREADABLE as error:
-            notes.append(
-                f"figures/{path.name}: not drawn, as files of its runs do not fit together "
-                f"({type(error).__name__}: {error})"
-            )
-            continue
-        if drawn_there:
-            parts.append(f"## {title}{which}\n\n![{title}](figures/{path.name})")
-    in_order = [run for group in groups for run in group.runs]
-    if places := write_pages(in_order[:pages], out / "pages", notes):
-        links = "\n".join(f"- [{_line(run.name)}](pages/{quote(path.name)})" for run, path in places)
-        of = f"\n\n{len(places)} of {len(found.runs)} runs have a page." if len(places) < len(found.runs) else ""
-        parts.append(f"## Pages\n\n{links}{of}")
+            notes.append(f"figures/{path.name}: not drawn, because files of its runs are inconsistent {_name(error)}")
+    ordered = [run for group in groups for run in group.runs]
+    if written := write_pages(ordered[:pages], out / "pages", notes):
+        links = "\n".join(f"- [{_escape(run.name)}](pages/{quote(path.name)})" for run, path in written)
+        omitted = f"\n\n{len(written)} of {len(found.runs)} runs have a page." if len(written) < len(found.runs) else ""
+        parts.append(f"## Pages\n\n{links}{omitted}")
     if notes:
-        parts.append(f"## Left out ({len(notes)})\n\n" + "\n".join(f"- {_line(note)}" for note in notes))
+        parts.append(f"## Left out ({len(notes)})\n\n" + "\n".join(f"- {_escape(note)}" for note in notes))
     _write(out / "report.md", "\n\n".join(parts) + "\n")
-    return read_first
+    return all_tables
 
 
-def write_pages(runs: list[Run], folder: Path, notes: list[str]) -> list[tuple[Run, Path]]:
-    """A page a run, by its folder's name; a name that comes again is numbered. notes: which could not be written."""
-    places, taken = [], set[str]()
+def write_pages(runs: list[RunRecord], folder: Path, notes: list[str]) -> list[tuple[RunRecord, Path]]:
+    """Write a page per run, named after its folder, and return the runs and their pages.
+
+    Repeated names are numbered. A line about each run whose page cannot be written is appended to `notes`.
+    """
+    pages = dict[Path, RunRecord]()
     for run in runs:
-        name, number = run.name, 2
-        while name in taken:
-            name, number = f"{run.name}-{number}", number + 1
+        path, number = folder / f"{run.name}.html", 2
+        while path in pages:
+            path, number = folder / f"{run.name}-{number}.html", number + 1
         try:
-            content = page(run)
-        except UNREADABLE as error:
-            notes.append(f"{run.folder}: no page, as its files do not fit together ({type(error).__name__}: {error})")
-            continue
-        taken.add(name)
-        places.append((run, folder / f"{name}.html"))
-        _write(places[-1][1], content)
-    return places
+            _write(path, render_page(run))
+        except (*UNREADABLE, TemplateError) as error:
+            notes.append(f"{run.folder}: no page, because its files are inconsistent {_name(error)}")
+        else:
+            pages[path] = run
+    return [(run, path) for path, run in pages.items()]
 
 
 def plot(folders: list[Path], target: Path) -> None:
-    """The curves of a run, or of several side by side, whether or not their summaries are written."""
-    figures.curves([Group(folder.name.rsplit("-", 1)[0], [Run(folder, {}, {}, {})]) for folder in folders], target)
+    """Draw the curves of runs, finished or not, each under the name of its folder."""
+    runs = [RunRecord(folder, {}, {}, {}) for folder in folders]
+    figures.draw_curves([Group(run.folder.name.rsplit("-", 1)[0], [run]) for run in runs], target)
 
 
-def _first(table: Table) -> Table:
-    return Table(table.columns, table.rows[:ROWS], table.code)
+def _name(error: Exception) -> str:
+    return f"({type(error).__name__}: {error})"
 
 
-def _line(told: str) -> str:
-    """One line of Markdown that is no markup."""
-    return "".join(f"\\{letter}" if letter in "\\`*_[]<>|" else letter for letter in " ".join(told.split()))
+def _escape(text: str) -> str:
+    """Return a text on one line, without Markdown markup."""
+    return "".join(f"\\{character}" if character in "\\`*_[]<>|" else character for character in " ".join(text.split()))
 
 
 def _write(path: Path, content: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path, encoding="utf-8") as file:
-        file.write(encodable(content))
+        file.write(replace_surrogates(content))

@@ -8,78 +8,81 @@ import numpy as np
 from var.data.rows import Message, Rows
 from var.utils.errors import Problems, UserError, brief
 
+Prompts = Sequence[Sequence[Message]]
+Answers = Sequence[str | None]
 Triple = tuple[Sequence[Message], str, str | None]  # prompt, response, answer
 
 
 class Triples(Sequence[Triple]):
-    """What is to be scored, read row by row when it is asked for: the texts of a large data set do not fit in memory.
-
-    prompt, row, response: [n] the row whose prompt is asked, the row that answers, and which of its responses.
-    """
+    """Texts to score, read row by row on access, since those of a large data set do not fit in memory."""
 
     def __init__(self, rows: Rows, prompt: np.ndarray, row: np.ndarray, response: np.ndarray) -> None:
-        self.rows, self.prompt, self.row, self.response = rows, prompt, row, response
+        self.rows = rows
+        self.prompt = prompt  # [n] index of the row with the prompt and the answer
+        self.row = row  # [n] index of the row with the response
+        self.response = response  # [n] index of the response in its row
 
     def __len__(self) -> int:
         return len(self.row)
 
     def __getitem__(self, index: Any) -> Any:
         asked = self.rows[self.prompt[index]]
-        given = asked if self.prompt[index] == self.row[index] else self.rows[self.row[index]]
-        return asked.prompt, given.responses[self.response[index]].text, asked.answer
+        own = asked if self.prompt[index] == self.row[index] else self.rows[self.row[index]]
+        return asked.prompt, own.responses[self.response[index]].text, asked.answer
 
 
 class Reward(Protocol):
-    """A reward of text. scores_text: False where it can only read the data's own scores. One that compares with a
-    row's `answer` says so by reads_answers = True, and rows without one are told before anything is sampled; so are
-    those of whose answer `answer_fault(answer)`, where a reward has it, says what is wrong (None: nothing)."""
+    """A reward of texts.
 
-    scores_text: bool
+    Two members are optional:
+        reads_answers: True if the reward compares with a row's `answer`. Rows without one are then an error before
+            anything is sampled.
+        answer_fault(answer): Return why the reward cannot use an answer, or None. Such rows are an error too.
+    """
+
+    scores_text: bool  # False: the reward can only read the data set's own scores
 
     @property
-    def identity(self) -> dict[str, Any]: ...
+    def identity(self) -> dict[str, Any]:
+        """What the rewards depend on, as JSON values. The annotation cache is keyed by it."""
+        ...
 
-    def __call__(
-        self, prompts: Sequence[Sequence[Message]], responses: Sequence[str], answers: Sequence[str | None]
-    ) -> list[float]:
-        """Raw rewards, one a response, in reward units."""
+    def __call__(self, prompts: Prompts, responses: Sequence[str], answers: Answers) -> list[float]:
+        """Return one raw reward per response, in reward units."""
         ...
 
 
-def scored(
-    reward: Reward, prompts: Sequence[Sequence[Message]], responses: Sequence[str], answers: Sequence[str | None]
-) -> np.ndarray:
-    """[n] float64: what a reward returns, as a list, an array or a tensor; UserError where it is not n numbers."""
+def compute_scores(reward: Reward, prompts: Prompts, responses: Sequence[str], answers: Answers) -> np.ndarray:
+    """Return [n] float64 rewards. Raise a `UserError` unless the reward returns n numbers (list, array or tensor)."""
     returned = reward(prompts, responses, answers)
     name = f"the reward ({type(reward).__name__})"
     try:
         numbers = np.asarray(returned, dtype=np.float64).reshape(-1)
-    except (TypeError, ValueError, RuntimeError) as error:  # the last one is torch's, of a tensor with a gradient
-        raise UserError(f"{name} returns no list of numbers: {brief(error)}") from error
+    except (TypeError, ValueError, RuntimeError) as error:  # torch raises a RuntimeError for a tensor with a gradient
+        raise UserError(f"{name} must return a list of numbers: {brief(error)}") from error
     if len(numbers) != len(responses):
-        raise UserError(
-            f"{name} returned {len(numbers)} numbers for {len(responses)} responses; it owes one a response"
-        )
+        raise UserError(f"{name} returned {len(numbers)} numbers for {len(responses)} responses; expected one each")
     return numbers
 
 
 def check_scores(names: Iterable[str]) -> None:
-    """reward=score reads the data's own scores. names: of the rows that lack one."""
-    problems = Problems("reward=score, but the data carries no score")
+    """Raise a `UserError` for rows without a score, given their names. reward=score reads the data set's own scores."""
+    problems = Problems("reward=score, but rows have no score")
     for name in names:
         problems.add(f"row {name}", "a response has no score")
-    problems.check("Choose a reward that scores text, as reward=offsetbias-rm-8b.")
+    problems.check("Choose a reward that scores text, such as reward=offsetbias-rm-8b.")
 
 
 def check_answers(reward: Reward, rows: Rows) -> None:
-    """Of a reward that reads them, rows that have no `answer`, or none that it can compare with."""
-    if getattr(reward, "reads_answers", False):
-        fault = getattr(reward, "answer_fault", lambda answer: None)
-        problems = Problems("the reward compares with a row's `answer`, and rows have none that it can use")
-        for i, answer in enumerate(rows.table["answer"]):
-            if what := "no answer" if answer is None else fault(answer):
-                problems.add(f"row {rows[i].id}", what)
-        problems.check(
-            "Mend the rows, or choose a reward that needs none, as reward=classifier; reward=score reads the data's "
-            "own scores, and leaves validation without a reward unless +reward@eval.reward=… names one."
-        )
+    """Raise a `UserError` for rows whose `answer` is missing or unusable, if the reward reads answers."""
+    if not getattr(reward, "reads_answers", False):
+        return
+    find_fault = getattr(reward, "answer_fault", lambda answer: None)
+    problems = Problems("the reward compares with a row's `answer`, which is missing or unusable")
+    for i, answer in enumerate(rows.table["answer"]):
+        if fault := "no answer" if answer is None else find_fault(answer):
+            problems.add(f"row {rows[i].id}", fault)
+    problems.check(
+        "Fix these rows, or choose a reward that needs no answers, such as reward=classifier. reward=score reads the "
+        "data set's own scores, and leaves validation without a reward unless you set +reward@eval.reward=…."
+    )

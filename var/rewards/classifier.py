@@ -1,4 +1,4 @@
-"""A Hugging Face sequence classifier as reward model; OffsetBias-RM is one configuration of it."""
+"""A Hugging Face sequence classifier as reward model, such as OffsetBias-RM."""
 
 import json
 from collections.abc import Sequence
@@ -9,32 +9,31 @@ from typing import Any
 
 import torch
 
-from var.data.chat import fingerprint, rendered
+from var.data.chat import hash_tokenizer, render_messages
 from var.data.rows import Message
 from var.models.packing import whole
 from var.models.pretrained import ADAPTER, Pretrained
 from var.models.reward_model import RewardModel
+from var.rewards.base import Answers, Prompts
 from var.utils.errors import UserError
 
-DECODERS = {"llama", "qwen2", "qwen3", "mistral"}  # `score` on a backbone that attends by AttentionInterface
-GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # how transformers ends a language model's name
+DECODERS = {"llama", "qwen2", "qwen3", "mistral"}  # models whose attention can be replaced by the packed one
+GENERATIVE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # endings of language models' class names
 
 
 @dataclass(frozen=True, kw_only=True)
 class Classifier:
-    """The raw logit of a one-label classifier for the chat-rendered prompt and response.
+    """Return the raw logit of a classifier with one label for the chat-rendered prompt and response.
 
-    path: hub id, folder with safetensors or of a LoRA adapter of PEFT's, or a finished run's folder. chat_template:
-    where the tokenizer has none. dtype: of the weights; it is in the store's key. tokens: packed tokens at once. The
-    template writes the BOS; no second one is added.
+    The template writes the only BOS.
     """
 
-    path: str
-    revision: str | None = None
-    chat_template: str | None = None
-    dtype: str = "float32"
-    max_length: int = 4096
-    tokens: int = 8192
+    path: str  # hub id, folder with safetensors, folder of a PEFT adapter, or folder of a finished run
+    revision: str | None = None  # commit or tag of the hub
+    chat_template: str | None = None  # replaces the tokenizer's
+    dtype: str = "float32"  # of the weights; part of the cache key
+    max_length: int = 4096  # tokens; a longer row is an error
+    tokens: int = 8192  # tokens per forward pass, in packed rows
     cache: str = "~/.cache/var-align"
     device: str = field(default="auto", compare=False)
 
@@ -42,8 +41,8 @@ class Classifier:
 
     @cached_property
     def _files(self) -> Any:
-        find_model = Path(self.path) / "model"  # of a finished run
-        path = str(find_model) if any((find_model / name).exists() for name in ("config.json", ADAPTER)) else self.path
+        model = Path(self.path) / "model"  # in the folder of a finished run
+        path = str(model) if any((model / name).exists() for name in ("config.json", ADAPTER)) else self.path
         return Pretrained(
             name=Path(self.path).name, path=path, revision=self.revision, chat_template=self.chat_template,
             dtype=self.dtype, attention="packed", trust_remote_code=False, gradient_checkpointing=False,
@@ -57,30 +56,30 @@ class Classifier:
             tokenizer.chat_template = self.chat_template
         if not tokenizer.chat_template:
             raise UserError(
-                f"the reward model {self.path} has no chat template, so its scores would mean nothing; set "
-                "reward.chat_template to the one that it was trained with"
+                f"reward.path={self.path}: the reward model has no chat template, so its scores would be meaningless. "
+                "Set reward.chat_template to the template of its training"
             )
         return tokenizer
 
     @cached_property
     def _config(self) -> Any:
-
+        """The configuration of the model. Raise a `UserError` if it is not a classifier with one label."""
         files = self._files
         if files.base is not None:
             kind = json.loads((files.folder / ADAPTER).read_text()).get("task_type")
             if kind != "SEQ_CLS":
                 raise UserError(
-                    f"reward.path={self.path} is an adapter for {kind}, and a reward model's is for SEQ_CLS"
+                    f"reward.path={self.path}: an adapter for {kind}. Choose an adapter of a reward model, for SEQ_CLS"
                 )
-            return files.config  # the adapter brings the one label itself
+            return files.config  # the adapter has the head with one label
         config = files.config
-        if kinds := [kind for kind in config.architectures or () if kind.endswith(GENERATES)]:
+        if kinds := [kind for kind in config.architectures or () if kind.endswith(GENERATIVE)]:
             raise UserError(
-                f"reward.path={self.path} is a language model ({kinds[0]}), which gives no score; a reward model is a "
-                "sequence classifier with one label, as loss=bradley_terry trains it"
+                f"reward.path={self.path}: a language model ({kinds[0]}), which gives no score. Choose a sequence "
+                "classifier with one label, as loss=bradley_terry trains it"
             )
         if config.num_labels != 1:
-            raise UserError(f"the reward model {self.path} has {config.num_labels} labels; a reward model has one")
+            raise UserError(f"reward.path={self.path}: expected a classifier with one label, got {config.num_labels}")
         return config
 
     @cached_property
@@ -94,12 +93,12 @@ class Classifier:
             model = replace(self._files, attention="packed" if packed else "sdpa").load_scorer()
             return RewardModel(model.requires_grad_(False).to(self._device)).eval()
         options = {"attn_implementation": "packed"} if packed else {}
-        model, found = AutoModelForSequenceClassification.from_pretrained(
+        model, report = AutoModelForSequenceClassification.from_pretrained(
             self._files.folder, dtype=getattr(torch, self.dtype), use_safetensors=True, trust_remote_code=False,
             output_loading_info=True, **options,
         )  # fmt: skip
-        if found["missing_keys"]:  # transformers would fill them at random, with a warning
-            raise UserError(f"the reward model {self.path} lacks weights: {', '.join(sorted(found['missing_keys']))}")
+        if missing := sorted(report["missing_keys"]):  # transformers would initialize them at random, with a warning
+            raise UserError(f"reward.path={self.path}: the reward model lacks weights: {', '.join(missing)}")
         return RewardModel(model.to(self._device)).eval()
 
     @property
@@ -108,19 +107,19 @@ class Classifier:
 
     @property
     def identity(self) -> dict[str, Any]:
-        self._config  # noqa: B018  what is no reward model is told before anything is sampled
+        """Hashes of weights, tokenizer and template, and the settings. Raise errors of the model and its template."""
+        self._config  # noqa: B018
         return {
             "weights": self._files.weights, "dtype": self.dtype, "template": self._tokenizer.chat_template,
-            "tokenizer": fingerprint(self._tokenizer), "max_length": self.max_length,
+            "tokenizer": hash_tokenizer(self._tokenizer), "max_length": self.max_length,
         }  # fmt: skip
 
     @torch.inference_mode()
-    def __call__(
-        self, prompts: Sequence[Sequence[Message]], responses: Sequence[str], answers: Sequence[str | None]
-    ) -> list[float]:
+    def __call__(self, prompts: Prompts, responses: Sequence[str], answers: Answers) -> list[float]:
+        """Return one logit per response."""
         rows = [self.encode(prompt, text) for prompt, text in zip(prompts, responses, strict=True)]
-        if longer := [i for i, ids in enumerate(rows) if len(ids) > self.max_length]:
-            raise UserError(f"{len(longer)} responses are longer than reward.max_length={self.max_length} tokens")
+        if longer := [ids for ids in rows if len(ids) > self.max_length]:
+            raise UserError(f"reward.max_length={self.max_length}: {len(longer)} responses are longer. Increase it")
         scores: list[float] = []
         batch: list[list[int]] = []
         for i, ids in enumerate(rows):
@@ -131,11 +130,11 @@ class Classifier:
         return scores
 
     def encode(self, prompt: Sequence[Message], response: str) -> list[int]:
-        """The tokens that the reward model sees."""
+        """Return the tokens that the reward model reads."""
         messages = [*prompt, {"role": "assistant", "content": response}]
-        text = rendered(self._tokenizer, messages, add_generation_prompt=False)
+        text = render_messages(self._tokenizer, messages, add_generation_prompt=False)
         bos = self._tokenizer.bos_token
         ids = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
         if bos and ids[:2] == [self._tokenizer.bos_token_id] * 2:
-            raise UserError(f"two BOS tokens ({bos}) at the start: the reward model's template writes one twice")
+            raise UserError(f"two BOS tokens ({bos}) at the start: the reward model's template writes both")
         return ids

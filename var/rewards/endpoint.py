@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from var.data.rows import Message
+from var.rewards.base import Answers, Prompts
 from var.utils.errors import Problems, UserError
 from var.utils.http_client import Client, Failure
 
@@ -14,95 +15,94 @@ PATHS = {"query": "", "pooling": "/pooling", "classify": "/classify"}
 
 @dataclass(frozen=True, kw_only=True)
 class Endpoint:
-    """The raw score that a server gives, one response a request, so that a score depends on nothing else.
+    """Return the raw score of a server. Each request has one response, so a score does not depend on its batch.
 
-    protocol: query: {"query": [prompt and response], "prompts": [prompt], "labels": [the row's answer]} to base_url
-    itself, which replies {"rewards": [score]} (OpenRLHF's --remote_rm_url); pooling and classify: the conversation as
-    `messages` to vLLM's /pooling or /classify. chat_template: Jinja that writes the texts of `query`; null: messages
-    joined by blank lines, and the response after another one; pooling and classify use the server's own template.
-    The texts' BOS and end-of-sequence tokens are the server's. request: further fields of the body; vLLM squashes a
-    score unless it is told `use_activation: false`, as it is here, which servers before 0.11 call `activation` and
-    `softmax`. version: any text that tells one state of the server's model from another: no server says a hash of its
-    weights.
+    Protocols:
+        query: Send {"query": [prompt and response], "prompts": [prompt], "labels": [the row's answer]} to base_url,
+            which replies {"rewards": [score]} (OpenRLHF's --remote_rm_url). The server adds BOS and end tokens.
+        pooling, classify: Send the conversation as `messages` to vLLM's /pooling or /classify. The server renders them
+            with its own chat template. The request has use_activation=false, so that the score is not squashed.
+            Servers before vLLM 0.11 call this field `activation` or `softmax`.
     """
 
     client: Client
     protocol: Literal["query", "pooling", "classify"]
-    chat_template: str | None = None
-    request: Mapping[str, Any] = field(default_factory=dict)
-    version: str = ""
+    chat_template: str | None = None  # renders the texts of `query`; None: messages are joined by blank lines
+    request: Mapping[str, Any] = field(default_factory=dict)  # further fields of the request body
+    version: str = ""  # any text that distinguishes versions of the model: no server reports a hash of its weights
 
     scores_text = True
 
     def __post_init__(self) -> None:
         if self.protocol not in PATHS:
-            raise UserError(f"reward.protocol is query, pooling or classify, got {self.protocol}")
+            raise UserError(f"reward.protocol: expected query, pooling or classify, got {self.protocol}")
         if self.chat_template is not None and self.protocol != "query":
             raise UserError(
-                f"reward.chat_template is of protocol=query; with protocol={self.protocol} the server renders the "
-                "messages, by its own option --chat-template"
+                f"reward.chat_template: has no effect with protocol={self.protocol}, where the server renders the "
+                "messages. Start the server with its option --chat-template"
             )
 
     @property
     def identity(self) -> dict[str, Any]:
-        self.client.check()  # a missing package or key is told before anything is sampled
+        """The server, its model, and the settings. Raise a `UserError` if the package or the key is missing."""
+        self.client.check()
         return {
             "program": "endpoint", **self.client.identity, "protocol": self.protocol, "version": self.version,
             "request": dict(self.request), "chat_template": self.chat_template,
         }  # fmt: skip
 
-    def __call__(
-        self, prompts: Sequence[Sequence[Message]], responses: Sequence[str], answers: Sequence[str | None]
-    ) -> list[float]:
-        bodies = [self._body(*triple) for triple in zip(prompts, responses, answers, strict=True)]
-        replies = self.client.ask(bodies, path=PATHS[self.protocol], accept=self._unscored, version=self.version)
-        problems = Problems(f"{self.client.base_url} left responses without a score", shown=5)
+    def __call__(self, prompts: Prompts, responses: Sequence[str], answers: Answers) -> list[float]:
+        """Return one score per response. Raise a `UserError` with all responses without a score."""
+        bodies = [self._make_body(*triple) for triple in zip(prompts, responses, answers, strict=True)]
+        replies = self.client.ask(bodies, PATHS[self.protocol], find_fault=self._find_fault, version=self.version)
+        problems = Problems(f"{self.client.base_url}: responses without a score", shown=5)
         for text, reply in zip(responses, replies, strict=True):
             if isinstance(reply, Failure):
                 problems.add(f"response {text[:60]!r}", reply.reason)
         problems.check(
-            f"{len(replies) - len(problems.found)} of {len(replies)} have one, which is kept: the same command asks "
-            "only for the rest."
+            f"{len(replies) - len(problems.found)} of {len(replies)} scores are cached; the same command requests only "
+            "the others."
         )
-        return [self._score(reply) for reply in replies if not isinstance(reply, Failure)]
+        return [self._read_score(reply) for reply in replies if not isinstance(reply, Failure)]
 
-    def _body(self, prompt: Sequence[Message], response: str, answer: str | None) -> dict[str, Any]:
-        whole = [*prompt, {"role": "assistant", "content": response}]
+    def _make_body(self, prompt: Sequence[Message], response: str, answer: str | None) -> dict[str, Any]:
+        messages = [*prompt, {"role": "assistant", "content": response}]
         if self.protocol != "query":
-            return {"messages": whole, "use_activation": False, **self.request}
-        texts = {"query": [self._text(whole, False)], "prompts": [self._text(prompt, True)], "labels": [answer or ""]}
-        return {**texts, **self.request}
+            return {"messages": messages, "use_activation": False, **self.request}
+        query, question = self._render(messages, False), self._render(prompt, True)
+        return {"query": [query], "prompts": [question], "labels": [answer or ""], **self.request}
 
-    def _text(self, messages: Sequence[Any], open_ended: bool) -> str:
+    def _render(self, messages: Sequence[Any], add_generation_prompt: bool) -> str:
         if self.chat_template is None:
-            return "\n\n".join(message["content"] for message in messages) + "\n\n" * open_ended
+            return "\n\n".join(message["content"] for message in messages) + "\n\n" * add_generation_prompt
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
             rendered = render_jinja_template(
-                conversations=[list(messages)], chat_template=self.chat_template, add_generation_prompt=open_ended,
-                bos_token="", eos_token="",
+                conversations=[list(messages)], chat_template=self.chat_template,
+                add_generation_prompt=add_generation_prompt, bos_token="", eos_token="",
             )  # fmt: skip
-        except Exception as error:  # whatever the expressions of a template raise
+        except Exception as error:  # expressions of a template can raise anything
             raise UserError(f"reward.chat_template: {type(error).__name__}: {error}") from error
         return str(rendered[0][0])
 
-    def _unscored(self, reply: dict[str, Any]) -> str | None:
+    def _find_fault(self, reply: dict[str, Any]) -> str | None:
+        """Return why a reply has no valid score, else None."""
         try:
-            self._score(reply)
+            self._read_score(reply)
         except (LookupError, TypeError, ValueError) as error:
             return f"{error if isinstance(error, ValueError) else 'no score'} in the reply {str(reply)[:120]}"
         return None
 
-    def _score(self, reply: dict[str, Any]) -> float:
-        """The one number of a reply, in reward units; vLLM nests it once or twice."""
+    def _read_score(self, reply: dict[str, Any]) -> float:
+        """Return the only number of a reply, in reward units. vLLM nests it once or twice."""
         if self.protocol == "query":
             found = reply["rewards"]
         else:
             found = reply["data"][0]["data" if self.protocol == "pooling" else "probs"]
         while isinstance(found, list):
             if len(found) != 1:
-                raise ValueError(f"{len(found)} numbers where a reward model has one")
+                raise ValueError(f"{len(found)} numbers instead of one")
             found = found[0]
         if isinstance(found, bool) or not isinstance(found, int | float):
             raise TypeError(found)

@@ -1,4 +1,4 @@
-"""Several rewards as one: their mean, or the least of them (Coste et al., arXiv 2310.02743)."""
+"""Ensembles of rewards: their mean or their minimum (Coste et al., arXiv 2310.02743)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,28 +6,26 @@ from typing import Any, Literal
 
 import numpy as np
 
-from var.data.rows import Message
-from var.rewards.base import Reward, scored
+from var.rewards.base import Answers, Prompts, Reward, compute_scores
 from var.rewards.scale import Scale
 from var.utils.errors import UserError
 
-ADD = "+reward@reward.members.a=classifier reward.members.a.path=… (a is a name of yours)"
+ADD = "+reward@reward.members.NAME=classifier reward.members.NAME.path=…"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ensemble:
-    """Each member's raw reward on `scale`, then the mean, or the least: what no member objects to.
+    """Combine the scaled rewards of all members.
 
-    weights: of the mean, by member, divided by their sum; null: all alike.
-    min of raw rewards is a trap where the members' units differ: a member of −10 to −5 is always the least beside one
-    of 0 to 1, and the other then counts for nothing. scale=sigmoid puts all into [0, 1], which is a common unit only
-    for members that are logits of a preference. A z-score is none of the two scales: its moments are of a run's data.
+    With how=min and scale=raw, members should have the same unit: a member between −10 and −5 is always below a member
+    between 0 and 1, which then has no effect. scale=sigmoid maps all rewards to [0, 1], which is a common unit only if
+    the members are logits of a preference. A z-score is not available here: its moments depend on the data of a run.
     """
 
-    members: Mapping[str, Reward]
+    members: Mapping[str, Reward]  # by a name of the user's choice
     how: Literal["mean", "min"] = "mean"
-    scale: Literal["raw", "sigmoid"] = "raw"
-    weights: Mapping[str, float] | None = None
+    scale: Literal["raw", "sigmoid"] = "raw"  # applied to each member's raw reward
+    weights: Mapping[str, float] | None = None  # of the mean, by member, divided by their sum; None: equal weights
 
     scores_text = True
 
@@ -35,45 +33,47 @@ class Ensemble:
         object.__setattr__(self, "members", dict(self.members))
         object.__setattr__(self, "weights", None if self.weights is None else dict(self.weights))
         if not self.members:
-            raise UserError(f"reward=ensemble has no members; add some: {ADD}")
+            raise UserError(f"reward.members: an ensemble needs members. Add some: {ADD}")
         if self.how not in ("mean", "min") or self.scale not in ("raw", "sigmoid"):
-            raise UserError(f"reward.how is mean or min and reward.scale raw or sigmoid, got {self.how}, {self.scale}")
+            raise UserError(
+                f"reward: expected how=mean or min and scale=raw or sigmoid, got how={self.how} scale={self.scale}"
+            )
         for name, member in self.members.items():
             if not hasattr(member, "scores_text"):
-                raise UserError(f"reward.members.{name} is no reward but {member!r}; a member is added so: {ADD}")
+                raise UserError(f"reward.members.{name}: not a reward, got {type(member).__name__}. Add members: {ADD}")
             if not member.scores_text:
                 raise UserError(
-                    f"reward.members.{name} ({type(member).__name__}) reads scores of the data and cannot score text, "
-                    "so an ensemble cannot ask it; choose a reward that can"
+                    f"reward.members.{name}: {type(member).__name__} reads the data set's own scores and cannot score "
+                    "text. Choose a reward that can"
                 )
         if self.weights is None:
             return
         if self.how == "min":
-            raise UserError("reward.weights are of the mean; beside reward.how=min they do nothing: set them to null")
+            raise UserError("reward.weights: has no effect with reward.how=min. Set it to null")
         if set(self.weights) != set(self.members) or not all(weight > 0 for weight in self.weights.values()):
-            raise UserError(
-                f"reward.weights is a number above 0 for each of {', '.join(self.members)}, got {self.weights}"
-            )
+            got = ", ".join(f"{name}: {weight}" for name, weight in self.weights.items())
+            raise UserError(f"reward.weights: expected positive numbers for {', '.join(self.members)}, got {got}")
 
     @property
     def reads_answers(self) -> bool:
+        """Whether any member compares with answers."""
         return any(getattr(member, "reads_answers", False) for member in self.members.values())
 
     def answer_fault(self, answer: str) -> str | None:
-        """Of the first member that cannot compare with it."""
-        find_faults = [getattr(member, "answer_fault", lambda answer: None)(answer) for member in self.members.values()]
-        return next(filter(None, find_faults), None)
+        """Return the reason of the first member that cannot use the answer, or None."""
+        faults = (getattr(member, "answer_fault", lambda answer: None)(answer) for member in self.members.values())
+        return next(filter(None, faults), None)
 
     @property
     def identity(self) -> dict[str, Any]:
+        """The members' identities and the settings."""
         members = {name: member.identity for name, member in self.members.items()}
         return {"ensemble": members, "how": self.how, "scale": self.scale, "weights": self.weights}
 
-    def __call__(
-        self, prompts: Sequence[Sequence[Message]], responses: Sequence[str], answers: Sequence[str | None]
-    ) -> list[float]:
+    def __call__(self, prompts: Prompts, responses: Sequence[str], answers: Answers) -> list[float]:
+        """Return one combined reward per response."""
         scale = Scale(kind=self.scale)
-        scores = np.stack([scale(scored(member, prompts, responses, answers)) for member in self.members.values()])
+        scores = np.stack([scale(compute_scores(m, prompts, responses, answers)) for m in self.members.values()])
         if self.how == "min":
             return scores.min(axis=0).tolist()
         weights = None if self.weights is None else [self.weights[name] for name in self.members]

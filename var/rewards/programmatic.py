@@ -1,4 +1,4 @@
-"""Rewards that are programs: exact, free, and without a model."""
+"""Rewards computed by small programs, without a model."""
 
 import math
 import re
@@ -7,113 +7,102 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from var.data.rows import Message
+from var.rewards.base import Answers, Prompts
 from var.utils.errors import UserError
+from var.utils.extras import import_extra
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExactNumber:
-    """1 where the last number of the response equals the row's answer, else 0."""
+class NumberReward:
+    """Base of rewards that compare the last number of the response with the row's answer."""
 
+    program: str
     scores_text = True
     reads_answers = True
 
+    def _grade(self, found: float | None, answer: float) -> float:
+        """Return the reward of a response from its last number, None if it has none."""
+        raise NotImplementedError
+
     def answer_fault(self, answer: str) -> str | None:
-        return _fault(answer)
+        """Return a reason if the answer is not a finite number, else None."""
+        try:
+            if math.isfinite(float(answer.replace(",", ""))):
+                return None
+        except ValueError:
+            pass
+        return f"its answer {answer[:60]!r} is not a finite number"
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {"program": "exact_number", "version": 1}
+        """The name and version of the program."""
+        return {"program": self.program, "version": 1}
 
-    def __call__(
-        self, prompts: Sequence[Sequence[Message]], responses: Sequence[str], answers: Sequence[str | None]
-    ) -> list[float]:
-        return [float(found == wanted) for found, wanted in _numbers(responses, answers)]
+    def __call__(self, prompts: Prompts, responses: Sequence[str], answers: Answers) -> list[float]:
+        """Return one reward per response."""
+        rewards = []
+        for text, answer in zip(responses, require_answers(answers), strict=True):
+            if self.answer_fault(answer):
+                raise UserError(f"this reward compares with a number, but a row's `answer` is {answer[:60]!r}")
+            number = find_last_number(text)
+            rewards.append(self._grade(None if number is None else float(number), float(answer.replace(",", ""))))
+        return rewards
 
 
 @dataclass(frozen=True, kw_only=True)
-class NearNumber:
-    """How near the last number n of the response is to the row's answer a: 1 − |n − a|/(1 + |a|), at least 0.
+class ExactNumber(NumberReward):
+    """Return 1 if the last number of the response equals the row's answer, else 0."""
 
-    0 where there is no number. Graded, so that of two wrong answers one is better.
+    program = "exact_number"
+
+    def _grade(self, found: float | None, answer: float) -> float:
+        return float(found == answer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NearNumber(NumberReward):
+    """Return max(0, 1 − |n − a|/(1 + |a|)) for the last number n of the response and the row's answer a.
+
+    If the response has no number, return 0. The reward is graded, so that wrong answers differ.
     """
 
-    scores_text = True
-    reads_answers = True
+    program = "near_number"
 
-    def answer_fault(self, answer: str) -> str | None:
-        return _fault(answer)
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return {"program": "near_number", "version": 1}
-
-    def __call__(
-        self, prompts: Sequence[Sequence[Message]], responses: Sequence[str], answers: Sequence[str | None]
-    ) -> list[float]:
-        return [
-            0.0 if found is None else max(0.0, 1 - abs(found - wanted) / (1 + abs(wanted)))
-            for found, wanted in _numbers(responses, answers)
-        ]
+    def _grade(self, found: float | None, answer: float) -> float:
+        return 0.0 if found is None else max(0.0, 1 - abs(found - answer) / (1 + abs(answer)))
 
 
-def _numbers(responses: Sequence[str], answers: Sequence[str | None]) -> list[tuple[float | None, float]]:
-    """The last number of each response, and the one that its row wants."""
-    found = [None if (number := last_number(text)) is None else float(number) for text in responses]
-    return list(zip(found, map(_number, given(answers)), strict=True))
-
-
-def _number(answer: str) -> float:
-    if _fault(answer):
-        raise UserError(f"this reward compares with a number, and a row's `answer` is {answer!r}")
-    return float(answer.replace(",", ""))
-
-
-def _fault(answer: str) -> str | None:
-    """What is wrong with an answer that is to be a number."""
-    try:
-        if math.isfinite(float(answer.replace(",", ""))):
-            return None
-    except ValueError:
-        pass
-    return f"its answer {answer[:60]!r} is no finite number"
-
-
-def given(answers: Sequence[str | None]) -> list[str]:
-    """UserError where a row has none."""
+def require_answers(answers: Answers) -> list[str]:
+    """Return the answers. Raise a `UserError` if one is missing."""
     if any(answer is None for answer in answers):
-        raise UserError("this reward compares with a row's `answer`; these rows have none")
+        raise UserError("this reward compares with a row's `answer`, but these rows have none")
     return list(answers)  # type: ignore[arg-type]
 
 
-def last_number(text: str) -> str | None:
-    """Without its commas; None where there is no number."""
+def find_last_number(text: str) -> str | None:
+    """Return the last number of a text without its commas, or None."""
     found = NUMBER.findall(text)
     return found[-1].replace(",", "") if found else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sentiment:
-    """VADER's compound sentiment of the response, in [−1, 1] (Hutto and Gilbert, 2014; package vaderSentiment)."""
+    """Return VADER's compound sentiment of the response, in [−1, 1] (Hutto and Gilbert, 2014; extra `sentiment`)."""
 
     scores_text = True
 
     @cached_property
     def _analyzer(self) -> Any:
-        try:
-            from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-        except ImportError as error:
-            raise UserError("reward=sentiment needs an extra: pip install -e '.[sentiment]'") from error
-        return SentimentIntensityAnalyzer()
+        vader = import_extra("vaderSentiment.vaderSentiment", "sentiment", "reward=sentiment")
+        return vader.SentimentIntensityAnalyzer()
 
     @property
     def identity(self) -> dict[str, Any]:
-        self._analyzer  # noqa: B018  a missing package is told before anything is sampled
+        """The name and version of the program. Raise a `UserError` if the package is missing."""
+        self._analyzer  # noqa: B018
         return {"program": "vader", "version": 1}
 
-    def __call__(
-        self, prompts: Sequence[Sequence[Message]], responses: Sequence[str], answers: Sequence[str | None]
-    ) -> list[float]:
+    def __call__(self, prompts: Prompts, responses: Sequence[str], answers: Answers) -> list[float]:
+        """Return one sentiment per response."""
         return [float(self._analyzer.polarity_scores(text)["compound"]) for text in responses]

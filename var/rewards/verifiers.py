@@ -1,4 +1,4 @@
-"""Rewards that check a response by a package: math-verify and reasoning-gym (extra `verifiers`)."""
+"""Rewards that verify a response with the packages math-verify and reasoning-gym (extra `verifiers`)."""
 
 import ast
 import sys
@@ -10,16 +10,16 @@ from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any, Literal
 
-from var.data.rows import Message
-from var.data.sources.reasoning_gym import dataset, read_problem
-from var.rewards.programmatic import given, last_number
+from var.data.sources.reasoning_gym import make_dataset, read_problem
+from var.rewards.base import Answers, Prompts
+from var.rewards.programmatic import find_last_number, require_answers
 from var.utils.errors import UserError
+from var.utils.extras import import_extra
 
-EXTRA = "reward={} needs an extra: pip install -e '.[verifiers]'"
-EDGES = ".,;:!?…\"'`*_()[]{}<>"  # what stands around a last word and is not of it
-# Tasks whose scorer hands the response, or the problem's answer, to Python's eval (0.1.25).
+EDGES = ".,;:!?…\"'`*_()[]{}<>"  # characters around a last word that are not part of it
+# Tasks whose scorer passes the response, or the problem's answer, to Python's eval (reasoning-gym 0.1.25).
 EVALUATE = {"binary_matrix", "n_queens", "number_sorting", "spiral_matrix", "string_insertion"}
-# Tasks whose scorer hands it to sympy's parse_expr, which is eval too; it may call these.
+# Tasks whose scorer passes it to sympy's parse_expr, which calls eval too, and the functions that it may call.
 PARSE = {"countdown", "intermediate_integration", "polynomial_multiplication", "puzzle24", "simple_integration"}
 FUNCTIONS = {
     "Abs", "Integer", "Rational", "acos", "asin", "atan", "cos", "cosh", "cot", "exp", "ln", "log", "sin", "sinh",
@@ -29,13 +29,14 @@ FUNCTIONS = {
 
 @dataclass(frozen=True, kw_only=True)
 class MathVerify:
-    """1 where the final answer of the response equals the row's `answer` mathematically, else 0 (package math-verify).
+    """Return 1 if the final answer of the response equals the row's `answer` mathematically, else 0 (math-verify).
 
-    The answer is plain or LaTeX: 1/2, \\frac12, \\boxed{x+1}; of the response the last boxed one counts, else the last
-    expression or number. timeout: seconds, at least 1, for one parsing or comparison; one that takes longer is 0. The
-    package counts them by a signal, which only the main thread can have: elsewhere there is no limit.
+    The answer is plain text or LaTeX: 1/2, \\frac12, \\boxed{x+1}. In a response the last boxed expression counts, else
+    the last expression or number.
     """
 
+    # Seconds for one parsing or comparison; an answer that takes longer scores 0. The package uses a signal, which
+    # works only in the main thread: in other threads there is no limit.
     timeout: int = 5
 
     scores_text = True
@@ -43,49 +44,42 @@ class MathVerify:
 
     def __post_init__(self) -> None:
         if self.timeout < 1:
-            raise UserError(f"reward.timeout={self.timeout}: whole seconds, at least 1")
+            raise UserError(f"reward.timeout={self.timeout}: must be at least 1 second")
 
     @property
     def identity(self) -> dict[str, Any]:
-        _math_verify()  # a missing package is told before anything is sampled
+        """The version of the package and the timeout. Raise a `UserError` if the package is missing."""
+        import_extra("math_verify", "verifiers", "reward=math")
         return {"program": "math_verify", "package": version("math-verify"), "timeout": self.timeout}
 
-    def __call__(
-        self, prompts: Sequence[Sequence[Message]], responses: Sequence[str], answers: Sequence[str | None]
-    ) -> list[float]:
-        parse, verify = _math_verify()
+    def __call__(self, prompts: Prompts, responses: Sequence[str], answers: Answers) -> list[float]:
+        """Return 1 or 0 per response."""
+        package = import_extra("math_verify", "verifiers", "reward=math")
         seconds = self.timeout if threading.current_thread() is threading.main_thread() else None
-        wished = given(answers)
-        wanted = {answer: self._wanted(parse, answer, seconds) for answer in set(wished)}
+        required = require_answers(answers)
+        parsed = {answer: self._parse_answer(package.parse, answer, seconds) for answer in set(required)}
         return [
-            float(verify(wanted[answer], parse(text, parsing_timeout=seconds), timeout_seconds=seconds))
-            for text, answer in zip(responses, wished, strict=True)
+            float(package.verify(parsed[answer], package.parse(text, parsing_timeout=seconds), timeout_seconds=seconds))
+            for text, answer in zip(responses, required, strict=True)
         ]
 
-    def _wanted(self, parse: Callable[..., list[Any]], answer: str, seconds: int | None) -> list[Any]:
-        """LaTeX without its signs is taken as LaTeX too."""
-        signed = answer if "$" in answer or "\\boxed" in answer else f"${answer}$"
-        if not (found := parse(signed, parsing_timeout=seconds)):
-            raise UserError(f"reward=math compares with mathematics, and a row's `answer` is {answer[:60]!r}")
+    def _parse_answer(self, parse: Callable[..., list[Any]], answer: str, seconds: int | None) -> list[Any]:
+        """Return the expressions of a row's answer. LaTeX is recognized without its $ signs too."""
+        latex = answer if "$" in answer or "\\boxed" in answer else f"${answer}$"
+        if not (found := parse(latex, parsing_timeout=seconds)):
+            raise UserError(f"reward=math compares with a mathematical answer, but a row's `answer` is {answer[:60]!r}")
         return found
-
-
-def _math_verify() -> tuple[Callable[..., list[Any]], Callable[..., bool]]:
-    try:
-        from math_verify import parse, verify
-    except ImportError as error:
-        raise UserError(EXTRA.format("math")) from error
-    return parse, verify
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReasoningGym:
-    """The score in [0, 1] that reasoning-gym gives a response to a problem of data=reasoning_gym; many are graded.
+    """Return the score in [0, 1] that reasoning-gym gives a response to a problem of data=reasoning_gym.
 
-    extract: last_number or last_word: what of the response is its answer, since most tasks give next to nothing for
-    an answer inside a sentence; none: all of it, as a grid of several lines needs. Without a number or a word it is 0.
+    Many tasks are graded, and most give almost nothing for an answer inside a sentence. Hence `extract` says which part
+    of the response is its answer. A response without a number or a word scores 0.
     """
 
+    # last_number, last_word, or none: the complete response, as a grid of several lines needs.
     extract: Literal["last_number", "last_word", "none"] = "last_number"
 
     scores_text = True
@@ -93,27 +87,24 @@ class ReasoningGym:
 
     def __post_init__(self) -> None:
         if self.extract not in ("last_number", "last_word", "none"):
-            raise UserError(f"reward.extract is last_number, last_word or none, got {self.extract}")
+            raise UserError(f"reward.extract: expected last_number, last_word or none, got {self.extract}")
 
     @property
     def identity(self) -> dict[str, Any]:
-        try:
-            import reasoning_gym  # noqa: F401  a missing package is told before anything is sampled
-        except ImportError as error:
-            raise UserError(EXTRA.format("reasoning_gym")) from error
+        """The version of the package and `extract`. Raise a `UserError` if the package is missing."""
+        import_extra("reasoning_gym", "verifiers", "reward=reasoning_gym")
         return {"program": "reasoning_gym", "package": version("reasoning-gym"), "extract": self.extract}
 
-    def __call__(
-        self, prompts: Sequence[Sequence[Message]], responses: Sequence[str], answers: Sequence[str | None]
-    ) -> list[float]:
-        return [self._score(text, answer) for text, answer in zip(responses, given(answers), strict=True)]
+    def __call__(self, prompts: Prompts, responses: Sequence[str], answers: Answers) -> list[float]:
+        """Return one score per response."""
+        return [self._score(text, answer) for text, answer in zip(responses, require_answers(answers), strict=True)]
 
     def answer_fault(self, answer: str) -> str | None:
-        """Of a row of another data set."""
+        """Return a reason if the answer is from another data set, else None."""
         try:
             read_problem(answer)
         except ValueError as error:
-            return f"its answer is {error}"
+            return f"its answer {error}"
         return None
 
     def _score(self, response: str, answer: str) -> float:
@@ -121,44 +112,49 @@ class ReasoningGym:
             problem = read_problem(answer)
         except ValueError as error:
             raise UserError(
-                f"reward=reasoning_gym scores rows of data=reasoning_gym; a row's `answer` is {error}"
+                f"reward=reasoning_gym scores rows of data=reasoning_gym, but a row's `answer` {error}"
             ) from None
-        scorer = _scorer(problem["task"], repr(problem["options"]))
-        if (found := self._extracted(response)) is None:
+        scorer = _make_scorer(problem["task"], repr(problem["options"]))
+        if (found := self._extract(response)) is None:
             return 0.0
         try:
             return float(scorer(found, problem))
-        except Exception:  # some tasks' own scorers raise on a response that is not of their form
+        except Exception:  # scorers of some tasks raise for a response of another form
             return 0.0
 
-    def _extracted(self, response: str) -> str | None:
+    def _extract(self, response: str) -> str | None:
+        """Return the answer in a response, or None."""
         if self.extract == "none":
             return response.strip() or None
         if self.extract == "last_number":
-            return last_number(response)
-        return next((word for word in map(_stripped, reversed(response.split())) if word), None)
+            return find_last_number(response)
+        return next((word for word in (word.strip(EDGES) for word in reversed(response.split())) if word), None)
 
 
 @lru_cache(maxsize=256)
-def _scorer(task: str, options: str) -> Callable[[str, dict[str, Any]], float]:
-    problems = dataset(task, 1, 0, ast.literal_eval(options))
+def _make_scorer(task: str, options: str) -> Callable[[str, dict[str, Any]], float]:
+    """Return the scorer of a task, without access to Python's eval: text that a model wrote is parsed, never run."""
+    problems = make_dataset(task, 1, 0, ast.literal_eval(options))
     names = vars(sys.modules[type(problems).__module__])
-    if task in EVALUATE:  # a module's own name comes before Python's: what a model wrote is read, never run
+    if task in EVALUATE:  # a global name of the module shadows the builtin
         names["eval"] = ast.literal_eval
     if task in PARSE:
         import sympy
 
-        for name, held in list(names.items()):  # the function itself, or the package, under whatever name
-            if held is sympy.parse_expr:
-                names[name] = _parsed
-            elif held is sympy:
-                names[name] = SimpleNamespace(**{**vars(sympy), "parse_expr": _parsed})
+        for name, value in list(names.items()):  # the function or the package, under any name
+            if value is sympy.parse_expr:
+                names[name] = _parse_expression
+            elif value is sympy:
+                names[name] = SimpleNamespace(**{**vars(sympy), "parse_expr": _parse_expression})
     return problems.score_answer
 
 
-def _parsed(text: str, local_dict: dict[str, Any] | None = None) -> Any:
-    """sympy's parse_expr of numbers, names, operators and FUNCTIONS alone; a ValueError at anything else, and at a
-    power that could take forever: 9**9**9 is computed in one call, which no time limit ends."""
+def _parse_expression(text: str, local_dict: dict[str, Any] | None = None) -> Any:
+    """Parse an expression of numbers, names, operators and FUNCTIONS with sympy's parse_expr.
+
+    Raise a ValueError for anything else, and for a power that could take forever: Python computes 9**9**9 in one call,
+    which no time limit can interrupt.
+    """
     import sympy
 
     plain = (ast.Expression, ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop, ast.Name, ast.Load)
@@ -166,21 +162,20 @@ def _parsed(text: str, local_dict: dict[str, Any] | None = None) -> Any:
         call = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in FUNCTIONS
         number = isinstance(node, ast.Constant) and isinstance(node.value, int | float)
         if not (call or number or isinstance(node, plain)):
-            raise ValueError(f"{text[:60]!r} is no expression of numbers, names, operators and known functions")
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow) and not _quick(node):
-            raise ValueError(f"{text[:60]!r} has a power whose exponent is neither small nor simple")
+            raise ValueError(f"{text[:60]!r} has more than numbers, names, operators and known functions")
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow) and not _is_fast_power(node):
+            raise ValueError(f"{text[:60]!r} has a power that may take forever")
     return sympy.parse_expr(text, local_dict=local_dict)
 
 
-def _quick(power: ast.BinOp) -> bool:
-    """An exponent of numbers to 100 and one operation, and at most three powers of one another: 9**1000000 at most."""
+def _is_fast_power(power: ast.BinOp) -> bool:
+    """Return whether the exponent has numbers to 100 and one operation, and the base at most two powers.
+
+    The largest number is then about 9**1000000.
+    """
     exponent, base = list(ast.walk(power.right)), list(ast.walk(power.left))
     numbers = [part.value for part in exponent if isinstance(part, ast.Constant)]
     small = all(isinstance(number, int | float) and abs(number) <= 100 for number in numbers)
     operations = [part.op for part in exponent if isinstance(part, ast.BinOp)]
     powers = sum(isinstance(part, ast.Pow) for part in base)
     return small and len(operations) <= 1 and ast.Pow not in map(type, operations) and powers <= 2
-
-
-def _stripped(word: str) -> str:
-    return word.strip(EDGES)

@@ -1,4 +1,4 @@
-"""Sampling: K responses a prompt from a policy, as text and as they stopped; the same seeds give the same text."""
+"""Settings of sampling, the protocol of a sampler, and what all samplers share."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -9,14 +9,30 @@ from var.data.chat import Chat
 from var.data.rows import Message
 from var.utils.errors import UserError
 
+Prompts = Sequence[Sequence[Message]]
+Texts = list[list[tuple[str, bool]]]  # per prompt K texts, each with whether it finished; the end token is not included
+Advance = Callable[[int], None]  # reports how many more prompts are done
+
+
+def ignore_progress(done: int) -> None:
+    """Report nothing."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How responses are sampled. temperature 1 and top_p 1 draw from the policy itself, as the method assumes.
+    """How responses are sampled. At temperature 1 and top_p 1 they follow the policy itself, as the method assumes.
 
-    responses: K a prompt. max_new_tokens: a response that reaches it is cut, which is counted. batch, batch_tokens:
-    sequences, and their tokens with padding, at once at most, but for one prompt's K, which stay together; for speed
-    and memory, the text depends on them by rounding alone.
+    The limits `batch` and `batch_tokens` are for speed and memory; they change the text at most by rounding. The K
+    responses of a prompt always stay in one batch.
+
+    Attributes:
+        responses: K, responses per prompt.
+        temperature: Divisor of the logits; 0 is greedy.
+        top_p: Probability mass of the most likely tokens from which a token is drawn.
+        max_new_tokens: Tokens at which a response is truncated; truncated responses are counted.
+        batch: Sequences per batch, at most.
+        batch_tokens: Tokens per batch, including padding and max_new_tokens per sequence, at most.
+        seed: Seed of the random numbers; the same seed and prompt give the same text.
     """
 
     responses: int
@@ -29,19 +45,19 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.responses < 1 or self.max_new_tokens < 1 or self.batch < self.responses:
-            raise UserError("generate: responses and max_new_tokens are at least 1, batch at least responses")
+            raise UserError("generate: responses and max_new_tokens must be at least 1, batch at least responses.")
         if not (self.temperature >= 0 and 0 < self.top_p <= 1):
-            raise UserError("generate: temperature is ≥ 0 (0 is greedy) and top_p in (0, 1]")
+            raise UserError("generate: temperature must be at least 0 (0 is greedy) and top_p in (0, 1].")
         if self.temperature == 0 and self.responses > 1:
-            raise UserError("generate: at temperature 0 all responses of a prompt are one; set responses to 1")
+            raise UserError("generate: at temperature=0 all responses of a prompt are equal. Set responses=1.")
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the text depends on."""
+        """The settings on which the text depends."""
         return {name: value for name, value in asdict(self).items() if name not in ("batch", "batch_tokens")}
 
     def batches(self, lengths: Sequence[int]) -> Iterator[slice]:
-        """Neighbours among prompts of so many tokens, in ascending order, that are answered at once."""
+        """Divide prompts into batches, given their lengths in tokens in ascending order."""
         begin = 0
         for end, length in enumerate(lengths, 1):
             sequences = (end - begin) * self.responses
@@ -54,41 +70,38 @@ class Sampling:
             yield slice(begin, len(lengths))
 
 
-def _seed(seed: int, content: Any) -> int:
-    """Of the content: the same prompt draws the same text, wherever in the run it is sampled."""
-    return int.from_bytes(hashlib.sha256(repr((seed, content)).encode()).digest()[:6], "little")
-
-
 class Sampler(Protocol):
-    """Where the reference's responses come from. `reference` is var.models.frozen.Reference."""
+    """Where responses come from. `reference` is a var.models.frozen.FrozenModel."""
 
     def identity(self, reference: Any) -> dict[str, Any]:
-        """What its text depends on, beside the sampling."""
+        """Return what the text depends on, apart from the Sampling."""
         ...
 
     def check(self) -> None:
-        """What the user can mend, before anything is sampled."""
+        """Raise a UserError if the sampler cannot run, before anything is sampled."""
         ...
 
     def __call__(
-        self,
-        reference: Any,
-        prompts: Sequence[Sequence[Message]],
-        sampling: Sampling,
-        advance: Callable[[int], None] = lambda done: None,
-    ) -> list[list[tuple[str, bool]]]:
-        """K (text, finished) for each prompt, in order, the text without the end token; it may be empty."""
+        self, reference: Any, prompts: Prompts, sampling: Sampling, advance: Advance = ignore_progress
+    ) -> Texts:
+        """Return K texts per prompt, in order. A text may be empty; one that is not finished was truncated."""
         ...
 
     def release(self) -> None:
-        """Let go of what was loaded for it; the next call loads it again."""
+        """Free what was loaded for sampling. The next call loads it again."""
         ...
 
 
-def _text(chat: Chat, ids: list[int]) -> str:
+def derive_seed(seed: int, content: Any) -> int:
+    """Return a seed that depends on `content` alone, so that a prompt gives the same text anywhere in a run."""
+    return int.from_bytes(hashlib.sha256(repr((seed, content)).encode()).digest()[:6], "little")
+
+
+def derive_server_seed(seed: int, content: Any) -> int:
+    """Return `derive_seed` as a signed 32-bit integer, the type that servers read."""
+    return derive_seed(seed, content) % 2**31
+
+
+def decode(chat: Chat, ids: list[int]) -> str:
+    """Return the text of a response's tokens, without special tokens."""
     return str(chat.tokenizer.decode(ids, skip_special_tokens=True))
-
-
-def _short(seed: int) -> int:
-    """Servers read a seed as a signed number of 32 bits."""
-    return seed % 2**31

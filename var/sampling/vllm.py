@@ -3,24 +3,27 @@
 import gc
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from var.data.chat import Chat
-from var.data.rows import Message
-from var.sampling.base import Sampling, _seed, _short, _text
+from var.sampling.base import Advance, Prompts, Sampling, Texts, decode, derive_server_seed, ignore_progress
 from var.utils.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class VLLM:
-    """The reference's weights in vLLM, in this process; tested beside a stand-in for vLLM alone, for want of a GPU.
+    """Sample with the reference's weights in vLLM, which stays loaded until `release`. Not tested on a GPU.
 
-    The engine stays loaded from call to call, until `release`. Each prompt has a seed of its own tokens, to which vLLM
-    adds the response's number: the same text whatever else is sampled, but for what batching does to the rounding.
-    It is not the text that Transformers draws, so the store keeps them apart. gpu_memory_utilization: share of each
-    GPU. max_model_len: tokens of the longest prompt with its response; None: the model's own, whose cache may not fit.
+    Each prompt has a seed derived from its tokens, to which vLLM adds the number of the response. The text does not
+    depend on the other prompts, except through rounding. It differs from the text that Transformers samples, so the
+    annotation cache stores the two separately.
+
+    Attributes:
+        gpu_memory_utilization: Fraction of the memory of each GPU.
+        tensor_parallel_size: GPUs that hold one model.
+        max_model_len: Tokens of the longest prompt with its response. None is the model's limit, whose key-value cache
+            may not fit into memory.
     """
 
     gpu_memory_utilization: float = 0.9
@@ -30,47 +33,45 @@ class VLLM:
 
     def __post_init__(self) -> None:
         if not 0 < self.gpu_memory_utilization <= 1 or self.tensor_parallel_size < 1:
-            raise UserError("sampler: gpu_memory_utilization is in (0, 1] and tensor_parallel_size at least 1")
+            raise UserError("sampler: gpu_memory_utilization must be in (0, 1] and tensor_parallel_size at least 1.")
 
     def identity(self, reference: Any) -> dict[str, Any]:
+        """Return what the text depends on. Raises a UserError if the reference is an adapter."""
         if reference.pretrained.base is not None:
             raise UserError(
-                f"sampler=vllm loads whole models, and {reference.pretrained.folder} is an adapter; "
-                "sampler=transformers merges it into its base"
+                f"sampler=vllm: {reference.pretrained.folder} is an adapter, which vLLM does not merge into its base. "
+                "Use sampler=transformers."
             )
         return {"reference": reference.identity, "sampler": "vllm"}
 
     def check(self) -> None:
+        """Raise a UserError if vLLM is not installed or if there is more than one process."""
         if importlib.util.find_spec("vllm") is None:
             raise UserError("sampler=vllm needs an extra: pip install -e '.[vllm]'")
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise UserError(
-                "sampler=vllm runs in one process, with sampler.tensor_parallel_size GPUs. Fill the store by "
-                "annotate.py without torchrun, then train"
+                "sampler=vllm runs in one process, with sampler.tensor_parallel_size GPUs. Run annotate.py without "
+                "torchrun first, then train."
             )
 
     def __call__(
-        self,
-        reference: Any,
-        prompts: Sequence[Sequence[Message]],
-        sampling: Sampling,
-        advance: Callable[[int], None] = lambda done: None,
-    ) -> list[list[tuple[str, bool]]]:
+        self, reference: Any, prompts: Prompts, sampling: Sampling, advance: Advance = ignore_progress
+    ) -> Texts:
+        """Return K texts per prompt, in order."""
         from vllm import SamplingParams
 
         chat, encoded = reference.pretrained.chat, [reference.pretrained.chat.prompt(prompt) for prompt in prompts]
-        drawn = [
+        params = [
             SamplingParams(
                 n=sampling.responses, temperature=sampling.temperature, top_p=sampling.top_p,
-                max_tokens=sampling.max_new_tokens, seed=_short(_seed(sampling.seed, [ids])),
+                max_tokens=sampling.max_new_tokens, seed=derive_server_seed(sampling.seed, [ids]),
                 stop_token_ids=[chat.end_token], ignore_eos=True, detokenize=False,
-            )  # nothing but the template's end token ends a response, as in `sample`
+            )  # only the template's end token ends a response, as in `sample`
             for ids in encoded
         ]  # fmt: skip
-        outputs = self._load(reference).generate([{"prompt_token_ids": ids} for ids in encoded], drawn, use_tqdm=False)
+        outputs = self._load(reference).generate([{"prompt_token_ids": ids} for ids in encoded], params, use_tqdm=False)
         advance(len(prompts))
-        ended = [[_until_end(chat, list(one.token_ids)) for one in output.outputs] for output in outputs]
-        return [[(_text(chat, ids), finished) for ids, finished in several] for several in ended]
+        return [[read_response(chat, list(one.token_ids)) for one in output.outputs] for output in outputs]
 
     def _load(self, reference: Any) -> Any:
         from vllm import LLM
@@ -88,6 +89,7 @@ class VLLM:
         return self._engine[key]
 
     def release(self) -> None:
+        """Free the engine. The next call loads it again."""
         if self._engine:
             from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
@@ -96,7 +98,7 @@ class VLLM:
             cleanup_dist_env_and_memory()
 
 
-def _until_end(chat: Chat, ids: list[int]) -> tuple[list[int], bool]:
-    """Sampled tokens up to the end token, and whether there is one."""
+def read_response(chat: Chat, ids: list[int]) -> tuple[str, bool]:
+    """Return the text of sampled tokens before the end token, and whether there is an end token."""
     finished = chat.end_token in ids
-    return (ids[: ids.index(chat.end_token)] if finished else ids), finished
+    return decode(chat, ids[: ids.index(chat.end_token)] if finished else ids), finished

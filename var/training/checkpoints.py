@@ -1,4 +1,7 @@
-"""Checkpoints, how a run goes on from one, and how it ends before its end: a signal, a full disk."""
+"""Checkpoints, resuming from them, and ending early: on a signal or a full disk.
+
+Lightning's own checkpoint callback is not used: it can leave no complete checkpoint when a run is killed while saving.
+"""
 
 import os
 import pickle
@@ -7,7 +10,7 @@ import signal
 import threading
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning
 import torch
@@ -19,74 +22,75 @@ from var.training.optim import state_size
 from var.utils.console import say
 from var.utils.errors import UserError
 
-if TYPE_CHECKING:
-    from var.training.module import AlignmentModule
-
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what SLURM and others send before they kill; USR1 where it is asked to
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what SLURM and others send before they kill; USR1 on request
 
 
 class Checkpoints(Callback):
-    """checkpoints/step-N.ckpt, every so many optimiser steps, at the end of training, and when told to leave.
+    """Writes checkpoints/step-N.ckpt every n optimizer steps, at the end of training, and on SIGTERM or SIGUSR1.
 
-    Each is written beside, synchronised, and renamed: whatever happens one whole checkpoint is there, and only the
-    newest is kept; last.ckpt is a link to it. Told to leave by SIGTERM or SIGUSR1, training ends with the optimiser
-    step that runs, at once where none does (several ranks agree on it at the end of the next one); the exit status is
-    128 and the signal, and the same command goes on.
+    A checkpoint is written under another name, synced and renamed. So at any time there is a complete one. Only the
+    newest is kept, and last.ckpt links to it. On a signal, training ends after the current optimizer step, or at once
+    between steps; several ranks agree on it at the end of the next step. The exit status is 128 plus the signal, and
+    the same command resumes.
     """
 
     def __init__(self, folder: Path, every_n_steps: int) -> None:
         self.folder, self.every_n_steps = folder, every_n_steps
-        self._told: int | None = None
-        self._within = False  # a step: its state is not to be saved
-        self._over = False  # training is, and saved
+        self._signal: int | None = None
+        self._within_step = False  # the state within a step must not be saved
+        self._finished = False
         self._step = -1
 
     def on_fit_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Let a checkpoint of the last step run what follows training."""
         trainer.fit_loop.__class__ = FitLoop
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Remove what a killed run left, and install the signal handlers."""
         self._step = trainer.global_step
-        if trainer.is_global_zero:  # what a run left that was killed before it had cleared up
+        if trainer.is_global_zero:
             for old in checkpoints(self.folder)[:-1]:
                 remove(old)
 
-        def told(number: int, _: FrameType | None) -> None:
-            self._told = number
-            if self._over or (not self._within and trainer.world_size == 1):
+        def handle(number: int, _: FrameType | None) -> None:
+            self._signal = number
+            if self._finished or (not self._within_step and trainer.world_size == 1):
                 self._leave(trainer)
 
-        if threading.current_thread() is threading.main_thread():  # Python hands signals to no other
-            for number in SIGNALS:  # Lightning puts back what was there before the fit, for every signal
-                signal.signal(number, told)
+        if threading.current_thread() is threading.main_thread():  # Python delivers signals only to it
+            for number in SIGNALS:  # after the fit, Lightning restores the previous handlers
+                signal.signal(number, handle)
 
     def on_train_batch_start(self, *_: Any) -> None:
-        self._within = True
+        """Mark the beginning of a micro-batch."""
+        self._within_step = True
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+        """After a complete optimizer step, leave on a signal, or save if due."""
         step = trainer.global_step
-        if step == self._step:  # what a step has accumulated is in no checkpoint
+        if step == self._step:  # a checkpoint would lose what the step has accumulated
             return
         self._step = step
-        if trainer.strategy.reduce_boolean_decision(self._told is not None, all=False):
+        if trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False):
             self._leave(trainer)
         if step % self.every_n_steps == 0 or step >= trainer.estimated_stepping_batches or trainer.should_stop:
             self.save(trainer)
-        self._within = False
+        self._within_step = False
 
     def on_train_end(self, *_: Any) -> None:
-        self._over = True
+        """Mark the end of training, after which everything is saved."""
+        self._finished = True
 
     def _leave(self, trainer: lightning.Trainer) -> None:
-        self._within = True  # a second signal finds this under way
-        if not self._over:
+        self._within_step = True  # so that a second signal does not leave again
+        if not self._finished:
             self.save(trainer)
-        number = self._told or signal.SIGTERM  # another rank was told
-        say(f"Told to leave by {signal.Signals(number).name}: step {self._step} is saved, the same command goes on.")
+        number = self._signal or signal.SIGTERM  # another rank received it
+        say(f"Received {signal.Signals(number).name}; saved step {self._step}. Run the same command to resume.")
         raise SystemExit(128 + number)
 
     def save(self, trainer: lightning.Trainer) -> None:
-        """Of the state between two steps. By all ranks."""
+        """Save the state between two steps. All ranks must call it."""
         path = self.folder / f"step-{trainer.global_step}.ckpt"
         partial = path.with_suffix(".partial")
         if path.exists():
@@ -109,66 +113,72 @@ class Checkpoints(Callback):
             remove(partial)
             kept = checkpoints(self.folder)
             raise UserError(
-                f"the checkpoint of step {trainer.global_step} cannot be written: {error.strerror} at {self.folder}; "
-                + (f"{kept[-1].name} is whole. " if kept else "there is none before it. ")
-                + "Make room; the same command goes on"
+                f"the checkpoint of step {trainer.global_step} cannot be written: {error.strerror} at {self.folder}. "
+                + (f"{kept[-1].name} is complete. " if kept else "There is no earlier one. ")
+                + "Free disk space and run the same command to resume."
             ) from error
         trainer.strategy.barrier("checkpoint")
 
 
 class DirectCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint where it is told to. Lightning's own makes it whole in memory first, then in the folder of
-    temporary files, which may be small, and where a kill leaves it."""
+    """Writes a checkpoint at its path.
+
+    Lightning's own builds it in memory and then in the folder of temporary files, which can be small, and where a kill
+    leaves it.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write the checkpoint."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(path, "wb") as file:
             torch.save(checkpoint, file)
 
 
 class FitLoop(_FitLoop):
-    """Lightning's own returns at once where a checkpoint is of the last step, before what follows on training."""
+    """A fit loop that does not skip. Lightning's own would skip the end of training after a last checkpoint."""
 
     @property
     def skip(self) -> bool:
+        """Never."""
         return False
 
 
 def rescale_progress(loops: dict[str, Any], before: int, now: int) -> None:
-    """A checkpoint's progress counts a rank's own micro-batches: make it what it would be on `now` ranks for `before`.
+    """Convert a checkpoint's progress, which counts a rank's micro-batches, from `before` ranks to `now` ranks.
 
-    Each optimiser step has the same micro-batches, shared out among the ranks, and a checkpoint stands between two.
+    Each optimizer step has the same micro-batches, dealt to the ranks, and a checkpoint is between two steps.
     """
     for part in ("total", "current"):
         progress = loops["fit_loop"]["epoch_loop.batch_progress"][part]
-        behind = progress["processed"] - progress["completed"]  # the hook that saves belongs to the last one
+        behind = progress["processed"] - progress["completed"]  # the hook that saves belongs to the last micro-batch
         for name in ("ready", "started", "processed"):
             progress[name] = progress[name] * before // now
         progress["completed"] = progress["processed"] - behind
 
 
 def check_checkpoint(checkpoint: Path) -> None:
-    """A checkpoint is read without running what it names; one that names more than a run's is refused.
+    """Raise UserError if a checkpoint is damaged or a pickle of anything but tensors and plain values.
 
-    Of a sharded one torch would unpickle `.metadata` as it is.
+    Nothing that it names is run. torch would unpickle the `.metadata` of a sharded checkpoint without a check.
     """
     try:
         if checkpoint.is_dir():
             with (checkpoint / ".metadata").open("rb") as file:
                 Metadata(file).load()
-        else:  # its form alone, without the numbers
+        else:  # only its structure, without the numbers
             torch.load(checkpoint, map_location="meta", weights_only=True)
     except Exception as error:  # torch and pickle raise many kinds
         raise UserError(
-            f"resume={checkpoint} is no checkpoint of a run: it is damaged, or a pickle that names something else than "
-            "tensors and plain values, which is not run"
+            f"resume={checkpoint} is not a checkpoint of a run: it is damaged, or a pickle that names objects other "
+            "than tensors and plain values. Nothing of it was run."
         ) from error
 
 
 class Metadata(pickle.Unpickler):
-    """Of what torch.distributed.checkpoint writes there, and of nothing else."""
+    """Reads what torch.distributed.checkpoint writes, and rejects everything else."""
 
     def find_class(self, module: str, name: str) -> Any:
+        """Return the class, if it is one that torch.distributed.checkpoint writes."""
         plain = {("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch", "Size"),
                  ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath")}  # fmt: skip
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
@@ -177,36 +187,42 @@ class Metadata(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def check_disk_space(folder: Path, module: "AlignmentModule") -> None:
-    """A run ends with a checkpoint and the model: that they have no room is told before anything is computed."""
-    parameters = list(module.policy.parameters())
-    kind = getattr(module.optimizer, "func", None)  # Hydra's partial
+def check_disk_space(folder: Path, policy: torch.nn.Module, optimizer: Any) -> None:
+    """Raise UserError if the run's last checkpoint and its exported model do not fit on the disk.
+
+    Args:
+        folder: of the run.
+        policy: the model that trains.
+        optimizer: makes the optimizer; a partial of its class.
+    """
+    parameters = list(policy.parameters())
+    kind = getattr(optimizer, "func", None)  # Hydra's partial
     state = sum(p.numel() * (p.itemsize + state_size(kind, p.itemsize)) for p in parameters if p.requires_grad)
     model = sum(p.numel() * p.itemsize for p in parameters)
     here = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and not file.is_symlink())
-    free = room(folder)
+    free = free_bytes(folder)
     if state + model > free + here:
         raise UserError(
-            f"runs: {folder.absolute()} has room for {free / 2**30:.2f} GiB, and the run ends with a checkpoint of "
-            f"{state / 2**30:.2f} and a model of {model / 2**30:.2f}. Make room, or set runs=<a folder elsewhere>"
+            f"runs: {folder.absolute()} has {free / 2**30:.2f} GiB free, and the run ends with a checkpoint of "
+            f"{state / 2**30:.2f} GiB and a model of {model / 2**30:.2f} GiB. Free disk space or set runs=<folder>."
         )
 
 
-def room(folder: Path) -> int:
-    """Bytes that may be written there, whether it exists yet or not."""
-    there = folder.absolute()
-    while not there.exists():
-        there = there.parent
-    return shutil.disk_usage(there).free
+def free_bytes(folder: Path) -> int:
+    """Return the bytes that can be written at a folder, which need not exist yet."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The whole ones, by step."""
+    """Return the complete checkpoints, by step."""
     return sorted(folder.glob("step-*.ckpt"), key=lambda path: int(path.stem.removeprefix("step-")))
 
 
 def synchronize(path: Path) -> None:
-    """Wait until the disk has a file, or a folder's."""
+    """Wait until a file, or the files of a folder, are on the disk."""
     for file in [path, *path.rglob("*")] if path.is_dir() else [path]:
         descriptor = os.open(file, os.O_RDONLY)
         try:
@@ -216,7 +232,7 @@ def synchronize(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """A file, a link or a folder, if it is there."""
+    """Remove a file, link or folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -1,50 +1,54 @@
-"""This rank's micro-batches, from the plan."""
+"""This rank's micro-batches of the plan, each made by a thread while the previous one trains."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from var.data.plan import MicroBatch, Plan
 from var.models.packing import Packed
 from var.utils.distributed import Ranks
 
-if TYPE_CHECKING:
-    from var.training.datamodule import AlignmentData
-
 
 class PlanLoader:
-    """This rank's micro-batches, epoch by epoch, from where a resumed run stopped."""
+    """Yields this rank's micro-batches of an epoch, from where a resumed run stopped."""
 
-    def __init__(self, data: "AlignmentData", ranks: Ranks) -> None:
-        self.data, self.ranks = data, ranks
+    def __init__(
+        self,
+        plan: Plan,
+        make_batch: Callable[[MicroBatch], Packed],
+        position: Callable[[int], tuple[int, int]],
+        ranks: Ranks,
+    ) -> None:
+        self.plan, self.make_batch, self.position, self.ranks = plan, make_batch, position, ranks
 
     def __len__(self) -> int:
-        return self.data.plan.length(self.ranks.world)
+        return self.plan.length(self.ranks.world)
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing of its own: the position is the DataModule's. Without the pair Lightning warns at each resume."""
+        """Return nothing: the data module keeps the position. Without this method Lightning warns at each resume."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See state_dict."""
+        """Do nothing; see `state_dict`."""
 
     def __iter__(self) -> Iterator[Packed]:
-        epoch, begin = self.data.position(len(self))
-        shares = islice(self.data.plan.batches(epoch, self.ranks.rank, self.ranks.world), begin, None)
-        yield from ahead(map(self.data.batch, shares))
+        epoch, start = self.position(len(self))
+        micro_batches = islice(self.plan.batches(epoch, self.ranks.rank, self.ranks.world), start, None)
+        yield from prefetch(map(self.make_batch, micro_batches))
 
 
-def ahead(batches: Iterator[Packed]) -> Iterator[Packed]:
-    """The same, each made by a thread while the one before trains; pinned, where there is a GPU to take it."""
+def prefetch(batches: Iterator[Packed]) -> Iterator[Packed]:
+    """Yield the batches, each made by a thread while the previous one is used, in pinned memory if there is a GPU."""
 
-    def following() -> Packed | None:
+    def load() -> Packed | None:
         batch = next(batches, None)
         return batch.pinned() if batch is not None and torch.cuda.is_available() else batch
 
     with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(following)
-        while (batch := coming.result()) is not None:
-            coming = thread.submit(following)
+        pending = thread.submit(load)
+        while (batch := pending.result()) is not None:
+            pending = thread.submit(load)
             yield batch

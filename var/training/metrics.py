@@ -1,75 +1,79 @@
-"""What watches a run: step metrics and throughput, the health of the weights, validation by generation, its curve,
-its plan as files, its budget of seconds, a reward model's accuracy."""
+"""Metrics of training steps, throughput, and the budget of seconds."""
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from var.training.datamodule import AlignmentData
 from var.training.loggers import Curves, log
 from var.training.module import AlignmentModule
 from var.utils.console import warn
 
 
 class StepMetrics(Callback):
-    """Sums of the steps since the last log, reduced once over the ranks, and throughput.
+    """Logs the mean of each metric since the last log, reduced once over the ranks, and throughput.
 
-    ess_warning: once, when a step's effective sample size falls under this share of its sequences, say so and why.
+    Lightning's own `self.log` would reduce each metric by itself.
     """
 
     def __init__(self, ess_warning: float) -> None:
+        """Build the callback.
+
+        Args:
+            ess_warning: warn once if a step's effective sample size is below this fraction of its sequences.
+        """
         self.ess_warning, self.warned = ess_warning, False
         self.tokens = self.seconds = self.waited = 0.0
-        self._begun = self._ended = 0.0
+        self._started = self._finished = 0.0
         self._step = 0
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens of prompt and response this rank trained on, over the time of its steps and of waiting for them."""
+        """Tokens of prompts and responses that this rank trained on per second of steps and of waiting for them."""
         return self.tokens / max(self.seconds + self.waited, 1e-9)
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Remove rows that a killed run logged after the checkpoint."""
         self._step = trainer.global_step
         for logger in trainer.loggers:
             if isinstance(logger, Curves):
                 logger.forget_after(trainer.global_step)
-        self.restart()
+        self.restart_clock()
 
-    def restart(self) -> None:
-        """What went before was no waiting for data."""
-        self._ended = time.perf_counter()
-
-    def _is_due(self, trainer: lightning.Trainer, step: int) -> bool:
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return step == 1 or step % every == 0 or step >= trainer.estimated_stepping_batches
+    def restart_clock(self) -> None:
+        """Do not count the time since the last step as waiting for data."""
+        self._finished = time.perf_counter()
 
     def on_train_batch_start(self, trainer: lightning.Trainer, *_: Any) -> None:
+        """Count the time since the last step as waiting for data."""
         now = time.perf_counter()
-        self.waited += now - self._ended
-        self._begun = now
+        self.waited += now - self._finished
+        self._started = now
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        """Count tokens and time, and log if a step has ended and is due."""
         assert isinstance(module, AlignmentModule)
         self.tokens += batch.tokens
-        self.seconds += time.perf_counter() - self._begun
+        self.seconds += time.perf_counter() - self._started
         step = trainer.global_step
         if step != self._step:
             self._step = step
-            if self._is_due(trainer, step):
+            every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+            if step == 1 or step % every == 0 or step >= trainer.estimated_stepping_batches:
                 self._log(trainer, module, step)
-        self.restart()
+        self.restart_clock()
 
     def _log(self, trainer: lightning.Trainer, module: AlignmentModule, step: int) -> None:
         means = module.take_metrics()
         metrics = {f"train/{name}": value for name, value in means.items()}
         if "weight/square" in means:
             square = means["weight/square"]
-            ess = means["weight/mean"] ** 2 / square if square else 0.0  # online, a step's weights may all be 0
+            ess = means["weight/mean"] ** 2 / square if square else 0.0  # online, all weights of a step may be 0
             metrics["train/weight/ess"] = ess
             del metrics["train/weight/square"]
             if 0 < ess < self.ess_warning and not self.warned:
@@ -82,7 +86,7 @@ class StepMetrics(Callback):
         metrics["train/lr"] = module.rate
         metrics["train/epoch"] = float(trainer.current_epoch)
         metrics["throughput/tokens_per_second"] = self.tokens_per_second * trainer.world_size
-        metrics["throughput/share_waiting_for_data"] = self.waited / max(self.seconds + self.waited, 1e-9)
+        metrics["throughput/waiting_for_data"] = self.waited / max(self.seconds + self.waited, 1e-9)
         if torch.cuda.is_available():
             metrics["throughput/peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         log(trainer, metrics, step)
@@ -90,38 +94,39 @@ class StepMetrics(Callback):
             module.log("loss", means["loss"], prog_bar=True, logger=False)
 
     def _warn(self, trainer: lightning.Trainer, step: int, ess: float) -> None:
-        data: AlignmentData = trainer.datamodule  # type: ignore[attr-defined]
-        weights = data.facts.get("weights", {})
-        cause = "the temperature is small against the reward's spread: raise loss.temperature"
+        weights: Mapping[str, float] = trainer.datamodule.report.weights or {}  # type: ignore[attr-defined]
+        cause = "the temperature is small compared with the reward's spread; raise loss.temperature"
         if weights.get("length_correlation", 0) < -0.3:
-            cause = "weights follow response length, the shortest taking most: log π_ref is summed; see loss=var"
+            cause = "weights follow the response length, the shortest get most: log π_ref is summed; see loss=var"
         elif weights.get("largest", 0) > 50:
-            cause = f"one response weighs {weights['largest']:.0f} times the mean: rewards have a heavy tail"
-        warn(f"at step {step} the effective sample size is {ess:.2f} of the sequences; {cause}.")
+            cause = f"one response has {weights['largest']:.0f} times the mean weight: rewards have a heavy tail"
+        warn(f"at step {step} the effective sample size is {ess:.2f} of the sequences: {cause}.")
 
 
 def step_metrics(trainer: lightning.Trainer) -> StepMetrics:
-    """The run's own."""
+    """Return the trainer's StepMetrics."""
     return next(c for c in trainer.callbacks if isinstance(c, StepMetrics))  # type: ignore[attr-defined]
 
 
 class Budget(Callback):
-    """Stop at the first step after so many seconds of sampling, scoring and training; evaluation is not counted.
+    """Stops at the first step after so many seconds of sampling, scoring and training. Evaluation does not count.
 
-    The learning rate's schedule knows nothing of it: a constant one goes with a budget.
+    The learning rate's schedule does not take the budget into account; use a constant one.
     """
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self._step, self._spent, self._before = seconds, 0, 0.0, 0.0
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Stop at once if a resumed run has already spent it."""
         self._step = trainer.global_step
         trainer.should_stop = trainer.should_stop or 0 < self._before >= self.seconds
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step == self._step:  # within a step, what it has accumulated would be lost
+        """Stop after a complete step if it is spent."""
+        if trainer.global_step == self._step:  # stopping within a step would lose what it has accumulated
             return
         self._step = trainer.global_step
         steps = step_metrics(trainer)
@@ -130,9 +135,9 @@ class Budget(Callback):
         trainer.should_stop = trainer.should_stop or over
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run has spent that goes on from here."""
+        """Return the seconds spent, for a resumed run."""
         return {"spent": self._spent}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Of state_dict."""
+        """Restore the seconds spent."""
         self._before = state_dict["spent"]

@@ -1,169 +1,154 @@
-"""Rollouts: the policy answers prompts while it trains, and its answers, rewarded, are the next batches."""
+"""Rollouts: the policy answers prompts while it trains, and its rewarded responses are the next batches."""
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-from var.data.plan import Share
+from var.data.plan import MicroBatch
+from var.data.rows import Row
 from var.losses.base import Mean
 from var.models.packing import Packed, pack
-from var.models.policy import gather_parameters
-from var.requirements import Need
-from var.rewards.base import scored
-from var.sampling.local import sample_tokens
+from var.requirements import Rollout
+from var.rewards.base import compute_scores
 from var.utils.console import timed
 from var.utils.distributed import Ranks
 from var.utils.errors import UserError
 
-if TYPE_CHECKING:
-    from var.training.datamodule import AlignmentData
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rollout:
-    """steps: optimiser steps whose prompts are answered at once, by the policy as it then is; more than 1 trains on
-    answers of an older policy, sampled in larger batches. passes: how often each rollout is trained on.
-    """
-
-    steps: int = 1
-    passes: int = 1
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or self.passes < 1:
-            raise UserError("loss.rollout: steps and passes are at least 1")
+Responses = Sequence[Sequence[tuple[list[int], bool]]]  # for each prompt K (tokens, whether it is finished)
 
 
 class RolloutLoader:
-    """This rank's micro-batches, each made when it is asked for: prompts of the plan, answered by the policy as it is.
+    """Yields this rank's micro-batches. Each is made on demand: prompts of the plan, answered by the current policy.
 
-    A run that was resumed within a rollout samples that rollout anew, from the policy of the checkpoint.
+    A run that is resumed within a rollout samples that rollout again, from the policy of the checkpoint.
     """
 
-    def __init__(self, data: "AlignmentData", ranks: Ranks) -> None:
-        self.data, self.ranks = data, ranks
-        self.settings: Rollout = data.loss.rollout
+    def __init__(self, data: Any, module: Any, settings: Rollout, ranks: Ranks) -> None:
+        """Build the loader.
+
+        Args:
+            data: the data module, with `training_set`, `providers` and `position`.
+            module: the training module, with `policy`, `generate` and `record`.
+            settings: how often the policy is sampled.
+            ranks: this process among those of the job.
+        """
+        self.data, self.module, self.settings, self.ranks = data, module, settings, ranks
+        self.plan = data.training_set.plan
 
     def __len__(self) -> int:
-        return self.data.plan.length(self.ranks.world) * self.settings.passes
+        return self.plan.length(self.ranks.world) * self.settings.passes  # type: ignore[no-any-return]
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing of its own, as PlanLoader's."""
+        """Return nothing, as `PlanLoader` does."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See state_dict."""
+        """Do nothing; see `state_dict`."""
 
     def __iter__(self) -> Iterator[Packed]:
-        epoch, begin = self.data.position(len(self))
-        plan, world = self.data.plan, self.ranks.world
-        shares = list(plan.batches(epoch, self.ranks.rank, world))
-        per_step = plan.window // world
+        epoch, start = self.data.position(len(self))
+        micro_batches = list(self.plan.batches(epoch, self.ranks.rank, self.ranks.world))
+        per_step = self.plan.window // self.ranks.world
         size = per_step * self.settings.steps
         done = 0
-        for at in range(0, len(shares), size):
-            some = shares[at : at + size]
-            coming = len(some) * self.settings.passes
-            if done + coming > begin:
-                seed = epoch * plan.steps + at // per_step  # of the step, whatever micro-batches and ranks it has
-                batches = self.answered(some, seed) * self.settings.passes
-                yield from batches[max(0, begin - done) :]
-            done += coming
+        for at in range(0, len(micro_batches), size):
+            some = micro_batches[at : at + size]
+            count = len(some) * self.settings.passes
+            if done + count > start:
+                seed = epoch * self.plan.steps + at // per_step  # of the step, whatever its micro-batches and ranks
+                yield from (self.sample_batches(some, seed) * self.settings.passes)[max(0, start - done) :]
+            done += count
 
     @torch.no_grad()
-    def answered(self, shares: Sequence[Share], seed: int) -> list[Packed]:
-        """The micro-batches of several shares: prompts, K sampled responses each, rewards, and what the loss needs."""
-        began = time.perf_counter()
-        data = self.data
-        assert data.trainer is not None
-        module: Any = data.trainer.lightning_module
-        chat, reference = data.annotator.chat, data.annotator.reference
-        members = [data.members[share.micro_batch][data.members[share.micro_batch] >= 0] for share in shares]
+    def sample_batches(self, micro_batches: Sequence[MicroBatch], seed: int) -> list[Packed]:
+        """Return the batches: prompts with K sampled responses each, rewards, and what the loss requires."""
+        started = time.perf_counter()
+        data, module = self.data.training_set, self.module
+        annotator, seconds = data.annotator, data.annotator.seconds
+        members = [data.members[micro_batch.number] for micro_batch in micro_batches]
+        members = [rows[rows >= 0] for rows in members]
         rows = [data.rows[int(i)] for some in members for i in some]
-        prompts = [chat.prompt(row.prompt) for row in rows]
+        prompts = [annotator.chat.prompt(row.prompt) for row in rows]
         sampling = replace(data.sampling, seed=data.sampling.seed + seed)
-        seconds = data.annotator.seconds
-        with reference.precision(), gather_parameters(module.policy), timed(seconds, "Sampling"):
-            responses = sample_tokens(module.policy.model, chat, prompts, sampling)
+        with annotator.reference.precision(), timed(seconds, "Sampling"):
+            responses = module.generate(annotator.chat, prompts, sampling)
         with timed(seconds, "Scoring"):
             rewards = self._rewards(rows, responses)
-        ends = np.cumsum([0, *map(len, members)])
-        packs = []
-        for share, begin, end in zip(shares, ends, ends[1:], strict=False):
+        ends = np.cumsum([0, *map(len, members)]).tolist()
+        batches = []
+        for micro_batch, begin, end in zip(micro_batches, ends, ends[1:], strict=False):
             ids, starts = [], []
             for prompt, several in zip(prompts[begin:end], responses[begin:end], strict=True):
-                ids += [prompt + tokens + [chat.end_token] * finished for tokens, finished in several]
+                ids += [prompt + tokens + [annotator.chat.end_token] * finished for tokens, finished in several]
                 starts += [len(prompt)] * len(several)
             group = np.repeat(np.arange(end - begin), sampling.responses).tolist()
             names = [rows[begin + g].id for g in group]
-            batch = pack(ids, starts, names, group, share=True, rewards=rewards[begin:end].flatten())
-            packs.append(replace(batch, global_sequences=share.sequences, global_groups=share.units))
-        with timed(seconds, "Reference log-probabilities"):
-            packs = [self._annotated(module, batch.to(module.device)) for batch in self._with_tokens(shares, packs)]
-        real = [  # a filler's were counted where they train
-            (reward, len(tokens), finished)
-            for share, begin, end in zip(shares, ends, ends[1:], strict=False)
-            if share.units < float("inf")
-            for reward, (tokens, finished) in zip(
-                rewards[begin:end].flatten().tolist(), chain(*responses[begin:end]), strict=True
-            )
-        ]
-        total = torch.tensor(real, dtype=torch.float64, device=module.device).view(-1, 3).sum(0)
-        number = float(len(real))
-        module.record(
-            {
-                "rollout/reward": Mean(total[0], number),
-                "rollout/length": Mean(total[1], number),
-                "rollout/cut": Mean(number - total[2], number),
-            }
-        )
-        data.seconds_of_rollouts += time.perf_counter() - began
-        return packs
+            fields = {**micro_batch.divisors, "rewards": rewards[begin:end].flatten()}
+            batches.append(pack(ids, starts, names, group, share=True, **fields))
+        batches = [batch.to(module.device) for batch in self._count_tokens(batches)]
+        with timed(seconds, "Reference log-probabilities"), annotator.reference.precision():
+            batches = [self._annotate(batch) for batch in batches]
+        self._record(micro_batches, ends, rewards, responses)
+        self.data.seconds_of_rollouts += time.perf_counter() - started
+        return batches
 
-    def _rewards(self, rows: Sequence[Any], responses: Sequence[Sequence[tuple[list[int], bool]]]) -> torch.Tensor:
-        """[P, K] on the run's scale."""
-        data = self.data
+    def _rewards(self, rows: Sequence[Row], responses: Responses) -> torch.Tensor:
+        """Return [P, K] rewards on the run's scale."""
+        data = self.data.training_set
         decode = data.annotator.chat.tokenizer.decode
         triples = [
             (row.prompt, decode(tokens, skip_special_tokens=True), row.answer)
             for row, several in zip(rows, responses, strict=True)
             for tokens, _ in several
         ]
-        raw = scored(data.annotator.reward, *map(list, zip(*triples, strict=True)))
+        raw = compute_scores(data.annotator.reward, *map(list, zip(*triples, strict=True)))
         if not np.isfinite(raw).all():
             bad = int(np.flatnonzero(~np.isfinite(raw))[0])
             raise UserError(f"the reward of a sampled response is {raw[bad]}: {triples[bad][1][:60]!r}")
         return torch.from_numpy(data.scale(raw)).float().view(len(rows), -1)
 
-    def _with_tokens(self, shares: Sequence[Share], packs: Sequence[Packed]) -> list[Packed]:
-        """With the response tokens of each whole step, over the ranks; a filler's divisors stay infinite."""
-        per_step = self.data.plan.window // self.ranks.world
-        own = [len(pack.target) * (share.units < float("inf")) for pack, share in zip(packs, shares, strict=True)]
+    def _count_tokens(self, batches: Sequence[Packed]) -> list[Packed]:
+        """Return the batches with the response tokens of their complete optimizer step, over all ranks."""
+        per_step = self.plan.window // self.ranks.world
+        own = [0 if batch.padding else len(batch.target) for batch in batches]
         sums = [sum(own[at : at + per_step]) for at in range(0, len(own), per_step)]
         counts = torch.tensor(sums, dtype=torch.float64)
         if self.ranks.world > 1:
-            counts = counts.to(self.data.trainer.lightning_module.device)  # type: ignore[union-attr]
+            counts = counts.to(self.module.device)
             torch.distributed.all_reduce(counts)
         totals = counts.tolist()
-        return [
-            replace(batch, global_tokens=totals[i // per_step] if share.units < float("inf") else float("inf"))
-            for i, (batch, share) in enumerate(zip(packs, shares, strict=True))
-        ]
+        return [replace(batch, global_tokens=totals[i // per_step]) for i, batch in enumerate(batches)]
 
-    def _annotated(self, module: Any, batch: Packed) -> Packed:
-        """With the log-probabilities of the reference, and of the policy that sampled where it will have moved."""
-        needs, reference = self.data.loss.needs, self.data.annotator.reference
-        with reference.precision():
-            if Need.REFERENCE_LOGPS in needs:
-                batch = replace(batch, reference_logps=reference.policy(batch))
-            if Need.OLD_LOGPS in needs and (self.settings.steps > 1 or self.settings.passes > 1):
-                sampled = module.policy(batch)
-                if isinstance(sampled, tuple):
-                    sampled, values = sampled
-                    batch = replace(batch, old_values=values)
-                batch = replace(batch, old_logps=sampled)
+    def _annotate(self, batch: Packed) -> Packed:
+        """Return the batch with what the loss requires of the reference and of the sampling policy."""
+        reference = self.data.annotator.reference
+        for provider in self.data.providers:
+            batch = provider.at_rollout(batch, self.module.policy, reference)
         return batch
+
+    def _record(
+        self, micro_batches: Sequence[MicroBatch], ends: list[int], rewards: torch.Tensor, responses: Responses
+    ) -> None:
+        """Record reward, length and truncation of the rollout. A padding batch is counted where it trains."""
+        measured = [
+            (reward, len(tokens), finished)
+            for micro_batch, begin, end in zip(micro_batches, ends, ends[1:], strict=False)
+            if not micro_batch.padding
+            for reward, (tokens, finished) in zip(
+                rewards[begin:end].flatten().tolist(), chain(*responses[begin:end]), strict=True
+            )
+        ]
+        total = torch.tensor(measured, dtype=torch.float64, device=self.module.device).view(-1, 3).sum(0)
+        count = float(len(measured))
+        self.module.record(
+            {
+                "rollout/reward": Mean(total[0], count),
+                "rollout/length": Mean(total[1], count),
+                "rollout/truncated": Mean(count - total[2], count),
+            }
+        )

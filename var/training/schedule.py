@@ -1,4 +1,8 @@
-"""The learning rate over optimizer steps."""
+"""The learning rate over optimizer steps.
+
+`transformers.get_scheduler` has neither a floor with linear decay nor a warm-up whose first step is above 0, which the
+recorded results were made with.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,21 +14,23 @@ from var.utils.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """The learning rate over optimiser steps. warmup: share of all steps, from 0; then `kind`, down to `floor` times
-    the peak."""
+    """Linear warm-up from 0, then decay."""
 
     kind: Literal["cosine", "linear", "constant"]
+    """The shape after the warm-up."""
     warmup: float
+    """The fraction of all steps that warm up."""
     floor: float
+    """The final rate over the peak rate."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("cosine", "linear", "constant"):
-            raise UserError(f"optim.schedule.kind is cosine, linear or constant, got {self.kind}")
+            raise UserError(f"optim.schedule.kind must be cosine, linear or constant, got {self.kind}")
         if not (0 <= self.warmup < 1 and 0 <= self.floor <= 1):
-            raise UserError("optim.schedule.warmup lies in [0, 1) and floor in [0, 1]")
+            raise UserError("optim.schedule.warmup must be in [0, 1) and optim.schedule.floor in [0, 1]")
 
     def factor(self, step: int, steps: int) -> float:
-        """Of the peak rate, at optimiser step 0..steps-1."""
+        """Return the rate over the peak rate at optimizer step 0..steps-1."""
         warm = round(self.warmup * steps)
         if step < warm:
             return (step + 1) / (warm + 1)

@@ -1,7 +1,6 @@
-"""What a run leaves behind: summary.json and the closing table. report.py has tables and figures of many."""
+"""summary.json and the closing table of a run. `report.py` makes tables and figures of many runs."""
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,68 +10,67 @@ from rich.table import Table
 
 from var.utils.console import console, warn
 from var.utils.errors import UserError
-from var.utils.files import atomic
+from var.utils.statistics import Estimate
 
 
-def write(folder: Path, summary: Mapping[str, Any], name: str = "summary.json") -> None:
-    with atomic(folder / name) as file:
-        json.dump(summary, file, indent=1, ensure_ascii=False, default=str)
-
-
-def told(value: Mapping[str, Any] | None, digits: int = 3) -> str:
-    """A mean ± its standard error, where it has one."""
-    if value is None:
-        return "–"
-    return f"{value['mean']:.{digits}f}" + ("" if value["se"] is None else f" ± {value['se']:.{digits}f}")
-
-
-def show(summary: Mapping[str, Any]) -> None:
-    """The closing table."""
+def show(summary: dict[str, Any]) -> None:
+    """Print the closing table. It has only what applies to this run, results first."""
     table = Table(title=summary["title"], title_justify="left")
-    for name, justify in (("", "left"), ("before", "right"), ("after", "right")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    validation = summary["validation"]
-
-    if "accuracy" in validation:
-        accuracy = validation["accuracy"]
-        table.add_row("accuracy on held-out pairs", told(accuracy["before"]), told(accuracy["after"]))
-    elif validation:
-        reward, length = validation["reward"], validation["length"]
-        table.add_row("validation reward", told(reward["before"]), told(reward["after"]))
-        table.add_row("its gain, paired by prompt", "", told(reward["gain"]))
-        table.add_row("its win rate against the start", "", told(validation.get("win_rate")))
-        if judged := validation.get("judge"):
-            known = judged["win_rate"] is not None
-            error = judged["se_prompts"]
-            rate = {"mean": judged["win_rate"] / 100, "se": None if error is None else error / 100} if known else None
-            table.add_row("the judge's win rate, by its protocol", "", told(rate))
-        table.add_row("response length, tokens", told(length["before"], 1), told(length["after"], 1))
-        table.add_row("KL to the reference, nats", "0", told(validation["kl"]))
-    table.add_row("optimiser steps", "", str(summary["steps"]))
-    if summary.get("skipped_steps"):
-        table.add_row("steps left out, not finite", "", str(summary["skipped_steps"]))
-    table.add_row("tokens per second", "", f"{summary['tokens_per_second']:.0f}")
-    ess = summary["ess"]
-    table.add_row("effective sample size of the weights", "", "–" if ess is None else f"{ess:.2f}")
-    groups = summary["data"].get("groups without signal")
-    table.add_row("groups without signal", "", "–" if groups is None else f"{groups} of {summary['data']['groups']}")
-    table.add_row(
-        "sampling and scoring, training, evaluation", "", " + ".join(f"{t:.0f} s" for t in summary["seconds"].values())
-    )
-    stages = {name.lower(): seconds for name, seconds in summary.get("seconds_of_stages", {}).items() if seconds >= 0.5}
-    for name, seconds in sorted(stages.items(), key=lambda item: -item[1]):
-        share = seconds / sum(summary["seconds"].values())
-        table.add_row(f"of these {name}", "", f"{seconds:.0f} s, {share:.0%}")
+    table.add_column("")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    for name, before, after in [*results(summary["validation"]), *((name, "", text) for name, text in facts(summary))]:
+        table.add_row(name, before, after)
     console.print(table)
     console.print(f"Run: {summary['folder']}", markup=False)
 
 
+def results(validation: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Yield (name, before, after) of the validation results."""
+
+    def both(name: str, digits: int = 3) -> tuple[str, str]:
+        before, after = (Estimate.from_json(validation[name][when]) for when in ("before", "after"))
+        return f"{before:.{digits}f}", f"{after:.{digits}f}"
+
+    if "accuracy" in validation:
+        yield "accuracy on validation pairs", *both("accuracy")
+    elif validation:
+        if validation["reward"]["after"]:
+            yield "validation reward", *both("reward")
+            yield "gain, paired by prompt", "", str(Estimate.from_json(validation["reward"]["gain"]))
+            win_rate = Estimate.from_json(validation.get("win_rate"))
+            yield "win rate against the initial policy, by reward", "", str(win_rate)
+        if judge := validation.get("judge"):
+            rate = {"mean": judge["win_rate"], "se": judge["se_prompts"]}
+            yield "win rate against the initial policy, by judge", "", str(Estimate.from_json(rate).scale(0.01))
+        yield "response length, tokens", *both("length", 1)
+        yield "KL to the reference, nats", "0", str(Estimate.from_json(validation["kl"]))
+
+
+def facts(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield (name, text) of what the run did."""
+    data = summary["data"]
+    yield "optimizer steps", str(summary["steps"])
+    if summary.get("skipped_steps"):
+        yield "steps skipped, not finite", str(summary["skipped_steps"])
+    yield "tokens per second", f"{summary['tokens_per_second']:.0f}"
+    if summary["ess"] is not None:
+        yield "effective sample size of the weights, fraction", f"{summary['ess']:.2f}"
+    if "zero_variance_groups" in data and (summary["ess"] is not None or "advantages" not in data):
+        yield "zero-variance groups", f"{data['zero_variance_groups']} of {data['groups']}"
+    seconds = summary["seconds"]
+    yield "annotation, training, evaluation", " + ".join(f"{time:.0f} s" for time in seconds.values())
+    stages = {name.lower(): time for name, time in summary.get("seconds_of_stages", {}).items() if time >= 0.5}
+    for name, time in sorted(stages.items(), key=lambda item: -item[1]):
+        yield f"  of which {name}", f"{time:.0f} s, {time / sum(seconds.values()):.0%}"
+
+
 def warn_of_newer_data(cfg: DictConfig, folder: Path) -> None:
-    """A run's folder is named by its configuration, which says where the data lies and not what is in it."""
+    """Warn if data files are newer than a finished run. A run's folder is named by its configuration, not its data."""
     try:
         files = instantiate(cfg.data.source).identity().get("files", [])
-    except UserError:  # the data is gone, or its hub out of reach; the run is finished all the same
+    except UserError:  # the data or its hub is not available; the run is finished all the same
         return
-    done = (folder / "summary.json").stat().st_ctime_ns
-    if newer := [path for path, *_, written in files if written > done]:
-        warn(f"{', '.join(newer)} was written after this run ended: resume=false trains on what is there now.")
+    finished = (folder / "summary.json").stat().st_ctime_ns
+    if newer := [path for path, *_, written in files if written > finished]:
+        warn(f"{', '.join(newer)} changed after this run finished. Use resume=false to train on the current data.")

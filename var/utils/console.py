@@ -1,4 +1,4 @@
-"""A progress bar for each stage, on the first rank; plain lines where there is no terminal."""
+"""Terminal output of the first rank: lines, warnings and progress bars."""
 
 import logging
 import os
@@ -14,18 +14,18 @@ console = Console(soft_wrap=True, highlight=False)
 
 
 def is_first_rank() -> bool:
-    """Whether this is the job's first process."""
+    """Return whether this is the first process of the job."""
     return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0
 
 
 def say(text: str) -> None:
-    """Print on the first rank."""
+    """Print a line on the first rank."""
     if is_first_rank():
         console.print(text, markup=False)
 
 
 def warn(text: str) -> None:
-    """Print on the first rank, and keep in the log file of the run, if there is one, from which its page has it."""
+    """Print a warning on the first rank, and write it to the log file of the run if there is one."""
     say(f"Warning: {text}")
     record = logging.LogRecord("var", logging.WARNING, __file__, 0, text, None, None)
     for handler in logging.getLogger().handlers:
@@ -35,17 +35,20 @@ def warn(text: str) -> None:
 
 @contextmanager
 def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Add what passes within to seconds[name]."""
-    begun = time.perf_counter()
+    """Add the duration of the `with` block to `seconds[name]`."""
+    start = time.perf_counter()
     try:
         yield
     finally:
-        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - begun
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 @contextmanager
 def stage(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """Show how far a stage is; yields `advance(done)`. Nothing is shown where there is nothing to do."""
+    """Show a progress bar on the first rank, and yield the function that advances it by a number of units.
+
+    If there is no terminal, print one line instead. If `total` is 0, print nothing.
+    """
     if total == 0 or not is_first_rank():
         yield lambda done: None
         return

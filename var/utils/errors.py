@@ -1,17 +1,17 @@
-"""Problems are collected and told all at once, before the first expensive step."""
+"""Errors that a user can fix, collected and raised together before the first expensive step."""
 
 
 class UserError(ValueError):
-    """What the user can mend: an entry point prints its message without a traceback."""
+    """An error that the user can fix. The commands print its message without a traceback."""
 
 
 def brief(error: BaseException) -> str:
-    """What a library said, on one line of at most 300 letters."""
+    """Return the message of an error on one line of at most 300 characters."""
     return " ".join(str(error).split())[:300]
 
 
 class Problems:
-    """Collects problems, each with its place; `check` raises one UserError that tells them all."""
+    """Collect problems, and raise one `UserError` with a title, the first `shown` problems and the number of others."""
 
     def __init__(self, title: str, shown: int = 20) -> None:
         self.title, self.shown, self.found = title, shown, list[str]()
@@ -20,9 +20,11 @@ class Problems:
         return bool(self.found)
 
     def add(self, where: str, what: str) -> None:
+        """Add a problem. `where` names the key, file or row."""
         self.found.append(f"{where}: {what}")
 
     def check(self, advice: str = "") -> None:
+        """Raise a `UserError` if there are problems. `advice` becomes the last line of its message."""
         if not self.found:
             return
         lines = [f"{self.title} ({len(self.found)}):", *(f"  {line}" for line in self.found[: self.shown])]

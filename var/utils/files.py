@@ -1,4 +1,4 @@
-"""Files that stand whole or not at all, wherever a process is killed."""
+"""Write files that are either complete or absent, even if the process is killed."""
 
 import json
 import os
@@ -9,28 +9,33 @@ from pathlib import Path
 from typing import IO, Any
 
 
-def encodable(text: str) -> str:
-    """Without halves of surrogate pairs, which JSON can hold and UTF-8 cannot."""
+def replace_surrogates(text: str) -> str:
+    """Replace unpaired surrogates, which JSON can hold and UTF-8 cannot, by question marks."""
     return text.encode("utf-8", "replace").decode()
 
 
 @contextmanager
 def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
-    """A name beside `path` that becomes `path` once what is written there is whole. shared: other processes, on other
-    machines too, may write it at once."""
+    """Yield a temporary path, and rename it to `path` if the `with` block succeeds.
+
+    Set `shared` if other processes, also on other machines, may write the same path at the same time.
+    """
     partial = path.with_name(f"{path.name}{f'.{uuid.uuid4().hex}' if shared else ''}.partial")
     try:
         yield partial
         partial.replace(path)
-    except BaseException:  # Ctrl-C too
-        with suppress(OSError):  # what the disk said first is what is told
+    except BaseException:  # also KeyboardInterrupt
+        with suppress(OSError):  # keep the first error
             partial.unlink(missing_ok=True)
         raise
 
 
 @contextmanager
 def atomic(path: Path, mode: str = "w", shared: bool = False, **options: Any) -> Iterator[IO[Any]]:
-    """A file to write, which takes the name `path` once it is written. shared: see `replacing`."""
+    """Open a temporary file for writing; sync it and rename it to `path` if the `with` block succeeds.
+
+    `shared` is passed to `replacing`, `options` to `open`.
+    """
     with replacing(path, shared) as partial, partial.open(mode, **options) as file:
         yield file
         file.flush()

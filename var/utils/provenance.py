@@ -1,4 +1,4 @@
-"""What a result depends on: content hashes, versions, machine and commit."""
+"""Record what a result depends on: content hashes, versions, machine and commit."""
 
 import hashlib
 import json
@@ -11,8 +11,8 @@ from typing import Any
 PACKAGES = ("torch", "lightning", "transformers", "datasets", "hydra-core")
 
 
-def environment() -> dict[str, Any]:
-    """Versions, machine and commit."""
+def collect_environment() -> dict[str, Any]:
+    """Return the versions of Python and the main packages, the machine type, and the commit of this repository."""
     root = Path(__file__).parents[2]
 
     def git(*arguments: str) -> str:
@@ -30,6 +30,6 @@ def environment() -> dict[str, Any]:
 
 
 def hash_content(*parts: Any) -> bytes:
-    """16 bytes that stand for the content of `parts` (JSON values)."""
+    """Return the first 16 bytes of the SHA-256 of JSON values in canonical form (sorted keys, no spaces)."""
     text = json.dumps(parts, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:16]

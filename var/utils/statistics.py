@@ -84,6 +84,3 @@ def estimate_mean(values: np.ndarray, clusters: np.ndarray | Sequence[str] | Non
 def estimate_by_prompt(values: np.ndarray) -> Estimate:
     """Return the mean of values [P, S], which may hold NaN, with the standard error clustered by prompt (row)."""
     return estimate_mean(values, np.arange(len(values))[:, None])
-
-
-clustered = estimate_mean  # the name before the refactoring

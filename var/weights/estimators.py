@@ -1,231 +1,259 @@
-"""The weight of a response, exp(r/λ) / Z(x), by how Z is estimated, in log space, float64.
+"""VAR's weight exp(r/λ) / Z(x) of a response, by how Z(x) is estimated.
 
-Each estimator is a frozen dataclass: `needs`, and a call from the data set's numbers to log-weights. Nothing here
-holds a gradient or sees θ. `normalise` divides by the data set's mean weight, once, so that w ≡ 1 is SFT and learning
-rate, clipping and loss curves mean the same for every estimator, B and λ.
+An estimator is a frozen dataclass. Its call maps the data set's numbers (`WeightInputs`) and λ to log-weights in
+float64; -inf means that a sequence does not train. `inputs` names the fields that it reads besides the rewards.
+`planned` says whether a weight depends on the micro-batch, so that micro-batches must be fixed first. No estimator
+sees θ or holds a gradient.
+
+`compute_weights` divides by the data set's mean weight, once. Then w ≡ 1 is SFT, and learning rate, clipping and loss
+curves mean the same for every estimator, B and λ.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from var.requirements import Need
+from var.requirements import Weights
 from var.utils.errors import UserError
-from var.weights.groups import group_log_softmax, group_logsumexp, group_size, zero_variance
+from var.weights.groups import group_log_softmax, group_logsumexp, group_size, within_prompt_std, zero_variance
+from var.weights.inputs import WeightInputs
 from var.weights.prompt_values import prompt_values
-from var.weights.table import Table
+
+
+def compute_weights(weights: Weights, inputs: WeightInputs) -> Tensor:
+    """Return [n] float64 weights of mean 1 over the responses that train, and 0 for the others."""
+    log_weights = normalize_log_weights(weights.estimator(inputs, scale_temperature(weights, inputs)))
+    found = log_weights.exp()
+    small = (found < weights.min_weight) | ((found == 0) & (log_weights > -torch.inf))
+    if small.any() and not weights.estimator.planned:  # a weight that underflows to 0 does not train either
+        found = normalize_log_weights(found.masked_fill(small, 0.0).log()).exp()
+    return found
+
+
+def scale_temperature(weights: Weights, inputs: WeightInputs) -> float:
+    """Return λ in units of the reward."""
+    if weights.temperature_unit == "reward":
+        return weights.temperature
+    sigma = within_prompt_std(inputs.rewards, inputs.group)
+    if not sigma:
+        raise UserError(
+            "loss.temperature_unit=sd: the rewards of each prompt's responses are all equal, or each prompt has one "
+            "response, so there is no standard deviation within a prompt. Use several responses per prompt "
+            "(data.responses=both or all, generate.responses), other prompts or another reward, or set "
+            "loss.temperature_unit=reward."
+        )
+    return weights.temperature * sigma
+
+
+def normalize_log_weights(log_weights: Tensor) -> Tensor:
+    """Return log-weights [n] whose weights have mean 1 over the sequences that train."""
+    return log_weights - log_mean(log_weights)
+
+
+def log_mean(log_weights: Tensor) -> Tensor:
+    """Return the log of the mean weight over the sequences that train, or 0 if none does."""
+    kept = log_weights[log_weights > -torch.inf]
+    return kept.logsumexp(0) - np.log(len(kept)) if len(kept) else log_weights.new_zeros(())
 
 
 def in_batch_log_weights(rewards: Tensor, logps: Tensor) -> Tensor:
-    """Log of the diagonal of the row-wise softmax of s_ij + r_ij/λ (arXiv 2502.11026, Eq. 9, 10).
+    """Return the log of the diagonal of the row-wise softmax of s_ij + r_ij/λ (arXiv 2502.11026, Eq. 9 and 10).
 
-    rewards, logps: [..., B, B], row i a prompt, column j a response; rewards already divided by λ, logps in nats:
-    s_ij summed, averaged over response tokens, or zero. A missing column is -inf in logps. Returns [..., B] ≤ 0.
+    Args:
+        rewards: [..., B, B], already divided by λ. Row i is a prompt, column j a response.
+        logps: [..., B, B] nats, s_ij: summed or averaged over response tokens, or zero. -inf for an absent column.
+
+    Returns:
+        [..., B] log-weights ≤ 0.
     """
     return (logps + rewards).log_softmax(-1).diagonal(dim1=-2, dim2=-1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class InBatch:
-    """Z over the micro-batch: the paper's Eq. 9, 10.
-
-    reduction: of log π_ref(y_j|x_i) over response tokens. `sum` is the literal reading, and there the shortest
-    answer takes the micro-batch whatever its reward (docs/method.md); `mean` is the paper's method made usable;
-    `none` leaves π_ref out. reference: `cross` for log π_ref(y_j|x_i), `own` for log π_ref(y_j|x_j), one pass over
-    the own pairs, which the paper's times fit.
-    """
+    """Z(x) over the micro-batch: the paper's Eq. 9 and 10."""
 
     reduction: Literal["mean", "sum", "none"] = "mean"
+    """How log π_ref(y_j|x_i) is reduced over response tokens. `sum` is the literal reading: the shortest response takes
+    the micro-batch whatever its reward (docs/method.md). `mean` is the paper's method made usable. `none` omits π_ref.
+    """
     reference: Literal["cross", "own"] = "cross"
+    """`cross` for log π_ref(y_j|x_i), `own` for log π_ref(y_j|x_j), which the paper's times fit."""
 
-    planned = True  # the weight depends on the micro-batch, so the plan comes first
+    planned: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.reduction not in ("mean", "sum", "none") or self.reference not in ("cross", "own"):
-            raise UserError("loss.estimator: reduction is mean, sum or none; reference is cross or own")
+            raise UserError("loss.estimator: reduction must be mean, sum or none, and reference cross or own")
         if self.reduction == "none" and self.reference == "own":
-            raise UserError("loss.estimator.reference=own does nothing beside reduction=none, which leaves π_ref out")
+            raise UserError("loss.estimator.reference=own has no effect with reduction=none, which omits π_ref")
 
     @property
-    def needs(self) -> frozenset[Need]:
-        logps = {"cross": Need.CROSS_LOGPS, "own": Need.REFERENCE_LOGPS}[self.reference]
-        return frozenset({Need.REWARDS, Need.CROSS_REWARDS} | (set() if self.reduction == "none" else {logps}))
+    def inputs(self) -> tuple[str, ...]:
+        """The fields of WeightInputs that it reads."""
+        if self.reduction == "none":
+            return ("cross_rewards",)
+        return ("cross_rewards", {"cross": "cross_logps", "own": "reference_logps"}[self.reference])
 
-    def __call__(self, table: Table, temperature: float) -> Tensor:
-        """Returns [n] log-weights; -inf for a sequence that is in no micro-batch."""
-        assert table.micro is not None
-        assert table.cross_rewards is not None
-        present = table.micro >= 0
-        micro = table.micro.clamp(min=0)
-        logps = torch.zeros_like(table.cross_rewards)
+    def __call__(self, inputs: WeightInputs, temperature: float) -> Tensor:
+        """Return [n] log-weights; -inf for a sequence that is in no micro-batch."""
+        micro, rewards = inputs.get("micro"), inputs.get("cross_rewards")
+        present = micro >= 0
+        micro = micro.clamp(min=0)
+        logps = torch.zeros_like(rewards)
         if self.reduction != "none":
             if self.reference == "cross":
-                assert table.cross_logps is not None
-                logps = table.cross_logps
+                logps = inputs.get("cross_logps")
             else:
-                assert table.reference_logps is not None
-                logps = table.reference_logps[micro][:, None, :].expand_as(table.cross_rewards)
+                logps = inputs.get("reference_logps")[micro][:, None, :].expand_as(rewards)
             if self.reduction == "mean":
-                logps = logps / table.length[micro][:, None, :]
-        rewards = torch.where(present[:, None, :], table.cross_rewards, 0.0)
+                logps = logps / inputs.length[micro][:, None, :]
+        rewards = torch.where(present[:, None, :], rewards, 0.0)
         logps = torch.where(present[:, None, :], logps, -torch.inf)
         diagonal = in_batch_log_weights(rewards / temperature, logps)
-        out = torch.full_like(table.rewards, -torch.inf)
-        out[micro[present]] = diagonal[present]
-        return out
+        log_weights = torch.full_like(inputs.rewards, -torch.inf)
+        log_weights[micro[present]] = diagonal[present]
+        return log_weights
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grouped:
-    """K · softmax of r/λ over the prompt's own K responses. A pair gives 2σ(Δr/λ).
-
-    drop_zero_variance: leave out groups whose rewards are all equal, a group of one among them: each of their
-    weights is 1 whatever the answers are worth, an SFT step on them. They are counted.
-    """
+    """K · softmax of r/λ over the prompt's own K responses. A pair gives 2σ(Δr/λ)."""
 
     drop_zero_variance: bool = False
+    """Whether groups whose rewards are all equal do not train. Otherwise each of their weights is 1, which is a step of
+    SFT whatever the responses are worth. A group of one response is of this kind.
+    """
 
-    planned = False
+    planned: ClassVar[bool] = False
+    inputs: ClassVar[tuple[str, ...]] = ()
 
-    @property
-    def needs(self) -> frozenset[Need]:
-        return frozenset({Need.REWARDS})
-
-    def __call__(self, table: Table, temperature: float) -> Tensor:
-        log_weights = group_log_softmax(table.rewards / temperature, table.group) + group_size(table.group).log()
+    def __call__(self, inputs: WeightInputs, temperature: float) -> Tensor:
+        """Return [n] log-weights."""
+        log_weights = group_log_softmax(inputs.rewards / temperature, inputs.group) + group_size(inputs.group).log()
         if self.drop_zero_variance:
-            log_weights = log_weights.masked_fill(zero_variance(table), -torch.inf)
+            log_weights = log_weights.masked_fill(zero_variance(inputs.rewards, inputs.group), -torch.inf)
         return log_weights
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """(K + κ) e^{r/λ} / (Σ_k e^{r_k/λ} + κ e^{(V(x)+c)/λ}): a group with κ pseudo-responses of the usual reward.
+    """(K + κ) e^{r/λ} / (Σ_k e^{r_k/λ} + κ e^{(V(x)+c)/λ}): a group with κ pseudo-responses of the expected reward.
 
-    kappa: κ > 0; towards 0 it is `grouped`, towards ∞ `value`. baseline: V, `ridge` cross-fitted on the reference's
-    hidden states of the prompt, or `zero`. c makes the mean weight of the data set 1. Bounded by K + κ. Ours.
+    c makes the mean weight of the data set 1. No weight exceeds K + κ. This estimator is ours.
     """
 
     kappa: float = 4.0
+    """κ > 0. Towards 0 it is `Grouped`, towards ∞ `Value`."""
     baseline: Literal["ridge", "zero"] = "ridge"
+    """V(x): `ridge` for a cross-fitted regression on the reference's hidden states of the prompt, or `zero`."""
     drop_zero_variance: bool = False
+    """Whether groups whose rewards are all equal do not train."""
 
-    planned = False
+    planned: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not self.kappa > 0:
-            raise UserError(f"loss.estimator.kappa is κ > 0, got {self.kappa}; κ = 0 is loss=var_grouped")
+            raise UserError(f"loss.estimator.kappa must be above 0, got {self.kappa}. For κ = 0 use loss=var_grouped.")
         if self.baseline not in ("ridge", "zero"):
-            raise UserError("loss.estimator.baseline is ridge or zero")
+            raise UserError(f"loss.estimator.baseline must be ridge or zero, got {self.baseline}")
 
     @property
-    def needs(self) -> frozenset[Need]:
-        return frozenset({Need.REWARDS} | ({Need.PROMPT_FEATURES} if self.baseline == "ridge" else set()))
+    def inputs(self) -> tuple[str, ...]:
+        """The fields of WeightInputs that it reads."""
+        return ("features",) if self.baseline == "ridge" else ()
 
-    def __call__(self, table: Table, temperature: float) -> Tensor:
-        kept = ~zero_variance(table) if self.drop_zero_variance else torch.ones_like(table.rewards, dtype=torch.bool)
-        logits = table.rewards / temperature
-        values = prompt_values(table)[table.group] if self.baseline == "ridge" else torch.zeros_like(logits)
-        size, own = group_size(table.group), group_logsumexp(logits, table.group)
+    def __call__(self, inputs: WeightInputs, temperature: float) -> Tensor:
+        """Return [n] log-weights."""
+        kept = torch.ones_like(inputs.rewards, dtype=torch.bool)
+        if self.drop_zero_variance:
+            kept = ~zero_variance(inputs.rewards, inputs.group)
+        logits = inputs.rewards / temperature
+        values = prompt_values(inputs)[inputs.group] if self.baseline == "ridge" else torch.zeros_like(logits)
+        size, own = group_size(inputs.group), group_logsumexp(logits, inputs.group)
         kappa = torch.tensor(self.kappa, dtype=logits.dtype)
 
-        def log_weights(shift: float) -> Tensor:
-            usual = kappa.log() + values / temperature + shift
-            return (size + kappa).log() + logits - torch.logaddexp(own, usual)
+        def shifted(shift: float) -> Tensor:
+            pseudo = kappa.log() + values / temperature + shift
+            return (size + kappa).log() + logits - torch.logaddexp(own, pseudo)
 
-        out = log_weights(_mean_one(lambda shift: log_weights(shift)[kept]))
-        return out.masked_fill(~kept, -torch.inf)
+        log_weights = shifted(_find_mean_one(lambda shift: shifted(shift)[kept]))
+        return log_weights.masked_fill(~kept, -torch.inf)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Value:
-    """exp((r − V(x))/λ), capped at `cap` times its mean, then divided by its mean again: advantage-weighted regression
-    (Peng et al., 2019).
+    """exp((r − V(x))/λ), capped: advantage-weighted regression (Peng et al., 2019).
 
-    V: ridge regression on the reference's hidden states of the prompt, cross-fitted by prompt. cap: > 1; what it cuts
-    off lowers the mean, so the largest weight comes out above it.
+    V(x) is a cross-fitted ridge regression on the reference's hidden states of the prompt.
     """
 
     cap: float = 5.0
+    """The largest weight over the mean weight, above 1. Capping lowers the mean and weights are then normalized again,
+    so the largest weight ends above the cap.
+    """
 
-    planned = False
+    planned: ClassVar[bool] = False
+    inputs: ClassVar[tuple[str, ...]] = ("features",)
 
     def __post_init__(self) -> None:
         if not self.cap > 1:
-            raise UserError(f"loss.estimator.cap bounds weights of mean 1, so it is above 1; got {self.cap}")
+            raise UserError(f"loss.estimator.cap must be above 1, since the mean weight is 1; got {self.cap}")
 
-    @property
-    def needs(self) -> frozenset[Need]:
-        return frozenset({Need.REWARDS, Need.PROMPT_FEATURES})
-
-    def __call__(self, table: Table, temperature: float) -> Tensor:
-        advantage = (table.rewards - prompt_values(table)[table.group]) / temperature
+    def __call__(self, inputs: WeightInputs, temperature: float) -> Tensor:
+        """Return [n] log-weights."""
+        advantage = (inputs.rewards - prompt_values(inputs)[inputs.group]) / temperature
         return normalize_log_weights(advantage).clamp(max=float(np.log(self.cap)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampled:
-    """e^{r/λ} / ((1/K) Σ_k e^{r_k/λ}) over K responses that the reference sampled: the paper's 8∗ (its Table 7).
-
-    candidates: K. seed: theirs, another than the data's, lest an answer be in its own normaliser where the data was
-    sampled too. cap: as Value's; null for none.
-    """
+    """e^{r/λ} / ((1/K) Σ_k e^{r_k/λ}) over K responses that the reference sampled: the paper's 8∗ (its Table 7)."""
 
     candidates: int = 8
+    """K."""
     seed: int = 1
+    """The seed of the candidates. It must differ from the data's, or a sampled response would be in its own Z(x)."""
     cap: float | None = 5.0
+    """The largest weight over the mean weight, as in `Value`; None for no cap."""
 
-    planned = False
+    planned: ClassVar[bool] = False
+    inputs: ClassVar[tuple[str, ...]] = ("candidates",)
 
     def __post_init__(self) -> None:
         if self.candidates < 1 or not (self.cap is None or self.cap > 1):
-            raise UserError("loss.estimator: candidates is at least 1, cap above 1 or null")
+            raise UserError("loss.estimator: candidates must be at least 1, and cap above 1 or null")
 
-    @property
-    def needs(self) -> frozenset[Need]:
-        return frozenset({Need.REWARDS, Need.CANDIDATE_REWARDS})
-
-    def __call__(self, table: Table, temperature: float) -> Tensor:
-        assert table.candidates is not None
-        log_partition = (table.candidates / temperature).logsumexp(1) - float(np.log(self.candidates))
-        out = table.rewards / temperature - log_partition[table.group]
-        return out if self.cap is None else normalize_log_weights(out).clamp(max=float(np.log(self.cap)))
+    def __call__(self, inputs: WeightInputs, temperature: float) -> Tensor:
+        """Return [n] log-weights."""
+        log_partition = (inputs.get("candidates") / temperature).logsumexp(1) - float(np.log(self.candidates))
+        log_weights = inputs.rewards / temperature - log_partition[inputs.group]
+        if self.cap is None:
+            return log_weights
+        return normalize_log_weights(log_weights).clamp(max=float(np.log(self.cap)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Global:
-    """exp(r/λ) over its mean on the data set: reward-weighted regression; the control, drowned by prompt offsets."""
+    """exp(r/λ) over its mean on the data set: reward-weighted regression. The control: easy prompts dominate."""
 
-    planned = False
+    planned: ClassVar[bool] = False
+    inputs: ClassVar[tuple[str, ...]] = ()
 
-    @property
-    def needs(self) -> frozenset[Need]:
-        return frozenset({Need.REWARDS})
-
-    def __call__(self, table: Table, temperature: float) -> Tensor:
-        return table.rewards / temperature
+    def __call__(self, inputs: WeightInputs, temperature: float) -> Tensor:
+        """Return [n] log-weights."""
+        return inputs.rewards / temperature
 
 
 Estimator = InBatch | Grouped | Prompt | Value | Sampled | Global
 
 
-def normalize_log_weights(log_weights: Tensor) -> Tensor:
-    """[n] → [n]: log-weights whose weights have mean 1 over those that are not left out (-inf)."""
-    return log_weights - log_mean(log_weights)
-
-
-def log_mean(log_weights: Tensor) -> Tensor:
-    """Log of the mean weight over those that are not left out; 0 where all are."""
-    kept = log_weights[log_weights > -torch.inf]
-    return kept.logsumexp(0) - np.log(len(kept)) if len(kept) else log_weights.new_zeros(())
-
-
-def _mean_one(log_weights: Callable[[float], Tensor]) -> float:
-    """The shift at which decreasing weights have mean 1, by bisection."""
+def _find_mean_one(log_weights: Callable[[float], Tensor]) -> float:
+    """Return the shift at which weights that decrease with it have mean 1, by bisection."""
     low, high = -1.0, 1.0
     while float(log_weights(low).exp().mean()) < 1 and low > -1e15:
         low *= 2

@@ -1,18 +1,21 @@
-"""Sums and softmax over the responses to one prompt."""
+"""Sums, softmax and spread over the responses to one prompt. `group` [n] int, 0..G-1, is the prompt of a sequence."""
 
 import torch
 from torch import Tensor
 
-from var.weights.table import Table
-
 
 def group_size(group: Tensor) -> Tensor:
-    """[n] float64: how many sequences share the sequence's prompt."""
+    """Return [n] float64: the number of sequences with the sequence's prompt."""
     return torch.bincount(group).double()[group]
 
 
+def group_sum(values: Tensor, group: Tensor) -> Tensor:
+    """Return [n]: the sum of `values` [n] over the sequences with the sequence's prompt."""
+    return values.new_zeros(len(values)).index_add(0, group, values)[group]
+
+
 def group_logsumexp(logits: Tensor, group: Tensor) -> Tensor:
-    """[n] → [n]: log Σ exp over the sequences of the same prompt."""
+    """Return [n]: log Σ exp of `logits` [n] over the sequences with the sequence's prompt."""
     groups = int(group.max()) + 1
     peak = logits.new_full((groups,), -torch.inf).scatter_reduce(0, group, logits, "amax")
     total = logits.new_zeros(groups).index_add(0, group, (logits - peak[group]).exp())
@@ -20,29 +23,30 @@ def group_logsumexp(logits: Tensor, group: Tensor) -> Tensor:
 
 
 def group_log_softmax(logits: Tensor, group: Tensor) -> Tensor:
-    """[n] → [n]: log-softmax over the sequences of the same prompt."""
+    """Return [n]: log-softmax of `logits` [n] over the sequences with the sequence's prompt."""
     return logits - group_logsumexp(logits, group)
 
 
-def zero_variance(table: Table) -> Tensor:
-    """[n] bool: the rewards of the sequence's prompt are all equal, so they say nothing about which answer is good."""
-    return _all_equal(table.rewards, table.group)[table.group]
+def zero_variance(rewards: Tensor, group: Tensor) -> Tensor:
+    """Return [n] bool: whether all rewards [n] of the sequence's prompt are equal.
 
-
-def _all_equal(rewards: Tensor, group: Tensor) -> Tensor:
-    """[G] bool: of a prompt's rewards."""
+    Such a group does not say which response is better. A group of one response is of this kind.
+    """
     groups = int(group.max()) + 1
     high = rewards.new_full((groups,), -torch.inf).scatter_reduce(0, group, rewards, "amax")
     low = rewards.new_full((groups,), torch.inf).scatter_reduce(0, group, rewards, "amin")
-    return high == low
+    return (high == low)[group]
 
 
 def within_prompt_std(rewards: Tensor, group: Tensor) -> float | None:
-    """σ: the pooled, unbiased standard deviation of the reward within a prompt; None where no prompt has two."""
+    """Return σ, the pooled, unbiased standard deviation of the rewards [n] within a prompt.
+
+    Return None if no prompt has two responses.
+    """
     count = torch.bincount(group).double()
     mean = rewards.new_zeros(len(count)).index_add(0, group, rewards) / count.clamp(min=1)
     freedom = (count - 1).clamp(min=0).sum()
     if freedom == 0:
         return None
-    deviation = (rewards - mean[group]).masked_fill(_all_equal(rewards, group)[group], 0.0)  # not their mean's rounding
+    deviation = (rewards - mean[group]).masked_fill(zero_variance(rewards, group), 0.0)  # not the rounding of the mean
     return float((deviation**2).sum().div(freedom).sqrt())

@@ -1,28 +1,31 @@
-"""Health of the weights: effective sample size and extremes."""
+"""The health of weights: how many responses they leave, and what they follow."""
 
 from typing import NamedTuple
 
 from torch import Tensor
 
 
-class Health(NamedTuple):
-    """Of n weights: ess, effective sample size over n; largest, over the mean; tiny, share under 1e-3 of the mean;
-    length_correlation, Pearson's, of weight with response length."""
+class WeightHealth(NamedTuple):
+    """Statistics of n weights."""
 
     ess: float
+    """Effective sample size (Σw)² / Σw², divided by n."""
     largest: float
+    """The largest weight over the mean weight."""
     tiny: float
+    """The fraction of weights below 1e-3 of the mean weight."""
     length_correlation: float
+    """Pearson correlation of the weight with the response length."""
 
 
-def health(weights: Tensor, length: Tensor) -> Health:
-    """Of weights [n] and response lengths [n]; see Health."""
+def weight_health(weights: Tensor, length: Tensor) -> WeightHealth:
+    """Return the statistics of weights [n] of responses with lengths [n] in tokens."""
     mean = weights.mean()
-    centred, lengths = weights - mean, length.double() - length.double().mean()
-    spread = (centred.square().sum() * lengths.square().sum()).sqrt()
-    return Health(
+    centered, lengths = weights - mean, length.double() - length.double().mean()
+    spread = (centered.square().sum() * lengths.square().sum()).sqrt()
+    return WeightHealth(
         ess=float(weights.sum() ** 2 / weights.square().sum() / len(weights)),
         largest=float(weights.max() / mean),
         tiny=float((weights < 1e-3 * mean).double().mean()),
-        length_correlation=float((centred * lengths).sum() / spread) if spread > 0 else 0.0,
+        length_correlation=float((centered * lengths).sum() / spread) if spread > 0 else 0.0,
     )

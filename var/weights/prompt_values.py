@@ -4,37 +4,37 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from var.weights.table import Table
+from var.weights.inputs import WeightInputs
 
 
-def prompt_values(table: Table, folds: int = 10) -> Tensor:
-    """[G]: V(x), ridge regression of a prompt's mean reward on its features, cross-fitted: each prompt's value comes
-    from the other folds, since fitted on the row itself it would eat the weight.
+def prompt_values(inputs: WeightInputs, folds: int = 10) -> Tensor:
+    """Return [G] V(x) by ridge regression of a prompt's mean reward on its features.
 
-    The penalty is chosen in each fold by generalised cross-validation. With fewer than 20 prompts V is the mean of
-    the others. Groups without a sequence (held out) get a value too, and are not fitted on.
+    The value of a prompt comes from a fit on the other folds. Fitted on the prompt itself, it would remove the signal
+    from the weight. The penalty is chosen in each fold by generalized cross-validation. With fewer than 20 prompts, V
+    is the mean reward of the other prompts. Prompts without a sequence get a value and are not fitted on.
     """
-    assert table.features is not None
-    count = torch.bincount(table.group, minlength=len(table.features)).double()
-    target = torch.zeros(len(count), dtype=torch.float64).index_add(0, table.group, table.rewards) / count.clamp(min=1)
-    known = np.flatnonzero(count.numpy())
-    x, y = table.features.double().numpy(), target.numpy()
-    values = np.full(len(y), y[known].mean() if len(known) else 0.0)
-    if len(known) < 20:
-        total, n = y[known].sum(), len(known)
-        values[known] = (total - y[known]) / (n - 1) if n > 1 else 0.0
+    features = inputs.get("features")
+    count = torch.bincount(inputs.group, minlength=len(features)).double()
+    total = torch.zeros(len(count), dtype=torch.float64).index_add(0, inputs.group, inputs.rewards)
+    x, y = features.double().numpy(), (total / count.clamp(min=1)).numpy()
+    present = np.flatnonzero(count.numpy())
+    values = np.full(len(y), y[present].mean() if len(present) else 0.0)
+    if len(present) < 20:
+        n = len(present)
+        values[present] = (y[present].sum() - y[present]) / (n - 1) if n > 1 else 0.0
         return torch.from_numpy(values)
-    fold = np.random.default_rng(0).permutation(len(known)) % folds
+    fold = np.random.default_rng(0).permutation(len(present)) % folds
     for f in range(folds):
-        fit, rest = known[fold != f], known[fold == f]
+        fit, rest = present[fold != f], present[fold == f]
         values[rest] = _ridge(x[fit], y[fit], x[rest])
     return torch.from_numpy(values)
 
 
 def _ridge(x: np.ndarray, y: np.ndarray, new: np.ndarray) -> np.ndarray:
-    """Predictions for `new` by ridge regression on standardised features; the penalty minimises the GCV score."""
-    centre, scale, mean = x.mean(0), x.std(0) + 1e-12, y.mean()
-    x, new = (x - centre) / scale, (new - centre) / scale
+    """Return predictions for `new` by ridge regression. The penalty has the least GCV score."""
+    center, scale, mean = x.mean(0), x.std(0) + 1e-12, y.mean()
+    x, new = (x - center) / scale, (new - center) / scale
     u, s, vt = np.linalg.svd(x, full_matrices=False)
     projected = u.T @ (y - mean)
     best, chosen = np.inf, np.inf

@@ -267,7 +267,7 @@ def test_mmlu_compares_log_probabilities_of_the_letters(choices: Path, tmp_path:
         logps = []
         for letter in "ABCD":
             full = torch.tensor([[*ids, *tokenizer(f" {letter}")["input_ids"]]])
-            with torch.inference_mode(), harness.attention(model, "sdpa"):
+            with torch.inference_mode(), harness.use_attention(model, "sdpa"):
                 out = model(full).logits.log_softmax(-1)[0]
             logps.append(float(out[-3, full[0, -2]] + out[-2, full[0, -1]]))
         assert json.loads(sample["response"]) == [

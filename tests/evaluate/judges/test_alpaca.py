@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers import judges
 from tests.helpers.judges import ignore, pair
-from tests.server import client, completion, served, shown
+from tests.helpers.servers import client, completion, served, shown
 from var.evaluate.judges.alpaca import MATCHED, AlpacaEval, compute_win_rate, read_preference
 from var.evaluate.judges.base import compute_rates
 from var.evaluate.judges.endpoint import UnreadableReply

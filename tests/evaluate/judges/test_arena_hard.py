@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers import judges
 from tests.helpers.judges import pair
-from tests.server import Broken, client, completion, shown
+from tests.helpers.servers import Broken, client, completion, shown
 from var.evaluate.judges.arena_hard import COUNTS, ArenaHard, bootstrap_mean
 from var.evaluate.judges.base import compute_rates
 from var.utils.errors import UserError

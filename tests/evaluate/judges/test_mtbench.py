@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers import judges
 from tests.helpers.judges import ignore, pair
-from tests.server import Broken, client, completion, served, shown
+from tests.helpers.servers import Broken, client, completion, served, shown
 from var.evaluate.judges.base import compute_rates
 from var.evaluate.judges.mtbench import MTBench, combine_games
 from var.utils.errors import UserError
@@ -263,7 +263,7 @@ def test_second_run_sends_no_requests(mtbench):
         first = judge(pairs, ignore)
         assert len(server.bodies) == 24
         second = mtbench(server.base_url)
-        assert "24 answered before" in second.describe(pairs)
+        assert "24 cached" in second.describe(pairs)
         done = []
         again = second(pairs, done.append)
         assert second(pairs, ignore).facts["usage"]["cached"] == again.facts["usage"]["cached"] == 24

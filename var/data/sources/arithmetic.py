@@ -1,35 +1,41 @@
-"""Arithmetic of our own making, embedded: prompts alone with their answers; nothing is read or fetched."""
+"""Arithmetic problems generated here, with answers and without responses. Nothing is downloaded; no license applies."""
 
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations, combinations_with_replacement, zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
-from var.data.rows import Row, messages
-from var.data.sources.local import settings
+from var.data.rows import Row, parse_prompt
+from var.data.sources.local import describe_source
 from var.utils.errors import UserError
 
-# kind → (numbers, may both be the same, result, phrasings, how an id is written)
-KINDS: dict[str, tuple[range, bool, Any, tuple[str, ...], str]] = {
-    "product": (
-        range(2, 10),
-        True,
+
+class Kind(NamedTuple):
+    """A kind of problems: a function of two numbers a and b."""
+
+    pairs: list[tuple[int, int]]  # every pair a ≤ b once
+    compute: Callable[[int, int], int]
+    phrasings: tuple[str, ...]
+    id: str
+
+
+KINDS = {
+    "product": Kind(
+        list(combinations_with_replacement(range(2, 10), 2)),
         lambda a, b: a * b,
         ("What is {a} times {b}? Answer with the number.", "Multiply {a} by {b}. Answer with the number only."),
         "product-{a}x{b}",
     ),
-    "sum": (
-        range(2, 21),
-        True,
+    "sum": Kind(
+        list(combinations_with_replacement(range(2, 21), 2)),
         lambda a, b: a + b,
         ("What is {a} plus {b}? Answer with the number.", "Add {a} and {b}. Answer with the number only."),
         "sum-{a}+{b}",
     ),
-    "gcd": (
-        range(2, 21),
-        False,
+    "gcd": Kind(
+        list(combinations(range(2, 21), 2)),
         math.gcd,
         (
             "What is the greatest common divisor of {a} and {b}? Answer with the number.",
@@ -42,50 +48,46 @@ KINDS: dict[str, tuple[range, bool, Any, tuple[str, ...], str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Arithmetic:
-    """Products of two digits, sums of two numbers up to 20, greatest common divisors up to 20.
+    """Generate distinct problems: products to 9 × 9, sums to 20 + 20, greatest common divisors of numbers to 20.
 
-    No problem comes twice, a × b and b × a being one. The kinds take turns until one has no more; the first n of a
-    seed's problems are the same whatever `problems` is.
+    The kinds alternate until one is exhausted. The first n problems of a seed do not depend on `problems`.
     """
 
-    problems: int = 224
+    problems: int = 224  # number of problems
     seed: int = 0
     kinds: tuple[str, ...] = tuple(KINDS)
 
     def __post_init__(self) -> None:
         if not self.kinds or set(self.kinds) - set(KINDS) or len(set(self.kinds)) < len(self.kinds):
-            raise UserError(f"data.source.kinds are of {', '.join(KINDS)}, each once, got {list(self.kinds)}")
-        room = sum(len(_operands(kind)) for kind in self.kinds)
-        if not 1 <= self.problems <= room:
+            got = ", ".join(map(str, self.kinds)) or "none"
+            raise UserError(f"data.source.kinds: expected some of {', '.join(KINDS)}, each once, got {got}")
+        available = sum(len(KINDS[kind].pairs) for kind in self.kinds)
+        if not 1 <= self.problems <= available:
             raise UserError(
-                f"data.source.problems={self.problems}: {', '.join(self.kinds)} have 1 to {room} distinct problems; "
-                "ask for fewer, or for more kinds (sums have most)"
+                f"data.source.problems={self.problems}: {', '.join(self.kinds)} have 1 to {available} distinct "
+                "problems. Use fewer, or add kinds to data.source.kinds (sum has most)"
             )
 
     def records(self) -> Iterator[tuple[str, dict[str, str]]]:
-        turns = zip_longest(*(self._shuffled(kind) for kind in self.kinds))
+        """Yield (where, problem)."""
+        turns = zip_longest(*(self._generate(kind) for kind in self.kinds))
         problems = (problem for turn in turns for problem in turn if problem is not None)
         for number, problem in zip(range(1, self.problems + 1), problems, strict=False):
             yield f"arithmetic:{number}", problem
 
-    def _shuffled(self, kind: str) -> Iterator[dict[str, str]]:
-        *_, result, phrasings, name = KINDS[kind]
-        draw = random.Random(f"{kind} {self.seed}")
-        pairs = _operands(kind)
-        draw.shuffle(pairs)
+    def _generate(self, name: str) -> Iterator[dict[str, str]]:
+        kind, rng = KINDS[name], random.Random(f"{name} {self.seed}")
+        pairs = kind.pairs.copy()
+        rng.shuffle(pairs)
         for a, b in pairs:
-            first, second = draw.sample((a, b), 2)
-            prompt = draw.choice(phrasings).format(a=first, b=second)
-            yield {"id": name.format(a=a, b=b), "prompt": prompt, "answer": str(result(a, b))}
+            first, second = rng.sample((a, b), 2)
+            prompt = rng.choice(kind.phrasings).format(a=first, b=second)
+            yield {"id": kind.id.format(a=a, b=b), "prompt": prompt, "answer": str(kind.compute(a, b))}
 
     def row(self, where: str, record: Mapping[str, str]) -> Row:
-        return Row(id=record["id"], prompt=messages(record["prompt"]), answer=record["answer"])
+        """Return a row without responses."""
+        return Row(id=record["id"], prompt=parse_prompt(record["prompt"]), answer=record["answer"])
 
     def identity(self) -> Mapping[str, Any]:
-        return settings(self)
-
-
-def _operands(kind: str) -> list[tuple[int, int]]:
-    """Every pair a ≤ b of the kind once."""
-    numbers, same, *_ = KINDS[kind]
-    return list((combinations_with_replacement if same else combinations)(numbers, 2))
+        """Return the settings."""
+        return describe_source(self)

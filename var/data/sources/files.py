@@ -1,33 +1,22 @@
-"""Our own rows as JSON lines (.jsonl, .jsonl.gz) or Parquet: one file or a folder of them."""
+"""The user's own rows as JSON lines (.jsonl, .jsonl.gz) or Parquet, in one file or a folder."""
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from var.data.rows import Row, from_record
+from var.data.rows import Row, parse_row
 from var.data.sources import local
 
 
 @dataclass(frozen=True, kw_only=True)
-class Files:
-    """path: a file or a folder. Read record by record, so a set larger than memory will do.
+class Files(local.LocalSource):
+    """Read records that have the fields of a `Row`, one by one: the data set may be larger than memory.
 
-    A record is a Row: prompt (text or messages), responses (text or text, score, weight, source), ordered, answer.
-    One without `id` is called after its place, `file.jsonl:12`.
+    A record without `id` is named after its position, such as `file.jsonl:12`.
     """
 
-    path: str
-
-    def records(self) -> Iterator[tuple[str, Any]]:
-        return local.records(self._files())
+    path: str  # a file or a folder
 
     def row(self, where: str, record: Any) -> Row:
-        record = local.parse(record)
-        return from_record(record if record.get("id") is not None else {**record, "id": where})
-
-    def identity(self) -> Mapping[str, Any]:
-        return {**local.settings(self), "files": local.stamps(self._files())}
-
-    def _files(self) -> list[Path]:
-        return local.listed(self.path, "data.path")
+        """Return the row in a record."""
+        record = local.parse_record(record)
+        return parse_row(record if record.get("id") is not None else {**record, "id": where})

@@ -1,40 +1,66 @@
-"""Data sets of the hub: loaded in one place, so that being offline is one clear error."""
+"""Data sets of the Hugging Face hub, or local copies of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import datasets
 
+from var.data.sources import local
 from var.utils.errors import UserError
 
 
+class Part(NamedTuple):
+    """One split of a data set of the hub."""
+
+    path: str  # owner/name
+    name: str | None = None  # configuration
+    split: str = "train"
+    data_dir: str | None = None  # folder of the data set
+
+    def __str__(self) -> str:
+        folder = self.name or self.data_dir
+        return f"{self.path}/{folder}[{self.split}]" if folder else f"{self.path}[{self.split}]"
+
+
 @cache
-def load(path: str, name: str | None = None, split: str = "train", data_dir: str | None = None) -> datasets.Dataset:
-    """One split of the hub's data set `path`, memory-mapped; name: its configuration, data_dir: a folder of it."""
+def load(part: Part) -> datasets.Dataset:
+    """Load one split, memory-mapped. Raise a `UserError` if the hub cannot be reached."""
     try:
-        return datasets.load_dataset(path, name=name, split=split, data_dir=data_dir)
-    except Exception as error:  # datasets, hub and HTTP client share no base class for "not reachable"
+        return datasets.load_dataset(part.path, name=part.name, split=part.split, data_dir=part.data_dir)
+    except Exception as error:  # datasets, hub and HTTP client have no common base class for "not reachable"
         raise UserError(
-            f"the data set {_label(path, name or data_dir, split)} could not be loaded from the hub: "
-            f"{type(error).__name__}: {error}\n"
-            "Run once with a network (later runs read the hub's cache), or fetch its files (.jsonl, .jsonl.gz, "
+            f"data set {part}: cannot be loaded from the hub: {type(error).__name__}: {error}\n"
+            "Run once with a network (later runs read the hub's cache), or download its files (.jsonl, .jsonl.gz, "
             ".parquet) and set `data.path=` to them."
         ) from error
 
 
-def records(
-    path: str, name: str | None = None, split: str = "train", data_dir: str | None = None
-) -> Iterator[tuple[str, Any]]:
-    label = _label(path, name or data_dir, split)
-    for number, record in enumerate(load(path, name, split, data_dir), start=1):
-        yield f"{label}:row {number}", record
+class HubSource(local.LocalSource):
+    """Base of adapters of a data set of the hub, or of a local copy of it."""
 
+    @property
+    def parts(self) -> Sequence[Part]:
+        """The splits to read from the hub."""
+        raise NotImplementedError
 
-def fingerprint(path: str, name: str | None = None, split: str = "train", data_dir: str | None = None) -> str:
-    """Stands for the content: the hub's revision is in it."""
-    return load(path, name, split, data_dir)._fingerprint
+    @property
+    def is_local(self) -> bool:
+        """Whether to read local files: `path` is None for the hub."""
+        return self.path is not None
 
+    def records(self) -> Iterator[tuple[str, Any]]:
+        """Yield (where, record) of all parts or local files."""
+        if self.is_local:
+            return super().records()
+        return chain.from_iterable(
+            ((f"{part}:row {number}", record) for number, record in enumerate(load(part), start=1))
+            for part in self.parts
+        )
 
-def _label(path: str, part: str | None, split: str) -> str:
-    return f"{path}/{part}[{split}]" if part else f"{path}[{split}]"
+    def identity(self) -> Mapping[str, Any]:
+        """Return the settings with the stamps of the local files or the hub's fingerprints, which name a revision."""
+        if self.is_local:
+            return super().identity()
+        return {**local.describe_source(self), "fingerprint": [load(part)._fingerprint for part in self.parts]}

@@ -1,4 +1,4 @@
-"""Local files of records: JSON lines (.jsonl, .jsonl.gz, .json) and Parquet, read record by record."""
+"""Read local files record by record: JSON lines (.jsonl, .jsonl.gz, .json) and Parquet."""
 
 import gzip
 import json
@@ -14,36 +14,55 @@ LINES = (".jsonl", ".jsonl.gz")
 SUFFIXES = (*LINES, ".parquet")
 
 
-def listed(path: str, key: str, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
-    """The file `path`, or the files of the folder `path` by name. key: the setting, for the message."""
+class LocalSource:
+    """Base of adapters of local files. A subclass is a dataclass that adds its fields and `row`."""
+
+    path: Any  # a file or a folder
+    suffixes = SUFFIXES
+
+    def files(self) -> list[Path]:
+        """Return the files to read."""
+        return list_files(self.path, "data.path", self.suffixes)
+
+    def records(self) -> Iterator[tuple[str, Any]]:
+        """Yield (where, record) of all files."""
+        return read_records(self.files())
+
+    def identity(self) -> Mapping[str, Any]:
+        """Return the settings with the stamps of all files."""
+        return describe_source(self, self.files())
+
+
+def list_files(path: str, key: str, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
+    """Return the file `path`, or the sorted files of the folder `path`. Errors name the setting `key`."""
     place = Path(path).expanduser()
     if place.is_file():
         return [place]
     if not place.is_dir():
-        raise UserError(f"{path}: no such file or folder; set `{key}=` to a {', '.join(suffixes)} or a folder of these")
+        raise UserError(f"{path}: no such file or folder. Set `{key}=` to a {', '.join(suffixes)} or a folder of these")
     found = sorted(file for file in place.iterdir() if file.name.endswith(tuple(suffixes)))
     if not found:
-        raise UserError(f"{path}: the folder holds no {', '.join(suffixes)}; set `{key}=` to one that does")
+        raise UserError(f"{path}: the folder has no {', '.join(suffixes)}. Set `{key}=` to one that does")
     if strange := [file.name for file in found if not file.is_file()]:
-        raise UserError(f"{path}: {', '.join(strange)} there is a folder or a dead link; move it away, or name a file")
+        raise UserError(f"{path}: not a regular file: {', '.join(strange)}. Move it away, or set `{key}=` to one file")
     return found
 
 
 def is_local(path: str) -> bool:
-    """A path rather than a hub id, which is `owner/name`."""
+    """Return whether this is a path, not a hub id (`owner/name`)."""
     return Path(path).expanduser().exists() or path.endswith(SUFFIXES) or path.startswith(("/", ".", "~"))
 
 
-def records(files: Sequence[Path], batch: int = 1024) -> Iterator[tuple[str, Any]]:
-    """(where, record) of every file: a line as bytes, for `parse`, or a Parquet row; never more than `batch` held."""
+def read_records(files: Sequence[Path], batch: int = 1024) -> Iterator[tuple[str, Any]]:
+    """Yield (where, record): a line as bytes for `parse_record`, or a Parquet row. Hold at most `batch` rows."""
     for file in files:
         if file.name.endswith(".parquet"):
-            yield from _parquet(file, batch)
+            yield from _read_parquet(file, batch)
         else:
-            yield from _lines(file)
+            yield from _read_lines(file)
 
 
-def _lines(file: Path) -> Iterator[tuple[str, bytes]]:
+def _read_lines(file: Path) -> Iterator[tuple[str, bytes]]:
     opener: Callable[..., Any] = gzip.open if file.name.endswith(".gz") else open
     with opener(file, "rb") as lines:
         try:
@@ -51,30 +70,26 @@ def _lines(file: Path) -> Iterator[tuple[str, bytes]]:
                 if line.strip():
                     yield f"{file.name}:{number}", line
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise UserError(f"{file}: not a whole gzip file ({error}); fetch it again") from error
+            raise UserError(f"{file}: incomplete gzip file ({error}). Download it again") from error
 
 
-def _parquet(file: Path, batch: int) -> Iterator[tuple[str, Any]]:
+def _read_parquet(file: Path, batch: int) -> Iterator[tuple[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    number = 0
     try:
-        table = pq.ParquetFile(file)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{file}: not a Parquet file ({error}); fetch it again") from error
-    with table:
-        number = 0
-        try:
+        with pq.ParquetFile(file) as table:
             for part in table.iter_batches(batch_size=batch):
                 for record in part.to_pylist():
                     number += 1
                     yield f"{file.name}:row {number}", record
-        except (pa.ArrowException, OSError, ValueError, LookupError, ArithmeticError) as error:
-            raise UserError(f"{file}: what follows row {number} cannot be read ({error}); fetch it again") from error
+    except (pa.ArrowException, OSError, ValueError, LookupError, ArithmeticError) as error:
+        raise UserError(f"{file}: not readable as Parquet after row {number} ({error}). Download it again") from error
 
 
-def parse(record: Any) -> Mapping[str, Any]:
-    """The object that a line of JSON holds; a record that is one already stays. Anything else is a ValueError."""
+def parse_record(record: Any) -> Mapping[str, Any]:
+    """Return the object in a line of JSON, or a record that is an object already. Otherwise raise a ValueError."""
     if isinstance(record, bytes):
         try:
             record = json.loads(record.decode("utf-8-sig"))
@@ -83,22 +98,22 @@ def parse(record: Any) -> Mapping[str, Any]:
         except json.JSONDecodeError as error:
             raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
         except RecursionError:
-            raise ValueError("not JSON that can be read: it is nested too deeply") from None
+            raise ValueError("JSON that is nested too deeply to be read") from None
     if not isinstance(record, Mapping):
-        raise ValueError(f"a line is one JSON object, got {type(record).__name__}")
+        raise ValueError(f"expected one JSON object per line, got {type(record).__name__}")
     return record
 
 
-def settings(source: Any) -> dict[str, Any]:
-    """Class and fields of an adapter as JSON values, for its `identity`."""
+def describe_source(source: Any, files: Sequence[Path] = ()) -> dict[str, Any]:
+    """Return the class, fields and files of an adapter as JSON values, for its `identity`.
+
+    A file is [path, size, mtime_ns, ctime_ns]: a copy may keep name, size and mtime, but not the ctime.
+    """
     values = {field.name: getattr(source, field.name) for field in fields(source)}
-    return {"source": type(source).__name__} | {
+    content = {"source": type(source).__name__} | {
         name: list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
         for name, value in values.items()
     }
-
-
-def stamps(files: Sequence[Path]) -> list[list[Any]]:
-    """[path, size, mtime_ns, ctime_ns] of each file: a copy may keep name, size and mtime, but no ctime."""
     stats = [(file.resolve(), file.stat()) for file in files]
-    return [[str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for path, stat in stats]
+    stamps = [[str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for path, stat in stats]
+    return {**content, "files": stamps} if stamps else content

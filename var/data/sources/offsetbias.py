@@ -1,33 +1,29 @@
-"""OffsetBias (Park et al., arXiv 2407.06551): hub NCSOFT/offsetbias, 8,504 pairs, one split, BSD-3-Clause."""
+"""OffsetBias (Park et al., arXiv 2407.06551): preference pairs that counter the biases of judges.
 
-from collections.abc import Iterator, Mapping
+Hub: NCSOFT/offsetbias, 8,504 pairs in one split, license BSD-3-Clause.
+"""
+
 from dataclasses import dataclass
 from typing import Any
 
 from var.data.rows import Row
-from var.data.sources import hub, local
-from var.data.sources.pairs import pair
-
-HUB = "NCSOFT/offsetbias"
+from var.data.sources import local
+from var.data.sources.hub import HubSource, Part
+from var.data.sources.pairs import make_pair
 
 
 @dataclass(frozen=True, kw_only=True)
-class OffsetBias:
-    """instruction, output_1, output_2 and label, 1 or 2: the better one. path: a local copy instead of the hub."""
+class OffsetBias(HubSource):
+    """Read `instruction`, `output_1`, `output_2` and `label`, 1 or 2, which is the better output."""
 
-    path: str | None = None
+    path: str | None = None  # a local copy, read instead of the hub
 
-    def records(self) -> Iterator[tuple[str, Any]]:
-        return hub.records(HUB) if self.path is None else local.records(local.listed(self.path, "data.path"))
+    parts = (Part("NCSOFT/offsetbias"),)
 
     def row(self, where: str, record: Any) -> Row | None:
-        record = local.parse(record)
+        """Return a pair, the output that `label` names first."""
+        record = local.parse_record(record)
         label = record["label"]
         if label not in (1, 2):
-            raise ValueError(f"'label' is 1 or 2, the better output, got {label!r}")
-        return pair(where, record["instruction"], record[f"output_{label}"], record[f"output_{3 - label}"])
-
-    def identity(self) -> Mapping[str, Any]:
-        if self.path is None:
-            return {**local.settings(self), "fingerprint": hub.fingerprint(HUB)}
-        return {**local.settings(self), "files": local.stamps(local.listed(self.path, "data.path"))}
+            raise ValueError(f"'label' must be 1 or 2, the better output, got {label!r}")
+        return make_pair(where, record["instruction"], record[f"output_{label}"], record[f"output_{3 - label}"])

@@ -1,22 +1,25 @@
-"""What the adapters of preference pairs share."""
+"""Rows of preference pairs, for the adapters of such data sets."""
 
 from typing import Any
 
-from var.data.rows import Response, Row, messages
+from var.data.rows import Response, Row, parse_prompt
 
 
-def pair(
+def make_pair(
     id: str,
     prompt: Any,
     chosen: str,
     rejected: str,
     scores: tuple[float | None, float | None] = (None, None),
 ) -> Row | None:
-    """An ordered row; None, so left out and counted, where a public set has an empty prompt or response."""
+    """Return an ordered row, or None to skip a pair with an empty prompt or response, as public data sets have."""
     for name, text in (("chosen", chosen), ("rejected", rejected)):
         if not isinstance(text, str):
             raise ValueError(f"the {name} response must be text, got {text!r}")
-    if not chosen.strip() or not rejected.strip() or not (asked := messages(prompt))[-1]["content"].strip():
+    if not chosen.strip() or not rejected.strip():
+        return None
+    messages = parse_prompt(prompt)
+    if not messages[-1]["content"].strip():
         return None
     responses = tuple(Response(text=text, score=score) for text, score in zip((chosen, rejected), scores, strict=True))
-    return Row(id=id, prompt=asked, responses=responses, ordered=True)
+    return Row(id=id, prompt=messages, responses=responses, ordered=True)

@@ -1,37 +1,33 @@
-"""Prompts alone, to be sampled: a text file with one a line, or JSON lines."""
+"""Prompts without responses, which the model samples: a text file with one prompt per line, or JSON lines."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from var.data.rows import Row, from_record
+from var.data.rows import Row, parse_row
 from var.data.sources import local
-
-SUFFIXES = (".txt", *local.LINES)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prompts:
-    """path: .txt (a prompt a line), .jsonl or .jsonl.gz (`prompt` as text or messages; `answer`, `id`), or a folder."""
+class Prompts(local.LocalSource):
+    """Read prompts. A JSON object has `prompt` (text or messages) and optionally `answer` and `id`."""
 
-    path: str
+    path: str  # a .txt, .jsonl or .jsonl.gz, or a folder of these
+
+    suffixes = (".txt", *local.LINES)
 
     def records(self) -> Iterator[tuple[str, Any]]:
-        for file in self._files():
-            text = file.name.endswith(".txt")
-            for where, line in local.records([file]):
-                yield where, (line, text)
+        """Yield (where, (line, whether it is plain text))."""
+        for file in self.files():
+            for where, line in local.read_records([file]):
+                yield where, (line, file.name.endswith(".txt"))
 
     def row(self, where: str, record: tuple[bytes, bool]) -> Row:
-        line, text = record
-        value = {"prompt": line.decode("utf-8-sig").strip()} if text else local.parse(line)
+        """Return a row without responses."""
+        line, is_text = record
+        value = {"prompt": line.decode("utf-8-sig").strip()} if is_text else local.parse_record(line)
         if unknown := set(value) - {"id", "prompt", "answer"}:
-            raise ValueError(f"unknown keys {sorted(unknown)}; a prompt has prompt, answer, id (rows: data=files)")
-        return from_record(value if value.get("id") is not None else {**value, "id": where})
-
-    def identity(self) -> Mapping[str, Any]:
-        return {**local.settings(self), "files": local.stamps(self._files())}
-
-    def _files(self) -> list[Path]:
-        return local.listed(self.path, "data.path", SUFFIXES)
+            raise ValueError(
+                f"unknown keys {sorted(unknown)}; a prompt has prompt, answer, id. Use data=files for rows"
+            )
+        return parse_row(value if value.get("id") is not None else {**value, "id": where})

@@ -1,45 +1,48 @@
-"""UltraFeedback (Cui et al., arXiv 2310.01377): hub openbmb/UltraFeedback, 63,967 prompts of four completions, MIT."""
+"""UltraFeedback (Cui et al., arXiv 2310.01377): completions of several models, rated by GPT-4.
 
-from collections.abc import Iterator, Mapping
+Hub: openbmb/UltraFeedback, 63,967 prompts with four completions each, license MIT.
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from var.data.rows import Response, Row, messages
-from var.data.sources import hub, local
+from var.data.rows import Response, Row, parse_prompt
+from var.data.sources import local
+from var.data.sources.hub import HubSource, Part
 from var.utils.errors import UserError
 
-HUB = "openbmb/UltraFeedback"
 ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
 KEEP = ("all", "best_worst", "best")
 
 
 @dataclass(frozen=True, kw_only=True)
-class UltraFeedback:
-    """Completions by the mean of their aspect ratings (1 to 5), best first.
+class UltraFeedback(HubSource):
+    """Order completions by the mean of their aspect ratings (1 to 5), best first.
 
-    The mean is over the ratings that are there, "N/A" is none. `overall_score` is never read: some 2,000 of its 1
-    became 10 (OpenBMB/UltraFeedback #8). Left out and counted: empty prompts, those with fewer than two completions
-    that have text and a rating, and with keep=best_worst those whose best and worst are rated the same.
-    keep: all, best_worst (a pair), best. ratings_as_score: the mean is the score; else rewards come from a model.
-    path: a local copy instead of the hub.
+    Ratings of "N/A" are ignored. So is `overall_score`: about 2,000 scores of 1 were changed to 10
+    (OpenBMB/UltraFeedback #8). Skipped and counted are empty prompts, prompts with fewer than two rated completions,
+    and with keep=best_worst prompts whose completions all have the same rating.
     """
 
-    keep: str = "all"
-    ratings_as_score: bool = False
-    path: str | None = None
+    keep: str = "all"  # the completions of a row: all, best_worst (a pair) or best
+    ratings_as_score: bool = False  # use the mean rating as the score; else the reward comes from a model
+    path: str | None = None  # a local copy, read instead of the hub
+
+    parts = (Part("openbmb/UltraFeedback"),)
 
     def __post_init__(self) -> None:
         if self.keep not in KEEP:
-            raise UserError(f"data.source.keep is one of {', '.join(KEEP)}, got {self.keep}")
-
-    def records(self) -> Iterator[tuple[str, Any]]:
-        return hub.records(HUB) if self.path is None else local.records(local.listed(self.path, "data.path"))
+            raise UserError(f"data.source.keep: expected one of {', '.join(KEEP)}, got {self.keep}")
 
     def row(self, where: str, record: Any) -> Row | None:
-        record = local.parse(record)
-        rated = [(mean_rating(c["annotations"]), c) for c in record["completions"] if (c["response"] or "").strip()]
+        """Return the completions of a prompt, ordered unless all have the same rating."""
+        record = local.parse_record(record)
+        rated = [
+            (compute_mean_rating(c["annotations"]), c) for c in record["completions"] if (c["response"] or "").strip()
+        ]
         ranked = sorted(((mean, c) for mean, c in rated if mean is not None), key=lambda item: -item[0])
-        prompt = messages(record["instruction"])
+        prompt = parse_prompt(record["instruction"])
         if len(ranked) < 2 or not prompt[-1]["content"].strip():
             return None
         differ = ranked[0][0] > ranked[-1][0]
@@ -52,14 +55,9 @@ class UltraFeedback:
         )
         return Row(id=where, prompt=prompt, responses=responses, ordered=differ)
 
-    def identity(self) -> Mapping[str, Any]:
-        if self.path is None:
-            return {**local.settings(self), "fingerprint": hub.fingerprint(HUB)}
-        return {**local.settings(self), "files": local.stamps(local.listed(self.path, "data.path"))}
 
-
-def mean_rating(annotations: Mapping[str, Any]) -> float | None:
-    """Mean of the aspects' ratings that are numbers; None where there is none."""
-    given = [(annotations.get(aspect) or {}).get("Rating") for aspect in ASPECTS]
-    ratings = [float(rating) for rating in given if rating is not None and str(rating).strip() not in ("", "N/A")]
+def compute_mean_rating(annotations: Mapping[str, Any]) -> float | None:
+    """Return the mean of the aspect ratings that are numbers, or None if there are none."""
+    values = [(annotations.get(aspect) or {}).get("Rating") for aspect in ASPECTS]
+    ratings = [float(value) for value in values if value is not None and str(value).strip() not in ("", "N/A")]
     return sum(ratings) / len(ratings) if ratings else None

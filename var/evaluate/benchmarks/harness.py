@@ -26,7 +26,7 @@ import yaml
 
 from var.evaluate.benchmarks import sandbox
 from var.evaluate.benchmarks.results import describe_task, list_scores, write_samples
-from var.models.attention import attention
+from var.models.attention import use_attention
 from var.utils.errors import Problems, UserError
 
 OWN_TASKS = Path(__file__).parent / "tasks"
@@ -318,7 +318,7 @@ def _unchanged(model: Any) -> Iterator[None]:
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with attention(model, "sdpa"), isolate_rng():
+        with use_attention(model, "sdpa"), isolate_rng():
             yield
     finally:
         logger.setLevel(level)

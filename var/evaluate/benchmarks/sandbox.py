@@ -59,7 +59,7 @@ def run(program: str, seconds: float = 10.0, memory: int = 1024) -> Outcome:
     libraries, read-only, and an empty temporary folder. It has no network, no other processes, none of our environment
     variables and no privileges. It is limited to `seconds` of wall time, the same CPU time per process, and `memory`
     MiB of address space per process, and all its children die with it. The token is in the program's process, so a
-    program can fake its verdict only on purpose. If the sandbox cannot be built, a UserError is raised.
+    program can fake its verdict only on purpose. If the sandbox cannot be built, nothing runs and UserError is raised.
     """
     token = secrets.token_hex(16)
     with (

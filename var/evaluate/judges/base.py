@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from var.data.rows import Message
-from var.rewards.base import Reward, scored
+from var.rewards.base import Reward, compute_scores
 from var.utils.errors import Problems, UserError
 from var.utils.statistics import Estimate, estimate_mean
 
@@ -200,7 +200,9 @@ class RewardJudge:
         for start in range(0, len(pairs), 64):
             part = pairs[start : start + 64]
             for side, texts in enumerate(([pair.answer for pair in part], [pair.opponent for pair in part])):
-                numbers = scored(self.reward, [pair.prompt for pair in part], texts, [pair.gold for pair in part])
+                numbers = compute_scores(
+                    self.reward, [pair.prompt for pair in part], texts, [pair.gold for pair in part]
+                )
                 rewards[start : start + 64, side] = numbers
             advance(len(part))
         problems = Problems("rewards that are not finite")
@@ -216,6 +218,3 @@ class RewardJudge:
         ]
         own = {"pairs": len(pairs), "mean_difference": float(difference.mean()) if len(pairs) else None}
         return Judgement(outcomes, scores, games, {**self.identity, **own, "max_errors": 0.0, "reason": None})
-
-
-rates, unjudged = compute_rates, explain_missing_rate  # the names before the refactoring

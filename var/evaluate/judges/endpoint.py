@@ -15,8 +15,8 @@ import yaml
 from var.data.rows import Message
 from var.evaluate.judges.base import Judgement, Outcome, Pair, explain_errors
 from var.utils.errors import Problems, UserError
-from var.utils.files import encodable
-from var.utils.http_client import Client, Failure, grouped, wordless, written
+from var.utils.files import replace_surrogates
+from var.utils.http_client import Client, Failure, count_items, find_missing_text, get_text
 from var.utils.provenance import hash_content
 
 PROMPTS = Path(__file__).parent / "prompts"  # our own wordings
@@ -101,7 +101,7 @@ class EndpointJudge:
     def __call__(self, pairs: Sequence[Pair], advance: Callable[[int], None]) -> Judgement:
         """Play all games in one batch of requests; advance counts pairs, not games."""
         before = asdict(self.client.usage)
-        records = self._play(pairs, grouped(advance, self._games_per_pair))
+        records = self._play(pairs, count_items(advance, self._games_per_pair))
         decisions = [self._decide(games) for games in self._split_games(records)]
         outcomes = [outcome for outcome, _, _ in decisions]
         counts = [counts for _, _, counts in decisions if counts is not None]
@@ -143,7 +143,7 @@ class EndpointJudge:
     def _play(self, pairs: Sequence[Pair], advance: Callable[[int], None]) -> list[Game]:
         games = self._games(pairs)
         bodies = [self._body(*game) for game in games]
-        replies = self.client.ask(bodies, advance=advance, accept=_explain_useless)
+        replies = self.client.ask(bodies, advance=advance, find_fault=_explain_useless)
         records = []
         for (pair, answer_first), body, reply in zip(games, bodies, replies, strict=True):
             record: Game = {
@@ -153,9 +153,9 @@ class EndpointJudge:
                 "verdict": None, "error": None, "text": None, "usage": None,
             }  # fmt: skip
             if isinstance(reply, Failure):
-                record.update(error="failed", text=encodable(reply.reason))
+                record.update(error="failed", text=replace_surrogates(reply.reason))
             else:
-                record.update(text=written(reply), usage=reply.get("usage"))
+                record.update(text=get_text(reply), usage=reply.get("usage"))
                 try:
                     record["verdict"] = self._read(reply)
                 except UnreadableReply as kind:
@@ -170,12 +170,12 @@ def _explain_useless(reply: Mapping[str, Any]) -> str | None:
         graded = bool(reply["choices"][0]["logprobs"])
     except (LookupError, TypeError):
         graded = False
-    return None if graded else wordless(reply)
+    return None if graded else find_missing_text(reply)
 
 
 def find_verdict(reply: Mapping[str, Any], pattern: re.Pattern[str]) -> str:
     """Return the only kind of verdict in a reply; no verdict, or two different ones, is an UnreadableReply."""
-    text = written(reply)
+    text = get_text(reply)
     if text is None:
         raise UnreadableReply("no text")
     verdicts = set(pattern.findall(text))

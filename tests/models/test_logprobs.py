@@ -1,7 +1,7 @@
-"""The engine beside the plain computation: padded rows, full logits, log-softmax, transformers' own attention.
+"""Packed log-probabilities compared with the plain computation: padding, full logits, transformers' own attention.
 
-In float64 both sides agree to 1e-14: what transformers rounds to fp32 (norms, rotations) it rounds alike in both, so
-the tolerance is 1e-12 for values and gradients of the order of 10.
+In float64 the two agree to 1e-14, because transformers rounds norms and rotations to float32 in both. The tolerance
+is 1e-12 for values and gradients of order 10.
 """
 
 import random
@@ -16,10 +16,10 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.conftest import tiny_config, tiny_model
-from var.models import attention as logprobs
-from var.models.attention import Layout, attention, check_lengths, packed_attention
+from var.models import logprobs
+from var.models.attention import Layout, check_lengths, packed_attention, use_attention
 from var.models.cross_scoring import cross_logps
-from var.models.logprobs import HEAD_CHUNK, token_logps
+from var.models.logprobs import HEAD_CHUNK, compute_hidden_states, compute_token_logps
 from var.models.packing import Segment, pack, pack_tree
 from var.models.policy import Policy
 from var.utils.errors import UserError
@@ -38,7 +38,7 @@ STARTS = [4, 4, 1, 1, 3]
 
 
 def family(kind: str, **more: Any) -> Any:
-    """A tiny random float64 model of a family, attending packed; biases are spread as the weights are."""
+    """Return a tiny random float64 model with packed attention; its biases are random too."""
     sizes = dict(
         vocab_size=264, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2,
@@ -53,9 +53,9 @@ def family(kind: str, **more: Any) -> Any:
 
 
 def padded_logps(model: Any, ids: Sequence[Sequence[int]], starts: Sequence[int]) -> Tensor:
-    """[N] nats, the plain way: right padding, a mask, sdpa, all logits."""
+    """Return [N] nats by right padding, a mask, sdpa and all logits."""
     width = max(map(len, ids))
-    with attention(model, "sdpa"):
+    with use_attention(model, "sdpa"):
         logits = model(
             input_ids=torch.tensor([[*row, *[0] * (width - len(row))] for row in ids]),
             attention_mask=torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids]),
@@ -69,7 +69,7 @@ def padded_logps(model: Any, ids: Sequence[Sequence[int]], starts: Sequence[int]
 
 
 def gradients(model: Any, values: Tensor) -> dict[str, Tensor]:
-    """Of a sum with fixed random weights, so that each response token counts for itself."""
+    """Return the gradients of a sum with fixed random weights, so that every token has its own weight."""
     model.zero_grad()
     weights = torch.randn(len(values), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     (values * weights.to(values.dtype)).sum().backward()
@@ -82,20 +82,20 @@ def model() -> Any:
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_values_and_gradients_are_those_of_the_padded_computation(kind: str):
+def test_values_and_gradients_equal_the_padded_computation(kind: str):
     model = family(kind, **FAMILIES[kind])
     ours, theirs = Policy(model)(pack(IDS, STARTS)), padded_logps(model, IDS, STARTS)
     assert_close(ours, theirs, **EXACT)
-    assert ours.min() < -5  # not a uniform model, whose numbers any mistake would give
+    assert ours.min() < -5  # a uniform model would hide mistakes
     mine, plain = gradients(model, ours), gradients(model, theirs)
     assert mine.keys() == plain.keys()
     for name, gradient in mine.items():
         assert_close(gradient, plain[name], **EXACT, msg=lambda m, name=name: f"{name}: {m}")
-        assert gradient.abs().max() > 1e-3 or "bias" in name  # a key's bias shifts all logits alike
+        assert gradient.abs().max() > 1e-3 or "bias" in name  # a key's bias adds the same to all attention scores
 
 
-def test_packed_is_each_alone(model: Any):
-    """Rows that attend to each other, huggingface/trl #805, #1230: packed = one at a time."""
+def test_packed_sequences_equal_each_sequence_alone(model: Any):
+    """Packed sequences attended to each other in huggingface/trl #805 and #1230."""
     policy = Policy(model)
     with torch.no_grad():
         alone = torch.cat([policy(pack([row], [start])) for row, start in zip(IDS, STARTS, strict=True)])
@@ -106,8 +106,8 @@ def test_packed_is_each_alone(model: Any):
     assert_close(torch.cat([pieces[i] for i in range(5)]), alone, **EXACT)
 
 
-def test_a_changed_sequence_leaves_the_others_as_they_were(model: Any):
-    """Rows that attend to each other, LlamaFactory PR #4224; in fp32 too, and to the last bit."""
+def test_changing_a_sequence_does_not_change_the_others(model: Any):
+    """Packed sequences attended to each other in LlamaFactory PR #4224. Equal to the last bit, in float32 as well."""
     for policy in (Policy(model), Policy(tiny_model())):
         with torch.no_grad():
             before = policy(pack(IDS, STARTS))
@@ -119,35 +119,32 @@ def test_a_changed_sequence_leaves_the_others_as_they_were(model: Any):
                 assert not same[batch.sequence == changed].any()
 
 
-def test_the_trap_of_native_packing(model: Any):
-    """transformers takes rows apart by their positions only without a mask and without a cache, and says no word.
+def test_native_packing_is_wrong_with_a_mask_or_a_cache(model: Any):
+    """transformers separates sequences by their positions only without a mask and without a cache, with no warning.
 
-    So packed rows attend to each other in silence: huggingface/trl #3910. Should the two cases below one day agree,
-    the refusals of the next test are no longer needed.
+    Packed sequences attended to each other in huggingface/trl #3910. If the two cases below agree one day, the checks
+    of the next test are no longer needed.
     """
     batch = pack(IDS, STARTS)
     tokens = {"input_ids": batch.input_ids[None], "position_ids": batch.position_ids[None]}
     expected = padded_logps(model, IDS, STARTS)
 
     def native(**more: Any) -> Tensor:
-        with torch.no_grad(), attention(model, "sdpa"):
+        with torch.no_grad(), use_attention(model, "sdpa"):
             logits = model(**tokens, **more).logits[0]
         return logits.log_softmax(-1)[batch.predictor, batch.target]
 
     assert_close(native(use_cache=False), expected, **EXACT)
-    for trapped in ({"use_cache": True}, {"use_cache": False, "attention_mask": torch.ones_like(tokens["input_ids"])}):
-        assert (native(**trapped) - expected).abs().max() > 0.1
+    for options in ({"use_cache": True}, {"use_cache": False, "attention_mask": torch.ones_like(tokens["input_ids"])}):
+        assert (native(**options) - expected).abs().max() > 0.1
 
 
-def test_packed_attention_refuses_a_call_without_segments_or_with_a_mask(model: Any):
-    tokens, unmarked = (
-        torch.tensor([[1, 2, 3]]),
-        "does not hand on to its attention where a packed row's sequences begin",
-    )
-    with pytest.raises(UserError, match=f"LlamaAttention {unmarked}; models of this family cannot be packed"):
+def test_packed_attention_rejects_a_call_without_segments_or_with_a_mask(model: Any):
+    tokens, unmarked = torch.tensor([[1, 2, 3]]), "does not pass the boundaries of packed sequences to its attention"
+    with pytest.raises(UserError, match=f"LlamaAttention {unmarked}. Models of this family cannot be packed"):
         model(input_ids=tokens)
     q = k = v = torch.randn(1, 2, 3, 4)
-    with pytest.raises(UserError, match="makes a mask of its own for its attention; models of this family cannot be"):
+    with pytest.raises(UserError, match=r"builds its own attention mask\. Models of this family cannot be"):
         packed_attention(model, q, k, v, torch.ones(3, 3), layout=Layout((Segment(0, 3),)))
     with pytest.raises(UserError, match=unmarked):
         model.generate(tokens, max_new_tokens=1)
@@ -157,17 +154,16 @@ def test_packed_attention_refuses_a_call_without_segments_or_with_a_mask(model: 
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_a_tree_scores_as_every_pair_alone(kind: str):
-    """Values and gradients: branches see their prompt and themselves, not each other; a branch of one token too.
+def test_tree_equals_each_pair_alone(kind: str):
+    """Branches attend to their prompt and to themselves, but not to each other; also a branch of one token.
 
-    Gradients to 2e-6 of 10: through a norm they are rounded to fp32, here the prompt's sum over its branches, there
-    each on its own.
+    Gradients agree to 2e-6 of 10: a norm rounds them to float32, here as the sum over a prompt's branches.
     """
     model = family(kind, **FAMILIES[kind])
     policy = Policy(model)
     prompts, responses = [[5, 6, 7], [8]], [[[1, 2, 3, 4], [9], [2, 2]], [[4, 4, 4]]]
     tree = policy(pack_tree(prompts, responses))
-    flat = [p + r for p, several in zip(prompts, responses, strict=True) for r in several]
+    flat = [p + r for p, branches in zip(prompts, responses, strict=True) for r in branches]
     starts = [3, 3, 3, 1]
     alone = torch.cat([policy(pack([row], [start])) for row, start in zip(flat, starts, strict=True)])
     assert_close(tree, alone, **EXACT)
@@ -176,8 +172,8 @@ def test_a_tree_scores_as_every_pair_alone(kind: str):
         assert_close(gradient, plain[name], rtol=0, atol=2e-6)
 
 
-def test_cross_scoring_is_each_response_under_each_prompt(model: Any):
-    """[B, B]: row i the prompt, column j the response, summed over tokens; its diagonal is the batch's own."""
+def test_cross_logps_score_each_response_under_each_prompt(model: Any):
+    """[B, B]: row i is the prompt, column j the response, summed over tokens; the diagonal is the batch's own."""
     policy, batch = Policy(model), pack(IDS, STARTS)
     with torch.no_grad():
         table = cross_logps(policy, batch)
@@ -193,10 +189,10 @@ def test_cross_scoring_is_each_response_under_each_prompt(model: Any):
         assert_close(table.diagonal(), batch.sum_by_sequence(policy(batch)), **EXACT)
 
 
-def test_cross_scoring_encodes_each_prompt_once(model: Any):
-    """Σ prompts + B · Σ (responses − 1) tokens, in one call; pair by pair it would be B · Σ prompts too."""
+def test_cross_logps_encode_each_prompt_once(model: Any):
+    """Σ prompts + B · Σ (responses − 1) tokens in one call; scoring by pairs would encode B · Σ prompts."""
     seen = []
-    hook = model.get_input_embeddings().register_forward_pre_hook(lambda _, given: seen.append(given[0].numel()))
+    hook = model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].numel()))
     try:
         with torch.no_grad():
             cross_logps(Policy(model), pack(IDS, STARTS))
@@ -207,18 +203,18 @@ def test_cross_scoring_encodes_each_prompt_once(model: Any):
 
 
 def largest_allocation(work: Any) -> int:
-    """Bytes of the largest single tensor that `work` allocates."""
+    """Return the bytes of the largest tensor that `work` allocates."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
     return max(event.self_cpu_memory_usage for event in profile.events())
 
 
 @pytest.mark.parametrize("train", [False, True])
-def test_no_tensor_holds_the_logits_of_all_response_tokens(train: bool, monkeypatch: pytest.MonkeyPatch):
-    """[tokens, vocabulary] in fp32 is what overflows memory: huggingface/trl #3168. At most a chunk of it exists.
+def test_logits_of_all_response_tokens_never_exist_at_once(train: bool, monkeypatch: pytest.MonkeyPatch):
+    """[tokens, vocabulary] in float32 exhausts memory in huggingface/trl #3168. At most one chunk of it exists.
 
-    224 response tokens and V = 2048: a chunk of 40 is 327,680 bytes, the head's gradient [V, 32] 262,144, nothing else
-    comes near; the whole logits would be 1.8 MB.
+    With 224 response tokens and V = 2048, a chunk of 40 has 327,680 bytes and the head's gradient [V, 32] has 262,144.
+    All logits would have 1.8 MB.
     """
     assert HEAD_CHUNK == 256
     monkeypatch.setattr(logprobs, "HEAD_CHUNK", 40)
@@ -234,17 +230,17 @@ def test_no_tensor_holds_the_logits_of_all_response_tokens(train: bool, monkeypa
 
     assert largest_allocation(ours) == 40 * 2048 * 4
     monkeypatch.setattr(logprobs, "HEAD_CHUNK", 224)
-    assert largest_allocation(ours) == 224 * 2048 * 4  # so the measure would see it
+    assert largest_allocation(ours) == 224 * 2048 * 4  # the measurement detects it
 
 
 @pytest.mark.parametrize("tokens", [1, HEAD_CHUNK - 1, HEAD_CHUNK, HEAD_CHUNK + 1])
-def test_the_chunked_head_is_the_log_softmax(tokens: int):
+def test_chunked_head_equals_log_softmax(tokens: int):
     make = torch.Generator().manual_seed(0)
     hidden = torch.randn(tokens, 8, generator=make, dtype=torch.float64, requires_grad=True)
     head = torch.randn(50, 8, generator=make, dtype=torch.float64, requires_grad=True)
     target = torch.randint(50, (tokens,), generator=make)
     weights = torch.randn(tokens, generator=make, dtype=torch.float64)
-    ours = token_logps(hidden, head, target)
+    ours = compute_token_logps(hidden, head, target)
     plain = (hidden @ head.T).log_softmax(-1)[torch.arange(tokens), target]
     assert_close(ours, plain, **EXACT)
     for mine, other in zip(
@@ -255,13 +251,13 @@ def test_the_chunked_head_is_the_log_softmax(tokens: int):
         assert_close(mine, other, **EXACT)
 
 
-def test_logits_far_apart_stay_finite():
-    """z_t − logsumexp(z) of logits ±2000: 0 and −4000, where exp alone would overflow."""
+def test_large_logits_stay_finite():
+    """z_t − logsumexp(z) of logits ±2000 is 0 and −4000; exp alone would overflow."""
     hidden, head = torch.tensor([[1.0], [1.0]]), torch.tensor([[2000.0], [-2000.0]])
-    assert token_logps(hidden, head, torch.tensor([0, 1])).tolist() == [0.0, -4000.0]
+    assert compute_token_logps(hidden, head, torch.tensor([0, 1])).tolist() == [0.0, -4000.0]
 
 
-def test_checkpointing_gives_the_same_gradient_and_recomputes():
+def test_gradient_checkpointing_recomputes_and_changes_nothing():
     plain, checkpointed = tiny_model(dtype=torch.float64).train(), tiny_model(dtype=torch.float64).train()
     checkpointed.gradient_checkpointing_enable()
     calls = Counter[str]()
@@ -277,7 +273,7 @@ def test_checkpointing_gives_the_same_gradient_and_recomputes():
     assert calls == {"plain": 1, "checkpointed": 2}
 
 
-def test_bfloat16_autocast_is_close_and_returns_fp32():
+def test_bfloat16_autocast_returns_float32_close_to_the_exact():
     model = tiny_model()
     exact = Policy(model)(pack(IDS, STARTS))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -289,26 +285,26 @@ def test_bfloat16_autocast_is_close_and_returns_fp32():
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
-def test_bfloat16_weights_return_fp32():
+def test_bfloat16_weights_return_float32():
     assert Policy(tiny_model(dtype=torch.bfloat16))(pack(IDS, STARTS)).dtype == torch.float32
 
 
-def test_a_prompt_feature_is_the_last_and_the_mean_hidden_state(model: Any):
+def test_prompt_features_are_last_and_mean_hidden_state(model: Any):
     batch = pack([[1, 2, 3, 4], [5, 6, 7]], [3, 2])  # the prompts 1 2 3 and 5 6
     features = Policy(model).prompt_features(batch)
-    with torch.no_grad(), attention(model, "sdpa"):
+    with torch.no_grad(), use_attention(model, "sdpa"):
         for got, prompt in zip(features, ([1, 2, 3], [5, 6]), strict=True):
             hidden = model.model(input_ids=torch.tensor([prompt])).last_hidden_state[0]
             assert_close(got, torch.cat([hidden[-1], hidden.mean(0)]), **EXACT)
 
 
-def test_a_sequence_beyond_the_sliding_window_is_an_error():
-    """Within it the numbers are exact; a tree's branch counts with its prompt."""
+def test_sequence_longer_than_the_sliding_window_raises():
+    """Up to its length the values are exact; a branch of a tree counts with its prompt."""
     policy = Policy(family("mistral", head_dim=8, sliding_window=8))
     with torch.no_grad():
-        ids = [row[:9] for row in IDS]  # 8 tokens go in
+        ids = [row[:9] for row in IDS]  # 8 of 9 tokens are inputs
         assert_close(policy(pack(ids, STARTS)), padded_logps(policy.model, ids, STARTS), **EXACT)
-        with pytest.raises(UserError, match=r"longer than the model's sliding window of 8; lower data\.max_length"):
+        with pytest.raises(UserError, match=r"data\.max_length: .* longer than the model's sliding window of 8\."):
             policy(pack([IDS[0][:10]], [4]))
         policy(pack_tree([[1] * 5], [[[2] * 4]]))
         with pytest.raises(UserError, match="sliding window of 8"):
@@ -318,18 +314,18 @@ def test_a_sequence_beyond_the_sliding_window_is_an_error():
 @pytest.mark.parametrize(
     ("kind", "more", "most", "words"),
     [
-        ("mistral", {"sliding_window": 8}, 8, "mistral attends within a sliding window of 8, and the longest answer"),
+        ("mistral", {"sliding_window": 8}, 8, "mistral has a sliding window of 8 tokens, but the longest answer"),
         ("qwen2", {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0}, 8, "sliding window of 8"),
         ("qwen2", {"sliding_window": 8}, None, ""),
-        ("gpt2", {"n_positions": 16}, 16, "gpt2 knows 16 positions, and the longest answer has 17 tokens; lower data"),
+        ("gpt2", {"n_positions": 16}, 16, "gpt2 has 16 positions, but the longest answer has 17 tokens. Lower data"),
         ("llama", {"max_position_embeddings": 16}, None, ""),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
-                   "max_position_embeddings": 16}, 16, "by its longest sequence, where that is beyond 16 tokens"),
+                   "max_position_embeddings": 16}, 16, "by its longest sequence if that exceeds 16 tokens"),
         ("phi3", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4,
-                  "long_factor": [2.0] * 4}, "original_max_position_embeddings": 8}, 8, "beyond 8 tokens"),
+                  "long_factor": [2.0] * 4}, "original_max_position_embeddings": 8}, 8, "exceeds 8 tokens"),
     ],
 )  # fmt: skip
-def test_lengths_that_a_family_gets_wrong_are_told_ahead(kind: str, more: dict[str, Any], most: int | None, words: str):
+def test_lengths_that_a_model_gets_wrong_raise(kind: str, more: dict[str, Any], most: int | None, words: str):
     config = AutoConfig.for_model(kind, **{"hidden_size": 32, "num_attention_heads": 4, **more})
     check_lengths(config, "packed", most or 10_000, "answer")
     if most is not None:
@@ -337,7 +333,7 @@ def test_lengths_that_a_family_gets_wrong_are_told_ahead(kind: str, more: dict[s
             check_lengths(config, "packed", most + 1, "answer")
 
 
-def test_a_model_that_changes_its_logits_after_the_head_is_an_error():
+def test_model_that_changes_its_logits_after_the_head_is_rejected():
     with pytest.raises(UserError, match=r"cohere sets logit_scale=0\.0625, which .* does not apply"):
         Policy(family("cohere"))
     with pytest.raises(UserError, match=r"gemma2 sets final_logit_softcapping=30\.0"):
@@ -352,56 +348,56 @@ def test_a_model_that_changes_its_logits_after_the_head_is_an_error():
 @pytest.mark.parametrize(
     ("kind", "more", "what"),
     [
-        ("lfm2", {"layer_types": ["conv", "full_attention"]}, "lfm2 has layers of conv"),
-        ("mamba", {"state_size": 8}, "mamba has layers of linear_attention"),
-        ("bloom", {"n_head": 4}, "bloom has positions of its own"),
-        ("bart", {"d_model": 32, "decoder_attention_heads": 4}, "bart has positions of its own"),
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}, "lfm2 has layers of type conv"),
+        ("mamba", {"state_size": 8}, "mamba has layers of type linear_attention"),
+        ("bloom", {"n_head": 4}, "bloom has its own positions"),
+        ("bart", {"d_model": 32, "decoder_attention_heads": 4}, "bart has its own positions"),
     ],
 )
-def test_a_model_that_would_let_packed_rows_see_each_other_is_an_error(kind: str, more: dict[str, Any], what: str):
-    """Convolutions and states run on over the border of two rows, and these models ran without a word."""
-    with pytest.raises(UserError, match=f"{what}; sequences can only be packed for plain attention"):
+def test_model_that_mixes_packed_sequences_is_rejected(kind: str, more: dict[str, Any], what: str):
+    """Convolutions and states cross the boundary of two sequences, without an error of transformers."""
+    with pytest.raises(UserError, match=f"{what}. Only models with plain attention can be packed"):
         Policy(family(kind, **more))
 
 
-def test_attention_that_sinks_or_caps_is_an_error():
+def test_attention_with_sinks_or_a_soft_cap_is_rejected():
     model = family("gpt_oss", head_dim=8, num_local_experts=2, num_experts_per_tok=1).float()
-    with pytest.raises(UserError, match="caps its attention or adds sinks to it"):
+    with pytest.raises(UserError, match="uses a soft cap or sinks"):
         Policy(model)(pack(IDS, STARTS))
     q = torch.randn(1, 2, 3, 4)
-    with pytest.raises(UserError, match="caps its attention or adds sinks to it"):
+    with pytest.raises(UserError, match="uses a soft cap or sinks"):
         packed_attention(model, q, q, q, None, softcap=50.0, layout=Layout((Segment(0, 3),)))
 
 
-def test_the_attention_is_put_back_after_an_error_too(model: Any):
-    with attention(model, "sdpa"):
+def test_use_attention_restores_the_attention_after_an_error(model: Any):
+    with use_attention(model, "sdpa"):
         assert model.config._attn_implementation == "sdpa"
     assert model.config._attn_implementation == "packed"
-    with pytest.raises(IndexError), attention(model, "sdpa"):
+    with pytest.raises(IndexError), use_attention(model, "sdpa"):
         model(input_ids=torch.tensor([[10**6]]))
     assert model.config._attn_implementation == "packed"
 
 
 @pytest.mark.parametrize("kind", ["flash_attention_2", "varlen"])
-def test_kernels_for_rows_take_the_borders_and_give_each_branch_its_prompt(kind: str):
-    """What the model's call is given; the kernels themselves need a GPU."""
+def test_gpu_kernels_get_boundaries_and_a_prompt_per_branch(kind: str):
+    """Checks the arguments of the model's call; the kernels themselves need a GPU."""
 
     class Backbone(torch.nn.Module):
         config = type("Config", (), {"_attn_implementation": kind})
 
-        def forward(self, **given: Any) -> Any:
-            self.given = given
-            return type("Out", (), {"last_hidden_state": given["input_ids"][..., None].float()})
+        def forward(self, **options: Any) -> Any:
+            self.options = options
+            return type("Out", (), {"last_hidden_state": options["input_ids"][..., None].float()})
 
     backbone = Backbone()
-    logprobs.hidden_states(backbone, pack([[1, 2, 3, 4], [5, 6, 7]], [2, 1]))
-    assert backbone.given["cu_seq_lens_q"].tolist() == backbone.given["cu_seq_lens_k"].tolist() == [0, 3, 5]
-    assert backbone.given["cu_seq_lens_q"].dtype == torch.int32
-    assert (backbone.given["max_length_q"], backbone.given["max_length_k"]) == (3, 3)
-    assert backbone.given["use_cache"] is False
+    compute_hidden_states(backbone, pack([[1, 2, 3, 4], [5, 6, 7]], [2, 1]))
+    assert backbone.options["cu_seq_lens_q"].tolist() == backbone.options["cu_seq_lens_k"].tolist() == [0, 3, 5]
+    assert backbone.options["cu_seq_lens_q"].dtype == torch.int32
+    assert (backbone.options["max_length_q"], backbone.options["max_length_k"]) == (3, 3)
+    assert backbone.options["use_cache"] is False
     tree = pack_tree([[1, 2], [6]], [[[3, 4], [5, 7]], [[8, 9]]])
-    assert logprobs.hidden_states(backbone, tree)[:, 0].tolist() == tree.input_ids.tolist() == [1, 2, 3, 5, 6, 8]
-    assert backbone.given["input_ids"][0].tolist() == [1, 2, 1, 2, 3, 1, 2, 5, 6, 8]
-    assert backbone.given["position_ids"][0].tolist() == [0, 1, 0, 1, 2, 0, 1, 2, 0, 1]
-    assert backbone.given["cu_seq_lens_q"].tolist() == [0, 2, 5, 8, 10]
-    assert backbone.given["max_length_q"] == 3
+    assert compute_hidden_states(backbone, tree)[:, 0].tolist() == tree.input_ids.tolist() == [1, 2, 3, 5, 6, 8]
+    assert backbone.options["input_ids"][0].tolist() == [1, 2, 1, 2, 3, 1, 2, 5, 6, 8]
+    assert backbone.options["position_ids"][0].tolist() == [0, 1, 0, 1, 2, 0, 1, 2, 0, 1]
+    assert backbone.options["cu_seq_lens_q"].tolist() == [0, 2, 5, 8, 10]
+    assert backbone.options["max_length_q"] == 3

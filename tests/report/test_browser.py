@@ -1,4 +1,4 @@
-"""A run's page in a real browser: Chromium, driven by playwright. Skipped where either is missing."""
+"""Test the page of a run in Chromium, driven by playwright. The tests are skipped if either is missing."""
 
 import json
 import shutil
@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from tests.test_report import fake
-from var.report.page import page
-from var.report.read import find
+from tests.helpers.run_folders import write_run
+from var.report.page import render_page
+from var.report.read import find_records
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -e '.[browser]'")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium on the path")
-ALONE = [  # as root, without a screen, and without asking anybody for updates
+ARGUMENTS = [  # allow root, need no display, and do not look for updates
     "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update",
     "--disable-sync", "--disable-quic",
 ]  # fmt: skip
@@ -24,27 +24,29 @@ ALONE = [  # as root, without a screen, and without asking anybody for updates
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=ALONE)
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         yield browser
         browser.close()
 
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """A page of a run whose answers would run a script, fetch a picture and never break a line."""
+    """Write the page of a run whose answers contain a script, an image and a line of 3000 characters."""
     evil = "<script>document.title='run'</script><img src=http://127.0.0.1:9/x onerror=\"document.title='run'\">"
-    fake(tmp_path / "a", "loss.temperature=1", answers=[[0.1]] * 9, text=evil + "x" * 3000, facts={"left out": 4})
+    write_run(
+        tmp_path / "a", "loss.temperature=1", answers=[[0.1]] * 9, text=evil + "x" * 3000, data_report={"dropped": 4}
+    )
     record = {"micro_batch": 0, "id": "r", "prompt": evil, "response": evil + "x" * 300, "weight": 3.589, "reward": 1.0}
     (tmp_path / "a" / "batches.jsonl").write_text("".join(json.dumps(record) + "\n" for _ in range(4)))
-    (one,) = find([tmp_path]).runs
-    (tmp_path / "a.html").write_text(page(one))
+    (one,) = find_records([tmp_path]).runs
+    (tmp_path / "a.html").write_text(render_page(one))
     return tmp_path / "a.html"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1200, 390])
-def test_a_page_reads_on_a_desk_and_on_a_phone(browser: Any, place: Path, width: int, scheme: str) -> None:
-    """Nothing is fetched but the page, nothing runs, nothing is wider than the window, letters stand out."""
+def test_page_is_readable_on_desktop_and_phone(browser: Any, place: Path, width: int, scheme: str) -> None:
+    """Fetch only the page, run nothing, fit into the window, and have enough contrast."""
     view = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme).new_page()
     fetched, complaints = list[str](), list[str]()
     view.on("request", lambda request: fetched.append(request.url))
@@ -67,8 +69,8 @@ def test_a_page_reads_on_a_desk_and_on_a_phone(browser: Any, place: Path, width:
     assert abs(shades[0] - shades[1]) > 150
 
 
-def test_a_number_stands_on_one_line(browser: Any, place: Path) -> None:
-    """On a phone too, beside long texts that are broken anywhere."""
+def test_numbers_are_not_broken_over_lines(browser: Any, place: Path) -> None:
+    """Keep numbers on one line on a phone, next to long texts that are broken anywhere."""
     view = browser.new_context(viewport={"width": 390, "height": 900}).new_page()
     view.goto(place.as_uri())
     lines = view.evaluate("""[...document.querySelectorAll('td, th')]
@@ -79,7 +81,7 @@ def test_a_number_stands_on_one_line(browser: Any, place: Path) -> None:
     assert set(lines) == {1}
 
 
-def test_the_first_answers_are_open_and_the_others_a_click_away(browser: Any, place: Path) -> None:
+def test_first_prompts_are_open_and_others_need_a_click(browser: Any, place: Path) -> None:
     view = browser.new_page()
     view.goto(place.as_uri())
     cards = view.locator("article.card")
@@ -87,4 +89,4 @@ def test_the_first_answers_are_open_and_the_others_a_click_away(browser: Any, pl
     assert [card.is_visible() for card in cards.all()] == [True] * 6 + [False] * 3
     view.get_by_text("3 more prompts").click()
     assert all(card.is_visible() for card in cards.all())
-    assert view.get_by_text("left out: 4.").is_visible()
+    assert view.get_by_text("dropped: 4.").is_visible()

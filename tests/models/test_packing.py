@@ -1,16 +1,18 @@
 """Packing: positions, segments, predictors and targets, by hand."""
 
+import sys
 from dataclasses import replace
+from subprocess import run
 
 import pytest
 import torch
 
 from var.models.cross_scoring import unpack_sequences
-from var.models.packing import Packed, Segment, pack, pack_tree
+from var.models.packing import Packed, Segment, pack, pack_tree, whole
 
 
-def test_a_packed_batch_by_hand():
-    """[1 2 | 3 4] and [5 | 6]: 3 + 1 tokens, since a last token predicts nothing; 2 and 1 of response.
+def test_pack_by_hand():
+    """[1 2 | 3 4] and [5 | 6] are 3 + 1 tokens, because a last token predicts nothing, with 2 and 1 response tokens.
 
     The response token 3 is predicted at token 1 (the prompt's last), 4 at token 2, and 6 at token 3.
     """
@@ -23,18 +25,15 @@ def test_a_packed_batch_by_hand():
     assert batch.sequence.tolist() == [0, 0, 1]
     assert (batch.length.tolist(), batch.group.tolist(), batch.ids) == ([2, 1], [1, 0], ("a", "b"))
     assert (len(batch), batch.global_tokens, batch.global_sequences, batch.weights) == (2, 9.0, 1.0, None)
+    plain = pack([[1, 2], [3, 4]], [1, 1])
+    assert (plain.ids, plain.group.tolist()) == (("0", "1"), [0, 1])
 
 
-def test_names_and_groups_are_numbers_where_none_are_given():
-    batch = pack([[1, 2], [3, 4]], [1, 1])
-    assert (batch.ids, batch.group.tolist()) == (("0", "1"), [0, 1])
+def test_pack_tree_by_hand():
+    """Prompt [1 2] has branches [3 4 5] and [6]; prompt [7] has only [8 9], which is in one segment with it.
 
-
-def test_a_tree_by_hand():
-    """Prompt [1 2] with branches [3 4 5] and [6], prompt [7] with [8 9], its only one, in a segment with it.
-
-    Tokens: 1 2, then 3 4 of the first branch (the 5 predicts nothing), nothing of the second, then 7, then 8.
-    Branches go on at the prompt's length and see prompt and themselves; their first token is predicted by its last.
+    The tokens are 1 2, then 3 4 of the first branch (5 predicts nothing), nothing of the second, then 7, then 8. The
+    first token of a branch is predicted by the last of its prompt.
     """
     tree = pack_tree([[1, 2], [7]], [[[3, 4, 5], [6]], [[8, 9]]])
     assert tree.input_ids.tolist() == [1, 2, 3, 4, 7, 8]
@@ -46,22 +45,29 @@ def test_a_tree_by_hand():
     assert (tree.length.tolist(), tree.group.tolist(), tree.ids) == ([3, 1, 2], [0, 0, 1], ("0", "1", "2"))
 
 
-def test_neighbours_share_their_prompt():
-    """[1 2] has two answers in a row, then another one after [1 3]'s; without share=True each has its own."""
+def test_consecutive_sequences_share_their_prompt():
+    """[1 2] has two answers in a row, and another one after the answer to [1 3]."""
     ids, starts = [[1, 2, 3, 4, 5], [1, 2, 6], [1, 3, 7], [1, 2, 8]], [2, 2, 2, 2]
-    batch = pack(ids, starts, group=[0, 0, 1, 0], share=True)
-    assert batch.input_ids.tolist() == [1, 2, 3, 4, 1, 3, 1, 2]
-    assert batch.segments == (Segment(0, 2), Segment(2, 4, 0, 2), Segment(4, 6), Segment(6, 8))
-    assert (batch.group.tolist(), batch.ids, batch.tokens) == ([0, 0, 1, 0], ("0", "1", "2", "3"), 14)
-    apart = pack(ids, starts)
-    assert apart.input_ids.tolist() == [1, 2, 3, 4, 1, 2, 1, 3, 1, 2]
-    assert apart.tokens == 14
-    for same in ("target", "sequence", "length"):
-        assert getattr(apart, same).tolist() == getattr(batch, same).tolist()
-    assert unpack_sequences(batch) == unpack_sequences(apart) == (ids, starts)
+    shared = pack(ids, starts, group=[0, 0, 1, 0], share=True)
+    assert shared.input_ids.tolist() == [1, 2, 3, 4, 1, 3, 1, 2]
+    assert shared.segments == (Segment(0, 2), Segment(2, 4, 0, 2), Segment(4, 6), Segment(6, 8))
+    assert (shared.group.tolist(), shared.ids) == ([0, 0, 1, 0], ("0", "1", "2", "3"))
+    plain = pack(ids, starts)
+    assert plain.input_ids.tolist() == [1, 2, 3, 4, 1, 2, 1, 3, 1, 2]
+    assert plain.tokens == shared.tokens == 14
+    for name in ("target", "sequence", "length"):
+        assert getattr(plain, name).tolist() == getattr(shared, name).tolist()
+    assert unpack_sequences(shared) == unpack_sequences(plain) == (ids, starts)
 
 
-def test_sums_are_by_sequence():
+def test_complete_sequences_by_hand():
+    batch = whole([[5, 6], [7]])
+    assert (batch.input_ids.tolist(), batch.position_ids.tolist()) == ([5, 6, 7], [0, 1, 0])
+    assert [tuple(s)[:2] for s in batch.segments] == [(0, 2), (2, 3)]
+    assert (len(batch), len(batch.target)) == (2, 0)
+
+
+def test_sum_by_sequence_and_its_gradient():
     batch = pack([[1, 2, 3, 4], [5, 6], [7, 8, 9]], [2, 1, 1])
     values = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0], requires_grad=True)
     sums = batch.sum_by_sequence(values)
@@ -71,7 +77,7 @@ def test_sums_are_by_sequence():
     assert values.grad.tolist() == [1.0, 1.0, 10.0, 100.0, 100.0]
 
 
-def test_to_moves_every_tensor_and_nothing_else():
+def test_to_moves_all_tensors_and_nothing_else():
     batch = pack([[1, 2, 3]], [1], weights=torch.ones(1), cross_rewards=torch.ones(1, 1))
     moved = batch.to("meta")
     tensors = [n for n in Packed.__dataclass_fields__ if isinstance(getattr(batch, n), torch.Tensor)]
@@ -81,12 +87,12 @@ def test_to_moves_every_tensor_and_nothing_else():
     assert batch.input_ids.device.type == "cpu"
 
 
-def test_a_packed_batch_unpacks_to_its_sequences():
+def test_unpacking_returns_the_packed_sequences():
     ids, starts = [[1, 2, 3, 4], [5, 6], [7, 8, 9]], [2, 1, 1]
     assert unpack_sequences(pack(ids, starts)) == (ids, starts)
 
 
-def test_a_batch_is_frozen():
+def test_packed_is_frozen():
     batch = pack([[1, 2]], [1])
     with pytest.raises(AttributeError):
         batch.weights = torch.ones(1)  # type: ignore[misc]
@@ -94,19 +100,31 @@ def test_a_batch_is_frozen():
 
 
 @pytest.mark.parametrize(("ids", "start"), [([1, 2], 0), ([1, 2], 2), ([1, 2], 3), ([1], 1)])
-def test_a_sequence_without_prompt_or_response_is_an_error(ids: list[int], start: int):
+def test_sequence_needs_prompt_and_response(ids: list[int], start: int):
     with pytest.raises(ValueError, match=f"needs a prompt and a response: {len(ids)} tokens, response from {start}"):
         pack([[1, 2, 3], ids], [1, start])
 
 
-def test_a_tree_without_prompt_or_response_is_an_error():
+def test_tree_needs_prompts_and_responses():
     for prompts, responses in (([[]], [[[1]]]), ([[1]], [[[2], []]])):
         with pytest.raises(ValueError, match="need at least one token each"):
             pack_tree(prompts, responses)
 
 
-def test_lists_of_different_lengths_are_an_error():
+def test_lists_of_different_lengths_raise():
     with pytest.raises(ValueError, match="zip"):
         pack([[1, 2], [3, 4]], [1])
     with pytest.raises(ValueError, match="zip"):
         pack_tree([[1], [2]], [[[3]]])
+
+
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("var.models.packing", ["transformers", "lightning"]), ("var.models.lora", ["torch", "transformers"]),
+        ("var.sampling.base", ["torch", "transformers"]),
+    ],
+)  # fmt: skip
+def test_light_modules_do_not_import_heavy_libraries(module: str, heavy: list[str]):
+    code = f"import sys, {module}; sys.exit(str([name for name in {heavy} if name in sys.modules] or ''))"
+    assert run([sys.executable, "-c", code], capture_output=True, text=True).stderr.strip() == ""

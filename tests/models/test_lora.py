@@ -1,4 +1,4 @@
-"""Runs that train a LoRA adapter: the reference is the same weights with it off, what is exported is what trained."""
+"""Runs that train a LoRA adapter: with the adapter off, the weights are the reference; the export is what trained."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.e2e.test_commands import only
 from tests.e2e.test_commands import run as command
 from tests.test_trajectory import column, fit, launch, same_folders
 from var.models.frozen import AdapterOff
-from var.models.lora import LoRA, adapted, adapter_off
+from var.models.lora import LoRA, adapter_off, has_adapter
 from var.models.packing import pack
 from var.models.policy import Policy
 from var.models.pretrained import Pretrained
@@ -36,14 +36,25 @@ def lora(**more: Any) -> LoRA:
     return LoRA(**{"r": 4, "alpha": 8, "targets": "all-linear", "rslora": False, "merge": True, **more})
 
 
-def test_the_adapted_model_starts_as_its_base_and_is_it_again_with_the_adapter_off(
-    tiny_folder: Path, tmp_path: Path
-) -> None:
+def attach(files: Pretrained, **more: Any) -> Any:
+    """Load the model and attach an adapter to it."""
+    return lora(**more).attach(files.load(), files.path, files.revision)
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The paths of all models that are loaded."""
+    paths, load = list[str](), Pretrained.load
+    monkeypatch.setattr(Pretrained, "load", lambda self: (paths.append(self.path), load(self))[1])
+    return paths
+
+
+def test_adapter_starts_at_its_base_and_can_be_turned_off(tiny_folder: Path, tmp_path: Path) -> None:
     files = pretrained(tiny_folder, tmp_path, dtype="bfloat16")
-    model = lora().attach(files.load(), files)
+    model = attach(files)
     base = logps(files.load())
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert adapted(model)
+    assert has_adapter(model)
     assert all("lora_" in name for name in trained)
     assert len(trained) == 2 * 2 * 7
     assert {p.dtype for p in trained.values()} == {torch.float32}
@@ -64,34 +75,31 @@ def test_the_adapted_model_starts_as_its_base_and_is_it_again_with_the_adapter_o
     ("more", "what"),
     [
         ({"targets": ["no_such_layer"]}, r"adapter\.targets=\['no_such_layer'\]"),
-        ({"targets": ["q_proj", "embed_tokens"]}, "names embeddings or head"),
+        ({"targets": ["q_proj", "embed_tokens"]}, "includes the embeddings or the head"),
     ],
 )
-def test_targets_that_cannot_be_adapted_are_refused(
-    more: dict[str, Any], what: str, tiny_folder: Path, tmp_path: Path
-) -> None:
-    files = pretrained(tiny_folder, tmp_path)
+def test_invalid_targets_are_rejected(more: dict[str, Any], what: str, tiny_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=what):
-        lora(**more).attach(files.load(), files)
-    for bad in ({"r": 0}, {"alpha": 0}):
-        with pytest.raises(UserError, match=r"adapter\.r is at least 1"):
-            lora(**bad)
+        attach(pretrained(tiny_folder, tmp_path), **more)
+
+
+@pytest.mark.parametrize("more", [{"r": 0}, {"alpha": 0}])
+def test_invalid_sizes_are_rejected(more: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="adapter: r must be at least 1 and alpha positive"):
+        lora(**more)
 
 
 @pytest.mark.parametrize("loss", ["dpo", "var", "kto"])
-def test_stored_and_live_reference_give_one_curve_without_a_second_model(
-    loss: str, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_cached_and_live_reference_give_one_curve_with_one_model(
+    loss: str, options: list[str], tmp_path: Path, loaded: list[str]
 ) -> None:
-    loaded = []
-    real = Pretrained.load
-    monkeypatch.setattr(Pretrained, "load", lambda self: (loaded.append(self.path), real(self))[1])
     more = (*MORE, f"loss={loss}", "trainer.epochs=2")
     stored = fit(options, tmp_path / "stored", *more)
-    assert len(loaded) == 1  # what the store lacked was computed by it too
+    assert len(loaded) == 1  # it also computes the annotations that are not cached
     live = fit(options, tmp_path / "live", *more, "reference=live")
     assert len(loaded) == 2
     assert_close(column(live[2], "train/loss"), column(stored[2], "train/loss"), rtol=2e-5, atol=2e-5)
-    before = real(stored[0].pretrained).state_dict()
+    before = stored[0].pretrained.load().state_dict()
     for name, weight in before.items():
         after = stored[1].get(f"model.{name}", stored[1].get(f"model.{name.replace('.weight', '.base_layer.weight')}"))
         assert torch.equal(after, weight), name
@@ -99,12 +107,9 @@ def test_stored_and_live_reference_give_one_curve_without_a_second_model(
 
 
 @pytest.mark.parametrize("loss", ["grpo", "var_online", "ppo"])
-def test_online_objectives_take_their_reference_from_the_same_weights(
-    loss: str, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_online_losses_use_the_same_weights_as_reference(
+    loss: str, options: list[str], tmp_path: Path, loaded: list[str]
 ) -> None:
-    loaded = []
-    real = Pretrained.load
-    monkeypatch.setattr(Pretrained, "load", lambda self: (loaded.append(self.path), real(self))[1])
     online = [
         "data=arithmetic", "data.source.problems=12", "reward=near_number", "data.validation_prompts=2",
         "generate.max_new_tokens=6", "eval.sampling.responses=2", "trainer.precision=32-true", "data.global_batch=4",
@@ -117,7 +122,7 @@ def test_online_objectives_take_their_reference_from_the_same_weights(
     assert column(curve, "train/loss")
 
 
-def test_a_resumed_adapter_is_straight_and_its_checkpoint_holds_it_alone(options: list[str], tmp_path: Path) -> None:
+def test_adapter_resumes_from_a_checkpoint_without_its_base(options: list[str], tmp_path: Path) -> None:
     more = (*MORE, "loss=var_grouped", "trainer.checkpoint_every_n_steps=3", "optim.schedule.kind=constant",
             "optim.schedule.warmup=0")  # fmt: skip
     straight = fit(options, tmp_path / "straight", *more)
@@ -131,7 +136,7 @@ def test_a_resumed_adapter_is_straight_and_its_checkpoint_holds_it_alone(options
     assert column(resumed[2], "train/loss") == column(straight[2], "train/loss")
 
 
-def test_a_checkpoint_of_other_weights_is_refused(options: list[str], tiny_folder: Path, tmp_path: Path) -> None:
+def test_checkpoint_of_other_weights_is_rejected(options: list[str], tiny_folder: Path, tmp_path: Path) -> None:
     more = (*MORE, "loss=sft", "trainer.max_steps=2")
     fit(options, tmp_path / "run", *more)
     other = saved(tmp_path / "other", tiny_model(seed=9))
@@ -152,35 +157,34 @@ def train(tiny_folder: Path, tmp_path: Path) -> Any:
     return run
 
 
-def test_the_exported_model_is_the_one_that_trained(train: Any, tiny_folder: Path, tmp_path: Path) -> None:
-    """Merged, and as an adapter: init= and eval.py read both, to the same numbers."""
-    done, whole = train("loss=sft")
+def test_exported_model_is_the_trained_one(train: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    """Merged and as an adapter; init= reads both, with the same results."""
+    done, merged = train("loss=sft")
     assert done.returncode == 0, done.stderr
     done, apart = train("loss=sft", "adapter.merge=false")
     assert done.returncode == 0, done.stderr
-    assert not (whole / "model" / "adapter_config.json").exists()
-    told = json.loads((apart / "model" / "adapter_config.json").read_text())
-    assert told["base_model_name_or_path"] == str(tiny_folder.resolve())
-    assert "LoRA" not in (whole / "model" / "README.md").read_text()
-    a, b = (logps(pretrained(folder / "model", tmp_path).load()) for folder in (whole, apart))
-    c = logps(pretrained(whole / "adapter", tmp_path).load())
+    assert not (merged / "model" / "adapter_config.json").exists()
+    config = json.loads((apart / "model" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tiny_folder.resolve())
+    assert "LoRA" not in (merged / "model" / "README.md").read_text()
+    a, b = (logps(pretrained(folder / "model", tmp_path).load()) for folder in (merged, apart))
+    c = logps(pretrained(merged / "adapter", tmp_path).load())
     assert_close(a, b, rtol=0, atol=1e-5)
     assert_close(a, c, rtol=0, atol=1e-5)
     assert (a - logps(pretrained(tiny_folder, tmp_path).load())).abs().max() > 1e-3
-    saved = torch.load(whole / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-    files = pretrained(tiny_folder, tmp_path)
-    trained = lora(alpha=32).attach(files.load(), files)
+    saved = torch.load(merged / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    trained = attach(pretrained(tiny_folder, tmp_path), alpha=32)
     missing = trained.load_state_dict({k.removeprefix("policy.model."): v for k, v in saved.items()}, strict=False)
     assert not missing.unexpected_keys
     assert_close(logps(trained), a, rtol=0, atol=1e-5)
-    done, _ = train("loss=dpo", f"init={whole}", "trainer.max_steps=1")
+    done, _ = train("loss=dpo", f"init={merged}", "trainer.max_steps=1")
     assert done.returncode == 0, done.stderr
     done, _ = train("loss=dpo", f"init={apart}", "adapter.merge=false")
     assert "is one itself; start from what adapter.merge=true exported" in done.stderr
 
 
-def test_a_reward_model_trains_by_an_adapter(rows: Path, options: list[str], tmp_path: Path) -> None:
-    """Its head trains whole; reward=classifier reads what is exported."""
+def test_reward_model_trains_with_an_adapter(options: list[str], tmp_path: Path) -> None:
+    """All weights of its head train; reward=classifier reads the exported model."""
     from var.rewards.classifier import Classifier
 
     more = [o for o in options if not o.startswith("trainer.precision")]
@@ -199,7 +203,7 @@ def test_a_reward_model_trains_by_an_adapter(rows: Path, options: list[str], tmp
 
 @pytest.mark.long
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_ranks_give_one_adapter(strategy: str, options: list[str], tmp_path: Path) -> None:
+def test_two_ranks_give_the_same_adapter(strategy: str, options: list[str], tmp_path: Path) -> None:
     common = [*options, *MORE, "loss=var_grouped", "data.validation_prompts=2", "eval.sampling.responses=2",
               "eval.sampling.max_new_tokens=4", "trainer.max_steps=4"]  # fmt: skip
     launch(1, *common, f"runs={tmp_path}/one")
@@ -210,36 +214,32 @@ def test_ranks_give_one_adapter(strategy: str, options: list[str], tmp_path: Pat
     same_folders(one, two)
 
 
-# 4 bit: its blocks are of 64 weights
-
-
 @pytest.fixture(scope="module")
 def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model for quantization to 4 bits, which works on blocks of 64 weights."""
     return saved(tmp_path_factory.mktemp("wide"), tiny_model(hidden_size=128, intermediate_size=256))
 
 
 @pytest.mark.parametrize(("kind", "most"), [("nf4", 0.5), ("fp4", 2.0), ("int8", 0.1)])
-def test_a_quantised_model_is_another_reference(kind: str, most: float, wide_folder: Path, tmp_path: Path) -> None:
+def test_quantized_model_is_another_reference(kind: str, most: float, wide_folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     plain, files = pretrained(wide_folder, tmp_path), pretrained(wide_folder, tmp_path, quantization=kind)
     assert files.identity == {**plain.identity, "quantization": kind}
     apart = (logps(files.load()) - logps(plain.load())).abs()
     assert 1e-4 < float(apart.mean()) < most
-    model = lora().attach(files.load(), files)
-    assert torch.equal(logps(model), logps(files.load()))
+    assert torch.equal(logps(attach(files)), logps(files.load()))
 
 
-def test_an_adapter_trains_on_a_4_bit_model(train: Any, wide_folder: Path, tmp_path: Path) -> None:
-    """Through annotation, training, evaluation; the adapter is merged into the weights before they were rounded."""
+def test_adapter_trains_on_a_4_bit_model(train: Any, wide_folder: Path, tmp_path: Path) -> None:
+    """Through annotation, training and evaluation. The adapter is merged into the unquantized weights."""
     pytest.importorskip("bitsandbytes")
     done, folder = train("loss=dpo", f"model.path={wide_folder}", "model.quantization=nf4")
     assert done.returncode == 0, done.stderr
+    assert "No module named 'kernels'" not in done.stdout + done.stderr  # a warning of bitsandbytes at its import
     merged = load_file(folder / "model" / "model.safetensors")
     assert {weight.dtype for weight in merged.values()} == {torch.float32}
-    base, adapter = (
-        load_file(wide_folder / "model.safetensors"),
-        load_file(folder / "adapter" / "adapter_model.safetensors"),
-    )
+    base = load_file(wide_folder / "model.safetensors")
+    adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
     (a,) = (v for k, v in adapter.items() if "layers.0.mlp.up_proj.lora_A" in k)
     (b,) = (v for k, v in adapter.items() if "layers.0.mlp.up_proj.lora_B" in k)
     name = "model.layers.0.mlp.up_proj.weight"
@@ -250,20 +250,18 @@ def test_an_adapter_trains_on_a_4_bit_model(train: Any, wide_folder: Path, tmp_p
     done, apart = train("loss=dpo", f"model.path={wide_folder}", "model.quantization=nf4", "adapter.merge=false")
     assert done.returncode == 0, done.stderr
     files = pretrained(apart / "model", tmp_path, quantization="nf4")
-    model = lora(alpha=32).attach(pretrained(wide_folder, tmp_path, quantization="nf4").load(), files)
+    model = attach(pretrained(wide_folder, tmp_path, quantization="nf4"), alpha=32)
     saved = torch.load(apart / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     model.load_state_dict({k.removeprefix("policy.model."): v for k, v in saved.items()}, strict=False)
     assert_close(logps(files.load()), logps(model), rtol=0, atol=1e-5)
 
 
-def test_what_a_quantised_model_cannot_do_is_told_at_once(wide_folder: Path, tmp_path: Path) -> None:
+def test_quantized_model_rejects_full_training_and_fsdp(wide_folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     own = (
-        f"model.path={wide_folder}",
-        f"annotation_cache={tmp_path}/store",
-        f"cache={tmp_path}/cache",
+        f"model.path={wide_folder}", f"annotation_cache={tmp_path}/store", f"cache={tmp_path}/cache",
         f"runs={tmp_path}/runs",
-    )
+    )  # fmt: skip
     done = command("train.py", *own, "model.quantization=nf4", "strategy=fsdp")
     assert done.returncode == 1
     assert "nf4 weights stand still; train adapter=lora on them" in done.stderr
@@ -272,8 +270,8 @@ def test_what_a_quantised_model_cannot_do_is_told_at_once(wide_folder: Path, tmp
     assert "'int4' is no nf4 or fp4 or int8 | None" in done.stderr
 
 
-def test_the_papers_32b_in_4_bit_passes_the_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """On paper 31.2 of 32.8 billion weights in 4 bit, a copy on each of 32 cards; no hub is asked."""
+def test_32b_in_4_bit_passes_the_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """31.2 of 32.8 billion weights are in 4 bits, with a copy on each of 32 devices. Nothing is downloaded."""
     from var.training import dry_run as dry
 
     cfg = composed(
@@ -283,8 +281,8 @@ def test_the_papers_32b_in_4_bit_passes_the_dry_run(tmp_path: Path, capsys: pyte
     )  # fmt: skip
     run = Run.compose(cfg, tmp_path)
     dry.memory(run)
-    told = capsys.readouterr().out
-    assert "parameters: 32,763,876,352 in nf4" in told
-    assert "trained: 134,217,728 of an adapter" in told
-    weights = float(told.split("weights: ")[1].split(" GiB")[0])
+    output = capsys.readouterr().out
+    assert "parameters: 32,763,876,352 in nf4" in output
+    assert "trained: 134,217,728 of an adapter" in output
+    weights = float(output.split("weights: ")[1].split(" GiB")[0])
     assert 17.5 < weights < 19

@@ -1,4 +1,4 @@
-"""What only a CUDA device shows: `pytest -m gpu`. None of it has run where it was written."""
+"""Tests that need a CUDA device: `pytest -m gpu`. Not tested on a GPU."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ def batches() -> list[Packed]:
 
 
 def outcome(model: Any, batch: Packed, autocast: bool = False) -> tuple[Tensor, Tensor]:
-    """Log-probabilities, and the gradient of their sum as one vector."""
+    """Return the log-probabilities, and the gradient of their sum as one vector."""
     model.zero_grad()
     with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
         logps = Policy(model)(batch.to(model.device))
@@ -42,7 +42,7 @@ def outcome(model: Any, batch: Packed, autocast: bool = False) -> tuple[Tensor, 
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_fp32_gives_the_cpus_numbers(which: int):
+def test_float32_equals_the_cpu(which: int):
     expected = outcome(tiny_model(), batches()[which])
     found = outcome(tiny_model().cuda(), batches()[which])
     assert_close(found[0], expected[0], rtol=1e-4, atol=1e-4)
@@ -51,8 +51,8 @@ def test_fp32_gives_the_cpus_numbers(which: int):
 
 @pytest.mark.parametrize("kind", ["varlen", "flash_attention_2"])
 @pytest.mark.parametrize("which", [0, 1])
-def test_kernels_for_rows_give_packed_attentions_numbers(kind: str, which: int):
-    """In bf16; heads of 64, as the kernels want. A branch of the tree brings its prompt."""
+def test_gpu_kernels_equal_packed_attention(kind: str, which: int):
+    """In bf16, with heads of 64, which the kernels need. Each branch of the tree repeats its prompt."""
     if kind == "flash_attention_2":
         pytest.importorskip("flash_attn")
     sizes = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -65,8 +65,8 @@ def test_kernels_for_rows_give_packed_attentions_numbers(kind: str, which: int):
     assert (found[1] - packed[1]).norm() < 0.05 * packed[1].norm()
 
 
-def test_no_tensor_holds_the_logits_of_a_large_vocabulary():
-    """4 answers of 1,000 tokens at V = 151,936: all logits would be 2.4 GB in fp32, a chunk of 256 is 156 MB."""
+def test_logits_of_a_large_vocabulary_never_exist_at_once():
+    """For 4 answers of 1,000 tokens at V = 151,936 all logits are 2.4 GB in float32, and a chunk of 256 is 156 MB."""
     model = tiny_model(vocab_size=151_936, hidden_size=64, max_position_embeddings=2048).cuda()
     batch = pack([[1] * 16 + [2] * 1000] * 4, [16] * 4)
     torch.cuda.reset_peak_memory_stats()
@@ -75,13 +75,13 @@ def test_no_tensor_holds_the_logits_of_a_large_vocabulary():
     assert torch.cuda.max_memory_allocated() - before < 1.2e9
 
 
-def test_sampling_follows_the_device_and_repeats_itself():
+def test_sampling_on_the_device_is_reproducible():
     chat = Chat(byte_tokenizer())
     sampling = Sampling(responses=3, temperature=1.0, top_p=0.9, max_new_tokens=12, batch=6, batch_tokens=4096, seed=0)
     model = tiny_model().cuda()
     once = sample_tokens(model, chat, IDS, sampling)
     assert sample_tokens(model, chat, IDS, sampling) == once
-    assert [len(several) for several in once] == [3] * 4
+    assert [len(responses) for responses in once] == [3] * 4
 
 
 MASTERS = ["optim=adamw_masters", "optim.optimizer.device=cpu", "model.dtype=bfloat16"]
@@ -91,7 +91,7 @@ MASTERS = ["optim=adamw_masters", "optim.optimizer.device=cpu", "model.dtype=bfl
     "options",
     [[], ["model.attention=varlen"], ["model.gradient_checkpointing=true"], ["model.compile=true"], MASTERS],
 )
-def test_the_command_trains_in_bf16(tiny_folder: Path, tmp_path: Path, options: list[str]):
+def test_train_command_runs_in_bf16(tiny_folder: Path, tmp_path: Path, options: list[str]):
     done = run(
         "train.py", f"model.path={tiny_folder}", f"annotation_cache={tmp_path}/store", f"cache={tmp_path}/cache",
         f"runs={tmp_path}/runs", "data.source.problems=30", "data.validation_prompts=4", "reward=near_number",
@@ -103,18 +103,18 @@ def test_the_command_trains_in_bf16(tiny_folder: Path, tmp_path: Path, options: 
     assert (summary["precision"], summary["steps"]) == ("bf16-mixed", 3)
 
 
-def test_masters_in_the_hosts_memory_step_as_beside_the_parameters():
-    """Through a state that was loaded, whose moments Lightning brings to the device."""
+def test_master_weights_on_the_cpu_equal_those_on_the_device():
+    """Also after a state is loaded, whose moments Lightning moves to the device."""
     ours, theirs = ([torch.nn.Parameter(torch.ones(5, 3, device="cuda").bfloat16())] for _ in range(2))
-    offloaded, beside = MasterAdamW(ours, lr=1e-3, device="cpu"), MasterAdamW(theirs, lr=1e-3)
+    offloaded, on_device = MasterAdamW(ours, lr=1e-3, device="cpu"), MasterAdamW(theirs, lr=1e-3)
     for step in range(6):
         for p in (*ours, *theirs):
             p.grad = torch.full_like(p, step - 2.5)
         offloaded.step()
-        beside.step()
+        on_device.step()
         if step == 3:
             state = {k: v.cuda() for k, v in offloaded.state[offloaded.masters[0]].items()}
             offloaded.state[offloaded.masters[0]].update(state)
     assert {master.device.type for master in offloaded.masters} == {"cpu"}
-    assert_close(offloaded.masters[0], beside.masters[0].cpu(), rtol=1e-6, atol=1e-6)
+    assert_close(offloaded.masters[0], on_device.masters[0].cpu(), rtol=1e-6, atol=1e-6)
     assert torch.equal(ours[0].cpu(), offloaded.masters[0].bfloat16())

@@ -1,4 +1,4 @@
-"""A hub that fails: a local server that speaks as much of the hub's protocol as a model's download takes."""
+"""An interrupted download, from a local server with as much of the hub's protocol as the download needs."""
 
 import hashlib
 import json
@@ -22,13 +22,15 @@ LOOK = (
     "files = Pretrained(name='m', path='someone/model', revision=None, chat_template=None, dtype='float32', "
     "attention='packed', trust_remote_code=False, gradient_checkpointing=False, architecture={}, cache=sys.argv[1])\n"
     "try: print(sum(p.numel() for p in files.load().parameters()), files.weights)\n"
-    "except UserError as error: print('REFUSED', error)\n"
+    "except UserError as error: print('ERROR', error)\n"
 )
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves the folder as someone/model. cut: of a .safetensors its first so many bytes come, then the connection
-    breaks, and to what asks on it says that this may not be read."""
+    """Serve a folder as someone/model.
+
+    If `cut` is set, the connection breaks after that many bytes of a .safetensors file, and requests to resume fail.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.cut, self.asked = folder, None, list[str]()
@@ -48,10 +50,14 @@ class Answer(BaseHTTPRequestHandler):
         path = self.path.split("?")[0]
         if path.startswith("/api/models/someone/model"):
             files = sorted(self.server.folder.iterdir())
-            told: Any = {"id": "someone/model", "sha": COMMIT, "siblings": [{"rfilename": file.name} for file in files]}
+            listing: Any = {
+                "id": "someone/model",
+                "sha": COMMIT,
+                "siblings": [{"rfilename": file.name} for file in files],
+            }
             if "/tree/" in path:
-                told = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": "0" * 40} for f in files]
-            self.send(json.dumps(told).encode(), body, {"Content-Type": "application/json"})
+                listing = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": "0" * 40} for f in files]
+            self.send(json.dumps(listing).encode(), body, {"Content-Type": "application/json"})
             return
         file = self.server.folder / path.rpartition("/")[2]
         if not file.is_file():
@@ -66,15 +72,15 @@ class Answer(BaseHTTPRequestHandler):
             return
         broken = body and file.suffix == ".safetensors" and self.server.cut is not None
         cut = self.server.cut if broken else None
-        self.send(data[begin:], body, tags, cut, partial=begin > 0, whole=len(data))
+        self.send(data[begin:], body, tags, cut, partial=begin > 0, total=len(data))
 
     def send(
         self, data: bytes, body: bool, headers: dict[str, str], cut: int | None = None, partial: bool = False,
-        whole: int = 0,
+        total: int = 0,
     ) -> None:  # fmt: skip
         self.send_response(206 if partial else 200)
         if partial:
-            self.send_header("Content-Range", f"bytes {whole - len(data)}-{whole - 1}/{whole}")
+            self.send_header("Content-Range", f"bytes {total - len(data)}-{total - 1}/{total}")
         for name, value in {**headers, "Content-Length": str(len(data))}.items():
             self.send_header(name, value)
         self.end_headers()
@@ -97,7 +103,8 @@ def hub(tiny_folder: Path) -> Iterator[Hub]:
     server.server_close()
 
 
-def look(hub: Hub, home: Path) -> str:
+def load_in_process(hub: Hub, home: Path) -> str:
+    """Load someone/model in a new process; return its number of parameters and hash, or its error."""
     environment = {
         **os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
         "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_ETAG_TIMEOUT": "5", "HF_HUB_DOWNLOAD_TIMEOUT": "5",
@@ -111,21 +118,23 @@ def look(hub: Hub, home: Path) -> str:
 
 
 @pytest.mark.long
-def test_a_download_that_broke_is_told_and_goes_on(hub: Hub, tiny_folder: Path, tmp_path: Path) -> None:
-    """A half file is never read as a model; the next start has the numbers of the whole one."""
+def test_interrupted_download_raises_and_the_next_start_completes_it(
+    hub: Hub, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """A truncated file is never read as a model."""
     hub.cut = 1000
-    told = look(hub, tmp_path)
-    assert told.startswith("REFUSED the model someone/model is not on this machine and the hub did not give it"), told
+    output = load_in_process(hub, tmp_path)
+    assert output.startswith("ERROR model.path: someone/model is not on this machine and could not be down"), output
     assert "GET model.safetensors" in hub.asked
     hub.cut = None
-    told = look(hub, tmp_path)
-    assert "REFUSED" not in told, told
-    parameters, weights = told.split()
-    whole = pretrained(tiny_folder, tmp_path)
-    assert int(parameters) == sum(p.numel() for p in whole.load().parameters())
-    assert weights == whole.weights
+    output = load_in_process(hub, tmp_path)
+    assert "ERROR" not in output, output
+    parameters, weights = output.split()
+    expected = pretrained(tiny_folder, tmp_path)
+    assert int(parameters) == sum(p.numel() for p in expected.load().parameters())
+    assert weights == expected.weights
     hub.asked.clear()
     hub.shutdown()
     hub.server_close()
-    assert look(hub, tmp_path).split() == [parameters, weights]  # what lies on disk needs no hub
+    assert load_in_process(hub, tmp_path).split() == [parameters, weights]  # files on disk need no hub
     assert hub.asked == []

@@ -1,7 +1,6 @@
-"""conf/model: the sizes are the published ones, and a template we ship can be trained on."""
+"""conf/model: the sizes are the published ones, and each shipped chat template can be trained on."""
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +10,12 @@ from omegaconf import DictConfig, OmegaConf
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-FOLDER = Path(__file__).parents[1] / "conf" / "model"
+from tests.conftest import ROOT
+
+FOLDER = ROOT / "conf" / "model"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml") if not path.stem.startswith("_"))
 
-PUBLISHED = {  # parameters, a tied head counted once: `safetensors.total` of the hub's model pages
+PUBLISHED = {  # parameters, with a tied head counted once: `safetensors.total` on the hub's model pages
     "smollm2-135m": 134_515_008,
     "qwen2.5-0.5b": 494_032_768,
     "qwen2.5-1.5b": 1_543_714_304,
@@ -31,9 +32,9 @@ PUBLISHED = {  # parameters, a tied head counted once: `safetensors.total` of th
     "llama3.2-3b-instruct": 3_212_749_824,
     "llama3.1-8b-instruct": 8_030_261_248,
 }
-HEADS_OF_64 = {"smollm2-135m", "qwen2.5-0.5b", "llama3.2-1b", "llama3.2-1b-instruct"}  # the others: 128
+HEADS_OF_64 = {"smollm2-135m", "qwen2.5-0.5b", "llama3.2-1b", "llama3.2-1b-instruct"}  # others have heads of 128
 
-ROPE = {  # θ, and Llama 3's stretching factor
+ROPE = {  # θ, and the scaling factor of Llama 3
     "smollm2": (1e5, None),
     "qwen2.5": (1e6, None),
     "llama2": (1e4, None),
@@ -41,7 +42,7 @@ ROPE = {  # θ, and Llama 3's stretching factor
     "llama3.2": (5e5, 32.0),
 }
 
-# The models whose tokenizer has no template: its BOS, its EOS, and what ends a turn of ours.
+# Models whose tokenizer has no template: its BOS, its EOS, and the token that ends a turn in our template.
 LLAMA_3 = ("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>")
 LLAMA_2 = ("<s>", "</s>", "</s>")
 TEMPLATED = {
@@ -61,7 +62,7 @@ def load(name: str) -> DictConfig:
 
 
 def turns(roles: str) -> list[dict[str, str]]:
-    """`sua`: a system, a user's and an assistant's message; each holds spaces at its ends and is unlike the others."""
+    """Return messages with distinct texts, for example system, user and assistant for `sua`."""
     names = {"s": "system", "u": "user", "a": "assistant"}
     return [{"role": names[role], "content": f" word-{i}\n of {role} "} for i, role in enumerate(roles)]
 
@@ -83,31 +84,31 @@ def render(name: str, messages: list[dict[str, str]], reply: bool = False) -> st
     return text
 
 
-def test_every_file_is_seen():
+def test_all_configs_are_covered():
     assert len(NAMES) == 15
     assert set(NAMES) == set(PUBLISHED)
     assert {name for name in NAMES if load(name).chat_template} == set(TEMPLATED)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_file_is_whole_and_sets_nothing_unknown(name):
+def test_config_is_complete_and_sets_no_unknown_key(name):
     config = load(name)
     assert not OmegaConf.missing_keys(config)
     assert set(config) == {"name", *OmegaConf.load(FOLDER / "_base.yaml")}
     assert config.name == name
-    quantised = name.endswith("int4")
-    assert (config.dtype, config.quantization) == (("bfloat16", "nf4") if quantised else ("float32", None))
+    quantized = name.endswith("int4")
+    assert (config.dtype, config.quantization) == (("bfloat16", "nf4") if quantized else ("float32", None))
     assert config.trust_remote_code is False
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_architecture_has_the_published_number_of_parameters(name):
+def test_architecture_has_the_published_number_of_parameters(name):
     sizes: Any = OmegaConf.to_container(load(name).architecture, resolve=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes))
     assert sum(parameter.numel() for parameter in model.parameters()) == PUBLISHED[name]
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
-    assert set(sizes) <= set(type(model.config)().to_dict())  # for_model takes a misspelt key without a word
+    assert set(sizes) <= set(type(model.config)().to_dict())  # for_model accepts a misspelled key silently
     rope = model.config.rope_parameters
     assert set(sizes["rope_parameters"]) <= set(rope)
     assert (rope["rope_theta"], rope.get("factor")) == ROPE[name.split("-")[0]]
@@ -116,29 +117,29 @@ def test_the_architecture_has_the_published_number_of_parameters(name):
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("-instruct")])
-def test_an_instruct_version_has_its_bases_architecture(name):
+def test_instruct_version_has_the_architecture_of_its_base(name):
     assert load(name).architecture == load(name.removesuffix("-instruct")).architecture
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_16_bytes_a_parameter_in_the_comment_are_this_models(name):
+def test_memory_in_the_comment_is_16_bytes_per_parameter(name):
     stated = re.findall(r"16 bytes a parameter: (\d+) GB", (FOLDER / f"{name}.yaml").read_text())
     assert stated == ([] if PUBLISHED[name] < 2e9 or load(name).quantization else [f"{PUBLISHED[name] * 16 / 1e9:.0f}"])
 
 
 @pytest.mark.parametrize("family", [LLAMA_3, LLAMA_2])
-def test_a_family_has_one_template(family):
+def test_family_shares_one_template(family):
     assert len({load(name).chat_template for name in TEMPLATED if TEMPLATED[name] == family}) == 1
 
 
 @pytest.mark.parametrize("roles", ["u", "su", "uau", "suau", "uauau", "uu"])
 @pytest.mark.parametrize("name", TEMPLATED)
-def test_a_prompt_is_a_strict_prefix_and_the_answer_ends_with_the_end_token(name, roles):
+def test_prompt_is_a_prefix_and_the_answer_ends_with_the_end_token(name, roles):
     bos, _, end = TEMPLATED[name]
     *prompt, answer = turns(roles + "a")
     opened = render(name, prompt, reply=True)
     full = render(name, [*prompt, answer])
-    space = " " if TEMPLATED[name] == LLAMA_2 else ""  # as in Meta's: "[/INST] answer"
+    space = " " if TEMPLATED[name] == LLAMA_2 else ""  # as in Meta's template: "[/INST] answer"
     assert full == opened + space + answer["content"] + end
     assert full.count(bos) == 1
     assert full.startswith(bos)
@@ -151,23 +152,25 @@ def test_a_prompt_is_a_strict_prefix_and_the_answer_ends_with_the_end_token(name
 
 
 @pytest.mark.parametrize("name", TEMPLATED)
-def test_a_conversation_goes_on_from_its_own_text(name):
-    """What was rendered stays as it was when turns are added: a trained answer is context in the next round."""
+def test_adding_turns_keeps_the_text_before_them(name):
+    """A trained answer is part of the context of the next turn."""
     messages = turns("suauaua")
     texts = [render(name, messages[:n]) for n in (3, 5, 7)]
     assert texts[1].startswith(texts[0])
     assert texts[2].startswith(texts[1])
 
 
+CONVERSATION = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello."},
+    {"role": "user", "content": "Bye"},
+]
+
+
 @pytest.mark.parametrize("name", [name for name in TEMPLATED if TEMPLATED[name] == LLAMA_3])
 def test_llama_3_by_hand(name):
-    messages = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "Hello."},
-        {"role": "user", "content": "Bye"},
-    ]
-    assert render(name, messages, reply=True) == (
+    assert render(name, CONVERSATION, reply=True) == (
         "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
         "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\nHello.<|eot_id|>"
@@ -178,19 +181,13 @@ def test_llama_3_by_hand(name):
 
 @pytest.mark.parametrize("name", [name for name in TEMPLATED if TEMPLATED[name] == LLAMA_2])
 def test_llama_2_by_hand(name):
-    messages = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "Hello."},
-        {"role": "user", "content": "Bye"},
-    ]
-    assert render(name, messages, reply=True) == (
+    assert render(name, CONVERSATION, reply=True) == (
         "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi [/INST] Hello.</s>[INST] Bye [/INST]"
     )
 
 
 @pytest.mark.parametrize("name", [name for name in TEMPLATED if TEMPLATED[name] == LLAMA_2])
-def test_llama_2_refuses_what_it_has_no_words_for(name):
+def test_llama_2_template_rejects_unsupported_roles(name):
     with pytest.raises(TemplateError, match=r"a system message into the user's turn after it, and none follows"):
         render(name, turns("us"))
     with pytest.raises(TemplateError, match=r"the roles system, user and assistant, not tool"):

@@ -1,4 +1,4 @@
-"""An endpoint on this machine: a real HTTP server in a thread, whose replies a test scripts."""
+"""A real HTTP server in a thread, whose replies a test scripts."""
 
 import json
 import re
@@ -17,47 +17,44 @@ from var.utils.http_client import Client
 
 @dataclass(frozen=True)
 class Broken:
-    """What a server can do in place of an answer.
-
-    text: the body as it is; cut: so many bytes fewer than announced; slow: seconds before; drop: closes without a
-    word; retry_after: seconds, that header, which the openai client waits for in place of its own 0.4 to 8 seconds.
-    """
+    """A raw response, or the lack of one."""
 
     status: int = 200
-    text: str = ""
-    cut: int = 0
-    slow: float = 0.0
-    drop: bool = False
-    retry_after: float = 0.01
+    text: str = ""  # the body
+    cut: int = 0  # number of announced bytes that are not sent
+    slow: float = 0.0  # seconds before the response
+    drop: bool = False  # close the connection without a response
+    retry_after: float = 0.01  # seconds; the openai client waits for them instead of its own 0.4 to 8 seconds
 
 
 @dataclass
 class Asked:
-    """base_url: where it listens; bodies, paths, keys: what it was asked, in the order of arrival; peak: the most
-    requests that were under way at once."""
+    """The requests that a server received, in order of arrival."""
 
-    base_url: str
+    base_url: str  # address of the server
     bodies: list[dict[str, Any]] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
-    keys: list[str | None] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)
-    peak: int = 0
-    now: int = 0
+    keys: list[str | None] = field(default_factory=list)  # Authorization headers
+    times: list[float] = field(default_factory=list)  # seconds
+    peak: int = 0  # maximum number of pending requests
+    now: int = 0  # number of pending requests
 
 
 class Server(ThreadingHTTPServer):
+    """A server that accepts many connections at once: with the default queue of 5 some would wait a second."""
+
     daemon_threads = True
-    request_queue_size = 64  # by default 5: of eight connections at once some wait a second for their next try
+    request_queue_size = 64
 
 
 @contextmanager
 def served(reply: Callable[[dict[str, Any], int], Any]) -> Iterator[Asked]:
-    """reply(body, how many times this body came before) → a JSON value or Broken."""
+    """Serve `reply(body, number of earlier requests with this body)`, a JSON value or `Broken`."""
     lock = threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
-        wbufsize = -1  # head and body in one packet, or each answer waits 40 ms
+        wbufsize = -1  # head and body in one packet; else each response waits 40 ms
         disable_nagle_algorithm = True
 
         def do_POST(self) -> None:
@@ -70,8 +67,8 @@ def served(reply: Callable[[dict[str, Any], int], Any]) -> Iterator[Asked]:
                 asked.times.append(time.monotonic())
                 asked.now += 1
                 asked.peak = max(asked.peak, asked.now)
-            given = reply(body, before)
-            how = given if isinstance(given, Broken) else Broken(text=json.dumps(given))
+            value = reply(body, before)
+            how = value if isinstance(value, Broken) else Broken(text=json.dumps(value))
             time.sleep(how.slow)
             with lock:
                 asked.now -= 1
@@ -92,7 +89,7 @@ def served(reply: Callable[[dict[str, Any], int], Any]) -> Iterator[Asked]:
             pass
 
     server = Server(("127.0.0.1", 0), Handler)
-    server.handle_error = lambda *_: None  # a client that gave up or was killed is part of the tests
+    server.handle_error = lambda *_: None  # tests kill clients on purpose
     asked = Asked(f"http://127.0.0.1:{server.server_port}/v1")
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
@@ -104,13 +101,13 @@ def served(reply: Callable[[dict[str, Any], int], Any]) -> Iterator[Asked]:
 
 
 def client(url: str, folder: Path, **options: Any) -> Client:
-    """Of such a server, with its replies in `folder`."""
+    """Return a client of a test server that caches replies in `folder`."""
     settings = {"model": "judge", "api_key_env": None, "retries": 1, "timeout": 20.0, "cache": str(folder), **options}
     return Client(base_url=url, **settings)
 
 
 def completion(text: str | None, finish: str = "stop", **choice: Any) -> dict[str, Any]:
-    """A chat completion that says `text`, of 10 tokens in and 5 out. choice: as logprobs, in the choice beside it."""
+    """Return a chat completion with 10 prompt tokens and 5 completion tokens. `choice` holds keys such as logprobs."""
     message = {"role": "assistant", "content": text}
     return {
         "choices": [{"index": 0, "message": message, "finish_reason": finish, **choice}],
@@ -119,6 +116,6 @@ def completion(text: str | None, finish: str = "stop", **choice: Any) -> dict[st
 
 
 def shown(body: dict[str, Any]) -> tuple[str, str]:
-    """The two answers in the order in which the judge sees them; a test writes them as <answer …>."""
+    """Return the two answers, written by a test as <answer …>, in the order in which the judge sees them."""
     first, second = re.findall(r"<answer.*?>", body["messages"][-1]["content"], flags=re.DOTALL)
     return first, second

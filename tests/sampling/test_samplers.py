@@ -1,4 +1,4 @@
-"""Samplers: one interface over transformers, vLLM (a stand-in that records what it is asked) and a real server."""
+"""The three samplers: transformers, vLLM (replaced by a fake that records its arguments) and an HTTP server."""
 
 import importlib.machinery
 import importlib.util
@@ -13,7 +13,7 @@ import torch
 from hydra.utils import instantiate
 
 from tests.conftest import composed, pretrained
-from tests.server import Broken, client, completion, served
+from tests.helpers.servers import Broken, client, completion, served
 from var.config.check import check
 from var.models.frozen import FrozenModel
 from var.sampling.base import Sampling
@@ -37,11 +37,8 @@ def reference(tiny_folder: Path, tmp_path: Path) -> FrozenModel:
     return FrozenModel(pretrained(tiny_folder, tmp_path), "cpu")
 
 
-# --- transformers
-
-
-def test_transformers_samples_as_the_reference_scores(reference: FrozenModel):
-    """The same text as `sample` gives; under the reference's autocast it is another policy, and another identity."""
+def test_transformers_samples_in_the_references_precision(reference: FrozenModel):
+    """The text is that of `sample`. The reference's autocast applies while it samples."""
     sampler = Transformers()
     sampler.check()
     done: list[int] = []
@@ -52,7 +49,7 @@ def test_transformers_samples_as_the_reference_scores(reference: FrozenModel):
     half = FrozenModel(reference.pretrained, "cpu", torch.bfloat16)
     seen: list[torch.dtype] = []
     half.policy.model.model.layers[0].mlp.up_proj.register_forward_hook(
-        lambda module, given, out: seen.append(out.dtype)
+        lambda module, inputs, out: seen.append(out.dtype)
     )
     sampler(half, PROMPTS, SAMPLING)
     assert set(seen) == {torch.bfloat16}
@@ -60,13 +57,10 @@ def test_transformers_samples_as_the_reference_scores(reference: FrozenModel):
     assert "_loaded" in reference.__dict__
 
 
-# --- vLLM
-
-
 class Engine:
-    """vllm.LLM as it is documented: `generate` of prompts' tokens and one SamplingParams each; n outputs a prompt.
+    """A fake of vllm.LLM: `generate` takes token ids and SamplingParams per prompt, and returns n outputs per prompt.
 
-    A response is the prompt's last token, so often as its number says, and the end token, where there is room.
+    The first response of a prompt is truncated; response k > 0 has k tokens and the end token.
     """
 
     loaded: list[dict[str, Any]] = []  # noqa: RUF012
@@ -91,10 +85,10 @@ class Engine:
 
 @pytest.fixture
 def vllm(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A stand-in for the package; returns how often it was cleaned up."""
+    """Replace the package by a fake; return one entry per cleanup."""
     cleaned: list[str] = []
     parts = {
-        "vllm": {"LLM": Engine, "SamplingParams": lambda **given: SimpleNamespace(**given)},
+        "vllm": {"LLM": Engine, "SamplingParams": lambda **options: SimpleNamespace(**options)},
         "vllm.distributed": {},
         "vllm.distributed.parallel_state": {"cleanup_dist_env_and_memory": lambda: cleaned.append("cleaned")},
     }
@@ -108,7 +102,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return cleaned
 
 
-def test_vllm_gets_the_references_weights_and_the_templates_tokens(reference: FrozenModel, vllm: list[str]):
+def test_vllm_gets_weights_tokens_and_settings(reference: FrozenModel, vllm: list[str]):
     sampler = VLLM(gpu_memory_utilization=0.5, tensor_parallel_size=2, max_model_len=64)
     sampler.check()
     done: list[int] = []
@@ -130,29 +124,24 @@ def test_vllm_gets_the_references_weights_and_the_templates_tokens(reference: Fr
     }  # fmt: skip
 
 
-def test_vllms_tokens_become_text_without_the_end_token(reference: FrozenModel, vllm: list[str]):
-    """By hand: the stand-in's first response is cut after 8 tokens, its second is one token and the end."""
-    reference.pretrained.chat.__dict__["end_token"] = 99  # no special token, which decoding would leave out anyway
+def test_vllms_text_excludes_the_end_token(reference: FrozenModel, vllm: list[str]):
+    """By hand: the first response is truncated after 8 tokens, the second is one token and the end token."""
+    reference.pretrained.chat.__dict__["end_token"] = 99  # decoding would remove a special token in any case
     texts = VLLM()(reference, PROMPTS, SAMPLING)
     decode = reference.pretrained.chat.tokenizer.decode
     assert texts == [[(decode([98] * 8), False), (decode([97]), True)]] * 3
 
 
-def test_vllms_seed_is_the_prompts_own_wherever_it_stands(reference: FrozenModel, vllm: list[str]):
-    sampler = VLLM()
-    for sampling, prompts in (
-        (SAMPLING, PROMPTS),
-        (SAMPLING, PROMPTS[::-1]),
-        (replace(SAMPLING, seed=1), PROMPTS),
-    ):
-        sampler(reference, prompts, sampling)
+def test_vllms_seed_depends_on_the_prompt_and_not_on_its_place(reference: FrozenModel, vllm: list[str]):
+    for sampling, prompts in ((SAMPLING, PROMPTS), (SAMPLING, PROMPTS[::-1]), (replace(SAMPLING, seed=1), PROMPTS)):
+        VLLM()(reference, prompts, sampling)
     seeds = [params.seed for _, params in Engine.asked]
     assert seeds[:3] == seeds[5:2:-1]
     assert len(set(seeds[:3] + seeds[6:])) == 6
     assert all(0 <= seed < 2**31 for seed in seeds)
 
 
-def test_vllm_loads_once_and_is_freed(reference: FrozenModel, vllm: list[str]):
+def test_vllm_loads_once_until_it_is_released(reference: FrozenModel, vllm: list[str]):
     sampler = VLLM()
     sampler.release()
     assert vllm == []
@@ -163,38 +152,37 @@ def test_vllm_loads_once_and_is_freed(reference: FrozenModel, vllm: list[str]):
     assert vllm == ["cleaned"]
     sampler(FrozenModel(reference.pretrained, "cpu", torch.bfloat16), PROMPTS[:1], SAMPLING)
     assert [settings["dtype"] for settings in Engine.loaded] == ["float32", "bfloat16"]
-    sampler(reference, PROMPTS[:1], SAMPLING)  # another model takes the place of the one before
+    sampler(reference, PROMPTS[:1], SAMPLING)  # another model replaces the one before
     assert (len(Engine.loaded), vllm) == (3, ["cleaned", "cleaned"])
 
 
-def test_vllms_text_is_kept_apart_from_transformers(reference: FrozenModel):
+def test_vllms_identity_differs_from_transformers(reference: FrozenModel):
     identity = VLLM().identity(reference)
     assert identity != Transformers().identity(reference)
     assert identity["reference"] == reference.identity
     assert VLLM(gpu_memory_utilization=0.5).identity(reference) == identity
 
 
-def test_vllm_refuses_what_it_cannot_do(reference: FrozenModel, vllm: list[str], monkeypatch: pytest.MonkeyPatch):
+def test_vllm_rejects_adapters_ranks_and_invalid_settings(
+    reference: FrozenModel, vllm: list[str], monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setitem(reference.pretrained.__dict__, "base", reference.pretrained)
-    with pytest.raises(UserError, match="is an adapter; sampler=transformers merges it"):
+    with pytest.raises(UserError, match=r"is an adapter, which vLLM does not merge .* Use sampler=transformers"):
         VLLM().identity(reference)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=r"runs in one process.*annotate\.py without torchrun"):
         VLLM().check()
     for wrong in ({"gpu_memory_utilization": 0.0}, {"gpu_memory_utilization": 1.5}, {"tensor_parallel_size": 0}):
-        with pytest.raises(UserError, match="gpu_memory_utilization is in"):
+        with pytest.raises(UserError, match="gpu_memory_utilization must be in"):
             VLLM(**wrong)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vllm is installed")
-def test_vllm_without_its_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
+def test_missing_vllm_raises_with_the_command(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(UserError) as error:
         VLLM().check()
     assert str(error.value) == "sampler=vllm needs an extra: pip install -e '.[vllm]'"
-
-
-# --- an endpoint
 
 
 def endpoint(url: str, folder: Path, **options: Any) -> Endpoint:
@@ -202,12 +190,12 @@ def endpoint(url: str, folder: Path, **options: Any) -> Endpoint:
 
 
 def seeded(body: dict[str, Any], before: int) -> Any:
-    """Text of the prompt and the seed; an odd seed is cut off."""
+    """Reply with the prompt and the seed; an odd seed is truncated."""
     text = f"{body['messages'][-1]['content']} {body['seed']}"
     return completion(text, finish="length" if body["seed"] % 2 else "stop")
 
 
-def test_an_endpoint_is_asked_for_each_response_with_a_seed_of_its_own(reference: FrozenModel, tmp_path: Path):
+def test_endpoint_gets_one_request_and_seed_per_response(reference: FrozenModel, tmp_path: Path):
     sampling = replace(SAMPLING, responses=4)
     with served(seeded) as server:
         done: list[int] = []
@@ -216,12 +204,16 @@ def test_an_endpoint_is_asked_for_each_response_with_a_seed_of_its_own(reference
         other = endpoint(server.base_url, tmp_path / "a")(reference, PROMPTS, replace(sampling, seed=1))
     assert sum(done) == 3
     assert texts == again[::-1] != other
-    assert [len(several) for several in texts] == [4, 4, 4]
-    assert [{text.rsplit(" ", 1)[0] for text, _ in several} for several in texts] == [{"ab"}, {"a longer one"}, {"c"}]
-    seeds = [int(text.rsplit(" ", 1)[1]) for several in texts for text, _ in several]
+    assert [len(responses) for responses in texts] == [4, 4, 4]
+    assert [{text.rsplit(" ", 1)[0] for text, _ in responses} for responses in texts] == [
+        {"ab"},
+        {"a longer one"},
+        {"c"},
+    ]
+    seeds = [int(text.rsplit(" ", 1)[1]) for responses in texts for text, _ in responses]
     assert len(set(seeds)) == 12
     assert all(0 <= seed < 2**31 for seed in seeds)
-    ends = [finished for several in texts for _, finished in several]
+    ends = [finished for responses in texts for _, finished in responses]
     assert ends == [seed % 2 == 0 for seed in seeds]
     assert len(set(ends)) == 2
     assert server.bodies[0] == {
@@ -230,7 +222,7 @@ def test_an_endpoint_is_asked_for_each_response_with_a_seed_of_its_own(reference
     }  # fmt: skip
 
 
-def test_a_requests_fields_can_be_put_in_and_left_out(reference: FrozenModel, tmp_path: Path):
+def test_request_fields_can_be_added_and_removed(reference: FrozenModel, tmp_path: Path):
     with served(lambda body, before: completion("x")) as server:
         sampler = endpoint(
             server.base_url, tmp_path, request={"max_tokens": None, "max_completion_tokens": 8, "top_k": -1}
@@ -241,7 +233,7 @@ def test_a_requests_fields_can_be_put_in_and_left_out(reference: FrozenModel, tm
     }  # fmt: skip
 
 
-def test_an_empty_response_is_one_and_none_is_a_failure(reference: FrozenModel, tmp_path: Path):
+def test_empty_text_is_a_response_and_missing_text_a_failure(reference: FrozenModel, tmp_path: Path):
     with served(lambda body, before: completion("")) as server:
         assert endpoint(server.base_url, tmp_path)(reference, PROMPTS[:1], SAMPLING) == [[("", True), ("", True)]]
     for reply in (completion(None), {"choices": []}, {"data": 1}):
@@ -252,34 +244,34 @@ def test_an_empty_response_is_one_and_none_is_a_failure(reference: FrozenModel, 
             endpoint(server.base_url, tmp_path / "none")(reference, PROMPTS[:1], SAMPLING)
 
 
-def test_what_does_not_come_is_counted_named_and_asked_again(reference: FrozenModel, tmp_path: Path):
+def test_missing_responses_are_reported_and_requested_again(reference: FrozenModel, tmp_path: Path):
     down = True
 
-    def sick(body: dict[str, Any], before: int) -> Any:
+    def fail_long(body: dict[str, Any], before: int) -> Any:
         return Broken(400, "too long") if down and "longer" in str(body) else seeded(body, before)
 
-    with served(sick) as server:
+    with served(fail_long) as server:
         with pytest.raises(UserError) as error:
             endpoint(server.base_url, tmp_path)(reference, PROMPTS, SAMPLING)
         assert str(error.value) == (
-            f"{server.base_url} left responses out (2):\n"
+            f"{server.base_url}: missing responses (2):\n"
             "  prompt 'a longer one': 400: too long\n"
             "  prompt 'a longer one': 400: too long\n"
-            "4 of 6 came and are kept: the same command asks only for the rest."
+            "4 of 6 responses were received and cached. Run the same command to request only the missing ones."
         )
         down, before = False, len(server.bodies)
         texts = endpoint(server.base_url, tmp_path)(reference, PROMPTS, SAMPLING)
         assert len(server.bodies) - before == 2
-    assert [several[0][0].split(" ")[0] for several in texts] == ["ab", "a", "c"]
+    assert [responses[0][0].split(" ")[0] for responses in texts] == ["ab", "a", "c"]
 
 
-def test_an_endpoints_identity_is_its_address_model_and_request(reference: FrozenModel, tmp_path: Path):
+def test_endpoints_identity_is_address_model_and_request(reference: FrozenModel, tmp_path: Path):
     identity = endpoint("http://127.0.0.1:9/v1", tmp_path).identity(reference)
     assert identity == {"base_url": "http://127.0.0.1:9/v1", "model": "tiny", "request": {}, "version": ""}
     assert endpoint("http://127.0.0.1:9/v1", tmp_path, request={"top_k": 1}).identity(reference) != identity
 
 
-def test_another_version_is_sampled_anew(reference: FrozenModel, tmp_path: Path):
+def test_another_version_is_sampled_again(reference: FrozenModel, tmp_path: Path):
     with served(seeded) as server:
         first, second = endpoint(server.base_url, tmp_path), endpoint(server.base_url, tmp_path, version="2")
         assert first.identity(reference) != second.identity(reference)
@@ -288,21 +280,18 @@ def test_another_version_is_sampled_anew(reference: FrozenModel, tmp_path: Path)
     assert len(server.bodies) == 4
 
 
-def test_an_endpoints_key_is_checked_before_it_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_missing_key_raises_before_any_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("SOME_KEY", raising=False)
     with pytest.raises(UserError, match="SOME_KEY is not set"):
         Endpoint(client=client("http://127.0.0.1:9/v1", tmp_path, api_key_env="SOME_KEY")).check()
 
 
-# --- the configuration
-
-
 @pytest.mark.parametrize("name", ["transformers", "vllm", "endpoint"])
-def test_every_sampler_composes_states_all_its_settings_and_has_its_own_defaults(name: str, tmp_path: Path):
-    given = ["sampler.client.base_url=http://127.0.0.1:9/v1", "sampler.client.model=x"] if name == "endpoint" else []
-    cfg = composed(f"+cache={tmp_path}", *given, root=f"sampler/{name}")
+def test_sampler_configs_list_all_settings_with_their_defaults(name: str, tmp_path: Path):
+    values = ["sampler.client.base_url=http://127.0.0.1:9/v1", "sampler.client.model=x"] if name == "endpoint" else []
+    cfg = composed(f"+cache={tmp_path}", *values, root=f"sampler/{name}")
     check(cfg, {})
     sampler = instantiate(cfg.sampler)
-    stated = {key for key in cfg.sampler if key not in ("_target_", "_convert_")}
-    assert stated == {one.name for one in fields(sampler) if one.init}
+    listed = {key for key in cfg.sampler if key not in ("_target_", "_convert_")}
+    assert listed == {one.name for one in fields(sampler) if one.init}
     assert sampler == type(sampler)(**({"client": sampler.client} if name == "endpoint" else {}))

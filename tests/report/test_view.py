@@ -1,4 +1,4 @@
-"""report.py --wandb: the view that a server of W&B's protocol is asked to save, and what is said when it is not."""
+"""Test report.py --wandb against a server that speaks the protocol of Weights & Biases."""
 
 import json
 from typing import Any
@@ -6,15 +6,15 @@ from typing import Any
 import pytest
 
 from tests.e2e.test_commands import run
-from tests.server import Broken, served
-from var.report.figures import JUDGED, MEMORY, PANELS
+from tests.helpers.servers import Broken, served
+from var.report.figures import JUDGE_WIN_RATE, PANELS, PEAK_MEMORY
 
 pytest.importorskip("wandb_workspaces", reason="needs wandb-workspaces: pip install -e '.[wandb-views]'")
 KEY = {"WANDB_API_KEY": "0" * 40, "WANDB_ERROR_REPORTING": "false"}
 
 
-def saved(reply: Any, *arguments: str, **variables: str) -> tuple[Any, list[dict[str, Any]]]:
-    """report.py beside a server; the bodies with which it was asked to save a view."""
+def save_view(reply: Any, *arguments: str, **variables: str) -> tuple[Any, list[dict[str, Any]]]:
+    """Run report.py against a server, and return the requests to save a view."""
 
     def answer(body: dict[str, Any], before: int) -> Any:
         if "upsertView" in body["query"]:
@@ -27,17 +27,17 @@ def saved(reply: Any, *arguments: str, **variables: str) -> tuple[Any, list[dict
     return done, [body["variables"] for body in server.bodies if "upsertView" in body["query"]]
 
 
-def test_the_panels_of_a_report_are_saved_as_a_view_of_the_project() -> None:
+def test_panels_are_saved_as_a_view() -> None:
     view = {"id": "x", "name": "nw-abc-v"}
-    done, (asked,) = saved({"data": {"upsertView": {"view": view, "inserted": True}}}, "--wandb", "us/aligned")
+    done, (request,) = save_view({"data": {"upsertView": {"view": view, "inserted": True}}}, "--wandb", "us/aligned")
     assert done.returncode == 0, done.stderr
-    assert (asked["entityName"], asked["projectName"], asked["type"]) == ("us", "aligned", "project-view")
+    assert (request["entityName"], request["projectName"], request["type"]) == ("us", "aligned", "project-view")
     assert "/us/aligned?nw=abc" in done.stdout
-    section = json.loads(asked["spec"])["section"]
+    section = json.loads(request["spec"])["section"]
     panels = [panel for part in section["panelBankConfig"]["sections"] for panel in part["panels"]]
     lines = [panel["config"] for panel in panels if panel["viewType"] == "Run History Line Plot"]
     drawn = [metric for line in lines for metric in line["metrics"]]
-    assert sorted(drawn) == sorted([*PANELS, JUDGED, MEMORY])
+    assert sorted(drawn) == sorted([*PANELS, JUDGE_WIN_RATE, PEAK_MEMORY])
     assert {line["xAxis"] for line in lines} == {"trainer/global_step"}
     assert {line["groupArea"] for line in lines} == {"stderr"}
     (scatter,) = [panel["config"] for panel in panels if panel["viewType"] == "Scatter Plot"]
@@ -46,32 +46,32 @@ def test_the_panels_of_a_report_are_saved_as_a_view_of_the_project() -> None:
 
 
 @pytest.mark.parametrize(
-    ("reply", "arguments", "told"),
+    ("reply", "project", "message"),
     [
         (
             Broken(status=404, text='{"errors": [{"message": "project not found"}]}'),
-            ["us/none"],
+            "us/none",
             "did not save the view",
         ),
-        (None, ["aligned"], "entity/project is wanted"),
-        (None, ["us/aligned/x"], "entity/project is wanted"),
+        (None, "aligned", "not of the form entity/project"),
+        (None, "us/aligned/x", "not of the form entity/project"),
     ],
 )
-def test_a_view_that_cannot_be_saved_is_one_line(reply: Any, arguments: list[str], told: str) -> None:
-    done, _ = saved(reply, "--wandb", *arguments)
+def test_failure_to_save_a_view_is_one_line(reply: Any, project: str, message: str) -> None:
+    done, _ = save_view(reply, "--wandb", project)
     assert done.returncode == 1
-    assert done.stderr.startswith(f"Error: --wandb {arguments[0]}: ")
-    assert told in done.stderr
+    assert done.stderr.startswith(f"Error: --wandb {project}: ")
+    assert message in done.stderr
     assert done.stderr.count("\n") == 1
 
 
-def test_a_view_needs_a_key() -> None:
-    done, asked = saved(None, "--wandb", "us/aligned", WANDB_API_KEY="")
-    assert (done.returncode, asked) == (1, [])
+def test_view_needs_an_api_key() -> None:
+    done, requests = save_view(None, "--wandb", "us/aligned", WANDB_API_KEY="")
+    assert (done.returncode, requests) == (1, [])
     assert "did not save the view (No API key configured" in done.stderr
 
 
-def test_nothing_to_report_on_is_told() -> None:
+def test_report_needs_folders_or_a_project() -> None:
     done = run("report.py")
     assert done.returncode == 2
-    assert "name folders, or --wandb" in done.stderr
+    assert "Give folders, or --wandb" in done.stderr

@@ -1,0 +1,164 @@
+"""Log-probabilities of the reference: of each response, of all pairings in a micro-batch, and of mismatched ones."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from var.annotate.annotator import Annotator, batch_by_tokens, token_key
+from var.annotate.base import Provider, TrainingSet
+from var.annotate.cache import as_keys
+from var.annotate.rewards import fill_matrix, micro_batch_pairs
+from var.data.sequences import Sequences
+from var.models.cross_scoring import mismatched_logps
+from var.models.packing import Packed, pack, pack_tree
+from var.requirements import MismatchedLogps, ReferenceLogps
+from var.utils.errors import UserError
+
+
+class ProvideReferenceLogps(Provider[ReferenceLogps]):
+    """Provides log π_ref of each response token, cached or from a live reference."""
+
+    def compute(self, data: TrainingSet) -> None:
+        """Compute them, unless the reference is live."""
+        self.logps = None if data.live else reference_logps(data.annotator, data.sequences, data.shares_prompts)
+
+    def batch_fields(self, data: TrainingSet, micro_batch: int, members: np.ndarray) -> dict[str, Any]:
+        """Return them, [N] nats."""
+        if self.logps is None:
+            return {}
+        return {"reference_logps": torch.tensor([x for i in members for x in self.logps[int(i)].as_py()])}
+
+    def at_step(self, batch: Packed, policy: Any, reference: Any) -> Packed:
+        """Compute them with a live reference."""
+        return batch if reference is None else replace(batch, reference_logps=reference(batch))
+
+    def at_rollout(self, batch: Packed, policy: Any, reference: Any) -> Packed:
+        """Compute them of responses that were just sampled."""
+        return replace(batch, reference_logps=reference.policy(batch))
+
+
+class ProvideMismatchedLogps(Provider[MismatchedLogps]):
+    """Provides log π of the next sequence's response under each prompt, of the policy and of the reference."""
+
+    def check_plan(self, data: TrainingSet) -> None:
+        """Check that each micro-batch has two sequences, and that the pairings fit the model."""
+        data.check_cross_lengths()
+        if (data.plan.sequences < 2).any():
+            raise UserError(
+                "this loss pairs each prompt with the next sequence's response, and a micro-batch has one sequence. "
+                "Set data.micro_batch to 2 or more, and data.last_micro_batch=drop."
+            )
+
+    def compute(self, data: TrainingSet) -> None:
+        """Compute the reference's, unless it is live."""
+        self.logps = None if data.live else cached_mismatched_logps(data.annotator, data.sequences, data.members)
+
+    def batch_fields(self, data: TrainingSet, micro_batch: int, members: np.ndarray) -> dict[str, Any]:
+        """Return the reference's, [B] nats."""
+        if self.logps is None:
+            return {}
+        return {"mismatched_reference_logps": self.logps[micro_batch, : len(members)].float()}
+
+    def at_step(self, batch: Packed, policy: Any, reference: Any) -> Packed:
+        """Compute the policy's, and those of a live reference."""
+        if reference is not None:
+            batch = replace(batch, mismatched_reference_logps=mismatched_logps(reference, batch))
+        return replace(batch, mismatched_logps=mismatched_logps(policy, batch))
+
+
+def reference_logps(annotator: Annotator, sequences: Sequences, share: bool = False) -> pa.Array:
+    """Return [n] lists of float32 nats: log π_ref of each response token.
+
+    Args:
+        annotator: has the reference.
+        sequences: n sequences.
+        share: whether neighbors that answer the same prompt share its tokens (`pack`), as in the training step.
+    """
+    reference = annotator.reference
+    fingerprint = reference.identity
+    if share and reference.is_low_precision:
+        fingerprint["packing"] = "shared prompts"
+    table = annotator.annotations.table("reference_logps", fingerprint, pa.list_(pa.float32()))
+    tokens = map(sequences.tokens, range(len(sequences)))
+    keys = as_keys([token_key(ids[:start], ids[start:]) for ids, start, _ in tokens])
+
+    @torch.inference_mode()
+    def compute(indices: np.ndarray, advance: Callable[[int], None]) -> list[list[float]]:
+        found: dict[int, list[float]] = {}
+        for batch in batch_by_tokens(indices, (sequences.start + sequences.length)[indices].tolist()):
+            ids, starts, _ = zip(*(sequences.tokens(i) for i in batch), strict=True)
+            packed = pack(ids, starts, share=share)
+            with reference.precision():
+                logps = reference.policy(packed.to(reference.device)).float().cpu()
+            found.update(zip(batch, (part.tolist() for part in logps.split(packed.length.tolist())), strict=True))
+            advance(len(batch))
+        return [found[i] for i in indices]
+
+    return annotator.fill(table, "Reference log-probabilities", "responses", keys, compute)
+
+
+def sum_logps(logps: pa.Array, sequences: Sequences) -> torch.Tensor:
+    """Return [n] float64 nats: sums over response tokens."""
+    flat = logps.flatten().to_numpy(zero_copy_only=False).astype(np.float64)
+    return torch.from_numpy(np.add.reduceat(flat, np.cumsum(sequences.length) - sequences.length))
+
+
+def cached_cross_logps(annotator: Annotator, sequences: Sequences, micro: np.ndarray) -> np.ndarray:
+    """Return [M, B, B] nats: log π_ref(y_j|x_i) of each micro-batch, summed over tokens; 0 where it is short."""
+    pairs, place = micro_batch_pairs(micro)
+    return fill_matrix(_pair_logps(annotator, sequences, pairs), micro, place)
+
+
+def cached_mismatched_logps(annotator: Annotator, sequences: Sequences, micro: np.ndarray) -> torch.Tensor:
+    """Return [M, W] nats: the reference's log-probability of the next response of a micro-batch under each prompt."""
+    following = np.full_like(micro, -1)
+    for m, members in enumerate(micro):
+        members = members[members >= 0]
+        following[m, : len(members)] = np.roll(members, -1)
+    place = micro >= 0  # absent sequences are at the end
+    logps = torch.zeros(micro.shape, dtype=torch.float64)
+    pairs = np.stack([micro[place], following[place]], axis=1)
+    logps[torch.from_numpy(place)] = torch.from_numpy(_pair_logps(annotator, sequences, pairs).copy())
+    return logps
+
+
+def _pair_logps(annotator: Annotator, sequences: Sequences, pairs: np.ndarray) -> np.ndarray:
+    """Return [P] nats: log π_ref of response j under the prompt of i, summed over tokens, for pairs (i, j) [P, 2]."""
+    reference = annotator.reference
+    table = annotator.annotations.table("cross_logps", reference.identity, pa.float64())
+    tokens = {int(i): sequences.tokens(i)[:2] for i in np.unique(pairs)}
+
+    def prompt(i: int) -> list[int]:
+        return tokens[i][0][: tokens[i][1]]
+
+    def response(j: int) -> list[int]:
+        return tokens[j][0][tokens[j][1] :]
+
+    keys = as_keys([token_key(prompt(i), response(j)) for i, j in pairs.tolist()])
+
+    @torch.inference_mode()
+    def compute(indices: np.ndarray, advance: Callable[[int], None]) -> list[float]:
+        found: dict[int, float] = {}
+        new_prompt = np.diff(pairs[indices, 0], prepend=-1) != 0  # neighbors share their prompt's tokens
+        cost = [
+            len(response(j)) + len(prompt(i)) * int(new)
+            for (i, j), new in zip(pairs[indices].tolist(), new_prompt, strict=True)
+        ]
+        for batch in batch_by_tokens(indices, cost):
+            by_prompt: dict[int, list[int]] = {}
+            for at in batch:
+                by_prompt.setdefault(int(pairs[at, 0]), []).append(at)
+            order = [at for several in by_prompt.values() for at in several]
+            responses = [[response(j) for j in pairs[several, 1].tolist()] for several in by_prompt.values()]
+            tree = pack_tree([prompt(i) for i in by_prompt], responses)
+            with reference.precision():
+                logps = reference.policy(tree.to(reference.device)).double().cpu()
+            found.update(zip(order, tree.sum_by_sequence(logps).tolist(), strict=True))
+            advance(len(batch))
+        return [found[i] for i in indices]
+
+    return annotator.fill(table, "Cross log-probabilities", "pairs", keys, compute).to_numpy()  # type: ignore[no-any-return]

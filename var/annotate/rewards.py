@@ -1,0 +1,132 @@
+"""Rewards: of each response to its own prompt, of all pairings in a micro-batch, and of sampled candidates."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from var.annotate.annotator import Annotator
+from var.annotate.base import Provider, TrainingSet
+from var.annotate.cache import as_keys
+from var.annotate.responses import sample_responses
+from var.data.rows import Rows
+from var.data.sequences import Sequences
+from var.requirements import Rewards
+from var.rewards.base import Triple, Triples, check_answers, check_scores, compute_scores
+from var.sampling.base import Sampling
+from var.utils.errors import Problems, UserError
+from var.utils.provenance import hash_content
+
+
+class ProvideRewards(Provider[Rewards]):
+    """Provides the reward of each response to its own prompt, on the run's scale."""
+
+    def check_rows(self, data: TrainingSet, rows: Rows) -> None:
+        """Check that rows have the answers that the reward compares with."""
+        check_answers(data.annotator.reward, rows)
+
+    def select(self, data: TrainingSet) -> None:
+        """Score all sequences and fit the scale."""
+        sequences, reward = data.sequences, data.annotator.reward
+        if reward.scores_text:
+            response = np.array(sequences.table["response"])
+            raw = score(data.annotator, Triples(data.rows, sequences.row, sequences.row, response))
+        else:
+            raw = sequences.column("score")
+            check_scores(sequences.tokens(i)[2] for i in np.flatnonzero(np.isnan(raw)).tolist())
+        data.scale = data.scale.fit(raw)
+        scaled = np.array(data.scale(raw))
+        negative = np.flatnonzero(scaled < 0)
+        if self.requirement.nonnegative and len(negative):
+            lowest = int(scaled.argmin())
+            raise UserError(
+                f"this loss uses rewards as weights, and {len(negative)} of {len(scaled)} are negative, the lowest "
+                f"{scaled[lowest]:.4g} in row {sequences.tokens(lowest)[2]}. Set reward_scale=sigmoid."
+            )
+        data.rewards = torch.from_numpy(scaled)
+        data.report.set_rewards(raw, data.scale.describe(), data.rewards, sequences)
+
+    def batch_fields(self, data: TrainingSet, micro_batch: int, members: np.ndarray) -> dict[str, Any]:
+        """Return the rewards [B]."""
+        return {"rewards": data.require_rewards(self.requirement)[members].float()}
+
+
+def score(annotator: Annotator, triples: Sequence[Triple], title: str = "Scoring") -> np.ndarray:
+    """Return [n] raw rewards of (prompt, response, answer) in any pairing."""
+    table = annotator.annotations.table("rewards", {"reward": annotator.reward.identity}, pa.float64())
+    keys = as_keys([hash_content(*triple) for triple in triples])
+
+    def compute(indices: np.ndarray, advance: Callable[[int], None]) -> list[float]:
+        rewards: list[float] = []
+        for begin in range(0, len(indices), 64):
+            prompts, texts, answers = zip(*(triples[i] for i in indices[begin : begin + 64]), strict=True)
+            rewards.extend(compute_scores(annotator.reward, prompts, texts, answers).tolist())
+            advance(len(texts))
+        problems = Problems("rewards that are not finite")
+        for i, reward in zip(indices, rewards, strict=True):
+            if not np.isfinite(reward):
+                problems.add(f"response {triples[i][1][:60]!r}", "the reward is NaN or infinite")
+        problems.check()
+        return rewards
+
+    return annotator.fill(table, title, "responses", keys, compute).to_numpy()  # type: ignore[no-any-return]
+
+
+def score_rows(annotator: Annotator, rows: Rows) -> list[np.ndarray]:
+    """Return the raw rewards of all responses of each row."""
+    if not annotator.reward.scores_text:
+        check_scores(row.id for row in rows if any(response.score is None for response in row.responses))
+        return [np.array([response.score for response in row.responses]) for row in rows]
+    sizes = np.array([len(row.responses) for row in rows])
+    index = np.repeat(np.arange(len(rows)), sizes)
+    response = np.concatenate([np.arange(size) for size in sizes])
+    flat = score(annotator, Triples(rows, index, index, response))
+    return np.split(flat, np.cumsum(sizes)[:-1])
+
+
+def score_candidates(annotator: Annotator, rows: Rows, sampling: Sampling) -> np.ndarray:
+    """Return [R, K] raw rewards of K sampled responses to each row's prompt, empty responses included."""
+    if not annotator.reward.scores_text:
+        raise UserError(
+            "reward=score reads only the data's own scores, and this loss rewards responses that the reference "
+            "samples. Choose a reward that scores text."
+        )
+    texts = sample_responses(annotator, rows, sampling, "Sampling candidates")
+    triples = [(row.prompt, text, row.answer) for row, several in zip(rows, texts, strict=True) for text, _ in several]
+    return score(annotator, triples, "Scoring candidates").reshape(len(rows), sampling.responses)
+
+
+def cross_rewards(annotator: Annotator, rows: Rows, sequences: Sequences, micro: np.ndarray) -> np.ndarray:
+    """Return [M, B, B] raw rewards r(x_i, y_j) of each micro-batch; 0 where it is short."""
+    pairs, place = micro_batch_pairs(micro)
+    if not annotator.reward.scores_text:
+        gap = getattr(annotator.reward, "mismatch_gap", None)
+        if gap is None:
+            raise UserError(
+                "reward=score has only the rewards of responses to their own prompts, and an in-batch estimator needs "
+                "every response of a micro-batch under every prompt of it. Choose a reward that scores text, an "
+                "estimator of own rewards (loss=var_prompt), or the loss of reward for a mismatched response: "
+                "reward.mismatch_gap=<reward units>."
+            )
+        own = sequences.column("score")
+        same = sequences.group[pairs[:, 0]] == sequences.group[pairs[:, 1]]
+        return fill_matrix(own[pairs[:, 1]] - np.where(same, 0.0, gap), micro, place)
+    row, response = sequences.row, np.array(sequences.table["response"])
+    triples = Triples(rows, row[pairs[:, 0]], row[pairs[:, 1]], response[pairs[:, 1]])
+    return fill_matrix(score(annotator, triples, "Cross scoring"), micro, place)
+
+
+def micro_batch_pairs(micro: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return all pairs (i, j) of each micro-batch, [P, 2], and their places in [M, B, B] (bool)."""
+    left, right = np.broadcast_arrays(micro[:, :, None], micro[:, None, :])
+    place = (left >= 0) & (right >= 0)
+    return np.stack([left[place], right[place]], axis=1), place
+
+
+def fill_matrix(values: np.ndarray, micro: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """Return [M, B, B] with the values at their places and 0 elsewhere."""
+    matrix = np.zeros((*micro.shape, micro.shape[1]))
+    matrix[place] = values
+    return matrix

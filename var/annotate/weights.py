@@ -1,0 +1,152 @@
+"""VAR's weights: where a weight is computed, kept, and attached to a batch.
+
+Most estimators read only numbers of the data set: `select` computes their weights before the plan, and responses of
+weight 0 do not train. An in-batch estimator reads every response of a micro-batch under every prompt of it: `compute`
+computes its weights once the micro-batches are fixed. With a live reference, `at_step` computes them in each training
+step from the same numbers, divided by the same mean.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from var.annotate.base import Provider, TrainingSet
+from var.annotate.prompt_features import prompt_features
+from var.annotate.reference_logps import cached_cross_logps, reference_logps, sum_logps
+from var.annotate.rewards import cross_rewards, score_candidates
+from var.models.cross_scoring import cross_logps
+from var.models.packing import Packed
+from var.requirements import WeightColumn, Weights
+from var.utils.errors import UserError
+from var.weights.estimators import compute_weights, log_mean, scale_temperature
+from var.weights.groups import zero_variance
+from var.weights.inputs import WeightInputs, micro_batch_inputs
+
+
+class ProvideWeights(Provider[Weights]):
+    """Provides exp(r/λ) / Z(x) of each response, of mean 1 over the data set."""
+
+    def select(self, data: TrainingSet) -> np.ndarray | None:
+        """Compute the weights, unless they depend on the micro-batch. Return the responses of positive weight."""
+        if self.requirement.estimator.planned:
+            return None
+        data.weights = compute_weights(self.requirement, self._inputs(data))
+        keep = data.weights.numpy() > 0
+        self._report_skipped(data, keep)
+        return np.flatnonzero(keep)
+
+    def check_plan(self, data: TrainingSet) -> None:
+        """Check that each prompt fits the model with each response of its micro-batch."""
+        if "cross_logps" in self.requirement.estimator.inputs:
+            data.check_cross_lengths()
+
+    def compute(self, data: TrainingSet) -> None:
+        """Compute the weights that depend on the micro-batch, now that the plan is made."""
+        if self.requirement.estimator.planned:
+            inputs = self._inputs(data)
+            data.weights = compute_weights(self.requirement, inputs)
+            self.temperature = scale_temperature(self.requirement, inputs)
+            self.log_mean = float(log_mean(self.requirement.estimator(inputs, self.temperature)))
+            self.cross_rewards = inputs.cross_rewards
+
+    def batch_fields(self, data: TrainingSet, micro_batch: int, members: np.ndarray) -> dict[str, Any]:
+        """Return the weights [B] of the micro-batch, and its rewards [B, B] for a live reference."""
+        assert data.weights is not None
+        fields = {"weights": data.weights[members].float()}
+        if data.live and self.requirement.estimator.planned:
+            size = len(members)
+            fields["cross_rewards"] = self.cross_rewards[micro_batch, :size, :size].float()  # type: ignore[index]
+        return fields
+
+    def at_step(self, batch: Packed, policy: Any, reference: Any) -> Packed:
+        """Compute the weights of this micro-batch with a live reference, as the paper trains."""
+        if reference is None or not self.requirement.estimator.planned:
+            return batch
+        if "reference_logps" in self.requirement.estimator.inputs:
+            batch = replace(batch, reference_logps=reference(batch))
+        if "cross_logps" in self.requirement.estimator.inputs:
+            batch = replace(batch, cross_logps=cross_logps(reference, batch))
+        log_weights = self.requirement.estimator(micro_batch_inputs(batch), self.temperature)
+        return replace(batch, weights=(log_weights - self.log_mean).exp().float())
+
+    def _inputs(self, data: TrainingSet) -> WeightInputs:
+        """Compute what the estimator reads, or read it from the cache."""
+        annotator, sequences, estimator = data.annotator, data.sequences, self.requirement.estimator
+        columns: dict[str, torch.Tensor] = {}
+        if estimator.planned:
+            columns["micro"] = torch.from_numpy(data.members)
+        if "features" in estimator.inputs:
+            columns["features"] = torch.from_numpy(prompt_features(annotator, sequences))
+        if "candidates" in estimator.inputs:
+            columns["candidates"] = torch.from_numpy(self._candidates(data))
+        if "reference_logps" in estimator.inputs:
+            columns["reference_logps"] = sum_logps(
+                reference_logps(annotator, sequences, data.shares_prompts), sequences
+            )
+        if "cross_rewards" in estimator.inputs:
+            raw = cross_rewards(annotator, data.rows, sequences, data.members)
+            columns["cross_rewards"] = torch.from_numpy(data.scale(raw))
+        if "cross_logps" in estimator.inputs:
+            columns["cross_logps"] = torch.from_numpy(cached_cross_logps(annotator, sequences, data.members))
+        return WeightInputs(
+            rewards=data.require_rewards(self.requirement),
+            group=torch.from_numpy(sequences.group),
+            length=torch.from_numpy(sequences.length),
+            **columns,
+        )
+
+    def _candidates(self, data: TrainingSet) -> np.ndarray:
+        """Return [G, K] rewards, on the run's scale, of K responses that the reference samples for each prompt."""
+        estimator = self.requirement.estimator
+        if estimator.seed == data.sampling.seed:
+            raise UserError(
+                f"loss.estimator.seed={estimator.seed} is also generate.seed, so the candidates would be the data's "
+                "own responses. Set another seed."
+            )
+        sampling = replace(data.sampling, responses=estimator.candidates, seed=estimator.seed)
+        rows = data.rows.select(data.sequences.row[data.sequences.first])
+        return data.scale(score_candidates(data.annotator, rows, sampling))
+
+    def _report_skipped(self, data: TrainingSet, keep: np.ndarray) -> None:
+        """Count the responses of weight 0 by cause. Raise UserError if none is left."""
+        if keep.all():
+            return
+        report, sequences, min_weight = data.report, data.sequences, self.requirement.min_weight
+        equal = zero_variance(data.require_rewards(self.requirement), torch.from_numpy(sequences.group)).numpy()
+        report.zero_variance_groups_skipped = len(np.unique(sequences.group[~keep & equal]))
+        report.sequences_skipped_with_them = int((~keep & equal).sum())
+        if (~keep & ~equal).any():
+            small = int((~keep & ~equal).sum())
+            if min_weight:
+                report.sequences_below_min_weight = small
+            else:
+                report.sequences_of_zero_weight = small
+        if not keep.any() and not equal.all():
+            raise UserError(f"loss.min_weight={min_weight}: no weight reaches it. Lower it, or raise loss.temperature.")
+        if not keep.any():
+            raise UserError(
+                "the rewards of each prompt's responses are all equal, so no response is better than another. Sample "
+                "more responses per prompt (generate.responses), or use other prompts or another reward."
+            )
+
+
+class ProvideWeightColumn(Provider[WeightColumn]):
+    """Provides the weight that the data carries for each response."""
+
+    def select(self, data: TrainingSet) -> None:
+        """Read the column and check that it is complete."""
+        column = data.sequences.column("weight")
+        if missing := int(np.isnan(column).sum()):
+            row = data.sequences.tokens(int(np.flatnonzero(np.isnan(column))[0]))[2]
+            raise UserError(
+                f"loss=weighted reads a weight with each response, and {missing} of {len(column)} have none, the first "
+                f"in row {row}. Add `weight` to each response, or choose another loss."
+            )
+        data.weights = torch.from_numpy(column)
+
+    def batch_fields(self, data: TrainingSet, micro_batch: int, members: np.ndarray) -> dict[str, Any]:
+        """Return the weights [B]."""
+        assert data.weights is not None
+        return {"weights": data.weights[members].float()}

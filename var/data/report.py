@@ -1,0 +1,114 @@
+"""What was found in the data: counts of everything that trains, is skipped, dropped or truncated."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import torch
+
+from var.data.sequences import Sequences
+from var.weights.groups import within_prompt_std, zero_variance
+
+
+@dataclass
+class DataReport:
+    """Counts by name. None: it does not apply to this run. A field's name, in words, is what is printed."""
+
+    rows: int | None = None
+    """Rows of the data set."""
+    rows_skipped_by_adapter: int | None = None
+    """Records that the data set's adapter skipped."""
+    rows_beyond_limit: int | None = None
+    """Rows after the first data.limit."""
+    development_prompts: int | None = None
+    """Prompts that the value estimate is fitted on."""
+    rows_without_answer: int | None = None
+    """Rows all of whose sampled responses were empty."""
+    rows_with_unused_responses: int | None = None
+    """Rows whose own responses are not used, since responses are sampled."""
+    sampled_responses: int | None = None
+    """Responses that were sampled."""
+    empty_responses_skipped: int | None = None
+    """Sampled responses without text."""
+    truncated_responses: int | None = None
+    """Sampled responses that reached generate.max_new_tokens."""
+    responses: str | None = None
+    """Which responses train: data.responses, resolved."""
+    prompts: int | None = None
+    """Prompts of an online run."""
+    overlong_prompts_dropped: int | None = None
+    """Prompts that leave no room for a response."""
+    prompts_dropped_by_plan: int | None = None
+    """Prompts dropped with the last micro-batch or step."""
+    desirable_sequences: int | None = None
+    """Sequences to be imitated."""
+    advantages: dict[str, float] | None = None
+    """positive: the fraction above 0; mean; drawn and distinct: sequences that train."""
+    reward: dict[str, Any] | None = None
+    """mean and sd, raw; the scale; within_prompt_sd on that scale."""
+    groups: int | None = None
+    """Distinct prompts."""
+    zero_variance_groups: int | None = None
+    """Prompts whose responses have equal rewards."""
+    zero_variance_groups_skipped: int | None = None
+    """Of these, the ones that do not train."""
+    sequences_skipped_with_them: int | None = None
+    """Sequences of the skipped groups."""
+    sequences_below_min_weight: int | None = None
+    """Sequences whose weight is below loss.min_weight."""
+    sequences_of_zero_weight: int | None = None
+    """Sequences whose weight underflows to 0."""
+    sequences: int | None = None
+    """Encoded sequences."""
+    sequences_with_end_token: int | None = None
+    """Sequences whose last token is the template's end token."""
+    encoding: Counter[str] = field(default_factory=Counter)
+    """What encoding skipped, dropped or truncated, by name."""
+    sequences_dropped_by_plan: int | None = None
+    """Sequences dropped with the last micro-batch or step."""
+    weights: dict[str, float] | None = None
+    """Health of the weights that train (`var.weights.health`)."""
+    micro_batches: int | None = None
+    """Micro-batches per epoch, over all ranks."""
+    steps_per_epoch: int | None = None
+    """Optimizer steps per epoch."""
+    plan: str | None = None
+    """The plan's hash."""
+
+    def set_rewards(self, raw: np.ndarray, scale: Any, rewards: torch.Tensor, sequences: Sequences) -> None:
+        """Describe the rewards.
+
+        Args:
+            raw: [n] rewards as given.
+            scale: the run's scale.
+            rewards: [n] on that scale.
+            sequences: the n sequences.
+        """
+        group = torch.from_numpy(sequences.group)
+        self.reward = {
+            "mean": float(raw.mean()), "sd": float(raw.std()), "scale": scale,
+            "within_prompt_sd": within_prompt_std(rewards, group),
+        }  # fmt: skip
+        if len(sequences.first) < len(sequences):
+            self.groups = len(sequences.first)
+            self.zero_variance_groups = int(zero_variance(rewards, group)[sequences.first].sum())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what applies to this run."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value is not None and value != Counter()}
+
+    def show(self, show: Callable[[str], None]) -> None:
+        """Print one line per entry."""
+        for name, value in self.to_json().items():
+            text = str(value)
+            if isinstance(value, dict):
+                parts = [f"{key.replace('_', ' ')} {_shorten(part)}" for key, part in value.items()]
+                text = ", ".join(parts)
+            show(f"  {name.replace('_', ' ')}: {text}")
+
+
+def _shorten(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "–" if value is None else str(value)

@@ -1,0 +1,99 @@
+"""Checks of a configuration as a whole, before anything is loaded."""
+
+import importlib.util
+import os
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from var.config.schema import TrainerSettings
+from var.models.lora import LoRA
+from var.models.pretrained import Pretrained
+from var.requirements import Requirement, SequenceScores, find
+from var.utils.errors import Problems, UserError
+
+
+def check_adapter(
+    cfg: DictConfig, pretrained: Pretrained, adapter: LoRA | None, requirements: tuple[Requirement, ...]
+) -> None:
+    """Raise UserError for what an adapter, or a model without one, cannot do."""
+    problems, kind = Problems("the model cannot be trained"), pretrained.quantization
+    if kind and adapter is None and not cfg.dry:
+        problems.add("model.quantization", f"{kind} weights are frozen; set adapter=lora to train on top of them")
+    if kind and cfg.strategy.name in ("fsdp", "deepspeed"):
+        problems.add(
+            "strategy",
+            f"{cfg.strategy.name} does not shard quantized weights; strategy=ddp keeps a copy on each device",
+        )
+    if adapter is not None and find(requirements, SequenceScores) and not adapter.merge:
+        problems.add("adapter.merge", "must be true: a reward model's head is not part of its adapter")
+    problems.check()
+
+
+def check_strategy(cfg: DictConfig, settings: TrainerSettings) -> None:
+    """Raise UserError for what Lightning, the optimizer or the export cannot do with this strategy."""
+    name, problems = cfg.strategy.name, Problems(f"strategy={cfg.strategy.name}")
+    if name == "fsdp" and cfg.optim.optimizer._target_.endswith("MasterAdamW"):
+        problems.add(
+            "optim", "adamw_masters keeps complete copies, and fsdp shards float32 parameters; use optim=adamw with "
+            "model.dtype=float32"
+        )  # fmt: skip
+    if name == "deepspeed":
+        if importlib.util.find_spec("deepspeed") is None:
+            problems.add("deepspeed", "is not installed: pip install -e '.[deepspeed]'")
+        if not settings.gpu:
+            problems.add("trainer.accelerator", "must be gpu: DeepSpeed needs one; strategy=fsdp also runs on CPUs")
+        if cfg.strategy.stage not in (1, 2):
+            problems.add("strategy.stage", f"must be 1 or 2, got {cfg.strategy.stage}; strategy=fsdp shards parameters")
+    problems.check()
+
+
+def count_accumulation(cfg: DictConfig, settings: TrainerSettings) -> int:
+    """Return the micro-batches per optimizer step and rank. Raise UserError if that is not a whole number."""
+    per_rank, rest = divmod(cfg.data.global_batch, cfg.data.micro_batch * settings.world)
+    if rest or not per_rank:
+        raise UserError(
+            f"data.global_batch={cfg.data.global_batch} must be a multiple of data.micro_batch={cfg.data.micro_batch} "
+            f"times {settings.world} processes, so that a step is the same on any number of them"
+        )
+    return per_rank
+
+
+def is_multirun() -> bool:
+    """Return whether this run is a job of a sweep."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def check_multirun(world: int) -> None:
+    """Raise UserError for a sweep whose jobs have several processes.
+
+    Lightning would start each rank of a job with the whole sweep's command line (ashleve/lightning-hydra-template
+    #393, Lightning-AI/pytorch-lightning #11300).
+    """
+    if is_multirun() and world > 1 and "SUBMITIT_EXECUTOR" not in os.environ:
+        raise UserError(
+            f"-m with {world} processes per job: each process would start the whole sweep again. Launch the jobs with "
+            f"hydra/launcher=submitit_local hydra.launcher.tasks_per_node={world} (with GPUs: "
+            f"hydra.launcher.gpus_per_node={world}), or one at a time with torchrun."
+        )
+
+
+def check_ranks(settings: TrainerSettings) -> None:
+    """Raise UserError if the launcher started other processes than the trainer expects.
+
+    Surplus processes would each train alone, and missing ones would be waited for.
+    """
+    started = int(os.environ.get("WORLD_SIZE", settings.world))
+    if started != settings.world:
+        raise UserError(
+            f"{started} processes were started, but trainer.devices={settings.local} times "
+            f"trainer.num_nodes={settings.num_nodes} is {settings.world}. Set trainer.devices to the processes per "
+            "machine (auto: as many as were started there) and trainer.num_nodes to the machines."
+        )
+
+
+def list_overrides() -> list[str]:
+    """Return the overrides of this command line, for a command that does the same."""
+    task = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    return [override for override in task if not override.startswith(("annotate=", "debug="))]
