@@ -278,7 +278,7 @@ def test_judge_during_training_logs_a_curve_and_may_fail(tiny_folder: Path, tmp_
         done = run("train.py", *options, f"eval.judge.client.base_url={server.base_url}")
         assert done.returncode == 0, done.stderr
         assert 6 <= len(server.bodies) <= 12  # an unchanged answer is judged once
-    assert "win rate against the initial policy, by judge" in done.stdout
+    assert "by judge" in done.stdout
     (folder,) = (tmp_path / "runs").iterdir()
     summary = json.loads((folder / "summary.json").read_text())
     judged = summary["validation"]["judge"]
@@ -290,7 +290,7 @@ def test_judge_during_training_logs_a_curve_and_may_fail(tiny_folder: Path, tmp_
     with served(lambda body, before: Broken(401)) as server:
         done = run("train.py", *options, f"eval.judge.client.base_url={server.base_url}", "resume=false", "seed=1")
     assert done.returncode == 0, done.stderr
-    assert "the judge gave no verdict, training goes on" in done.stdout
+    assert "the judge gave no verdict, training continues" in done.stdout
     done = run("train.py", *options[:-2], "eval.judge.client.api_key_env=NO_SUCH_KEY", "seed=2")
     assert done.returncode == 1
     assert "NO_SUCH_KEY is not set" in done.stderr
