@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.conftest import ROOT
 from tests.e2e.test_commands import only, run
+from tests.helpers.runs import ROOT
 from var.data.rows import read
 from var.models.packing import pack
 

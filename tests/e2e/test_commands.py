@@ -19,7 +19,9 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import load_file
 
-from tests.conftest import ROOT, byte_tokenizer, saved, tiny_config
+from notebooks.tiny import byte_tokenizer
+from tests.helpers.models import saved, tiny_config
+from tests.helpers.runs import ROOT
 from var.config.entry import run_command
 from var.report.read import find_records
 from var.report.write import plot

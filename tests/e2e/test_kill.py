@@ -19,9 +19,10 @@ import pyarrow.parquet as pq
 import pytest
 from lightning.pytorch.callbacks import Callback
 
-from tests.conftest import composed, saved, tiny_model
 from tests.e2e.killing import Attempt, Driver
-from tests.e2e.test_commands import only
+from tests.helpers.models import saved, tiny_model
+from tests.helpers.runs import composed
+from tests.helpers.runs import run_folder as only
 from var.training.run import Run
 
 pytestmark = pytest.mark.e2e

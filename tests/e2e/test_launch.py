@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
 from tests.e2e.test_commands import only, run
-from tests.test_trajectory import same_folders
+from tests.helpers.runs import ROOT, same_folders
 
 pytestmark = pytest.mark.e2e
 

@@ -12,8 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import ROOT, byte_tokenizer, pretrained
+from notebooks.tiny import byte_tokenizer
 from tests.e2e.test_commands import only, refused, run
+from tests.helpers.models import pretrained
+from tests.helpers.runs import ROOT
 from var.data.chat import Chat
 from var.models.packing import whole
 from var.rewards.classifier import Classifier

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.conftest import ROOT
 from tests.e2e.test_commands import OWN_REWARD, run, spawn
+from tests.helpers.runs import ROOT
 from var.training.module import AlignmentModule
 
 pytestmark = pytest.mark.e2e

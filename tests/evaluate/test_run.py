@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.conftest import composed
 from tests.helpers.judges import pair
+from tests.helpers.runs import composed
 from var.evaluate.judges.base import Judgement
 from var.evaluate.run import Evaluation, judge_pairs
 from var.evaluate.table import print_result

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hydra.utils import get_class, instantiate
 
-from tests.conftest import ROOT, composed
+from tests.helpers.runs import ROOT, composed
 from var.requirements import Requirement
 
 FILES = sorted(p for p in (ROOT / "conf" / "loss").glob("*.yaml") if p.name[0] != "_" and p.stem != "custom")
