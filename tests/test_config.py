@@ -12,7 +12,7 @@ import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from tests.conftest import ROOT, composed
+from tests.helpers.runs import ROOT, composed
 from var.config.check import EVAL, FOLDER, TRAIN, check, fits
 from var.config.entry import leaves, run_command
 from var.config.run_dir import run_dir

@@ -13,8 +13,8 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from tests.conftest import ROOT, composed
-from tests.e2e.test_commands import run
+from tests.helpers.cli import run
+from tests.helpers.runs import ROOT, composed
 from var.config.check import EVAL, FOLDER, TRAIN, check
 from var.training import dry_run as dry
 from var.training.run import Run

@@ -11,8 +11,8 @@ from typing import Any
 import matplotlib
 import pytest
 
-from tests.conftest import ROOT
-from tests.e2e.test_commands import run
+from tests.helpers.cli import run
+from tests.helpers.runs import ROOT
 
 FOLDER = ROOT / "notebooks"
 NOTEBOOKS = sorted(path.stem for path in FOLDER.glob("*.ipynb"))

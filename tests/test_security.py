@@ -17,8 +17,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import ROOT, TEMPLATE, byte_tokenizer, pretrained, saved, tiny_config
-from tests.e2e.test_commands import run
+from notebooks.tiny import TEMPLATE, byte_tokenizer
+from tests.helpers.cli import run
+from tests.helpers.models import pretrained, saved, tiny_config
+from tests.helpers.runs import ROOT
 from tests.helpers.servers import client, completion, served
 from var.data.chat import Chat
 from var.rewards.classifier import Classifier

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from hydra.utils import get_object
 
-from tests.conftest import ROOT
+from tests.helpers.runs import ROOT
 from var.config.check import EVAL, FOLDER, TRAIN
 from var.config.signatures import imported, read
 

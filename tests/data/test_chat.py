@@ -9,7 +9,8 @@ import pytest
 from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 
-from tests.conftest import ROOT, TEMPLATE, byte_tokenizer
+from notebooks.tiny import TEMPLATE, byte_tokenizer
+from tests.helpers.runs import ROOT
 from var.data.chat import Chat
 from var.utils.errors import UserError
 

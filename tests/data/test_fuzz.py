@@ -12,9 +12,9 @@ import hypothesis
 import pyarrow as pa
 import pyarrow.parquet as pq
 from hypothesis import strategies as st
+from tests.helpers.cache import keys, open_table
 
-from tests.annotate.test_store import keys, shelf
-from tests.conftest import TEMPLATE, byte_tokenizer
+from notebooks.tiny import TEMPLATE, byte_tokenizer
 from var.data.chat import Chat
 from var.data.rows import Rows, from_record, read
 from var.data.sources.files import Files
@@ -207,7 +207,7 @@ def test_a_chat_template_works_or_is_a_clear_error(template: str, response: str)
 
 def whole_shard() -> bytes:
     with tempfile.TemporaryDirectory() as name:
-        target = shelf(Path(name))
+        target = open_table(Path(name))
         target.write(keys(1, 2, 3), [1.0, 4.0, 9.0])
         return next(target.path.glob("*.parquet")).read_bytes()
 
@@ -227,7 +227,7 @@ def test_a_shard_of_any_bytes_is_read_or_told(data: st.DataObject, named: bool) 
         content = data.draw(st.binary(max_size=30))
     with tempfile.TemporaryDirectory() as name:
         reports: list[str] = []
-        target = shelf(Path(name), warn=reports.append)
+        target = open_table(Path(name), warn=reports.append)
         target.path.mkdir(parents=True)
         stem = hashlib.sha256(content if named else SHARD).hexdigest()[:32]
         (target.path / f"{stem}.parquet").write_bytes(content)

@@ -8,7 +8,7 @@ from importlib.metadata import version
 import pytest
 from hydra.utils import instantiate
 
-from tests.conftest import composed
+from tests.helpers.runs import composed
 from var.data.rows import read
 from var.data.sources.reasoning_gym import ReasoningGym, read_problem, written
 from var.utils.errors import UserError

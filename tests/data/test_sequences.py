@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.conftest import TEMPLATE, byte_tokenizer
+from notebooks.tiny import TEMPLATE, byte_tokenizer
 from var.data.chat import Chat
 from var.data.rows import Response, Row, Rows, load, write
 from var.data.sequences import Sequences, choose, encode, needs_rewards

@@ -16,7 +16,7 @@ import pytest
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from tests.conftest import ROOT
+from tests.helpers.runs import ROOT
 from var.data.rows import Response, read
 from var.data.sources import hub, local
 from var.data.sources.arithmetic import KINDS, Arithmetic

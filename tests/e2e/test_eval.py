@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import ROOT, byte_tokenizer, saved, tiny_model
-from tests.e2e.test_commands import run, spawn
+from notebooks.tiny import byte_tokenizer
+from tests.helpers.cli import run, spawn
+from tests.helpers.models import saved, tiny_model
+from tests.helpers.runs import ROOT
 from tests.helpers.servers import Broken, completion, served
 from var.data.chat import Chat
 from var.evaluate.answers import response_tokens

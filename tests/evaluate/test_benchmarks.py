@@ -21,7 +21,9 @@ from hydra.utils import instantiate
 from lightning import seed_everything
 from omegaconf import OmegaConf
 
-from tests.conftest import ROOT, byte_tokenizer, tiny_model
+from notebooks.tiny import byte_tokenizer
+from tests.helpers.models import tiny_model
+from tests.helpers.runs import ROOT
 from var.config.check import FOLDER, check
 from var.evaluate.benchmarks import harness as benchmarks
 from var.evaluate.benchmarks import sandbox

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.conftest import composed
+from tests.helpers.runs import composed
 from var.evaluate import measures as evaluation
 from var.evaluate.judges.base import Judgement
 from var.evaluate.run import Evaluation

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hydra.utils import instantiate
 
-from tests.conftest import composed
+from tests.helpers.runs import composed
 from var.config.check import check
 from var.evaluate.judges.base import (
     Judgement,

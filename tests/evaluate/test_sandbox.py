@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.helpers.runs import ROOT
 from var.evaluate.benchmarks import sandbox
 from var.evaluate.benchmarks.sandbox import Outcome, check, run
 from var.utils.errors import UserError

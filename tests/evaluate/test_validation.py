@@ -11,7 +11,7 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 
-from tests.conftest import pretrained
+from tests.helpers.models import pretrained
 from var.data.chat import Chat
 from var.data.rows import FEATURES, Rows
 from var.evaluate.answers import divergence, samples, score_answers, win_rate

@@ -13,7 +13,7 @@ from unittest import mock
 
 from hydra.core.global_hydra import GlobalHydra
 
-ROOT = Path(__file__).parents[2]
+from tests.helpers.runs import ROOT
 
 
 def run(command: str, *overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -9,7 +9,7 @@ import pytest
 from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 
-from tests.conftest import ROOT
+from tests.helpers.runs import ROOT
 from var.requirements import Need
 
 FILES = sorted((ROOT / "conf" / "loss").rglob("*.yaml"))

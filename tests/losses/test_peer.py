@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from tests.conftest import pretrained
+from tests.helpers.models import pretrained
 from tests.losses.conftest import value_and_gradient
 from var.data.chat import Chat
 from var.losses.dpo import DPO

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from tests.conftest import TEMPLATE, byte_tokenizer, pretrained, tiny_model
-from tests.helpers.models import CARD, save_lora
+from notebooks.tiny import TEMPLATE, byte_tokenizer
+from tests.helpers.models import CARD, pretrained, save_lora, tiny_model
 from var.models.export import export
 from var.models.packing import pack
 from var.models.policy import Policy

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT, pretrained
+from tests.helpers.models import pretrained
+from tests.helpers.runs import ROOT
 
 COMMIT = "c" * 40
 LOOK = (

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.conftest import tiny_config, tiny_model
+from tests.helpers.models import tiny_config, tiny_model
 from var.models import logprobs
 from var.models.attention import Layout, check_lengths, packed_attention, use_attention
 from var.models.cross_scoring import cross_logps

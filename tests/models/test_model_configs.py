@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from tests.conftest import ROOT
+from tests.helpers.runs import ROOT
 
 FOLDER = ROOT / "conf" / "model"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml") if not path.stem.startswith("_"))

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import TEMPLATE, byte_tokenizer, pretrained, saved, tiny_model
+from notebooks.tiny import TEMPLATE, byte_tokenizer
+from tests.helpers.models import pretrained, saved, tiny_model
 from var.data.chat import Chat
 from var.models.packing import pack, pack_tree
 from var.models.policy import Policy

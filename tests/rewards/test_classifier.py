@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.conftest import TEMPLATE, byte_tokenizer, saved, spread
-from tests.helpers.models import decoder, encoder, score_alone
+from notebooks.tiny import TEMPLATE, byte_tokenizer
+from tests.helpers.models import decoder, encoder, saved, score_alone, spread
 from var.rewards.classifier import Classifier
 from var.utils.errors import UserError
 

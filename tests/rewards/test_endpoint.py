@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from hydra.utils import instantiate
 
-from tests.conftest import TEMPLATE, composed
+from notebooks.tiny import TEMPLATE
+from tests.helpers.runs import composed
 from tests.helpers.servers import Broken, client, served
 from var.config.check import check
 from var.rewards.endpoint import Endpoint

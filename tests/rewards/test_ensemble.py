@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hydra.utils import instantiate
 
-from tests.conftest import composed
+from tests.helpers.runs import composed
 from var.config.check import TRAIN, check
 from var.rewards.dataset_score import Score
 from var.rewards.ensemble import Ensemble

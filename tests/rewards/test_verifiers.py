@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.helpers.runs import ROOT
 from var.data.sources.reasoning_gym import ReasoningGym as Source
 from var.data.sources.reasoning_gym import read_problem, written
 from var.rewards.verifiers import EVALUATE, MathVerify, ReasoningGym

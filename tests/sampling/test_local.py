@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import byte_tokenizer, tiny_model
+from notebooks.tiny import byte_tokenizer
+from tests.helpers.models import tiny_model
 from var.data.chat import Chat
 from var.models.attention import use_attention
 from var.models.packing import pack

@@ -12,7 +12,8 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
-from tests.conftest import composed, pretrained
+from tests.helpers.models import pretrained
+from tests.helpers.runs import composed
 from tests.helpers.servers import Broken, client, completion, served
 from var.config.check import check
 from var.models.frozen import FrozenModel

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.conftest import composed
+from tests.helpers.runs import composed
 from var.models.cross_scoring import unpack_sequences
 from var.models.packing import Packed
 from var.training import rollout

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from notebooks.tiny import SIZES
-from tests.conftest import ROOT, composed, saved, spread
-from tests.e2e.test_commands import only
+from tests.helpers.models import saved, spread
+from tests.helpers.runs import ROOT, composed
+from tests.helpers.runs import run_folder as only
 from var.training.module import AlignmentModule
 from var.training.run import Run
 from var.utils.errors import UserError

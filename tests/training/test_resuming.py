@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import composed
-from tests.test_trajectory import column, fit
+from tests.helpers.runs import column, composed, fit
 from var.training import checkpoints as resuming
 from var.training.checkpoints import checkpoints
 from var.training.module import AlignmentModule

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.e2e.test_commands import only
-from tests.test_trajectory import Killed, column, curve, fit, launch, same_folders
+from tests.helpers.runs import Killed, column, curve, fit, launch, same_folders
+from tests.helpers.runs import run_folder as only
 from var.config.check import FOLDER
 from var.models.packing import Packed
 from var.training.module import AlignmentModule
@@ -38,7 +38,8 @@ def options(rows: Path, tiny_folder: Path, tmp_path: Path) -> list[str]:
     """Each prompt draws its answers alone, so that they do not depend on what else is sampled with it."""
     return [
         "data=files", f"data.path={rows}", f"model.path={tiny_folder}", "reward=exact_number",
-        "reward._target_=tests.e2e.killing.Distinct", f"annotation_cache={tmp_path}/store", f"cache={tmp_path}/cache",
+        "reward._target_=tests.helpers.rewards.Distinct",
+        f"annotation_cache={tmp_path}/store", f"cache={tmp_path}/cache",
         f"runs={tmp_path}/runs", "data.validation_prompts=0", "trainer.precision=64-true", "model.dtype=float64",
         "trainer.log_every_n_steps=1", "trainer.accelerator=cpu", "optim.optimizer.lr=3e-3",
         "data.last_micro_batch=keep", "generate.responses=3", "generate.batch=3", "generate.max_new_tokens=5",

@@ -1,6 +1,8 @@
-"""Runs in one process, or in one group of ranks: `python [-m torch.distributed.run …] tests/ranks.py jobs.json`.
+"""Train several runs on one process or one group of processes.
 
-jobs.json: [[folder, overrides], …]; each folder gets metrics.csv and weights.pt, the policy's after training.
+    python [-m torch.distributed.run …] tests/helpers/ranks.py jobs.json
+
+jobs.json is [[folder, overrides], …]. Each folder receives metrics.csv and weights.pt, the trained policy's weights.
 """
 
 import json
@@ -10,11 +12,12 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 
 def main(jobs: str) -> None:
-    from tests.conftest import composed
+    """Run all jobs."""
+    from tests.helpers.runs import composed
     from var.training.run import Run
 
     for folder, overrides in json.loads(Path(jobs).read_text()):
