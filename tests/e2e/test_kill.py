@@ -18,10 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 from lightning.pytorch.callbacks import Callback
 
-from tests.helpers.cli import read_summary, write_to
+from tests.helpers.cli import read_summary, write_rows, write_to
 from tests.helpers.killing import Attempt, Driver
 from tests.helpers.models import saved, tiny_model
-from tests.helpers.runs import composed, curve, run_folder, write_lines
+from tests.helpers.runs import composed, curve, run_folder
 from var.training.run import Run
 
 pytestmark = pytest.mark.e2e
@@ -120,13 +120,8 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
 
 @pytest.fixture(scope="module")
 def base(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Return the overrides of a run without its loss: 12 prompts with two scored responses, at most 6 epochs."""
-    draw, records = random.Random(3), []
-    for i in range(12):
-        texts = ["".join(draw.choices("abcdefgh", k=draw.randint(1, 5))) + str(k) for k in range(2)]
-        responses = [{"text": text, "score": draw.gauss(0, 1)} for text in texts]
-        records.append({"id": f"r{i}", "prompt": f"{i}?", "answer": "1", "responses": responses})
-    path = write_lines(tmp_path_factory.mktemp("data") / "rows.jsonl", records)
+    """Return the overrides of a run without its loss: 12 prompts with two responses, at most 6 epochs."""
+    path = write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", prompts=12, seed=3)
     return [
         f"model.path={tiny_folder}", "data=files", f"data.path={path}", "reward=exact_number",
         "reward._target_=tests.helpers.rewards.Distinct", "trainer.accelerator=cpu", "trainer.epochs=6",

@@ -2,7 +2,6 @@
 
 import json
 import math
-import random
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from notebooks.tiny import byte_tokenizer
-from tests.helpers.cli import check_error, check_run, read_summary, write_to
+from tests.helpers.cli import check_error, check_run, read_summary, write_rows, write_to
 from tests.helpers.models import pretrained
-from tests.helpers.runs import ROOT, column, curve, exported, run_folder, write_lines
+from tests.helpers.runs import ROOT, column, curve, exported, run_folder
 from var.annotate import responses, rewards
 from var.annotate.advantages import ProvideAdvantages
 from var.data.chat import Chat
@@ -29,13 +28,8 @@ pytestmark = pytest.mark.e2e
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a file of 12 prompts with three weighted responses each, the last of them truncated."""
-    draw, records = random.Random(2), []
-    for i in range(12):
-        texts = ["".join(draw.choices("abcdefgh", k=draw.randint(1, 6))) + str(k) for k in range(3)]
-        answers = [{"text": t, "weight": draw.uniform(0.5, 1.5), "finished": t[-1] != "2"} for t in texts]
-        records.append({"id": f"r{i}", "prompt": f"{i}?", "responses": answers})
-    return write_lines(tmp_path_factory.mktemp("data") / "rows.jsonl", records)
+    """Return a file of 12 prompts with three responses each, the last of them truncated."""
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", prompts=12, responses=3, seed=2)
 
 
 @pytest.fixture(scope="module")

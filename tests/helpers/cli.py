@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import random
 import runpy
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from unittest import mock
 
 from hydra.core.global_hydra import GlobalHydra
 
-from tests.helpers.runs import ROOT
+from tests.helpers.runs import ROOT, write_lines
 
 
 def run(command: str, *overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -58,6 +59,21 @@ def spawn(*command: str) -> "subprocess.Popen[str]":
 def write_to(folder: Path) -> list[str]:
     """Return the overrides with which a run writes only below `folder`."""
     return [f"annotation_cache={folder}/store", f"cache={folder}/cache", f"runs={folder}/runs"]
+
+
+def write_rows(path: Path, prompts: int, responses: int = 2, seed: int = 0) -> Path:
+    """Write prompts with an answer and random responses, which have a score and a weight. Every third is truncated."""
+    draw = random.Random(seed)
+
+    def response(k: int) -> dict[str, Any]:
+        text = "".join(draw.choices("abcdefgh", k=draw.randint(1, 6))) + str(k)
+        return {"text": text, "score": draw.gauss(0, 1), "weight": draw.uniform(0.5, 1.5), "finished": k != 2}
+
+    records = [
+        {"id": f"r{i}", "prompt": f"{i}?", "answer": "1", "responses": [response(k) for k in range(responses)]}
+        for i in range(prompts)
+    ]
+    return write_lines(path, records)
 
 
 def read_summary(folder: Path) -> dict[str, Any]:

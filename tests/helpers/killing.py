@@ -111,15 +111,7 @@ class Watch:
 def attempt(
     command: str, overrides: list[str], root: str, log: str, on: str = "", at: int | None = None, full: bool = False
 ) -> None:
-    """Run `python command overrides` in this process.
-
-    Args:
-        command: the name of the command.
-        overrides: its overrides.
-        root: the folder below which it writes.
-        log: the path of the logs, without a suffix.
-        on, at, full: as for `Watch`.
-    """
+    """Run `python command overrides`, which writes below `root`, in this process. `log` has no suffix."""
     import torch
 
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
