@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
+from var.weights.table import Table
 
 from var.losses.var import VAR
 from var.requirements import Need
@@ -24,7 +25,6 @@ from var.weights.estimators import (
 from var.weights.groups import within_prompt_std
 from var.weights.health import health
 from var.weights.prompt_values import prompt_values
-from var.weights.table import Table
 
 
 def f64(*values: float) -> Tensor:

@@ -275,7 +275,7 @@ def test_default_model_takes_a_step(smollm2: Path, tmp_path: Path) -> None:
 def test_real_dialogues_train(loss: str, base: list[str], real_data: Path, tmp_path: Path) -> None:
     """HHA with the rewards that the data contains, through template, plan, annotation cache and loss."""
     printed = check_run(
-        "train.py", *base, "+experiment=hha", f"data.folder={real_data}", f"loss={loss}", "data.limit=40",
+        "train.py", *base, "experiment=hha", f"data.folder={real_data}", f"loss={loss}", "data.limit=40",
         "trainer.max_steps=2", "data.validation_prompts=2", "data.max_length=600", "generate.max_new_tokens=4",
         "eval.sampling.max_new_tokens=4",
     )  # fmt: skip

@@ -165,7 +165,7 @@ def test_a_file_of_answers_is_evaluated_as_its_model_is(evaluated: list[str], sa
         ("init= would do nothing", ["init=runs/x"]),
         ("benchmarks run a model", ["benchmarks=local", "benchmarks.folder=x"]),
         ("there is none: set reference=", ["judge=reward"]),
-        ("no such file or folder; set `answers=`", ["answers=nowhere.jsonl"]),
+        ("no such file or folder. Set `answers=`", ["answers=nowhere.jsonl"]),
     ],
 )
 def test_a_file_that_does_not_answer_is_told_first(

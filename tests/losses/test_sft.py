@@ -3,13 +3,13 @@
 import pytest
 import torch
 from torch.testing import assert_close
+from var.weights.table import Table
 
 from var.losses.sft import SFT
 from var.losses.var import VAR
 from var.losses.weighted import Weighted
 from var.utils.errors import UserError
 from var.weights.estimators import Global, Grouped, Prompt
-from var.weights.table import Table
 
 
 def test_loss_and_gradient_by_hand(batch_of):

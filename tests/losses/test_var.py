@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.testing import assert_close
+from var.weights.table import Table, micro_batch_inputs
 
 from var.losses.var import VAR
 from var.utils.errors import UserError
 from var.weights.estimators import Global, Grouped, InBatch, Prompt, Value
-from var.weights.table import Table, micro_batch_inputs
 
 
 def table(rewards: list[float], group: list[int]) -> Table:
