@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.e2e.test_commands import only, run
+from tests.helpers.cli import run
 from tests.helpers.runs import ROOT
+from tests.helpers.runs import run_folder as only
 from var.data.rows import read
 from var.models.packing import pack
 

@@ -13,7 +13,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from tests.e2e.test_commands import run
+from tests.helpers.cli import run
 from tests.helpers.runs import ROOT, composed
 from var.config.check import EVAL, FOLDER, TRAIN, check
 from var.training import dry_run as dry

@@ -11,7 +11,7 @@ from typing import Any
 import matplotlib
 import pytest
 
-from tests.e2e.test_commands import run
+from tests.helpers.cli import run
 from tests.helpers.runs import ROOT
 
 FOLDER = ROOT / "notebooks"

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from notebooks.tiny import TEMPLATE, byte_tokenizer
-from tests.e2e.test_commands import run
+from tests.helpers.cli import run
 from tests.helpers.models import pretrained, saved, tiny_config
 from tests.helpers.runs import ROOT
 from tests.helpers.servers import client, completion, served

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from notebooks.tiny import byte_tokenizer
-from tests.e2e.test_commands import run, spawn
+from tests.helpers.cli import run, spawn
 from tests.helpers.models import saved, tiny_model
 from tests.helpers.runs import ROOT
 from tests.helpers.servers import Broken, completion, served

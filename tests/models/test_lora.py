@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from tests.e2e.test_commands import only
-from tests.e2e.test_commands import run as command
+from tests.helpers.cli import run as command
 from tests.helpers.models import pretrained, saved, tiny_model
 from tests.helpers.runs import column, composed, fit, launch, same_folders
+from tests.helpers.runs import run_folder as only
 from var.models.frozen import AdapterOff
 from var.models.lora import LoRA, adapter_off, has_adapter
 from var.models.packing import pack
