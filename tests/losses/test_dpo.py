@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.conftest import pretrained
+from tests.helpers.models import pretrained
 from tests.helpers.losses import check_loss, make_batch, value_and_gradient
 from var.losses.dpo import DPO
 from var.models.packing import pack
