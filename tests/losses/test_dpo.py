@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.helpers.models import pretrained
 from tests.helpers.losses import check_loss, make_batch, value_and_gradient
+from tests.helpers.models import pretrained
 from var.losses.dpo import DPO
 from var.models.packing import pack
 from var.models.policy import Policy
