@@ -21,7 +21,7 @@ from var.training.validation import Validation, _judge_metrics, _with_error
 from var.utils.statistics import estimate_mean
 
 
-def test_curves_take_new_columns_and_continue_after_a_resume(tmp_path: Path) -> None:
+def test_curves_take_new_columns_and_continue_after_a_resume(tmp_path):
     path = tmp_path / "metrics.csv"
     first = Curves(path, fresh=True)
     first.log_metrics({"loss": 3.0}, 1)
@@ -45,9 +45,7 @@ def test_curves_take_new_columns_and_continue_after_a_resume(tmp_path: Path) -> 
         ({"length_correlation": 0.0, "largest": 9.0}, "raise loss.temperature"),
     ],
 )
-def test_low_effective_sample_size_is_reported_once_with_its_cause(
-    health: dict[str, float], cause: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_low_effective_sample_size_is_reported_once_with_its_cause(health, cause, capsys):
     """The effective sample size is (Σw)²/Σw² over n. Weights 4, 0, 0, 0 have 1/4."""
     metrics = StepMetrics(ess_warning=0.3)
     data = SimpleNamespace(report=SimpleNamespace(weights=health))
@@ -64,7 +62,7 @@ def test_low_effective_sample_size_is_reported_once_with_its_cause(
 SCHEDULE = Schedule(kind="cosine", warmup=0.2, floor=0.1)
 
 
-def test_metrics_are_sums_over_counts_not_means_of_means() -> None:
+def test_metrics_are_sums_over_counts_not_means_of_means():
     """huggingface/trl #2468: micro-batches of 1 and 3 tokens with a total NLL of 5 and 3 have mean (5 + 3)/4 = 2."""
     module = AlignmentModule(torch.nn.Linear(1, 1), lambda *_: None, [], lambda _: None, SCHEDULE)  # type: ignore[arg-type,return-value]
     for total, number in ((5.0, 1.0), (3.0, 3.0)):
@@ -73,7 +71,7 @@ def test_metrics_are_sums_over_counts_not_means_of_means() -> None:
     assert not module._sums
 
 
-def test_judge_counts_ties_half_in_the_curves_like_the_reward() -> None:
+def test_judge_counts_ties_half_in_the_curves_like_the_reward():
     """A win, two ties and a loss are one half by either. The judge's own win rate is a quarter."""
     after, before = np.array([[2.0], [1.0], [1.0], [0.0]]), np.array([[1.0], [1.0], [1.0], [1.0]])
     assert win_rate(after, before).mean() == 0.5
@@ -81,7 +79,7 @@ def test_judge_counts_ties_half_in_the_curves_like_the_reward() -> None:
     assert _judge_metrics({"win_rate": None, "mean_score": None}) == _judge_metrics(None) == {}
 
 
-def test_judge_that_always_fails_is_reported_with_its_first_failure(capsys: pytest.CaptureFixture[str]) -> None:
+def test_judge_that_always_fails_is_reported_with_its_first_failure(capsys):
     rows: Any = [SimpleNamespace(id="a", prompt=(), answer=None)]
     validation = SimpleNamespace(head=lambda n: rows[:n])
     data: Any = SimpleNamespace(training_set=SimpleNamespace(validation=validation))
@@ -96,12 +94,12 @@ def test_judge_that_always_fails_is_reported_with_its_first_failure(capsys: pyte
     assert "First failure: 400: no model" in printed
 
 
-def test_single_prompt_has_no_standard_error_in_the_curves() -> None:
+def test_single_prompt_has_no_standard_error_in_the_curves():
     assert _with_error("reward", estimate_mean(np.array([[1.0, 2.0]]))) == {"reward": 1.5}
     assert _with_error("reward", estimate_mean(np.array([[1.0], [2.0]]))) == {"reward": 1.5, "reward_se": 0.5}
 
 
-def test_interrupted_write_keeps_the_previous_plan_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_write_keeps_the_previous_plan_file(tmp_path, monkeypatch):
     plan = SimpleNamespace(tokens=np.ones(1))
     training_set = SimpleNamespace(members=np.zeros((1, 1)), plan=plan, weights=None)
     data = SimpleNamespace(training_set=training_set, rows_of_members=np.zeros(1), records=lambda n: [])
@@ -121,7 +119,7 @@ def test_interrupted_write_keeps_the_previous_plan_file(tmp_path: Path, monkeypa
     assert [path.name for path in tmp_path.iterdir() if path.name != "batches.jsonl"] == ["plan.npz"]
 
 
-def test_schedule_by_hand() -> None:
+def test_schedule_by_hand():
     """10 steps, 2 of warm-up: 1/3, 2/3, then floor + (1 − floor)(1 + cos(π·k/8))/2, which at k = 4 is 0.55."""
     values = [SCHEDULE.factor(step, 10) for step in range(10)]
     assert values[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])

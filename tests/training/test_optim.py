@@ -39,7 +39,7 @@ def train_steps(
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("device", [None, "cpu"])
-def test_steps_on_float32_parameters_equal_adamw(fused: bool, device: Any) -> None:
+def test_steps_on_float32_parameters_equal_adamw(fused, device):
     ours, theirs = make_parameters(torch.float32), make_parameters(torch.float32)
     optimizer = MasterAdamW(ours, **OPTIONS, fused=fused, device=device)
     train_steps(optimizer, ours, range(20))
@@ -49,7 +49,7 @@ def test_steps_on_float32_parameters_equal_adamw(fused: bool, device: Any) -> No
         assert all(a.data_ptr() != master.data_ptr() for master in optimizer.masters)
 
 
-def test_bfloat16_parameters_are_rounded_float32_ones() -> None:
+def test_bfloat16_parameters_are_rounded_float32_ones():
     """A step of 1e-4 is below the 2^-9 that changes a bfloat16 near 1, so without copies they hardly move."""
     ours, exact, alone = (make_parameters(dtype) for dtype in (torch.bfloat16, torch.float32, torch.bfloat16))
     optimizer, reference = MasterAdamW(ours, **OPTIONS), torch.optim.AdamW(exact, **OPTIONS)
@@ -69,7 +69,7 @@ def test_bfloat16_parameters_are_rounded_float32_ones() -> None:
     assert without_copies < 0.5 * distance
 
 
-def test_parameter_without_gradient_does_not_move() -> None:
+def test_parameter_without_gradient_does_not_move():
     ours = make_parameters(torch.bfloat16)
     before = [p.detach().clone() for p in ours]
     optimizer = MasterAdamW(ours, lr=0.1)
@@ -84,7 +84,7 @@ def test_parameter_without_gradient_does_not_move() -> None:
     assert ours[0].grad is None
 
 
-def test_step_calls_a_closure() -> None:
+def test_step_calls_a_closure():
     """Lightning computes the gradient inside `step`."""
     weight = make_parameters(torch.bfloat16)[0]
     optimizer = MasterAdamW([weight], **OPTIONS)
@@ -99,7 +99,7 @@ def test_step_calls_a_closure() -> None:
     assert losses[-1] < losses[0] - 0.5
 
 
-def test_resumed_optimizer_continues_as_if_it_had_not_stopped() -> None:
+def test_resumed_optimizer_continues_as_if_it_had_not_stopped():
     """The copies are part of the state. Rounded parameters could not restore them."""
     straight = make_parameters(torch.bfloat16)
     unbroken = MasterAdamW(straight, **OPTIONS)
@@ -118,7 +118,7 @@ def test_resumed_optimizer_continues_as_if_it_had_not_stopped() -> None:
         assert torch.equal(a, b)
 
 
-def test_schedule_sets_the_rate() -> None:
+def test_schedule_sets_the_rate():
     ours = make_parameters(torch.float32)
     optimizer = MasterAdamW(ours, lr=1.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0 if step else 1.0)
@@ -139,7 +139,7 @@ def train(tiny_folder: Path, tmp_path: Path) -> Callable[..., Any]:
     )  # fmt: skip
 
 
-def test_bfloat16_model_trains_and_is_exported_in_bfloat16(train: Callable[..., Any], tmp_path: Path) -> None:
+def test_bfloat16_model_trains_and_is_exported_in_bfloat16(train, tmp_path):
     done = train("model.dtype=bfloat16", "trainer.checkpoint_every_n_steps=2", "trainer.max_steps=4")
     assert done.returncode == 0, done.stderr
     weights = exported(tmp_path / "runs")
@@ -159,14 +159,14 @@ def test_bfloat16_model_trains_and_is_exported_in_bfloat16(train: Callable[..., 
         (["optim.optimizer.device=cpu"], "optimizer (two moments and float32 copies), in host memory"),
     ],
 )
-def test_dry_run_counts_the_copies(train: Callable[..., Any], options: list[str], line: str) -> None:
+def test_dry_run_counts_the_copies(train, options, line):
     done = train("debug=dry", "model.dtype=bfloat16", *options)
     assert done.returncode == 0, done.stderr
     assert f"{line}: " in done.stdout
     assert "Disk: a checkpoint of 0.00 GiB, " in done.stdout
 
 
-def test_sharded_parameters_are_rejected_before_sampling(train: Callable[..., Any]) -> None:
+def test_sharded_parameters_are_rejected_before_sampling(train):
     done = train("strategy=fsdp")
     assert done.returncode == 1
     assert "optim: adamw_masters keeps complete copies, and fsdp shards float32 parameters" in done.stderr

@@ -81,9 +81,7 @@ def assert_resumed(resumed: Result, expected: Result) -> None:
 
 @pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 4), (signal.SIGUSR1, 3)])
 @pytest.mark.parametrize("micro_batch", [1, 2])
-def test_signal_ends_a_run_after_the_current_step(
-    number: signal.Signals, step: int, micro_batch: int, runs: Runs, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_signal_ends_a_run_after_the_current_step(number, step, micro_batch, runs, capsys):
     """It arrives in either micro-batch of the fourth step, which is saved anyway, or of the third."""
     expected, before = runs.straight(), signal.getsignal(number)
     call = 2 * (step - 1) + micro_batch
@@ -99,7 +97,7 @@ def test_signal_ends_a_run_after_the_current_step(
     assert_resumed(runs.run(), expected)
 
 
-def test_signal_between_steps_ends_a_run_and_its_evaluation_is_made_up_for(runs: Runs) -> None:
+def test_signal_between_steps_ends_a_run_and_its_evaluation_is_made_up_for(runs):
     more = (*JUDGED, "eval.every_n_steps=3")
     expected = runs.straight(*more)
     with interrupted(Validation, "_evaluate", 2, terminate), pytest.raises(SystemExit):
@@ -109,7 +107,7 @@ def test_signal_between_steps_ends_a_run_and_its_evaluation_is_made_up_for(runs:
     assert_resumed(runs.run(*more), expected)
 
 
-def test_signal_after_training_ends_a_run_at_once(runs: Runs) -> None:
+def test_signal_after_training_ends_a_run_at_once(runs):
     expected = runs.straight(*JUDGED)
     with interrupted(Validation, "_divergence", 1, terminate), pytest.raises(SystemExit) as stopped:
         runs.run(*JUDGED)
@@ -118,9 +116,7 @@ def test_signal_after_training_ends_a_run_at_once(runs: Runs) -> None:
 
 
 @pytest.mark.parametrize("end", [[], ["trainer.max_steps=8"], ["trainer.max_steps=7"]])
-def test_run_killed_after_training_is_evaluated_when_it_resumes(
-    end: list[str], runs: Runs, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_killed_after_training_is_evaluated_when_it_resumes(end, runs, monkeypatch):
     """With max_steps too, at which Lightning's loop would return before its hooks."""
     more = (*JUDGED, *end)
     expected = runs.straight(*more)
@@ -132,7 +128,7 @@ def test_run_killed_after_training_is_evaluated_when_it_resumes(
     assert again[0].validation.result["after"] == expected[0].validation.result["after"]
 
 
-def test_budget_counts_seconds_spent_before_a_kill(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_budget_counts_seconds_spent_before_a_kill(runs, monkeypatch):
     more = ("trainer.max_seconds=0.001", "optim.schedule.kind=constant")
     with interrupted(Validation, "on_train_end", 1, kill), pytest.raises(Killed):
         runs.run(*more)
@@ -142,7 +138,7 @@ def test_budget_counts_seconds_spent_before_a_kill(runs: Runs, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("call", ["synchronize", "save_checkpoint"])
-def test_full_disk_keeps_the_previous_checkpoint(call: str, runs: Runs) -> None:
+def test_full_disk_keeps_the_previous_checkpoint(call, runs):
     import lightning
 
     def full() -> None:
@@ -163,9 +159,7 @@ def test_full_disk_keeps_the_previous_checkpoint(call: str, runs: Runs) -> None:
     assert_resumed(runs.run(), expected)
 
 
-def test_too_little_disk_space_is_an_error_before_sampling(
-    options: list[str], tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_little_disk_space_is_an_error_before_sampling(options, tiny_folder, tmp_path, monkeypatch):
     fit(options, tmp_path / "complete", "trainer.max_steps=1", "trainer.precision=32-true")
     files = (tmp_path / "complete" / "checkpoints" / "step-1.ckpt", tiny_folder / "model.safetensors")
     written = sum(file.stat().st_size for file in files)
@@ -199,7 +193,7 @@ def make_nonfinite(monkeypatch: pytest.MonkeyPatch, call: int, where: str) -> No
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_nonfinite_step_is_an_error_with_its_rows(where: str, runs: Runs) -> None:
+def test_nonfinite_step_is_an_error_with_its_rows(where, runs):
     expected = runs.straight()
     data = expected[0].data
     step = list(data.training_set.plan.batches(0, 0, 1))[10:12]
@@ -215,9 +209,7 @@ def test_nonfinite_step_is_an_error_with_its_rows(where: str, runs: Runs) -> Non
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_nonfinite_step_can_be_skipped(
-    where: str, runs: Runs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nonfinite_step_can_be_skipped(where, runs, monkeypatch, capsys):
     """The weights do not change in that step, and it is counted in metrics and checkpoints."""
     make_nonfinite(monkeypatch, 6, where)
     states, real = list[dict[str, torch.Tensor]](), AlignmentModule.on_train_batch_end
@@ -237,7 +229,7 @@ def test_nonfinite_step_can_be_skipped(
     assert torch.load(checkpoints(runs.saved)[-1], weights_only=True)["skipped"] == 1
 
 
-def test_clock_and_hostname_have_no_effect_on_resuming(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clock_and_hostname_have_no_effect_on_resuming(runs, monkeypatch):
     """Killed on one machine, resumed on another one, whose clock shows the year 2000."""
     expected = runs.straight()
     with interrupted(AlignmentModule, "training_step", 14, kill), pytest.raises(Killed):
@@ -248,7 +240,7 @@ def test_clock_and_hostname_have_no_effect_on_resuming(runs: Runs, monkeypatch: 
     assert_resumed(runs.run(), expected)
 
 
-def test_unreachable_tracker_is_an_error_before_training(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_tracker_is_an_error_before_training(runs, monkeypatch):
     import wandb
     from lightning.pytorch.loggers import WandbLogger
 
@@ -262,7 +254,7 @@ def test_unreachable_tracker_is_an_error_before_training(runs: Runs, monkeypatch
     assert not runs.saved.exists()
 
 
-def test_only_the_newest_checkpoint_is_kept_and_partial_ones_are_removed(runs: Runs) -> None:
+def test_only_the_newest_checkpoint_is_kept_and_partial_ones_are_removed(runs):
     (runs.saved / "step-3.partial").mkdir(parents=True)
     runs.run("trainer.max_steps=9")
     assert sorted(path.name for path in runs.saved.iterdir()) == ["last.ckpt", "step-9.ckpt"]

@@ -123,7 +123,7 @@ def scale_weights(module: AlignmentModule) -> None:
 # --- what trains
 
 
-def test_tokens_are_those_that_were_sampled(make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_are_those_that_were_sampled(make, monkeypatch):
     """A byte that is not text and a special token would not survive decoding and encoding.
 
     A finished response has the end token; an empty one consists of it.
@@ -140,7 +140,7 @@ def test_tokens_are_those_that_were_sampled(make: Callable[..., Made], monkeypat
     assert sum(len(batch) for batch in batches) == 3 * PROMPTS
 
 
-def test_real_samples_train_unchanged(make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_real_samples_train_unchanged(make, monkeypatch):
     made = make()
     sampler = Sampler(monkeypatch)
     trained = [response for batch in epoch(made) for response in responses(batch)]
@@ -148,7 +148,7 @@ def test_real_samples_train_unchanged(make: Callable[..., Made], monkeypatch: py
     assert len(trained) == 2 * PROMPTS
 
 
-def test_names_groups_and_rewards_match_their_prompts(make: Callable[..., Made]) -> None:
+def test_names_groups_and_rewards_match_their_prompts(make):
     made, seen = make(), list[str]()
     chat = made[0].annotator.chat
     for batch in epoch(made):
@@ -163,15 +163,13 @@ def test_names_groups_and_rewards_match_their_prompts(make: Callable[..., Made])
     assert sorted(seen) == sorted(f"r{i}" for i in range(PROMPTS) for _ in range(2))
 
 
-def test_rewards_are_on_the_scale_of_the_run(make: Callable[..., Made]) -> None:
+def test_rewards_are_on_the_scale_of_the_run(make):
     batch = epoch(make("reward_scale=sigmoid"))[0]
     assert batch.rewards is not None
     assert batch.rewards.tolist() == [1.0] * 4  # σ of more than a hundred
 
 
-def test_nonfinite_reward_is_an_error_with_its_response(
-    make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nonfinite_reward_is_an_error_with_its_response(make, monkeypatch):
     made = make()
     a, b = made[0].annotator.chat.tokenizer("AB", add_special_tokens=False)["input_ids"]
     Sampler(monkeypatch, [([a], True), ([b], True)])
@@ -180,7 +178,7 @@ def test_nonfinite_reward_is_an_error_with_its_response(
         epoch(made)
 
 
-def test_too_few_rewards_are_an_error(make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_few_rewards_are_an_error(make, monkeypatch):
     made = make()
     monkeypatch.setattr(Telling, "__call__", lambda self, prompts, responses, answers: [1.0])
     with pytest.raises(UserError, match=r"^the reward \(Telling\) returned 1 numbers for 8 responses"):
@@ -190,7 +188,7 @@ def test_too_few_rewards_are_an_error(make: Callable[..., Made], monkeypatch: py
 # --- divisors
 
 
-def test_divisors_count_the_complete_step(make: Callable[..., Made]) -> None:
+def test_divisors_count_the_complete_step(make):
     """Seven prompts, two per micro-batch and four per step: the second step has three prompts, six sequences."""
     batches = epoch(make())
     assert [len(batch) for batch in batches] == [4, 4, 4, 2]
@@ -201,15 +199,13 @@ def test_divisors_count_the_complete_step(make: Callable[..., Made]) -> None:
         assert [batch.global_groups for batch in step] == [prompts] * 2
 
 
-def test_each_step_of_a_longer_rollout_has_its_own_divisors(make: Callable[..., Made]) -> None:
+def test_each_step_of_a_longer_rollout_has_its_own_divisors(make):
     for step in steps(epoch(make(*ONE_PROMPT, "loss.rollout.steps=3"))):
         tokens = float(sum(len(batch.target) for batch in step))
         assert [batch.global_tokens for batch in step] == [tokens] * len(step)
 
 
-def test_padding_batch_counts_for_nothing_on_two_ranks(
-    make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_padding_batch_counts_for_nothing_on_two_ranks(make, monkeypatch):
     """Seven prompts, one per micro-batch. In the last step the second rank repeats the first rank's prompt."""
     made = make(*ONE_PROMPT)
     counted: list[float] = []  # by each rank, step by step
@@ -230,7 +226,7 @@ def test_padding_batch_counts_for_nothing_on_two_ranks(
         assert made[1]._sums[name][1] == 6, name
 
 
-def test_tokens_of_a_step_are_summed_over_ranks(make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_of_a_step_are_summed_over_ranks(make, monkeypatch):
     """The other rank has 1000 tokens in each step."""
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda counts: counts.add_(1000))
     for batch in epoch(make(*ONE_PROMPT), ranks=Ranks(0, 2)):
@@ -244,7 +240,7 @@ def test_tokens_of_a_step_are_summed_over_ranks(make: Callable[..., Made], monke
     ("more", "kept"),
     [([], False), (["loss.rollout.steps=2"], True), (["loss.rollout.passes=2", "data.last_step=drop"], True)],
 )
-def test_old_logps_are_kept_if_the_policy_moves(make: Callable[..., Made], more: list[str], kept: bool) -> None:
+def test_old_logps_are_kept_if_the_policy_moves(make, more, kept):
     """They are the sampling policy's. If each rollout trains once and at once, they are the policy's own and absent.
 
     Here the policy changes after each micro-batch.
@@ -267,7 +263,7 @@ def test_old_logps_are_kept_if_the_policy_moves(make: Callable[..., Made], more:
                 assert_close(batch.old_logps, module.policy(batch))
 
 
-def test_old_values_are_kept_with_old_logps(make: Callable[..., Made]) -> None:
+def test_old_values_are_kept_with_old_logps(make):
     made = make("loss=ppo", "loss.rollout.steps=2")
     policy: Any = made[1].policy
     torch.nn.init.normal_(policy.head.weight)
@@ -278,7 +274,7 @@ def test_old_values_are_kept_with_old_logps(make: Callable[..., Made]) -> None:
     assert values.std() > 0
 
 
-def test_reference_logps_are_those_of_the_reference(make: Callable[..., Made]) -> None:
+def test_reference_logps_are_those_of_the_reference(make):
     """They are not those of the policy, which has moved. With β = 0 they are absent."""
     made = make()
     scale_weights(made[1])
@@ -291,7 +287,7 @@ def test_reference_logps_are_those_of_the_reference(make: Callable[..., Made]) -
 # --- when a rollout is sampled
 
 
-def test_passes_repeat_the_same_batches(make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_passes_repeat_the_same_batches(make, monkeypatch):
     """Without the short step there are three steps of two micro-batches, each trained on twice."""
     made = make(*TWO_PASSES)
     sampler = Sampler(monkeypatch)
@@ -305,7 +301,7 @@ def test_passes_repeat_the_same_batches(make: Callable[..., Made], monkeypatch: 
         assert a is not b
 
 
-def test_several_steps_are_sampled_at_once(make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_steps_are_sampled_at_once(make, monkeypatch):
     """There are four steps, three of them in the first rollout."""
     made = make(*ONE_PROMPT, "loss.rollout.steps=3")
     sampler = Sampler(monkeypatch)
@@ -313,7 +309,7 @@ def test_several_steps_are_sampled_at_once(make: Callable[..., Made], monkeypatc
     assert [len(prompts) for prompts in sampler.prompts] == [6, 1]
 
 
-def test_nothing_is_sampled_before_it_is_needed(make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_sampled_before_it_is_needed(make, monkeypatch):
     """The next step has another policy."""
     sampler = Sampler(monkeypatch)
     loader = iter(make_loader(make()))
@@ -323,9 +319,7 @@ def test_nothing_is_sampled_before_it_is_needed(make: Callable[..., Made], monke
     assert len(sampler.seeds) == 2
 
 
-def test_seeds_differ_by_step_and_epoch_and_repeat_with_the_run(
-    make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_seeds_differ_by_step_and_epoch_and_repeat_with_the_run(make, monkeypatch):
     sampler = Sampler(monkeypatch)
     made = make("data.global_batch=2")
     first, second = epoch(made), epoch(made, 1)
@@ -338,9 +332,7 @@ def test_seeds_differ_by_step_and_epoch_and_repeat_with_the_run(
 
 
 @pytest.mark.parametrize("micro", [1, 2, 4])
-def test_seed_of_a_step_does_not_depend_on_micro_batches_or_ranks(
-    make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch, micro: int
-) -> None:
+def test_seed_of_a_step_does_not_depend_on_micro_batches_or_ranks(make, monkeypatch, micro):
     sampler = Sampler(monkeypatch)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda counts: counts)
     made = make(f"data.micro_batch={micro}")
@@ -359,9 +351,7 @@ def resume(made: Made, position: int) -> None:
     data.load_state_dict({"plan": plan, "weights": weights, "epoch": 0, "position": position, "ranks": 1})
 
 
-def test_resumed_epoch_samples_only_unfinished_rollouts(
-    make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resumed_epoch_samples_only_unfinished_rollouts(make, monkeypatch):
     """It resumes within the third of four rollouts of two micro-batches, which is sampled completely again."""
     expected = [responses(batch) for batch in epoch(make(*ONE_PROMPT))]
     made = make(*ONE_PROMPT)
@@ -372,7 +362,7 @@ def test_resumed_epoch_samples_only_unfinished_rollouts(
     assert [responses(batch) for batch in epoch(made)] == expected  # the next epoch starts at its beginning
 
 
-def test_resuming_between_passes(make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resuming_between_passes(make, monkeypatch):
     """Position 5 of 12 is the second micro-batch of the second rollout's first pass."""
     made = make(*TWO_PASSES)
     expected = [batch.ids for batch in epoch(made)]
@@ -383,6 +373,6 @@ def test_resuming_between_passes(make: Callable[..., Made], monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"passes": 0}])
-def test_rollout_needs_a_step_and_a_pass(wrong: dict[str, int]) -> None:
+def test_rollout_needs_a_step_and_a_pass(wrong):
     with pytest.raises(UserError, match=r"^loss\.rollout: steps and passes must be at least 1$"):
         Rollout(**wrong)

@@ -1,8 +1,6 @@
 """Ways of running that must give the same curve: accumulation, ranks, cached and live, resumed and unbroken."""
 
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,12 +10,13 @@ from torch.testing import assert_close
 from notebooks.tiny import SIZES
 from tests.helpers.models import saved, spread, tiny_gpt2
 from tests.helpers.runs import (
-    Killed,
+    Result,
     assert_identical,
     assert_same,
     column,
     exported,
     fit,
+    kill_and_resume,
     launch,
     run_folder,
     same_folders,
@@ -31,7 +30,7 @@ pytestmark = pytest.mark.trajectory
 
 
 @pytest.mark.parametrize("loss", ["sft", "var_grouped", "dpo"])
-def test_accumulation_gives_the_same_curve(loss: str, options: list[str], tmp_path: Path) -> None:
+def test_accumulation_gives_the_same_curve(loss, options, tmp_path):
     """1×8, 2×4, 8×1, in the short last step too: 39 responses are four steps of 8 and one of 7.
 
     See huggingface/trl #2175 and Lightning-AI/pytorch-lightning #20350 and #19987.
@@ -44,7 +43,7 @@ def test_accumulation_gives_the_same_curve(loss: str, options: list[str], tmp_pa
         assert_same(other, one)
 
 
-def test_epoch_shorter_than_a_step_is_one_exact_step(options: list[str], tmp_path: Path) -> None:
+def test_epoch_shorter_than_a_step_is_one_exact_step(options, tmp_path):
     """Accumulation is not ignored and the divisor is not that of a full step (Lightning #21808)."""
     one, split = (
         fit(options, tmp_path / str(b), "data.limit=2", "data.global_batch=8", f"data.micro_batch={b}",
@@ -56,7 +55,7 @@ def test_epoch_shorter_than_a_step_is_one_exact_step(options: list[str], tmp_pat
 
 
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "var", "var_own", "var_sum"])
-def test_cached_and_live_reference_give_the_same_curve(loss: str, options: list[str], tmp_path: Path) -> None:
+def test_cached_and_live_reference_give_the_same_curve(loss, options, tmp_path):
     """The reference in each step and its cached float32 numbers differ only by rounding."""
     more = (
         f"loss={loss}", "data.micro_batch=4", "data.global_batch=8", "trainer.precision=32-true", "trainer.epochs=3",
@@ -70,7 +69,7 @@ def test_cached_and_live_reference_give_the_same_curve(loss: str, options: list[
     assert difference < 0.02 * change
 
 
-def test_live_weights_equal_cached_ones_if_others_vanish(options: list[str], tmp_path: Path) -> None:
+def test_live_weights_equal_cached_ones_if_others_vanish(options, tmp_path):
     """With summed log π_ref, a response of 900 characters has the weight 0 next to one of 4."""
     path = write_lines(tmp_path / "long.jsonl", (
         {"id": f"r{i}", "prompt": "?", "responses": [{"text": "ab" * (2 if i % 2 else 450), "score": i % 3}]}
@@ -85,7 +84,7 @@ def test_live_weights_equal_cached_ones_if_others_vanish(options: list[str], tmp
     assert_same(live, cached, "train/weight/mean", rtol=2e-5, atol=2e-5, weights=False)
 
 
-def test_live_reference_is_loaded_once(options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_live_reference_is_loaded_once(options, tmp_path, monkeypatch):
     """Policy and reference: two models in all."""
     from var.models.pretrained import Pretrained
 
@@ -96,9 +95,7 @@ def test_live_reference_is_loaded_once(options: list[str], tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("loss", ["wbc", "rgold", "rlol"])
-def test_negative_rewards_as_weights_are_an_error_before_training(
-    loss: str, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_negative_rewards_as_weights_are_an_error_before_training(loss, options, tmp_path, monkeypatch):
     monkeypatch.setattr(AlignmentModule, "training_step", lambda *_: pytest.fail("trained"))
     with pytest.raises(UserError, match=r"and \d+ of 39 are negative, the lowest -\d\.\d+ in row r\d+#\d\. Set reward"):
         fit(options, tmp_path / "run", f"loss={loss}")
@@ -107,9 +104,7 @@ def test_negative_rewards_as_weights_are_an_error_before_training(
 @pytest.mark.parametrize(
     ("loss", "positions", "what"), [("sft", 24, "sequence"), ("var", 36, "prompt with a response of its micro-batch")]
 )
-def test_rows_longer_than_the_models_positions_are_an_error(
-    loss: str, positions: int, what: str, options: list[str], tmp_path: Path
-) -> None:
+def test_rows_longer_than_the_models_positions_are_an_error(loss, positions, what, options, tmp_path):
     """The longest row has 30 tokens. Cross scoring pairs long prompts with long responses, which are longer."""
     long, short = ("p" * 24, "a"), ("p", "a" * 24)
     path = write_lines(tmp_path / "rows.jsonl", (
@@ -127,7 +122,7 @@ def test_rows_longer_than_the_models_positions_are_an_error(
     assert not (tmp_path / "store" / "cross_logps").exists()
 
 
-def test_online_run_needs_positions_only_for_its_prompts_and_responses(options: list[str], tmp_path: Path) -> None:
+def test_online_run_needs_positions_only_for_its_prompts_and_responses(options, tmp_path):
     """data.max_length exceeds the model's positions here. The longest prompt with its response has about 20 tokens."""
     options = [option for option in options if not option.startswith("reward")]
     more = (
@@ -142,7 +137,7 @@ def test_online_run_needs_positions_only_for_its_prompts_and_responses(options: 
         fit(options, tmp_path / "short", *more, f"model.path={few}")
 
 
-def test_kto_on_single_responses_needs_a_threshold(options: list[str], tmp_path: Path) -> None:
+def test_kto_on_single_responses_needs_a_threshold(options, tmp_path):
     path = write_lines(tmp_path / "single.jsonl", (
         {"id": f"r{i}", "prompt": f"{i}?", "responses": [{"text": "yes", "score": i % 2}]} for i in range(8)
     ))  # fmt: skip
@@ -153,48 +148,36 @@ def test_kto_on_single_responses_needs_a_threshold(options: list[str], tmp_path:
     assert run.data.report.desirable_sequences == 4
 
 
-def test_logged_learning_rate_is_that_of_the_step(options: list[str], tmp_path: Path) -> None:
+def test_logged_learning_rate_is_that_of_the_step(options, tmp_path):
     more = ("trainer.max_steps=4", "optim.schedule.kind=linear", "optim.schedule.warmup=0")
     _, _, curve = fit(options, tmp_path / "run", *more)
     assert column(curve, "train/lr") == pytest.approx([3e-3, 2.25e-3, 1.5e-3, 0.75e-3])
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_resumed_run_equals_the_unbroken_one(
-    accumulate: int, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resumed_run_equals_the_unbroken_one(accumulate, options, tmp_path):
     """Killed within an epoch, a run resumes with the next rows of the plan.
 
     Weights are equal to the last bit, and the curve has no gap and no duplicates (Lightning #18780, accelerate #4238).
     """
-    seen: list[tuple[str, ...]] = []
-    real, kill_at = AlignmentData.batch, -1
-
-    def watched(self: AlignmentData, *arguments: Any) -> Any:
-        if len(seen) == kill_at:
-            raise Killed
-        batch = real(self, *arguments)
-        seen.append(batch.ids)
-        return batch
-
-    monkeypatch.setattr(AlignmentData, "batch", watched)
     more = (
         "loss=var_grouped", "data.global_batch=4", f"data.micro_batch={4 // accumulate}", "trainer.epochs=3",
         "trainer.checkpoint_every_n_steps=4", "trainer.precision=32-true",
     )  # fmt: skip
-    straight = fit(options, tmp_path / "straight", *more)
-    order, seen[:] = list(seen), []
-    steps = straight[0].data.training_set.plan.steps
-    kill_at = (steps + 6) * accumulate  # in the second epoch, two steps after a checkpoint
-    with pytest.raises(Killed):
-        fit(options, tmp_path / "killed", *more)
-    kill_at, before, seen[:] = -1, list(seen), []
-    resumed = fit(options, tmp_path / "killed", *more)
-    assert before[: (steps + 6) // 4 * 4 * accumulate] + seen == order
+
+    def second_epoch(straight: Result) -> int:
+        """Return the call that is two steps after a checkpoint."""
+        return (straight[0].data.training_set.plan.steps + 6) * accumulate
+
+    straight, resumed, order, before, after = kill_and_resume(
+        AlignmentData, "batch", lambda batch: batch.ids, second_epoch, options, tmp_path, *more
+    )
+    saved_at = second_epoch(straight) // accumulate // 4 * 4 * accumulate
+    assert before[:saved_at] + after == order
     assert_identical(straight, resumed, "step", "train/loss")
 
 
-def test_resuming_with_other_data_is_an_error(options: list[str], tmp_path: Path) -> None:
+def test_resuming_with_other_data_is_an_error(options, tmp_path):
     """Otherwise the first rows of the other data would be skipped silently (NVIDIA-NeMo/RL #2519)."""
     more = ("trainer.checkpoint_every_n_steps=2", "data.micro_batch=4", "data.global_batch=4")
     fit(options, tmp_path / "run", *more, "trainer.max_steps=2")
@@ -209,7 +192,7 @@ CONSTANT = ("optim.schedule.kind=constant", "optim.schedule.warmup=0")
 
 
 @pytest.mark.parametrize(("strategy", "loss"), [("ddp", "var_grouped"), ("fsdp", "dpo")])
-def test_ranks_give_the_same_curve(strategy: str, loss: str, options: list[str], tmp_path: Path) -> None:
+def test_ranks_give_the_same_curve(strategy, loss, options, tmp_path):
     """Two processes with gloo equal one. In a short last step one of them has no micro-batch."""
     common = [
         *options, f"loss={loss}", "data.micro_batch=2", "data.global_batch=4", "trainer.precision=32-true",
@@ -223,7 +206,7 @@ def test_ranks_give_the_same_curve(strategy: str, loss: str, options: list[str],
 
 
 @pytest.mark.long
-def test_mixture_of_experts_can_be_sharded(options: list[str], tmp_path: Path) -> None:
+def test_mixture_of_experts_can_be_sharded(options, tmp_path):
     """Its files use other weight names than the model, and fsdp reads weights by name."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -242,9 +225,7 @@ def test_mixture_of_experts_can_be_sharded(options: list[str], tmp_path: Path) -
 @pytest.mark.parametrize(
     "strategy", [["ddp"], ["fsdp"], ["fsdp", "strategy.save_distributed_checkpoint=false"]], ids=" ".join
 )
-def test_two_resumed_ranks_equal_two_unbroken_ones(
-    strategy: list[str], options: list[str], tiny_folder: Path, tmp_path: Path
-) -> None:
+def test_two_resumed_ranks_equal_two_unbroken_ones(strategy, options, tiny_folder, tmp_path):
     """They resume within an epoch, from a sharded checkpoint or, under FSDP2 too, from one file.
 
     Weights are equal to the last bit and are exported under the model's own names.
@@ -265,7 +246,7 @@ def test_two_resumed_ranks_equal_two_unbroken_ones(
 
 @pytest.mark.long
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
-def test_run_resumes_with_another_number_of_ranks(before: int, after: int, options: list[str], tmp_path: Path) -> None:
+def test_run_resumes_with_another_number_of_ranks(before, after, options, tmp_path):
     """From the middle of the second epoch, with the next rows."""
     common = [
         *options, "loss=var_grouped", "data.micro_batch=2", "data.global_batch=4", "model.dtype=float64",

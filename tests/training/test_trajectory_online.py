@@ -13,12 +13,12 @@ import torch
 from torch.testing import assert_close
 
 from tests.helpers.runs import (
-    Killed,
     assert_identical,
     assert_same,
     column,
     curve,
     fit,
+    kill_and_resume,
     launch,
     run_folder,
     same_folders,
@@ -61,7 +61,7 @@ def options(rows: Path, tiny_folder: Path, tmp_path: Path) -> list[str]:
     "loss", [("grpo",), ("grpo", "loss.normalize=token"), ("var_online",), ("ppo",), ("ppo", "loss.rollout.steps=2")],
     ids=" ".join,
 )  # fmt: skip
-def test_accumulation_gives_the_same_curve(loss: tuple[str, ...], options: list[str], tmp_path: Path) -> None:
+def test_accumulation_gives_the_same_curve(loss, options, tmp_path):
     """1×8 and 4×2 prompts, in the short last step too: 13 prompts are a step of 8 and one of 5, in two epochs."""
     more = (f"loss={loss[0]}", *loss[1:], "data.global_batch=8")
     one, split = (fit(options, tmp_path / str(b), *more, f"data.micro_batch={b}") for b in (8, 2))
@@ -74,7 +74,7 @@ def test_accumulation_gives_the_same_curve(loss: tuple[str, ...], options: list[
         assert (max(abs(ratio - 1) for ratio in ratios) > 1e-6) == ("loss.rollout.steps=2" in loss)
 
 
-def test_groups_of_unequal_size_accumulate(options: list[str], tmp_path: Path) -> None:
+def test_groups_of_unequal_size_accumulate(options, tmp_path):
     """InfoNCA with 1×4, 2×2 and 4×1 groups of two to four responses: four groups per step and one in the last."""
     one, *others = (
         fit(options, tmp_path / str(b), "loss=infonca", "data.global_batch=4", f"data.micro_batch={b}")
@@ -86,7 +86,7 @@ def test_groups_of_unequal_size_accumulate(options: list[str], tmp_path: Path) -
         assert_same(other, one)
 
 
-def test_kto_with_cached_and_live_reference_gives_the_same_curve(options: list[str], tmp_path: Path) -> None:
+def test_kto_with_cached_and_live_reference_gives_the_same_curve(options, tmp_path):
     """Its own and its mismatched pairs: 26 responses in micro-batches of 4, with a short one of 2."""
     more = ("loss=kto", "data.micro_batch=4", "data.global_batch=8", "trainer.epochs=3")
     cached = fit(options, tmp_path / "cached", *more)
@@ -97,9 +97,7 @@ def test_kto_with_cached_and_live_reference_gives_the_same_curve(options: list[s
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_rollout_trains_the_policy_that_sampled_it(
-    accumulate: int, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rollout_trains_the_policy_that_sampled_it(accumulate, options, tmp_path, monkeypatch):
     """No batch is sampled before the previous step. So without old_logps the ratio is exactly 1."""
     sampled: list[torch.Tensor] = []
     sample_batches, step = RolloutLoader.sample_batches, AlignmentModule.training_step
@@ -123,40 +121,24 @@ def test_rollout_trains_the_policy_that_sampled_it(
 
 
 @pytest.mark.parametrize("loss", ["grpo", "ppo"])
-def test_resumed_run_equals_the_unbroken_one(
-    loss: str, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resumed_run_equals_the_unbroken_one(loss, options, tmp_path):
     """Killed in the second epoch, two steps after a checkpoint: the same responses, and identical weights."""
     more = (
         f"loss={loss}", "data.global_batch=4", "data.micro_batch=2", "trainer.checkpoint_every_n_steps=3",
         "trainer.precision=32-true", "model.dtype=float32",
     )  # fmt: skip
-    seen: list[list[tuple[tuple[str, ...], list[int]]]] = []
-    real, kill_at = RolloutLoader.sample_batches, -1
-
-    def watched(self: RolloutLoader, *arguments: Any) -> Any:
-        if len(seen) == kill_at:
-            raise Killed
-        batches = real(self, *arguments)
-        seen.append([(batch.ids, batch.target.tolist()) for batch in batches])
-        return batches
-
-    monkeypatch.setattr(RolloutLoader, "sample_batches", watched)
-    straight = fit(options, tmp_path / "straight", *more)
-    order, seen[:] = list(seen), []
+    straight, resumed, order, before, after = kill_and_resume(
+        RolloutLoader, "sample_batches", lambda batches: [(batch.ids, batch.target.tolist()) for batch in batches],
+        lambda _: 5, options, tmp_path, *more,
+    )  # fmt: skip
     assert len(order) == 8
-    kill_at = 5
-    with pytest.raises(Killed):
-        fit(options, tmp_path / "killed", *more)
-    kill_at, before, seen[:] = -1, list(seen), []
-    resumed = fit(options, tmp_path / "killed", *more)
-    assert before[:3] + seen == order
+    assert before[:3] + after == order
     assert_identical(straight, resumed, "train/loss")
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_ranks_give_the_same_curve(strategy: str, options: list[str], tmp_path: Path) -> None:
+def test_ranks_give_the_same_curve(strategy, options, tmp_path):
     """GRPO on two processes with gloo. Their responses differ in length, and the last step has a padding batch."""
     common = [
         *options, "loss=grpo", "data.micro_batch=2", "data.global_batch=4", "trainer.precision=32-true",
@@ -182,7 +164,7 @@ MORE = {"var_sampled": ["loss.estimator.candidates=3"], **{loss: HEAD for loss i
 
 
 @pytest.mark.long
-def test_every_loss_gives_the_same_curve_on_any_number_of_processes(options: list[str], tmp_path: Path) -> None:
+def test_every_loss_gives_the_same_curve_on_any_number_of_processes(options, tmp_path):
     """In float64. 13 prompts leave a short last step, in which one rank has less to do than the other, or nothing."""
     common = [*options, "data.global_batch=4", "trainer.epochs=1"]
     ways = {
