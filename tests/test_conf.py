@@ -9,7 +9,7 @@ import pytest
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from tests.conftest import composed
+from tests.helpers.runs import composed
 from var.config.check import FOLDER, TRAIN
 from var.config.signatures import imported
 

@@ -12,9 +12,9 @@ import hypothesis
 import pyarrow as pa
 import pyarrow.parquet as pq
 from hypothesis import strategies as st
-from tests.helpers.cache import keys, open_table
 
 from notebooks.tiny import TEMPLATE, byte_tokenizer
+from tests.helpers.cache import keys, open_table
 from var.data.chat import Chat
 from var.data.rows import Rows, parse_row, read
 from var.data.sources.files import Files
