@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.conftest import ROOT, composed
-from tests.e2e.test_commands import OWN_REWARD, run
+from tests.helpers.cli import run
+from tests.helpers.rewards import OWN_REWARD
+from tests.helpers.runs import ROOT, composed
 from var.config.check import FOLDER
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))

@@ -1,17 +1,67 @@
-"""Tiny models that several test files need: LoRA adapters, reward models, and the values of a model card."""
+"""Tiny models that several test files need: language models, LoRA adapters, reward models, and a model card."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tests.conftest import spread, tiny_config
+from notebooks.tiny import SIZES, byte_tokenizer
 
 CARD = {
     "base": "tiny/base", "loss": "var", "name": "tiny-var", "doc": "var.losses.var", "version": "0.1.0",
     "table": "| reward | 0.1 | 0.9 |", "data": "arithmetic", "plan": "0123456789abcdef", "reward": "exact",
     "steps": 3, "seed": 0,
 }  # fmt: skip
+
+
+def tiny_config(**options: Any) -> Any:
+    """Return the configuration of a Llama of two layers."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(**{**SIZES, "tie_word_embeddings": True, **options})
+
+
+def spread(model: Any) -> Any:
+    """Enlarge the weights, so that log-probabilities are far from uniform and scores differ; return the model."""
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.normal_(std=0.2)
+    return model.eval()
+
+
+def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32, attention: str = "packed", **options: Any) -> Any:
+    """Return a random Llama of two layers."""
+    from transformers import LlamaForCausalLM
+
+    import var.models.attention  # noqa: F401  registers the packed attention
+
+    torch.manual_seed(seed)
+    return spread(LlamaForCausalLM(tiny_config(attn_implementation=attention, **options)).to(dtype))
+
+
+def tiny_gpt2(positions: int) -> Any:
+    """Return a random GPT-2 of one layer, which has a fixed number of positions."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(vocab_size=264, n_embd=32, n_layer=1, n_head=4, n_positions=positions))
+
+
+def saved(folder: Path, model: Any = None, tokenizer: Any = None) -> Path:
+    """Save a model (default: the tiny one) with the byte tokenizer in Hugging Face form; return its folder."""
+    (model or tiny_model()).save_pretrained(folder)
+    (tokenizer or byte_tokenizer()).save_pretrained(folder)
+    return folder
+
+
+def pretrained(path: Path | str, cache: Path, **more: Any) -> Any:
+    """Return the Pretrained of a saved tiny model. `more` replaces its fields."""
+    from var.models.pretrained import Pretrained
+
+    fields = dict(
+        name="tiny", path=str(path), revision=None, chat_template=None, dtype="float32", attention="packed",
+        trust_remote_code=False, gradient_checkpointing=False, architecture={}, cache=str(cache),
+    )  # fmt: skip
+    return Pretrained(**{**fields, **more})
 
 
 def save_lora(folder: Path, base: Path, seed: int = 1, scorer: bool = False, **options: Any) -> Any:

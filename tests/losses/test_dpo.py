@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.conftest import pretrained
 from tests.helpers.losses import check_loss
+from tests.helpers.models import pretrained
 from var.losses.dpo import DPO
 from var.models.packing import pack
 from var.models.policy import Policy

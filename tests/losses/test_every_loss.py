@@ -207,7 +207,7 @@ LENGTH = (
     "loss.length is the divisor of loss.normalize=constant and at least 1 there (for example generate.max_new_tokens). "
     "It must be null with any other."
 )
-INVALID_BETA: list[dict[str, Any]] = [{"beta": 0.0}, {"beta": -1.0}, {"beta": math.nan}]
+BAD_BETA: list[dict[str, Any]] = [{"beta": 0.0}, {"beta": -1.0}, {"beta": math.nan}]
 INVALID: list[tuple[type, list[dict[str, Any]], str]] = [
     *((kind, [{"normalize": "mean"}], NORMALIZE) for kind in (SFT, Weighted, VAR, VAROnline)),
     *(
@@ -245,31 +245,31 @@ INVALID: list[tuple[type, list[dict[str, Any]], str]] = [
         "loss.clamp=false has no effect with loss.draw=uniform, which draws only A > 0",
     ),
     (
-        DPO, [*INVALID_BETA, {"label_smoothing": 0.5}, {"label_smoothing": -0.1}],
+        DPO, [*BAD_BETA, {"label_smoothing": 0.5}, {"label_smoothing": -0.1}],
         "loss.beta must be above 0 and loss.label_smoothing in [0, 0.5)",
     ),
     (
-        EXO, [*INVALID_BETA, {"label_smoothing": 0.5}, {"label_smoothing": 0.0}],
+        EXO, [*BAD_BETA, {"label_smoothing": 0.5}, {"label_smoothing": 0.0}],
         "loss.beta must be above 0 and loss.label_smoothing in (0, 0.5)",
     ),
     (
-        Robust, [*INVALID_BETA, {"label_smoothing": 0.5}, {"label_smoothing": 0.0}],
+        Robust, [*BAD_BETA, {"label_smoothing": 0.5}, {"label_smoothing": 0.0}],
         "loss.beta must be above 0 and loss.label_smoothing in (0, 0.5). For 0 use loss=dpo.",
     ),
-    (APO, [*INVALID_BETA, {"kind": "up"}], "loss.beta must be above 0 and loss.kind zero or down"),
-    *((kind, INVALID_BETA, "loss.beta must be above 0") for kind in (DPONorm, Hinge)),
-    (IPO, [*INVALID_BETA, {"reduction": "token"}], "loss.beta must be above 0 and loss.reduction sum or mean"),
-    (ORPO, INVALID_BETA, "loss.beta must be above 0. For 0 use loss=sft with data.responses=chosen."),
+    (APO, [*BAD_BETA, {"kind": "up"}], "loss.beta must be above 0 and loss.kind zero or down"),
+    *((kind, BAD_BETA, "loss.beta must be above 0") for kind in (DPONorm, Hinge)),
+    (IPO, [*BAD_BETA, {"reduction": "token"}], "loss.beta must be above 0 and loss.reduction sum or mean"),
+    (ORPO, BAD_BETA, "loss.beta must be above 0. For 0 use loss=sft with data.responses=chosen."),
     (
-        RPO, [*INVALID_BETA, {"alpha": 0.0}, {"alpha": math.nan}],
+        RPO, [*BAD_BETA, {"alpha": 0.0}, {"alpha": math.nan}],
         "loss.beta and loss.alpha must be above 0. For α = 0 use loss=dpo.",
     ),
-    (SimPO, [*INVALID_BETA, {"gamma": -0.1}, {"gamma": math.nan}], "loss.beta must be above 0 and loss.gamma at least 0"),
+    (SimPO, [*BAD_BETA, {"gamma": -0.1}, {"gamma": math.nan}], "loss.beta must be above 0 and loss.gamma at least 0"),
     (
-        KTO, [*INVALID_BETA, {"desirable_weight": 0.0}, {"undesirable_weight": math.nan}],
+        KTO, [*BAD_BETA, {"desirable_weight": 0.0}, {"undesirable_weight": math.nan}],
         "loss.beta, loss.desirable_weight and loss.undesirable_weight must be above 0",
     ),
-    *((kind, [*INVALID_BETA, {"temperature": 0.0}], TEMPERATURE) for kind in (InfoNCA, NCA)),
+    *((kind, [*BAD_BETA, {"temperature": 0.0}], TEMPERATURE) for kind in (InfoNCA, NCA)),
     (
         GRPO,
         [

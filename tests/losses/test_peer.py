@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import pretrained
+from tests.helpers.models import pretrained
 from var.data.chat import Chat
 from var.losses.dpo import DPO
 from var.losses.ipo import IPO

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from tests.conftest import TEMPLATE, byte_tokenizer, pretrained, tiny_model
-from tests.helpers.models import CARD, save_lora
+from notebooks.tiny import TEMPLATE, byte_tokenizer
+from tests.helpers.models import CARD, pretrained, save_lora, tiny_model
 from var.models.export import export
 from var.models.packing import pack
 from var.models.policy import Policy
@@ -160,15 +160,6 @@ def test_adapter_of_an_adapter_adds_to_both(folder: Path, tiny_folder: Path, tmp
     name = "model.layers.0.mlp.up_proj.weight"
     alone = dict(second.merge_and_unload().named_parameters())[name]
     assert_close(both[name] - first[name], alone - plain[name], rtol=0, atol=1e-6)
-
-
-def test_pickled_adapter_is_rejected(folder: Path, tmp_path: Path):
-    state = load_file(folder / "adapter_model.safetensors")
-    (folder / "adapter_model.safetensors").unlink()
-    torch.save(state, folder / "adapter_model.bin")
-    for use in (lambda files: files.weights, lambda files: files.load()):
-        with pytest.raises(UserError, match=r"a contains no \.safetensors file, and pickled weights are not read"):
-            use(pretrained(folder, tmp_path))
 
 
 def test_missing_peft_raises_with_the_command(

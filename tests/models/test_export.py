@@ -8,8 +8,8 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from tests.conftest import TEMPLATE, byte_tokenizer, pretrained, saved, tiny_model
-from tests.helpers.models import CARD
+from notebooks.tiny import TEMPLATE, byte_tokenizer
+from tests.helpers.models import CARD, pretrained, saved, tiny_model
 from var.data.chat import Chat
 from var.models.export import export
 from var.models.lora import LoRA

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from tests.conftest import byte_tokenizer, tiny_model
-from tests.e2e.test_commands import run
+from notebooks.tiny import byte_tokenizer
+from tests.helpers.cli import run
+from tests.helpers.models import tiny_model
 from var.data.chat import Chat
 from var.models.packing import Packed, pack, pack_tree
 from var.models.policy import Policy

@@ -1,0 +1,215 @@
+"""The annotator: nothing is computed twice, nothing stale is read, and missing numbers are reported."""
+
+import json
+import shutil
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.helpers.annotators import ROWS, SAMPLING, make_annotator, make_micro, make_sequences, policy_is_loaded
+from tests.helpers.models import pretrained
+from var.annotate.annotator import Annotator, MissingAnnotations
+from var.annotate.prompt_features import prompt_features
+from var.annotate.reference_logps import cached_cross_logps, reference_logps
+from var.annotate.responses import add_responses, sample_responses, sampling_fingerprint
+from var.annotate.rewards import cross_rewards, score_rows
+from var.data.report import DataReport
+from var.data.rows import Response
+from var.models.frozen import FrozenModel
+from var.utils.distributed import Ranks
+from var.utils.errors import UserError
+
+
+def annotate_everything(annotator: Annotator) -> list[Any]:
+    """Return log-probabilities, cross log-probabilities, cross rewards, rewards, features and sampled responses."""
+    rows, sequences = make_sequences(annotator)
+    micro = make_micro(sequences, 4)
+    return [
+        reference_logps(annotator, sequences).to_pylist(),
+        cached_cross_logps(annotator, sequences, micro).tolist(),
+        cross_rewards(annotator, rows, sequences, micro).tolist(),
+        [part.tolist() for part in score_rows(annotator, rows)],
+        prompt_features(annotator, sequences).tolist(),
+        sample_responses(annotator, rows, SAMPLING),
+    ]
+
+
+def test_second_run_computes_nothing_and_reads_the_same(make):
+    """The first one computes each distinct item once: 8 responses, 6 prompts, and at most 32 pairs."""
+    first, second = make(), make(annotate="error")
+    assert annotate_everything(first) == annotate_everything(second)
+    assert second.computed == {}
+    assert not policy_is_loaded(second)
+    assert second.reward.asked == []
+    counts = dict(first.computed)
+    assert counts.pop("Cross log-probabilities") <= 32
+    cross, own = counts.pop("Cross scoring"), counts.pop("Scoring", 0)
+    assert len(first.reward.asked) == len(set(first.reward.asked)) == cross + own
+    assert counts == {"Reference log-probabilities": 8, "Prompt features": 6, "Sampling": 6}
+
+
+def test_subset_and_another_order_of_rows_are_read_from_the_cache(make):
+    one, two = make(), make()
+    found = reference_logps(one, make_sequences(one)[1]).to_pylist()
+    _, sequences = make_sequences(two, ROWS[::-1][:3])  # rows 5, 4, 3, of which row 4 has two responses
+    assert reference_logps(two, sequences).to_pylist() == [found[i] for i in (7, 5, 6, 4)]
+    assert two.computed == {}
+
+
+def test_changed_weight_is_another_reference(tiny_folder, tmp_path):
+    """One number of the model is overwritten in its folder. Nothing stale is read, and rewards are still cached."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    before = annotate_everything(make_annotator(folder, tmp_path))
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    weights[name] = weights[name].clone()
+    weights[name][0, 0] += 3.0
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    two = make_annotator(folder, tmp_path)
+    after = annotate_everything(two)
+    assert two.computed == {
+        "Reference log-probabilities": 8, "Cross log-probabilities": two.computed["Cross log-probabilities"],
+        "Prompt features": 6, "Sampling": 6,
+    }  # fmt: skip
+    assert [a == b for a, b in zip(before[:5], after[:5], strict=True)] == [False, False, True, True, False]
+    assert len(list((tmp_path / "store" / "reference_logps").iterdir())) == 2
+
+
+@pytest.mark.parametrize("kernel", [{"attention": "varlen"}, {"compile": True}])
+def test_kernel_is_part_of_the_identity_in_low_precision(kernel, tiny_folder, tmp_path):
+    """In bf16, log-ratios to a reference computed by another kernel would not start at zero."""
+    plain = pretrained(tiny_folder, tmp_path / "cache")
+    for files, autocast, same in (
+        (plain, None, True), (plain, torch.bfloat16, False), (replace(plain, dtype="bfloat16"), None, False),
+    ):  # fmt: skip
+        one, other = (FrozenModel(some, "cpu", autocast) for some in (files, replace(files, **kernel)))
+        assert (one.identity == other.identity) is same
+
+
+@pytest.mark.parametrize("change", [{"dtype": "bfloat16"}, {"chat_template": "{{ messages[0]['content'] }}<end>"}])
+def test_identity_depends_on_dtype_template_and_autocast_but_not_name(tiny_folder, tmp_path, change):
+    plain = pretrained(tiny_folder, tmp_path)
+    identity = FrozenModel(plain, "cpu").identity
+    assert FrozenModel(replace(plain, **change), "cpu").identity != identity
+    assert FrozenModel(plain, "cpu", torch.bfloat16).identity != identity
+    assert FrozenModel(replace(plain, name="other", attention="packed"), "cpu").identity == identity
+
+
+def test_identity_depends_on_the_tokenizer_but_not_its_padding(tiny_folder, tmp_path):
+    folder = tmp_path / "other"
+    shutil.copytree(tiny_folder, folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "Lowercase"}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    one, other = (FrozenModel(pretrained(where, tmp_path), "cpu") for where in (tiny_folder, folder))
+    assert other.identity == {**one.identity, "tokenizer": other.identity["tokenizer"]}
+    assert other.identity["tokenizer"] != one.identity["tokenizer"]
+    again = pretrained(tiny_folder, tmp_path)
+    again.chat.tokenizer.pad_token = "<end>"
+    again.chat.tokenizer(["a", "bcd"], padding=True, truncation=True, max_length=2)
+    assert again.identity == one.pretrained.identity
+
+
+# --- sampled responses
+
+
+def test_sampled_responses_are_reproducible_and_cached(make, tmp_path):
+    """An empty cache gives the same text, since seeds derive from the content. Responses are in the rows' order."""
+    one, two, other = (make(root=tmp_path / name) for name in ("a", "a", "b"))
+    rows, _ = make_sequences(one)
+    texts = sample_responses(one, rows, SAMPLING)
+    assert [len(several) for several in texts] == [2] * 6
+    assert sample_responses(two, rows, SAMPLING) == texts
+    assert two.computed == {}
+    assert sample_responses(other, rows, SAMPLING) == texts
+    assert other.computed == {"Sampling": 6}
+    assert sample_responses(two, rows, replace(SAMPLING, seed=1)) != texts
+    assert two.computed == {"Sampling": 6}
+    assert sample_responses(two, rows.select([4, 1]), SAMPLING) == [texts[4], texts[1]]
+
+
+class Elsewhere:
+    """A sampler that records its calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def identity(self, reference: FrozenModel) -> dict[str, Any]:
+        return {"sampler": "elsewhere"}
+
+    def check(self) -> None:
+        self.calls.append("check")
+
+    def __call__(self, reference: Any, prompts: Any, sampling: Any, advance: Any) -> Any:
+        self.calls.append(f"sample {len(prompts)}")
+        return [[(prompt[-1]["content"][-2:], True)] * sampling.responses for prompt in prompts]
+
+    def release(self) -> None:
+        self.calls.append("release")
+
+
+def test_each_sampler_has_its_own_table_and_is_released(make):
+    """A sampler is checked only if responses are missing. Cached ones can be read where it cannot run."""
+    one = make(sampler=Elsewhere())
+    rows, _ = make_sequences(one)
+    texts = sample_responses(one, rows, SAMPLING)
+    assert texts[0] == [(" ?", True)] * 2
+    assert one.sampler.calls == ["check", "sample 6", "release"]
+    local = sample_responses(one.with_local_sampler, rows, SAMPLING)
+    assert local == sample_responses(make(), rows, SAMPLING) != texts
+    again = make(sampler=Elsewhere())
+    assert sample_responses(again, rows, SAMPLING) == texts
+    assert again.sampler.calls == ["release"]
+    assert sampling_fingerprint(one, SAMPLING) == {"sampler": "elsewhere", "sampling": SAMPLING.identity}
+
+
+def test_sampled_responses_become_rows_and_are_counted(make, tmp_path):
+    rows, _ = make_sequences(make())
+    texts = [[("yes", True), (" \n", True)], [("no", False), ("no", True)], *[[("a", True), ("b", True)]] * 4]
+    report = DataReport()
+    sampled = add_responses(rows, texts, tmp_path, report)
+    assert report == DataReport(sampled_responses=12, empty_responses_skipped=1, truncated_responses=1)
+    assert sampled[0].responses == (Response(text="yes", source="sampled"),)
+    assert [r.finished for r in sampled[1].responses] == [False, True]
+    assert sampled[1].prompt == ROWS[1].prompt
+    assert sampled[1].answer == "1"
+
+
+# --- missing numbers, and several ranks
+
+
+def test_missing_numbers_are_an_error_with_the_command_that_computes_them(make):
+    some = make()
+    reference_logps(some, make_sequences(some, ROWS[:2])[1])
+    annotator = make(annotate="error", command="python annotate.py loss=dpo data=files")
+    with pytest.raises(UserError) as error:
+        reference_logps(annotator, make_sequences(annotator)[1])
+    assert str(error.value) == (
+        "annotate=error: the annotation cache lacks 5 of 8 reference logps. Compute them once with: "
+        "python annotate.py loss=dpo data=files"
+    )
+    assert annotator.computed == {}
+
+
+def test_dry_run_counts_missing_numbers_and_computes_nothing(make):
+    annotator = make(dry=True)
+    with pytest.raises(MissingAnnotations, match=r"^Reference log-probabilities: 8 of 8 responses are missing in "):
+        reference_logps(annotator, make_sequences(annotator)[1])
+    assert annotator.missing == {"Reference log-probabilities": (8, 8)}
+    assert annotator.computed == {}
+
+
+def test_every_rank_reaches_the_barriers_whatever_it_finds_missing(make):
+    """Another job may write between the looks of two ranks, so a rank that misses nothing waits as well.
+
+    It waits once before the work and once after it.
+    """
+    calls: list[int] = []
+    for _ in range(2):
+        annotator = make(ranks=Ranks(barrier=lambda: calls.append(0)))
+        score_rows(annotator, make_sequences(annotator)[0])
+    assert len(calls) == 4

@@ -1,0 +1,143 @@
+"""Log-probabilities of the reference: each equals the model's own, and cached ones equal those of a training step."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.testing import assert_allclose
+
+from tests.helpers.annotators import ROWS, make_micro, make_sequences, policy_is_loaded, split_tokens
+from var.annotate import annotator as annotator_module
+from var.annotate.reference_logps import (
+    ProvideMismatchedLogps,
+    cached_cross_logps,
+    cached_mismatched_logps,
+    reference_logps,
+)
+from var.annotate.rewards import cross_rewards
+from var.models.cross_scoring import cross_logps, mismatched_logps
+from var.models.packing import Packed, pack
+from var.models.policy import Policy
+from var.requirements import MismatchedLogps
+
+
+def test_reference_logps_equal_those_of_each_sequence_alone(make, alone):
+    """They also equal the policy's own forward to the last bits: DPO's first step depends on it."""
+    annotator = make()
+    _, sequences = make_sequences(annotator)
+    assert len(sequences) == 8
+    found = reference_logps(annotator, sequences).to_pylist()
+    policy = Policy(annotator.reference.pretrained.load())
+    for i in range(8):
+        prompt, response = split_tokens(sequences, i)
+        assert len(found[i]) == len(response) == sequences.length[i]
+        assert_allclose(found[i], alone.logps(prompt, response), atol=2e-5)
+        with torch.no_grad():
+            assert_allclose(found[i], policy(pack([prompt + response], [len(prompt)])), atol=2e-6)
+
+
+def test_cross_logps_equal_those_of_every_pair_alone(make, alone):
+    """[m, i, j] is log π_ref(y_j|x_i), summed. The diagonal has the own pairs. A short micro-batch is filled with 0."""
+    annotator = make()
+    _, sequences = make_sequences(annotator)
+    for size in (8, 3):
+        micro = make_micro(sequences, size)
+        found = cached_cross_logps(annotator, sequences, micro)
+        assert found.shape == (len(micro), size, size)
+        for m, i, j in np.ndindex(found.shape):
+            row, column = int(micro[m, i]), int(micro[m, j])
+            if row < 0 or column < 0:
+                assert found[m, i, j] == 0
+                continue
+            expected = alone.logps(split_tokens(sequences, row)[0], split_tokens(sequences, column)[1]).double().sum()
+            assert_allclose(found[m, i, j], expected, atol=1e-4)
+    assert (micro < 0).sum() == 1
+    own = np.array([sum(logps) for logps in reference_logps(annotator, sequences).to_pylist()])
+    micro = make_micro(sequences, 4)
+    diagonal = cached_cross_logps(annotator, sequences, micro).diagonal(axis1=1, axis2=2)
+    assert_allclose(diagonal, own[micro], atol=1e-4)
+
+
+def test_large_micro_batches_serve_smaller_ones_of_the_same_plan(make):
+    """From 8×8 numbers, 4×4 and 2×2 ones are read as the blocks on the diagonal. The model is not even loaded."""
+    one = make()
+    rows, sequences = make_sequences(one)
+    micro = make_micro(sequences, 8)
+    logps, rewards = cached_cross_logps(one, sequences, micro)[0], cross_rewards(one, rows, sequences, micro)[0]
+    for size in (4, 2):
+        two, micro = make(), make_micro(sequences, size)
+        for m in range(8 // size):
+            block = slice(m * size, (m + 1) * size)
+            assert np.array_equal(cached_cross_logps(two, sequences, micro)[m], logps[block, block])
+            assert np.array_equal(cross_rewards(two, rows, sequences, micro)[m], rewards[block, block])
+        assert two.computed == {}
+        assert not policy_is_loaded(two)
+
+
+def test_mismatched_logps_are_those_of_the_next_response(make, alone):
+    """[m, b] is log π_ref(y_{b+1}|x_b), and the last prompt takes the first response.
+
+    A short micro-batch does so among its sequences and is filled with 0. Pairs that cross_logps cached are read.
+    """
+    annotator = make()
+    _, sequences = make_sequences(annotator)
+    micro = make_micro(sequences, 3)
+    found = cached_mismatched_logps(annotator, sequences, micro)
+    assert (found.shape, found.dtype) == ((3, 3), torch.float64)
+    assert (micro[:2] >= 0).all()
+    assert micro[2, 2] == -1
+    for members, row in zip(micro, found, strict=True):
+        members = members[members >= 0]
+        for b, member in enumerate(members):
+            following = members[(b + 1) % len(members)]
+            expected = alone.logps(split_tokens(sequences, member)[0], split_tokens(sequences, following)[1]).sum()
+            assert_allclose(row[b], expected, atol=1e-4)
+    assert found[2, 2] == 0
+    assert annotator.computed == {"Cross log-probabilities": 8}
+    cached_cross_logps(annotator, sequences, micro)
+    assert torch.equal(cached_mismatched_logps(make(annotate="error"), sequences, micro), found)
+
+
+def test_training_step_sums_long_responses_as_precisely_as_the_cache(make):
+    """Responses of 900 tokens have about −6,000 nats, which a sum in float32 misses by some thousandths."""
+    annotator = make()
+    rows = [replace(row, responses=(replace(row.responses[0], text="abcdefghi" * 100),)) for row in ROWS[:3]]
+    _, sequences = make_sequences(annotator, tuple(rows), max_length=1024)
+    micro = np.array([[0, 1, 2]])
+    ids, starts, _ = zip(*map(sequences.tokens, range(3)), strict=True)
+    batch, policy = pack(ids, starts), annotator.reference.policy
+    with torch.no_grad():
+        cross, mismatched = cross_logps(policy, batch), mismatched_logps(policy, batch)
+    assert_allclose(cross, cached_cross_logps(annotator, sequences, micro)[0], rtol=0, atol=2e-4)
+    provider = ProvideMismatchedLogps(MismatchedLogps())
+    provider.logps = cached_mismatched_logps(annotator, sequences, micro)
+    cached = provider.batch_fields(None, 0, np.arange(3))["mismatched_reference_logps"]
+    assert_allclose(mismatched, cached, rtol=0, atol=2e-4)
+    assert mismatched.dtype == cached.dtype == torch.float64
+
+    def constant(packed: Packed) -> torch.Tensor:
+        return torch.full(packed.target.shape, -2.1, dtype=torch.float32)
+
+    expected = batch.length * torch.tensor(-2.1, dtype=torch.float32).double()
+    assert_allclose(cross_logps(constant, batch), expected.expand(3, 3), rtol=1e-12)
+    assert_allclose(mismatched_logps(constant, batch), expected.roll(-1), rtol=1e-12)
+
+
+def test_prompts_count_towards_the_tokens_of_a_pass(make, tmp_path, monkeypatch):
+    """Eight prompts of 20 tokens are not packed together because their responses are short."""
+    annotator = make()
+    _, sequences = make_sequences(annotator)
+    micro = make_micro(sequences, 4)
+    monkeypatch.setattr(annotator_module, "TOKENS", 80)
+    widths: list[int] = []
+    forward = Policy.forward
+
+    def record_width(self: Policy, batch: Packed) -> torch.Tensor:
+        widths.append(len(batch.input_ids))
+        return forward(self, batch)
+
+    monkeypatch.setattr(Policy, "forward", record_width)
+    found = cached_cross_logps(annotator, sequences, micro)
+    assert max(widths) <= 80 + max(sequences.start)  # a prompt that continues from the last pass is packed again
+    monkeypatch.undo()
+    assert_allclose(found, cached_cross_logps(make(root=tmp_path / "other"), sequences, micro), atol=1e-4)

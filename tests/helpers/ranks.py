@@ -1,0 +1,35 @@
+"""Train several runs on one process or one group of processes.
+
+    python [-m torch.distributed.run …] tests/helpers/ranks.py jobs.json
+
+jobs.json is [[folder, overrides], …]. Each folder receives metrics.csv and weights.pt, the trained policy's weights.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+
+def main(jobs: str) -> None:
+    """Run all jobs."""
+    from tests.helpers.runs import composed
+    from var.training.run import Run
+
+    for folder, overrides in json.loads(Path(jobs).read_text()):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        run = Run.compose(composed(*overrides), Path(folder))
+        torch.manual_seed(0)
+        trainer, module = run.trainer(), run.module()
+        trainer.fit(module, run.data)
+        weights = get_model_state_dict(module.policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if trainer.is_global_zero:
+            torch.save(weights, Path(folder) / "weights.pt")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,143 @@
+"""Train in this process or in others, and compare what runs leave behind."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+ROOT = Path(__file__).parents[2]
+
+Result = tuple[Any, dict[str, torch.Tensor], list[dict[str, str]]]
+"""A run, its policy's weights, and the rows of its metrics.csv."""
+
+
+class Killed(Exception):
+    """Raised by a test to kill a run."""
+
+
+def write_lines(path: Path, records: Iterable[Any]) -> Path:
+    """Write a JSON Lines file; return its path."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def composed(*overrides: str, root: str = "train", **options: Any) -> Any:
+    """Compose the configuration `root` with overrides."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose(root, list(overrides), **options)
+
+
+def fit(options: list[str], folder: Path, *more: str) -> Result:
+    """Train as train.py does, up to its summary."""
+    from var.training.run import Run
+
+    folder.mkdir(parents=True, exist_ok=True)
+    run = Run.compose(composed(*options, *more), folder)
+    torch.manual_seed(0)
+    trainer, module = run.trainer(), run.module()
+    trainer.fit(module, run.data, ckpt_path=run.checkpoint)
+    return run, {name: value.clone() for name, value in module.policy.state_dict().items()}, curve(folder)
+
+
+def kill_and_resume(
+    owner: type, method: str, entry: Callable[[Any], Any], kill_at: Callable[[Result], int], options: list[str],
+    folder: Path, *more: str,
+) -> tuple[Result, Result, list[Any], list[Any], list[Any]]:  # fmt: skip
+    """Train without a break, and again with a kill in a call of a method.
+
+    Args:
+        owner: the class of the method.
+        method: its name.
+        entry: returns what to record of a call's result.
+        kill_at: returns the call that is killed, given the unbroken run.
+        options: of the run.
+        folder: where the runs write.
+        more: further options.
+
+    Returns:
+        The unbroken and the resumed run; and what was recorded in the unbroken one, before the kill and after it.
+    """
+    real, seen, killed = getattr(owner, method), list[Any](), [-1]
+
+    def watched(self: Any, *arguments: Any) -> Any:
+        if len(seen) == killed[0]:
+            raise Killed
+        result = real(self, *arguments)
+        seen.append(entry(result))
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, method, watched)
+        straight = fit(options, folder / "straight", *more)
+        unbroken, seen[:], killed[0] = list(seen), [], kill_at(straight)
+        with pytest.raises(Killed):
+            fit(options, folder / "killed", *more)
+        before, seen[:], killed[0] = list(seen), [], -1
+        resumed = fit(options, folder / "killed", *more)
+    return straight, resumed, unbroken, before, seen
+
+
+def launch(processes: int, *arguments: str, script: str = "train.py", timeout: float | None = 300) -> None:
+    """Run a script on several processes."""
+    ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    command = [sys.executable, *ranks, str(ROOT / script), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def curve(folder: Path) -> list[dict[str, str]]:
+    """Return the rows of metrics.csv."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def column(curve: list[dict[str, str]], name: str) -> list[float]:
+    """Return a metric at the steps at which it was logged."""
+    return [float(row[name]) for row in curve if row.get(name)]
+
+
+def run_folder(runs: Path) -> Path:
+    """Return the folder of the only run in `runs`."""
+    (found,) = (path for path in runs.iterdir() if path.is_dir())
+    return found
+
+
+def exported(runs: Path) -> dict[str, torch.Tensor]:
+    """Return the exported weights of the only run in `runs`."""
+    return load_file(run_folder(runs) / "model" / "model.safetensors")
+
+
+def same_folders(one: Path, two: Path, *names: str) -> None:
+    """Assert equal exported weights and metrics, up to the rounding of another number of processes."""
+    a, b = (load_file(folder / "model" / "model.safetensors") for folder in (one, two))
+    assert_close(b, a, rtol=1e-4, atol=1e-5)
+    for name in names:
+        assert_close(column(curve(two), name), column(curve(one), name), rtol=1e-4, atol=1e-5)
+
+
+def assert_same(
+    a: Result, b: Result, *names: str, rtol: float = 1e-8, atol: float = 1e-9, weights: bool = True
+) -> None:
+    """Assert equal weights and metrics of two runs."""
+    for name in names or ("train/loss", "train/grad_norm", "train/lr"):
+        assert_close(column(a[2], name), column(b[2], name), rtol=rtol, atol=atol)
+    if weights:
+        assert_close(a[1], b[1], rtol=rtol, atol=atol)
+
+
+def assert_identical(a: Result, b: Result, *names: str) -> None:
+    """Assert equal weights and metrics of two runs to the last bit."""
+    assert all(torch.equal(a[1][name], b[1][name]) for name in a[1])
+    for name in names:
+        assert column(a[2], name) == column(b[2], name), name

@@ -1,0 +1,262 @@
+"""Runs that end early, by a signal, a kill, a full disk or a non-finite step, resume to the unbroken run's weights."""
+
+import errno
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers.runs import Killed, Result, assert_identical, column, composed, fit
+from var.training import checkpoints as checkpoints_module
+from var.training.checkpoints import checkpoints
+from var.training.module import AlignmentModule
+from var.training.run import Run
+from var.training.validation import Validation
+from var.utils.errors import UserError
+
+MORE = (
+    "loss=var_grouped", "data.global_batch=4", "data.micro_batch=2", "trainer.epochs=2", "trainer.precision=32-true",
+    "trainer.checkpoint_every_n_steps=4",
+)  # fmt: skip
+JUDGED = ("data.validation_prompts=2", "eval.sampling.responses=2", "generate.max_new_tokens=4")
+
+
+class Runs:
+    """Runs of one configuration: an unbroken one, and one that is interrupted and resumed."""
+
+    def __init__(self, options: list[str], folder: Path) -> None:
+        self.options, self.folder = options, folder
+        self.saved = folder / "run" / "checkpoints"
+
+    def straight(self, *more: str) -> Result:
+        """Return the unbroken run."""
+        return fit(self.options, self.folder / "straight", *MORE, *more)
+
+    def run(self, *more: str) -> Result:
+        """Start or resume the other run."""
+        return fit(self.options, self.folder / "run", *MORE, *more)
+
+    def steps(self) -> list[str]:
+        """Return the names of its checkpoints."""
+        return [path.stem for path in checkpoints(self.saved)]
+
+
+@pytest.fixture
+def runs(options: list[str], tmp_path: Path) -> Runs:
+    return Runs(options, tmp_path)
+
+
+@contextmanager
+def interrupted(owner: Any, name: str, call: int, act: Callable[[], None]) -> Iterator[None]:
+    """Call `act` before the given call of a method."""
+    real, calls = getattr(owner, name), [0]
+
+    def watched(*arguments: Any, **named: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == call:
+            act()
+        return real(*arguments, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, watched)
+        yield
+
+
+def kill() -> None:
+    raise Killed
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def assert_resumed(resumed: Result, expected: Result) -> None:
+    assert_identical(expected, resumed, "step", "train/loss", "train/grad_norm", "validation/kl")
+
+
+@pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 4), (signal.SIGUSR1, 3)])
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_signal_ends_a_run_after_the_current_step(number, step, micro_batch, runs, capsys):
+    """It arrives in either micro-batch of the fourth step, which is saved anyway, or of the third."""
+    expected, before = runs.straight(), signal.getsignal(number)
+    call = 2 * (step - 1) + micro_batch
+    with (
+        interrupted(AlignmentModule, "training_step", call, lambda: os.kill(os.getpid(), number)),
+        pytest.raises(SystemExit) as stopped,
+    ):
+        runs.run()
+    assert stopped.value.code == 128 + number
+    assert f"Received {number.name}; saved step {step}." in capsys.readouterr().out
+    assert runs.steps() == [f"step-{step}"]
+    assert signal.getsignal(number) == before
+    assert_resumed(runs.run(), expected)
+
+
+def test_signal_between_steps_ends_a_run_and_its_evaluation_is_made_up_for(runs):
+    more = (*JUDGED, "eval.every_n_steps=3")
+    expected = runs.straight(*more)
+    with interrupted(Validation, "_evaluate", 2, terminate), pytest.raises(SystemExit):
+        runs.run(*more)
+    assert runs.steps()[-1] == "step-6"
+    assert len(column(expected[2], "validation/kl")) == 6
+    assert_resumed(runs.run(*more), expected)
+
+
+def test_signal_after_training_ends_a_run_at_once(runs):
+    expected = runs.straight(*JUDGED)
+    with interrupted(Validation, "_divergence", 1, terminate), pytest.raises(SystemExit) as stopped:
+        runs.run(*JUDGED)
+    assert stopped.value.code == 143
+    assert_resumed(runs.run(*JUDGED), expected)
+
+
+@pytest.mark.parametrize("end", [[], ["trainer.max_steps=8"], ["trainer.max_steps=7"]])
+def test_run_killed_after_training_is_evaluated_when_it_resumes(end, runs, monkeypatch):
+    """With max_steps too, at which Lightning's loop would return before its hooks."""
+    more = (*JUDGED, *end)
+    expected = runs.straight(*more)
+    with interrupted(Validation, "on_train_end", 1, kill), pytest.raises(Killed):
+        runs.run(*more)
+    monkeypatch.setattr(AlignmentModule, "training_step", lambda *_: pytest.fail("trained again"))
+    again = runs.run(*more)
+    assert_resumed(again, expected)
+    assert again[0].validation.result["after"] == expected[0].validation.result["after"]
+
+
+def test_budget_counts_seconds_spent_before_a_kill(runs, monkeypatch):
+    more = ("trainer.max_seconds=0.001", "optim.schedule.kind=constant")
+    with interrupted(Validation, "on_train_end", 1, kill), pytest.raises(Killed):
+        runs.run(*more)
+    assert runs.steps()[-1] == "step-1"
+    monkeypatch.setattr(AlignmentModule, "training_step", lambda *_: pytest.fail("trained on"))
+    runs.run(*more)
+
+
+@pytest.mark.parametrize("call", ["synchronize", "save_checkpoint"])
+def test_full_disk_keeps_the_previous_checkpoint(call, runs):
+    import lightning
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    expected = runs.straight()
+    owner = lightning.Trainer if call == "save_checkpoint" else checkpoints_module
+    with (
+        interrupted(owner, call, 3, full),
+        pytest.raises(
+            UserError, match=r"step 12 cannot be written: No space left .* step-8\.ckpt is complete"
+        ) as error,
+    ):
+        runs.run()
+    assert "run the same command to resume" in str(error.value)
+    assert sorted(path.name for path in runs.saved.iterdir()) == ["last.ckpt", "step-8.ckpt"]
+    assert (runs.saved / "last.ckpt").resolve().name == "step-8.ckpt"
+    assert_resumed(runs.run(), expected)
+
+
+def test_too_little_disk_space_is_an_error_before_sampling(options, tiny_folder, tmp_path, monkeypatch):
+    fit(options, tmp_path / "complete", "trainer.max_steps=1", "trainer.precision=32-true")
+    files = (tmp_path / "complete" / "checkpoints" / "step-1.ckpt", tiny_folder / "model.safetensors")
+    written = sum(file.stat().st_size for file in files)
+    run = Run.compose(composed(*options, "trainer.precision=32-true"), tmp_path / "run")
+    monkeypatch.setattr(checkpoints_module, "free_bytes", lambda _: int(written * 0.8))
+    with pytest.raises(
+        UserError, match=r"runs: .* has 0\.00 GiB free, and the run ends with .* Free disk space or set"
+    ):
+        run.module()
+    assert not any(run.annotator.computed.values())
+    monkeypatch.setattr(checkpoints_module, "free_bytes", lambda _: written)
+    run.module()
+
+
+def make_nonfinite(monkeypatch: pytest.MonkeyPatch, call: int, where: str) -> None:
+    """Make the loss, or only its gradient, non-finite in one micro-batch."""
+    real, calls = AlignmentModule.training_step, [0]
+
+    def step(self: AlignmentModule, *arguments: Any) -> torch.Tensor:
+        loss = real(self, *arguments)
+        calls[0] += 1
+        if calls[0] == call and where == "loss":
+            loss = loss * float("nan")
+            self._window[-1] = (self._window[-1][0], loss.detach())
+            self.record({"loss": (loss.detach(), 1.0)})  # type: ignore[dict-item]
+        elif calls[0] == call:
+            loss.register_hook(lambda gradient: gradient * float("inf"))
+        return loss
+
+    monkeypatch.setattr(AlignmentModule, "training_step", step)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_nonfinite_step_is_an_error_with_its_rows(where, runs):
+    expected = runs.straight()
+    data = expected[0].data
+    step = list(data.training_set.plan.batches(0, 0, 1))[10:12]
+    names = [data.batch(micro_batch).ids for micro_batch in step]
+    with pytest.MonkeyPatch.context() as patch:
+        make_nonfinite(patch, 12, where)
+        with pytest.raises(UserError, match="is not finite in optimizer step 6, rows") as error:
+            runs.run()
+    rows = str(error.value).split("rows ")[1].split(". The model")[0].split(", ")
+    assert rows == list(names[1] if where == "loss" else (*names[0], *names[1]))
+    assert runs.steps() == ["step-4"]
+    assert_resumed(runs.run(), expected)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_nonfinite_step_can_be_skipped(where, runs, monkeypatch, capsys):
+    """The weights do not change in that step, and it is counted in metrics and checkpoints."""
+    make_nonfinite(monkeypatch, 6, where)
+    states, real = list[dict[str, torch.Tensor]](), AlignmentModule.on_train_batch_end
+    monkeypatch.setattr(
+        AlignmentModule, "on_train_batch_end",
+        lambda self, *a: (states.append({k: v.clone() for k, v in self.policy.state_dict().items()}), real(self, *a)),
+    )  # fmt: skip
+    more = ("trainer.nonfinite=skip", "trainer.log_every_n_steps=1", "trainer.max_steps=9")
+    _, weights, curve = runs.run(*more)
+    assert all(torch.equal(states[5][name], states[3][name]) for name in weights)  # step 3 is micro-batches 5 and 6
+    assert not all(torch.equal(states[7][name], states[5][name]) for name in weights)
+    assert all(bool(weight.isfinite().all()) for weight in weights.values())
+    assert "is not finite in optimizer step 3" in capsys.readouterr().out
+    assert column(curve, "train/skipped") == [1.0] * 7
+    assert len(column(curve, "train/loss")) == (8 if where == "loss" else 9)
+    assert all(value == value for value in column(curve, "train/loss"))
+    assert torch.load(checkpoints(runs.saved)[-1], weights_only=True)["skipped"] == 1
+
+
+def test_clock_and_hostname_have_no_effect_on_resuming(runs, monkeypatch):
+    """Killed on one machine, resumed on another one, whose clock shows the year 2000."""
+    expected = runs.straight()
+    with interrupted(AlignmentModule, "training_step", 14, kill), pytest.raises(Killed):
+        runs.run()
+    monkeypatch.setattr("time.time", lambda: 946_684_800.0)
+    monkeypatch.setattr("socket.gethostname", lambda: "elsewhere")
+    monkeypatch.setenv("HOSTNAME", "elsewhere")
+    assert_resumed(runs.run(), expected)
+
+
+def test_unreachable_tracker_is_an_error_before_training(runs, monkeypatch):
+    import wandb
+    from lightning.pytorch.loggers import WandbLogger
+
+    def unreachable(*_: Any) -> None:
+        raise wandb.errors.CommError("Post https://api.example/graphql: connection refused")
+
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr(WandbLogger, "log_hyperparams", unreachable)
+    with pytest.raises(UserError, match=r"logger\.wandb: the server does not answer .* logger\.wandb\.offline=true"):
+        runs.run("logger=wandb", "logger.wandb.offline=false")
+    assert not runs.saved.exists()
+
+
+def test_only_the_newest_checkpoint_is_kept_and_partial_ones_are_removed(runs):
+    (runs.saved / "step-3.partial").mkdir(parents=True)
+    runs.run("trainer.max_steps=9")
+    assert sorted(path.name for path in runs.saved.iterdir()) == ["last.ckpt", "step-9.ckpt"]
+    assert os.readlink(runs.saved / "last.ckpt") == "step-9.ckpt"
+    assert torch.load(runs.saved / "last.ckpt", weights_only=True)["global_step"] == 9
