@@ -101,15 +101,6 @@ def test_table_can_hold_more_than_2_gib(tmp_path):
     assert table.read(wanted)[2099].as_py() == text
 
 
-def test_lists_of_floats_round_trip_in_float32(tmp_path):
-    lists = [[-0.1, -1e-30], [], [-1e30, -float(np.float32(1 / 3)), 0.0]]
-    table, again = (
-        AnnotationCache(tmp_path).table("reference_logps", {}, pa.list_(pa.float32())) for _ in range(2)
-    )  # fmt: skip
-    table.write(keys(1, 2, 3), lists)
-    assert values(again, [3, 2, 1]) == [np.array(part, dtype=np.float32).tolist() for part in lists[::-1]]
-
-
 # --- filling
 
 
@@ -123,27 +114,6 @@ def test_only_missing_items_are_computed(tmp_path):
     assert fill(open_table(tmp_path), range(1, 6)) == [1, 2, 3, 4, 5]
     assert fill(open_table(tmp_path), range(1, 6)) == []
     assert fill(open_table(tmp_path), range(3, 8)) == [6, 7]
-
-
-def test_interrupted_fill_loses_at_most_its_current_shard(tmp_path):
-    """Shards of 2, interrupted in the third. Items 1 to 4 are kept and the next run computes the others."""
-    table, items, seen = open_table(tmp_path), range(1, 8), list[int]()
-    compute = squares(items, seen)
-
-    def interrupted(indices: np.ndarray, advance: Callable[[int], None]) -> list[float]:
-        if len(seen) == 4:
-            raise KeyboardInterrupt
-        return compute(indices, advance)
-
-    with pytest.raises(KeyboardInterrupt):
-        table.fill(keys(*items), interrupted, 2)
-    (table.path / "0123456789abcdef.partial").write_bytes(shards(table)[0].read_bytes()[:40])
-    reports: list[str] = []
-    again = open_table(tmp_path, warn=reports.append)
-    assert again.missing(keys(*items)).tolist() == [False] * 4 + [True] * 3
-    assert fill(again, items) == [5, 6, 7]
-    assert values(again, items) == [1, 4, 9, 16, 25, 36, 49]
-    assert reports == []
 
 
 def test_shard_is_not_visible_before_it_is_complete(tmp_path, monkeypatch):

@@ -428,37 +428,31 @@ def patch_listing(monkeypatch: pytest.MonkeyPatch, change: Callable[[list[str]],
     monkeypatch.setattr(os, "listdir", lambda path: change(plain(path)))
 
 
-def test_listed_shard_that_does_not_exist_is_looked_for_again(tmp_path, monkeypatch):
-    """The listing is older than another process's move of the shard, and older than its recomputation."""
+@pytest.mark.parametrize("stale", [False, True], ids=["old listing", "stale file handle"])
+def test_shard_that_cannot_be_read_yet_is_looked_for_again(tmp_path, monkeypatch, stale):
+    """A listing can be older than another process's move of the shard, and than its recomputation.
+
+    ESTALE means that the server has dropped a file, because another one was renamed over it. Neither is damage.
+    """
     fill(open_table(tmp_path), range(1, 5))
     monkeypatch.setattr(cache_module, "STALE", 2.0)
-    lost = shards(open_table(tmp_path))[0]
-    data, reports = lost.read_bytes(), list[str]()
-    lost.unlink()
-    patch_listing(monkeypatch, lambda names: sorted({*names, lost.name}))
-    table = open_table(tmp_path, warn=reports.append)
-    assert table.missing(keys(1, 2, 3, 4)).sum() == 2
-    lost.write_bytes(data)
-    assert values(table, range(1, 5)) == [1, 4, 9, 16]
-    assert reports == []
-
-
-def test_stale_file_handle_is_not_damage(tmp_path, monkeypatch):
-    """ESTALE: the server has dropped a file, because another one was renamed over it."""
-    fill(open_table(tmp_path), range(1, 3))
-    monkeypatch.setattr(cache_module, "STALE", 2.0)
-    plain, reports, stale = Path.read_bytes, list[str](), [1]
+    shard = shards(open_table(tmp_path))[0]
+    data, reports, plain, failures = shard.read_bytes(), list[str](), Path.read_bytes, [stale]
+    if not stale:
+        shard.unlink()
+        patch_listing(monkeypatch, lambda names: sorted({*names, shard.name}))
 
     def read_bytes(path: Path) -> bytes:
-        if path.suffix == ".parquet" and stale:
-            stale.clear()
+        if path == shard and failures.pop(0):
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         return plain(path)
 
     monkeypatch.setattr(Path, "read_bytes", read_bytes)
     table = open_table(tmp_path, warn=reports.append)
-    assert table.missing(keys(1, 2)).all()
-    assert values(table, [1, 2]) == [1.0, 4.0]
+    assert table.missing(keys(1, 2, 3, 4)).sum() == 2
+    failures[:] = [False]
+    shard.write_bytes(data)
+    assert values(table, range(1, 5)) == [1, 4, 9, 16]
     assert reports == []
 
 
@@ -476,16 +470,13 @@ def hide_shards(monkeypatch: pytest.MonkeyPatch, looks: int) -> list[float]:
     return clock
 
 
-def test_read_waits_for_a_shard_that_is_listed_late(tmp_path, monkeypatch):
+def test_read_waits_up_to_a_minute_for_a_shard_that_is_listed_late(tmp_path, monkeypatch):
     """Another rank wrote it before the barrier, so it exists, whatever this rank's listing shows."""
     fill(open_table(tmp_path), range(1, 3))
-    clock = hide_shards(monkeypatch, looks=20)
-    assert values(open_table(tmp_path), [1, 2]) == [1.0, 4.0]
-    assert 5 < clock[0] < cache_module.STALE
-
-
-def test_read_raises_after_a_minute(tmp_path, monkeypatch):
-    fill(open_table(tmp_path), range(1, 3))
+    with monkeypatch.context() as patch:
+        clock = hide_shards(patch, looks=20)
+        assert values(open_table(tmp_path), [1, 2]) == [1.0, 4.0]
+        assert 5 < clock[0] < cache_module.STALE
     clock = hide_shards(monkeypatch, looks=10_000)
     with pytest.raises(KeyError, match="2 of 2 items are not in"):
         open_table(tmp_path).read(keys(1, 2))

@@ -53,19 +53,11 @@ def kill_and_resume(
     owner: type, method: str, entry: Callable[[Any], Any], kill_at: Callable[[Result], int], options: list[str],
     folder: Path, *more: str,
 ) -> tuple[Result, Result, list[Any], list[Any], list[Any]]:  # fmt: skip
-    """Train without a break, and again with a kill in a call of a method.
+    """Train without a break, and again with a kill at a call of a method of `owner`.
 
-    Args:
-        owner: the class of the method.
-        method: its name.
-        entry: returns what to record of a call's result.
-        kill_at: returns the call that is killed, given the unbroken run.
-        options: of the run.
-        folder: where the runs write.
-        more: further options.
-
-    Returns:
-        The unbroken and the resumed run; and what was recorded in the unbroken one, before the kill and after it.
+    The killed run resumes on another machine, whose clock shows the year 2000.
+    `kill_at` maps the unbroken run to the number of that call. Return the unbroken and the resumed run, and `entry` of
+    what the method returned: in the unbroken run, before the kill, and after it.
     """
     real, seen, killed = getattr(owner, method), list[Any](), [-1]
 
@@ -83,6 +75,9 @@ def kill_and_resume(
         with pytest.raises(Killed):
             fit(options, folder / "killed", *more)
         before, seen[:], killed[0] = list(seen), [], -1
+        patch.setattr("time.time", lambda: 946_684_800.0)
+        patch.setattr("socket.gethostname", lambda: "elsewhere")
+        patch.setenv("HOSTNAME", "elsewhere")
         resumed = fit(options, folder / "killed", *more)
     return straight, resumed, unbroken, before, seen
 

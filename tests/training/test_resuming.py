@@ -97,22 +97,18 @@ def test_signal_ends_a_run_after_the_current_step(number, step, micro_batch, run
     assert_resumed(runs.run(), expected)
 
 
-def test_signal_between_steps_ends_a_run_and_its_evaluation_is_made_up_for(runs):
-    more = (*JUDGED, "eval.every_n_steps=3")
-    expected = runs.straight(*more)
-    with interrupted(Validation, "_evaluate", 2, terminate), pytest.raises(SystemExit):
-        runs.run(*more)
-    assert runs.steps()[-1] == "step-6"
-    assert len(column(expected[2], "validation/kl")) == 6
-    assert_resumed(runs.run(*more), expected)
-
-
-def test_signal_after_training_ends_a_run_at_once(runs):
-    expected = runs.straight(*JUDGED)
-    with interrupted(Validation, "_divergence", 1, terminate), pytest.raises(SystemExit) as stopped:
-        runs.run(*JUDGED)
+@pytest.mark.parametrize(
+    ("method", "call", "step", "more"), [("_evaluate", 2, 6, ["eval.every_n_steps=3"]), ("_divergence", 1, 18, [])]
+)
+def test_signal_during_evaluation_ends_a_run_at_once(method, call, step, more, runs):
+    """Between two steps or after training. The resumed run makes up for the evaluation."""
+    expected = runs.straight(*JUDGED, *more)
+    with interrupted(Validation, method, call, terminate), pytest.raises(SystemExit) as stopped:
+        runs.run(*JUDGED, *more)
     assert stopped.value.code == 143
-    assert_resumed(runs.run(*JUDGED), expected)
+    assert runs.steps()[-1] == f"step-{step}"
+    assert len(column(expected[2], "validation/kl")) == (6 if more else 1)
+    assert_resumed(runs.run(*JUDGED, *more), expected)
 
 
 @pytest.mark.parametrize("end", [[], ["trainer.max_steps=8"], ["trainer.max_steps=7"]])
@@ -227,17 +223,6 @@ def test_nonfinite_step_can_be_skipped(where, runs, monkeypatch, capsys):
     assert len(column(curve, "train/loss")) == (8 if where == "loss" else 9)
     assert all(value == value for value in column(curve, "train/loss"))
     assert torch.load(checkpoints(runs.saved)[-1], weights_only=True)["skipped"] == 1
-
-
-def test_clock_and_hostname_have_no_effect_on_resuming(runs, monkeypatch):
-    """Killed on one machine, resumed on another one, whose clock shows the year 2000."""
-    expected = runs.straight()
-    with interrupted(AlignmentModule, "training_step", 14, kill), pytest.raises(Killed):
-        runs.run()
-    monkeypatch.setattr("time.time", lambda: 946_684_800.0)
-    monkeypatch.setattr("socket.gethostname", lambda: "elsewhere")
-    monkeypatch.setenv("HOSTNAME", "elsewhere")
-    assert_resumed(runs.run(), expected)
 
 
 def test_unreachable_tracker_is_an_error_before_training(runs, monkeypatch):

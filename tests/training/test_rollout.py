@@ -140,18 +140,10 @@ def test_tokens_are_those_that_were_sampled(make, monkeypatch):
     assert sum(len(batch) for batch in batches) == 3 * PROMPTS
 
 
-def test_real_samples_train_unchanged(make, monkeypatch):
-    made = make()
-    sampler = Sampler(monkeypatch)
-    trained = [response for batch in epoch(made) for response in responses(batch)]
-    assert trained == [tokens + [END] * finished for several in sampler.out for tokens, finished in several]
-    assert len(trained) == 2 * PROMPTS
-
-
-def test_names_groups_and_rewards_match_their_prompts(make):
+def test_names_groups_rewards_and_tokens_match_their_prompts(make, monkeypatch):
     made, seen = make(), list[str]()
-    chat = made[0].annotator.chat
-    for batch in epoch(made):
+    chat, sampler = made[0].annotator.chat, Sampler(monkeypatch)
+    for batch in (batches := epoch(made)):
         ids, starts = unpack_sequences(batch)
         assert batch.group.tolist() == [0, 0, 1, 1][: len(batch)]
         assert batch.rewards is not None
@@ -161,6 +153,8 @@ def test_names_groups_and_rewards_match_their_prompts(make):
             assert reward == Telling.of(prompt, chat.tokenizer.decode(row[start:], skip_special_tokens=True), answer)
             seen.append(name)
     assert sorted(seen) == sorted(f"r{i}" for i in range(PROMPTS) for _ in range(2))
+    trained = [response for batch in batches for response in responses(batch)]
+    assert trained == [tokens + [END] * finished for several in sampler.out for tokens, finished in several]
 
 
 def test_rewards_are_on_the_scale_of_the_run(make):
@@ -169,40 +163,33 @@ def test_rewards_are_on_the_scale_of_the_run(make):
     assert batch.rewards.tolist() == [1.0] * 4  # σ of more than a hundred
 
 
-def test_nonfinite_reward_is_an_error_with_its_response(make, monkeypatch):
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ([0.0, math.nan] * 4, r"^the reward of a sampled response is nan: 'B'$"),
+        ([1.0], r"^the reward \(Telling\) returned 1 numbers for 8 responses"),
+    ],
+)
+def test_nonfinite_or_missing_reward_is_an_error(make, monkeypatch, returned, message):
     made = make()
     a, b = made[0].annotator.chat.tokenizer("AB", add_special_tokens=False)["input_ids"]
     Sampler(monkeypatch, [([a], True), ([b], True)])
-    monkeypatch.setattr(Telling, "of", staticmethod(lambda p, r, a: math.nan if r == "B" else 0.0))
-    with pytest.raises(UserError, match=r"^the reward of a sampled response is nan: 'B'$"):
-        epoch(made)
-
-
-def test_too_few_rewards_are_an_error(make, monkeypatch):
-    made = make()
-    monkeypatch.setattr(Telling, "__call__", lambda self, prompts, responses, answers: [1.0])
-    with pytest.raises(UserError, match=r"^the reward \(Telling\) returned 1 numbers for 8 responses"):
+    monkeypatch.setattr(Telling, "__call__", lambda *_: returned)
+    with pytest.raises(UserError, match=message):
         epoch(made)
 
 
 # --- divisors
 
 
-def test_divisors_count_the_complete_step(make):
-    """Seven prompts, two per micro-batch and four per step: the second step has three prompts, six sequences."""
-    batches = epoch(make())
-    assert [len(batch) for batch in batches] == [4, 4, 4, 2]
-    for step, prompts in zip(steps(batches), (4.0, 3.0), strict=True):
+@pytest.mark.parametrize(("options", "prompts"), [([], [4, 3]), ([*ONE_PROMPT, "loss.rollout.steps=3"], [2, 2, 2, 1])])
+def test_divisors_count_the_complete_step(make, options, prompts):
+    """Of seven prompts, steps of four leave three in the second one. A longer rollout has the divisors of each step."""
+    for step, count in zip(steps(epoch(make(*options))), map(float, prompts), strict=True):
+        assert sum(len(batch) for batch in step) == 2 * count
         tokens = float(sum(len(batch.target) for batch in step))
-        assert [batch.global_tokens for batch in step] == [tokens] * 2
-        assert [batch.global_sequences for batch in step] == [2 * prompts] * 2
-        assert [batch.global_groups for batch in step] == [prompts] * 2
-
-
-def test_each_step_of_a_longer_rollout_has_its_own_divisors(make):
-    for step in steps(epoch(make(*ONE_PROMPT, "loss.rollout.steps=3"))):
-        tokens = float(sum(len(batch.target) for batch in step))
-        assert [batch.global_tokens for batch in step] == [tokens] * len(step)
+        for batch in step:
+            assert (batch.global_tokens, batch.global_sequences, batch.global_groups) == (tokens, 2 * count, count)
 
 
 def test_padding_batch_counts_for_nothing_on_two_ranks(make, monkeypatch):
@@ -351,25 +338,19 @@ def resume(made: Made, position: int) -> None:
     data.load_state_dict({"plan": plan, "weights": weights, "epoch": 0, "position": position, "ranks": 1})
 
 
-def test_resumed_epoch_samples_only_unfinished_rollouts(make, monkeypatch):
-    """It resumes within the third of four rollouts of two micro-batches, which is sampled completely again."""
-    expected = [responses(batch) for batch in epoch(make(*ONE_PROMPT))]
-    made = make(*ONE_PROMPT)
+@pytest.mark.parametrize(("options", "sampled"), [(ONE_PROMPT, [2, 1]), (TWO_PASSES, [2, 2])])
+def test_resumed_epoch_samples_only_unfinished_rollouts(make, monkeypatch, options, sampled):
+    """Position 5 is within the third of four rollouts of two micro-batches, which is sampled completely again.
+
+    With two passes it is within the first pass of the second of three rollouts.
+    """
+    expected = [responses(batch) for batch in epoch(make(*options))]
+    made = make(*options)
     sampler = Sampler(monkeypatch)
     resume(made, 5)
     assert [responses(batch) for batch in epoch(made)] == expected[5:]
-    assert [len(prompts) for prompts in sampler.prompts] == [2, 1]
+    assert [len(prompts) for prompts in sampler.prompts] == sampled
     assert [responses(batch) for batch in epoch(made)] == expected  # the next epoch starts at its beginning
-
-
-def test_resuming_between_passes(make, monkeypatch):
-    """Position 5 of 12 is the second micro-batch of the second rollout's first pass."""
-    made = make(*TWO_PASSES)
-    expected = [batch.ids for batch in epoch(made)]
-    resume(made, 5)
-    sampler = Sampler(monkeypatch)
-    assert [batch.ids for batch in epoch(made)] == expected[5:]
-    assert len(sampler.seeds) == 2
 
 
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"passes": 0}])

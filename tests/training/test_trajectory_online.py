@@ -86,16 +86,6 @@ def test_groups_of_unequal_size_accumulate(options, tmp_path):
         assert_same(other, one)
 
 
-def test_kto_with_cached_and_live_reference_gives_the_same_curve(options, tmp_path):
-    """Its own and its mismatched pairs: 26 responses in micro-batches of 4, with a short one of 2."""
-    more = ("loss=kto", "data.micro_batch=4", "data.global_batch=8", "trainer.epochs=3")
-    cached = fit(options, tmp_path / "cached", *more)
-    live = fit(options, tmp_path / "live", *more, "reference=live")
-    assert max(column(cached[2], "train/kl")) > 1e-3  # the reference point has an effect
-    names = ("train/loss", "train/kl", "train/grad_norm")
-    assert_same(live, cached, *names, rtol=2e-5, atol=2e-5, weights=False)
-
-
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_rollout_trains_the_policy_that_sampled_it(accumulate, options, tmp_path, monkeypatch):
     """No batch is sampled before the previous step. So without old_logps the ratio is exactly 1."""
