@@ -20,7 +20,7 @@ from experiments.tabular.worlds import Record, draw_world, foreignness
 from var.testbed.world import World, expectation, kl
 from var.weights.estimators import Estimator, Global, Grouped, InBatch, Prompt, Sampled, Value, normalize_log_weights
 from var.weights.groups import group_logsumexp, group_size
-from var.weights.health import health
+from var.weights.health import weight_health
 from var.weights.inputs import WeightInputs
 
 # penalties on the mean log-likelihood, for φ of unit standard deviation under π_ref
@@ -338,7 +338,7 @@ def compare(
         for name, weigher in weighers.items():
             weights = normalize_log_weights(weigher(problem, prompts, responses, data, temperature)).exp()
             scores[name][s] = fit_ridges(problem, prompts, responses, weights, temperature, ridges)
-            ess[name] += health(weights, data.length).ess / len(problems)
+            ess[name] += weight_health(weights, data.length).ess / len(problems)
     best = {name: int(score.mean(0).argmin()) for name, score in scores.items()}
     chosen = {name: scores[name][:, ridge] for name, ridge in best.items()}
     first = next(iter(chosen.values()))

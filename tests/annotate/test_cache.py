@@ -80,13 +80,6 @@ def test_missing_items_are_marked_and_reading_them_raises(tmp_path, monkeypatch)
         table.read(keys(1, 2, 3))
 
 
-def test_shards_of_another_process_are_seen(tmp_path):
-    mine, theirs = open_table(tmp_path), open_table(tmp_path)
-    assert mine.missing(keys(1)).all()
-    theirs.write(keys(1), [1.0])
-    assert values(mine, [1]) == [1.0]
-
-
 def test_values_are_read_with_64_bit_offsets(tmp_path):
     """In memory a table is one array, and 32-bit offsets would limit it to 2 GiB of text or 2^31 numbers."""
     kind = pa.list_(pa.struct([("text", pa.string()), ("tokens", pa.list_(pa.int32()))]))
@@ -244,34 +237,6 @@ def test_damaged_shard_can_be_moved_by_another_process(tmp_path, monkeypatch, la
 def read_only(*_: Any, **__: Any) -> Any:
     """Fail as a read-only file system does."""
     raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-
-@pytest.mark.parametrize(
-    ("code", "reason"),
-    [(errno.ENOSPC, "no space left"), (errno.EDQUOT, "quota exceeded"), (errno.EIO, "Input/output error")],
-)
-def test_full_disk_is_a_clear_error_and_keeps_earlier_shards(tmp_path, monkeypatch, code, reason):
-    """The second shard does not fit. The first one is kept, nothing of the second is, and a later run resumes."""
-    table, synced, fsync = open_table(tmp_path), list[int](), os.fsync
-
-    def full(descriptor: int) -> None:
-        synced.append(descriptor)
-        if len(synced) > 2:  # identity.json, the first shard
-            raise OSError(code, os.strerror(code))
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError) as error:
-        fill(table, range(1, 6))
-    assert str(error.value) == (
-        f"annotation_cache: cannot be written: {reason} at {table.path}. Earlier annotations are kept. Free disk space "
-        "or set another folder, and run the same command again."
-    )
-    assert isinstance(error.value.__cause__, OSError)
-    monkeypatch.undo()
-    assert not list(table.path.glob("*.partial"))
-    assert json.loads((table.path / "identity.json").read_text())["weights"] == "a"
-    assert fill(open_table(tmp_path), range(1, 6)) == [3, 4, 5]
 
 
 def test_read_only_disk_can_be_read_and_writing_is_a_clear_error(tmp_path, monkeypatch):

@@ -40,13 +40,13 @@ class Disk:
     def __exit__(self, *_: Any) -> None:
         self.file.close()
         if self.step == "close":  # where NFS reports it
-            raise_no_space()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def write(self, data: bytes) -> None:
         half = len(data) // 2
         self.file.write(data[:half])
         if self.step == "write":
-            raise_no_space()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if self.step == "slow":
             self.file.flush()
             time.sleep(0.002)
@@ -126,9 +126,7 @@ OVERLAPPING = [list(range(0, 40)), list(range(59, 19, -1)), list(range(10, 50)),
     [([UP, DOWN], False, 0.01), (OVERLAPPING, False, 0.001), ([OVERLAPPING[-1]] * 4, True, 0.001)],
     ids=["from both ends", "overlapping jobs", "ranks"],
 )
-def test_concurrent_processes_fill_every_item(
-    tmp_path: Path, parts: list[list[int]], ranks: bool, seconds: float
-) -> None:
+def test_concurrent_processes_fill_every_item(tmp_path, parts, ranks, seconds):
     items = range(max(map(max, parts)) + 1)
     jobs, results = start_workers(tmp_path, parts, seconds=seconds, ranks=ranks)
     for job in jobs:
@@ -147,7 +145,7 @@ def test_concurrent_processes_fill_every_item(
         assert all(0 < computed < 30 for computed, _ in done)
 
 
-def test_every_process_reads_the_same_value_of_a_duplicate_item(tmp_path: Path) -> None:
+def test_every_process_reads_the_same_value_of_a_duplicate_item(tmp_path):
     """Two jobs computed one item with different rounding. All ranks must read the same one, or their plans differ.
 
     One reader sees the first shard before the second, another sees both at once.
@@ -170,7 +168,7 @@ def test_every_process_reads_the_same_value_of_a_duplicate_item(tmp_path: Path) 
     ("kills", "together"),
     [(4, 1), pytest.param(40, 1, marks=pytest.mark.long), pytest.param(40, 3, marks=pytest.mark.long)],
 )
-def test_killed_processes_leave_complete_shards(tmp_path: Path, kills: int, together: int) -> None:
+def test_killed_processes_leave_complete_shards(tmp_path, kills, together):
     """What was stored is kept, and the next process computes exactly what is missing."""
     draw, items, held = random.Random(together), range(40 * kills), 0
     for _ in range(kills):
@@ -192,7 +190,7 @@ def test_killed_processes_leave_complete_shards(tmp_path: Path, kills: int, toge
     assert not open_table(tmp_path).missing(keys(*items)).any()
 
 
-def test_old_partial_files_are_ignored_then_removed_and_reported(tmp_path: Path) -> None:
+def test_old_partial_files_are_ignored_then_removed_and_reported(tmp_path):
     """Another process may still be writing a young one. Nobody is writing one from two days ago."""
     assert fill(open_table(tmp_path), range(1, 3)) == [1, 2]
     young, old = (open_table(tmp_path).path / f"{name * 32}.partial" for name in "ab")
@@ -210,9 +208,7 @@ def test_old_partial_files_are_ignored_then_removed_and_reported(tmp_path: Path)
 
 
 @pytest.mark.parametrize("code", [errno.ENOENT, errno.EACCES])
-def test_old_partial_files_that_cannot_be_removed_do_not_stop_a_fill(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
-) -> None:
+def test_old_partial_files_that_cannot_be_removed_do_not_stop_a_fill(tmp_path, monkeypatch, code):
     """Another process was faster, or the folder does not allow removal."""
     table = open_table(tmp_path)
     fill(table, range(1, 3))
@@ -229,7 +225,7 @@ def test_old_partial_files_that_cannot_be_removed_do_not_stop_a_fill(
     assert fill(open_table(tmp_path), range(1, 4)) == [3]
 
 
-def test_interrupted_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_write_leaves_no_file(tmp_path, monkeypatch):
     def interrupt(descriptor: int) -> None:
         raise KeyboardInterrupt
 
@@ -242,40 +238,50 @@ def test_interrupted_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.Mo
 # --- disks
 
 
-def raise_no_space(*_: Any, **__: Any) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def raise_read_only(*_: Any, **__: Any) -> None:
-    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-
-@pytest.mark.parametrize("step", ["write", "close", "fsync", "rename"])
+@pytest.mark.parametrize(
+    ("step", "code", "reason"),
+    [
+        *[(step, errno.ENOSPC, "no space left") for step in ("write", "close", "fsync", "rename")],
+        ("fsync", errno.EDQUOT, "quota exceeded"), ("fsync", errno.EIO, "Input/output error"),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("removable", [True, False], ids=["", "and nothing can be removed"])
-def test_disk_that_fills_at_any_step_loses_only_the_current_shard(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, removable: bool
-) -> None:
-    """The first error is reported, even if the incomplete file cannot be removed either."""
-    assert fill(open_table(tmp_path), range(1, 3)) == [1, 2]
-    table = open_table(tmp_path)
-    monkeypatch.setattr(Path, "open", open_on_disk(step))
-    if step == "fsync":
-        monkeypatch.setattr(os, "fsync", raise_no_space)
-    if step == "rename":
-        monkeypatch.setattr(Path, "replace", raise_no_space)
-    if not removable:
-        monkeypatch.setattr(Path, "unlink", raise_read_only)
-    with pytest.raises(
-        UserError, match=r"^annotation_cache: cannot be written: no space left at .*Earlier annotations are kept"
-    ):
-        fill(table, range(1, 6))
+def test_disk_that_fills_at_any_step_loses_only_the_current_shard(tmp_path, monkeypatch, step, code, reason, removable):
+    """Three shards of 2: the second one does not fit. The first one is kept, and a later run resumes.
+
+    The first error is reported, even if the incomplete file cannot be removed either.
+    """
+    table, written = open_table(tmp_path), list[int]()
+
+    def raise_error(code: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    def fill_up(indices: np.ndarray, advance: Callable[[int], None]) -> list[float]:
+        if written:
+            monkeypatch.setattr(Path, "open", open_on_disk(step))
+            if step == "fsync":
+                monkeypatch.setattr(os, "fsync", lambda _: raise_error(code))
+            if step == "rename":
+                monkeypatch.setattr(Path, "replace", lambda *_: raise_error(code))
+            if not removable:
+                monkeypatch.setattr(Path, "unlink", lambda *_, **__: raise_error(errno.EROFS))
+        return squares(range(1, 6), written)(indices, advance)
+
+    with pytest.raises(UserError) as error:
+        table.fill(keys(*range(1, 6)), fill_up, 2)
+    assert str(error.value) == (
+        f"annotation_cache: cannot be written: {reason} at {table.path}. Earlier annotations are kept. Free disk space "
+        "or set another folder, and run the same command again."
+    )
+    assert isinstance(error.value.__cause__, OSError)
     monkeypatch.undo()
     assert len(list(table.path.glob("*.partial"))) == (not removable)
+    assert json.loads((table.path / "identity.json").read_text())["weights"] == "a"
     assert_sound(tmp_path, range(1, 6))
     assert fill(open_table(tmp_path), range(1, 6)) == [3, 4, 5]
 
 
-def test_folder_that_vanishes_during_a_fill_is_made_again(tmp_path: Path) -> None:
+def test_folder_that_vanishes_during_a_fill_is_made_again(tmp_path):
     """This process still knows what it read or wrote. The next one computes what was lost."""
     table, seen = open_table(tmp_path), list[int]()
     compute = squares(range(1, 5), seen)
@@ -291,7 +297,7 @@ def test_folder_that_vanishes_during_a_fill_is_made_again(tmp_path: Path) -> Non
     assert fill(open_table(tmp_path), range(1, 5)) == [1, 2]
 
 
-def test_folder_that_cannot_be_made_or_listed_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_that_cannot_be_made_or_listed_is_a_clear_error(tmp_path, monkeypatch):
     file = tmp_path / "file"
     file.touch()
     for ask in (open_table(file).refresh, lambda: fill(open_table(file), range(1, 3))):
@@ -307,7 +313,7 @@ def test_folder_that_cannot_be_made_or_listed_is_a_clear_error(tmp_path: Path, m
 # --- other versions, other identities
 
 
-def test_cache_of_another_format_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_of_another_format_is_not_read(tmp_path, monkeypatch):
     fill(open_table(tmp_path), range(1, 3))
     monkeypatch.setattr(cache_module, "FORMAT", cache_module.FORMAT + 1)
     assert open_table(tmp_path).missing(keys(1, 2)).all()
@@ -318,7 +324,7 @@ def test_cache_of_another_format_is_not_read(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("how", ["of another table", "edited", "another kind of JSON"])
-def test_table_with_another_identity_is_neither_read_nor_written(tmp_path: Path, how: str) -> None:
+def test_table_with_another_identity_is_neither_read_nor_written(tmp_path, how):
     """It was copied under the wrong name or edited by hand, so it is unknown what its numbers depend on."""
     table, other = open_table(tmp_path), open_table(tmp_path, {"weights": "b"})
     fill(table, range(1, 3))
@@ -338,7 +344,7 @@ def test_table_with_another_identity_is_neither_read_nor_written(tmp_path: Path,
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"\xff\xfe\xfa", None], ids=["empty", "truncated", "bytes", "gone"])
-def test_damaged_or_missing_identity_is_restored(tmp_path: Path, damage: bytes | None) -> None:
+def test_damaged_or_missing_identity_is_restored(tmp_path, damage):
     """The folder's name still says what the shards depend on, and their own names show that they are complete."""
     fill(open_table(tmp_path), range(1, 3))
     file = open_table(tmp_path).path / "identity.json"
@@ -353,7 +359,7 @@ def test_damaged_or_missing_identity_is_restored(tmp_path: Path, damage: bytes |
     assert reports == ([] if damage is None else [report])
 
 
-def test_identity_that_json_changes_is_found_again(tmp_path: Path) -> None:
+def test_identity_that_json_changes_is_found_again(tmp_path):
     """Tuples, numbers as keys, NaN, half a surrogate pair."""
     identity = {"sizes": (1, 2), "by": {10: "x", 9: "y"}, "nan": float("nan"), "text": "é\ud800"}
     fill(open_table(tmp_path, identity), range(1, 3))
@@ -387,7 +393,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("data", FOREIGN.values(), ids=FOREIGN)
-def test_shard_of_another_form_is_reported_kept_and_not_read(tmp_path: Path, data: bytes) -> None:
+def test_shard_of_another_form_is_reported_kept_and_not_read(tmp_path, data):
     """It matches its name, so another program wrote it. If it were moved, that program would move ours in turn."""
     folder = open_table(tmp_path).path
     path = folder / f"{hashlib.sha256(data).hexdigest()[:32]}.parquet"
@@ -407,7 +413,7 @@ def test_shard_of_another_form_is_reported_kept_and_not_read(tmp_path: Path, dat
     )
 
 
-def test_values_are_stored_in_the_type_of_the_table(tmp_path: Path) -> None:
+def test_values_are_stored_in_the_type_of_the_table(tmp_path):
     """Otherwise the table would not read what it wrote."""
     table = open_table(tmp_path)
     table.write(keys(1, 2), pa.array([1, 4], type=pa.int32()))
@@ -422,7 +428,7 @@ def patch_listing(monkeypatch: pytest.MonkeyPatch, change: Callable[[list[str]],
     monkeypatch.setattr(os, "listdir", lambda path: change(plain(path)))
 
 
-def test_listed_shard_that_does_not_exist_is_looked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_listed_shard_that_does_not_exist_is_looked_for_again(tmp_path, monkeypatch):
     """The listing is older than another process's move of the shard, and older than its recomputation."""
     fill(open_table(tmp_path), range(1, 5))
     monkeypatch.setattr(cache_module, "STALE", 2.0)
@@ -437,7 +443,7 @@ def test_listed_shard_that_does_not_exist_is_looked_for_again(tmp_path: Path, mo
     assert reports == []
 
 
-def test_stale_file_handle_is_not_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stale_file_handle_is_not_damage(tmp_path, monkeypatch):
     """ESTALE: the server has dropped a file, because another one was renamed over it."""
     fill(open_table(tmp_path), range(1, 3))
     monkeypatch.setattr(cache_module, "STALE", 2.0)
@@ -470,7 +476,7 @@ def hide_shards(monkeypatch: pytest.MonkeyPatch, looks: int) -> list[float]:
     return clock
 
 
-def test_read_waits_for_a_shard_that_is_listed_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_waits_for_a_shard_that_is_listed_late(tmp_path, monkeypatch):
     """Another rank wrote it before the barrier, so it exists, whatever this rank's listing shows."""
     fill(open_table(tmp_path), range(1, 3))
     clock = hide_shards(monkeypatch, looks=20)
@@ -478,7 +484,7 @@ def test_read_waits_for_a_shard_that_is_listed_late(tmp_path: Path, monkeypatch:
     assert 5 < clock[0] < cache_module.STALE
 
 
-def test_read_raises_after_a_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_raises_after_a_minute(tmp_path, monkeypatch):
     fill(open_table(tmp_path), range(1, 3))
     clock = hide_shards(monkeypatch, looks=10_000)
     with pytest.raises(KeyError, match="2 of 2 items are not in"):
@@ -486,7 +492,7 @@ def test_read_raises_after_a_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert clock[0] == pytest.approx(cache_module.STALE, abs=1)
 
 
-def test_late_listing_costs_work_but_no_item(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_late_listing_costs_work_but_no_item(tmp_path, monkeypatch):
     """Recomputed numbers have the same bytes, so the new shard replaces an equal one."""
     fill(open_table(tmp_path), range(1, 5))
     before = {path.name: path.read_bytes() for path in shards(open_table(tmp_path))}
@@ -495,7 +501,7 @@ def test_late_listing_costs_work_but_no_item(tmp_path: Path, monkeypatch: pytest
     assert {path.name: path.read_bytes() for path in shards(open_table(tmp_path))} == before
 
 
-def test_two_processes_that_find_one_damaged_shard_both_recover(tmp_path: Path) -> None:
+def test_two_processes_that_find_one_damaged_shard_both_recover(tmp_path):
     """The first one recomputes its items, and each reads all."""
     fill(open_table(tmp_path), range(1, 5))
     damaged = shards(open_table(tmp_path))[0]
@@ -508,7 +514,7 @@ def test_two_processes_that_find_one_damaged_shard_both_recover(tmp_path: Path) 
         assert values(table, range(1, 5)) == [1, 4, 9, 16]
 
 
-def test_foreign_files_in_the_cache_are_ignored(tmp_path: Path) -> None:
+def test_foreign_files_in_the_cache_are_ignored(tmp_path):
     table = open_table(tmp_path)
     fill(table, range(1, 3))
     (table.path / "notes.txt").write_text("mine")

@@ -1,15 +1,24 @@
 """Log-probabilities of the reference: each equals the model's own, and cached ones equal those of a training step."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from numpy.testing import assert_allclose
 
-from tests.helpers.annotators import make_micro, make_sequences, policy_is_loaded, split_tokens
+from tests.helpers.annotators import ROWS, make_micro, make_sequences, policy_is_loaded, split_tokens
 from var.annotate import annotator as annotator_module
-from var.annotate.reference_logps import cached_cross_logps, cached_mismatched_logps, reference_logps
+from var.annotate.reference_logps import (
+    ProvideMismatchedLogps,
+    cached_cross_logps,
+    cached_mismatched_logps,
+    reference_logps,
+)
 from var.annotate.rewards import cross_rewards
+from var.models.cross_scoring import cross_logps, mismatched_logps
 from var.models.packing import Packed, pack
 from var.models.policy import Policy
+from var.requirements import MismatchedLogps
 
 
 def test_reference_logps_equal_those_of_each_sequence_alone(make, alone):
@@ -87,6 +96,31 @@ def test_mismatched_logps_are_those_of_the_next_response(make, alone):
     assert annotator.computed == {"Cross log-probabilities": 8}
     cached_cross_logps(annotator, sequences, micro)
     assert torch.equal(cached_mismatched_logps(make(annotate="error"), sequences, micro), found)
+
+
+def test_training_step_sums_long_responses_as_precisely_as_the_cache(make):
+    """Responses of 900 tokens have about −6,000 nats, which a sum in float32 misses by some thousandths."""
+    annotator = make()
+    rows = [replace(row, responses=(replace(row.responses[0], text="abcdefghi" * 100),)) for row in ROWS[:3]]
+    _, sequences = make_sequences(annotator, tuple(rows), max_length=1024)
+    micro = np.array([[0, 1, 2]])
+    ids, starts, _ = zip(*map(sequences.tokens, range(3)), strict=True)
+    batch, policy = pack(ids, starts), annotator.reference.policy
+    with torch.no_grad():
+        cross, mismatched = cross_logps(policy, batch), mismatched_logps(policy, batch)
+    assert_allclose(cross, cached_cross_logps(annotator, sequences, micro)[0], rtol=0, atol=2e-4)
+    provider = ProvideMismatchedLogps(MismatchedLogps())
+    provider.logps = cached_mismatched_logps(annotator, sequences, micro)
+    cached = provider.batch_fields(None, 0, np.arange(3))["mismatched_reference_logps"]
+    assert_allclose(mismatched, cached, rtol=0, atol=2e-4)
+    assert mismatched.dtype == cached.dtype == torch.float64
+
+    def constant(packed: Packed) -> torch.Tensor:
+        return torch.full(packed.target.shape, -2.1, dtype=torch.float32)
+
+    expected = batch.length * torch.tensor(-2.1, dtype=torch.float32).double()
+    assert_allclose(cross_logps(constant, batch), expected.expand(3, 3), rtol=1e-12)
+    assert_allclose(mismatched_logps(constant, batch), expected.roll(-1), rtol=1e-12)
 
 
 def test_prompts_count_towards_the_tokens_of_a_pass(make, tmp_path, monkeypatch):

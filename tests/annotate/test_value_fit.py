@@ -59,7 +59,7 @@ def test_value_does_not_depend_on_the_other_prompts(head):
 
 
 @pytest.mark.parametrize("filling", [0.0, 1e4, -7.0])
-def test_padding_has_no_effect(head, filling: float):
+def test_padding_has_no_effect(head, filling):
     states, _ = make_prompts(12, seed=3)
     padded, mask = torch.full((12, 11, SIZE), filling), torch.zeros(12, 11, dtype=torch.bool)
     for i, part in enumerate(states):
@@ -94,7 +94,7 @@ def test_predictions_start_at_the_mean_reward_and_stay_in_the_range():
 
 
 @pytest.mark.parametrize("reward", [-1.0, 3.0])
-def test_rewards_all_at_an_end_of_the_range_can_be_fitted(reward: float):
+def test_rewards_all_at_an_end_of_the_range_can_be_fitted(reward):
     """Otherwise the sigmoid would start at infinity, where it has no slope."""
     states, _ = make_prompts(10, seed=0)
     rewards = torch.full((10,), reward)
@@ -134,25 +134,22 @@ def test_states_from_inference_mode_can_be_fitted():
     assert not head.training
 
 
-@pytest.mark.parametrize("wrong", [-1.5, 3.5, math.nan])
-def test_rewards_outside_the_range_are_an_error(wrong: float):
-    states, rewards = make_prompts(4, seed=0)
-    rewards[2] = wrong
-    with pytest.raises(UserError, match=r"outside loss\.value\.lowest=-1\.0 to loss\.value\.largest=3\.0"):
-        fit_value_head(SETTINGS, states, rewards)
+OUTSIDE = r"outside loss\.value\.lowest=-1\.0 to loss\.value\.largest=3\.0"
 
 
-def test_fit_that_ends_in_nan_is_an_error():
+@pytest.mark.parametrize(
+    ("options", "reward", "state", "message"),
+    [
+        *[({}, reward, 0.0, OUTSIDE) for reward in (-1.5, 3.5, math.nan)],
+        ({}, 0.0, math.inf, r"estimate is NaN: .* or loss\.value\.learning_rate is too high"),
+        ({"heads": 5}, 0.0, 0.0, r"^loss\.value\.heads=5 does not divide the reference's hidden size 16$"),
+    ],
+)
+def test_data_that_cannot_be_fitted_is_an_error(options, reward, state, message):
     states, rewards = make_prompts(32, seed=0)
-    states[3][0, 0] = math.inf
-    with pytest.raises(UserError, match=r"estimate is NaN: .* or loss\.value\.learning_rate is too high"):
-        fit_value_head(SETTINGS, states, rewards)
-
-
-def test_heads_that_do_not_divide_the_hidden_size_are_an_error():
-    with pytest.raises(UserError) as error:
-        fit_value_head(replace(SETTINGS, heads=5), *make_prompts(4, seed=0))
-    assert str(error.value) == "loss.value.heads=5 does not divide the reference's hidden size 16"
+    rewards[2], states[3][0, 0] = reward, state
+    with pytest.raises(UserError, match=message):
+        fit_value_head(replace(SETTINGS, **options), states, rewards)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +164,7 @@ def test_heads_that_do_not_divide_the_hidden_size_are_an_error():
         ({"largest": math.nan}, "loss.value.lowest=-1.0 must be below loss.value.largest=nan"),
     ],
 )  # fmt: skip
-def test_wrong_settings_are_an_error(options: Any, message: str):
+def test_wrong_settings_are_an_error(options, message):
     with pytest.raises(UserError) as error:
         replace(SETTINGS, **options)
     assert str(error.value) == message

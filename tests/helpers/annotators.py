@@ -75,11 +75,11 @@ def make_annotator(folder: Path, root: Path, reward: Any = None, **options: Any)
     return Annotator(AnnotationCache(root / "store"), reference, reward or Lengths(), root / "cache", **options)
 
 
-def make_sequences(annotator: Annotator, rows: tuple[Row, ...] = ROWS) -> tuple[Rows, Sequences]:
+def make_sequences(annotator: Annotator, rows: tuple[Row, ...] = ROWS, max_length: int = 128) -> tuple[Rows, Sequences]:
     """Return the rows, and all their responses as tokens."""
     loaded = read(RowSource(rows), annotator.cache)
     choice = choose(loaded, "all")
-    return loaded, encode(loaded, choice, annotator.chat, 128, "error", False, annotator.cache)
+    return loaded, encode(loaded, choice, annotator.chat, max_length, "error", False, annotator.cache)
 
 
 def make_micro(sequences: Sequences, size: int) -> np.ndarray:

@@ -5,10 +5,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
@@ -46,6 +47,44 @@ def fit(options: list[str], folder: Path, *more: str) -> Result:
     trainer, module = run.trainer(), run.module()
     trainer.fit(module, run.data, ckpt_path=run.checkpoint)
     return run, {name: value.clone() for name, value in module.policy.state_dict().items()}, curve(folder)
+
+
+def kill_and_resume(
+    owner: type, method: str, entry: Callable[[Any], Any], kill_at: Callable[[Result], int], options: list[str],
+    folder: Path, *more: str,
+) -> tuple[Result, Result, list[Any], list[Any], list[Any]]:  # fmt: skip
+    """Train without a break, and again with a kill in a call of a method.
+
+    Args:
+        owner: the class of the method.
+        method: its name.
+        entry: returns what to record of a call's result.
+        kill_at: returns the call that is killed, given the unbroken run.
+        options: of the run.
+        folder: where the runs write.
+        more: further options.
+
+    Returns:
+        The unbroken and the resumed run; and what was recorded in the unbroken one, before the kill and after it.
+    """
+    real, seen, killed = getattr(owner, method), list[Any](), [-1]
+
+    def watched(self: Any, *arguments: Any) -> Any:
+        if len(seen) == killed[0]:
+            raise Killed
+        result = real(self, *arguments)
+        seen.append(entry(result))
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, method, watched)
+        straight = fit(options, folder / "straight", *more)
+        unbroken, seen[:], killed[0] = list(seen), [], kill_at(straight)
+        with pytest.raises(Killed):
+            fit(options, folder / "killed", *more)
+        before, seen[:], killed[0] = list(seen), [], -1
+        resumed = fit(options, folder / "killed", *more)
+    return straight, resumed, unbroken, before, seen
 
 
 def launch(processes: int, *arguments: str, script: str = "train.py", timeout: float | None = 300) -> None:

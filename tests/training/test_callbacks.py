@@ -1,4 +1,4 @@
-"""metrics.csv over a resume, the warning on weights, and metrics that are exact means."""
+"""metrics.csv across a resume, exact means, warnings, the judge in validation, the plan file, and the schedule."""
 
 import csv
 import os
@@ -13,20 +13,15 @@ import torch
 from var.evaluate.answers import Answers, win_rate
 from var.evaluate.judges.base import Judgement
 from var.losses.base import Mean
-from var.training.loggers import Curves, PlanFile, _with_error
+from var.training.loggers import Curves, PlanFile
 from var.training.metrics import StepMetrics
 from var.training.module import AlignmentModule
 from var.training.schedule import Schedule
-from var.training.validation import Validation, _judged
-from var.utils.statistics import clustered
+from var.training.validation import Validation, _judge_metrics, _with_error
+from var.utils.statistics import estimate_mean
 
 
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def test_curves_take_new_columns_and_go_on_after_a_resume(tmp_path: Path) -> None:
+def test_curves_take_new_columns_and_continue_after_a_resume(tmp_path):
     path = tmp_path / "metrics.csv"
     first = Curves(path, fresh=True)
     first.log_metrics({"loss": 3.0}, 1)
@@ -35,83 +30,82 @@ def test_curves_take_new_columns_and_go_on_after_a_resume(tmp_path: Path) -> Non
     second = Curves(path, fresh=False)
     second.forget_after(2)  # the checkpoint was written at step 2
     second.log_metrics({"loss": 1.4}, 3)
-    assert [(r["step"], r["loss"], r["reward"]) for r in rows(path)] == [
-        ("1", "3.0", ""), ("2", "2.0", "0.5"), ("3", "1.4", ""),
-    ]  # fmt: skip
+    with path.open(newline="") as file:
+        rows = [(row["step"], row["loss"], row["reward"]) for row in csv.DictReader(file)]
+    assert rows == [("1", "3.0", ""), ("2", "2.0", "0.5"), ("3", "1.4", "")]
     Curves(path, fresh=True)
     assert not path.exists()
 
 
 @pytest.mark.parametrize(
-    ("whole", "cause"),
+    ("health", "cause"),
     [
-        ({"length_correlation": -0.6, "largest": 3.0}, "weights follow response length, the shortest taking most"),
-        ({"length_correlation": 0.0, "largest": 80.0}, "one response weighs 80 times the mean"),
+        ({"length_correlation": -0.6, "largest": 3.0}, "weights follow the response length, the shortest get most"),
+        ({"length_correlation": 0.0, "largest": 80.0}, "one response has 80 times the mean weight"),
         ({"length_correlation": 0.0, "largest": 9.0}, "raise loss.temperature"),
     ],
 )
-def test_a_low_effective_sample_size_is_told_once_with_its_cause(
-    whole: dict[str, float], cause: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Health of weights: (Σw)²/Σw² over n. Weights 4, 0, 0, 0 have 1/4."""
-    watch = StepMetrics(ess_warning=0.3)
-    data = SimpleNamespace(facts={"weights": whole})
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
-    trainer: Any = SimpleNamespace(datamodule=data, loggers=[], optimizers=[optimizer], current_epoch=0, world_size=1)
+def test_low_effective_sample_size_is_reported_once_with_its_cause(health, cause, capsys):
+    """The effective sample size is (Σw)²/Σw² over n. Weights 4, 0, 0, 0 have 1/4."""
+    metrics = StepMetrics(ess_warning=0.3)
+    data = SimpleNamespace(report=SimpleNamespace(weights=health))
+    trainer: Any = SimpleNamespace(datamodule=data, loggers=[], current_epoch=0, world_size=1)
     module: Any = SimpleNamespace(log=lambda *_, **__: None, gradient_norm=None, skipped=0, rate=0.1)
     module.take_metrics = lambda: {"loss": 1.0, "weight/mean": 1.0, "weight/square": 4.0}
-    watch._log(trainer, module, 5)
-    watch._log(trainer, module, 6)
-    printed = capsys.readouterr().out
+    metrics._log(trainer, module, 5)
+    metrics._log(trainer, module, 6)
+    printed = capsys.readouterr().out.replace("\n", " ")
     assert printed.count("effective sample size is 0.25") == 1
-    assert cause in printed.replace("\n", " ")
+    assert cause in printed
 
 
-def test_metrics_are_sums_over_sums_not_means_of_means() -> None:
-    """huggingface/trl #2468: two micro-batches of 1 and 3 tokens, nll 5 and 1: (5 + 3)/4 = 2, not 3."""
-    module = AlignmentModule(torch.nn.Linear(1, 1), lambda *_: None, lambda _: None, SCHEDULE)  # type: ignore[arg-type,return-value]
+SCHEDULE = Schedule(kind="cosine", warmup=0.2, floor=0.1)
+
+
+def test_metrics_are_sums_over_counts_not_means_of_means():
+    """huggingface/trl #2468: micro-batches of 1 and 3 tokens with a total NLL of 5 and 3 have mean (5 + 3)/4 = 2."""
+    module = AlignmentModule(torch.nn.Linear(1, 1), lambda *_: None, [], lambda _: None, SCHEDULE)  # type: ignore[arg-type,return-value]
     for total, number in ((5.0, 1.0), (3.0, 3.0)):
-        pair = torch.stack([torch.tensor(total), torch.tensor(number)]).double()
-        module._sums["nll"] = module._sums.get("nll", torch.zeros(2, dtype=torch.float64)) + pair
+        module.record({"nll": Mean(torch.tensor(total), number)})
     assert module.take_metrics() == {"nll": 2.0}
     assert not module._sums
-    assert Mean(torch.tensor(5.0), 1.0).number == 1.0
 
 
-def test_a_judges_curve_counts_ties_half_as_the_rewards_does() -> None:
-    """A win, two ties and a loss by the reward are a half by either; the judge's own win rate is a quarter."""
+def test_judge_counts_ties_half_in_the_curves_like_the_reward():
+    """A win, two ties and a loss are one half by either. The judge's own win rate is a quarter."""
     after, before = np.array([[2.0], [1.0], [1.0], [0.0]]), np.array([[1.0], [1.0], [1.0], [1.0]])
     assert win_rate(after, before).mean() == 0.5
-    assert _judged({"win_rate": 25.0, "mean_score": 0.5}) == {"validation/judge_win_rate": 0.5}
-    assert _judged({"win_rate": None, "mean_score": None}) == _judged(None) == {}
+    assert _judge_metrics({"win_rate": 25.0, "mean_score": 0.5}) == {"validation/judge_win_rate": 0.5}
+    assert _judge_metrics({"win_rate": None, "mean_score": None}) == _judge_metrics(None) == {}
 
 
-def test_a_judge_whose_every_game_fails_is_told_with_the_first_failure(capsys: pytest.CaptureFixture[str]) -> None:
+def test_judge_that_always_fails_is_reported_with_its_first_failure(capsys):
     rows: Any = [SimpleNamespace(id="a", prompt=(), answer=None)]
-    data: Any = SimpleNamespace(validation=SimpleNamespace(head=lambda n: rows[:n]))
+    validation = SimpleNamespace(head=lambda n: rows[:n])
+    data: Any = SimpleNamespace(training_set=SimpleNamespace(validation=validation))
     answers = Answers([["x"]], np.array([[True]]), np.array([[1]]), None)
     facts = {"max_errors": 0.05, "errors": {"failed": 2}, "first_failure": "400: no model"}
     judge: Any = lambda pairs, advance: Judgement(["error"], np.array([np.nan]), [], facts)  # noqa: E731
-    watch = Validation(None, None, None, judge, None, None, Path())  # type: ignore[arg-type]
-    watch.before = answers
-    watch._verdicts(SimpleNamespace(is_global_zero=True), data, answers)  # type: ignore[arg-type]
-    assert "no win rate by the judge: 1 of 1 pairs are in error" in (printed := capsys.readouterr().out)
-    assert "The first that failed: 400: no model" in printed
+    callback = Validation(None, None, None, judge, None, None, Path())  # type: ignore[arg-type]
+    callback.before = answers
+    callback._judge(SimpleNamespace(is_global_zero=True), data, answers)  # type: ignore[arg-type]
+    printed = capsys.readouterr().out.replace("\n", " ")
+    assert "no win rate by the judge: 1 of 1 pairs are in error" in printed
+    assert "First failure: 400: no model" in printed
 
 
-def test_a_single_prompt_has_a_point_and_no_error_in_the_curves() -> None:
-    assert _with_error("reward", clustered(np.array([[1.0, 2.0]]))) == {"reward": 1.5}
-    assert _with_error("reward", clustered(np.array([[1.0], [2.0]]))) == {"reward": 1.5, "reward_se": 0.5}
+def test_single_prompt_has_no_standard_error_in_the_curves():
+    assert _with_error("reward", estimate_mean(np.array([[1.0, 2.0]]))) == {"reward": 1.5}
+    assert _with_error("reward", estimate_mean(np.array([[1.0], [2.0]]))) == {"reward": 1.5, "reward_se": 0.5}
 
 
-def test_a_plan_that_is_cut_short_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_write_keeps_the_previous_plan_file(tmp_path, monkeypatch):
     plan = SimpleNamespace(tokens=np.ones(1))
-    data = SimpleNamespace(
-        members=np.zeros((1, 1)), plan=plan, rows_of_members=np.zeros(1), weights=None, records=lambda n: []
-    )
+    training_set = SimpleNamespace(members=np.zeros((1, 1)), plan=plan, weights=None)
+    data = SimpleNamespace(training_set=training_set, rows_of_members=np.zeros(1), records=lambda n: [])
     trainer: Any = SimpleNamespace(datamodule=data, is_global_zero=True)
     PlanFile(tmp_path).on_fit_start(trainer, None)  # type: ignore[arg-type]
-    whole = (tmp_path / "plan.npz").read_bytes()
+    complete = (tmp_path / "plan.npz").read_bytes()
     assert sorted(np.load(tmp_path / "plan.npz")) == ["micro", "row", "tokens"]
 
     def full(*_: int) -> None:
@@ -121,15 +115,12 @@ def test_a_plan_that_is_cut_short_leaves_the_one_before(tmp_path: Path, monkeypa
     plan.tokens = np.zeros(9)
     with pytest.raises(OSError, match="No space left"):
         PlanFile(tmp_path).on_fit_start(trainer, None)  # type: ignore[arg-type]
-    assert (tmp_path / "plan.npz").read_bytes() == whole
+    assert (tmp_path / "plan.npz").read_bytes() == complete
     assert [path.name for path in tmp_path.iterdir() if path.name != "batches.jsonl"] == ["plan.npz"]
 
 
-SCHEDULE = Schedule(kind="cosine", warmup=0.2, floor=0.1)
-
-
-def test_the_schedule_by_hand() -> None:
-    """10 steps, 2 of warm-up: 1/3, 2/3, then floor + (1 − floor)(1 + cos(π·k/8))/2; at k = 4 the middle, 0.55."""
+def test_schedule_by_hand():
+    """10 steps, 2 of warm-up: 1/3, 2/3, then floor + (1 − floor)(1 + cos(π·k/8))/2, which at k = 4 is 0.55."""
     values = [SCHEDULE.factor(step, 10) for step in range(10)]
     assert values[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])
     assert values[6] == pytest.approx(0.55)

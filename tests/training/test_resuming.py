@@ -1,17 +1,18 @@
-"""How a run ends before its end, and that the same command then gives the unbroken run's weights to the last bit."""
+"""Runs that end early, by a signal, a kill, a full disk or a non-finite step, resume to the unbroken run's weights."""
 
 import errno
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.helpers.runs import column, composed, fit
-from var.training import checkpoints as resuming
+from tests.helpers.runs import Killed, Result, assert_identical, column, composed, fit
+from var.training import checkpoints as checkpoints_module
 from var.training.checkpoints import checkpoints
 from var.training.module import AlignmentModule
 from var.training.run import Run
@@ -25,160 +26,156 @@ MORE = (
 JUDGED = ("data.validation_prompts=2", "eval.sampling.responses=2", "generate.max_new_tokens=4")
 
 
+class Runs:
+    """Runs of one configuration: an unbroken one, and one that is interrupted and resumed."""
+
+    def __init__(self, options: list[str], folder: Path) -> None:
+        self.options, self.folder = options, folder
+        self.saved = folder / "run" / "checkpoints"
+
+    def straight(self, *more: str) -> Result:
+        """Return the unbroken run."""
+        return fit(self.options, self.folder / "straight", *MORE, *more)
+
+    def run(self, *more: str) -> Result:
+        """Start or resume the other run."""
+        return fit(self.options, self.folder / "run", *MORE, *more)
+
+    def steps(self) -> list[str]:
+        """Return the names of its checkpoints."""
+        return [path.stem for path in checkpoints(self.saved)]
+
+
 @pytest.fixture
-def straight(options: list[str], tmp_path: Path) -> Callable[..., Any]:
-    return lambda *more: fit(options, tmp_path / "straight", *MORE, *more)
+def runs(options: list[str], tmp_path: Path) -> Runs:
+    return Runs(options, tmp_path)
 
 
-def at_call(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, number: int, act: Callable[[], None]) -> None:
-    """`act` in the number-th call of a method, before it."""
+@contextmanager
+def interrupted(owner: Any, name: str, call: int, act: Callable[[], None]) -> Iterator[None]:
+    """Call `act` before the given call of a method."""
     real, calls = getattr(owner, name), [0]
 
     def watched(*arguments: Any, **named: Any) -> Any:
         calls[0] += 1
-        if calls[0] == number:
+        if calls[0] == call:
             act()
         return real(*arguments, **named)
 
-    monkeypatch.setattr(owner, name, watched)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, watched)
+        yield
 
 
-def killed() -> None:
-    raise KeyError("killed")
+def kill() -> None:
+    raise Killed
 
 
-def equal(one: tuple[Any, ...], other: tuple[Any, ...]) -> None:
-    assert all(torch.equal(one[1][name], other[1][name]) for name in other[1])
-    for name in ("step", "train/loss", "train/grad_norm", "validation/kl"):
-        assert column(one[2], name) == column(other[2], name), name
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-@pytest.mark.parametrize("call", [7, 8])
-def test_told_to_leave_a_run_ends_with_the_step_that_runs(
-    number: int,
-    call: int,
-    options: list[str],
-    straight: Callable[..., Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """In the first or second micro-batch of the fourth step (which is saved anyway) or of the third."""
-    expected, before = straight(), signal.getsignal(number)
-    with monkeypatch.context() as patch:
-        at_call(patch, AlignmentModule, "training_step", call - 2 * (number == signal.SIGUSR1),
-                lambda: os.kill(os.getpid(), number))  # fmt: skip
-        with pytest.raises(SystemExit) as left:
-            fit(options, tmp_path / "run", *MORE)
-    assert left.value.code == 128 + number
-    step = 4 - (number == signal.SIGUSR1)
-    assert f"Told to leave by {signal.Signals(number).name}: step {step} is saved" in capsys.readouterr().out
-    assert [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")] == [f"step-{step}.ckpt"]
+def assert_resumed(resumed: Result, expected: Result) -> None:
+    assert_identical(expected, resumed, "step", "train/loss", "train/grad_norm", "validation/kl")
+
+
+@pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 4), (signal.SIGUSR1, 3)])
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_signal_ends_a_run_after_the_current_step(number, step, micro_batch, runs, capsys):
+    """It arrives in either micro-batch of the fourth step, which is saved anyway, or of the third."""
+    expected, before = runs.straight(), signal.getsignal(number)
+    call = 2 * (step - 1) + micro_batch
+    with (
+        interrupted(AlignmentModule, "training_step", call, lambda: os.kill(os.getpid(), number)),
+        pytest.raises(SystemExit) as stopped,
+    ):
+        runs.run()
+    assert stopped.value.code == 128 + number
+    assert f"Received {number.name}; saved step {step}." in capsys.readouterr().out
+    assert runs.steps() == [f"step-{step}"]
     assert signal.getsignal(number) == before
-    equal(fit(options, tmp_path / "run", *MORE), expected)
+    assert_resumed(runs.run(), expected)
 
 
-def test_told_between_two_steps_a_run_leaves_at_once_and_makes_up_for_its_evaluation(
-    options: list[str], straight: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_signal_between_steps_ends_a_run_and_its_evaluation_is_made_up_for(runs):
     more = (*JUDGED, "eval.every_n_steps=3")
-    expected = straight(*more)
-    with monkeypatch.context() as patch:
-        at_call(patch, Validation, "_sample", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(SystemExit):
-            fit(options, tmp_path / "run", *MORE, *more)
-    assert checkpoints(tmp_path / "run" / "checkpoints")[-1].stem == "step-6"
+    expected = runs.straight(*more)
+    with interrupted(Validation, "_evaluate", 2, terminate), pytest.raises(SystemExit):
+        runs.run(*more)
+    assert runs.steps()[-1] == "step-6"
     assert len(column(expected[2], "validation/kl")) == 6
-    equal(fit(options, tmp_path / "run", *MORE, *more), expected)
+    assert_resumed(runs.run(*more), expected)
 
 
-def test_told_after_training_a_run_leaves_at_once(
-    options: list[str], straight: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = straight(*JUDGED)
-    with monkeypatch.context() as patch:
-        at_call(patch, Validation, "_divergence", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(SystemExit) as left:
-            fit(options, tmp_path / "run", *MORE, *JUDGED)
-    assert left.value.code == 143
-    equal(fit(options, tmp_path / "run", *MORE, *JUDGED), expected)
+def test_signal_after_training_ends_a_run_at_once(runs):
+    expected = runs.straight(*JUDGED)
+    with interrupted(Validation, "_divergence", 1, terminate), pytest.raises(SystemExit) as stopped:
+        runs.run(*JUDGED)
+    assert stopped.value.code == 143
+    assert_resumed(runs.run(*JUDGED), expected)
 
 
 @pytest.mark.parametrize("end", [[], ["trainer.max_steps=8"], ["trainer.max_steps=7"]])
-def test_a_run_that_is_killed_after_training_evaluates_when_it_goes_on(
-    end: list[str], options: list[str], straight: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With and without max_steps, at which Lightning's loop would return before its hooks."""
-    expected = straight(*JUDGED, *end)
-    with monkeypatch.context() as patch:
-        at_call(patch, Validation, "on_train_end", 1, killed)
-        with pytest.raises(KeyError):
-            fit(options, tmp_path / "run", *MORE, *JUDGED, *end)
-    with monkeypatch.context() as patch:
-        patch.setattr(AlignmentModule, "training_step", lambda *_: pytest.fail("trained again"))
-        again = fit(options, tmp_path / "run", *MORE, *JUDGED, *end)
-    equal(again, expected)
+def test_run_killed_after_training_is_evaluated_when_it_resumes(end, runs, monkeypatch):
+    """With max_steps too, at which Lightning's loop would return before its hooks."""
+    more = (*JUDGED, *end)
+    expected = runs.straight(*more)
+    with interrupted(Validation, "on_train_end", 1, kill), pytest.raises(Killed):
+        runs.run(*more)
+    monkeypatch.setattr(AlignmentModule, "training_step", lambda *_: pytest.fail("trained again"))
+    again = runs.run(*more)
+    assert_resumed(again, expected)
     assert again[0].validation.result["after"] == expected[0].validation.result["after"]
 
 
-def test_a_budget_counts_what_was_spent_before(
-    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    more = (*MORE, "trainer.max_seconds=0.001", "optim.schedule.kind=constant")
-    with monkeypatch.context() as patch:
-        at_call(patch, Validation, "on_train_end", 1, killed)
-        with pytest.raises(KeyError):
-            fit(options, tmp_path / "run", *more)
-    assert checkpoints(tmp_path / "run" / "checkpoints")[-1].stem == "step-1"
+def test_budget_counts_seconds_spent_before_a_kill(runs, monkeypatch):
+    more = ("trainer.max_seconds=0.001", "optim.schedule.kind=constant")
+    with interrupted(Validation, "on_train_end", 1, kill), pytest.raises(Killed):
+        runs.run(*more)
+    assert runs.steps()[-1] == "step-1"
     monkeypatch.setattr(AlignmentModule, "training_step", lambda *_: pytest.fail("trained on"))
-    fit(options, tmp_path / "run", *more)
+    runs.run(*more)
 
 
-@pytest.mark.parametrize("call", ["synchronise", "save"])
-def test_a_full_disk_leaves_the_checkpoint_before_whole(
-    call: str, options: list[str], straight: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("call", ["synchronize", "save_checkpoint"])
+def test_full_disk_keeps_the_previous_checkpoint(call, runs):
     import lightning
 
     def full() -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    expected, folder = straight(), tmp_path / "run" / "checkpoints"
-    with monkeypatch.context() as patch:
-        owner = lightning.Trainer if call == "save" else resuming
-        at_call(patch, owner, "save_checkpoint" if call == "save" else "synchronise", 3, full)
-        with pytest.raises(
-            UserError, match=r"step 12 cannot be written: No space left .* step-8\.ckpt is whole"
-        ) as told:
-            fit(options, tmp_path / "run", *MORE)
-    assert "the same command goes on" in str(told.value)
-    assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", "step-8.ckpt"]
-    assert (folder / "last.ckpt").resolve().name == "step-8.ckpt"
-    equal(fit(options, tmp_path / "run", *MORE), expected)
+    expected = runs.straight()
+    owner = lightning.Trainer if call == "save_checkpoint" else checkpoints_module
+    with (
+        interrupted(owner, call, 3, full),
+        pytest.raises(
+            UserError, match=r"step 12 cannot be written: No space left .* step-8\.ckpt is complete"
+        ) as error,
+    ):
+        runs.run()
+    assert "run the same command to resume" in str(error.value)
+    assert sorted(path.name for path in runs.saved.iterdir()) == ["last.ckpt", "step-8.ckpt"]
+    assert (runs.saved / "last.ckpt").resolve().name == "step-8.ckpt"
+    assert_resumed(runs.run(), expected)
 
 
-def test_a_run_whose_end_has_no_room_is_told_before_it_samples(
-    options: list[str], tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fit(options, tmp_path / "whole", "trainer.max_steps=1", "trainer.precision=32-true")
-    files = (tmp_path / "whole" / "checkpoints" / "step-1.ckpt", tiny_folder / "model.safetensors")
+def test_too_little_disk_space_is_an_error_before_sampling(options, tiny_folder, tmp_path, monkeypatch):
+    fit(options, tmp_path / "complete", "trainer.max_steps=1", "trainer.precision=32-true")
+    files = (tmp_path / "complete" / "checkpoints" / "step-1.ckpt", tiny_folder / "model.safetensors")
     written = sum(file.stat().st_size for file in files)
-
-    def with_room(number: int) -> None:
-        monkeypatch.setattr(resuming, "room", lambda _: number)
-
-    with_room(int(written * 0.8))
-    again = Run.compose(composed(*options, "trainer.precision=32-true"), tmp_path / "run")
-    with pytest.raises(UserError, match=r"runs: .* has room for 0\.00 GiB, and the run ends with .* Make room, or set"):
-        again.module()
-    assert not any(again.annotator.computed.values())
-    with_room(written)
-    again.module()
+    run = Run.compose(composed(*options, "trainer.precision=32-true"), tmp_path / "run")
+    monkeypatch.setattr(checkpoints_module, "free_bytes", lambda _: int(written * 0.8))
+    with pytest.raises(
+        UserError, match=r"runs: .* has 0\.00 GiB free, and the run ends with .* Free disk space or set"
+    ):
+        run.module()
+    assert not any(run.annotator.computed.values())
+    monkeypatch.setattr(checkpoints_module, "free_bytes", lambda _: written)
+    run.module()
 
 
-def poisoned(monkeypatch: pytest.MonkeyPatch, call: int, where: str) -> None:
-    """The loss, or its gradient alone, is not a number in one micro-batch."""
+def make_nonfinite(monkeypatch: pytest.MonkeyPatch, call: int, where: str) -> None:
+    """Make the loss, or only its gradient, non-finite in one micro-batch."""
     real, calls = AlignmentModule.training_step, [0]
 
     def step(self: AlignmentModule, *arguments: Any) -> torch.Tensor:
@@ -196,66 +193,54 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, call: int, where: str) -> None:
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_a_step_that_is_not_finite_stops_and_names_its_rows(
-    where: str, options: list[str], straight: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = straight()
-    micro = expected[0].data
-    step = [share for share in micro.plan.batches(0, 0, 1)][10:12]
-    names = [micro.batch(share).ids for share in step]
-    with monkeypatch.context() as patch:
-        poisoned(patch, 12, where)
-        with pytest.raises(UserError, match="is not finite in optimiser step 6, rows") as told:
-            fit(options, tmp_path / "run", *MORE)
-    rows_told = str(told.value).split("rows ")[1].split(". The model")[0].split(", ")
-    assert rows_told == list(names[1] if where == "loss" else (*names[0], *names[1]))
-    assert [path.stem for path in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-4"]
-    equal(fit(options, tmp_path / "run", *MORE), expected)
+def test_nonfinite_step_is_an_error_with_its_rows(where, runs):
+    expected = runs.straight()
+    data = expected[0].data
+    step = list(data.training_set.plan.batches(0, 0, 1))[10:12]
+    names = [data.batch(micro_batch).ids for micro_batch in step]
+    with pytest.MonkeyPatch.context() as patch:
+        make_nonfinite(patch, 12, where)
+        with pytest.raises(UserError, match="is not finite in optimizer step 6, rows") as error:
+            runs.run()
+    rows = str(error.value).split("rows ")[1].split(". The model")[0].split(", ")
+    assert rows == list(names[1] if where == "loss" else (*names[0], *names[1]))
+    assert runs.steps() == ["step-4"]
+    assert_resumed(runs.run(), expected)
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_a_step_that_is_not_finite_can_be_left_out(
-    where: str, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The weights stand still in that step, the others are as they would be; it is counted, across a resume too."""
-    more = (*MORE, "trainer.nonfinite=skip", "trainer.log_every_n_steps=1", "trainer.max_steps=9")
-    poisoned(monkeypatch, 6, where)
-    states = list[dict[str, torch.Tensor]]()
-    real = AlignmentModule.on_train_batch_end
+def test_nonfinite_step_can_be_skipped(where, runs, monkeypatch, capsys):
+    """The weights do not change in that step, and it is counted in metrics and checkpoints."""
+    make_nonfinite(monkeypatch, 6, where)
+    states, real = list[dict[str, torch.Tensor]](), AlignmentModule.on_train_batch_end
     monkeypatch.setattr(
         AlignmentModule, "on_train_batch_end",
         lambda self, *a: (states.append({k: v.clone() for k, v in self.policy.state_dict().items()}), real(self, *a)),
     )  # fmt: skip
-    _, weights, curve = fit(options, tmp_path / "run", *more)
+    more = ("trainer.nonfinite=skip", "trainer.log_every_n_steps=1", "trainer.max_steps=9")
+    _, weights, curve = runs.run(*more)
     assert all(torch.equal(states[5][name], states[3][name]) for name in weights)  # step 3 is micro-batches 5 and 6
     assert not all(torch.equal(states[7][name], states[5][name]) for name in weights)
     assert all(bool(weight.isfinite().all()) for weight in weights.values())
-    assert "is not finite in optimiser step 3" in capsys.readouterr().out
+    assert "is not finite in optimizer step 3" in capsys.readouterr().out
     assert column(curve, "train/skipped") == [1.0] * 7
     assert len(column(curve, "train/loss")) == (8 if where == "loss" else 9)
     assert all(value == value for value in column(curve, "train/loss"))
-    saved = torch.load(checkpoints(tmp_path / "run" / "checkpoints")[-1], weights_only=True)
-    assert saved["skipped"] == 1
+    assert torch.load(checkpoints(runs.saved)[-1], weights_only=True)["skipped"] == 1
 
 
-def test_clocks_and_hostnames_do_not_matter(
-    options: list[str], straight: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed on one machine, gone on with on another, whose clock stands at the year 2000."""
-    expected = straight()
-    with monkeypatch.context() as patch:
-        at_call(patch, AlignmentModule, "training_step", 14, killed)
-        with pytest.raises(KeyError):
-            fit(options, tmp_path / "run", *MORE)
+def test_clock_and_hostname_have_no_effect_on_resuming(runs, monkeypatch):
+    """Killed on one machine, resumed on another one, whose clock shows the year 2000."""
+    expected = runs.straight()
+    with interrupted(AlignmentModule, "training_step", 14, kill), pytest.raises(Killed):
+        runs.run()
     monkeypatch.setattr("time.time", lambda: 946_684_800.0)
     monkeypatch.setattr("socket.gethostname", lambda: "elsewhere")
     monkeypatch.setenv("HOSTNAME", "elsewhere")
-    equal(fit(options, tmp_path / "run", *MORE), expected)
+    assert_resumed(runs.run(), expected)
 
 
-def test_a_tracker_out_of_reach_is_told_before_anything_runs(
-    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unreachable_tracker_is_an_error_before_training(runs, monkeypatch):
     import wandb
     from lightning.pytorch.loggers import WandbLogger
 
@@ -265,14 +250,13 @@ def test_a_tracker_out_of_reach_is_told_before_anything_runs(
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setattr(WandbLogger, "log_hyperparams", unreachable)
     with pytest.raises(UserError, match=r"logger\.wandb: the server does not answer .* logger\.wandb\.offline=true"):
-        fit(options, tmp_path / "run", *MORE, "logger=wandb", "logger.wandb.offline=false")
-    assert not list((tmp_path / "run").glob("checkpoints"))
+        runs.run("logger=wandb", "logger.wandb.offline=false")
+    assert not runs.saved.exists()
 
 
-def test_only_the_newest_checkpoint_is_kept_and_partial_ones_are_cleared(options: list[str], tmp_path: Path) -> None:
-    folder = tmp_path / "run" / "checkpoints"
-    (folder / "step-3.partial").mkdir(parents=True)
-    fit(options, tmp_path / "run", *MORE, "trainer.max_steps=9")
-    assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", "step-9.ckpt"]
-    assert os.readlink(folder / "last.ckpt") == "step-9.ckpt"
-    assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 9
+def test_only_the_newest_checkpoint_is_kept_and_partial_ones_are_removed(runs):
+    (runs.saved / "step-3.partial").mkdir(parents=True)
+    runs.run("trainer.max_steps=9")
+    assert sorted(path.name for path in runs.saved.iterdir()) == ["last.ckpt", "step-9.ckpt"]
+    assert os.readlink(runs.saved / "last.ckpt") == "step-9.ckpt"
+    assert torch.load(runs.saved / "last.ckpt", weights_only=True)["global_step"] == 9

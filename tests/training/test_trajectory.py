@@ -1,12 +1,6 @@
-"""Ways of running that must give one curve: accumulation, ranks, stored and live, resumed and straight."""
+"""Ways of running that must give the same curve: accumulation, ranks, cached and live, resumed and unbroken."""
 
-import csv
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,106 +8,84 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from notebooks.tiny import SIZES
-from tests.helpers.models import saved, spread
-from tests.helpers.runs import ROOT, composed
-from tests.helpers.runs import run_folder as only
+from tests.helpers.models import saved, spread, tiny_gpt2
+from tests.helpers.runs import (
+    Result,
+    assert_identical,
+    assert_same,
+    column,
+    exported,
+    fit,
+    kill_and_resume,
+    launch,
+    run_folder,
+    same_folders,
+    write_lines,
+)
+from var.training.datamodule import AlignmentData
 from var.training.module import AlignmentModule
-from var.training.run import Run
 from var.utils.errors import UserError
 
 pytestmark = pytest.mark.trajectory
 
 
-def fit(options: list[str], folder: Path, *more: str) -> tuple[Run, Any, list[dict[str, str]]]:
-    """Train as train.py does; returns the run, the policy's weights and the curve."""
-    folder.mkdir(parents=True, exist_ok=True)
-    run = Run.compose(composed(*options, *more), folder)
-    torch.manual_seed(0)
-    trainer, module = run.trainer(), run.module()
-    trainer.fit(module, run.data, ckpt_path=run.checkpoint)
-    return run, {name: value.clone() for name, value in module.policy.state_dict().items()}, curve(folder)
-
-
-def curve(folder: Path) -> list[dict[str, str]]:
-    with (folder / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def column(curve: list[dict[str, str]], name: str) -> list[float]:
-    return [float(row[name]) for row in curve if row.get(name)]
-
-
-def same_folders(one: Path, two: Path, *names: str) -> None:
-    """What two runs left: the weights and these columns, to the rounding of another number of processes."""
-    a, b = (load_file(folder / "model" / "model.safetensors") for folder in (one, two))
-    assert_close(b, a, rtol=1e-4, atol=1e-5)
-    for name in names:
-        assert_close(column(curve(two), name), column(curve(one), name), rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("loss", ["sft", "var_grouped", "dpo"])
-def test_accumulation_gives_one_curve(loss: str, options: list[str], tmp_path: Path) -> None:
-    """1×8, 2×4, 8×1: the same weights, loss and gradient norm, in the short last step too (huggingface/trl #2175,
-    Lightning-AI/pytorch-lightning #20350, #19987). 39 responses are four steps of 8 and one of 7."""
-    results = {}
-    for b in (8, 4, 1):
-        more = (f"loss={loss}", "data.global_batch=8", f"data.micro_batch={b}")
-        results[b] = fit(options, tmp_path / str(b), *more)
-    for b in (4, 1):
-        for name in ("train/loss", "train/grad_norm", "train/lr"):
-            assert_close(column(results[b][2], name), column(results[8][2], name), rtol=1e-9, atol=1e-9)
-        assert_close(results[b][1], results[8][1], rtol=1e-8, atol=1e-9)
+def test_accumulation_gives_the_same_curve(loss, options, tmp_path):
+    """1×8, 2×4, 8×1, in the short last step too: 39 responses are four steps of 8 and one of 7.
+
+    See huggingface/trl #2175 and Lightning-AI/pytorch-lightning #20350 and #19987.
+    """
+    one, *others = (
+        fit(options, tmp_path / str(b), f"loss={loss}", "data.global_batch=8", f"data.micro_batch={b}")
+        for b in (8, 4, 1)
+    )  # fmt: skip
+    for other in others:
+        assert_same(other, one)
 
 
-def test_an_epoch_shorter_than_the_window_is_one_exact_step(options: list[str], tmp_path: Path) -> None:
-    """Lightning-AI/pytorch-lightning #21808: accumulation is not ignored, nor is the divisor the full window's."""
-    whole = fit(
-        options, tmp_path / "a", "data.limit=2", "data.global_batch=8", "data.micro_batch=8", "trainer.epochs=3"
-    )
-    split = fit(
-        options, tmp_path / "b", "data.limit=2", "data.global_batch=8", "data.micro_batch=2", "trainer.epochs=3"
-    )
-    assert whole[0].data.plan.steps == split[0].data.plan.steps == 1
-    assert_close(split[1], whole[1], rtol=1e-9, atol=1e-10)
+def test_epoch_shorter_than_a_step_is_one_exact_step(options, tmp_path):
+    """Accumulation is not ignored and the divisor is not that of a full step (Lightning #21808)."""
+    one, split = (
+        fit(options, tmp_path / str(b), "data.limit=2", "data.global_batch=8", f"data.micro_batch={b}",
+            "trainer.epochs=3")
+        for b in (8, 2)
+    )  # fmt: skip
+    assert one[0].data.training_set.plan.steps == split[0].data.training_set.plan.steps == 1
+    assert_close(split[1], one[1], rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "var", "var_own", "var_sum"])
-def test_stored_and_live_reference_give_one_curve(loss: str, options: list[str], tmp_path: Path) -> None:
-    """The reference run in each step and its stored float32 numbers differ by rounding alone."""
+def test_cached_and_live_reference_give_the_same_curve(loss, options, tmp_path):
+    """The reference in each step and its cached float32 numbers differ only by rounding."""
     more = (
-        f"loss={loss}",
-        "data.micro_batch=4",
-        "data.global_batch=8",
-        "trainer.precision=32-true",
-        "trainer.epochs=3",
-    )
-    stored = fit(options, tmp_path / "stored", *more)
+        f"loss={loss}", "data.micro_batch=4", "data.global_batch=8", "trainer.precision=32-true", "trainer.epochs=3",
+    )  # fmt: skip
+    cached = fit(options, tmp_path / "cached", *more)
     live = fit(options, tmp_path / "live", *more, "reference=live")
-    assert_close(column(live[2], "train/loss"), column(stored[2], "train/loss"), rtol=2e-5, atol=2e-5)
-    moved = max(float((a - b).abs().max()) for a, b in zip(stored[1].values(), _start(stored[0]).values(), strict=True))
-    apart = max(float((a - b).abs().max()) for a, b in zip(stored[1].values(), live[1].values(), strict=True))
-    assert apart < 0.02 * moved
+    assert_same(live, cached, "train/loss", rtol=2e-5, atol=2e-5, weights=False)
+    initial = cached[0].module().policy.state_dict()
+    change = max(float((cached[1][name] - initial[name]).abs().max()) for name in initial)
+    difference = max(float((cached[1][name] - live[1][name]).abs().max()) for name in initial)
+    assert difference < 0.02 * change
 
 
-def test_a_live_weight_is_the_stored_one_where_others_vanish(options: list[str], tmp_path: Path) -> None:
-    """Beside an answer of 3 letters one of 900 has the weight 0 under summed log π_ref, the first of the plan too."""
-    path = tmp_path / "long.jsonl"
-    with path.open("w") as file:
-        for i in range(8):
-            row = {"id": f"r{i}", "prompt": "?", "responses": [{"text": "ab" * (2 if i % 2 else 450), "score": i % 3}]}
-            file.write(json.dumps(row) + "\n")
+def test_live_weights_equal_cached_ones_if_others_vanish(options, tmp_path):
+    """With summed log π_ref, a response of 900 characters has the weight 0 next to one of 4."""
+    path = write_lines(tmp_path / "long.jsonl", (
+        {"id": f"r{i}", "prompt": "?", "responses": [{"text": "ab" * (2 if i % 2 else 450), "score": i % 3}]}
+        for i in range(8)
+    ))  # fmt: skip
     more = (
         f"data.path={path}", "loss=var_sum", "data.micro_batch=2", "data.global_batch=4", "data.seed=2",
         "trainer.epochs=1", "data.max_length=1024", "loss.temperature_unit=reward",
     )  # fmt: skip
-    stored, live = (fit(options, tmp_path / name, *more, f"reference={name}") for name in ("stored", "live"))
-    expected = column(stored[2], "train/weight/mean")
-    assert max(expected) > 0.5
-    assert_close(column(live[2], "train/weight/mean"), expected, rtol=2e-5, atol=2e-5)
+    cached, live = (fit(options, tmp_path / name, *more, f"reference={name}") for name in ("stored", "live"))
+    assert max(column(cached[2], "train/weight/mean")) > 0.5
+    assert_same(live, cached, "train/weight/mean", rtol=2e-5, atol=2e-5, weights=False)
 
 
-def test_a_live_reference_is_loaded_once(options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside the policy."""
+def test_live_reference_is_loaded_once(options, tmp_path, monkeypatch):
+    """Policy and reference: two models in all."""
     from var.models.pretrained import Pretrained
 
     loaded, real = list[str](), Pretrained.load
@@ -122,36 +94,26 @@ def test_a_live_reference_is_loaded_once(options: list[str], tmp_path: Path, mon
     assert len(loaded) == 2
 
 
-def test_rewards_that_weigh_are_told_to_be_negative_before_anything_trains(
-    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("loss", ["wbc", "rgold", "rlol"])
+def test_negative_rewards_as_weights_are_an_error_before_training(loss, options, tmp_path, monkeypatch):
     monkeypatch.setattr(AlignmentModule, "training_step", lambda *_: pytest.fail("trained"))
-    for loss in ("wbc", "rgold", "rlol"):
-        with pytest.raises(
-            UserError, match=r"and \d+ of 39 are negative, the lowest -\d\.\d+ of row r\d+#\d; set reward"
-        ):
-            fit(options, tmp_path / "run", f"loss={loss}")
+    with pytest.raises(UserError, match=r"and \d+ of 39 are negative, the lowest -\d\.\d+ in row r\d+#\d\. Set reward"):
+        fit(options, tmp_path / "run", f"loss={loss}")
 
 
 @pytest.mark.parametrize(
     ("loss", "positions", "what"), [("sft", 24, "sequence"), ("var", 36, "prompt with a response of its micro-batch")]
 )
-def test_rows_longer_than_a_models_positions_are_told_ahead(
-    loss: str, positions: int, what: str, options: list[str], tmp_path: Path
-) -> None:
-    """The longest row has 30 tokens; one's prompt and another's answer have more, which cross scoring puts together."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=264, n_embd=32, n_layer=1, n_head=4, n_positions=positions))
-    path = tmp_path / "rows.jsonl"
-    with path.open("w") as file:
-        for i in range(8):
-            prompt, text = ("p" * 24, "a") if i % 2 else ("p", "a" * 24)
-            row = {"id": f"r{i}", "prompt": prompt, "responses": [{"text": text, "score": i}]}
-            file.write(json.dumps(row) + "\n")
+def test_rows_longer_than_the_models_positions_are_an_error(loss, positions, what, options, tmp_path):
+    """The longest row has 30 tokens. Cross scoring pairs long prompts with long responses, which are longer."""
+    long, short = ("p" * 24, "a"), ("p", "a" * 24)
+    path = write_lines(tmp_path / "rows.jsonl", (
+        {"id": f"r{i}", "prompt": prompt, "responses": [{"text": text, "score": i}]}
+        for i, (prompt, text) in enumerate([short, long] * 4)
+    ))  # fmt: skip
     more = (
-        f"model.path={saved(tmp_path / 'gpt2', model)}", f"data.path={path}", f"loss={loss}", "data.micro_batch=8",
-        "reward.mismatch_gap=1.0",
+        f"model.path={saved(tmp_path / 'gpt2', tiny_gpt2(positions))}", f"data.path={path}", f"loss={loss}",
+        "data.micro_batch=8", "reward.mismatch_gap=1.0",
     )  # fmt: skip
     with pytest.raises(
         UserError, match=rf"gpt2 has {positions} positions, but the longest {what} has \d\d tokens. Lower"
@@ -160,191 +122,139 @@ def test_rows_longer_than_a_models_positions_are_told_ahead(
     assert not (tmp_path / "store" / "cross_logps").exists()
 
 
-def test_an_online_run_needs_positions_for_its_prompts_and_answers_alone(options: list[str], tmp_path: Path) -> None:
-    """data.max_length is a bound, above what the model has here; the longest prompt and its answer have some 20."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    def gpt2(positions: int) -> Path:
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=264, n_embd=32, n_layer=1, n_head=4, n_positions=positions))
-        return saved(tmp_path / f"gpt2-{positions}", model)
-
+def test_online_run_needs_positions_only_for_its_prompts_and_responses(options, tmp_path):
+    """data.max_length exceeds the model's positions here. The longest prompt with its response has about 20 tokens."""
     options = [option for option in options if not option.startswith("reward")]
     more = (
         "loss=grpo", "reward=sentiment", "data.micro_batch=2", "data.global_batch=2", "trainer.max_steps=1",
         "generate.responses=2", "generate.max_new_tokens=4",
     )  # fmt: skip
-    fit(options, tmp_path / "fits", *more, f"model.path={gpt2(64)}")
+    enough, few = (saved(tmp_path / f"gpt2-{positions}", tiny_gpt2(positions)) for positions in (64, 16))
+    fit(options, tmp_path / "fits", *more, f"model.path={enough}")
     with pytest.raises(
-        UserError, match=r"gpt2 has 16 positions, but the longest prompt with its answer has \d\d tokens"
+        UserError, match=r"gpt2 has 16 positions, but the longest prompt with its response has \d\d tokens"
     ):
-        fit(options, tmp_path / "short", *more, f"model.path={gpt2(16)}")
+        fit(options, tmp_path / "short", *more, f"model.path={few}")
 
 
-def test_single_answers_to_kto_are_told_of_its_threshold(options: list[str], tmp_path: Path) -> None:
-    path = tmp_path / "single.jsonl"
-    path.write_text("".join(
-        json.dumps({"id": f"r{i}", "prompt": f"{i}?", "responses": [{"text": "yes", "score": i % 2}]}) + "\n"
-        for i in range(8)
+def test_kto_on_single_responses_needs_a_threshold(options, tmp_path):
+    path = write_lines(tmp_path / "single.jsonl", (
+        {"id": f"r{i}", "prompt": f"{i}?", "responses": [{"text": "yes", "score": i % 2}]} for i in range(8)
     ))  # fmt: skip
     more = (f"data.path={path}", "loss=kto", "data.micro_batch=4", "data.global_batch=4", "trainer.max_steps=1")
-    with pytest.raises(UserError, match=r"no row has two: for single ones set loss\.threshold"):
+    with pytest.raises(UserError, match=r"no row has two responses.* For single responses set loss\.threshold"):
         fit(options, tmp_path / "run", *more)
     run, _, _ = fit(options, tmp_path / "run", *more, "loss.threshold=0.5")
-    assert run.data.facts["desirable sequences"] == 4
+    assert run.data.report.desirable_sequences == 4
 
 
-def test_the_rate_that_is_logged_is_the_one_of_the_step(options: list[str], tmp_path: Path) -> None:
-    more = (
-        "trainer.max_steps=4",
-        "optim.schedule.kind=linear",
-        "optim.schedule.warmup=0",
-        "trainer.log_every_n_steps=1",
-    )
-    _, _, rows = fit(options, tmp_path / "run", *more)
-    assert column(rows, "train/lr") == pytest.approx([3e-3, 2.25e-3, 1.5e-3, 0.75e-3])
-
-
-def _start(run: Run) -> dict[str, torch.Tensor]:
-    return dict(run.module().policy.state_dict())
-
-
-class Killed(Exception):
-    pass
+def test_logged_learning_rate_is_that_of_the_step(options, tmp_path):
+    more = ("trainer.max_steps=4", "optim.schedule.kind=linear", "optim.schedule.warmup=0")
+    _, _, curve = fit(options, tmp_path / "run", *more)
+    assert column(curve, "train/lr") == pytest.approx([3e-3, 2.25e-3, 1.5e-3, 0.75e-3])
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_resumed_is_straight(
-    accumulate: int, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed in the middle of an epoch, the run goes on with the next rows of the plan: weights equal to the last
-    bit, the curve without gap or double (Lightning #18780, accelerate PR #4238)."""
-    from var.training.datamodule import AlignmentData
+def test_resumed_run_equals_the_unbroken_one(accumulate, options, tmp_path):
+    """Killed within an epoch, a run resumes with the next rows of the plan.
 
-    seen: list[tuple[str, ...]] = []
-    real = AlignmentData.batch
-
-    def watched(self: AlignmentData, *arguments: Any) -> Any:
-        batch = real(self, *arguments)
-        seen.append(batch.ids)
-        return batch
-
-    monkeypatch.setattr(AlignmentData, "batch", watched)
+    Weights are equal to the last bit, and the curve has no gap and no duplicates (Lightning #18780, accelerate #4238).
+    """
     more = (
         "loss=var_grouped", "data.global_batch=4", f"data.micro_batch={4 // accumulate}", "trainer.epochs=3",
         "trainer.checkpoint_every_n_steps=4", "trainer.precision=32-true",
     )  # fmt: skip
-    straight = fit(options, tmp_path / "straight", *more)
-    order = list(seen)
-    steps = straight[0].data.plan.steps
-    seen.clear()
-    kill_at = (steps + 6) * accumulate  # in the second epoch, two steps after a checkpoint
 
-    def killing(self: AlignmentData, *arguments: Any) -> Any:
-        if len(seen) == kill_at:
-            raise Killed
-        return watched(self, *arguments)
+    def second_epoch(straight: Result) -> int:
+        """Return the call that is two steps after a checkpoint."""
+        return (straight[0].data.training_set.plan.steps + 6) * accumulate
 
-    monkeypatch.setattr(AlignmentData, "batch", killing)
-    with pytest.raises(Killed):
-        fit(options, tmp_path / "killed", *more)
-    monkeypatch.setattr(AlignmentData, "batch", watched)
-    before, seen[:] = list(seen), []
-    resumed = fit(options, tmp_path / "killed", *more)
-    last = (steps + 6) // 4 * 4 * accumulate
-    assert before[:last] + seen == order
-    assert all(torch.equal(straight[1][name], resumed[1][name]) for name in straight[1])
-    assert column(resumed[2], "step") == column(straight[2], "step")
-    assert column(resumed[2], "train/loss") == column(straight[2], "train/loss")
+    straight, resumed, order, before, after = kill_and_resume(
+        AlignmentData, "batch", lambda batch: batch.ids, second_epoch, options, tmp_path, *more
+    )
+    saved_at = second_epoch(straight) // accumulate // 4 * 4 * accumulate
+    assert before[:saved_at] + after == order
+    assert_identical(straight, resumed, "step", "train/loss")
 
 
-def test_resuming_with_other_data_is_refused(options: list[str], tmp_path: Path) -> None:
-    """NVIDIA-NeMo/RL PR #2519: another data set would have its first rows skipped in silence."""
+def test_resuming_with_other_data_is_an_error(options, tmp_path):
+    """Otherwise the first rows of the other data would be skipped silently (NVIDIA-NeMo/RL #2519)."""
     more = ("trainer.checkpoint_every_n_steps=2", "data.micro_batch=4", "data.global_batch=4")
     fit(options, tmp_path / "run", *more, "trainer.max_steps=2")
     with pytest.raises(ValueError, match=r"the checkpoint was made with plan .* Resume with the same data"):
         fit(options, tmp_path / "run", *more, "data.limit=9")
 
 
-def launch(processes: int, *arguments: str, script: str = "train.py", timeout: float | None = 300) -> None:
-    ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    command = [sys.executable, *ranks, str(ROOT / script), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
-    assert done.returncode == 0, done.stdout + done.stderr
+# --- several processes
+
+TWO_RANKS = "trainer.devices=2"
+CONSTANT = ("optim.schedule.kind=constant", "optim.schedule.warmup=0")
 
 
 @pytest.mark.parametrize(("strategy", "loss"), [("ddp", "var_grouped"), ("fsdp", "dpo")])
-def test_ranks_give_one_curve(strategy: str, loss: str, options: list[str], tmp_path: Path) -> None:
-    """Two processes over gloo, with a short last step in which one of them has no micro-batch, are one process."""
+def test_ranks_give_the_same_curve(strategy, loss, options, tmp_path):
+    """Two processes with gloo equal one. In a short last step one of them has no micro-batch."""
     common = [
         *options, f"loss={loss}", "data.micro_batch=2", "data.global_batch=4", "trainer.precision=32-true",
         "data.validation_prompts=2", "eval.sampling.responses=2", "eval.sampling.max_new_tokens=4",
     ]  # fmt: skip
     launch(1, *common, f"runs={tmp_path}/one")
-    launch(2, *common, f"runs={tmp_path}/two", f"strategy={strategy}", "trainer.devices=2")
-    one, two = only(tmp_path / "one"), only(tmp_path / "two")
+    launch(2, *common, f"runs={tmp_path}/two", f"strategy={strategy}", TWO_RANKS)
+    one, two = run_folder(tmp_path / "one"), run_folder(tmp_path / "two")
     same_folders(one, two, "train/loss", "train/nll", "train/grad_norm")
     assert json.loads((two / "summary.json").read_text())["devices"] == 2
 
 
 @pytest.mark.long
-def test_a_mixture_of_experts_is_sharded_too(options: list[str], tmp_path: Path) -> None:
-    """Its files name its weights otherwise than the model does, which is what fsdp reads them by."""
+def test_mixture_of_experts_can_be_sharded(options, tmp_path):
+    """Its files use other weight names than the model, and fsdp reads weights by name."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(0)
     config = MixtralConfig(**SIZES, num_local_experts=2, sliding_window=None)
     folder = saved(tmp_path / "mixture", spread(MixtralForCausalLM(config)))
     common = [
-        *options,
-        f"model.path={folder}",
-        "trainer.precision=32-true",
-        "trainer.max_steps=2",
-        "data.micro_batch=2",
-    ]
+        *options, f"model.path={folder}", "trainer.precision=32-true", "trainer.max_steps=2", "data.micro_batch=2",
+    ]  # fmt: skip
     launch(1, *common, f"runs={tmp_path}/one")
-    launch(2, *common, f"runs={tmp_path}/two", "strategy=fsdp", "trainer.devices=2")
-    same_folders(only(tmp_path / "one"), only(tmp_path / "two"), "train/loss", "train/grad_norm")
+    launch(2, *common, f"runs={tmp_path}/two", "strategy=fsdp", TWO_RANKS)
+    same_folders(run_folder(tmp_path / "one"), run_folder(tmp_path / "two"), "train/loss", "train/grad_norm")
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(
     "strategy", [["ddp"], ["fsdp"], ["fsdp", "strategy.save_distributed_checkpoint=false"]], ids=" ".join
 )
-def test_two_ranks_resumed_are_straight(strategy: list[str], options: list[str], tmp_path: Path) -> None:
-    """From a checkpoint in the middle of an epoch, sharded and in one file under FSDP2: the weights to the last bit,
-    exported in one form."""
+def test_two_resumed_ranks_equal_two_unbroken_ones(strategy, options, tiny_folder, tmp_path):
+    """They resume within an epoch, from a sharded checkpoint or, under FSDP2 too, from one file.
+
+    Weights are equal to the last bit and are exported under the model's own names.
+    """
     common = [
         *options, "loss=var_grouped", "data.micro_batch=2", "data.global_batch=4", "trainer.precision=32-true",
-        "trainer.checkpoint_every_n_steps=3", "optim.schedule.kind=constant", "optim.schedule.warmup=0",
-        f"strategy={strategy[0]}", *strategy[1:], "trainer.devices=2",
+        "trainer.checkpoint_every_n_steps=3", *CONSTANT, f"strategy={strategy[0]}", *strategy[1:], TWO_RANKS,
     ]  # fmt: skip
     launch(2, *common, f"runs={tmp_path}/first", "trainer.max_steps=6")
-    checkpoint = next((tmp_path / "first").glob("*/checkpoints/last.ckpt"))
+    checkpoint = run_folder(tmp_path / "first") / "checkpoints" / "last.ckpt"
     assert checkpoint.resolve().is_dir() == (strategy == ["fsdp"])
     launch(2, *common, f"runs={tmp_path}/resumed", f"resume={checkpoint}")
     launch(2, *common, f"runs={tmp_path}/straight")
-    a, b = (load_file(next((tmp_path / n).glob("*/model/model.safetensors"))) for n in ("straight", "resumed"))
+    a, b = (exported(tmp_path / name) for name in ("straight", "resumed"))
     assert all(torch.equal(a[name], b[name]) for name in a)
-    assert a.keys() == load_file(Path(common[2].removeprefix("model.path=")) / "model.safetensors").keys()
+    assert a.keys() == load_file(tiny_folder / "model.safetensors").keys()
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
-def test_a_run_goes_on_with_other_ranks(before: int, after: int, options: list[str], tmp_path: Path) -> None:
-    """From the middle of the second epoch, with the rows that come next."""
+def test_run_resumes_with_another_number_of_ranks(before, after, options, tmp_path):
+    """From the middle of the second epoch, with the next rows."""
     common = [
         *options, "loss=var_grouped", "data.micro_batch=2", "data.global_batch=4", "model.dtype=float64",
-        "trainer.epochs=3", "trainer.checkpoint_every_n_steps=3", "optim.schedule.kind=constant",
-        "optim.schedule.warmup=0",
+        "trainer.epochs=3", "trainer.checkpoint_every_n_steps=3", *CONSTANT,
     ]  # fmt: skip
-
-    def on(ranks: int) -> list[str]:
-        return ["strategy=ddp", "trainer.devices=2"] if ranks == 2 else []
-
+    ranks = {1: [], 2: ["strategy=ddp", TWO_RANKS]}
     launch(1, *common, f"runs={tmp_path}/straight")
-    launch(before, *common, *on(before), f"runs={tmp_path}/first", "trainer.max_steps=14")
-    checkpoint = next((tmp_path / "first").glob("*/checkpoints/last.ckpt")).resolve()
-    launch(after, *common, *on(after), f"runs={tmp_path}/second", f"resume={checkpoint}")
-    a, b = (load_file(next((tmp_path / n).glob("*/model/model.safetensors"))) for n in ("straight", "second"))
-    assert_close(b, a, rtol=1e-6, atol=1e-7)
+    launch(before, *common, *ranks[before], f"runs={tmp_path}/first", "trainer.max_steps=14")
+    checkpoint = (run_folder(tmp_path / "first") / "checkpoints" / "last.ckpt").resolve()
+    launch(after, *common, *ranks[after], f"runs={tmp_path}/second", f"resume={checkpoint}")
+    assert_close(exported(tmp_path / "second"), exported(tmp_path / "straight"), rtol=1e-6, atol=1e-7)

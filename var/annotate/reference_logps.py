@@ -58,10 +58,10 @@ class ProvideMismatchedLogps(Provider[MismatchedLogps]):
         self.logps = None if data.live else cached_mismatched_logps(data.annotator, data.sequences, data.members)
 
     def batch_fields(self, data: TrainingSet, micro_batch: int, members: np.ndarray) -> dict[str, Any]:
-        """Return the reference's, [B] nats."""
+        """Return the reference's, [B] float64 nats: the policy's are close, and their difference is used."""
         if self.logps is None:
             return {}
-        return {"mismatched_reference_logps": self.logps[micro_batch, : len(members)].float()}
+        return {"mismatched_reference_logps": self.logps[micro_batch, : len(members)]}
 
     def at_step(self, batch: Packed, policy: Any, reference: Any) -> Packed:
         """Compute the policy's, and those of a live reference."""

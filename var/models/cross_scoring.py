@@ -10,17 +10,17 @@ from var.models.packing import Packed, pack, pack_tree
 
 
 def cross_logps(policy: Callable[[Packed], Tensor], batch: Packed) -> Tensor:
-    """Return [B, B] nats: log π(y_j|x_i) for each pair, summed over tokens. Each prompt is encoded once."""
+    """Return [B, B] float64 nats: log π(y_j|x_i) for each pair, summed over tokens. Each prompt is encoded once."""
     ids, starts = unpack_sequences(batch)
     prompts = [row[:start] for row, start in zip(ids, starts, strict=True)]
     responses = [row[start:] for row, start in zip(ids, starts, strict=True)]
     tree = pack_tree(prompts, [responses] * len(prompts)).to(batch.input_ids.device)
-    return tree.sum_by_sequence(policy(tree)).view(len(batch), len(batch))
+    return tree.sum_by_sequence(policy(tree).double()).view(len(batch), len(batch))
 
 
 @torch.no_grad()
 def mismatched_logps(policy: Callable[[Packed], Tensor], batch: Packed) -> Tensor:
-    """Return [B] nats: log π(y_{i+1}|x_i), the next sequence's response under each prompt, summed over tokens.
+    """Return [B] float64 nats: log π(y_{i+1}|x_i), the next sequence's response under each prompt, summed over tokens.
 
     KTO estimates its KL divergence from these.
     """
@@ -29,7 +29,7 @@ def mismatched_logps(policy: Callable[[Packed], Tensor], batch: Packed) -> Tenso
     responses = [*responses[1:], responses[0]]
     rows = [row[:start] + response for row, start, response in zip(ids, starts, responses, strict=True)]
     packed = pack(rows, starts).to(batch.input_ids.device)
-    return packed.sum_by_sequence(policy(packed))
+    return packed.sum_by_sequence(policy(packed).double())
 
 
 def unpack_sequences(batch: Packed) -> tuple[list[list[int]], list[int]]:
