@@ -8,7 +8,7 @@ from var.config.entry import run_command
 from var.utils.distributed import set_rank_variables
 
 
-@hydra.main(version_base="1.3", config_path=FOLDER, config_name="train")
+@hydra.main(version_base="1.3", config_path=FOLDER, config_name="annotate")
 def main(cfg: DictConfig) -> None:
     """Sample, score and annotate what this configuration's run needs, on all ranks of the launcher."""
     set_rank_variables()
@@ -34,4 +34,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, "train")
+    run_command(main)

@@ -62,4 +62,4 @@ def main(cfg: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
-    run_command(main, "train")
+    run_command(main)

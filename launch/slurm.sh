@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# One run on several machines under SLURM, from the repository's folder; options of sbatch's own set another size.
+# One run on several machines under SLURM. Submit it from the repository's folder; options of sbatch set another size.
 #   sbatch launch/slurm.sh loss=var_grouped strategy=fsdp
 #   sbatch --nodes=1 --ntasks-per-node=4 --gpus-per-node=4 launch/slurm.sh loss=var_grouped
-# `store`, `runs` and `cache` must be seen by every node. A job that is pre-empted, or comes to its time limit, is
-# queued again and goes on from its last checkpoint.
+# All nodes must share the folders `annotation_cache`, `runs` and `cache`. A job that is preempted, or reaches its time
+# limit, is queued again and resumes from its last checkpoint.
 #SBATCH --job-name=var
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
@@ -16,6 +16,6 @@
 set -euo pipefail
 status=0
 srun python train.py trainer.num_nodes="$SLURM_JOB_NUM_NODES" trainer.devices="$SLURM_NTASKS_PER_NODE" "$@" || status=$?
-# 128 + SIGUSR1: five minutes before the time limit the run saved its step and left
+# 128 + SIGUSR1: the run saved its step and exited five minutes before the time limit
 if [ "$status" = 138 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$status"

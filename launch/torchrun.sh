@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# One run on several machines without a scheduler: the same line on each, but for its number.
+# One run on several machines without a scheduler. Run the same line on each machine, with its own NODE.
 #   NODES=2 NODE=0 MASTER=10.0.0.1 launch/torchrun.sh loss=var_grouped strategy=fsdp    # on 10.0.0.1 itself
-#   NODES=2 NODE=1 MASTER=10.0.0.1 launch/torchrun.sh loss=var_grouped strategy=fsdp    # on the second
-# Every machine must see one folder for `store` and `runs`, and have a `cache` of its own or the same one.
-# PER_NODE: processes on each, one a GPU; all of the machine's where it is not given. PORT: free on the first.
+#   NODES=2 NODE=1 MASTER=10.0.0.1 launch/torchrun.sh loss=var_grouped strategy=fsdp    # on the second machine
+# All machines must share the folders `annotation_cache` and `runs`; each may have its own `cache`.
+# PER_NODE: processes per machine, one per GPU (default: all GPUs of the machine). PORT: a free port of the first machine.
 set -euo pipefail
 exec torchrun --nnodes "$NODES" --node-rank "$NODE" --nproc-per-node "${PER_NODE:-gpu}" \
   --master-addr "$MASTER" --master-port "${PORT:-29500}" \

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.e2e.test_commands import OWN_REWARD, run
+from tests.helpers.cli import run
+from tests.helpers.rewards import OWN_REWARD
 from tests.helpers.runs import ROOT, composed
 from var.config.check import FOLDER
 

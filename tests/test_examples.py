@@ -2,18 +2,22 @@
 
 import csv
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.e2e.test_commands import only, run
+from tests.helpers.cli import run
 from tests.helpers.runs import ROOT
+from tests.helpers.runs import run_folder as only
 from var.data.rows import read
 from var.models.packing import pack
 
@@ -74,6 +78,21 @@ def test_brevity_is_the_relative_distance_in_words() -> None:
         Brevity(words=0)
 
 
+def test_relative_length_compares_with_the_prompt() -> None:
+    """Lengths 2, 4 | 3 have the means 3 | 3: 2/3, 4/3 limited to 1.2, and 1. α = 1: weights e^{1/3}, e^{−0.2}, 1."""
+    from length_penalty import LengthPenalty, ProvideRelativeLength
+
+    loss = LengthPenalty(alpha=1.0, limit=1.2)
+    provider = ProvideRelativeLength(loss.requires[0])
+    data = SimpleNamespace(sequences=SimpleNamespace(length=np.array([2, 4, 3]), group=np.array([0, 0, 1])))
+    provider.select(data)
+    fields = provider.batch_fields(data, 0, np.array([0, 1, 2]))
+    assert_close(fields["relative_length"], torch.tensor([2 / 3, 1.2, 1.0]))
+    batch = pack([[0, 1, 1], [0, 1, 1, 1, 1], [0, 1, 1, 1]], [1, 1, 1], global_tokens=9.0, extra=fields)
+    value, _ = loss(-torch.ones(9), batch)
+    assert_close(value, torch.tensor((2 * math.exp(1 / 3) + 4 * math.exp(-0.2) + 3) / 9))
+
+
 def test_all_three_train_together(tiny_folder: Path, tmp_path: Path) -> None:
     """The README's first command, on a tiny model: the loss falls. An invalid margin is an error."""
     command = ["--config-dir", "examples/conf", "loss=slic", "data=questions", "reward=brevity"]
@@ -98,3 +117,19 @@ def test_all_three_train_together(tiny_folder: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert invalid.returncode == 1, invalid.stdout
     assert "loss.margin: expected a number > 0 (δ in nats), got -1" in invalid.stderr
+
+
+def test_a_requirement_outside_the_package_trains(tiny_folder: Path, tmp_path: Path) -> None:
+    """The loss with its own requirement trains, and at α = 0 it is SFT to the last bit."""
+    losses = {}
+    for name, more in (("length_penalty", ("loss.alpha=0",)), ("sft", ()), ("penalized", ())):
+        done = run(
+            "train.py", "--config-dir", "examples/conf", f"loss={name.replace('penalized', 'length_penalty')}", *more,
+            "data=questions", "reward=brevity", f"model.path={tiny_folder}", f"runs={tmp_path}/{name}",
+            f"annotation_cache={tmp_path}/annotations", f"cache={tmp_path}/cache", "trainer.accelerator=cpu",
+            "trainer.log_every_n_steps=1", "trainer.max_steps=2", "data.validation_prompts=0",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        with (only(tmp_path / name) / "metrics.csv").open() as file:
+            losses[name] = [row["train/loss"] for row in csv.DictReader(file)]
+    assert losses["length_penalty"] == losses["sft"] != losses["penalized"]

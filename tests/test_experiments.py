@@ -1,4 +1,4 @@
-"""The paper, item by item: each has its folder, its configuration, commands that compose, and claims only what ran."""
+"""Each item of the paper has a page and a configuration, its commands compose, and it quotes only runs of its own."""
 
 import importlib.util
 import re
@@ -13,7 +13,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from tests.e2e.test_commands import run
+from tests.helpers.cli import run
 from tests.helpers.runs import ROOT, composed
 from var.config.check import EVAL, FOLDER, TRAIN, check
 from var.training import dry_run as dry
@@ -30,10 +30,10 @@ SECTIONS = [
     "Results",
 ]
 ABLATIONS = {"ablate_b": 3, "ablate_lambda": 5, "ablate_estimator": 9, "ablate_lr": 5}  # jobs
-FRONTIER = ["+experiment=frontier", "seed=0"]
+FRONTIER = ["experiment=frontier", "seed=0"]
 FOUR_PAIRS = ["loss=dpo", "data.micro_batch=4", "data.global_batch=4"]
 ALOL = [*FRONTIER, "loss=alol", "loss.value.development_prompts=10"]
-RAN = {  # the commands, in experiments/default and frontier, of the runs whose results a folder quotes as its own
+RAN = {  # overrides of the runs in experiments/default and frontier whose results a page quotes as its own
     "table2": [[f"loss={loss}", "trainer.max_steps=56"] for loss in ("sft", "var")],
     "table4": [
         [*FRONTIER, "loss=var"],
@@ -45,11 +45,11 @@ RAN = {  # the commands, in experiments/default and frontier, of the runs whose 
     "appendix_a2": [[*FRONTIER, "loss=var_prompt"]],
 }
 TRAINING = ("train.py", "annotate.py", "launch/slurm.sh")
-CARDS = {"llama3.1-8b": 8}  # of the paper, 80 GB each; 4 where nothing else is said
+CARDS = {"llama3.1-8b": 8}  # the paper's number of cards of 80 GB, by model. The others have 4
 
 
-def commands(item: str) -> Iterator[tuple[str, list[str]]]:
-    """(entry point, words) of each line of a README's blocks; what the user fills in is x."""
+def read_commands(item: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield the entry point and the words of each command in a README. Placeholders are replaced by x."""
     text = (EXPERIMENTS / item / "README.md").read_text()
     for line in re.findall(r"^(?!```).+$", "\n".join(re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S)), re.M):
         words = shlex.split(re.sub(r"<[^>]*>", "x", line), comments=True)
@@ -57,8 +57,11 @@ def commands(item: str) -> Iterator[tuple[str, list[str]]]:
         yield words[program + (words[program] == "-m")], words[program + 1 + (words[program] == "-m") :]
 
 
-def jobs(words: list[str]) -> list[list[str]]:
-    """The overrides of a sweep's jobs, so many that each value is in one, at the first seed; without -m the one job."""
+def list_jobs(words: list[str]) -> list[list[str]]:
+    """Return overrides of as many jobs of a sweep as needed for each value to occur, at the first seed.
+
+    Without -m there is one job.
+    """
     if "-m" not in words:
         return [words]
     parsed = OverridesParser.create().parse_overrides([word for word in words if word != "-m"])
@@ -73,37 +76,37 @@ def jobs(words: list[str]) -> list[list[str]]:
 
 
 @cache
-def run_of(*words: str) -> DictConfig:
+def compose_run(*words: str) -> DictConfig:
     return composed(*words)
 
 
-def trained(item: str) -> Iterator[DictConfig]:
-    """The configuration of each training run that a README has a command for, those on a cluster left away."""
-    for program, words in commands(item):
+def compose_training_runs(item: str) -> Iterator[DictConfig]:
+    """Yield the configuration of each training run in a README, except those on a cluster."""
+    for program, words in read_commands(item):
         if program in TRAINING and not any(word.startswith("hydra/launcher") for word in words):
-            yield from (run_of(*job) for job in jobs(words))
+            yield from (compose_run(*job) for job in list_jobs(words))
 
 
-def training(cfg: DictConfig) -> dict[str, Any]:
-    """What a run depends on: not the place of the data, nor the devices."""
+def select_settings(cfg: DictConfig) -> dict[str, Any]:
+    """Return the settings on which a run's results depend: all except the folder of the data."""
     content: dict[str, Any] = OmegaConf.to_container(cfg, resolve=False)  # type: ignore[assignment]
     content["data"].pop("folder", None)
     return content
 
 
 @pytest.mark.parametrize("item", ITEMS)
-def test_an_item_has_its_sections_and_its_commands_compose(item: str) -> None:
+def test_a_page_has_its_sections_and_its_commands_compose(item: str) -> None:
     text = (EXPERIMENTS / item / "README.md").read_text()
     assert re.findall(r"^## (.*)$", text, re.M) == SECTIONS
     assert f"(../../conf/experiment/{item}.yaml)" in text
     for link in re.findall(r"\]\(([^)]+)\)", text):
         assert (EXPERIMENTS / item / link).exists(), link
-    found = list(commands(item))
+    found = list(read_commands(item))
     assert any(re.search(rf"\bexperiment=\[?{item}\b", " ".join(words)) for _, words in found)
     for program, words in found:
         if program in TRAINING:
-            first, *others = jobs(words)
-            check(run_of(*first), TRAIN)
+            first, *others = list_jobs(words)
+            check(compose_run(*first), TRAIN)
             for word in (word for job in others for word in job if word.startswith(("model=", "loss="))):
                 assert Path(FOLDER, f"{word.replace('=', '/')}.yaml").exists(), word
         elif program == "eval.py":
@@ -115,31 +118,31 @@ def test_an_item_has_its_sections_and_its_commands_compose(item: str) -> None:
 
 
 @pytest.mark.parametrize("item", RAN)
-def test_what_a_folder_quotes_as_its_own_is_of_its_own_commands(item: str) -> None:
-    """The runs were made by shorter commands: they are of the same configuration."""
-    own = [training(cfg) for cfg in trained(item)]
+def test_quoted_results_are_of_the_pages_own_commands(item: str) -> None:
+    """The runs were started by shorter commands of the same configuration."""
+    own = [select_settings(cfg) for cfg in compose_training_runs(item)]
     for words in RAN[item]:
-        assert training(run_of(*words)) in own, words
+        assert select_settings(compose_run(*words)) in own, words
 
 
-SAME = ("figure1", "figure4", "table6", "table7")  # another one's configuration but for what comes after training
+SAME = ("figure1", "figure4", "table6", "table7")  # they train like another item
 
 
 @pytest.mark.parametrize(
     "item", [pytest.param(item, marks=[pytest.mark.long] if item in SAME else []) for item in ITEMS]
 )
 def test_the_papers_size_passes_the_dry_run(item: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As far as it goes without a hub: the whole configuration, the model on the meta device, room on the cards."""
-    cfg = composed(f"+experiment={item}", "dry=true", "trainer.accelerator=gpu", f"annotation_cache={tmp_path}")
-    # the paper has no run of the appendix, and the project's has one device
+    """Without a hub: the complete configuration, the model on the meta device, and the memory per card."""
+    cfg = composed(f"experiment={item}", "dry=true", "trainer.accelerator=gpu", f"annotation_cache={tmp_path}")
+    # the paper has no run for its appendix, and this project's has one device
     devices = cfg.trainer.devices = 1 if item.startswith("appendix") else CARDS.get(cfg.model.name, 4)
     dry.memory(Run.compose(cfg, tmp_path))
-    told = capsys.readouterr().out
-    assert f"({devices} in all" in told
-    assert 0 < float(told.split("together: ")[1].split(" GiB")[0]) < 75
+    printed = capsys.readouterr().out
+    assert f"({devices} in all" in printed
+    assert 0 < float(printed.split("together: ")[1].split(" GiB")[0]) < 75
 
 
-def test_the_list_has_every_item_and_its_state() -> None:
+def test_the_overview_has_every_item_and_its_state() -> None:
     table = (EXPERIMENTS / "README.md").read_text()
     for item in ITEMS:
         (row,) = re.findall(rf"^\| \[[^\]]+\]\({item}\) \|.*$", table, re.M)
@@ -147,35 +150,37 @@ def test_the_list_has_every_item_and_its_state() -> None:
 
 
 @pytest.mark.parametrize(("name", "count"), ABLATIONS.items())
-def test_an_ablation_is_one_command(name: str, count: int) -> None:
-    cfg = composed(f"+experiment={name}", return_hydra_config=True)
+def test_an_ablation_is_a_single_command(name: str, count: int) -> None:
+    cfg = composed(f"experiment={name}", return_hydra_config=True)
     words = [f"{key}={value}" for key, value in cfg.hydra.sweeper.params.items()]
-    found = jobs(["-m", f"+experiment={name}", *words])
+    found = list_jobs(["-m", f"experiment={name}", *words])
     assert len(found) == count
-    check(run_of(*found[0]), TRAIN)
+    check(compose_run(*found[0]), TRAIN)
     if name == "ablate_estimator":
-        assert training(run_of(*found[0])) == training(run_of("loss=sft", "trainer.max_steps=56"))
+        assert select_settings(compose_run(*found[0])) == select_settings(
+            compose_run("loss=sft", "trainer.max_steps=56")
+        )
         losses = [word.removeprefix("loss=") for job in found for word in job if word.startswith("loss=")]
         assert {"sft", *(path.stem for path in Path(FOLDER, "loss").glob("var*.yaml"))} - set(losses) == {"var_online"}
 
 
 @pytest.mark.e2e
-def test_the_sweep_in_the_file_is_what_m_runs(tiny_folder: Path, tmp_path: Path) -> None:
+def test_m_runs_the_sweep_of_the_file(tiny_folder: Path, tmp_path: Path) -> None:
     places = [
         f"model.path={tiny_folder}",
-        f"annotation_cache={tmp_path}/store",
+        f"annotation_cache={tmp_path}/annotations",
         f"cache={tmp_path}/cache",
         f"runs={tmp_path}/r",
     ]
-    done = run("train.py", "-m", "+experiment=ablate_b", "debug=dry", *places)
+    done = run("train.py", "-m", "experiment=ablate_b", "debug=dry", *places)
     assert done.returncode == 0, done.stderr
     swept = [OmegaConf.load(path) for path in (tmp_path / "r").glob("*/.hydra/config.yaml")]
     assert sorted(cfg.data.micro_batch for cfg in swept) == [2, 4, 8]
     assert {cfg.loss.estimator["_target_"] for cfg in swept} == {"var.weights.estimators.InBatch"}
 
 
-def test_the_variance_of_an_estimate_on_a_real_model_is_its_formula() -> None:
-    """B − 1 of B terms vary: Var(Ẑ) = (B − 1)/B² of the others' variance; sampled, 1/K of a candidate's."""
+def test_figure4_variances_equal_their_formulas() -> None:
+    """In-batch, B − 1 of B terms vary, so Var(Ẑ) is (B − 1)/B² of their variance. Sampled, it is 1/K of one term's."""
     spec = importlib.util.spec_from_file_location("figure4", EXPERIMENTS / "figure4" / "run.py")
     assert spec is not None
     assert spec.loader is not None
@@ -188,7 +193,7 @@ def test_the_variance_of_an_estimate_on_a_real_model_is_its_formula() -> None:
         "in-batch, token means": np.exp(logps + rewards),
         "in-batch, without π_ref": np.exp(rewards),
     }
-    found = list(figure4.records(logps, rewards, candidates, seed=0))
+    found = list(figure4.measure(logps, rewards, candidates, seed=0))
     assert len(found) == 3 * len(figure4.SIZES)
     for record in found:
         size = record["size"]

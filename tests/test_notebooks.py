@@ -11,7 +11,7 @@ from typing import Any
 import matplotlib
 import pytest
 
-from tests.e2e.test_commands import run
+from tests.helpers.cli import run
 from tests.helpers.runs import ROOT
 
 FOLDER = ROOT / "notebooks"
@@ -47,7 +47,7 @@ def namespace(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_every_notebook_has_a_test_below() -> None:
-    assert NOTEBOOKS == ["bring_your_own", "enumerable_world", "read_a_run"]
+    assert NOTEBOOKS == ["bring_your_own", "exact_testbed", "read_a_run"]
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
@@ -67,7 +67,7 @@ def test_read_a_run(namespace: dict[str, Any]) -> None:
     assert len(namespace["samples"]) == 4
 
 
-@pytest.mark.parametrize("namespace", ["enumerable_world"], indirect=True)
+@pytest.mark.parametrize("namespace", ["exact_testbed"], indirect=True)
 def test_exact_testbed(namespace: dict[str, Any]) -> None:
     """The claims of its text hold: who reaches π*, who stops short of it, and that nothing lies above the frontier."""
     distance, ends = namespace["distance"], namespace["ends"]

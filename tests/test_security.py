@@ -1,5 +1,7 @@
-"""What others wrote, model folders, checkpoints, data, templates, answers, is read and never run; secrets stay where
-they are; files are written only where the configuration says."""
+"""Untrusted models, checkpoints, data, templates and answers are read and never run.
+
+Secrets are not written to disk, and files are written only to configured folders.
+"""
 
 import ast
 import json
@@ -18,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from notebooks.tiny import TEMPLATE, byte_tokenizer
-from tests.e2e.test_commands import run
+from tests.helpers.cli import run
 from tests.helpers.models import pretrained, saved, tiny_config
 from tests.helpers.runs import ROOT
 from tests.helpers.servers import client, completion, served
@@ -29,7 +31,7 @@ from var.utils.errors import UserError
 
 
 class Bait:
-    """Unpickled, it makes a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, made: Path) -> None:
         self.made = made
@@ -40,13 +42,13 @@ class Bait:
 
 @pytest.fixture
 def made(tmp_path: Path) -> Iterator[Path]:
-    """The file that exists if something ran that must not."""
+    """The path of a file that exists only if untrusted code ran."""
     path = tmp_path / "made"
     yield path
-    assert not path.exists(), "it ran"
+    assert not path.exists(), "untrusted code ran"
 
 
-def test_the_bait_is_one(tmp_path: Path) -> None:
+def test_bait_works(tmp_path: Path) -> None:
     pickle.loads(pickle.dumps(Bait(tmp_path / "made"))).close()
     assert (tmp_path / "made").exists()
 
@@ -54,16 +56,16 @@ def test_the_bait_is_one(tmp_path: Path) -> None:
 # --- pickles
 
 
-def pickled(folder: Path, made: Path, name: str = "pytorch_model.bin") -> Path:
-    """The folder with its weights, and the bait, as a pickle in place of safetensors."""
+def pickle_weights(folder: Path, made: Path, name: str = "pytorch_model.bin") -> Path:
+    """Replace the weights of a folder by a pickle with the bait."""
     (weights,) = folder.glob("*.safetensors")
     torch.save({**load_file(weights), "bait": Bait(made)}, folder / name)
     weights.unlink()
     return folder
 
 
-def test_a_model_of_pickled_weights_is_refused(tmp_path: Path, made: Path) -> None:
-    model = pretrained(pickled(saved(tmp_path / "m"), made), tmp_path)
+def test_model_with_pickled_weights_is_an_error(tmp_path: Path, made: Path) -> None:
+    model = pretrained(pickle_weights(saved(tmp_path / "m"), made), tmp_path)
     with pytest.raises(UserError, match=r"m contains no \.safetensors file, and pickled weights are not read"):
         _ = model.identity
     for load in (model.load, model.load_scorer):
@@ -71,30 +73,30 @@ def test_a_model_of_pickled_weights_is_refused(tmp_path: Path, made: Path) -> No
             load()
 
 
-def test_a_pickled_adapter_is_refused(tiny_folder: Path, tmp_path: Path, made: Path) -> None:
+def test_pickled_adapter_is_an_error(tiny_folder: Path, tmp_path: Path, made: Path) -> None:
     pytest.importorskip("peft")
     from tests.helpers.models import save_lora
 
     save_lora(tmp_path / "a", tiny_folder)
-    pickled(tmp_path / "a", made, "adapter_model.bin")
+    pickle_weights(tmp_path / "a", made, "adapter_model.bin")
     model = pretrained(tmp_path / "a", tmp_path)
     for ask in (lambda: model.weights, model.load, lambda: Classifier(path=str(tmp_path / "a")).identity):
-        with pytest.raises(UserError):
+        with pytest.raises(UserError, match=r"pickled weights are not read|is an adapter for CAUSAL_LM"):
             ask()
 
 
-def test_a_pickled_reward_model_is_refused(tmp_path: Path, made: Path) -> None:
+def test_pickled_reward_model_is_an_error(tmp_path: Path, made: Path) -> None:
     from transformers import LlamaForSequenceClassification
 
     folder = saved(tmp_path / "rm", LlamaForSequenceClassification(tiny_config(num_labels=1, pad_token_id=0)))
-    reward = Classifier(path=str(pickled(folder, made)), cache=str(tmp_path))
+    reward = Classifier(path=str(pickle_weights(folder, made)), cache=str(tmp_path))
     with pytest.raises(UserError, match=r"contains no \.safetensors file, and pickled weights are not read"):
         _ = reward.identity
     with pytest.raises(OSError, match="safetensors"):
         reward([[{"role": "user", "content": "a"}]], ["b"], [None])
 
 
-# --- a model's own code
+# --- code in a model's folder
 
 
 CODE = """
@@ -117,8 +119,8 @@ class EvilTokenizer(PreTrainedTokenizerFast):
 """
 
 
-def with_code(folder: Path, made: Path, kind: str) -> Path:
-    """A folder whose config, model and tokenizer are classes in a Python file of its own."""
+def save_with_code(folder: Path, made: Path, kind: str) -> Path:
+    """Save a model whose config, model and tokenizer are classes in a Python file of the folder."""
     from transformers import LlamaForSequenceClassification
 
     saved(folder, LlamaForSequenceClassification(tiny_config(num_labels=1, pad_token_id=0)))
@@ -139,9 +141,9 @@ def with_code(folder: Path, made: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["llama", "evil"])
-def test_a_models_own_code_is_not_run(tmp_path: Path, made: Path, kind: str) -> None:
-    """Of a kind that transformers knows its own classes are used; of another the folder is refused."""
-    model = pretrained(with_code(tmp_path / "m", made, kind), tmp_path)
+def test_code_of_a_model_is_not_run(tmp_path: Path, made: Path, kind: str) -> None:
+    """If transformers knows the model type, its own classes are used. Otherwise it is an error."""
+    model = pretrained(save_with_code(tmp_path / "m", made, kind), tmp_path)
 
     def outcome(load: Callable[[], Any]) -> str:
         try:
@@ -151,14 +153,17 @@ def test_a_models_own_code_is_not_run(tmp_path: Path, made: Path, kind: str) -> 
 
     loaded = outcome(model.load)
     assert loaded.startswith("transformers.") if kind == "llama" else "contains its own code" in loaded
-    for load in (model.load_scorer, lambda: model.chat):  # with the tokenizer, which brings its own in either
+    for load in (
+        model.load_scorer,
+        lambda: model.chat,
+    ):  # both load the tokenizer, whose code is never known
         assert "contains its own code" in outcome(load)
 
 
-def test_a_models_own_code_runs_where_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bait bites: the tests above would see it."""
+def test_code_of_a_model_runs_if_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests above would notice it."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    model = pretrained(with_code(tmp_path / "m", tmp_path / "made", "evil"), tmp_path, trust_remote_code=True)
+    model = pretrained(save_with_code(tmp_path / "m", tmp_path / "made", "evil"), tmp_path, trust_remote_code=True)
     assert type(model.load()).__name__ == "EvilModel"
     assert (tmp_path / "made").exists()
 
@@ -167,13 +172,13 @@ def test_a_models_own_code_runs_where_it_is_asked_for(tmp_path: Path, monkeypatc
 
 
 def test_python_in_yaml_is_not_run(tiny_folder: Path, tmp_path: Path, made: Path) -> None:
-    """In an override, in a configuration file, and in the config.yaml beside a model that somebody gave away."""
+    """In an override, in a configuration file, and in the config.yaml of a run folder from elsewhere."""
     call = f"!!python/object/apply:builtins.open ['{made}', 'w']"
     folder = tmp_path / "conf" / "experiment"
     folder.mkdir(parents=True)
     (folder / "evil.yaml").write_text(f"# @package _global_\nseed: {call}\n")
     places = [f"runs={tmp_path}/runs", f"annotation_cache={tmp_path}/store", f"cache={tmp_path}/cache", "dry=true"]
-    from_file = ["--config-dir", str(tmp_path / "conf"), "+experiment=evil"]
+    from_file = ["--config-dir", str(tmp_path / "conf"), "experiment=evil"]
     for overrides in ([f"seed={call}"], [f"+seed2='{call}'"]):
         assert run("train.py", *places, *overrides).returncode == 1, overrides
     with pytest.raises(Exception, match="python/object"):
@@ -198,33 +203,34 @@ ATTACKS = [
 ]
 
 
-def of_endpoint(template: str, folder: Path) -> str:
-    one = Endpoint(client=client("http://127.0.0.1:9", folder), protocol="query", chat_template=template)
-    return one._text([{"role": "user", "content": "a"}], True)
+def render_by_endpoint(template: str, folder: Path) -> str:
+    reward = Endpoint(client=client("http://127.0.0.1:9", folder), protocol="query", chat_template=template)
+    return reward._render([{"role": "user", "content": "a"}], True)
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_a_chat_template_runs_in_jinjas_sandbox(attack: str, tmp_path: Path, made: Path) -> None:
-    """A model's, a reward model's and that of an endpoint's texts."""
-    template = attack.replace("MADE", str(made)) + TEMPLATE
-    ask = [{"role": "user", "content": "a"}]
-    with pytest.raises(Exception, match=r"(?i)unsafe|undefined|no loader|not callable|no attribute"):
-        _ = Chat(byte_tokenizer(), template).render(ask)
+def test_chat_template_runs_in_jinjas_sandbox(attack: str, tmp_path: Path, made: Path) -> None:
+    """The template of a model, of a reward model, and of an endpoint."""
     from transformers import LlamaForSequenceClassification
 
+    template = attack.replace("MADE", str(made)) + TEMPLATE
+    ask = [{"role": "user", "content": "a"}]
     folder = saved(tmp_path / "rm", LlamaForSequenceClassification(tiny_config(num_labels=1)), byte_tokenizer(template))
-    with pytest.raises(Exception, match=r"(?i)unsafe|undefined|no loader|not callable|no attribute"):
+    blocked = r": \w+Error: (?i:.*(unsafe|undefined|no loader|not callable|no attribute))"
+    with pytest.raises(UserError, match=r"^the chat template cannot render these messages" + blocked):
+        Chat(byte_tokenizer(), template).render(ask)
+    with pytest.raises(UserError, match=r"^the chat template cannot render these messages" + blocked):
         Classifier(path=str(folder)).encode(ask, "b")
-    with pytest.raises(Exception, match=r"(?i)unsafe|undefined|no loader|not callable|no attribute"):
-        of_endpoint(template, tmp_path)
+    with pytest.raises(UserError, match=r"^reward\.chat_template" + blocked):
+        render_by_endpoint(template, tmp_path)
 
 
-def test_what_a_message_says_is_no_template(tokenizer: Any) -> None:
+def test_text_of_a_message_is_not_a_template(tokenizer: Any) -> None:
     text = "{{ 7 * 7 }} {% raw %} ${oc.env:HOME} {0.__class__} %s"
     assert text in Chat(tokenizer).render([{"role": "user", "content": text}])
 
 
-# --- secrets, places and texts of a whole run
+# --- secrets, folders and texts of a complete run
 
 
 SECRETS = {
@@ -240,8 +246,10 @@ WORDS = "${oc.env:OPENAI_API_KEY} {{ 7 * 7 }} %s {0} !!python/none"
 
 @pytest.fixture(scope="module")
 def world(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """All four commands over rows with such ids and texts, with secrets in the environment, a judge and a reward behind
-    HTTP, and W&B: the folder that holds everything, and what was printed."""
+    """Run all four commands on such rows, with secrets, an HTTP judge and reward, and W&B.
+
+    Return the folder of all files, and the printed texts.
+    """
     top = tmp_path_factory.mktemp("world")
     for name in ("data", "home", "cwd"):
         (top / name).mkdir()
@@ -294,7 +302,6 @@ def world(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 
 def test_no_secret_is_written_or_printed(world: tuple[Path, list[str]]) -> None:
-    """In no file at all: configuration, log, W&B's run, summary, card, samples, store, cache, replies."""
     top, printed = world
     files = [path for path in top.rglob("*") if path.is_file()]
     assert len(files) > 30
@@ -302,23 +309,23 @@ def test_no_secret_is_written_or_printed(world: tuple[Path, list[str]]) -> None:
     for path in files:
         content = path.read_bytes()
         for name, secret in SECRETS.items():
-            assert secret.encode() not in content, f"{name} stands in {path.relative_to(top)}"
+            assert secret.encode() not in content, f"{name} is in {path.relative_to(top)}"
     assert not any(secret in text for text in printed for secret in SECRETS.values())
 
 
-def test_the_secrets_would_be_found(world: tuple[Path, list[str]]) -> None:
-    """The names of the variables are there, in the configuration: files are really searched."""
+def test_names_of_secrets_are_written(world: tuple[Path, list[str]]) -> None:
+    """The configuration has the names of the variables, so the test above searches the right files."""
     top, _ = world
     (config,) = top.glob("runs/*/.hydra/config.yaml")
     assert b"REWARD_KEY" in config.read_bytes()
     assert b"OPENAI_API_KEY" in config.read_bytes()
 
 
-def test_files_are_written_where_the_configuration_says(world: tuple[Path, list[str]]) -> None:
+def test_files_are_written_to_configured_folders(world: tuple[Path, list[str]]) -> None:
     top, _ = world
     assert {path.name for path in top.iterdir()} == {"cwd", "data", "home", "store", "cache", "runs", "out", "evals"}
     assert not list((top / "cwd").rglob("*"))
-    libraries = {"wandb", "matplotlib"}  # the log of W&B's own process, a list of fonts
+    libraries = {"wandb", "matplotlib"}  # W&B's own log, and a list of fonts
     ours = [path for path in (top / "home").rglob("*") if path.is_file() and not libraries & set(path.parts)]
     assert ours == []
     assert [path.name for path in (top / "data").iterdir()] == ["rows.jsonl"]
@@ -327,8 +334,8 @@ def test_files_are_written_where_the_configuration_says(world: tuple[Path, list[
     assert not Path("/escaped-var-align").exists()
 
 
-def test_ids_and_texts_come_back_as_they_were(world: tuple[Path, list[str]]) -> None:
-    """Whatever they look like, an interpolation, a template, a format, they are text."""
+def test_ids_and_texts_are_kept_unchanged(world: tuple[Path, list[str]]) -> None:
+    """Also if they look like an interpolation, a template or a format."""
     top, _ = world
     written = [json.loads(line) for line in (top / "out" / "rows.jsonl").read_text().split("\n") if line]
     assert [row["id"] for row in written] == IDS
@@ -344,10 +351,8 @@ def test_ids_and_texts_come_back_as_they_were(world: tuple[Path, list[str]]) -> 
 
 
 FORBIDDEN = {"eval", "exec", "compile", "__import__", "breakpoint", "input"}
-SHELLS = {
-    "subprocess": {"var/evaluate/benchmarks/sandbox.py", "var/training/summary.py"}
-}  # the sandbox itself; git's own words
-# var/training/checkpoints.py's own unpickler names what it takes
+SHELLS = {"subprocess": {"var/evaluate/benchmarks/sandbox.py", "var/utils/provenance.py"}}  # for the sandbox and git
+# Only var/training/checkpoints.py may import these: its unpickler has a list of allowed names.
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "jsonpickle"}
 
 
@@ -355,8 +360,8 @@ def sources() -> list[Path]:
     return [*ROOT.glob("*.py"), *(ROOT / "var").rglob("*.py")]
 
 
-def test_nothing_is_evaluated_unpickled_or_handed_to_a_shell() -> None:
-    """Programs that a model wrote run in var/evaluate/benchmarks/sandbox.py alone (tests/evaluate/test_sandbox.py)."""
+def test_source_has_no_eval_pickle_or_shell() -> None:
+    """Programs that a model wrote run only in var/evaluate/benchmarks/sandbox.py (tests/evaluate/test_sandbox.py)."""
     problems = []
     for path in sources():
         name = path.relative_to(ROOT).as_posix()
@@ -372,39 +377,33 @@ def test_nothing_is_evaluated_unpickled_or_handed_to_a_shell() -> None:
             if isinstance(node, ast.Import | ast.ImportFrom):
                 for module in [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]:
                     top = module.split(".")[0]
-                    if (top in PICKLES and name != "var/training/checkpoints.py") or name not in SHELLS.get(
-                        top, {name}
-                    ):
+                    pickles = top in PICKLES and name != "var/training/checkpoints.py"
+                    if pickles or name not in SHELLS.get(top, {name}):
                         problems.append(f"{place}: import {module}")
-            if isinstance(node, ast.Attribute):
-                called = ast.unparse(node)
-                if called in ("os.system", "os.popen", "yaml.load"):
-                    problems.append(f"{place}: {called}")
+            if isinstance(node, ast.Attribute) and ast.unparse(node) in ("os.system", "os.popen", "yaml.load"):
+                problems.append(f"{place}: {ast.unparse(node)}")
     assert problems == []
 
 
 # --- dependencies
 
 
-def test_no_dependency_has_a_cap_but_torch_and_none_comes_from_elsewhere() -> None:
-    """A cap keeps a fix of a vulnerability out; a URL or a path is no package of the index."""
+def test_dependencies_have_no_cap_and_no_url() -> None:
+    """A cap would keep out a fix of a vulnerability. Only torch has one."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *(one for extra in project["optional-dependencies"].values() for one in extra)]
-    capped = [one for one in wanted if re.search(r"<|~=|==|!=", one)]
-    assert [re.split(r"\W", one)[0] for one in capped] == ["torch"]
-    assert not [one for one in wanted if "@" in one or "/" in one]
+    names = [*project["dependencies"], *(name for extra in project["optional-dependencies"].values() for name in extra)]
+    assert [re.split(r"\W", name)[0] for name in names if re.search(r"<|~=|==|!=", name)] == ["torch"]
+    assert not [name for name in names if "@" in name or "/" in name]
 
 
-# --- what a user is told
+# --- prompts of transformers
 
 
-def test_nobody_is_asked_whether_a_models_code_may_run(
-    tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """transformers would ask at the terminal and wait; whatever stands there for an answer, nothing runs."""
+def test_user_is_not_asked_to_trust_code(tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers would ask at the terminal and wait."""
     asked: list[str] = []
     monkeypatch.setattr("builtins.input", lambda *words: asked.append(str(words)) or "y")
-    folder = with_code(tmp_path / "m", made, "evil")
+    folder = save_with_code(tmp_path / "m", made, "evil")
     for load in (
         pretrained(folder, tmp_path).load, pretrained(folder, tmp_path).build_meta,
         lambda: Classifier(path=str(folder), cache=str(tmp_path)).identity,
@@ -415,23 +414,14 @@ def test_nobody_is_asked_whether_a_models_code_may_run(
     assert asked == []
 
 
-@pytest.mark.parametrize("attack", ATTACKS)
-def test_a_template_that_fails_is_one_clear_error(attack: str, tmp_path: Path) -> None:
-    ask = [{"role": "user", "content": "a"}]
-    with pytest.raises(UserError, match=r"^the chat template does not take these messages: \w+Error: "):
-        Chat(byte_tokenizer(), attack + TEMPLATE).render(ask)
-    with pytest.raises(UserError, match=r"^reward\.chat_template: \w+Error: "):
-        of_endpoint(attack + TEMPLATE, tmp_path)
-
-
 # --- checkpoints
 
 
 @pytest.mark.parametrize(
-    "force", [{}, {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}], ids=["", "though the environment asks"]
+    "force", [{}, {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}], ids=["", "although the environment asks for it"]
 )
-def test_a_checkpoint_is_no_program(tiny_folder: Path, tmp_path: Path, made: Path, force: dict[str, str]) -> None:
-    """Lightning leaves it to torch's default, which a variable that is set for another program turns off."""
+def test_checkpoint_is_not_unpickled(tiny_folder: Path, tmp_path: Path, made: Path, force: dict[str, str]) -> None:
+    """Lightning uses torch's default, which an environment variable can turn off."""
     torch.save({"state_dict": {}, "bait": Bait(made)}, tmp_path / "evil.ckpt")
     rows = [{"id": str(i), "prompt": f"{i}?", "answer": "1", "responses": ["1", "2"]} for i in range(8)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -447,8 +437,8 @@ def test_a_checkpoint_is_no_program(tiny_folder: Path, tmp_path: Path, made: Pat
     assert f"Error: resume={tmp_path}/evil.ckpt is no checkpoint of a run: it is damaged, or a pickle" in done.stderr
 
 
-def test_a_sharded_checkpoints_metadata_is_no_program(tmp_path: Path, made: Path) -> None:
-    """torch would unpickle it as it is; what torch itself writes passes."""
+def test_metadata_of_sharded_checkpoint_is_not_unpickled(tmp_path: Path, made: Path) -> None:
+    """torch would unpickle it. Metadata that torch wrote is accepted."""
     from torch.distributed import checkpoint
 
     from var.training.checkpoints import check_checkpoint
@@ -461,13 +451,13 @@ def test_a_sharded_checkpoints_metadata_is_no_program(tmp_path: Path, made: Path
         check_checkpoint(tmp_path / "good")
 
 
-def test_lightning_is_told_to_read_tensors_alone() -> None:
-    """Of a checkpoint that was another one when it was looked at; else torch's default holds, or that variable."""
+def test_lightning_loads_only_weights() -> None:
+    """The checkpoint may change after the check; then torch's default or the variable would apply."""
     assert "weights_only=True" in (ROOT / "train.py").read_text()
 
 
-def test_a_checkpoint_comes_from_this_machine(tmp_path: Path) -> None:
-    """Lightning would fetch an address, and unpickle it without any check."""
+def test_checkpoint_cannot_be_a_url(tmp_path: Path) -> None:
+    """Lightning would download and unpickle it without a check."""
     done = run(
         "train.py", "resume=http://127.0.0.1:9/evil.ckpt", f"runs={tmp_path}/runs", f"annotation_cache={tmp_path}/store"
     )
@@ -490,11 +480,11 @@ CALLS = [
 @pytest.mark.parametrize(
     "task", ["countdown", "intermediate_integration", "polynomial_multiplication", "puzzle24", "simple_integration"]
 )
-def test_an_answer_that_sympy_reads_is_not_run(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """sympy's parse_expr is Python's eval with every builtin in reach; a row's own answer goes there too."""
+def test_answer_parsed_by_sympy_is_not_run(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sympy's parse_expr calls eval with all builtins, also on a row's own answer."""
     pytest.importorskip("reasoning_gym")
     from var.data.sources.reasoning_gym import ReasoningGym as Problems
-    from var.data.sources.reasoning_gym import read_problem, written
+    from var.data.sources.reasoning_gym import read_problem, write_problem
     from var.rewards.verifiers import ReasoningGym
 
     monkeypatch.chdir(tmp_path)
@@ -509,5 +499,5 @@ def test_an_answer_that_sympy_reads_is_not_run(task: str, tmp_path: Path, monkey
         for call in CALLS:
             assert reward([row.prompt], [call], [row.answer])[0] < 0.1, call
             wrong = {**problem, "answer": call, "metadata": {**problem["metadata"], "integrand": call}}
-            reward([row.prompt], [right], [written(wrong)])
+            reward([row.prompt], [right], [write_problem(wrong)])
     assert not (tmp_path / "made").exists()

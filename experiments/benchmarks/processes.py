@@ -1,13 +1,13 @@
-"""What only whole processes show: train.py's start and its errors, a second run, waiting for data, the loop's overhead.
+"""Measure complete processes: the start of train.py, a second run, waiting for data, and the overhead of the loop.
 
-- start: wall time of `train.py --help`, and of a configuration that is refused
-- second run: the store is filled by a run over the embedded problems, then λ, loss and learning rate change; nothing
-  may be computed for the store, and the time from the process's start to the end of the first optimiser step, less
-  imports and loading of models, is what counts. The callback that reads the clock is added to the run's own
-- waiting: of the same runs, the share of time that StepMetrics counts as waiting for data
-- overhead: of a tiny random model, the time from one step's forward to the next under the run's own trainer, callbacks
-  and logging, less that of a plain LightningModule with the same computation, without logger or callbacks. One process,
-  one model, whole fits in turn
+- Start: wall time of `train.py --help`, and of an invalid configuration.
+- Second run: a first run over the embedded problems fills the annotation cache. Then λ, loss and learning rate change.
+  Nothing may be computed for the cache. The time is that from the start of the process to the end of the first
+  optimizer step, less imports and loading of models. A callback that reads the clock is added to the run's own.
+- Waiting: the fraction of time that StepMetrics counts as waiting for data, in the same runs.
+- Overhead: of a tiny random model, the time from one step's forward to the next with the run's own trainer, callbacks
+  and logging, less that of a plain LightningModule with the same computation, without logger and callbacks. Complete
+  fits alternate in one process with one model.
 """
 
 import argparse
@@ -22,8 +22,11 @@ from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-START, FIRST_STEP, WAITING, OVERHEAD = 1.5, 10.0, 0.01, 1.0  # s, s, share, ms: at most
-FILL = ["loss=var_prompt", "reward=near_number"]  # a graded reward: a random model's answers differ in it too
+START, FIRST_STEP, WAITING, OVERHEAD = 1.5, 10.0, 0.01, 1.0  # the largest values, in s, s, a fraction, and ms
+FILL = [
+    "loss=var_prompt",
+    "reward=near_number",
+]  # a graded reward, which differs between the responses of a random model
 SECOND = {
     "another λ": [*FILL, "loss.temperature=0.5"],
     "another loss": ["loss=var_grouped", "reward=near_number"],
@@ -32,17 +35,17 @@ SECOND = {
 
 
 def spawn(*words: str, threads: int | None) -> tuple[float, subprocess.CompletedProcess[str]]:
-    """Seconds of `python words…`, and what it left."""
+    """Return the seconds of `python words…` and its result."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}"}
     if threads:
         environment["OMP_NUM_THREADS"] = str(threads)
-    begun = time.perf_counter()
+    begin = time.perf_counter()
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment)
-    return time.perf_counter() - begun, done
+    return time.perf_counter() - begin, done
 
 
-def child(call: str, *words: str, threads: int | None) -> Any:
-    """What a function of this file prints last, as JSON, called in a process of its own with train.py's overrides."""
+def run_child(call: str, *words: str, threads: int | None) -> Any:
+    """Call a function of this file in a new process with overrides of train.py. Return what it prints last, as JSON."""
     _, done = spawn("-c", f"import processes; processes.{call}", *words, threads=threads)
     if done.returncode:
         sys.exit(f"{call} {' '.join(words)}\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
@@ -50,14 +53,17 @@ def child(call: str, *words: str, threads: int | None) -> Any:
 
 
 def report(found: dict[str, Any]) -> None:
-    """Print and end at once: no evaluation, no export."""
+    """Print and exit at once, without evaluation and export."""
     print(f"\n{json.dumps(found)}", flush=True)
     os._exit(0)
 
 
-def train(began: float, steps: int) -> None:
-    """train.py up to an optimiser step: seconds of imports, of loading models, and from `began` (time.time) to the end
-    of the first step; the share of waiting; what the store lacked."""
+def train(started: float, steps: int) -> None:
+    """Run train.py up to an optimizer step and report its times.
+
+    These are the seconds of imports, of loading models, and from `started` (a time.time) to the end of the first step.
+    The fraction of waiting and the annotations that were computed are reported too.
+    """
     import lightning
 
     import train as command
@@ -66,13 +72,13 @@ def train(began: float, steps: int) -> None:
     from var.training import run as build
     from var.training.metrics import step_metrics
 
-    found: dict[str, Any] = {"imports": time.time() - began, "loading": 0.0}
+    found: dict[str, Any] = {"imports": time.time() - started, "loading": 0.0}
     load, trainer = Pretrained.load, build.Run.trainer
 
     def timed(self: Pretrained) -> Any:
-        begun = time.time()
+        begin = time.time()
         model = load(self)
-        found["loading"] += time.time() - begun
+        found["loading"] += time.time() - begin
         return model
 
     class Clock(lightning.Callback):
@@ -81,7 +87,7 @@ def train(began: float, steps: int) -> None:
 
         def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
             if trainer.global_step == 1:
-                found["first"] = time.time() - began
+                found["first"] = time.time() - started
             if trainer.global_step == steps:
                 metrics = step_metrics(trainer)
                 share = metrics.waited / (metrics.waited + metrics.seconds)
@@ -93,11 +99,11 @@ def train(began: float, steps: int) -> None:
         return made
 
     Pretrained.load, build.Run.trainer = timed, watched  # type: ignore[method-assign]
-    run_command(command.main, "train")
+    run_command(command.main)
 
 
 def overhead(rounds: int) -> None:
-    """Seconds a step by round, of the run's own trainer and of Lightning's bare loop, of the same policy and data."""
+    """Report the seconds per step and round, of the run's own trainer and of Lightning's plain loop."""
     import hydra
     import lightning
     from omegaconf import DictConfig
@@ -141,11 +147,11 @@ def overhead(rounds: int) -> None:
                     found[name].append((stamps[-1] - stamps[0]) / (len(stamps) - 1))
         report(found)
 
-    run_command(main, "train")
+    run_command(main)
 
 
-def tiny_model(folder: Path) -> str:
-    """A random Llama of two layers with a tokenizer of bytes, as a folder in Hugging Face form."""
+def make_tiny_model(folder: Path) -> str:
+    """Save a random Llama of two layers with a byte tokenizer, in Hugging Face format. Return its folder."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -169,20 +175,20 @@ def tiny_model(folder: Path) -> str:
 
 
 def measure(options: argparse.Namespace) -> list[str]:
-    """Print the table; returns the aims missed."""
-    from measure import interval
+    """Measure all of it and print the table. Return the targets missed."""
+    from measure import bootstrap_median
 
     rows, missed = list[tuple[str, str, str]](), list[str]()
 
-    def row(what: str, measured: str, aim: str, reached: bool) -> None:
-        rows.append((what, measured, aim))
-        if not reached:
-            missed.append(f"{what}: {measured}, aim {aim}")
+    def row(quantity: str, measured: str, target: str, met: bool) -> None:
+        rows.append((quantity, measured, target))
+        if not met:
+            missed.append(f"{quantity}: {measured}, target {target}")
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tiny = tiny_model(folder / "model")
-        places = [f"annotation_cache={folder}/store", f"runs={folder}/runs", "resume=false"]
+        tiny = make_tiny_model(folder / "model")
+        places = [f"annotation_cache={folder}/annotations", f"runs={folder}/runs", "resume=false"]
         model = [f"model.path={tiny}", f"cache={folder}/cache"]
         if not options.tiny:
             model = [f"cache={os.path.expanduser(options.cache)}"]
@@ -198,25 +204,30 @@ def measure(options: argparse.Namespace) -> list[str]:
                     sys.exit(f"train.py {word}\n{done.stdout}{done.stderr}")
                 seconds.append(took)
         for word, seconds in starts.items():
-            middle, low, high = interval(seconds)
+            middle, low, high = bootstrap_median(seconds)
             row(f"`train.py {word}`", f"{middle:.2f} [{low:.2f}, {high:.2f}] s", f"< {START} s", low < START)
 
         def run(words: list[str], steps: int) -> dict[str, Any]:
             call = f"train({time.time()}, {steps})"
-            return child(call, *places, *model, *small, *device, *words, threads=options.threads)
+            return run_child(call, *places, *model, *small, *device, *words, threads=options.threads)
 
         run(FILL, 1)
-        for what, words in SECOND.items():
+        for change, words in SECOND.items():
             found = run(words, 1)
             beyond = found["first"] - found["imports"] - found["loading"]
             parts = f"imports {found['imports']:.1f}, models {found['loading']:.1f}"
             computed = f"computed {found['computed'] or 'nothing'}"
             good = not found["computed"] and beyond <= FIRST_STEP
-            row(f"second run, {what}", f"{beyond:.1f} s beyond {parts}; {computed}", f"≤ {FIRST_STEP} s, nothing", good)
+            row(
+                f"second run, {change}",
+                f"{beyond:.1f} s in addition to {parts}; {computed}",
+                f"≤ {FIRST_STEP} s, nothing",
+                good,
+            )
 
         share = run(FILL, 10 if options.tiny else 40)["waiting"]
-        aim = f"< {WAITING:.0%}" if not options.tiny else "– (the step is tiny)"
-        row("share of time waiting for data", f"{share:.2%}", aim, options.tiny or share < WAITING)
+        target = f"< {WAITING:.0%}" if not options.tiny else "– (the step is tiny)"
+        row("fraction of time waiting for data", f"{share:.2%}", target, options.tiny or share < WAITING)
 
         fit = [
             f"annotation_cache={folder}/bare",
@@ -225,12 +236,12 @@ def measure(options: argparse.Namespace) -> list[str]:
             f"cache={folder}/cache",
         ]
         fit += [*FILL, *small, "data.validation_prompts=0", "trainer.accelerator=cpu", "trainer.devices=1"]
-        seconds = child(f"overhead({options.rounds})", *fit, threads=options.threads)
-        apart = [1000 * (a - b) for a, b in zip(seconds["ours"], seconds["bare"], strict=True)]
-        (middle, low, high), bare = interval(apart), 1000 * interval(seconds["bare"])[0]
-        measured = f"{middle:.2f} [{low:.2f}, {high:.2f}] ms beyond {bare:.2f} ms"
+        seconds = run_child(f"overhead({options.rounds})", *fit, threads=options.threads)
+        difference = [1000 * (a - b) for a, b in zip(seconds["ours"], seconds["bare"], strict=True)]
+        (middle, low, high), bare = bootstrap_median(difference), 1000 * bootstrap_median(seconds["bare"])[0]
+        measured = f"{middle:.2f} [{low:.2f}, {high:.2f}] ms more than {bare:.2f} ms"
         row("a step's overhead, tiny model", measured, f"< {OVERHEAD} ms", low < OVERHEAD)
 
-    print("\n### Processes\n\n| what | measured | aim |\n| --- | --- | --- |")
+    print("\n### Processes\n\n| quantity | measured | target |\n| --- | --- | --- |")
     print("\n".join(f"| {' | '.join(each)} |" for each in rows), flush=True)
     return missed

@@ -1,10 +1,11 @@
-"""Sampling beside transformers' own `generate`: the same prompts, K answers each, tokens a second, in turn.
+"""Compare sampling with transformers' `generate`: the same prompts, K responses each, in turn.
 
     python experiments/benchmarks/sampling.py --prompts 16 --answers 4 --tokens 48
 
-Prompts are the default run's problems. Ours reads a prompt once for its K answers, drops an answer that has ended, and
-draws by the cumulative probability; generate copies the prompt K times and goes on until the last answer ends. Texts
-differ (the random numbers are others), so what is compared is tokens a second; end tokens are counted.
+Prompts are the default run's problems. Our sampler reads a prompt once for its K responses, removes a response that has
+ended, and draws from the cumulative probability. `generate` copies the prompt K times and continues until the last
+response has ended. The texts differ because the random numbers differ, so tokens per second are compared, end tokens
+included.
 """
 
 import argparse
@@ -13,8 +14,8 @@ from itertools import islice
 from typing import Any
 
 import torch
-from measure import interval
-from steps import pretrained
+from measure import bootstrap_median
+from steps import make_pretrained
 
 from var.data.sources.arithmetic import Arithmetic
 from var.models.attention import use_attention
@@ -22,8 +23,8 @@ from var.sampling.base import Sampling
 from var.sampling.local import sample_tokens
 
 
-def generated(model: Any, chat: Any, prompts: list[list[int]], sampling: Sampling) -> int:
-    """Tokens that transformers' generate gives, left-padded, all prompts in one batch."""
+def count_generated(model: Any, chat: Any, prompts: list[list[int]], sampling: Sampling) -> int:
+    """Return the number of tokens that `generate` samples, with left padding and all prompts in one batch."""
     width = max(map(len, prompts))
     ids = torch.tensor([[chat.end_token] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
@@ -37,6 +38,7 @@ def generated(model: Any, chat: Any, prompts: list[list[int]], sampling: Samplin
 
 
 def main() -> None:
+    """Time both in turn and print tokens per second."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m", help="smollm2-135m, a hub id or a folder")
     parser.add_argument("--cache", default="~/.cache/var-align")
@@ -45,7 +47,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    files = pretrained(options)
+    files = make_pretrained(options)
     model, chat = files.load(), files.chat
     source = Arithmetic(problems=options.prompts, seed=0, kinds=("product", "sum", "gcd"))
     prompts = [chat.prompt(source.row(*record).prompt) for record in islice(source.records(), options.prompts)]
@@ -60,16 +62,16 @@ def main() -> None:
             )  # fmt: skip
             torch.manual_seed(number + 1)
             for who in ("ours", "generate") if number % 2 else ("generate", "ours"):
-                begun = time.perf_counter()
+                started = time.perf_counter()
                 with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
                     if who == "ours":
                         found = sample_tokens(model, chat, prompts, sampling)
-                        count = sum(len(tokens) + ended for several in found for tokens, ended in several)
+                        count = sum(len(tokens) + ended for responses in found for tokens, ended in responses)
                     else:
-                        count = generated(model, chat, prompts, sampling)
+                        count = count_generated(model, chat, prompts, sampling)
                 if number >= 0:
-                    speeds[who].append(count / (time.perf_counter() - begun))
-        ratio, low, high = interval([a / b for a, b in zip(speeds["ours"], speeds["generate"], strict=True)])
+                    speeds[who].append(count / (time.perf_counter() - started))
+        ratio, low, high = bootstrap_median([a / b for a, b in zip(speeds["ours"], speeds["generate"], strict=True)])
         middle = {who: sorted(values)[len(values) // 2] for who, values in speeds.items()}
         print(
             f"| {name} | {middle['ours']:.0f} | {middle['generate']:.0f} | {ratio:.2f} [{low:.2f}, {high:.2f}] |",

@@ -57,7 +57,7 @@ def compute_gains(world: World) -> Mapping[str, Tensor]:
 
 
 def measure_clips(world: World, *, temperature: float = 1.0, clips: Iterable[float] = (0.9, 0.2)) -> list[Record]:
-    """Return where each objective leads, at each ε. clip=0 stands for the ratio held at 1.
+    """Return where each objective leads, at each ε. clip=0 means that the ratio is held at 1.
 
     given_up is the fraction of π_ref's responses that get probability 0. best_reward is the largest reward at the same
     KL(π ‖ π_ref), that of π* at another λ.

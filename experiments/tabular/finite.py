@@ -7,12 +7,10 @@ product of a response's letters by position and its length with 1 and the featur
 A reward is the sum of an offset per prompt, half of whose variance is linear in the features, of a part that the family
 of policies can express, and of a part that it cannot, less a penalty for another prompt's response. λ is in units of
 the reward's standard deviation within a prompt, which is 1.
-
-Shapes as in `var/testbed/world.py`, D features of a response.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,11 +20,11 @@ from experiments.tabular.worlds import Record, draw_world, foreignness
 from var.testbed.world import World, expectation, kl
 from var.weights.estimators import Estimator, Global, Grouped, InBatch, Prompt, Sampled, Value, normalize_log_weights
 from var.weights.groups import group_logsumexp, group_size
-from var.weights.health import health
+from var.weights.health import weight_health
 from var.weights.inputs import WeightInputs
 
+# penalties on the mean log-likelihood, for φ of unit standard deviation under π_ref
 RIDGES = tuple(10.0**e for e in (-3.5, -3.0, -2.5, -2.0, -1.5, -1.0, -0.5, 0.0, 1.0))
-"""Penalties on the mean log-likelihood. φ has unit standard deviation under π_ref."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +62,9 @@ def draw_problem(
 ) -> Problem:
     """Return the problem of a seed.
 
-    `rows`, `tests` and `rest` are numbers of prompts. `seen` is the number of the prompt's features that the policy and
-    the family's part of the reward read. `outside` is the standard deviation of the part of the reward that no θ
-    expresses. The variances of the two parts sum to 1. The other arguments are those of `draw_world`.
+    `rows`, `tests` and `rest` are numbers of prompts. The policy and the family's part of the reward read `seen`
+    features of a prompt. `outside` is the standard deviation of the part of the reward that no θ expresses. The
+    variances of the two parts sum to 1. The other arguments are those of `draw_world`.
     """
     count = rows + tests + rest
     base = draw_world(
@@ -107,15 +105,8 @@ def encode_responses(world: World) -> Tensor:
 def fit(problem: Problem, prompts: Tensor, mass: Tensor, target: Tensor, ridge: float, start: Tensor) -> Tensor:
     """Return θ [1 + seen, D] that maximizes Σ_i w_i log π_θ(y_i|x_i) − ridge |θ|²/2.
 
-    It is found by Newton's method with backtracking.
-
-    Args:
-        problem: the features and π_ref.
-        prompts: [n] int, each prompt that has rows once.
-        mass: [n], Σ w over the rows of a prompt.
-        target: [n, D], Σ w · outputs[y] over the rows of a prompt.
-        ridge: the penalty.
-        start: θ to start from.
+    It is found by Newton's method with backtracking from θ = `start`. `prompts` [n] has each prompt with rows once.
+    `mass` [n] is Σ w and `target` [n, D] is Σ w · outputs[y], over the rows of a prompt.
     """
     x, z, logps = problem.inputs[prompts], problem.outputs, problem.world.logps[prompts]
     aim = x.T @ target
@@ -166,7 +157,7 @@ def find_limit(problem: Problem, temperature: float) -> float:
 
 def fit_ridges(
     problem: Problem, prompts: Tensor, responses: Tensor, weights: Tensor, temperature: float, ridges: Iterable[float]
-) -> list[float]:
+) -> Tensor:
     """Return KL(π* ‖ π_θ) on the test prompts at each ridge, fitted to n rows with weights [n] of mean 1."""
     present, place = prompts.unique(return_inverse=True)
     share = weights / len(weights)
@@ -178,7 +169,7 @@ def fit_ridges(
     for ridge in sorted(ridges, reverse=True):  # each fit starts at the one before, of the larger ridge
         theta = fit(problem, present, mass, target, ridge, theta)
         found[ridge] = measure_divergence(problem, theta, temperature)
-    return [found[ridge] for ridge in ridges]
+    return torch.tensor([found[ridge] for ridge in ridges]).double()
 
 
 def draw_rows(
@@ -186,8 +177,7 @@ def draw_rows(
 ) -> tuple[Tensor, Tensor, WeightInputs]:
     """Return prompts [n], responses [n] and the estimators' inputs.
 
-    There are `per_prompt` responses of π_ref per prompt, micro-batches of `size` rows, and `candidates` further
-    responses per prompt for a sampled Z.
+    A prompt has `per_prompt` responses, and `candidates` others for a sampled Z. A micro-batch has `size` rows.
     """
     count = len(problem.train)
     chosen = problem.train[: count // per_prompt].repeat_interleave(per_prompt)
@@ -309,21 +299,21 @@ def make_table(
     **options: int,
 ) -> list[Record]:
     """Return a record per setting and method, see `compare`. `options` are arguments of `draw_problem`."""
-    seeds, chosen = tuple(seeds), None if methods is None else tuple(methods)
+    seeds, chosen = tuple(seeds), tuple(methods or (*SINGLE, *SEVERAL))
     drawn: dict[str, list[Problem]] = {}
     records = []
     for world, temperature, per_prompt in settings:
         if world not in drawn:
             drawn[world] = [draw_problem(seed, **{**WORLDS[world], **options}) for seed in seeds]  # type: ignore[arg-type]
-        weighers = SINGLE if per_prompt == 1 else SEVERAL
-        weighers = {name: weigher for name, weigher in weighers.items() if chosen is None or name in chosen}
+        listed = SINGLE if per_prompt == 1 else SEVERAL
+        weighers = {name: weigher for name, weigher in listed.items() if name in chosen}
         found = compare(drawn[world], seeds, weighers, per_prompt, temperature, size, candidates, ridges)
         records += [{"world": world, **record} for record in found]
     return records
 
 
 def compare(
-    problems: Iterable[Problem],
+    problems: Sequence[Problem],
     seeds: Iterable[int],
     weighers: Mapping[str, Weigher],
     per_prompt: int,
@@ -339,7 +329,6 @@ def compare(
     - limit: the smallest kl in the family of policies.
     - mean_ess: the effective sample size of the weights, divided by n.
     """
-    problems = tuple(problems)
     limits = torch.tensor([find_limit(problem, temperature) for problem in problems]).double()
     scores = {name: torch.zeros(len(problems), len(ridges)).double() for name in weighers}
     ess = dict.fromkeys(weighers, 0.0)
@@ -348,9 +337,8 @@ def compare(
         prompts, responses, data = draw_rows(problem, per_prompt, size, candidates, generator)
         for name, weigher in weighers.items():
             weights = normalize_log_weights(weigher(problem, prompts, responses, data, temperature)).exp()
-            fits = fit_ridges(problem, prompts, responses, weights, temperature, ridges)
-            scores[name][s] = torch.tensor(fits).double()
-            ess[name] += health(weights, data.length).ess / len(problems)
+            scores[name][s] = fit_ridges(problem, prompts, responses, weights, temperature, ridges)
+            ess[name] += weight_health(weights, data.length).ess / len(problems)
     best = {name: int(score.mean(0).argmin()) for name, score in scores.items()}
     chosen = {name: scores[name][:, ridge] for name, ridge in best.items()}
     first = next(iter(chosen.values()))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from var.requirements import Advantages, Desirable, Groups, Pairs, Rollout, SequenceScores, find
-from var.testbed.methods import default_answers, load_loss, loss_names
+from var.testbed.methods import list_losses, load_loss
 from var.testbed.rows import Labels, Rows, make_rows
 from var.testbed.world import World
 
@@ -160,13 +160,13 @@ LISTED: tuple[Method, ...] = (
 
 
 def list_others() -> list[Method]:
-    """Return the losses of `conf/loss` that are not listed above, at their own settings. Reward models are omitted."""
-    losses = {name: load_loss(name) for name in loss_names() if name not in {method.loss for method in LISTED}}
-    return [
-        Method(name=name, loss=name, answers=default_answers(loss))
-        for name, loss in losses.items()
-        if not find(loss.requires, SequenceScores)
-    ]
+    """Return the losses of `conf/loss` that are not listed above, at their own settings and with K = 4.
+
+    Reward models are omitted.
+    """
+    losses = {name: load_loss(name) for name in list_losses() if name not in {method.loss for method in LISTED}}
+    policies = [name for name, loss in losses.items() if not find(loss.requires, SequenceScores)]
+    return [Method(name=name, loss=name, answers=4) for name in policies]
 
 
 METHODS: tuple[Method, ...] = (*LISTED, *list_others())

@@ -53,7 +53,7 @@ def run(
     pairs = make_rows(known, load_loss("dpo"), prompts, answers, generator)
     value = 1.0 if method.knob == "temperature" else None
     loss = method.build(value)
-    policy = make_policy(world, loss, SharedPolicy)
+    policy, online = make_policy(world, loss, SharedPolicy), method.online
     rows = method.rows(known, value, prompts, answers, generator)
     bound = None
     if (weights := rows.columns.get("weights")) is not None:
@@ -69,7 +69,7 @@ def run(
 
     def source() -> Iterator[Rows]:
         while True:
-            if not method.online:
+            if not online:
                 yield rows
                 continue
             drawn = known.sample(prompts[:, None].expand(-1, ANSWERS), generator, policy.logps()[:half])

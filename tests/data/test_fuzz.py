@@ -1,4 +1,4 @@
-"""Input that nobody wrote by hand: it is used as it stands, or one error says where it is wrong. Nothing else."""
+"""Random inputs: each is read unchanged, or is an error that names its position."""
 
 import gzip
 import hashlib
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from notebooks.tiny import TEMPLATE, byte_tokenizer
 from tests.helpers.cache import keys, open_table
 from var.data.chat import Chat
-from var.data.rows import Rows, from_record, read
+from var.data.rows import Rows, parse_row, read
 from var.data.sources.files import Files
 from var.data.sources.preferences import Preferences
 from var.data.sources.prompts import Prompts
@@ -25,13 +25,13 @@ from var.utils.errors import UserError
 hypothesis.configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")
 
 
-def fuzzed(examples: int) -> Any:
-    """The same examples at every run."""
+def fuzz(examples: int) -> Any:
+    """Return settings that generate the same examples in every run."""
     phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)  # shrinking would take minutes
     return hypothesis.settings(derandomize=True, max_examples=examples, deadline=None, database=None, phases=phases)
 
 
-TEXT = st.text(st.characters(codec=None), max_size=8)  # half surrogate pairs, NUL and line ends too
+TEXT = st.text(st.characters(codec=None), max_size=8)  # with unpaired surrogates, NUL and line ends
 NUMBER = st.one_of(
     st.integers(), st.floats(), st.sampled_from([10**400, -(10**400), 1e400, 2**63, 2**64, -0.0, math.nan])
 )
@@ -51,14 +51,15 @@ RESPONSE = WORDS | st.fixed_dictionaries(
 )
 
 
-def mostly(usual: st.SearchStrategy[Any], odd: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+def mix(usual: st.SearchStrategy[Any], odd: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    """Draw from `usual` five times out of six."""
     return st.integers(0, 5).flatmap(lambda draw: usual if draw else odd)
 
 
 RECORD = st.fixed_dictionaries(
-    {"prompt": mostly(WORDS, PROMPT), "responses": mostly(st.lists(RESPONSE, max_size=3), JSON)},
+    {"prompt": mix(WORDS, PROMPT), "responses": mix(st.lists(RESPONSE, max_size=3), JSON)},
     optional={
-        "id": TEXT | JSON, "ordered": mostly(st.booleans(), JSON), "answer": TEXT | JSON, "subset": TEXT | JSON,
+        "id": TEXT | JSON, "ordered": mix(st.booleans(), JSON), "answer": TEXT | JSON, "subset": TEXT | JSON,
         "sampling": JSON, "chosen": JSON, "strange": JSON,
     },
 )  # fmt: skip
@@ -71,55 +72,54 @@ LINE = st.one_of(
 )
 
 
-def used(source: Any, folder: Path) -> Rows | str:
-    """What `read` gives: the rows, or its error. Any other exception is a fault of ours."""
+def try_read(source: Any, folder: Path) -> Rows | str:
+    """Return the rows, or the message of a UserError. Any other exception fails the test."""
     try:
         return read(source, folder / "cache")
     except UserError as error:
         return str(error)
 
 
-@fuzzed(150)
-@hypothesis.given(lines=st.lists(mostly(RECORD.map(lambda value: json.dumps(value).encode()), LINE), max_size=3))
-def test_lines_are_rows_or_are_named(lines: list[bytes]) -> None:
-    """Every line that is not blank is a row as it stands, or the error names it."""
+@fuzz(150)
+@hypothesis.given(lines=st.lists(mix(RECORD.map(lambda value: json.dumps(value).encode()), LINE), max_size=3))
+def test_lines_become_rows_or_are_named(lines: list[bytes]) -> None:
     with tempfile.TemporaryDirectory() as name:
         file = Path(name) / "rows.jsonl"
         file.write_bytes(b"\n".join(lines))
         given = [(number, line) for number, line in enumerate(file.read_bytes().split(b"\n"), start=1) if line.strip()]
-        found = used(Files(path=str(file)), Path(name))
+        found = try_read(Files(path=str(file)), Path(name))
         if isinstance(found, str):
             assert not given or any(f"  rows.jsonl:{number}: " in found for number, _ in given), found
             return
         assert len(found) == len(given)
         for row, (number, line) in zip(found, given, strict=True):
             value = json.loads(line.decode("utf-8-sig"))
-            assert row == from_record(value if value.get("id") is not None else {**value, "id": f"rows.jsonl:{number}"})
+            assert row == parse_row(value if value.get("id") is not None else {**value, "id": f"rows.jsonl:{number}"})
             for response in row.responses:
                 for score in (response.score, response.weight):
                     assert score is None or math.isfinite(score)
 
 
-@fuzzed(100)
+@fuzz(100)
 @hypothesis.given(value=RECORD | JSON, kind=st.sampled_from([Prompts, Preferences]))
-def test_other_adapters_name_what_they_cannot_read(value: Any, kind: Any) -> None:
+def test_other_adapters_name_invalid_lines(value: Any, kind: Any) -> None:
     with tempfile.TemporaryDirectory() as name:
         file = Path(name) / "rows.jsonl"
         file.write_text(json.dumps(value))
-        found = used(kind(path=str(file)), Path(name))
-        assert not isinstance(found, str) or "  rows.jsonl:1: " in found or "it holds no row" in found
+        found = try_read(kind(path=str(file)), Path(name))
+        assert not isinstance(found, str) or "  rows.jsonl:1: " in found or "it has no rows" in found
 
 
-@fuzzed(60)
+@fuzz(60)
 @hypothesis.given(data=st.binary(max_size=40), cut=st.integers(0, 60))
-def test_a_gzip_file_is_whole_or_is_named(data: bytes, cut: int) -> None:
+def test_gzip_file_is_complete_or_named(data: bytes, cut: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         file = Path(name) / "rows.jsonl.gz"
         packed = gzip.compress(data)
         file.write_bytes(packed[: len(packed) - cut] if cut < len(packed) else data)
-        found = used(Files(path=str(file)), Path(name))
+        found = try_read(Files(path=str(file)), Path(name))
         assert isinstance(found, str)
-        assert "rows.jsonl.gz" in found or "it holds no row" in found
+        assert "rows.jsonl.gz" in found or "it has no rows" in found
 
 
 COLUMN = st.sampled_from(
@@ -139,35 +139,35 @@ NAMES = st.lists(
 )
 
 
-@fuzzed(100)
+@fuzz(100)
 @hypothesis.given(data=st.data())
-def test_parquet_of_any_schema_is_rows_or_is_named(data: st.DataObject) -> None:
+def test_parquet_of_any_schema_becomes_rows_or_is_named(data: st.DataObject) -> None:
     names = data.draw(NAMES)
     table = pa.table([data.draw(COLUMN) for _ in names], names=names)
     with tempfile.TemporaryDirectory() as name:
         file = Path(name) / "rows.parquet"
         pq.write_table(table, file)
-        found = used(Files(path=str(file)), Path(name))
+        found = try_read(Files(path=str(file)), Path(name))
         if isinstance(found, str):
             assert "rows.parquet" in found, found
         else:
             assert len(found) == 2
 
 
-@fuzzed(100)
+@fuzz(100)
 @hypothesis.given(data=st.data())
-def test_a_damaged_parquet_file_is_named(data: st.DataObject) -> None:
+def test_damaged_parquet_file_is_named(data: st.DataObject) -> None:
     rows = {"id": ["a", "b"] * 20, "prompt": ["what?"] * 40, "responses": [["x", "y"]] * 40}
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table({**rows, "id": [f"r{i}" for i in range(40)]}), sink)
-    whole = bytearray(sink.getvalue().to_pybytes())
+    content = bytearray(sink.getvalue().to_pybytes())
     for _ in range(data.draw(st.integers(1, 3))):
-        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     with tempfile.TemporaryDirectory() as name:
         file = Path(name) / "rows.parquet"
-        file.write_bytes(bytes(whole[: data.draw(st.integers(0, len(whole)))]))
-        found = used(Files(path=str(file)), Path(name))
-        assert not isinstance(found, str) or "rows.parquet" in found or "it holds no row" in found
+        file.write_bytes(bytes(content[: data.draw(st.integers(0, len(content)))]))
+        found = try_read(Files(path=str(file)), Path(name))
+        assert not isinstance(found, str) or "rows.parquet" in found or "it has no rows" in found
 
 
 PIECE = st.sampled_from(
@@ -186,16 +186,16 @@ PIECES = st.lists(PIECE, max_size=8).map("".join) | st.tuples(PIECE, PIECE).map(
 CHATS = byte_tokenizer()
 
 
-@fuzzed(200)
+@fuzz(200)
 @hypothesis.given(template=PIECES, response=WORDS | TEXT)
-def test_a_chat_template_works_or_is_a_clear_error(template: str, response: str) -> None:
-    """A fault of the template is a UserError that says so, one of a row a ValueError with which the row is named."""
+def test_chat_template_works_or_is_a_clear_error(template: str, response: str) -> None:
+    """An invalid template is a UserError, an invalid row a ValueError."""
     try:
         chat = Chat(CHATS, template)
         _ = chat.suffix, chat.end_token
     except UserError as error:
-        told = str(error)
-        assert "template" in told
+        message = str(error)
+        assert "template" in message
         return
     try:
         encoded = chat.encode([{"role": "user", "content": "a"}], response)
@@ -205,20 +205,20 @@ def test_a_chat_template_works_or_is_a_clear_error(template: str, response: str)
     assert encoded.ids[-1] == chat.end_token
 
 
-def whole_shard() -> bytes:
+def make_shard() -> bytes:
     with tempfile.TemporaryDirectory() as name:
         target = open_table(Path(name))
         target.write(keys(1, 2, 3), [1.0, 4.0, 9.0])
         return next(target.path.glob("*.parquet")).read_bytes()
 
 
-SHARD = whole_shard()
+SHARD = make_shard()
 
 
-@fuzzed(80)
+@fuzz(80)
 @hypothesis.given(data=st.data(), named=st.booleans())
-def test_a_shard_of_any_bytes_is_read_or_told(data: st.DataObject, named: bool) -> None:
-    """named: the bytes have the name that is theirs, so only their form can tell; else the checksum does."""
+def test_shard_of_any_bytes_is_read_or_reported(data: st.DataObject, named: bool) -> None:
+    """named: the file name is the checksum of its bytes, so that only their form can be wrong."""
     content = bytearray(SHARD)
     for _ in range(data.draw(st.integers(0, 3))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))

@@ -1,46 +1,50 @@
-"""The plan: exact micro-batches that nest, and the same steps whatever the devices."""
+"""The plan: exact micro-batches that nest, and the same steps on any number of devices."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from var.data.plan import ABSENT, Plan, draw, make_plan
+from var.data.plan import ABSENT, MicroBatch, Plan, draw, make_plan
 from var.training.datamodule import stack_by_group
 from var.utils.errors import UserError
 
-INF = float("inf")
+
+def plan(units: int = 40, micro: int = 4, total: int = 16, seed: int = 0, **settings: Any) -> Plan:
+    """Return a plan of units with 1, 2, … response tokens, so that a sum of tokens identifies its units."""
+    defaults = {"last_micro_batch": "drop", "last_step": "keep", "sequences_per_unit": 1}
+    options = {"tokens": np.arange(1, units + 1), **defaults, **settings}
+    return make_plan(micro_batch=micro, global_batch=total, seed=seed, **options)
 
 
-def plan(units: int = 40, micro: int = 4, total: int = 16, seed: int = 0, **more: Any) -> Plan:
-    """40 units of 1..40 response tokens each, so that a sum tells which units it is of."""
-    settings = {"last_micro_batch": "drop", "last_step": "keep", "sequences_per_unit": 1, **more}
-    tokens = settings.pop("tokens", np.arange(1, units + 1))
-    return make_plan(tokens, micro_batch=micro, global_batch=total, seed=seed, **settings)
+def read_numbers(batches: Sequence[MicroBatch]) -> list[int]:
+    """Return the numbers of the micro-batches that are not padding."""
+    return [batch.number for batch in batches if not batch.padding]
 
 
-def test_every_micro_batch_has_exactly_b_units_and_every_unit_comes_once():
+def test_every_micro_batch_has_b_units_and_every_unit_occurs_once():
     made = plan()
     assert made.micro.shape == (10, 4)
     assert sorted(made.micro.ravel()) == list(range(40))
+    assert made.micro.ravel().tolist() != list(range(40))
     assert made.tokens.tolist() == (made.micro + 1).sum(1).tolist()
     assert made.sequences.tolist() == [4] * 10
     assert (made.window, made.steps, made.dropped) == (4, 3, 0)  # 4 + 4 + 2 micro-batches
     assert plan(sequences_per_unit=2).sequences.tolist() == [8] * 10
-    assert made.micro.ravel().tolist() != list(range(40))
 
 
-def test_units_of_several_sizes_count_their_own_sequences():
-    """A group of i mod 3 + 1 responses: sums of the units' own; what is left over is counted in units."""
+def test_units_of_different_sizes_count_their_own_sequences():
+    """Groups have i mod 3 + 1 responses. Dropped units are counted as units."""
     sizes = np.arange(42) % 3 + 1
     made = plan(units=42, sequences_per_unit=sizes)
     assert made.sequences.tolist() == sizes[made.micro].sum(1).tolist()
     assert len(set(made.sequences.tolist())) > 1
     assert made.dropped == 2
     step = list(made.batches(0, 0, 1))[:4]
-    assert {share.sequences for share in step} == {float(sizes[made.micro[:4]].sum())}
-    assert {share.units for share in step} == {16.0}
+    assert {batch.sequences for batch in step} == {float(sizes[made.micro[:4]].sum())}
+    assert {batch.units for batch in step} == {16.0}
     kept = plan(units=42, sequences_per_unit=sizes, last_micro_batch="keep")
     last = kept.micro[-1][kept.micro[-1] != ABSENT]
     assert len(last) == 2
@@ -48,72 +52,73 @@ def test_units_of_several_sizes_count_their_own_sequences():
     assert list(kept.batches(0, 0, 1))[-1].units == 4 * 2 + 2
 
 
-def test_two_four_and_eight_nest():
-    """A micro-batch of 8 is two of 4, and each of those two of 2: runs over B see the same rows at the same step."""
+def test_micro_batches_of_2_4_and_8_nest():
+    """A micro-batch of 8 is two of 4, and each of those is two of 2. Runs over B see the same rows at the same step."""
     two, four, eight = (plan(micro=b).micro for b in (2, 4, 8))
     assert (two.reshape(-1, 4) == four).all()
     assert (four.reshape(-1, 8) == eight).all()
 
 
-@pytest.mark.parametrize("short", ["keep", "drop"])
+@pytest.mark.parametrize("last_step", ["keep", "drop"])
 @pytest.mark.parametrize("epoch", [0, 1])
-def test_ranks_and_accumulation_do_not_change_the_steps(short: str, epoch: int):
-    """World 1, 2 and 4, or 4, 2 and 1 accumulated: step by step the same micro-batches and the same divisors."""
-    made = plan(last_step=short)
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_ranks_and_accumulation_do_not_change_the_steps(last_step, epoch, world):
+    """Ranks 1, 2 and 4 with 4, 2 and 1 accumulated micro-batches have the same micro-batches and divisors per step."""
+    made = plan(last_step=last_step)
     order = made.epoch(epoch)
-    for world in (1, 2, 4):
-        ranks = [list(made.batches(epoch, rank, world)) for rank in range(world)]
-        assert {len(batches) for batches in ranks} == {made.length(world)}
-        merged = [batch for together in zip(*ranks, strict=True) for batch in together]
-        real = [batch for batch in merged if batch.tokens != INF]
-        if world == 1:
-            assert [share.micro_batch for share in real] == order.tolist()
-        for at in range(0, len(real), made.window):
-            here = {share.micro_batch for share in real[at : at + made.window]}
-            assert here == set(order[at : at + made.window].tolist())
-            step = real[at : at + made.window]
-            members = made.micro[[share.micro_batch for share in step]]
-            assert {share.tokens for share in step} == {float((members + 1).sum())}
-            assert {share.sequences for share in step} == {share.units for share in step} == {float(members.size)}
+    ranks = [list(made.batches(epoch, rank, world)) for rank in range(world)]
+    assert {len(batches) for batches in ranks} == {made.length(world)}
+    real = [batch for turn in zip(*ranks, strict=True) for batch in turn if not batch.padding]
+    if world == 1:
+        assert read_numbers(real) == order.tolist()
+    for start in range(0, len(real), made.window):
+        step = real[start : start + made.window]
+        assert set(read_numbers(step)) == set(order[start : start + made.window].tolist())
+        units = made.micro[read_numbers(step)]
+        assert {batch.tokens for batch in step} == {float((units + 1).sum())}
+        assert {batch.sequences for batch in step} == {batch.units for batch in step} == {float(units.size)}
 
 
-def test_ranks_get_like_work_side_by_side_and_over_a_step():
-    """Work 1..8 on two ranks: 8|7, then 5|6 the other way round, and so on; each rank has 18 of 36."""
+def test_two_ranks_get_micro_batches_in_serpentine_order():
+    """Work 1 to 8: 8|7, then 5|6 in the other direction, and so on. Each rank has 18 of 36."""
     work = np.array([3, 8, 1, 6, 5, 2, 7, 4])
     made = replace(plan(units=8, micro=1, total=8), micro=np.arange(8)[:, None], work=work)
-    ranks = [[int(work[share.micro_batch]) for share in made.batches(0, rank, 2)] for rank in range(2)]
+    ranks = [work[read_numbers(list(made.batches(0, rank, 2)))].tolist() for rank in range(2)]
     assert ranks == [[8, 5, 4, 1], [7, 6, 3, 2]]
+
+
+def test_work_is_balanced_per_turn_and_per_step():
+    """With FSDP each turn waits for the slowest rank, with DDP each step does. Lengths are log-normal."""
     lengths = np.random.default_rng(0).lognormal(5, 0.7, 512).round()
     made = plan(units=512, micro=1, total=64, work=lengths, tokens=lengths)
-    orders = made.micro[:, 0].reshape(-1, 8, 8)
-    shares = np.array([[made.work[s.micro_batch] for s in made.batches(0, rank, 8)] for rank in range(8)])
+    unbalanced = lengths[made.micro[:, 0]].reshape(8, 8, 8)
+    balanced = np.stack([made.work[read_numbers(list(made.batches(0, rank, 8)))] for rank in range(8)], -1)
 
-    def waiting(side_by_side: np.ndarray) -> float:
-        """The dearest rank's work over the mean: [turns, ranks]."""
-        return float(side_by_side.max(1).sum() / side_by_side.mean(1).sum())
+    def compute_waiting(work: np.ndarray) -> float:
+        """Return the work of the slowest rank over the mean, for work [turns, ranks]."""
+        return float(work.max(1).sum() / work.mean(1).sum())
 
-    assert waiting(shares.T) < 1.4 < 2.2 < waiting(lengths[orders].reshape(64, 8))  # where each turn waits, as FSDP's
-    steps = shares.reshape(8, 8, 8).sum(2)
-    assert waiting(steps.T) < 1.2 < 1.3 < waiting(lengths[orders].sum(1))  # where each step does, as DDP's
+    assert compute_waiting(balanced) < 1.4 < 2.2 < compute_waiting(unbalanced.reshape(64, 8))
+    assert compute_waiting(balanced.reshape(8, 8, 8).sum(1)) < 1.2 < 1.3 < compute_waiting(unbalanced.sum(1))
 
 
-def test_a_short_window_keeps_its_own_divisors_and_is_filled_for_the_ranks():
-    """Divided by its own length, not by the window's: Lightning-AI/pytorch-lightning #19987.
+def test_short_step_has_its_own_divisors_and_padding_for_the_ranks():
+    """The divisor is the step's own, not that of a complete one (Lightning-AI/pytorch-lightning #19987).
 
-    10 micro-batches in windows of 4 leave 2 to 4 ranks: two get the last one again, with infinite divisors, so that
-    their loss is 0 and no rank waits.
+    10 micro-batches in steps of 4 leave 2 to 4 ranks. Two ranks get the last one again as padding, so that no rank
+    waits.
     """
     made = plan()
     last = [list(made.batches(0, rank, 4))[-1] for rank in range(4)]
-    tokens = float(made.tokens[8:].sum())
+    totals = (float(made.tokens[8:].sum()), 8.0, 8.0)
     more, less = (8, 9) if made.work[8] >= made.work[9] else (9, 8)
-    assert last == [(more, tokens, 8.0, 8.0), (less, tokens, 8.0, 8.0), (less, INF, INF, INF), (less, INF, INF, INF)]
+    assert last == [(more, *totals, False), (less, *totals, False), *[(less, *totals, True)] * 2]
     dropped = plan(last_step="drop")
     assert (len(dropped.micro), dropped.steps, dropped.dropped) == (8, 2, 8)
     assert (dropped.micro == made.micro[:8]).all()
 
 
-def test_a_short_micro_batch_is_dropped_kept_or_an_error():
+def test_short_micro_batch_is_dropped_kept_or_an_error():
     assert plan(units=10).micro.shape == (2, 4)
     assert plan(units=10).dropped == 2
     kept = plan(units=10, last_micro_batch="keep", sequences_per_unit=2)
@@ -122,24 +127,30 @@ def test_a_short_micro_batch_is_dropped_kept_or_an_error():
     assert kept.tokens[2] == (kept.micro[2, :2] + 1).sum()
     assert kept.sequences.tolist() == [8, 8, 4]
     assert kept.dropped == 0
-    with pytest.raises(UserError, match=r"10 units do not divide into micro-batches of 4 \(2 are left over\)"):
-        plan(units=10, last_micro_batch="error")
     assert plan(units=12, last_micro_batch="error").micro.shape == (3, 4)
-
-
-def test_what_makes_no_step_is_an_error():
-    with pytest.raises(UserError, match=r"data\.global_batch=6 is no multiple of data\.micro_batch=4"):
-        plan(total=6)
-    with pytest.raises(UserError, match=r"3 units make no whole micro-batch of 4"):
-        plan(units=3)
-    with pytest.raises(UserError, match=r"12 units make no whole micro-batch of 4 and step of 16"):
-        plan(units=12, last_step="drop")
     assert plan(units=3, last_micro_batch="keep").micro.shape == (1, 4)
 
 
-def test_an_epoch_permutes_whole_steps_and_shows_every_unit_once():
-    made = plan(units=98, micro=2, total=8)  # 49 micro-batches: 12 whole steps and a short one
-    first, second, third = (made.epoch(e) for e in (0, 1, 2))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"units": 10, "last_micro_batch": "error"},
+            r"^data\.last_micro_batch=error: 10 units do not divide into micro-batches of 4, 2 are left over\.",
+        ),
+        ({"total": 6}, r"^data\.global_batch=6 must be a multiple of data\.micro_batch=4"),
+        ({"units": 3}, r"^3 units .* make no complete micro-batch of 4"),
+        ({"units": 12, "last_step": "drop"}, r"^12 units .* make no complete micro-batch of 4 and step of 16"),
+    ],
+)
+def test_units_that_make_no_step_are_an_error(options, message):
+    with pytest.raises(UserError, match=message):
+        plan(**options)
+
+
+def test_epoch_permutes_complete_steps_and_keeps_every_unit_once():
+    made = plan(units=98, micro=2, total=8)  # 49 micro-batches: 12 complete steps and a short one
+    first, second, third = (made.epoch(epoch) for epoch in (0, 1, 2))
     assert first.tolist() == list(range(49))
     for order in (second, third):
         assert sorted(order) == list(range(49))
@@ -152,19 +163,18 @@ def test_an_epoch_permutes_whole_steps_and_shows_every_unit_once():
 
 
 @pytest.mark.parametrize("units", [40, 74])
-def test_runs_that_differ_in_b_see_the_same_units_in_every_step_of_every_epoch(units: int):
-    """Where units are missing too: 74 fill four steps of 16 and 10 places of a fifth, which stays last whatever B."""
-    plans = [plan(units=units, micro=b, last_micro_batch="keep") for b in (2, 4, 8)]
-    for epoch in (0, 1, 2):
-        steps = []
-        for made in plans:
-            rows = made.micro[made.epoch(epoch)]
-            steps.append([frozenset(s[s >= 0]) for s in np.split(rows, range(made.window, len(rows), made.window))])
-        assert steps[0] == steps[1] == steps[2]
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+def test_runs_with_different_b_have_the_same_units_in_each_step(units, epoch):
+    """74 units fill four steps of 16 and 10 places of a fifth, which stays last for any B."""
+    steps = []
+    for made in (plan(units=units, micro=b, last_micro_batch="keep") for b in (2, 4, 8)):
+        rows = made.micro[made.epoch(epoch)]
+        steps.append([frozenset(s[s >= 0]) for s in np.split(rows, range(made.window, len(rows), made.window))])
+    assert steps[0] == steps[1] == steps[2]
 
 
-def test_the_hash_tells_order_data_and_window():
-    """Resuming with another data set or order is refused by it: NVIDIA-NeMo/RL #2519."""
+def test_hash_depends_on_order_data_and_steps():
+    """A checkpoint resumes only with the same hash (NVIDIA-NeMo/RL #2519)."""
     made = plan()
     assert made.hash == plan().hash
     longer = np.arange(1, 41)
@@ -176,42 +186,42 @@ def test_the_hash_tells_order_data_and_window():
     assert len({made.hash, *(other.hash for other in others)}) == 9
 
 
-def test_a_draw_by_advantage_takes_all_or_the_positive_ones():
+def test_draw_takes_all_or_the_positive_advantages():
     advantages = np.array([0.5, -1.0, 0.0, 2.0, 1e-9])
     assert draw(advantages, "all", seed=0).tolist() == [0, 1, 2, 3, 4]
     assert draw(advantages, "uniform", seed=0).tolist() == [0, 3, 4]
-    assert set(draw(advantages, "priority", seed=0)) <= {0, 3}  # 1e-9 is positive, but never comes
+    assert set(draw(advantages, "priority", seed=0)) <= {0, 3}  # 1e-9 is positive, but is practically never drawn
     assert len(draw(advantages, "priority", seed=0)) == 3
 
 
-def test_a_priority_draw_is_in_proportion_to_the_positive_part():
-    """Shares 1/8, 2/8 and 5/8 of 30,000 draws: four standard errors are below 0.012. Each row of a kind comes alike."""
+def test_priority_draw_is_proportional_to_the_positive_part():
+    """Fractions 1/8, 2/8 and 5/8 of 30,000 draws: four standard errors are below 0.012. Equal rows are drawn alike."""
     advantages = np.tile([1.0, -7.0, 2.0, 0.0, 5.0], 10_000)
     drawn = draw(advantages, "priority", seed=3)
     assert len(drawn) == 30_000
-    share = np.bincount(drawn % 5, minlength=5) / 30_000
-    assert share == pytest.approx([1 / 8, 0, 2 / 8, 0, 5 / 8], abs=0.012)
-    assert share[[1, 3]].tolist() == [0, 0]
+    fractions = np.bincount(drawn % 5, minlength=5) / 30_000
+    assert fractions == pytest.approx([1 / 8, 0, 2 / 8, 0, 5 / 8], abs=0.012)
+    assert fractions[[1, 3]].tolist() == [0, 0]
     assert (np.bincount(drawn) > 1).any()  # with replacement
     assert np.mean(drawn) == pytest.approx(25_000, rel=0.015)
 
 
-def test_a_draw_is_its_seeds():
+def test_draw_depends_on_the_seed_and_not_on_the_scale():
     advantages = np.linspace(-1, 1, 100, dtype=np.float32)
-    first = draw(advantages, "priority", seed=1)
-    assert first.tolist() == draw(advantages, "priority", seed=1).tolist()
-    assert first.tolist() != draw(advantages, "priority", seed=2).tolist()
-    assert draw(advantages * 1000, "priority", seed=1).tolist() == first.tolist()
+    first = draw(advantages, "priority", seed=1).tolist()
+    assert first == draw(advantages, "priority", seed=1).tolist()
+    assert first != draw(advantages, "priority", seed=2).tolist()
+    assert first == draw(advantages * 1000, "priority", seed=1).tolist()
 
 
 @pytest.mark.parametrize("kind", ["all", "uniform", "priority"])
-def test_a_draw_needs_a_positive_advantage(kind: Any):
-    with pytest.raises(UserError, match=r"no response's reward is above V\(x\).*loss\.value"):
+def test_draw_without_a_positive_advantage_is_an_error(kind):
+    with pytest.raises(UserError, match=r"^no response's reward exceeds V\(x\).*loss\.value"):
         draw(np.array([-1.0, 0.0]), kind, seed=0)
 
 
-def test_members_of_a_group_stand_side_by_side():
-    """Groups of two, one and three; within one, the order of the data."""
+def test_stacked_groups_keep_the_order_of_the_data():
+    """Groups of two, one and three."""
     found = stack_by_group(np.array([7, 0, 7, 3, 7, 0]), np.array([10, 11, 12, 13, 14, 15]))
     assert found.tolist() == [[11, 15, ABSENT], [13, ABSENT, ABSENT], [10, 12, 14]]
     assert stack_by_group(np.array([1, 0]), np.array([4, 9])).tolist() == [[9], [4]]

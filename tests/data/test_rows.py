@@ -1,8 +1,9 @@
-"""Rows: every fault of a source told at once, and what stands on disk afterwards."""
+"""Rows: all invalid records in one error, and the files that reading leaves on disk."""
 
+import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,38 +11,37 @@ import numpy as np
 import pytest
 
 from var.data import rows as rows_module
-from var.data.rows import Response, Row, from_record, load, read, write
+from var.data.rows import Response, Row, load, parse_row, read, write
 from var.utils.errors import Problems, UserError
 from var.utils.provenance import hash_content
 
 
 @dataclass
-class Listed:
-    """A source of given records, which counts how often it is read."""
+class ListSource:
+    """A source of the given records that counts how often it is read."""
 
     given: list[Any]
-    name: str = "listed"
-    reads: list[int] = field(default_factory=list)
+    reads: int = 0
 
     def records(self) -> Iterator[tuple[str, Any]]:
-        self.reads.append(len(self.given))
+        self.reads += 1
         for i, record in enumerate(self.given):
             yield f"file.jsonl:{i + 1}", record
 
     def row(self, where: str, record: Any) -> Row | None:
-        return None if record == "skip" else from_record(record)
+        return None if record == "skip" else parse_row(record)
 
     def identity(self) -> dict[str, Any]:
-        return {"name": self.name, "records": self.given}
+        return {"records": self.given}
 
 
-def record(name: str, *texts: str, **more: Any) -> dict[str, Any]:
-    return {"id": name, "prompt": "q", "responses": list(texts), **more}
+def record(id: str, *responses: Any, **fields: Any) -> dict[str, Any]:
+    return {"id": id, "prompt": "q", "responses": list(responses), **fields}
 
 
-def test_rows_come_back_as_they_were_given(tmp_path: Path):
+def test_rows_are_read_back_unchanged(tmp_path: Path):
     rows = read(
-        Listed(
+        ListSource(
             [
                 record("a", "one", "two", ordered=True),
                 "skip",
@@ -67,8 +67,8 @@ def test_rows_come_back_as_they_were_given(tmp_path: Path):
     assert [row.id for row in rows.select(np.array([1, 0]))] == ["b", "a"]
 
 
-def test_all_faulty_records_are_told_at_once_with_their_places(tmp_path: Path):
-    source = Listed(
+def test_one_error_lists_all_invalid_records(tmp_path: Path):
+    source = ListSource(
         [
             record("good", "fine"),
             {"prompt": "q"},
@@ -90,44 +90,47 @@ def test_all_faulty_records_are_told_at_once_with_their_places(tmp_path: Path):
             record("object", "x", answer={"a": 1}),
             record("list", "x", answer=["4"]),
             record("part", "x", subset=float("nan")),
+            {**record("text"), "responses": "yes"},
+            record("false", "x", ordered="false"),
         ]
     )
     with pytest.raises(UserError) as error:
         read(source, tmp_path)
     lines = str(error.value).splitlines()
-    assert lines[0] == "Listed: rows that cannot be used (16):"
+    assert lines[0] == "ListSource: invalid rows (18):"
     expected = {
-        2: "'id' must be a string", 3: "a row is an object", 4: "response 0 is empty (row empty)",
-        5: "the score of response 0 is nan", 6: "weights are finite and ≥ 0", 7: "is also the id of file.jsonl:1",
+        2: "'id' must be a string", 3: "a row must be an object", 4: "response 0 is empty (row empty)",
+        5: "the score of response 0 is nan", 6: "weights must be finite and ≥ 0", 7: "is also the id of file.jsonl:1",
         8: "unknown keys ['respones']", 9: "the prompt ends with an assistant's message",
-        10: "half a surrogate pair '\\ud800'", 11: "'score' must be a number, got 'high'",
+        10: "unpaired surrogate '\\ud800'", 11: "'score' must be a number, got 'high'",
         12: "its prompt is empty (row blank)",
-        13: "'answer' must be text or a finite number, or null where there is none, got nan",
-        14: "null where there is none, got inf", 15: "got {'a': 1}", 16: "got ['4']",
-        17: "'subset' must be text or a finite number, or null where there is none, got nan",
+        13: "'answer' must be text, a finite number or null, got nan",
+        14: "or null, got inf", 15: "got {'a': 1}", 16: "got ['4']",
+        17: "'subset' must be text, a finite number or null, got nan", 18: "'responses' must be a list, got 'yes'",
+        19: "'ordered' must be true or false, got 'false'",
     }  # fmt: skip
     for line, (number, text) in zip(lines[1:], expected.items(), strict=True):
         assert line.startswith(f"  file.jsonl:{number}: ")
         assert text in line
 
 
-def test_more_faults_than_a_screen_holds_are_counted(tmp_path: Path):
+def test_errors_beyond_twenty_are_counted(tmp_path: Path):
     with pytest.raises(UserError) as error:
-        read(Listed([record(str(i), "") for i in range(25)]), tmp_path)
-    assert "cannot be used (25):" in str(error.value)
+        read(ListSource([record(str(i), "") for i in range(25)]), tmp_path)
+    assert "invalid rows (25):" in str(error.value)
     assert str(error.value).endswith("… and 5 more")
 
 
 @pytest.mark.parametrize("given", [[record("bad", "")], [record("a", "x"), record("b", "")], [], ["skip"]])
-def test_nothing_stands_after_a_failed_write(given: list[Any], tmp_path: Path):
-    """The next run meets the same error, not half a table."""
+def test_failed_read_leaves_no_files(given: list[Any], tmp_path: Path):
+    """The next run raises the same error."""
     for _ in range(2):
         with pytest.raises(UserError):
-            read(Listed(given), tmp_path)
+            read(ListSource(given), tmp_path)
         assert not [file for file in tmp_path.rglob("*") if file.is_file()]
 
 
-def test_a_source_that_breaks_off_leaves_nothing(tmp_path: Path):
+def test_interrupted_write_leaves_no_files(tmp_path: Path):
     def rows() -> Iterator[Row]:
         yield Row(id="a", prompt=({"role": "user", "content": "q"},))
         raise OSError("the disk is gone")
@@ -137,10 +140,10 @@ def test_a_source_that_breaks_off_leaves_nothing(tmp_path: Path):
     assert not list((tmp_path / "rows").iterdir())
 
 
-def test_the_second_read_does_not_read_the_source(tmp_path: Path):
-    source = Listed([record("a", "x"), record("b", "y"), "skip"])
+def test_second_read_uses_the_cache(tmp_path: Path):
+    source = ListSource([record("a", "x"), record("b", "y"), "skip"])
     first, second = read(source, tmp_path), read(source, tmp_path)
-    assert source.reads == [3]
+    assert source.reads == 1
     assert (list(first), first.left_out) == (list(second), second.left_out)
     assert first.keys.tolist() == second.keys.tolist()
     (folder,) = (tmp_path / "rows").iterdir()
@@ -148,30 +151,30 @@ def test_the_second_read_does_not_read_the_source(tmp_path: Path):
     assert second.table.cache_files[0]["filename"] == str(folder / "rows.arrow")  # a memory map, not a copy
 
 
-def test_another_identity_is_read_anew(tmp_path: Path):
-    read(Listed([record("a", "x")]), tmp_path)
-    assert read(Listed([record("a", "other")]), tmp_path)[0].responses[0].text == "other"
+def test_changed_identity_is_read_again(tmp_path: Path):
+    read(ListSource([record("a", "x")]), tmp_path)
+    assert read(ListSource([record("a", "other")]), tmp_path)[0].responses[0].text == "other"
 
 
-def test_a_number_as_answer_is_its_text_and_null_is_none(tmp_path: Path):
+def test_numeric_answers_become_text(tmp_path: Path):
     given = [4, 0.5, "4", True, None, 10**400]
-    rows = read(Listed([record(str(i), "x", answer=answer) for i, answer in enumerate(given)]), tmp_path)
+    rows = read(ListSource([record(str(i), "x", answer=answer) for i, answer in enumerate(given)]), tmp_path)
     assert [row.answer for row in rows] == ["4", "0.5", "4", "True", None, "1" + "0" * 400]
-    with pytest.raises(ValueError, match=r"'answer' must be text or a finite number.* got b'4'"):
-        from_record(record("a", answer=b"4"))
+    with pytest.raises(ValueError, match=r"'answer' must be text, a finite number or null, got b'4'"):
+        parse_row(record("a", answer=b"4"))
 
 
-def test_an_empty_earlier_turn_is_no_fault(tmp_path: Path):
+def test_empty_earlier_turn_is_valid(tmp_path: Path):
     """HHA has such rows."""
     turns = [{"role": role, "content": text} for role, text in (("user", "q"), ("assistant", ""), ("user", "r"))]
-    assert len(read(Listed([{"id": "a", "prompt": turns}]), tmp_path)) == 1
+    assert len(read(ListSource([{"id": "a", "prompt": turns}]), tmp_path)) == 1
 
 
-def test_a_row_is_decoded_once_for_all_of_its_responses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Asked response by response, and pair by pair of eight rows."""
-    rows = read(Listed([record(str(i), *"abcd") for i in range(8)]), tmp_path)
-    decoded, real = list[str](), rows_module.from_record
-    monkeypatch.setattr(rows_module, "from_record", lambda one: decoded.append(one["id"]) or real(one))
+def test_row_is_decoded_once_for_all_its_responses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Rows are accessed once per response and per pair of rows."""
+    rows = read(ListSource([record(str(i), *"abcd") for i in range(8)]), tmp_path)
+    decoded, real = list[str](), rows_module.parse_row
+    monkeypatch.setattr(rows_module, "parse_row", lambda record: decoded.append(record["id"]) or real(record))
     for i in range(8):
         for j in range(8):
             for k in range(4):
@@ -180,25 +183,23 @@ def test_a_row_is_decoded_once_for_all_of_its_responses(tmp_path: Path, monkeypa
     assert sorted(decoded) == list("01234567")
 
 
-def test_few_decoded_rows_are_held(tmp_path: Path):
-    rows = read(Listed([record(str(i), "x") for i in range(50)]), tmp_path)
+def test_few_decoded_rows_are_cached(tmp_path: Path):
+    rows = read(ListSource([record(str(i), "x") for i in range(50)]), tmp_path)
     assert [rows[i].id for i in range(50)] == [row.id for row in rows]
     assert len(rows._decoded) <= 16
 
 
-def test_equal_prompts_have_one_key_whatever_the_row(tmp_path: Path):
-    rows = read(Listed([record("a", "x"), record("b", "y"), {**record("c", "z"), "prompt": "r"}]), tmp_path)
+def test_equal_prompts_have_equal_keys(tmp_path: Path):
+    rows = read(ListSource([record("a", "x"), record("b", "y"), {**record("c", "z"), "prompt": "r"}]), tmp_path)
     assert rows.keys[0] == rows.keys[1] != rows.keys[2]
     assert bytes(rows.keys[0]).ljust(16, b"\0") == hash_content(rows[0].prompt)
 
 
-def test_the_content_hash_is_that_of_canonical_json():
-    """Key order does not count, the order and the borders of the parts do; 16 bytes of SHA-256."""
-    import hashlib
-
+def test_content_hash_uses_canonical_json():
+    """The order of keys does not matter; the order and boundaries of the parts do."""
     assert hash_content({"a": 1, "b": "ü"}) == hash_content({"b": "ü", "a": 1})
     assert hash_content("ab", "c") != hash_content("a", "bc")
     assert hash_content(1, 2) != hash_content(2, 1)
     text = json.dumps([["x", 1]], separators=(",", ":")).encode()
     assert hash_content(["x", 1]) == hashlib.sha256(text).digest()[:16]
-    assert len(hash_content("\ud800")) == 16  # half a surrogate pair has a hash too, so that it can be told as a fault
+    assert len(hash_content("\ud800")) == 16  # an invalid text must have a hash to be reported

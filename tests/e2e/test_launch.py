@@ -1,6 +1,5 @@
-"""The files in launch/, run as on a cluster of two machines with one process each: both are this machine, over gloo."""
+"""The scripts in launch/, on a simulated cluster: two nodes with one process each, both on this machine, over gloo."""
 
-import json
 import os
 import re
 import socket
@@ -11,27 +10,27 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.test_commands import only, run
-from tests.helpers.runs import ROOT, same_folders
+from tests.helpers.cli import check_run, read_summary, write_to
+from tests.helpers.runs import ROOT, run_folder, same_folders
 
 pytestmark = pytest.mark.e2e
 
-# What these set is what SLURM's own set in a batch step and in each task of a job step.
+# Stand-ins for SLURM's programs. They set the variables that SLURM sets in a batch step and in each task of a job step.
 SBATCH = """#!{python}
 import os, re, shutil, subprocess, sys
 at = next(i for i, a in enumerate(sys.argv) if a.endswith(".sh"))
 text = open(sys.argv[at]).read()
-told = dict(re.findall(r"^#SBATCH --([\\w-]+)=(\\S+)", text, re.M)) | dict(
+options = dict(re.findall(r"^#SBATCH --([\\w-]+)=(\\S+)", text, re.M)) | dict(
     a.lstrip("-").split("=") for a in sys.argv[1:at])
-nodes, tasks = int(told["nodes"]), int(told["ntasks-per-node"])
+nodes, tasks = int(options["nodes"]), int(options["ntasks-per-node"])
 os.environ |= {{
-    "SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": told["job-name"], "SLURM_JOB_NUM_NODES": str(nodes),
+    "SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": options["job-name"], "SLURM_JOB_NUM_NODES": str(nodes),
     "SLURM_NNODES": str(nodes), "SLURM_NTASKS_PER_NODE": str(tasks), "SLURM_NTASKS": str(nodes * tasks),
     "SLURM_NODELIST": f"127.0.0.[1-{{nodes}}]", "SLURM_JOB_NODELIST": f"127.0.0.[1-{{nodes}}]",
     "SLURM_TASKS_PER_NODE": f"{{tasks}}(x{{nodes}})", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0",
 }}
-spooled = shutil.copy(sys.argv[at], os.path.dirname(__file__) + "/slurm_script")
-sys.exit(subprocess.run([spooled, *sys.argv[at + 1 :]]).returncode)
+script = shutil.copy(sys.argv[at], os.path.dirname(__file__) + "/slurm_script")
+sys.exit(subprocess.run([script, *sys.argv[at + 1 :]]).returncode)
 """
 SRUN = """#!{python}
 import os, subprocess, sys
@@ -47,7 +46,7 @@ sys.exit(max(abs(process.wait()) for process in started))
 
 @pytest.fixture(scope="module")
 def options(rows: Path, tiny_folder: Path) -> list[str]:
-    """33 responses beside validation: eight steps of four, and one of a single one, in which one process has none."""
+    """Return the overrides of a run on 33 responses: 8 steps of 4, and one of 1, which leaves a process without any."""
     return [
         "data=files", f"data.path={rows}", f"model.path={tiny_folder}", "reward=score", "loss=var_grouped",
         "trainer.accelerator=cpu", "optim.optimizer.lr=3e-3", "trainer.log_every_n_steps=1", "trainer.epochs=1",
@@ -56,78 +55,71 @@ def options(rows: Path, tiny_folder: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def at(folder: Path) -> list[str]:
-    return [f"annotation_cache={folder}/store", f"cache={folder}/cache", f"runs={folder}/runs"]
-
-
 @pytest.fixture(scope="module")
-def alone(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the run in one process."""
-    folder = tmp_path_factory.mktemp("alone")
-    done = run("train.py", *options, *at(folder))
-    assert done.returncode == 0, done.stderr
-    return only(folder / "runs")
+def single(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of the run in a single process."""
+    folder = tmp_path_factory.mktemp("single")
+    check_run("train.py", *options, *write_to(folder))
+    return run_folder(folder / "runs")
 
 
-def torchrun(node: int, port: int, *overrides: str) -> "subprocess.Popen[str]":
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {"PATH": path, "NODES": "2", "NODE": str(node), "MASTER": "127.0.0.1", "PORT": str(port)}
-    return subprocess.Popen(
-        [ROOT / "launch" / "torchrun.sh", *overrides], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env={**os.environ, **environment, "PER_NODE": "1", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+def write_programs(folder: Path, **programs: str) -> str:
+    """Write executable scripts; return a PATH on which they and this Python come first."""
+    folder.mkdir()
+    for name, text in programs.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    return f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 
-def by_torchrun(folder: Path, *overrides: str) -> str:
+def start(command: list[str], **environment: str) -> "subprocess.Popen[str]":
+    """Start a command in the repository's root folder."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, cwd=ROOT, text=True, env=environment, **pipes)
+
+
+def finish(*processes: "subprocess.Popen[str]") -> str:
+    """Wait for processes, assert that they succeed, and return what they printed."""
+    printed = "".join(process.communicate(timeout=300)[0] for process in processes)
+    assert not any(process.returncode for process in processes), printed
+    return printed
+
+
+def launch_with_torchrun(folder: Path, *overrides: str) -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    nodes = [torchrun(node, port, *overrides) for node in range(2)]
-    shown = [node.communicate(timeout=300)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], "\n".join(shown)
-    return "".join(shown)
+    environment = {"NODES": "2", "PER_NODE": "1", "MASTER": "127.0.0.1", "PORT": str(port)}
+    environment["PATH"] = write_programs(folder / "bin")
+    return finish(*(start(["launch/torchrun.sh", *overrides], NODE=str(node), **environment) for node in range(2)))
 
 
-def by_slurm(folder: Path, *overrides: str) -> str:
-    programs = folder / "bin"
-    programs.mkdir()
-    for name, text in (("sbatch", SBATCH), ("srun", SRUN)):
-        (programs / name).write_text(text.format(python=sys.executable))
-        (programs / name).chmod(0o755)
-    path = f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+def launch_with_slurm(folder: Path, *overrides: str) -> str:
+    texts = {name: text.format(python=sys.executable) for name, text in (("sbatch", SBATCH), ("srun", SRUN))}
+    path = write_programs(folder / "bin", **texts)
     command = ["sbatch", "--nodes=2", "--ntasks-per-node=1", "launch/slurm.sh", *overrides]
-    done = subprocess.run(
-        command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300,
-        env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+    return finish(start(command, PATH=path))
 
 
-@pytest.mark.parametrize("launch", [pytest.param(by_torchrun, marks=pytest.mark.long), by_slurm])
-def test_two_nodes_are_one(launch: Callable[..., str], options: list[str], alone: Path, tmp_path: Path) -> None:
-    """The weights and the curve of one process, one folder, and one closing table."""
-    shown = launch(tmp_path, *options, *at(tmp_path))
-    folder = only(tmp_path / "runs")
-    assert json.loads((folder / "summary.json").read_text())["devices"] == 2
-    same_folders(alone, folder, "train/loss")
-    assert len(re.findall("^Run: ", shown, re.M)) == 1, shown
-    assert len(re.findall("^Evaluating the start:", shown, re.M)) == 1, shown
+@pytest.mark.parametrize("launch", [pytest.param(launch_with_torchrun, marks=pytest.mark.long), launch_with_slurm])
+def test_two_nodes_equal_one(launch: Callable[..., str], options: list[str], single: Path, tmp_path: Path) -> None:
+    """Two nodes give the weights and the curve of one process, one folder, and one closing table."""
+    printed = launch(tmp_path, *options, *write_to(tmp_path))
+    folder = run_folder(tmp_path / "runs")
+    assert read_summary(folder)["devices"] == 2
+    same_folders(single, folder, "train/loss")
+    assert len(re.findall("^Run: ", printed, re.M)) == 1, printed
+    assert len(re.findall("^Evaluating the reference:", printed, re.M)) == 1, printed
 
 
 @pytest.mark.parametrize(("status", "queued"), [(138, "requeue 4711\n"), (143, ""), (1, ""), (0, "")])
-def test_a_job_that_left_before_its_time_limit_is_queued_again(status: int, queued: str, tmp_path: Path) -> None:
-    """One that was pre-empted (143) SLURM queues by itself."""
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    fakes = {"srun": f"exit {status}", "scontrol": f"echo $@ >> {tmp_path}/queued"}
-    for name, text in fakes.items():
-        (programs / name).write_text(f"#!/bin/sh\n{text}\n")
-        (programs / name).chmod(0o755)
+def test_job_is_requeued_before_its_time_limit(status: int, queued: str, tmp_path: Path) -> None:
+    """Only after SIGUSR1 (138). SLURM itself requeues a job that was preempted (143)."""
+    log = tmp_path / "queued"
+    programs = {"srun": f"#!/bin/sh\nexit {status}\n", "scontrol": f"#!/bin/sh\necho $@ >> {log}\n"}
     environment = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS_PER_NODE": "1"}
-    done = subprocess.run(
-        [ROOT / "launch" / "slurm.sh"], env={**os.environ, **environment, "PATH": f"{programs}:{os.environ['PATH']}"}
-    )
-    assert done.returncode == status
-    told = tmp_path / "queued"
-    assert (told.read_text() if told.exists() else "") == queued
+    job = start(["launch/slurm.sh"], PATH=write_programs(tmp_path / "bin", **programs), **environment)
+    job.communicate()
+    assert job.returncode == status
+    assert (log.read_text() if log.exists() else "") == queued

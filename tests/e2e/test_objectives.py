@@ -1,9 +1,7 @@
-"""Every objective through the commands on a tiny random model, what starts from what, and what is refused."""
+"""Every loss through the commands on a tiny random model, runs that start from earlier runs, and rejected settings."""
 
-import csv
 import json
 import math
-import random
 from pathlib import Path
 from typing import Any
 
@@ -13,115 +11,114 @@ import torch
 from safetensors.torch import load_file
 
 from notebooks.tiny import byte_tokenizer
-from tests.e2e.test_commands import only, refused, run
+from tests.helpers.cli import check_error, check_run, read_summary, write_rows, write_to
 from tests.helpers.models import pretrained
-from tests.helpers.runs import ROOT
+from tests.helpers.runs import ROOT, column, curve, exported, run_folder
+from var.annotate import responses, rewards
+from var.annotate.advantages import ProvideAdvantages
 from var.data.chat import Chat
 from var.models.packing import whole
 from var.rewards.classifier import Classifier
+from var.training.datamodule import AlignmentData
 from var.training.validation import PairAccuracy
 
-LOSSES = sorted(file.stem for file in (ROOT / "conf" / "loss").glob("*.yaml"))
+LOSSES = sorted(file.stem for file in (ROOT / "conf" / "loss").glob("[!_]*.yaml") if file.stem != "custom")
 pytestmark = pytest.mark.e2e
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """12 prompts with three weighted answers each, the last of them cut."""
-    draw = random.Random(2)
-    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    with path.open("w") as file:
-        for i in range(12):
-            texts = ["".join(draw.choices("abcdefgh", k=draw.randint(1, 6))) + str(k) for k in range(3)]
-            responses = [{"text": t, "weight": draw.uniform(0.5, 1.5), "finished": t[-1] != "2"} for t in texts]
-            file.write(json.dumps({"id": f"r{i}", "prompt": f"{i}?", "responses": responses}) + "\n")
-    return path
+    """Return a file of 12 prompts with three responses each, the last of them truncated."""
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", prompts=12, responses=3, seed=2)
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store and a cache for the module: what one test samples and scores, the next one reads."""
+    """Return the folder of the caches of this module, so that tests read what others sampled and scored."""
     return tmp_path_factory.mktemp("shared")
 
 
 @pytest.fixture
 def base(rows: Path, shared: Path, tiny_folder: Path, tmp_path: Path) -> list[str]:
+    """Return the overrides of a run without its loss."""
     return [
-        f"model.path={tiny_folder}",
-        f"annotation_cache={shared}/store", f"cache={shared}/cache", f"runs={tmp_path}/runs",
+        f"model.path={tiny_folder}", *write_to(shared), f"runs={tmp_path}/runs",
         "trainer.accelerator=cpu", "trainer.log_every_n_steps=1", "trainer.max_steps=2", "data.validation_prompts=0",
         "data.micro_batch=2", "data.global_batch=4", "eval.sampling.responses=1", "eval.sampling.max_new_tokens=2",
-        "data=files", f"data.path={rows}", "reward=exact_number", "reward._target_=tests.e2e.killing.Distinct",
+        "data=files", f"data.path={rows}", "reward=exact_number", "reward._target_=tests.helpers.rewards.Distinct",
         "generate.responses=3", "generate.max_new_tokens=6", "optim.optimizer.lr=1e-2", "optim.schedule.warmup=0",
     ]  # fmt: skip
 
 
-def extra(loss: str) -> list[str]:
-    """What a loss needs beside its own file on so little data."""
+@pytest.fixture
+def unrewarded(base: list[str]) -> list[str]:
+    """Return the overrides without those of the reward."""
+    return [option for option in base if not option.startswith("reward")]
+
+
+def choose(loss: str) -> list[str]:
+    """Return the overrides that choose a loss for so little data."""
     more = ["loss.value.development_prompts=2", "loss.value.epochs=2"]
     return [f"loss={loss}", *(more if loss.startswith("alol") else [])]
 
 
-def curve(folder: Path, name: str) -> list[float]:
-    with (folder / "metrics.csv").open(newline="") as file:
-        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
+def train(base: list[str], *overrides: str, runs: Path) -> Path:
+    """Train and return the folder of the run."""
+    check_run("train.py", *base, *overrides, f"runs={runs}")
+    return run_folder(runs)
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model" / "model.safetensors")
-
-
-def trained(base: list[str], *overrides: str, runs: Path) -> Path:
-    """The folder of a run that trained."""
-    done = run("train.py", *base, *overrides, f"runs={runs}")
-    assert done.returncode == 0, done.stdout + done.stderr
-    return only(runs)
+def logged(folder: Path, name: str) -> list[float]:
+    """Return the values of a metric."""
+    return column(curve(folder), name)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_every_objective_trains(loss: str, base: list[str], tiny_folder: Path, tmp_path: Path) -> None:
-    """Two steps of two micro-batches: finite numbers, weights that moved, a summary and a model."""
-    folder = trained(base, *extra(loss), runs=tmp_path / "runs")
-    summary = json.loads((folder / "summary.json").read_text())
-    assert summary["steps"] == 2
+def test_every_loss_trains(loss: str, base: list[str], tiny_folder: Path, tmp_path: Path) -> None:
+    """Two steps of two micro-batches give finite metrics and change the weights."""
+    folder = train(base, *choose(loss), runs=tmp_path / "runs")
+    assert read_summary(folder)["steps"] == 2
     for name in ("train/loss", "train/grad_norm"):
-        values = curve(folder, name)
+        values = logged(folder, name)
         assert len(values) == 2, name
         assert all(map(math.isfinite, values)), name
-    assert max(curve(folder, "train/grad_norm")) > 0
-    before, after = load_file(tiny_folder / "model.safetensors"), weights(folder)
+    assert max(logged(folder, "train/grad_norm")) > 0
+    before, after = load_file(tiny_folder / "model.safetensors"), exported(tmp_path / "runs")
     if loss == "bradley_terry":
         assert after["score.weight"].abs().max() > 0
     else:
         assert max(float((after[name] - before[name]).abs().max()) for name in before) > 1e-4
 
 
-# --- reward models
+# Reward models
 
 
-def test_a_trained_reward_model_scores_as_a_reward_what_it_scored(
-    base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_exported_reward_model_is_a_reward(
+    base: list[str], unrewarded: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before training every pair is a tie. The exported folder, read by reward=classifier, gives the trained scorer's
-    very numbers, and rewards the next run."""
-    seen: list[tuple[list[list[int]], list[float]]] = []
+    """reward=classifier on the exported folder gives the scores of the trained model, and rewards the next run.
 
-    def measured(self: Any, trainer: Any, module: Any) -> None:
+    Before training, all pairs are ties.
+    """
+    seen: list[tuple[list[list[int]], list[float]]] = []
+    on_train_end = PairAccuracy.on_train_end
+
+    def record_scores(self: Any, trainer: Any, module: Any) -> None:
         data = trainer.datamodule
-        ids = [data.annotator.chat.complete(data.sequences.tokens(i)[0]) for i in range(len(data.sequences))]
-        batch = data.batch(next(iter(data.plan.batches(0, 0, 1))))
+        sequences, plan = data.training_set.sequences, data.training_set.plan
+        ids = [data.annotator.chat.complete(sequences.tokens(i)[0]) for i in range(len(sequences))]
+        batch = data.batch(next(iter(plan.batches(0, 0, 1))))
         assert all(batch.input_ids[s.start : s.stop].tolist() in ids for s in batch.segments)
         with torch.no_grad():
             seen.append((ids, module.policy(whole(ids)).tolist()))
-        real(self, trainer, module)
+        on_train_end(self, trainer, module)
 
-    real = PairAccuracy.on_train_end
-    monkeypatch.setattr(PairAccuracy, "on_train_end", measured)
-    folder = trained(base, "loss=bradley_terry", "data.validation_prompts=3", runs=tmp_path / "rm")
-    accuracy = json.loads((folder / "summary.json").read_text())["validation"]["accuracy"]
+    monkeypatch.setattr(PairAccuracy, "on_train_end", record_scores)
+    folder = train(base, "loss=bradley_terry", "data.validation_prompts=3", runs=tmp_path / "rm")
+    accuracy = read_summary(folder)["validation"]["accuracy"]
     assert accuracy["before"]["mean"] == 0.5
     assert 0 <= accuracy["after"]["mean"] <= 1
-    assert curve(folder, "train/loss")[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert logged(folder, "train/loss")[0] == pytest.approx(math.log(2), abs=1e-6)
 
     classifier = Classifier(path=str(folder / "model"), cache=str(tmp_path / "cache"), device="cpu")
     tokenizer, ((ids, scores),) = byte_tokenizer(), seen
@@ -131,195 +128,187 @@ def test_a_trained_reward_model_scores_as_a_reward_what_it_scored(
         assert classifier.encode(prompt, response) == row
         assert classifier([prompt], [response], [None]) == pytest.approx([score], abs=1e-6)
     assert np.std(scores) > 1e-3
-
-    reward = ["reward=classifier", f"reward.path={folder}/model"]
-    base = [option for option in base if not option.startswith("reward")]
-    trained(base, *reward, "loss=grpo", runs=tmp_path / "online")
+    train(unrewarded, "reward=classifier", f"reward.path={folder}/model", "loss=grpo", runs=tmp_path / "online")
 
 
-@pytest.mark.parametrize("which", ["bytes", "smollm2"])
-def test_a_closed_row_is_what_the_classifier_renders(
-    which: str, tiny_folder: Path, request: pytest.FixtureRequest, tmp_path: Path
+@pytest.mark.parametrize("model", ["bytes", "smollm2"])
+def test_completed_row_equals_the_encoding_of_the_classifier(
+    model: str, tiny_folder: Path, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    """Token by token, whether the response was finished or cut before its end token."""
-    folder = tiny_folder if which == "bytes" else request.getfixturevalue("smollm2")
+    """The tokens are equal, whether the response is finished or lacks its end token."""
+    folder = tiny_folder if model == "bytes" else request.getfixturevalue("smollm2")
     chat: Chat = pretrained(folder, tmp_path).chat
     classifier = Classifier(path=str(folder), cache=str(tmp_path), device="cpu")
-    several = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2 + 2?"}]
-    for prompt in (several[1:], several):
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2 + 2?"}]
+    for prompt in (messages[1:], messages):
         for text in ("It is 4.", "4", "two\n\nlines\n"):
             ids = chat.encode(prompt, text).ids
             assert chat.complete(ids) == classifier.encode(prompt, text)
             assert chat.complete(ids[:-1]) == chat.complete(ids)
-    assert bool(chat.tail) == (which == "smollm2")
+    assert bool(chat.tail) == (model == "smollm2")
 
 
-# --- a run from a run
+# Runs that start from an earlier run
 
 
-def test_a_run_starts_from_a_run(base: list[str], tmp_path: Path) -> None:
-    """Policy and reference are the earlier run's model: DPO's first loss is log 2, GRPO's first KL is 0, and with a
-    learning rate of 0 the weights that come out are those that went in. They are not the base model's."""
-    first = trained(base, "loss=sft", runs=tmp_path / "first")
-    init, still = f"init={first}", "optim.optimizer.lr=0"
-    dpo = trained(base, "loss=dpo", init, runs=tmp_path / "dpo")
-    assert curve(dpo, "train/loss")[0] == pytest.approx(math.log(2), abs=1e-6)
-    grpo = trained(base, "loss=grpo", init, still, runs=tmp_path / "grpo")
-    assert max(curve(grpo, "train/kl")) < 1e-9
-    one, two = weights(first), weights(grpo)
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    hashes = [json.loads((folder / "summary.json").read_text())["hashes"] for folder in (first, dpo, grpo)]
-    assert hashes[0]["weights"] != hashes[1]["weights"] == hashes[2]["weights"]
+def test_run_starts_from_a_run(base: list[str], tmp_path: Path) -> None:
+    """Policy and reference are the model of the earlier run, not the base model.
+
+    So the first loss of DPO is log 2, and the first KL of GRPO is 0. A learning rate of 0 leaves the weights unchanged.
+    """
+    first = train(base, "loss=sft", runs=tmp_path / "first")
+    init = f"init={first}"
+    dpo = train(base, "loss=dpo", init, runs=tmp_path / "dpo")
+    assert logged(dpo, "train/loss")[0] == pytest.approx(math.log(2), abs=1e-6)
+    grpo = train(base, "loss=grpo", init, "optim.optimizer.lr=0", runs=tmp_path / "grpo")
+    assert max(logged(grpo, "train/kl")) < 1e-9
+    before, after = exported(tmp_path / "first"), exported(tmp_path / "grpo")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    hashes = [read_summary(folder)["hashes"]["weights"] for folder in (first, dpo, grpo)]
+    assert hashes[0] != hashes[1] == hashes[2]
     assert f"base_model: {first}" in (grpo / "model" / "README.md").read_text()
-    trained(base, "loss=sft", f"init={first}/model", runs=tmp_path / "folder")
+    train(base, "loss=sft", f"init={first}/model", runs=tmp_path / "folder")
 
 
-def test_a_wrong_start_is_one_error(base: list[str], tmp_path: Path) -> None:
-    refused(f"init={tmp_path} is neither a finished run (its folder has no model/) nor the folder of a model", *base,
-            f"init={tmp_path}")  # fmt: skip
-
-
-def held_out(folder: Path) -> set[str]:
+def validation_prompts(folder: Path) -> set[str]:
+    """Return the validation prompts of a run, as JSON."""
     return {json.dumps(json.loads(line)["prompt"]) for line in (folder / "samples.jsonl").read_text().splitlines()}
 
 
-def test_rounds(base: list[str], rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """sample.py answers all prompts by an earlier run's model, empty answers left out; data=files reads its rows, holds
-    out the same prompts, and a second round trains on them from there."""
-    from var.annotate.annotator import Annotator
+def test_second_round_trains_on_samples_of_the_first(
+    base: list[str], unrewarded: list[str], rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """sample.py answers all prompts with the model of a run and skips empty responses. data=files reads its rows.
 
-    real, drawn = Annotator.sampled, list[list[int]]()
+    The second round has the same validation prompts.
+    """
+    sample_responses, counts = responses.sample_responses, list[int]()
 
-    def with_an_empty_one(self: Annotator, *arguments: Any) -> Any:
-        texts = real(self, *arguments)
+    def sample_an_empty_one(*arguments: Any) -> Any:
+        texts = sample_responses(*arguments)
         texts = [[(" ", True), *texts[0][1:]], *texts[1:]]
-        drawn.append([sum(bool(text.strip()) for text, _ in several) for several in texts])
+        counts[:] = [sum(bool(text.strip()) for text, _ in several) for several in texts]
         return texts
 
-    held = "data.validation_prompts=3"
-    base = [*base, "generate.max_new_tokens=40"]  # so that some of a random model's answers end
-    first = trained(base, "loss=var_grouped", held, "data.responses=sampled", runs=tmp_path / "first")
+    validation = "data.validation_prompts=3"
+    more = [validation, "generate.max_new_tokens=40"]  # long enough for some responses of a random model to end
+    first = train(base, *more, "loss=var_grouped", "data.responses=sampled", runs=tmp_path / "first")
     out = tmp_path / "rounds" / "rows.jsonl"
     with monkeypatch.context() as patched:
-        patched.setattr(Annotator, "sampled", with_an_empty_one)
-        done = run("sample.py", *base, held, f"init={first}", f"out={out}")
-    assert done.returncode == 0, done.stderr
-    records = [json.loads(line) for line in out.read_text().splitlines()]
-    given = [json.loads(line) for line in rows.read_text().splitlines()]
+        for module in (responses, rewards):
+            patched.setattr(module, "sample_responses", sample_an_empty_one)
+        printed = check_run("sample.py", *base, *more, f"init={first}", f"out={out}")
+    records, given = ([json.loads(line) for line in file.read_text().splitlines()] for file in (out, rows))
     assert [record["id"] for record in records] == [row["id"] for row in given]
     own = {response["text"] for row in given for response in row["responses"]}
-    assert [len(record["responses"]) for record in records] == drawn[0]  # a random model's are empty now and then
-    assert (drawn[0][0], max(drawn[0])) == (2, 3)
+    assert [len(record["responses"]) for record in records] == counts  # a random model writes empty ones, too
+    assert (counts[0], max(counts)) == (2, 3)
     for record in records:
         for response in record["responses"]:
             text = response["text"]
             assert response["score"] == len(set(text)) / max(8, len(text))
             assert response["source"] == str(first)
             assert text not in own
-        drawn = record["sampling"]
-        assert drawn["sampling"]["responses"] == 3
-        assert drawn["reference"]["weights"]
-    assert f"{sum(len(record['responses']) for record in records)} responses to 12 prompts in {out}" in done.stdout
+        assert record["sampling"]["sampling"]["responses"] == 3
+        assert record["sampling"]["reference"]["weights"]
+    assert f"{sum(counts)} responses to 12 prompts in {out}" in printed
     assert [path.name for path in out.parent.iterdir()] == ["rows.jsonl"]
 
-    more = ["loss=dpo", held, f"init={first}", f"data.path={out}", "reward=score"]
-    base = [option for option in base if not option.startswith("reward")]
-    second = trained(base, *more, runs=tmp_path / "second")
-    assert held_out(second) == held_out(first)
-    assert len(held_out(first)) == 3
+    more += ["loss=dpo", f"init={first}", f"data.path={out}", "reward=score"]
+    second = train(unrewarded, *more, runs=tmp_path / "second")
+    assert validation_prompts(second) == validation_prompts(first)
+    assert len(validation_prompts(first)) == 3
 
 
-def test_sampling_refuses_what_a_run_refuses(base: list[str], tmp_path: Path) -> None:
-    done = run("sample.py", *base, f"init={tmp_path}", f"out={tmp_path}/rows.jsonl")
-    assert done.returncode == 1
-    assert "is neither a finished run" in done.stderr
+def test_invalid_init_and_out_are_rejected(base: list[str], tmp_path: Path) -> None:
+    message = f"init={tmp_path} is neither a finished run (its folder has no model/) nor the folder of a model"
+    check_error(message, *base, f"init={tmp_path}")
+    out, folder = f"out={tmp_path}/rows.jsonl", f"out={tmp_path}"
+    check_error(message, *base, f"init={tmp_path}", out, command="sample.py")
     assert not (tmp_path / "rows.jsonl").exists()
-    done = run("sample.py", *base)
-    assert done.returncode == 1
-    assert "Error: out must be given: out=rows.jsonl" in done.stderr
-    done = run("sample.py", *base, f"out={tmp_path}")
-    assert done.returncode == 1
-    assert f"Error: out={tmp_path} is a folder; name a file in it: out={tmp_path}/rows.jsonl" in done.stderr
+    check_error("Error: out: a file must be given: out=rows.jsonl", *base, command="sample.py")
+    check_error(f"Error: {folder} is a folder. Name a file in it: {out}", *base, folder, command="sample.py")
     (tmp_path / "file").touch()
-    done = run("sample.py", *base, f"out={tmp_path}/file/rows.jsonl")
-    assert done.returncode == 1
-    assert f"folders that cannot be written (1):\n  out={tmp_path}/file: File exists" in done.stderr
+    message = f"folders that cannot be written (1):\n  {folder}/file: File exists"
+    check_error(message, *base, f"{folder}/file/rows.jsonl", command="sample.py")
 
 
-def test_sampled_responses_stand_in_for_the_datas_own(base: list[str], tmp_path: Path) -> None:
-    """Pairs too are made of them."""
-    for loss, kind in (("sft", "all"), ("dpo", "both")):
-        folder = trained(base, f"loss={loss}", "data.responses=sampled", runs=tmp_path / loss)
-        facts = json.loads((folder / "summary.json").read_text())["data"]
-        assert facts["rows whose own responses are not used"] == 12
-        assert facts["sampled responses"] == 36
-        assert facts["responses"] == kind
+@pytest.mark.parametrize(("loss", "kind"), [("sft", "all"), ("dpo", "both")])
+def test_sampled_responses_replace_those_of_the_data(loss: str, kind: str, base: list[str], tmp_path: Path) -> None:
+    folder = train(base, f"loss={loss}", "data.responses=sampled", runs=tmp_path / "runs")
+    report = read_summary(folder)["data"]
+    assert report["rows_with_unused_responses"] == 12
+    assert report["sampled_responses"] == 36
+    assert report["responses"] == kind
 
 
-# --- A-LoL
+def test_advantages_select_what_trains(base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`priority` draws only responses with a positive advantage, some of them repeatedly; `all` draws the others, too.
 
-
-def test_advantages(base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Development prompts neither train nor are held out; `priority` draws rows above V(x) alone, some of them twice;
-    `all` draws the others too."""
-    from var.training.datamodule import AlignmentData
-
+    Development prompts are neither training nor validation prompts.
+    """
     prepared: list[AlignmentData] = []
-    real = AlignmentData.prepare
+    prepare = AlignmentData.prepare
 
-    def noted(self: AlignmentData) -> None:
-        real(self)
+    def record(self: AlignmentData) -> None:
+        prepare(self)
         prepared.append(self)
 
-    monkeypatch.setattr(AlignmentData, "prepare", noted)
-    folder = trained(base, *extra("alol"), "data.validation_prompts=3", runs=tmp_path / "alol")
-    data = prepared[-1]
-    develop, held, train = ({row.id for row in part} for part in (data.development, data.validation, data.rows))
-    assert (len(develop), len(held), len(train)) == (2, 3, 7)
-    assert len(develop | held | train) == 12
-    facts = json.loads((folder / "summary.json").read_text())["data"]
-    assert facts["prompts set apart for the value estimate"] == 2
-    advantages, drawn = data._columns["advantages"], data.members[data.members >= 0]
-    assert 0 < float((advantages > 0).double().mean()) < 1
-    assert facts["advantages"]["positive"] == pytest.approx(float((advantages > 0).double().mean()))
-    assert facts["advantages"]["drawn"] == int((advantages > 0).sum())
-    assert facts["advantages"]["distinct"] < facts["advantages"]["drawn"]
-    assert (advantages[drawn] > 0).all()
-    assert curve(folder, "train/advantage/positive") == [1.0, 1.0]
-    everything = trained(base, *extra("alol_ref_free"), "loss.draw=all", runs=tmp_path / "all")
-    assert 0 < np.mean(curve(everything, "train/advantage/positive")) < 1
-    refused("data.validation_prompts=3 and loss.value.development_prompts=9 holds out all of the 12 distinct prompts",
-            *base, *extra("alol"), "data.validation_prompts=3", "loss.value.development_prompts=9")  # fmt: skip
+    monkeypatch.setattr(AlignmentData, "prepare", record)
+    folder = train(base, *choose("alol"), "data.validation_prompts=3", runs=tmp_path / "alol")
+    data = prepared[-1].training_set
+    parts = (data.development, data.validation, data.rows)
+    develop, validation, training = ({row.id for row in part} for part in parts)
+    assert (len(develop), len(validation), len(training)) == (2, 3, 7)
+    assert len(develop | validation | training) == 12
+    report = read_summary(folder)["data"]
+    assert report["development_prompts"] == 2
+    (provider,) = (p for p in prepared[-1].providers if isinstance(p, ProvideAdvantages))
+    advantages, drawn = provider.advantages, data.members[data.members >= 0]
+    positive = advantages > 0
+    assert 0 < float(positive.double().mean()) < 1
+    assert report["advantages"]["positive"] == pytest.approx(float(positive.double().mean()))
+    assert report["advantages"]["drawn"] == int(positive.sum())
+    assert report["advantages"]["distinct"] < report["advantages"]["drawn"]
+    assert positive[drawn].all()
+    assert logged(folder, "train/advantage/positive") == [1.0, 1.0]
+    everything = train(base, *choose("alol_ref_free"), "loss.draw=all", runs=tmp_path / "all")
+    assert 0 < np.mean(logged(everything, "train/advantage/positive")) < 1
 
 
-# --- budgets and refusals
+# Budgets and rejected settings
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_budget_stops_after_the_first_step(accumulate: int, base: list[str], tmp_path: Path) -> None:
-    """Of no second: one whole step all the same; of an hour: all of them."""
-    more = ["loss=sft", f"data.global_batch={2 * accumulate}", "trainer.max_seconds=0.0"]
-    stopped = trained(base, *more, runs=tmp_path / "stopped")
-    assert json.loads((stopped / "summary.json").read_text())["steps"] == 1
-    whole = trained(base, *more, "trainer.max_seconds=3600", runs=tmp_path / "whole")
-    assert json.loads((whole / "summary.json").read_text())["steps"] == 2
-    assert curve(whole, "train/loss")[0] == curve(stopped, "train/loss")[0]
+def test_budget_stops_after_a_complete_step(accumulate: int, base: list[str], tmp_path: Path) -> None:
+    """A budget of 0 seconds allows one step, and a budget of an hour allows all."""
+    more = ["loss=sft", f"data.global_batch={2 * accumulate}"]
+    stopped = train(base, *more, "trainer.max_seconds=0.0", runs=tmp_path / "stopped")
+    complete = train(base, *more, "trainer.max_seconds=3600", runs=tmp_path / "complete")
+    assert [read_summary(folder)["steps"] for folder in (stopped, complete)] == [1, 2]
+    assert logged(complete, "train/loss")[0] == logged(stopped, "train/loss")[0]
 
 
-def test_an_online_loss_refuses_what_it_cannot_use(base: list[str]) -> None:
-    tempered = "generate.temperature and generate.top_p are 1"
-    refused(tempered, *base, "loss=grpo", "generate.temperature=0.7")
-    refused(tempered, *base, "loss=ppo", "generate.top_p=0.9")
-    refused("reference=live does nothing here", *base, "loss=grpo", "reference=live")
-    refused("every step must be whole: set data.last_step=drop", *base, "loss=grpo", "loss.rollout.passes=2",
-            "data.limit=10")  # fmt: skip
-    refused("generate.responses=1 leaves nothing to compare", *base, "loss=grpo", "generate.responses=1")
-    base = [option for option in base if not option.startswith("reward")]
-    refused("an online loss rewards new text, and reward=score reads only the data's own", *base, "loss=grpo",
-            "reward=score")  # fmt: skip
+@pytest.mark.parametrize(
+    ("message", "overrides"),
+    [
+        ("generate: temperature and top_p must be 1", ["loss=grpo", "generate.temperature=0.7"]),
+        ("generate: temperature and top_p must be 1", ["loss=ppo", "generate.top_p=0.9"]),
+        ("reference=live: has no effect", ["loss=grpo", "reference=live"]),
+        ("complete steps: set data.last_step=drop", ["loss=grpo", "loss.rollout.passes=2", "data.limit=10"]),
+        ("there is nothing to compare", ["loss=grpo", "generate.responses=1"]),
+        ("the candidates would be the data's own responses", ["loss=var_sampled", "loss.estimator.seed=0"]),
+        ("Set data.micro_batch to 2 or more", ["loss=kto", "data.micro_batch=1"]),
+        ("this loss compares two responses of a row", ["loss=kto", "data.responses=all"]),
+        (
+            "data.validation_prompts=3 and loss.value.development_prompts=9 leave none of the 12 distinct prompts",
+            ["loss=alol", "data.validation_prompts=3", "loss.value.development_prompts=9"],
+        ),
+    ],
+)  # fmt: skip
+def test_settings_without_effect_are_rejected(message: str, overrides: list[str], base: list[str]) -> None:
+    check_error(message, *base, *overrides)
 
 
-def test_offline_losses_refuse_what_they_cannot_use(base: list[str]) -> None:
-    refused("the candidates would be the data's own answers", *base, "loss=var_sampled", "loss.estimator.seed=0")
-    refused("data.micro_batch is ≥ 2", *base, "loss=kto", "data.micro_batch=1")
-    refused("this loss compares pairs, and data.responses=all makes none", *base, "loss=kto", "data.responses=all")
+def test_online_loss_rejects_scores_of_the_data(unrewarded: list[str]) -> None:
+    check_error("reward=score: reads only the data's own scores", *unrewarded, "loss=grpo", "reward=score")

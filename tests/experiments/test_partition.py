@@ -1,4 +1,4 @@
-"""Estimates of Z: read off the package's weights they are what each formula says, and err as theory says."""
+"""Estimates of Z(x): each equals its formula, and its bias and variance are those of theory."""
 
 import math
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from experiments.tabular.partition import PARTITIONS, record, table
-from var.testbed.world import draw
+from experiments.tabular.partition import PARTITIONS, make_table, measure
+from experiments.tabular.worlds import draw_micro_batches, draw_world
 
 DRAWS = 6
 SIZE = 3
@@ -21,8 +21,8 @@ def own(small):
 
 
 @pytest.mark.parametrize("name", PARTITIONS)
-def test_each_estimate_is_its_formula(small, own, name):
-    """The same draws, the formula written out cell by cell: a prompt, its own answer, two more pairs or answers."""
+def test_each_estimate_equals_its_formula(small, own, name):
+    """The same draws, term by term: a prompt, its own response, two more pairs or responses."""
     found = PARTITIONS[name](small, own, SIZE, TEMPERATURE, torch.Generator().manual_seed(0)).exp()
     generator = torch.Generator().manual_seed(0)
     p, e, length = small.logps.exp(), (small.rewards / TEMPERATURE).exp(), small.responses.length.double()
@@ -34,7 +34,7 @@ def test_each_estimate_is_its_formula(small, own, name):
         if name == "grouped":
             answers = torch.cat([own[..., None], answers], -1)
     else:
-        pairs = small.micro_batches(count * DRAWS, SIZE - 1, generator)
+        pairs = draw_micro_batches(small, count * DRAWS, SIZE - 1, generator)
         others, answers = (t.reshape(count, DRAWS, SIZE - 1) for t in pairs)
         answers = torch.cat([own[..., None], answers], -1)
     for x in range(count):
@@ -55,38 +55,38 @@ def test_each_estimate_is_its_formula(small, own, name):
 
 @pytest.mark.parametrize("name", ["sampled", "grouped", "leave-one-out", "balance"])
 def test_unbiased_estimates(small, name):
-    found = record(small, name, 4, 1.0, draws=20_000)
+    found = measure(small, name, 4, 1.0, draws=20_000)
     assert abs(found["relative_bias"]) < 4 * found["relative_bias_error"] < 0.05
 
 
 def test_the_variance_of_a_sampled_estimate_is_known(small):
-    """Var(Ẑ)/Z² = Var_{π_ref}(e^r) / Z² / K, and its log-bias about −half of that."""
+    """Var(Ẑ)/Z² = Var_{π_ref}(e^r) / Z² / K, and the bias of log Ẑ is about −half of that."""
     squares = (small.logps + 2 * small.rewards).logsumexp(-1) - 2 * small.log_partition(1.0)
     expected = float((squares.exp() - 1).mean())
     for size in (4, 16):
-        found = record(small, "sampled", size, 1.0, draws=20_000)
+        found = measure(small, "sampled", size, 1.0, draws=20_000)
         assert found["relative_variance"] == pytest.approx(expected / size, rel=0.05)
         assert found["variance"] == pytest.approx(expected / size, rel=0.05)
     assert found["log_bias"] == pytest.approx(-expected / 32, rel=0.3)
     assert abs(found["own_correlation"]) < 0.02
 
 
-def test_what_holds_the_row_follows_its_reward(small):
-    """grouped: corr(Ẑ, own e^r) = 1/√K; of the logs, near it. leave-one-out: none."""
-    assert record(small, "grouped", 4, 1.0)["own_correlation"] == pytest.approx(0.5, abs=0.1)
-    assert abs(record(small, "leave-one-out", 4, 1.0)["own_correlation"]) < 0.03
+def test_an_estimate_that_contains_the_row_correlates_with_its_reward(small):
+    """grouped: corr(Ẑ, own e^r) = 1/√K, and about that for the logs. leave-one-out: 0."""
+    assert measure(small, "grouped", 4, 1.0)["own_correlation"] == pytest.approx(0.5, abs=0.1)
+    assert abs(measure(small, "leave-one-out", 4, 1.0)["own_correlation"]) < 0.03
 
 
-def test_more_pairs_mend_the_variance_of_an_in_batch_estimate_and_not_its_bias():
-    """Another prompt's answer 4 lower: mean e^{r_ij} falls below Z, more so with more pairs, unevenly over prompts."""
-    world = draw(0, prompts=12, letters=3, tokens=3, overlap=0.2, mismatch=4.0)
-    small, large = (record(world, "in_batch none", size, 1.0) for size in (4, 32))
+def test_more_pairs_reduce_the_variance_but_not_the_bias():
+    """If other prompts' responses score lower, mean e^{r_ij} is below Z, more so with more pairs, by prompt."""
+    world = draw_world(0, prompts=12, letters=3, tokens=3, overlap=0.2, mismatch=4.0)
+    small, large = (measure(world, "in_batch none", size, 1.0) for size in (4, 32))
     assert large["relative_variance"] < small["relative_variance"] / 2
     assert large["relative_bias"] < small["relative_bias"] < -0.3
-    assert large["log_bias_spread"] > 3 * record(world, "sampled", 32, 1.0)["log_bias_spread"]
+    assert large["log_bias_spread"] > 3 * measure(world, "sampled", 32, 1.0)["log_bias_spread"]
 
 
-def test_with_no_rewards_the_mean_of_one_is_one(small):
+def test_without_rewards_the_estimate_is_1(small):
     flat = type(small)(
         responses=small.responses, logits=small.logits, rewards=torch.zeros_like(small.rewards), features=small.features
     )
@@ -97,6 +97,6 @@ def test_with_no_rewards_the_mean_of_one_is_one(small):
 
 
 def test_the_table_has_a_record_for_each():
-    records = table(worlds=("shared", "apart"), seeds=(0,), sizes=(2, 4), draws=50, prompts=4, letters=3, tokens=4)
+    records = make_table(worlds=("shared", "apart"), seeds=(0,), sizes=(2, 4), draws=50, prompts=4, letters=3, tokens=4)
     assert len(records) == 2 * len(PARTITIONS) * 2
     assert all(math.isfinite(value) for record in records for value in record.values() if isinstance(value, float))

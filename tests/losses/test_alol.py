@@ -1,245 +1,125 @@
-"""A-LoL and its forms by hand, R-LoL's minimisers over a table of responses beside it."""
+"""A-LoL and its forms, by hand, and the minimizers of reward-weighted losses over a table of responses."""
 
 import math
 from dataclasses import asdict
+from typing import Any
 
 import pytest
 import torch
 from torch.testing import assert_close
-from var.annotate.value_head import ValueHead
 
-from tests.losses.conftest import kinds, loss_and_gradient
+from tests.helpers.losses import VALUE_FIT, check_loss, double, make_batch, minimize
 from var.losses.alol import ALoL
 from var.losses.wbc import WBC
-from var.requirements import Advantages, ReferenceLogps
-from var.utils.errors import UserError
+from var.models.packing import Packed
 
-VALUE = ValueHead(
-    development_prompts=8, epochs=1, learning_rate=1e-3, heads=2, batch=4, lowest=0.0, largest=1.0, seed=0
-)
-# token ratios 2, 1/4 | 3 | 1/2, 1/25, 3/2 | 7/10: of whole sequences 1/2, 3, 3/100, 7/10
-LENGTHS = [2, 1, 3, 1]
 LOGPS = [-1.0, -2.0, -3.0, -0.5, -1.0, -1.5, -4.0]
-RATIOS = [2, 0.25, 3, 0.5, 0.04, 1.5, 0.7]
-REFERENCE = [logp - math.log(ratio) for logp, ratio in zip(LOGPS, RATIOS, strict=True)]
-ADVANTAGES = [1.5, 0.25, 0.5, -2.0]
+RATIOS = [2, 0.25, 3, 0.5, 0.04, 1.5, 0.7]  # of tokens. Of sequences: 1/2, 3, 3/100, 7/10
+CLIPPED = [0.5, 1.9, 0.1, 0.7]
+REFERENCE_FREE = ALoL(value=VALUE_FIT, ratio="none", clip=None)
+KL_SUM = 6.75 + 0.75 * math.log(0.5 * 3 * 0.03 * 0.7)
 
 
-def tensor(values):
-    return torch.tensor(values, dtype=torch.float64)
+def make_responses(**fields: Any) -> Packed:
+    """Return four responses, of which the last has a negative advantage. The NLL is 3, 3, 3, 4."""
+    reference = double(LOGPS) - double(RATIOS).log()
+    defaults = {"reference_logps": reference, "advantages": double([1.5, 0.25, 0.5, -2.0])}
+    return make_batch([2, 1, 3, 1], **{**defaults, **fields})
 
 
-def of_all(loss, batch_of, **extra):
-    batch = batch_of(LENGTHS, reference_logps=tensor(REFERENCE), advantages=tensor(ADVANTAGES), **extra)
-    return loss_and_gradient(loss, batch, LOGPS)
+@pytest.mark.parametrize(
+    ("options", "total", "weights", "ratios", "clipped"),
+    [
+        # A⁺ρ = 0.75, 0.475, 0.05, 0, each times an NLL of 3. The gradient is −A⁺ρ also where ρ is clipped.
+        ({}, 3.825, [0.75, 0.75, 0.475, 0.05, 0.05, 0.05, 0.0], CLIPPED, 1 / 2),
+        # A⁺ρ = 0.75, 0.75, 0.015, 0.
+        ({"clip": None}, 4.545, [0.75, 0.75, 0.75, 0.015, 0.015, 0.015, 0.0], [0.5, 3, 0.03, 0.7], 0.0),
+        # The unclamped A adds −2 · 0.7 · 4, and makes the last response less likely.
+        ({"clamp": False, "draw": "all"}, -1.775, [0.75, 0.75, 0.475, 0.05, 0.05, 0.05, -1.4], CLIPPED, 1 / 2),
+        # ρ_t times A⁺: 2.85 · 1 + 0.375 · 2 + 0.475 · 3 + 0.25 · 0.5 + 0.05 · 1 + 0.75 · 1.5.
+        (
+            {"ratio": "token"}, 6.325, [2.85, 0.375, 0.475, 0.25, 0.05, 0.75, 0.0],
+            [1.9, 0.25, 1.9, 0.5, 0.1, 1.5, 0.7], 3 / 7,
+        ),
+        # ρ = 1: (1.5 + 0.25 + 0.5) · 3. There is no ratio, so none is reported.
+        ({"ratio": "none", "clip": None}, 6.75, [1.5, 1.5, 0.25, 0.5, 0.5, 0.5, 0.0], None, None),
+        # β = 3/4 adds β Σ log ρ, and the coefficient is A⁺ − β: three of four responses are made less likely, two of
+        # them with a positive advantage.
+        (
+            {"ratio": "none", "clip": None, "beta": 0.75}, KL_SUM,
+            [0.75, 0.75, -0.5, -0.25, -0.25, -0.25, -0.75], None, None,
+        ),
+        # Unclamped, −2 · 4 is added and the last coefficient is −2 − β.
+        (
+            {"ratio": "none", "clip": None, "beta": 0.75, "clamp": False, "draw": "all"}, KL_SUM - 8,
+            [0.75, 0.75, -0.5, -0.25, -0.25, -0.25, -2.75], None, None,
+        ),
+    ],
+    ids=["sequence", "unclipped", "unclamped", "token", "reference_free", "kl", "kl_unclamped"],
+)  # fmt: skip
+def test_forms_match_hand_computation(options, total, weights, ratios, clipped):
+    """ε = 0.9: the ratios of sequences are 0.5, 3 → 1.9, 0.03 → 0.1, 0.7. The step has 5 sequences."""
+    gradient = [-weight / 5 for weight in weights]
+    metrics = check_loss(
+        ALoL(value=VALUE_FIT, **options), make_responses(global_sequences=5.0), total / 5, gradient, LOGPS
+    )
+    expected = {"nll": 13 / 7, "logps/sequence": -13 / 4, "advantage/positive": 0.75}
+    if ratios:
+        expected |= {"ratio/mean": sum(ratios) / len(ratios), "ratio/clipped": clipped}
+    assert metrics == pytest.approx(expected)
 
 
-def test_the_sequence_ratio_by_hand(batch_of):
-    """ε = 0.9: ρ 0.5, 3 → 1.9, 0.03 → 0.1, 0.7. A⁺ρ: 0.75, 0.475, 0.05, 0; each response's NLL is 3 but the last's.
-
-    (0.75 + 0.475 + 0.05) · 3 over the step's 5 sequences. The gradient is −A⁺ρ/5 where ρ is clipped, too.
-    """
-    value, gradient, metrics = of_all(ALoL(value=VALUE, clip=0.9), batch_of, global_sequences=5.0)
-    assert value == pytest.approx(3.825 / 5, rel=1e-12)
-    assert_close(gradient, -tensor([0.75, 0.75, 0.475, 0.05, 0.05, 0.05, 0.0]) / 5)
-    assert metrics == pytest.approx(
-        {
-            "nll": 13 / 7, "logps/sequence": -13 / 4, "advantage/positive": 0.75,
-            "ratio/mean": (0.5 + 1.9 + 0.1 + 0.7) / 4, "ratio/clipped": 0.5,
-        }
-    )  # fmt: skip
-
-
-def test_without_a_clip_the_ratio_is_as_it_is(batch_of):
-    """A⁺ρ: 0.75, 0.75, 0.015: times 3, over 4."""
-    value, gradient, metrics = of_all(ALoL(value=VALUE, clip=None), batch_of)
-    assert value == pytest.approx(1.515 * 3 / 4, rel=1e-12)
-    assert_close(gradient, -tensor([0.75, 0.75, 0.75, 0.015, 0.015, 0.015, 0.0]) / 4)
-    assert metrics["ratio/mean"] == pytest.approx((0.5 + 3 + 0.03 + 0.7) / 4)
-    assert metrics["ratio/clipped"] == 0
-
-
-def test_a_negative_advantage_pushes_down_unless_clamped(batch_of):
-    """A as it is adds −2 · 0.7 · 4 to the sum 3.825, and its token's gradient is +1.4/4."""
-    value, gradient, _ = of_all(ALoL(value=VALUE, clip=0.9, clamp=False, draw="all"), batch_of)
-    assert value == pytest.approx((3.825 - 5.6) / 4, rel=1e-12)
-    assert_close(gradient, tensor([-0.75, -0.75, -0.475, -0.05, -0.05, -0.05, 1.4]) / 4)
-
-
-def test_the_token_ratio_by_hand(batch_of):
-    """ρ_t: 2 → 1.9, 0.25 | 3 → 1.9 | 0.5, 0.04 → 0.1, 1.5 | 0.7, times A⁺ = 1.5, 0.25, 0.5, 0.
-
-    2.85 · 1 + 0.375 · 2 + 0.475 · 3 + 0.25 · 0.5 + 0.05 · 1 + 0.75 · 1.5 = 6.325.
-    """
-    value, gradient, metrics = of_all(ALoL(value=VALUE, ratio="token", clip=0.9), batch_of)
-    assert value == pytest.approx(6.325 / 4, rel=1e-12)
-    assert_close(gradient, -tensor([2.85, 0.375, 0.475, 0.25, 0.05, 0.75, 0.0]) / 4)
-    assert metrics["ratio/mean"] == pytest.approx((1.9 + 0.25 + 1.9 + 0.5 + 0.1 + 1.5 + 0.7) / 7)
-    assert metrics["ratio/clipped"] == pytest.approx(3 / 7)
-
-
-def test_reference_free_by_hand(batch_of):
-    """ρ = 1: (1.5 + 0.25 + 0.5) · 3 over 4. No ratio is taken, so none is reported."""
-    value, gradient, metrics = of_all(ALoL(value=VALUE, ratio="none", clip=None), batch_of)
-    assert value == pytest.approx(6.75 / 4, rel=1e-12)
-    assert_close(gradient, -tensor([1.5, 1.5, 0.25, 0.5, 0.5, 0.5, 0.0]) / 4)
-    assert set(metrics) == {"nll", "logps/sequence", "advantage/positive"}
-
-
-@pytest.mark.parametrize("clamp", [True, False])
-def test_the_kl_form_makes_the_coefficient_the_advantage_less_beta(batch_of, clamp):
-    """β = 3/4: value 6.75 + β Σ log ρ, Σ log ρ = log(0.5 · 3 · 0.03 · 0.7); gradient −(A⁺ − β)/4 a token.
-
-    A⁺ − β = 0.75, −0.5, −0.25, −0.75: of four answers, two of positive advantage among them, three are pushed down.
-    Unclamped the last one's is −2.75, and −2 · 4 comes to the value.
-    """
-    loss = ALoL(value=VALUE, ratio="none", clip=None, beta=0.75, clamp=clamp, draw="all")
-    value, gradient, _ = of_all(loss, batch_of)
-    last = -0.75 if clamp else -2.75
-    total = 6.75 + 0.75 * math.log(0.5 * 3 * 0.03 * 0.7) - (0 if clamp else 8)
-    assert value == pytest.approx(total / 4, rel=1e-12)
-    assert_close(gradient, -tensor([0.75, 0.75, -0.5, -0.25, -0.25, -0.25, last]) / 4)
-
-
-FORMS = {
-    "sequence": {"clip": 0.9},
-    "token": {"ratio": "token", "clip": 0.9},
-    "none": {"ratio": "none", "clip": None},
-    "kl": {"ratio": "none", "clip": None, "beta": 0.75},
-}
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_micro_batches_add_up_to_the_whole(batch_of, form):
-    loss = ALoL(value=VALUE, **FORMS[form])
-    whole, _, metrics = of_all(loss, batch_of)
-    parts, totals = [], dict.fromkeys(metrics, (0.0, 0.0))
-    for sequences, tokens in ((slice(0, 1), slice(0, 2)), (slice(1, 4), slice(2, 7))):
-        batch = batch_of(
-            LENGTHS[sequences], global_sequences=4.0, advantages=tensor(ADVANTAGES[sequences]),
-            reference_logps=tensor(REFERENCE[tokens]),
-        )  # fmt: skip
-        part, found = loss(tensor(LOGPS[tokens]), batch)
-        parts.append(part.item())
-        totals = {name: (totals[name][0] + total, totals[name][1] + n) for name, (total, n) in found.items()}
-    assert sum(parts) == pytest.approx(whole, rel=1e-14)
-    assert {name: float(total / n) for name, (total, n) in totals.items()} == pytest.approx(metrics)
-
-
-@pytest.mark.parametrize("form", ["sequence", "token"])
-def test_at_the_reference_the_forms_with_a_ratio_are_the_reference_free_one(batch_of, form):
-    """π_θ = π_ref: ρ is 1 to the last bit, for stored log-probabilities in float32 beside a policy in float32."""
+@pytest.mark.parametrize("ratio", ["sequence", "token"])
+def test_ratio_at_the_reference_is_1_bit_for_bit(ratio):
+    """π_θ = π_ref, both in float32: the forms with a ratio equal the reference-free form."""
     torch.manual_seed(0)
     logps = -torch.rand(7)
-    batch = batch_of(LENGTHS, reference_logps=logps.clone(), advantages=tensor(ADVANTAGES))
-    free, _ = ALoL(value=VALUE, **FORMS["none"])(logps, batch)
-    loss, metrics = ALoL(value=VALUE, **FORMS[form])(logps, batch)
-    assert loss == free
+    batch = make_responses(reference_logps=logps)
+    reference_free, _ = REFERENCE_FREE(logps, batch)
+    loss, metrics = ALoL(value=VALUE_FIT, ratio=ratio)(logps, batch)
+    assert loss == reference_free
     assert loss.dtype == torch.float32
     assert metrics["ratio/mean"].total == metrics["ratio/mean"].number
 
 
-def test_advantages_and_ratio_hold_no_gradient(batch_of):
-    advantages, reference = tensor(ADVANTAGES).requires_grad_(True), tensor(REFERENCE).requires_grad_(True)
-    logps = tensor(LOGPS).requires_grad_(True)
-    loss, _ = ALoL(value=VALUE)(logps, batch_of(LENGTHS, advantages=advantages, reference_logps=reference))
-    loss.backward()
-    assert advantages.grad is None
-    assert reference.grad is None
+def test_value_fit_is_a_setting_of_the_loss():
+    assert asdict(ALoL(value=VALUE_FIT))["value"] == asdict(VALUE_FIT)
 
 
-# --- over a table of responses
-
-
-SHARES = [1, 2, 3, 4]  # π_ref, in tenths: so often does a response stand in the enumeration
-RESPONSE_LENGTHS = [1, 2, 1, 3]
-
-
-def minimiser(loss, batch_of, repeats, **per_response):
-    """π over the responses that minimises the loss where response k comes repeats[k] times; π is softmax of a table."""
-    rows = [k for k, count in enumerate(repeats) for _ in range(count)]
-    columns = {name: tensor([values[k] for k in rows]) for name, values in per_response.items()}
-    batch = batch_of([RESPONSE_LENGTHS[k] for k in rows], **columns)
-    response, lengths = torch.tensor(rows)[batch.sequence], torch.tensor(RESPONSE_LENGTHS[: len(repeats)])
-    table = torch.zeros(len(repeats), dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [table], max_iter=500, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
-    )
-
-    def closure():
-        optimizer.zero_grad()
-        logps = (table.log_softmax(0) / lengths)[response]  # a token's share of log π(y)
-        value, _ = loss(logps, batch)
-        value.backward()
-        return value
-
-    optimizer.step(closure)
-    return table.detach().softmax(0)
-
-
-def test_wbc_ends_at_the_reference_times_reward(batch_of):
-    """R-LoL with ρ = 1 (the VAR paper's A.1): π ∝ π_ref R, tenths 1 · 0.5, 2 · 1, 3 · 2, 4 · 0.25, over 9.5."""
-    found = minimiser(WBC(), batch_of, SHARES, rewards=[0.5, 1, 2, 0.25])
-    assert_close(found, tensor([0.5, 2, 6, 1]) / 9.5, rtol=0, atol=1e-8)
-
-
-def test_close_rewards_are_told_apart_in_proportion(batch_of):
-    """Rewards 1 and 0.9 end up 1/0.9 = 1.11 apart: linear in the reward."""
-    found = minimiser(WBC(), batch_of, [1, 1], rewards=[1.0, 0.9])
-    assert float(found[0] / found[1]) == pytest.approx(1 / 0.9, rel=1e-6)
-
-
-def test_reference_free_ends_at_the_reference_times_positive_advantage(batch_of):
-    """π ∝ π_ref A⁺: 1 · 1.5, 0, 3 · 0.75, 4 · 0.25 of 4.75. Nothing is left for the answer below V."""
-    loss = ALoL(value=VALUE, ratio="none", clip=None, draw="all")
-    found = minimiser(loss, batch_of, SHARES, advantages=[1.5, -0.5, 0.75, 0.25])
-    assert_close(found, tensor([1.5, 0, 2.25, 1]) / 4.75, rtol=0, atol=1e-6)
-
-
-def test_a_priority_draw_weighs_by_the_square_of_the_advantage(batch_of):
-    """Draws ∝ A⁺ of a uniform π_ref, A = 1, 2, 3: rows come 1, 2, 3 times and the loss holds A: π ∝ 1, 4, 9."""
-    found = minimiser(ALoL(value=VALUE, ratio="none", clip=None), batch_of, [1, 2, 3], advantages=[1.0, 2.0, 3.0])
-    assert_close(found, tensor([1, 4, 9]) / 14, rtol=0, atol=1e-8)
-
-
-# --- settings
+# Minimizers over a table of responses
 
 
 @pytest.mark.parametrize(
-    ("options", "reference"),
-    [({}, True), (FORMS["token"], True), (FORMS["none"], False), (FORMS["kl"], True)],
-)
-def test_needs_the_reference_only_where_it_reads_it(options, reference):
-    assert kinds(ALoL(value=VALUE, **options)) == {Advantages} | ({ReferenceLogps} if reference else set())
-
-
-RATIO = "loss.ratio is sequence, token or none; loss.clip is ε > 0, or null, as it is with ratio none"
-BETA = "loss.beta is β ≥ 0, and 0 unless loss.ratio=none"
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
+    ("loss", "repeats", "fields", "expected", "atol"),
     [
-        ({"ratio": "group"}, RATIO),
-        ({"clip": 0.0}, RATIO),
-        ({"clip": math.nan}, RATIO),
-        ({"ratio": "none", "clip": 0.9}, RATIO),
-        ({"beta": 0.1}, BETA),
-        ({"ratio": "token", "beta": 0.1}, BETA),
-        ({"ratio": "none", "clip": None, "beta": -0.1}, BETA),
-        ({"ratio": "none", "clip": None, "beta": math.nan}, BETA),
-        ({"draw": "some"}, "loss.draw is all, uniform or priority, got some"),
-        (
-            {"draw": "uniform", "clamp": False},
-            "loss.clamp=false does nothing beside loss.draw=uniform, which draws A > 0 alone",
+        pytest.param(
+            # R-LoL with ρ = 1 (A.1 of the VAR paper): π ∝ π_ref R, with R = 0.5, 1, 2, 0.25.
+            WBC(), [1, 2, 3, 4], {"rewards": [0.5, 1, 2, 0.25]}, [0.5, 2, 6, 1], 1e-8,
+            id="wbc_is_reference_times_reward",
+        ),
+        pytest.param(
+            WBC(), [1, 1], {"rewards": [1.0, 0.9]}, [1.0, 0.9], 1e-7,
+            id="wbc_separates_close_rewards_in_proportion",
+        ),
+        pytest.param(
+            # π ∝ π_ref A⁺. Nothing is left for the response below V.
+            REFERENCE_FREE, [1, 2, 3, 4], {"advantages": [1.5, -0.5, 0.75, 0.25]}, [1.5, 0, 2.25, 1], 1e-6,
+            id="reference_free_is_reference_times_positive_advantage",
+        ),
+        pytest.param(
+            # Draws ∝ A⁺ of a uniform π_ref with A = 1, 2, 3: rows occur 1, 2, 3 times and the loss contains A.
+            REFERENCE_FREE, [1, 2, 3], {"advantages": [1.0, 2.0, 3.0]}, [1, 4, 9], 1e-8,
+            id="priority_draw_weights_by_the_squared_advantage",
         ),
     ],
-)
-def test_wrong_settings_say_what_is_allowed(options, message):
-    with pytest.raises(UserError) as error:
-        ALoL(value=VALUE, **options)
-    assert str(error.value) == message
-
-
-def test_the_value_estimate_is_a_setting_of_the_loss():
-    assert asdict(ALoL(value=VALUE))["value"] == asdict(VALUE)
+)  # fmt: skip
+def test_minimizer_over_a_table(loss, repeats, fields, expected, atol):
+    """π_ref is given by `repeats`: how often each response occurs. Responses have 1, 2, 1 and 3 tokens."""
+    rows = [k for k, count in enumerate(repeats) for _ in range(count)]
+    lengths = torch.tensor([1, 2, 1, 3][: len(repeats)])
+    columns = {name: double(values)[rows] for name, values in fields.items()}
+    batch = make_batch(lengths[rows].tolist(), **columns)
+    response = torch.tensor(rows)[batch.sequence]
+    # Each token has an equal part of log π(y).
+    found = minimize(lambda logps: loss((logps / lengths)[response], batch)[0], len(repeats))
+    assert_close(found, double(expected) / sum(expected), rtol=0, atol=atol)

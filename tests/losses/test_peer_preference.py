@@ -1,4 +1,4 @@
-"""Preference objectives beside TRL's own loss code, on given log-probabilities in float64: values and gradients."""
+"""Preference losses compared with TRL's loss code on given log-probabilities in float64: values and gradients."""
 
 from collections import defaultdict
 from types import SimpleNamespace
@@ -7,14 +7,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.testing import assert_close
 
-from tests.losses.conftest import value_and_gradient
+from tests.helpers.losses import make_batch, value_and_gradient
 from var.losses.apo import APO
+from var.losses.dpo import DPO
 from var.losses.dpo_norm import DPONorm
 from var.losses.exo import EXO
 from var.losses.hinge import Hinge
 from var.losses.infonca import InfoNCA
+from var.losses.ipo import IPO
 from var.losses.kto import KTO
 from var.losses.nca import NCA
 from var.losses.orpo import ORPO
@@ -24,79 +27,95 @@ from var.losses.simpo import SimPO
 
 pytestmark = pytest.mark.peer
 
-LENGTHS = [4, 2, 1, 5, 3, 3, 6, 2]  # of pairs, better and worse in turn; no two pairs are alike
+LENGTHS = [4, 2, 1, 5, 3, 3, 6, 2]  # of pairs, the better response first. No two pairs are alike.
+PAIR_TOKENS = [6, 6, 6, 8]
 ACCELERATOR = SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x)
 
 
 @pytest.fixture(autouse=True)
-def all_in_float64(monkeypatch):
-    """TRL makes scalars in the default dtype (EXO's ε) and casts to float32 (ORPO's log-odds)."""
+def compute_in_float64(monkeypatch):
+    """Use float64 only. TRL makes scalars in the default dtype (EXO's ε) and casts to float32 (ORPO's log-odds)."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
 
 
-def given(seed: int) -> tuple[Tensor, Tensor]:
+def draw_logps(seed: int) -> tuple[Tensor, Tensor]:
+    """Return log-probabilities [N] of the policy and of the reference."""
     torch.manual_seed(seed)
     return tuple(-4 * torch.rand(sum(LENGTHS)) ** 2 for _ in range(2))  # type: ignore[return-value]
 
 
 def assert_equal(ours: Any, theirs: Any, logps: Tensor) -> None:
+    """Compare the values and gradients of two functions at `logps`."""
     assert_close(value_and_gradient(ours, logps), value_and_gradient(theirs, logps), rtol=1e-12, atol=1e-14)
 
 
-def padded(values: Tensor, lengths: list[int], order: list[int]) -> Tensor:
-    """[N] → [B, longest], in the given order of sequences."""
+def average_over_pairs(function: Any, *values: Tensor) -> Tensor:
+    """Return the mean of a function of lengths and values [N] over micro-batches of one pair."""
+    pairs = zip(*(value.split(PAIR_TOKENS) for value in values), strict=True)
+    return torch.stack([function(LENGTHS[2 * i : 2 * i + 2], *pair) for i, pair in enumerate(pairs)]).mean()
+
+
+def pad(values: Tensor, lengths: list[int], order: list[int]) -> Tensor:
+    """Return `values` [N] as [B, longest], with the sequences in this order."""
     rows = values.split(lengths)
-    return torch.stack([torch.cat([rows[i], values.new_zeros(max(lengths) - lengths[i])]) for i in order])
+    return pad_sequence([rows[i] for i in order], batch_first=True)
 
 
-def response_mask(lengths: list[int], order: list[int]) -> Tensor:
-    """[B, 1 + longest]: one prompt token, then the response."""
-    place = torch.arange(max(lengths) + 1)
-    return torch.stack([(place > 0) & (place <= lengths[i]) for i in order]).long()
+def make_response_mask(lengths: list[int], order: list[int]) -> Tensor:
+    """Return [B, 1 + longest]: one prompt token, then the response."""
+    return pad_sequence([torch.tensor([0] + [1] * lengths[i]) for i in order], batch_first=True)
 
 
-def better_then_worse(lengths: list[int]) -> list[int]:
+def order_by_side(lengths: list[int]) -> list[int]:
+    """Return TRL's order of sequences: all better ones, then all worse ones."""
     return [*range(0, len(lengths), 2), *range(1, len(lengths), 2)]
 
 
-def fused(rows: Tensor) -> Any:
-    """A model of which TRL reads per-token log-probabilities."""
+def make_logp_model(rows: Tensor) -> Any:
+    """Return a model whose log-probabilities per token TRL reads."""
     zeros = torch.zeros(rows.shape)
     return lambda **_: SimpleNamespace(
         log_probs=rows, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool(), log_sum_sq_probs=zeros
     )
 
 
-def eager(rows: Tensor) -> Any:
-    """A model of two tokens whose logits give token 0, at each place of a response, its log-probability in `rows`."""
+def make_logit_model(rows: Tensor) -> Any:
+    """Return a model with two tokens, whose logits give token 0 the log-probabilities `rows` [B, longest]."""
     logits = torch.stack([rows, (-rows.clamp(max=-1e-9).expm1()).log()], -1)
     last = logits.new_zeros(len(rows), 1, 2)
     return lambda *_, **__: SimpleNamespace(logits=torch.cat([logits, last], 1))
 
 
-# --- pairs with a reference
+def make_trainer(**options: Any) -> Any:
+    """Return the attributes that DPOTrainer._compute_loss and KTOTrainer._compute_loss both read."""
+    nothing: Any = torch.nn.Module()
+    nothing.is_gradient_checkpointing = False
+    return SimpleNamespace(
+        model=nothing, aux_loss_enabled=False, precompute_ref_logps=False, accelerator=ACCELERATOR, _tp_size=1,
+        args=SimpleNamespace(gradient_checkpointing_kwargs=None), _total_train_tokens=0,
+        _metrics={"train": defaultdict(list)}, **options,
+    )  # fmt: skip
+
+
+# Pairs with a reference
 
 
 def trl_dpo(kinds: dict[str, float], logps: Tensor, reference: Tensor, lengths: list[int], **options: Any) -> Tensor:
-    """DPOTrainer._compute_loss, log-probabilities standing in for its models; kinds: its loss types, with weights."""
+    """Return DPOTrainer._compute_loss with log-probabilities in place of models. `kinds` are weighted loss types."""
     from trl.trainer.dpo_trainer import DPOTrainer
 
-    order = better_then_worse(lengths)
-    nothing: Any = torch.nn.Module()
-    nothing.is_gradient_checkpointing = False
-    trainer = SimpleNamespace(
-        model=nothing, ref_model=fused(padded(reference, lengths, order)),
-        aux_loss_enabled=False, ld_alpha=None, precompute_ref_logps=False, f_divergence_type="reverse_kl",
+    order = order_by_side(lengths)
+    trainer = make_trainer(
+        ref_model=make_logp_model(pad(reference, lengths, order)), ld_alpha=None, f_divergence_type="reverse_kl",
         loss_types=list(kinds), loss_weights=list(kinds.values()), use_weighting=False,
-        args=SimpleNamespace(gradient_checkpointing_kwargs=None), _tp_size=1, _total_train_tokens=0,
-        accelerator=ACCELERATOR, _metrics={"train": defaultdict(list)}, **{"label_smoothing": 0.0, **options},
+        **{"label_smoothing": 0.0, **options},
     )  # fmt: skip
-    mask = response_mask(lengths, order)
+    mask = make_response_mask(lengths, order)
     inputs = {"completion_mask": mask, "input_ids": torch.zeros_like(mask), "attention_mask": torch.ones_like(mask)}
-    return DPOTrainer._compute_loss(trainer, fused(padded(logps, lengths, order)), inputs, False)
+    return DPOTrainer._compute_loss(trainer, make_logp_model(pad(logps, lengths, order)), inputs, False)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -104,6 +123,9 @@ def trl_dpo(kinds: dict[str, float], logps: Tensor, reference: Tensor, lengths: 
 @pytest.mark.parametrize(
     ("kind", "smoothing", "ours"),
     [
+        ("sigmoid", 0.0, lambda beta: DPO(beta=beta)),
+        ("sigmoid", 0.3, lambda beta: DPO(beta=beta)),  # TRL's sigmoid ignores label_smoothing
+        ("ipo", 0.0, lambda beta: IPO(beta=beta, reduction="mean")),
         ("robust", 0.1, lambda beta: Robust(beta=beta, label_smoothing=0.1)),
         ("robust", 0.4, lambda beta: Robust(beta=beta, label_smoothing=0.4)),
         ("hinge", 0.0, lambda beta: Hinge(beta=beta)),
@@ -114,9 +136,9 @@ def trl_dpo(kinds: dict[str, float], logps: Tensor, reference: Tensor, lengths: 
         ("apo_down", 0.0, lambda beta: APO(beta=beta, kind="down")),
     ],
 )
-def test_pairs_with_a_reference_are_trls(batch_of, kind, smoothing, ours, beta, seed):
-    logps, reference = given(seed)
-    batch = batch_of(LENGTHS, reference_logps=reference)
+def test_pair_losses_with_a_reference_equal_trl(kind, smoothing, ours, beta, seed):
+    logps, reference = draw_logps(seed)
+    batch = make_batch(LENGTHS, reference_logps=reference)
 
     def theirs(x: Tensor) -> Tensor:
         return trl_dpo({kind: 1.0}, x, reference, LENGTHS, beta=beta, label_smoothing=smoothing)
@@ -124,39 +146,47 @@ def test_pairs_with_a_reference_are_trls(batch_of, kind, smoothing, ours, beta, 
     assert_equal(lambda x: ours(beta)(x, batch)[0], theirs, logps)
 
 
+@pytest.mark.parametrize("smoothing", [0.1, 0.4])
+def test_conservative_dpo_follows_from_trl_robust_dpo(smoothing):
+    """TRL has no cDPO. Its `robust` is ((1 − ε) l(m) − ε l(−m))/(1 − 2ε) and cDPO is (1 − ε) l(m) + ε l(−m), where l is
+    the logistic loss. So cDPO = (1 − 2ε) robust + 2ε l(−m), and l(−m) is `sigmoid` at −β."""
+    logps, reference = draw_logps(7)
+    batch = make_batch(LENGTHS, reference_logps=reference)
+
+    def theirs(x: Tensor) -> Tensor:
+        robust = trl_dpo({"robust": 1.0}, x, reference, LENGTHS, beta=0.5, label_smoothing=smoothing)
+        flipped = trl_dpo({"sigmoid": 1.0}, x, reference, LENGTHS, beta=-0.5)
+        return (1 - 2 * smoothing) * robust + 2 * smoothing * flipped
+
+    assert_equal(lambda x: DPO(beta=0.5, label_smoothing=smoothing)(x, batch)[0], theirs, logps)
+
+
 @pytest.mark.parametrize("seed", range(3))
-def test_rpo_is_trls_sigmoid_with_sft_pair_by_pair(batch_of, seed):
-    """In a micro-batch of one pair TRL's `sft`, over the chosen tokens of the micro-batch, is the paper's NLL. Over
-    all pairs at once it weighs long chosen responses more, and differs."""
-    logps, reference = given(seed)
-    batch = batch_of(LENGTHS, reference_logps=reference)
+def test_rpo_equals_trl_sigmoid_with_sft_pair_by_pair(seed):
+    """TRL's `sft` divides by the chosen tokens of the micro-batch. If that is one pair, this is the paper's NLL. Over
+    all pairs at once it weights long chosen responses more, and differs."""
+    logps, reference = draw_logps(seed)
+    batch = make_batch(LENGTHS, reference_logps=reference)
 
     def ours(x: Tensor) -> Tensor:
         return RPO(beta=0.3, alpha=0.7)(x, batch)[0]
 
-    def theirs(x: Tensor) -> Tensor:
-        pairs = [sum(LENGTHS[i : i + 2]) for i in range(0, len(LENGTHS), 2)]
-        kinds = {"sigmoid": 1.0, "sft": 0.7}
-        parts = [
-            trl_dpo(kinds, a, b, LENGTHS[2 * i : 2 * i + 2], beta=0.3)
-            for i, (a, b) in enumerate(zip(x.split(pairs), reference.split(pairs), strict=True))
-        ]
-        return torch.stack(parts).mean()
+    def compute_theirs(lengths: list[int], x: Tensor, y: Tensor) -> Tensor:
+        return trl_dpo({"sigmoid": 1.0, "sft": 0.7}, x, y, lengths, beta=0.3)
 
-    assert_equal(ours, theirs, logps)
-    at_once = trl_dpo({"sigmoid": 1.0, "sft": 0.7}, logps, reference, LENGTHS, beta=0.3)
-    assert abs(at_once - ours(logps)) > 1e-3
+    assert_equal(ours, lambda x: average_over_pairs(compute_theirs, x, reference), logps)
+    assert abs(compute_theirs(LENGTHS, logps, reference) - ours(logps)) > 1e-3
 
 
-# --- groups: TRL has pairs, the limit of rewards without bound
+# Groups: TRL has pairs, which are the limit of unbounded rewards
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("kind", "ours"), [("nca_pair", NCA), ("sigmoid", InfoNCA)])
-def test_groups_of_two_are_trls_pairs_in_the_limit(batch_of, kind, ours, seed):
-    """A gap of 1e3 α: the target is 1 and 0 exactly."""
-    logps, reference = given(seed)
-    batch = batch_of(
+def test_groups_of_two_equal_trl_pairs_in_the_limit(kind, ours, seed):
+    """At a reward gap of 1e3 α the target is exactly 1 and 0."""
+    logps, reference = draw_logps(seed)
+    batch = make_batch(
         LENGTHS, reference_logps=reference, group=[0, 0, 1, 1, 2, 2, 3, 3], global_groups=4.0,
         rewards=torch.tensor([5.0, -5.0, 9.0, -1.0, 10.0, 0.0, 0.0, -10.0]),
     )  # fmt: skip
@@ -164,12 +194,12 @@ def test_groups_of_two_are_trls_pairs_in_the_limit(batch_of, kind, ours, seed):
     assert_equal(lambda x: loss(x, batch)[0], lambda x: trl_dpo({kind: 1.0}, x, reference, LENGTHS, beta=0.7), logps)
 
 
-# --- pairs without a reference
+# Pairs without a reference
 
 
 def trl_batch(lengths: list[int], order: list[int]) -> dict[str, Tensor]:
-    """One prompt token and token 0 throughout, for the trainers that run models on their own collated batches."""
-    mask = response_mask(lengths, order)
+    """Return a collated batch of one prompt token and token 0, as the trainers without a reference read it."""
+    mask = make_response_mask(lengths, order)
     attended = mask.clone()
     attended[:, 0] = 1
     zeros = torch.zeros_like(mask)
@@ -182,9 +212,9 @@ def trl_batch(lengths: list[int], order: list[int]) -> dict[str, Tensor]:
     }
 
 
-def trl_eager(trainer_class: Any, logps: Tensor, lengths: list[int], **options: Any) -> Tensor:
-    """Trainer.get_batch_loss_metrics on its own batch, a model of given log-probabilities standing in."""
-    order = better_then_worse(lengths)
+def trl_without_reference(trainer_class: Any, logps: Tensor, lengths: list[int], **options: Any) -> Tensor:
+    """Return the trainer's get_batch_loss_metrics, with log-probabilities in place of a model."""
+    order = order_by_side(lengths)
     trainer = SimpleNamespace(
         accelerator=ACCELERATOR, is_encoder_decoder=False, aux_loss_enabled=False, padding_value=0, pad_token_id=0,
         concatenated_inputs=trainer_class.concatenated_inputs, get_batch_logps=trainer_class.get_batch_logps, **options,
@@ -192,95 +222,81 @@ def trl_eager(trainer_class: Any, logps: Tensor, lengths: list[int], **options: 
     for name in ("concatenated_forward", "odds_ratio_loss", "cpo_loss"):
         if hasattr(trainer_class, name):
             setattr(trainer, name, getattr(trainer_class, name).__get__(trainer))
-    model = eager(padded(logps, lengths, order))
+    model = make_logit_model(pad(logps, lengths, order))
     return trainer_class.get_batch_loss_metrics(trainer, model, trl_batch(lengths, order))[0]
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("beta", "gamma"), [(2.0, 1.0), (0.1, 0.5), (3.0, 0.0)])
-def test_simpo_is_trls(batch_of, beta, gamma, seed):
-    """CPOTrainer's `simpo` without its NLL; its γ is the paper's and ours."""
+def test_simpo_equals_trl(beta, gamma, seed):
+    """CPOTrainer's `simpo` without its NLL. Its γ is the paper's and ours."""
     from trl.experimental.cpo.cpo_trainer import CPOTrainer
 
-    logps, _ = given(seed)
+    logps, _ = draw_logps(seed)
     options = dict(loss_type="simpo", beta=beta, simpo_gamma=gamma, cpo_alpha=0.0, alpha=0.0, label_smoothing=0.0)
     assert_equal(
-        lambda x: SimPO(beta=beta, gamma=gamma)(x, batch_of(LENGTHS))[0],
-        lambda x: trl_eager(CPOTrainer, x, LENGTHS, **options),
+        lambda x: SimPO(beta=beta, gamma=gamma)(x, make_batch(LENGTHS))[0],
+        lambda x: trl_without_reference(CPOTrainer, x, LENGTHS, **options),
         logps,
     )
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("beta", [0.1, 2.0])
-def test_orpo_is_trls_pair_by_pair(batch_of, beta, seed):
-    """TRL's NLL is over all tokens that the model predicts, the prompt's too: with one prompt token those of the
-    response, and in a micro-batch of one pair its divisor is the chosen response's length, as ours."""
+def test_orpo_equals_trl_pair_by_pair(beta, seed):
+    """TRL's NLL covers all tokens that the model predicts, also those of the prompt. With one prompt token they are
+    those of the response. In a micro-batch of one pair its divisor is the chosen response's length, as is ours."""
     from trl.experimental.orpo.orpo_trainer import ORPOTrainer
 
-    logps, _ = given(seed)
-    pairs = [sum(LENGTHS[i : i + 2]) for i in range(0, len(LENGTHS), 2)]
+    logps, _ = draw_logps(seed)
 
-    def theirs(x: Tensor) -> Tensor:
-        parts = [
-            trl_eager(ORPOTrainer, part, LENGTHS[2 * i : 2 * i + 2], beta=beta) for i, part in enumerate(x.split(pairs))
-        ]
-        return torch.stack(parts).mean()
+    def compute_theirs(lengths: list[int], x: Tensor) -> Tensor:
+        return trl_without_reference(ORPOTrainer, x, lengths, beta=beta)
 
-    assert_equal(lambda x: ORPO(beta=beta)(x, batch_of(LENGTHS))[0], theirs, logps)
+    ours = ORPO(beta=beta)
+    assert_equal(lambda x: ours(x, make_batch(LENGTHS))[0], lambda x: average_over_pairs(compute_theirs, x), logps)
 
 
-# --- single responses
+# Single responses
 
 
 def trl_kto(logps: Tensor, reference: Tensor, mismatched: Tensor, desirable: Tensor, **options: Any) -> Tensor:
-    """KTOTrainer._compute_loss. mismatched [2, N]: the policy's and the reference's log-probabilities, per token, of
-    other sequences' responses, here of the same lengths."""
+    """Return KTOTrainer._compute_loss. `mismatched` [2, N]: log-probabilities per token of other sequences' responses,
+    here of the same lengths, by the policy and by the reference."""
     from trl.trainer.kto_trainer import KTOTrainer
 
     order = list(range(len(LENGTHS)))
-    mask = response_mask(LENGTHS, order)
-    nothing: Any = torch.nn.Module()
-    nothing.is_gradient_checkpointing = False
+    mask = make_response_mask(LENGTHS, order)
 
     def model(own: Tensor, other: Tensor) -> Any:
-        """TRL marks the pass over mismatched responses by its input ids, here 1."""
+        """Return a model. TRL marks the pass over mismatched responses by its input ids, here 1."""
 
         def forward(input_ids: Tensor, **_: Any) -> Any:
-            return fused(padded(other if bool(input_ids.any()) else own, LENGTHS, order))()
+            return make_logp_model(pad(other if bool(input_ids.any()) else own, LENGTHS, order))()
 
         return forward
 
-    trainer = SimpleNamespace(
-        model=nothing, ref_model=model(reference, mismatched[1]), calculate_KL=True, loss_type="kto",
-        precompute_ref_logps=False, aux_loss_enabled=False, args=SimpleNamespace(gradient_checkpointing_kwargs=None),
-        accelerator=ACCELERATOR, _metrics={"train": defaultdict(list)}, _tp_size=1, _total_train_tokens=0, **options,
-    )  # fmt: skip
+    trainer = make_trainer(ref_model=model(reference, mismatched[1]), calculate_KL=True, loss_type="kto", **options)
     trainer._compute_kl_logps = KTOTrainer._compute_kl_logps.__get__(trainer)
-    inputs = {
-        "input_ids": torch.zeros_like(mask), "attention_mask": torch.ones_like(mask), "completion_mask": mask,
-        "KL_input_ids": torch.ones_like(mask), "KL_attention_mask": torch.ones_like(mask), "KL_completion_mask": mask,
-        "label": desirable,
-    }  # fmt: skip
+    inputs = {"input_ids": torch.zeros_like(mask), "attention_mask": torch.ones_like(mask), "completion_mask": mask}
+    inputs |= {f"KL_{name}": value for name, value in inputs.items()} | {"label": desirable}
+    inputs["KL_input_ids"] = torch.ones_like(mask)
     return KTOTrainer._compute_loss(trainer, model(logps, mismatched[0]), inputs, False)
 
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("beta", [0.1, 1.0])
-def test_kto_is_trls(batch_of, beta, seed):
-    """Seeds 0 and 1 have a reference point above 0, 2 and 3 one that is clamped."""
-    logps, reference = given(seed)
-    mismatched = torch.stack(given(seed + 100)).sort(0, descending=seed < 2).values
+def test_kto_equals_trl(beta, seed):
+    """With seeds 0 and 1 the reference point is above 0, with 2 and 3 it is clamped."""
+    logps, reference = draw_logps(seed)
+    mismatched = torch.stack(draw_logps(seed + 100)).sort(0, descending=seed < 2).values
     desirable = torch.tensor([True, False, False, True, True, False, True, False])
     weights = dict(beta=beta, desirable_weight=1.3, undesirable_weight=0.6)
     sums = [torch.stack([row.sum() for row in values.split(LENGTHS)]) for values in mismatched]
-    batch = batch_of(
+    batch = make_batch(
         LENGTHS, reference_logps=reference, desirable=desirable, mismatched_logps=sums[0],
         mismatched_reference_logps=sums[1],
     )  # fmt: skip
-    assert (float(KTO(**weights)(logps, batch)[1]["kl"].total) > 0) == (seed < 2)
-    assert_equal(
-        lambda x: KTO(**weights)(x, batch)[0],
-        lambda x: trl_kto(x, reference, mismatched, desirable, **weights),
-        logps,
-    )
+    loss = KTO(**weights)
+    assert (float(loss(logps, batch)[1]["kl"].total) > 0) == (seed < 2)
+    assert_equal(lambda x: loss(x, batch)[0], lambda x: trl_kto(x, reference, mismatched, desirable, **weights), logps)

@@ -162,15 +162,6 @@ def test_adapter_of_an_adapter_adds_to_both(folder: Path, tiny_folder: Path, tmp
     assert_close(both[name] - first[name], alone - plain[name], rtol=0, atol=1e-6)
 
 
-def test_pickled_adapter_is_rejected(folder: Path, tmp_path: Path):
-    state = load_file(folder / "adapter_model.safetensors")
-    (folder / "adapter_model.safetensors").unlink()
-    torch.save(state, folder / "adapter_model.bin")
-    for use in (lambda files: files.weights, lambda files: files.load()):
-        with pytest.raises(UserError, match=r"a contains no \.safetensors file, and pickled weights are not read"):
-            use(pretrained(folder, tmp_path))
-
-
 def test_missing_peft_raises_with_the_command(
     folder: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

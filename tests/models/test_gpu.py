@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from notebooks.tiny import byte_tokenizer
-from tests.e2e.test_commands import run
+from tests.helpers.cli import run
 from tests.helpers.models import tiny_model
 from var.data.chat import Chat
 from var.models.packing import Packed, pack, pack_tree

@@ -119,9 +119,7 @@ def load_in_process(hub: Hub, home: Path) -> str:
 
 
 @pytest.mark.long
-def test_interrupted_download_raises_and_the_next_start_completes_it(
-    hub: Hub, tiny_folder: Path, tmp_path: Path
-) -> None:
+def test_interrupted_download_raises_and_completes_later(hub: Hub, tiny_folder: Path, tmp_path: Path) -> None:
     """A truncated file is never read as a model."""
     hub.cut = 1000
     output = load_in_process(hub, tmp_path)

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from tests.helpers.runs import ROOT
+from tests.helpers.runs import ROOT, composed
 
 FOLDER = ROOT / "conf" / "model"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml") if not path.stem.startswith("_"))
@@ -55,9 +55,7 @@ TEMPLATED = {
 
 
 def load(name: str) -> DictConfig:
-    config = OmegaConf.merge(OmegaConf.load(FOLDER / "_base.yaml"), OmegaConf.load(FOLDER / f"{name}.yaml"))
-    assert isinstance(config, DictConfig)
-    assert config.pop("defaults") == ["_base", "_self_"]
+    config: DictConfig = composed(f"model={name}").model
     return config
 
 
@@ -123,7 +121,7 @@ def test_instruct_version_has_the_architecture_of_its_base(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_memory_in_the_comment_is_16_bytes_per_parameter(name):
-    stated = re.findall(r"16 bytes a parameter: (\d+) GB", (FOLDER / f"{name}.yaml").read_text())
+    stated = re.findall(r"16 bytes per parameter: (\d+) GB", (FOLDER / f"{name}.yaml").read_text())
     assert stated == ([] if PUBLISHED[name] < 2e9 or load(name).quantization else [f"{PUBLISHED[name] * 16 / 1e9:.0f}"])
 
 

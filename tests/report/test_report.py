@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tests.e2e.test_commands import run
+from tests.helpers.cli import run
 from tests.helpers.run_folders import write_evaluation, write_run
 from var.report import figures, tables
 from var.report.groups import Group, group_runs

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.test_commands import run
+from tests.helpers.cli import run
 from tests.helpers.servers import Broken, served
 from var.report.figures import JUDGE_WIN_RATE, PANELS, PEAK_MEMORY
 

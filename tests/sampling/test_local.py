@@ -1,5 +1,6 @@
 """Sampling from a local model: one seed gives one text; padding and the model's generation config change nothing."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -84,7 +85,7 @@ def test_padding_does_not_change_greedy_text(model: Any, chat: Chat):
     assert len({responses[0][0] for responses in together}) == 5  # the prompts differ, so do the texts
 
 
-def test_token_is_where_the_cumulative_probability_exceeds_the_draw():
+def test_token_is_where_cumulative_probability_exceeds_the_draw():
     """Probabilities 1/8, 1/2, 3/8; at temperature 1/2 their squares; top_p 0.4 keeps the 2nd, 0.8 the 2nd and 3rd."""
     logits = torch.tensor([1.0, 4.0, 3.0]).log().expand(6, 3)
     draws = torch.tensor([0.0, 0.124, 0.126, 0.624, 0.626, 0.999999], dtype=torch.float64)
@@ -173,26 +174,20 @@ def test_padding_with_the_end_token_does_not_finish_responses(model: Any, chat: 
 
 
 def test_sampling_restores_random_state_and_model(model: Any, chat: Chat):
-    model.train()
-    state = torch.random.get_rng_state()
-    sample(model, chat, PROMPTS[:2], SAMPLING)
-    assert torch.equal(torch.random.get_rng_state(), state)
-    assert model.training
-    assert model.config._attn_implementation == "packed"
-    model.eval()
-    sample(model, chat, PROMPTS[:1], SAMPLING)
-    assert not model.training
+    """Random state and attention also after an error."""
 
-
-def test_sampling_restores_the_state_after_an_error(model: Any, chat: Chat):
     def fail(done: int) -> None:
         raise KeyboardInterrupt
 
     state = torch.random.get_rng_state()
-    with pytest.raises(KeyboardInterrupt):
-        sample(model, chat, PROMPTS[:1], SAMPLING, fail)
-    assert torch.equal(torch.random.get_rng_state(), state)
-    assert model.config._attn_implementation == "packed"
+    for training in (True, False):
+        sample(model.train(training), chat, PROMPTS[:2], SAMPLING)
+        assert model.training is training
+    for more in ((), (fail,)):
+        with pytest.raises(KeyboardInterrupt) if more else nullcontext():
+            sample(model, chat, PROMPTS[:1], SAMPLING, *more)
+        assert torch.equal(torch.random.get_rng_state(), state)
+        assert model.config._attn_implementation == "packed"
 
 
 def test_progress_counts_prompts(model: Any, chat: Chat):

@@ -206,11 +206,8 @@ def test_endpoint_gets_one_request_and_seed_per_response(reference: FrozenModel,
     assert sum(done) == 3
     assert texts == again[::-1] != other
     assert [len(responses) for responses in texts] == [4, 4, 4]
-    assert [{text.rsplit(" ", 1)[0] for text, _ in responses} for responses in texts] == [
-        {"ab"},
-        {"a longer one"},
-        {"c"},
-    ]
+    said = [{text.rsplit(" ", 1)[0] for text, _ in responses} for responses in texts]
+    assert said == [{"ab"}, {"a longer one"}, {"c"}]
     seeds = [int(text.rsplit(" ", 1)[1]) for responses in texts for text, _ in responses]
     assert len(set(seeds)) == 12
     assert all(0 <= seed < 2**31 for seed in seeds)
@@ -225,10 +222,8 @@ def test_endpoint_gets_one_request_and_seed_per_response(reference: FrozenModel,
 
 def test_request_fields_can_be_added_and_removed(reference: FrozenModel, tmp_path: Path):
     with served(lambda body, before: completion("x")) as server:
-        sampler = endpoint(
-            server.base_url, tmp_path, request={"max_tokens": None, "max_completion_tokens": 8, "top_k": -1}
-        )
-        sampler(reference, PROMPTS[:1], SAMPLING)
+        request = {"max_tokens": None, "max_completion_tokens": 8, "top_k": -1}
+        endpoint(server.base_url, tmp_path, request=request)(reference, PROMPTS[:1], SAMPLING)
     assert server.bodies[0].keys() == {
         "model", "messages", "temperature", "top_p", "seed", "max_completion_tokens", "top_k"
     }  # fmt: skip
@@ -238,10 +233,7 @@ def test_empty_text_is_a_response_and_missing_text_a_failure(reference: FrozenMo
     with served(lambda body, before: completion("")) as server:
         assert endpoint(server.base_url, tmp_path)(reference, PROMPTS[:1], SAMPLING) == [[("", True), ("", True)]]
     for reply in (completion(None), {"choices": []}, {"data": 1}):
-        with (
-            served(lambda body, before, reply=reply: reply) as server,
-            pytest.raises(UserError, match="no text in the"),
-        ):
+        with served(lambda body, before, reply=reply: reply) as server, pytest.raises(UserError, match="no text in"):
             endpoint(server.base_url, tmp_path / "none")(reference, PROMPTS[:1], SAMPLING)
 
 
@@ -266,13 +258,11 @@ def test_missing_responses_are_reported_and_requested_again(reference: FrozenMod
     assert [responses[0][0].split(" ")[0] for responses in texts] == ["ab", "a", "c"]
 
 
-def test_endpoints_identity_is_address_model_and_request(reference: FrozenModel, tmp_path: Path):
+def test_endpoints_identity_is_address_model_request_and_version(reference: FrozenModel, tmp_path: Path):
+    """Another version is sampled again."""
     identity = endpoint("http://127.0.0.1:9/v1", tmp_path).identity(reference)
     assert identity == {"base_url": "http://127.0.0.1:9/v1", "model": "tiny", "request": {}, "version": ""}
     assert endpoint("http://127.0.0.1:9/v1", tmp_path, request={"top_k": 1}).identity(reference) != identity
-
-
-def test_another_version_is_sampled_again(reference: FrozenModel, tmp_path: Path):
     with served(seeded) as server:
         first, second = endpoint(server.base_url, tmp_path), endpoint(server.base_url, tmp_path, version="2")
         assert first.identity(reference) != second.identity(reference)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.e2e.test_commands import run
+from tests.helpers.cli import run
 from tests.helpers.runs import exported, run_folder
 from var.training.optim import MasterAdamW
 

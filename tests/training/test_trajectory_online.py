@@ -49,7 +49,8 @@ def options(rows: Path, tiny_folder: Path, tmp_path: Path) -> list[str]:
     """Return a run's overrides. Prompts are sampled one by one, so that responses do not depend on other prompts."""
     return [
         "data=files", f"data.path={rows}", f"model.path={tiny_folder}", "reward=exact_number",
-        "reward._target_=tests.e2e.killing.Distinct", f"annotation_cache={tmp_path}/store", f"cache={tmp_path}/cache",
+        "reward._target_=tests.helpers.rewards.Distinct",
+        f"annotation_cache={tmp_path}/store", f"cache={tmp_path}/cache",
         f"runs={tmp_path}/runs", "data.validation_prompts=0", "trainer.precision=64-true", "model.dtype=float64",
         "trainer.log_every_n_steps=1", "trainer.accelerator=cpu", "optim.optimizer.lr=3e-3",
         "data.last_micro_batch=keep", "generate.responses=3", "generate.batch=3", "generate.max_new_tokens=5",

@@ -141,7 +141,13 @@ class Provider(Generic[R]):
         """Compute what needs the plan."""
 
     def batch_fields(self, data: TrainingSet, micro_batch: int, members: np.ndarray) -> dict[str, Any]:
-        """Return fields of the batch of this micro-batch. members: [B] its sequences."""
+        """Return fields of the batch of this micro-batch by name. Names that `Packed` lacks are put in its `extra`.
+
+        Args:
+            data: the training set.
+            micro_batch: its number in the plan.
+            members: [B] its sequences.
+        """
         return {}
 
     def at_step(self, batch: Packed, policy: Any, reference: Any) -> Packed:

@@ -18,6 +18,7 @@ from var.rewards.base import Triple, Triples, check_answers, check_scores, compu
 from var.sampling.base import Sampling
 from var.utils.errors import Problems, UserError
 from var.utils.provenance import hash_content
+from var.weights.groups import within_prompt_std, zero_variance
 
 
 class ProvideRewards(Provider[Rewards]):
@@ -46,7 +47,14 @@ class ProvideRewards(Provider[Rewards]):
                 f"{scaled[lowest]:.4g} in row {sequences.tokens(lowest)[2]}. Set reward_scale=sigmoid."
             )
         data.rewards = torch.from_numpy(scaled)
-        data.report.set_rewards(raw, data.scale.describe(), data.rewards, sequences)
+        group = torch.from_numpy(sequences.group)
+        data.report.reward = {
+            "mean": float(raw.mean()), "sd": float(raw.std()), "scale": data.scale.describe(),
+            "within_prompt_sd": within_prompt_std(data.rewards, group),
+        }  # fmt: skip
+        if len(sequences.first) < len(sequences):
+            data.report.groups = len(sequences.first)
+            data.report.zero_variance_groups = int(zero_variance(data.rewards, group)[sequences.first].sum())
 
     def batch_fields(self, data: TrainingSet, micro_batch: int, members: np.ndarray) -> dict[str, Any]:
         """Return the rewards [B]."""

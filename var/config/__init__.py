@@ -1,0 +1,1 @@
+"""Whether a configuration is sound, and where its run is kept."""

@@ -1,38 +1,37 @@
-"""Run an entry point: short errors, exit statuses, and the nearest key to a misspelled one."""
+"""Run a command: short error messages, exit statuses, and suggestions for misspelled and renamed keys."""
 
 import difflib
 import errno
 import os
+import re
 import sys
-import typing
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
-from var.config.check import FOLDER
 from var.utils.errors import UserError
 
+# Old keys and values, and what to write instead.
+RENAMED = {
+    "store": "annotation_cache",
+    "data.short_window": "data.last_step",
+    "data.short_micro_batch": "data.last_micro_batch",
+    "loss.drop_uninformative": "loss.drop_zero_variance",
+    "loss.estimator.drop_uninformative": "loss.estimator.drop_zero_variance",
+    "loss.centring": "loss.centering",
+    "annotate=refuse": "annotate=error",
+    "data.overlong=cut": "data.overlong=truncate",
+}
 
-def leaves(node: Any, path: str = "") -> Iterator[str]:
-    """Dotted keys of a configuration, `_target_` left away."""
-    if not isinstance(node, DictConfig):
-        yield path
-        return
-    for key in node:
-        if key not in ("_target_", "_partial_"):
-            child = node._get_node(key)
-            yield from leaves(child, ".".join(filter(None, (path, str(key)))))
 
-
-def run_command(main: Callable[[], Any], config_name: str) -> None:
-    """Run an entry point; what the user can mend is one message without a traceback, and exit status 1."""
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra hands the exception on instead of printing it
+def run_command(main: Callable[[], Any]) -> None:
+    """Run a command. Print an error that the user can fix as one message without a traceback, and exit with 1."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra passes the exception on instead of printing it
     try:
         main()
     except Exception as error:
-        message = _message(error, config_name)
+        message = _describe(error)
         if message is None:
             raise
         sys.stdout.flush()
@@ -40,48 +39,56 @@ def run_command(main: Callable[[], Any], config_name: str) -> None:
         sys.exit(1)
 
 
-def _message(error: BaseException, config_name: str) -> str | None:
+def _describe(error: BaseException) -> str | None:
+    """Return the message for an error that the user can fix, or None."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    causes, cause = [], typing.cast(BaseException | None, error)
+    causes, cause = list[BaseException](), error
     while cause is not None:
         causes.append(cause)
-        cause = cause.__cause__ or cause.__context__
+        cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
     for cause in causes:
         if isinstance(cause, UserError):
-            return str(cause)
+            return "\n".join((str(cause), *_suggest_renamed()))
     for cause in causes:
         if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(cause):
             return (
-                f"the disk is full: {cause}. What stood before is whole: free space, and the same command goes on "
-                "from the last checkpoint"
+                f"the disk is full: {cause}. Existing files are intact: free space, and the same command resumes from "
+                "the last checkpoint"
             )
     if isinstance(error, NotADirectoryError | FileExistsError | PermissionError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}; choose another folder or file"
+    lines = [str(cause) for cause in causes if isinstance(cause, HydraException | OmegaConfBaseException)]
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return None
-    text = "\n".join(
-        dict.fromkeys(str(cause) for cause in causes if isinstance(cause, HydraException | OmegaConfBaseException))
-    )
-    for cause in causes:
-        key = getattr(cause, "full_key", None)
-        if isinstance(key, str) and (near := nearest(key, config_name)):
-            text += f"\nDid you mean {near}?"
-            break
-    return text
+    if group := re.match(r"Multiple values for ([\w/]+)\.", lines[0]):
+        return f"+{group[1]}=…: the configuration has this group. Write {group[1]}=…, without the plus sign."
+    suggestions = _suggest_renamed()
+    if unknown := re.match("Could not override '(.*)'", lines[0]):
+        nodes = [node for cause in causes if (node := getattr(cause, "parent_node", None)) is not None]
+        keys = [key for key in list_keys(nodes[0]._get_root()) if not key.startswith("hydra.")] if nodes else []
+        near = difflib.get_close_matches(unknown[1], keys, n=1, cutoff=0.5)
+        lines, suggestions = lines[:1], suggestions or [f"Did you mean {key}?" for key in near]
+    return "\n".join(dict.fromkeys((*lines, *suggestions)))
 
 
-def nearest(key: str, config_name: str) -> str | None:
-    """The known key most like `key`, in the configuration of the groups that were asked for."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
+def _suggest_renamed() -> list[str]:
+    """Return what to write instead of the renamed keys and values on the command line."""
+    words = [word.lstrip("+~") for word in sys.argv[1:]]
+    return [
+        f"{old} was renamed. Did you mean {new}?"
+        for old, new in RENAMED.items()
+        if any(word == old or word.startswith(f"{old}=") for word in words)
+    ]
 
-    chosen = [a for a in sys.argv[1:] if Path(FOLDER, a.split("=")[0]).is_dir() and "," not in a]
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(FOLDER, version_base="1.3"):
-            known = list(leaves(compose(config_name, chosen)))
-    except Exception:
-        return None
-    return next(iter(difflib.get_close_matches(key, known, n=1, cutoff=0.5)), None)
+
+def list_keys(node: Any, path: str = "") -> Iterator[str]:
+    """Yield the dotted keys of a configuration, without `_target_` and `_partial_`."""
+    if not isinstance(node, DictConfig):
+        yield path
+        return
+    for key in node:
+        if key not in ("_target_", "_partial_"):
+            child = node._get_node(key)
+            yield from list_keys(child, ".".join(filter(None, (path, str(key)))))

@@ -1,10 +1,9 @@
-"""The keys of train.yaml and eval.yaml and their types, without torch."""
+"""The keys of conf/train.yaml and conf/eval.yaml and their types. Importing this module does not import torch."""
 
 import os
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 
 from var.utils.errors import Problems
@@ -12,67 +11,74 @@ from var.utils.errors import Problems
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """The top level of conf/train.yaml, which has the meaning of each."""
+    """The top level of conf/train.yaml."""
 
-    model: Any
-    data: Any
-    reward: Any
-    generate: Any
-    sampler: Any
+    model: Any  # the policy before training
+    data: Any  # rows, batches and the validation split
+    reward: Any  # scores responses
+    generate: Any  # how training responses are sampled
+    sampler: Any  # what samples them
     loss: Any
-    optim: Any
-    trainer: Any
-    strategy: Any
+    optim: Any  # optimizer and schedule
+    trainer: Any  # length, devices and precision
+    strategy: Any  # how devices share the work
     logger: Any
-    eval: Any
+    eval: Any  # validation
     seed: int
-    init: str | None
-    reward_scale: Literal["raw", "sigmoid", "zscore"]
-    adapter: Any
-    reference: Literal["stored", "live"]
-    annotate: Literal["fill", "error"]
-    annotation_cache: str
-    cache: str
-    runs: str
-    resume: bool | str
-    dry: bool
+    init: str | None  # folder of a finished run to start from
+    reward_scale: Literal["raw", "sigmoid", "zscore"]  # the scale in which λ is measured
+    adapter: Any  # LoRA, or None to train all parameters
+    reference: Literal["stored", "live"]  # reference log-probabilities: from the cache, or computed in every step
+    annotate: Literal["fill", "error"]  # whether to compute missing annotations
+    annotation_cache: str  # folder of responses, rewards and reference log-probabilities
+    cache: str  # folder of converted models, rows and tokens
+    runs: str  # parent of the runs' folders
+    resume: bool | str  # "auto", False, or the path of a checkpoint
+    dry: bool  # print what the run needs, and stop
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerSettings:
-    """conf/trainer/default.yaml has the meaning of each."""
+    """The group trainer."""
 
-    epochs: int
-    max_steps: int
-    max_seconds: float | None
+    epochs: int  # passes over the data
+    max_steps: int  # optimizer steps; -1: those of all epochs
+    max_seconds: float | None  # of sampling, scoring and training
     accelerator: Literal["auto", "cpu", "gpu"]
-    devices: Literal["auto"] | int
-    num_nodes: int
+    devices: Literal["auto"] | int  # per machine
+    num_nodes: int  # machines
     precision: Literal["auto", "bf16-mixed", "32-true", "64-true"]
-    gradient_clip: float
-    log_every_n_steps: int
-    checkpoint_every_n_steps: int
-    ess_warning: float
-    nonfinite: Literal["stop", "skip"]
+    gradient_clip: float  # maximal gradient norm; 0: no clipping
+    log_every_n_steps: int  # optimizer steps
+    checkpoint_every_n_steps: int  # optimizer steps
+    ess_warning: float  # fraction of the effective sample size below which a warning is printed
+    nonfinite: Literal["stop", "skip"]  # what to do if a gradient is not finite
     profiler: Literal["simple", "pytorch"] | None
 
     @property
     def gpu(self) -> bool:
+        """Whether the run uses GPUs."""
+        import torch
+
         return self.accelerator == "gpu" or (self.accelerator == "auto" and torch.cuda.is_available())
 
     @property
     def local(self) -> int:
-        """Processes of this machine."""
+        """Number of processes on this machine."""
+        import torch
+
         if self.devices != "auto":
             return int(self.devices)
         return int(os.environ.get("LOCAL_WORLD_SIZE", torch.cuda.device_count() if self.gpu else 1))
 
     @property
     def world(self) -> int:
+        """Number of processes on all machines."""
         return self.local * self.num_nodes
 
     @property
     def arithmetic(self) -> str:
+        """The precision, with "auto" resolved."""
         if self.precision != "auto":
             return self.precision
         return "bf16-mixed" if self.gpu else "32-true"
@@ -80,20 +86,24 @@ class TrainerSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimSettings:
-    optimizer: Any
-    schedule: Any
+    """The group optim."""
+
+    optimizer: Any  # a partial of a torch.optim.Optimizer
+    schedule: Any  # the learning rate over optimizer steps
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSettings:
-    every_n_steps: int | None
-    reward: Any
-    judge: Any
-    judged: int | None
+    """The group eval: validation on sampled responses."""
+
+    every_n_steps: int | None  # None: only before and after training
+    reward: Any  # None: the run's
+    judge: Any  # compares with the initial policy
+    judged: int | None  # number of prompts that the judge compares; None: all
     sampling: Any
 
     def __post_init__(self) -> None:
-        problems = Problems("evaluation while training")
+        problems = Problems("invalid evaluation settings")
         for name, none in (("every_n_steps", "only before and after training"), ("judged", "all")):
             if (value := getattr(self, name)) is not None and value < 1:
                 problems.add(f"eval.{name}", f"must be at least 1, or null ({none}), got {value}")
@@ -102,57 +112,63 @@ class EvalSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class LoggerSettings:
-    wandb: Any
-    tensorboard: Any
+    """The group logger. metrics.csv is always written."""
+
+    wandb: Any  # WandbSettings or None
+    tensorboard: Any  # TensorBoardSettings or None
 
 
 @dataclass(frozen=True, kw_only=True)
 class WandbSettings:
+    """Weights & Biases."""
+
     project: str
-    name: str | None
-    offline: bool | Literal["auto"]
+    name: str | None  # None: the name of the run's folder
+    offline: bool | Literal["auto"]  # auto: online if there is a key
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorBoardSettings:
+    """TensorBoard."""
+
     name: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """The top level of conf/eval.yaml, which has the meaning of each."""
+    """The top level of conf/eval.yaml."""
 
-    model: Any
-    data: Any
-    more: Any
+    model: Any  # the policy, unless init or answers is given
+    data: Any  # prompts
+    more: Any  # further data sets by name
     reward: Any
-    generate: Any
+    generate: Any  # how responses are sampled
     sampler: Any
-    judge: Any
-    benchmarks: Any
-    seed: int
-    seeds: list[int]
-    init: str | None
-    answers: str | None
-    reference: str | None
-    held_out: bool | list[str]
-    prompts: int | None
-    against: Literal["reference", "chosen"]
-    judged: int | None
-    averages: Any
-    second_reward: Any
-    precision: Literal["float32", "bfloat16"]
-    annotation_cache: str
-    cache: str
-    out: str
+    judge: Any  # None: no win rate
+    benchmarks: Any  # None: no benchmarks
+    seed: int  # of drawing prompts and of the validation split
+    seeds: list[int]  # of sampling
+    init: str | None  # folder of the evaluated run or model
+    answers: str | None  # file of responses to evaluate instead
+    reference: str | None  # model to compare with
+    held_out: bool | list[str]  # use only the validation split, of all or of these data sets
+    prompts: int | None  # number per subset; None: all
+    against: Literal["reference", "chosen"]  # what the judge compares the responses with
+    judged: int | None  # number of judged prompts per subset; None: all
+    averages: Any  # lists of subsets by name
+    second_reward: Any  # None: only the reward
+    precision: Literal["float32", "bfloat16"]  # of sampling and scoring
+    annotation_cache: str  # folder of responses, rewards and reference log-probabilities
+    cache: str  # folder of converted models, rows and tokens
+    out: str  # parent of the results' folders
 
 
-def values(node: DictConfig) -> dict[str, Any]:
-    """A part of the configuration as plain values."""
+def to_dict(node: DictConfig) -> dict[str, Any]:
+    """Convert a part of the configuration to plain values."""
     return OmegaConf.to_container(node, resolve=True)  # type: ignore[return-value]
 
 
-def known(reader: Any, node: DictConfig) -> dict[str, Any]:
-    """The values of a part that its dataclass reads; the others are for references."""
-    names = {field.name for field in fields(reader)}
-    return {name: value for name, value in values(node).items() if name in names}
+def pick_fields(settings: Any, node: DictConfig) -> dict[str, Any]:
+    """Return the values of a part that are fields of its dataclass. The others exist for interpolations."""
+    names = {field.name for field in fields(settings)}
+    return {name: value for name, value in to_dict(node).items() if name in names}

@@ -5,12 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-import numpy as np
-import torch
-
-from var.data.sequences import Sequences
-from var.weights.groups import within_prompt_std, zero_variance
-
 
 @dataclass
 class DataReport:
@@ -76,24 +70,6 @@ class DataReport:
     """Optimizer steps per epoch."""
     plan: str | None = None
     """The plan's hash."""
-
-    def set_rewards(self, raw: np.ndarray, scale: Any, rewards: torch.Tensor, sequences: Sequences) -> None:
-        """Describe the rewards.
-
-        Args:
-            raw: [n] rewards as given.
-            scale: the run's scale.
-            rewards: [n] on that scale.
-            sequences: the n sequences.
-        """
-        group = torch.from_numpy(sequences.group)
-        self.reward = {
-            "mean": float(raw.mean()), "sd": float(raw.std()), "scale": scale,
-            "within_prompt_sd": within_prompt_std(rewards, group),
-        }  # fmt: skip
-        if len(sequences.first) < len(sequences):
-            self.groups = len(sequences.first)
-            self.zero_variance_groups = int(zero_variance(rewards, group)[sequences.first].sum())
 
     def to_json(self) -> dict[str, Any]:
         """Return what applies to this run."""

@@ -1,0 +1,1 @@
+"""Responses to prompts that did not train, and what is measured on them."""

@@ -9,7 +9,7 @@ import numpy as np
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig
 
-from var.config.schema import known
+from var.config.schema import pick_fields
 from var.data.rows import Rows, concatenate, read
 from var.data.settings import DataSettings
 from var.data.split import split
@@ -33,7 +33,7 @@ def read_prompts(cfg: DictConfig, cache: Path) -> Prompts:
     """Read the prompts of `data` and `more`: the held-out ones if held_out says so, at most `prompts` per subset."""
     parts, labels = dict[str, Rows](), dict[str, np.ndarray]()
     for part in (cfg.data, *cfg.more.values()):
-        settings = DataSettings(**known(DataSettings, part))
+        settings = DataSettings(**pick_fields(DataSettings, part))
         rows = read(instantiate(part.source), cache).head(settings.limit)
         held_out = part.name in cfg.held_out if isinstance(cfg.held_out, ListConfig) else cfg.held_out
         if held_out:

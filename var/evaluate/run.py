@@ -17,7 +17,7 @@ from var.annotate.annotator import Annotator
 from var.annotate.cache import AnnotationCache
 from var.annotate.responses import sampling_fingerprint
 from var.config.check import EVAL, check
-from var.config.schema import known, values
+from var.config.schema import pick_fields, to_dict
 from var.data.rows import Rows, read
 from var.data.sources.files import Files
 from var.data.sources.local import list_files
@@ -130,7 +130,7 @@ class Evaluation:
     @cached_property
     def folder(self) -> Path:
         """The folder of the results, the same for the same configuration."""
-        kept = {key: v for key, v in values(self.cfg).items() if key not in ("annotation_cache", "cache", "out")}
+        kept = {key: v for key, v in to_dict(self.cfg).items() if key not in ("annotation_cache", "cache", "out")}
         digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:8]
         return Path(self.cfg.out).expanduser() / f"{self.name}_{'+'.join(self.prompts.subsets)}-{digest}"
 
@@ -187,7 +187,7 @@ class Evaluation:
         """The averages in the configuration, and one over the subsets of each data set."""
         sets = self.prompts.subsets
         own = {"all" if len(sets) == 1 else f"all of {name}": subsets for name, subsets in sets.items()}
-        return {**values(self.cfg.averages), **own}
+        return {**to_dict(self.cfg.averages), **own}
 
     def _judge(self, judge: Judge, answers: dict[str, Answers]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Return win rates against the reference's answers or the chosen responses, and one record per game."""
@@ -213,7 +213,7 @@ class Evaluation:
             "answers": sources,
             "rewards": {name: reward.identity for name, reward in self.rewards.items()},
             "prompts": hashlib.sha256(self.prompts.rows.keys.tobytes()).hexdigest()[:16],
-            "config": values(self.cfg),
+            "config": to_dict(self.cfg),
             **collect_environment(),
         }
 
@@ -243,7 +243,7 @@ class Evaluation:
 
 def locate_models(cfg: DictConfig) -> tuple[Pretrained, Pretrained | None]:
     """Return the model to evaluate, and the reference, if there is one."""
-    base = Pretrained(**known(Pretrained, cfg.model), cache=cfg.cache)
+    base = Pretrained(**pick_fields(Pretrained, cfg.model), cache=cfg.cache)
     model, reference = base, None
     if cfg.init:
         model = replace(base, path=str(find_model(cfg.init)), revision=None, chat_template=None)

@@ -1,0 +1,1 @@
+"""One objective per file: log-probabilities and a batch in, a scalar out."""

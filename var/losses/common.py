@@ -1,5 +1,6 @@
 """Parts that several losses share. Shapes: N response tokens, B sequences of a micro-batch."""
 
+import math
 from typing import Literal
 
 import torch
@@ -63,7 +64,8 @@ def importance_weighted_nll(
         metrics["ratio/mean"] = Mean(rho.sum(), float(len(rho)))
         metrics["ratio/clipped"] = Mean((rho != raw).to(rho).sum(), float(len(rho)))
         rho = rho[batch.sequence] if ratio == "sequence" else rho
-        weights = torch.where(weights == 0, 0.0, weights * rho)  # an unclipped ratio can be infinite
+        largest = torch.finfo(rho.dtype).max  # an unclipped ratio can be infinite, and ∞ · 0 is NaN
+        weights = torch.where(weights == 0, 0.0, (weights * rho).clamp(-largest, largest))
     return -(weights * logps).sum() / batch.global_sequences, metrics
 
 
@@ -170,13 +172,23 @@ def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, low: float, high: f
         low: the ratio is clipped at 1 − low.
         high: the ratio is clipped at 1 + high.
     """
-    ratio = log_ratio.exp()
+    ratio = finite_exp(log_ratio)
     free, bounded = ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages
     count = float(len(ratio))
     return -torch.minimum(free, bounded), {
         "ratio/mean": Mean(ratio.detach().sum(), count),
         "ratio/clipped": Mean((bounded < free).sum(), count),
     }
+
+
+def finite_exp(values: Tensor) -> Tensor:
+    """Return exp(values) with the largest finite number in place of an overflow.
+
+    An infinite ratio would give NaN where it is multiplied by 0: by an advantage of 0, or by the gradient 0 of a clip.
+    """
+    number = values.detach()
+    limit = math.log(torch.finfo(values.dtype).max) * (1 - torch.finfo(values.dtype).eps)  # its rounding stays finite
+    return torch.where(number > limit, limit + (values - number), values).exp()  # limit, with the gradient of values
 
 
 def kl_estimate(logps: Tensor, batch: Packed) -> Tensor:

@@ -1,5 +1,7 @@
-"""GRPO (Shao et al., arXiv 2402.03300, Eq. 3 and 4), Dr. GRPO (Liu et al., arXiv 2503.20783) and DAPO's loss (Yu et
-al., arXiv 2503.14476, Eq. 8): one class with three files of settings.
+"""GRPO, Dr. GRPO and DAPO's loss: one class with three files of settings.
+
+GRPO is by Shao et al., arXiv 2402.03300, Eq. 3 and 4; Dr. GRPO by Liu et al., arXiv 2503.20783; DAPO's loss by Yu et
+al., arXiv 2503.14476, Eq. 8.
 
 The value of β's term estimates KL(π_θ ‖ π_ref). Its gradient where the ratio is 1 is that of KL(π_ref ‖ π_θ), so the
 fixed point is not π* (measured in experiments/tabular; RLOO's and PPO's fixed point is π*). The KL term is the paper's;

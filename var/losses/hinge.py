@@ -1,5 +1,6 @@
-"""The hinge on the margin of log-ratios: SLiC-HF's (Zhao et al., arXiv 2305.10425) as RSO normalizes it by the
-reference (Liu et al., arXiv 2309.06657).
+"""The hinge on the margin of log-ratios: SLiC-HF's, as RSO normalizes it by the reference.
+
+SLiC-HF is by Zhao et al., arXiv 2305.10425, and RSO by Liu et al., arXiv 2309.06657.
 
 SLiC-HF has no reference in the hinge, max(0, δ − log π_θ(y_w|x) + log π_θ(y_l|x)), and adds an NLL on an SFT target.
 Here δ = 1/β and there is no NLL, as in RSO.

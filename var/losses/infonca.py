@@ -1,5 +1,6 @@
-"""InfoNCA: cross-entropy from the softmax of rewards to the softmax of implicit rewards, over a prompt's responses
-(Chen et al., arXiv 2402.05369).
+"""InfoNCA: cross-entropy from the softmax of rewards to that of implicit rewards (Chen et al., arXiv 2402.05369).
+
+Both are taken over a prompt's responses.
 
 DPO is its limit for a pair whose rewards differ without bound. For responses drawn from π_ref, in groups of any size,
 the optimum is π_ref exp(r/(αβ)), normalized. The loss sees implicit rewards up to a constant of the prompt.

@@ -1,5 +1,6 @@
-"""RPO: DPO plus an NLL of the chosen response (Pang et al., Iterative Reasoning Preference Optimization, arXiv
-2404.19733, Eq. 1).
+"""RPO: DPO plus an NLL of the chosen response (Pang et al., arXiv 2404.19733, Eq. 1).
+
+The paper is Iterative Reasoning Preference Optimization.
 
 The NLL of a pair is per token of its own chosen response, so every pair counts the same. TRL's `sft` term next to
 `sigmoid` divides by the chosen tokens of the micro-batch, so long responses count more.

@@ -1,0 +1,1 @@
+"""Packed tokens in, log-probabilities out; loading, adapters and export."""

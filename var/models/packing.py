@@ -1,8 +1,7 @@
 """Packed: a micro-batch of sequences in one row of tokens, without padding."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from itertools import pairwise
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -78,6 +77,8 @@ class Packed:
     """[N] value of the state before each response token, in reward units; may carry a gradient."""
     old_values: Tensor | None = None
     """[N] the same by the value head at sampling time, in reward units."""
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    """What requirements outside the package provide, by name."""
 
     def __len__(self) -> int:
         return len(self.length)
@@ -93,7 +94,7 @@ class Packed:
     def _with(self, change: Callable[[Tensor], Tensor]) -> "Packed":
         tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
         changed: dict[str, Any] = {name: change(tensor) for name, tensor in tensors.items()}
-        return replace(self, **changed)
+        return replace(self, **changed, extra={name: change(tensor) for name, tensor in self.extra.items()})
 
     def sum_by_sequence(self, values: Tensor) -> Tensor:
         """Return [B] sums of `values` [N] over the response tokens of each sequence."""
@@ -108,7 +109,7 @@ def pack(
     share: bool = False,
     **extra: Any,
 ) -> Packed:
-    """Pack B sequences, where ids[i][starts[i]:] is the response of sequence i.
+    """Pack B sequences, where ids[i][starts[i]:] is the response of sequence i; `extra` are further fields.
 
     If `share` is true, the tokens of a prompt are stored once for consecutive sequences that answer it, as a tree.
     The results then differ by rounding, hundredths of a nat in bf16, so compare only sequences packed the same way.
@@ -164,16 +165,16 @@ def pack_tree(
             target.extend(branch)
             lengths.append(len(branch))
             prompt_of.append(i)
-    length, count = torch.tensor(lengths), len(lengths)
+    length, count = torch.tensor(lengths, dtype=torch.long), len(lengths)
     return Packed(
         input_ids=torch.tensor(tokens),
         position_ids=torch.tensor(positions),
         segments=tuple(segments),
-        predictor=torch.tensor(predictor),
-        target=torch.tensor(target),
+        predictor=torch.tensor(predictor, dtype=torch.long),
+        target=torch.tensor(target, dtype=torch.long),
         sequence=torch.repeat_interleave(torch.arange(count), length),
         length=length,
-        group=torch.tensor(list(group if group is not None else prompt_of)),
+        group=torch.tensor(list(group if group is not None else prompt_of), dtype=torch.long),
         ids=tuple(names if names is not None else map(str, range(count))),
         tokens=sum(len(prompts[i]) for i in prompt_of) + sum(lengths),
         **extra,
@@ -187,19 +188,11 @@ def whole(
     **extra: Any,
 ) -> Packed:
     """Pack complete sequences for a RewardModel: all tokens are kept, and none is a response token."""
-    lengths = [len(row) for row in ids]
-    bounds = [0, *torch.tensor(lengths).cumsum(0).tolist()]
-    empty = torch.zeros(0, dtype=torch.long)
-    return Packed(
-        input_ids=torch.tensor([token for row in ids for token in row]),
-        position_ids=torch.cat([torch.arange(n) for n in lengths]),
-        segments=tuple(Segment(a, b) for a, b in pairwise(bounds)),
-        predictor=empty,
-        target=empty,
-        sequence=empty,
-        length=torch.zeros(len(lengths), dtype=torch.long),
-        group=torch.tensor(list(group) if group is not None else range(len(lengths))),
-        ids=tuple(names if names is not None else map(str, range(len(lengths)))),
-        tokens=sum(lengths),
-        **extra,
+    count = len(ids)
+    return replace(
+        pack_tree(ids, [[]] * count, **extra),
+        length=torch.zeros(count, dtype=torch.long),
+        group=torch.tensor(list(group if group is not None else range(count))),
+        ids=tuple(names if names is not None else map(str, range(count))),
+        tokens=sum(map(len, ids)),
     )

@@ -169,7 +169,7 @@ class Pretrained:
 
     @cached_property
     def config(self) -> Any:
-        """transformers' config; that of an adapter is its base's."""
+        """Transformers' config; that of an adapter is its base's."""
         return self.base.config if self.base is not None else self._read_config()
 
     def _read_config(self) -> Any:

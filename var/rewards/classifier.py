@@ -23,7 +23,7 @@ GENERATIVE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # endin
 
 @dataclass(frozen=True, kw_only=True)
 class Classifier:
-    """Return the raw logit of a classifier with one label for the chat-rendered prompt and response.
+    """Score the chat-rendered prompt and response with the raw logit of a classifier with one label.
 
     The template writes the only BOS.
     """

@@ -15,7 +15,9 @@ PATHS = {"query": "", "pooling": "/pooling", "classify": "/classify"}
 
 @dataclass(frozen=True, kw_only=True)
 class Endpoint:
-    """Return the raw score of a server. Each request has one response, so a score does not depend on its batch.
+    """Score a response with the raw score of a server.
+
+    Each request has one response, so a score does not depend on its batch.
 
     Protocols:
         query: Send {"query": [prompt and response], "prompts": [prompt], "labels": [the row's answer]} to base_url,

@@ -52,7 +52,7 @@ class NumberReward:
 
 @dataclass(frozen=True, kw_only=True)
 class ExactNumber(NumberReward):
-    """Return 1 if the last number of the response equals the row's answer, else 0."""
+    """Score a response with 1 if its last number equals the row's answer, else with 0."""
 
     program = "exact_number"
 
@@ -62,9 +62,9 @@ class ExactNumber(NumberReward):
 
 @dataclass(frozen=True, kw_only=True)
 class NearNumber(NumberReward):
-    """Return max(0, 1 − |n − a|/(1 + |a|)) for the last number n of the response and the row's answer a.
+    """Score a response with max(0, 1 − |n − a|/(1 + |a|)) for its last number n and the row's answer a.
 
-    If the response has no number, return 0. The reward is graded, so that wrong answers differ.
+    A response without a number scores 0. The reward is graded, so that wrong answers differ.
     """
 
     program = "near_number"
@@ -88,7 +88,7 @@ def find_last_number(text: str) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Sentiment:
-    """Return VADER's compound sentiment of the response, in [−1, 1] (Hutto and Gilbert, 2014; extra `sentiment`)."""
+    """Score a response with VADER's compound sentiment in [−1, 1] (Hutto and Gilbert, 2014; extra `sentiment`)."""
 
     scores_text = True
 

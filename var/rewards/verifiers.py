@@ -29,9 +29,9 @@ FUNCTIONS = {
 
 @dataclass(frozen=True, kw_only=True)
 class MathVerify:
-    """Return 1 if the final answer of the response equals the row's `answer` mathematically, else 0 (math-verify).
+    r"""Score a response with 1 if its final answer equals the row's `answer` mathematically, else with 0 (math-verify).
 
-    The answer is plain text or LaTeX: 1/2, \\frac12, \\boxed{x+1}. In a response the last boxed expression counts, else
+    The answer is plain text or LaTeX: 1/2, \frac12, \boxed{x+1}. In a response the last boxed expression counts, else
     the last expression or number.
     """
 
@@ -73,7 +73,7 @@ class MathVerify:
 
 @dataclass(frozen=True, kw_only=True)
 class ReasoningGym:
-    """Return the score in [0, 1] that reasoning-gym gives a response to a problem of data=reasoning_gym.
+    """Score a response to a problem of data=reasoning_gym with reasoning-gym's own score in [0, 1].
 
     Many tasks are graded, and most give almost nothing for an answer inside a sentence. Hence `extract` says which part
     of the response is its answer. A response without a number or a word scores 0.

@@ -60,9 +60,7 @@ def _generate(model: Any, prompts: list[list[int]], sampling: Sampling, end: int
     numbers = [np.random.default_rng(derive_seed(sampling.seed, prompt)).random((k, steps)) for prompt in prompts]
     draws = torch.from_numpy(np.concatenate(numbers)).to(device)  # [B·K, steps] float64
     weight = model.get_output_embeddings().weight
-    head = weight.to(
-        torch.promote_types(weight.dtype, torch.float32)
-    )  # the precision in which log-probabilities are computed
+    head = weight.to(torch.promote_types(weight.dtype, torch.float32))  # as for log-probabilities
     cache = DynamicCache(config=model.config)
 
     def next_logits(tokens: Tensor, mask: Tensor) -> Tensor:

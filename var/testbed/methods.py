@@ -2,18 +2,20 @@
 
 import math
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from var.config.check import FOLDER
-from var.requirements import Desirable, Groups, Pairs, Rollout, TokenValues, find
+from var.requirements import Rollout, TokenValues, find
 from var.testbed.policies import TablePolicy, TabularPolicy
 from var.testbed.rows import Rows, make_rows, pack_rows
 from var.testbed.world import World
@@ -21,27 +23,25 @@ from var.testbed.world import World
 POOL = 16  # optimizer steps whose rows are drawn, and weighted, together
 
 
-def loss_names() -> list[str]:
+def list_losses() -> list[str]:
     """Return the names of the complete configurations in `conf/loss`."""
     files = sorted((Path(FOLDER) / "loss").glob("[!_]*.yaml"))
     return [file.stem for file in files if "_target_: ???" not in file.read_text()]
 
 
+@cache
+def read_config(name: str) -> DictConfig:
+    """Return `conf/loss/{name}.yaml` merged with its bases."""
+    with initialize_config_dir(str(Path(FOLDER) / "loss"), version_base="1.3"):
+        return compose(name)
+
+
 def load_loss(name: str, **settings: Any) -> Any:
     """Return the loss of `conf/loss/{name}.yaml`. `settings` override it, by dotted key."""
-    with initialize_config_dir(str(Path(FOLDER) / "loss"), version_base="1.3"):
-        config = compose(name)
-    OmegaConf.set_struct(config, False)
+    config = deepcopy(read_config(name))
     for key, value in settings.items():
-        OmegaConf.update(config, key, value)
+        OmegaConf.update(config, key, value, force_add=True)
     return instantiate(config)
-
-
-def default_answers(loss: Any) -> int:
-    """Return K, the smallest usual number of responses per prompt: 4 for groups, 2 for pairs, otherwise 1."""
-    if any(find(loss.requires, kind) for kind in (Groups, Rollout)):
-        return 4
-    return 2 if any(find(loss.requires, kind) for kind in (Pairs, Desirable)) else 1
 
 
 def make_policy(world: World, loss: Any, kind: type[TabularPolicy] = TablePolicy) -> TabularPolicy:

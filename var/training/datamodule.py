@@ -1,5 +1,6 @@
 """AlignmentData: rows → sequences → requirements → plan → micro-batches."""
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -29,6 +30,8 @@ from var.utils.console import say
 from var.utils.distributed import Ranks
 from var.utils.errors import UserError
 from var.weights.health import weight_health
+
+PACKED_FIELDS = {field.name for field in dataclasses.fields(Packed)}
 
 
 class AlignmentData(lightning.LightningDataModule):
@@ -209,7 +212,8 @@ class AlignmentData(lightning.LightningDataModule):
         fields: dict[str, Any] = {}
         for provider in self.providers:
             fields |= provider.batch_fields(data, micro_batch.number, members)
-        fields |= micro_batch.divisors
+        extra = {name: fields.pop(name) for name in fields.keys() - PACKED_FIELDS}
+        fields |= {**micro_batch.divisors, "extra": extra}
         group = np.unique(data.sequences.group[members], return_inverse=True)[1].tolist()
         if find(self.requirements, SequenceScores):
             return whole(list(map(self.annotator.chat.complete, ids)), names, group, **fields)

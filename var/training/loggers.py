@@ -15,8 +15,8 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig
 
-from var.config.run_dir import digest
-from var.config.schema import values
+from var.config.run_dir import hash_config
+from var.config.schema import to_dict
 from var.training.datamodule import AlignmentData
 from var.utils.errors import Problems, brief
 from var.utils.files import atomic
@@ -137,12 +137,12 @@ def make_loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
             logger = WandbLogger(
                 name=cfg.logger.wandb.name or folder.name,
                 project=cfg.logger.wandb.project,
-                group=f"{configuration}-{digest(cfg, seeds=False)}",  # all seeds of a configuration
+                group=f"{configuration}-{hash_config(cfg, seeds=False)}",  # all seeds of a configuration
                 offline=offline,
                 save_dir=folder,
             )
             try:
-                logger.log_hyperparams(values(cfg))
+                logger.log_hyperparams(to_dict(cfg))
             except wandb.errors.CommError as error:
                 problems.add(
                     "logger.wandb", f"the server does not answer ({brief(error)}); set logger.wandb.offline=true and "

@@ -9,7 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from torch.distributed.fsdp import FSDPModule
 
-from var.config.schema import values
+from var.config.schema import to_dict
 from var.models.export import export
 from var.models.lora import merge_adapter
 from var.models.reward_model import RewardModel
@@ -68,7 +68,7 @@ def summarize(run: Run, trainer: lightning.Trainer, seconds: float) -> dict[str,
         "seeds": {"run": cfg.seed, "data": cfg.data.seed, "sampling": cfg.generate.seed},
         "devices": trainer.world_size,
         "precision": run.settings.arithmetic,
-        "config": values(cfg),
+        "config": to_dict(cfg),
         **collect_environment(),
     }
 

@@ -1,10 +1,8 @@
 """From a checked configuration to the parts of a run: data, module and trainer."""
 
 import gc
-import logging
 import os
 import shlex
-import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +20,7 @@ from var.annotate.annotator import Annotator
 from var.annotate.cache import AnnotationCache
 from var.annotate.responses import sample_responses
 from var.config.check import TRAIN, check
-from var.config.schema import EvalSettings, TrainerSettings, known
+from var.config.schema import EvalSettings, TrainerSettings, pick_fields
 from var.data.settings import DataSettings
 from var.losses.base import Loss
 from var.models.frozen import AdapterOff, FrozenModel
@@ -49,7 +47,7 @@ from var.training.loggers import Curves, PlanFile, make_loggers
 from var.training.metrics import Budget, StepMetrics
 from var.training.module import AlignmentModule
 from var.training.validation import PairAccuracy, Validation
-from var.utils.console import console, say, warn
+from var.utils.console import console, say, silence_libraries, warn
 from var.utils.errors import UserError
 
 PROFILERS: dict[str, Any] = {
@@ -93,7 +91,7 @@ class Run:
         check_ranks(settings)
         if cfg.dry and cfg.annotate == "error":
             raise UserError("annotate=error has no effect with debug=dry, which computes nothing")
-        pretrained = Pretrained(**known(Pretrained, cfg.model), cache=cfg.cache)
+        pretrained = Pretrained(**pick_fields(Pretrained, cfg.model), cache=cfg.cache)
         if cfg.init is not None:
             pretrained = replace(pretrained, path=str(find_model(cfg.init)), revision=None, chat_template=None)
         adapter, loss = instantiate(cfg.adapter) if cfg.adapter else None, instantiate(cfg.loss)
@@ -110,7 +108,7 @@ class Run:
         )
         data = AlignmentData(
             source=instantiate(cfg.data.source),
-            settings=DataSettings(**known(DataSettings, cfg.data)),
+            settings=DataSettings(**pick_fields(DataSettings, cfg.data)),
             loss=loss,
             annotator=annotator,
             sampling=Sampling(**cfg.generate),
@@ -177,7 +175,7 @@ class Run:
         strategy = cfg.strategy.name
         check_strategy(cfg, settings)
         if "_target_" in cfg.strategy:
-            extra = {"data_parallel_size": settings.world} if strategy == "fsdp" else {}
+            extra = {"data_parallel_size": settings.world, "tensor_parallel_size": 1} if strategy == "fsdp" else {}
             options = {k: v for k, v in cfg.strategy.items() if k != "name"}
             strategy = instantiate(OmegaConf.create(options), **extra)
         slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
@@ -254,18 +252,3 @@ class Run:
             import wandb
 
             wandb.finish()
-
-
-def silence_libraries() -> None:
-    """Turn off progress bars and advertisements of libraries. Warnings stay on."""
-    import datasets
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its failures are raised as our errors
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft uses an old name of transformers
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")

@@ -14,7 +14,7 @@ from var.annotate.annotator import Annotator
 from var.annotate.responses import Texts, sample_responses
 from var.annotate.sequence_scores import ProvideSequenceScores
 from var.evaluate.answers import Answers, divergence, samples, score_answers, win_rate
-from var.evaluate.judges.base import Judge, Pair, rates, unjudged
+from var.evaluate.judges.base import Judge, Pair, compute_rates, explain_missing_rate
 from var.models.packing import whole
 from var.models.policy import gather_parameters
 from var.models.value_head import unwrap_value_head
@@ -172,8 +172,8 @@ class Validation(Callback):
         except UserError as error:
             warn(f"the judge gave no verdict, training continues: {error}")
             return None
-        rated = rates(judgement, pairs)["all"]
-        if reason := unjudged(rated, judgement.facts):
+        rated = compute_rates(judgement, pairs)["all"]
+        if reason := explain_missing_rate(rated, judgement.facts):
             warn(reason)
         return {**rated, "facts": judgement.facts}
 

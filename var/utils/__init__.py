@@ -1,0 +1,1 @@
+"""Errors, files, console, statistics and HTTP, used everywhere."""

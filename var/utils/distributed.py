@@ -1,4 +1,4 @@
-"""Ranks: this process among those of the job."""
+"""The rank of this process among those of the job."""
 
 import os
 from collections.abc import Callable
@@ -7,17 +7,19 @@ from typing import Any
 
 
 def set_rank_variables() -> None:
-    """Give a process that SLURM or submitit started its rank, the number of ranks and where they meet by torch's names
-    (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, …), as torchrun has done for its own."""
+    """Set torch's variables (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, …) in a process of SLURM or submitit.
+
+    torchrun sets them itself.
+    """
     if "SUBMITIT_EXECUTOR" in os.environ:
         from submitit.helpers import TorchDistributedEnvironment
 
-        # the node's GPUs stay visible to each of its processes: Lightning gives each its own
+        # All GPUs of the node stay visible to each of its processes; Lightning assigns them.
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     elif "SLURM_NTASKS" in os.environ and "RANK" not in os.environ:
         from lightning.fabric.plugins.environments import SLURMEnvironment
 
-        if SLURMEnvironment.detect():  # not within an interactive allocation, whose shell has the variable as well
+        if SLURMEnvironment.detect():  # not in an interactive allocation, whose shell has the variable too
             slurm = SLURMEnvironment()
             ranks: dict[str, Any] = {
                 "RANK": slurm.global_rank(),
@@ -31,14 +33,18 @@ def set_rank_variables() -> None:
 
 @dataclass
 class Ranks:
-    """This process among those of the job; alone where torch.distributed is not started."""
+    """This process among those of the job. Without torch.distributed it is the only one."""
 
     rank: int = 0
+    """Of this process, 0..world-1."""
     world: int = 1
+    """The number of processes."""
     barrier: Callable[[], None] = lambda: None
+    """Waits for all processes."""
 
     @classmethod
     def current(cls) -> "Ranks":
+        """Return this process's rank in the job that runs now."""
         import torch
 
         if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -1,7 +1,7 @@
 """Means with standard errors that are clustered by prompt."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ class Estimate(NamedTuple):
     @classmethod
     def from_json(cls, value: Any) -> "Estimate":
         """Return the estimate in {"mean": …, "se" or "se_prompts": …} or in a number; NaN for None."""
-        if not isinstance(value, dict):
+        if not isinstance(value, Mapping):
             return cls(math.nan if value is None else float(value))
         mean, se = value["mean"], value.get("se", value.get("se_prompts"))
         return cls(math.nan if mean is None else float(mean), None if se is None else float(se))
@@ -84,6 +84,3 @@ def estimate_mean(values: np.ndarray, clusters: np.ndarray | Sequence[str] | Non
 def estimate_by_prompt(values: np.ndarray) -> Estimate:
     """Return the mean of values [P, S], which may hold NaN, with the standard error clustered by prompt (row)."""
     return estimate_mean(values, np.arange(len(values))[:, None])
-
-
-clustered = estimate_mean  # the name before the refactoring

@@ -1,0 +1,1 @@
+"""VAR's weight: how Z(x) is estimated."""

@@ -23,6 +23,10 @@ from var.weights.groups import group_log_softmax, group_logsumexp, group_size, w
 from var.weights.inputs import WeightInputs
 from var.weights.prompt_values import prompt_values
 
+# Relative to the size of rewards, a smaller standard deviation is rounding error: 2e-10, a million float64 roundings.
+# Rewards that differ in float32 differ by more.
+ROUNDING = 2**20 * torch.finfo(torch.float64).eps
+
 
 def compute_weights(weights: Weights, inputs: WeightInputs) -> Tensor:
     """Return [n] float64 weights of mean 1 over the responses that train, and 0 for the others."""
@@ -35,7 +39,7 @@ def compute_weights(weights: Weights, inputs: WeightInputs) -> Tensor:
 
 
 def scale_temperature(weights: Weights, inputs: WeightInputs) -> float:
-    """Return λ in units of the reward."""
+    """Return λ in units of the reward. Raise UserError if its unit, a standard deviation, is absent, 0 or noise."""
     if weights.temperature_unit == "reward":
         return weights.temperature
     sigma = within_prompt_std(inputs.rewards, inputs.group)
@@ -44,6 +48,14 @@ def scale_temperature(weights: Weights, inputs: WeightInputs) -> float:
             "loss.temperature_unit=sd: the rewards of each prompt's responses are all equal, or each prompt has one "
             "response, so there is no standard deviation within a prompt. Use several responses per prompt "
             "(data.responses=both or all, generate.responses), other prompts or another reward, or set "
+            "loss.temperature_unit=reward."
+        )
+    varying = inputs.rewards[~zero_variance(inputs.rewards, inputs.group)]
+    size = float(varying.square().mean().sqrt())
+    if sigma < ROUNDING * size:
+        raise UserError(
+            f"loss.temperature_unit=sd: the standard deviation of the rewards within a prompt is {sigma:.3g}, which is "
+            f"rounding error for rewards of size {size:.3g}. Use other prompts or another reward, or set "
             "loss.temperature_unit=reward."
         )
     return weights.temperature * sigma

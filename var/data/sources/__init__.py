@@ -1,0 +1,1 @@
+"""One adapter per data set: records in, rows out."""

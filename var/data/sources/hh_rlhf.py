@@ -24,9 +24,9 @@ ROLES = {"Human": "user", "Assistant": "assistant"}
 
 @dataclass(frozen=True, kw_only=True)
 class HHRLHF(HubSource):
-    """Split the dialogues `chosen` and `rejected` into their common prompt and two responses.
+    r"""Split the dialogues `chosen` and `rejected` into their common prompt and two responses.
 
-    A dialogue is `\\n\\nHuman: … \\n\\nAssistant: …`. Skipped and counted are pairs that differ before the last turn,
+    A dialogue is `\n\nHuman: … \n\nAssistant: …`. Skipped and counted are pairs that differ before the last turn,
     that do not alternate, or whose last question or answer is empty (13 of 2,312 in the test split of harmless-base).
     `path` is a clone of the hub's repository (`<subset>/<split>.jsonl.gz`), or a single file, read completely.
     """
@@ -89,7 +89,7 @@ class HHRLHF(HubSource):
 
 
 def parse_dialogue(text: Any) -> list[Message]:
-    """Return the turns of `\\n\\nHuman: … \\n\\nAssistant: …`, without surrounding spaces."""
+    r"""Return the turns of `\n\nHuman: … \n\nAssistant: …`, without surrounding spaces."""
     if not isinstance(text, str) or not SPEAKER.match(text):
         raise ValueError(f"a dialogue must begin with '\\n\\nHuman:', got {str(text)[:40]!r}")
     _, *parts = SPEAKER.split(text)

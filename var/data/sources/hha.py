@@ -72,14 +72,14 @@ class HHA(local.LocalSource):
         """Return the file of each subset."""
         folder = Path(self.folder).expanduser()
         if not folder.is_dir():
-            raise UserError(f"data.folder={self.folder}: not a folder. Set it to the folder of {NAMES[0]}")
+            raise UserError(f"{self.folder}: not a folder. Set `data.folder=` to the folder of {NAMES[0]}")
         wanted = SUBSETS if self.subsets is None else self.subsets
         options = {subset: [folder / name.format(subset) for name in NAMES] for subset in wanted}
         found = {s: next((file for file in files if file.is_file()), None) for s, files in options.items()}
         present = {subset: file for subset, file in found.items() if file is not None}
         if not present or (self.subsets is not None and len(present) < len(found)):
             missing = ", ".join(NAMES[0].format(s) for s in wanted if s not in present)
-            raise UserError(f"data.folder={self.folder}: missing {missing}. Set data.folder or data.source.subsets")
+            raise UserError(f"{self.folder}: missing {missing}. Set `data.folder=` or `data.source.subsets=`")
         return present
 
     def _find_bad_file(self) -> Path:
@@ -87,7 +87,7 @@ class HHA(local.LocalSource):
             if (file := Path(self.folder).expanduser() / name).is_file():
                 return file
         raise UserError(
-            f"data.folder={self.folder}: missing {BAD[0]}, LoL-RL's list of bad rows. Put it there, or keep these rows "
+            f"{self.folder}: missing {BAD[0]}, LoL-RL's list of bad rows. Put it there, or keep these rows "
             "with data.source.skip_bad=false"
         )
 

@@ -48,7 +48,7 @@ class HubSource(local.LocalSource):
     @property
     def is_local(self) -> bool:
         """Whether to read local files: `path` is None for the hub."""
-        return self.path is not None
+        return self.path is not None  # type: ignore[attr-defined]
 
     def records(self) -> Iterator[tuple[str, Any]]:
         """Yield (where, record) of all parts or local files."""

@@ -15,14 +15,13 @@ SUFFIXES = (*LINES, ".parquet")
 
 
 class LocalSource:
-    """Base of adapters of local files. A subclass is a dataclass that adds its fields and `row`."""
+    """Base of adapters of local files. A subclass is a dataclass with a field `path`, and adds `row`."""
 
-    path: Any  # a file or a folder
     suffixes = SUFFIXES
 
     def files(self) -> list[Path]:
         """Return the files to read."""
-        return list_files(self.path, "data.path", self.suffixes)
+        return list_files(self.path, "data.path", self.suffixes)  # type: ignore[attr-defined]
 
     def records(self) -> Iterator[tuple[str, Any]]:
         """Yield (where, record) of all files."""
@@ -44,7 +43,7 @@ def list_files(path: str, key: str, suffixes: Sequence[str] = SUFFIXES) -> list[
     if not found:
         raise UserError(f"{path}: the folder has no {', '.join(suffixes)}. Set `{key}=` to one that does")
     if strange := [file.name for file in found if not file.is_file()]:
-        raise UserError(f"{path}: not a regular file: {', '.join(strange)}. Move it away, or set `{key}=` to one file")
+        raise UserError(f"{path}: not a regular file: {', '.join(strange)}. Move them away, or set `{key}=` to a file")
     return found
 
 

@@ -1,0 +1,1 @@
+"""Benchmarks by lm-eval, and the sandbox for generated programs."""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from var.evaluate.judges.base import Judgement, Outcome, Pair, decide_outcome
-from var.evaluate.judges.endpoint import EndpointJudge, Game, Orders, UnreadableReply
+from var.evaluate.judges.endpoint import EndpointJudge, Game, UnreadableReply
 from var.evaluate.judges.length_control import (
     FEATURES,
     Gamed,
@@ -40,9 +40,10 @@ class AlpacaEval(EndpointJudge):
     given, there is a length-controlled win rate too.
     """
 
-    name = "alpaca_eval_2"
     protocol = "alpaca_eval_2"
     example = "M"
+    settings = ("length_control",)
+    orders = "random"
 
     request: Mapping[str, Any] = field(
         default_factory=lambda: {"temperature": 1, "max_tokens": 1, "logprobs": True, "top_logprobs": 5}
@@ -76,12 +77,9 @@ class AlpacaEval(EndpointJudge):
         return None if self.reference is None else read_reference(self.reference)
 
     @property
-    def _game_orders(self) -> Orders:
-        return "random"
-
-    @property
-    def _options(self) -> dict[str, Any]:
-        return {"length_control": self.gamed is not None}
+    def length_control(self) -> bool:
+        """Whether there is a length-controlled win rate."""
+        return self.gamed is not None
 
     def check(self) -> None:
         """Read the template and the files of length control, and check the client."""

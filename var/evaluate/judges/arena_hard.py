@@ -27,7 +27,6 @@ class ArenaHard(EndpointJudge):
     A pair's score is the mean of its own counts.
     """
 
-    name = "arena_hard"
     protocol = "arena_hard_0.1"
     example = "[[A>>B]]"
 

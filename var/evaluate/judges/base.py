@@ -218,6 +218,3 @@ class RewardJudge:
         ]
         own = {"pairs": len(pairs), "mean_difference": float(difference.mean()) if len(pairs) else None}
         return Judgement(outcomes, scores, games, {**self.identity, **own, "max_errors": 0.0, "reason": None})
-
-
-rates, unjudged = compute_rates, explain_missing_rate  # the names before the refactoring

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import yaml
@@ -32,7 +32,6 @@ PLACE = re.compile(r"\{(" + "|".join(OWN_NAME) + r")\}")
 TURN = re.compile(r"<\|im_start\|>(system|user)\n(.*?)\n?<\|im_end\|>", re.DOTALL)
 
 Game = dict[str, Any]  # a JSON record; "verdict" is None for a game in error
-Orders = Literal["both", "random"]
 
 
 class UnreadableReply(Exception):
@@ -51,16 +50,18 @@ class EndpointJudge:
     """Further fields of the chat completion's body; a field that is None is left out."""
     max_errors: float = 0.05
     """The fraction of pairs in error above which there is no win rate."""
-    name: ClassVar[str]
-    """The judge's name in conf/judge and in prompts/."""
     protocol: ClassVar[str]
-    """The protocol's name in results."""
+    """The protocol's name in results, and of its wording in prompts/."""
     example: ClassVar[str]
     """A verdict that a template has to mention."""
+    settings: ClassVar[tuple[str, ...]] = ()
+    """The protocol's own attributes that verdicts depend on."""
+    orders = "both"
+    """`both`: a pair is played in both orders; `random`: once, in an order that is drawn by its content."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_errors <= 1:
-            raise UserError(f"judge.max_errors of {self.name}: expected a fraction of the pairs, got {self.max_errors}")
+            raise UserError(f"judge.max_errors: expected a fraction of the pairs (0 to 1), got {self.max_errors}")
 
     def _read(self, reply: Mapping[str, Any]) -> Any:
         """Return the verdict in a reply, or raise UnreadableReply."""
@@ -74,27 +75,17 @@ class EndpointJudge:
         """Return the protocol's own facts; the judgement's shared facts are known."""
         raise NotImplementedError
 
-    @property
-    def _game_orders(self) -> Orders:
-        """Whether a pair is played in both orders, or once in an order that is drawn by its content."""
-        return "both"
-
-    @property
-    def _options(self) -> dict[str, Any]:
-        """The protocol's own settings that verdicts depend on."""
-        return {}
-
     @cached_property
     def _wording(self) -> "Template":
         """The template, read from its file."""
-        return read_template(Path(self.template or PROMPTS / f"{self.name}.txt"), self.example)
+        return read_template(Path(self.template or PROMPTS / f"{self.protocol}.txt"), self.example)
 
     @property
     def identity(self) -> dict[str, Any]:
         """The settings that verdicts depend on."""
         return {
             "protocol": self.protocol, "version": 1, **self.client.identity, "request": dict(self.request),
-            "template": self._wording.hash, **self._options,
+            "template": self._wording.hash, **{name: getattr(self, name) for name in self.settings},
         }  # fmt: skip
 
     def check(self) -> None:
@@ -132,7 +123,7 @@ class EndpointJudge:
     @property
     def _games_per_pair(self) -> int:
         """The number of games of each pair."""
-        return 2 if self._game_orders == "both" else 1
+        return 2 if self.orders == "both" else 1
 
     def _split_games(self, games: Sequence[Game]) -> list[Sequence[Game]]:
         """Return the games of each pair."""
@@ -140,7 +131,7 @@ class EndpointJudge:
 
     def _games(self, pairs: Sequence[Pair]) -> list[tuple[Pair, bool]]:
         """Return (pair, whether its answer is shown first) for each game; the games of a pair are adjacent."""
-        if self._game_orders == "both":
+        if self.orders == "both":
             return [(pair, first) for pair in pairs for first in (True, False)]
         return [(pair, hash_content(pair.prompt, pair.answer, pair.opponent)[0] % 2 == 0) for pair in pairs]
 
@@ -191,7 +182,7 @@ def find_verdict(reply: Mapping[str, Any], pattern: re.Pattern[str]) -> str:
     if len(verdicts) > 1:
         raise UnreadableReply("several verdicts")
     if not verdicts:
-        raise UnreadableReply("cut off" if reply["choices"][0].get("finish_reason") == "length" else "no verdict")
+        raise UnreadableReply("truncated" if reply["choices"][0].get("finish_reason") == "length" else "no verdict")
     return str(verdicts.pop())
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from var.evaluate.judges.base import Judgement, Outcome, Pair
-from var.evaluate.judges.endpoint import EndpointJudge, Game, Orders, find_verdict
+from var.evaluate.judges.endpoint import EndpointJudge, Game, find_verdict
 from var.utils.errors import UserError
 
 VERDICT = re.compile(r"\[\[([ABC])\]\]")
@@ -17,28 +17,20 @@ SCORES = {"win": 1.0, "tie": 0.5, "loss": 0.0, "error": float("nan")}
 class MTBench(EndpointJudge):
     """Verdicts are [[A]], [[B]] or [[C]]; the one or two games of a pair make its outcome by a rule."""
 
-    name = "mtbench"
     protocol = "mtbench"
     example = "[[A]]"
+    settings = ("rule", "orders")
 
     rule: Literal["paper", "mtbench"] = "paper"
     """How two games make an outcome; see `combine_games`."""
-    orders: Orders = "both"
-    """Whether a pair is judged in both orders, or once in an order that is drawn by its content."""
+    orders: Literal["both", "random"] = "both"
+    """See EndpointJudge."""
     request: Mapping[str, Any] = field(default_factory=lambda: {"temperature": 0, "max_tokens": 2048})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.rule not in ("paper", "mtbench") or self.orders not in ("both", "random"):
             raise UserError("judge.rule: expected paper or mtbench. judge.orders: expected both or random.")
-
-    @property
-    def _game_orders(self) -> Orders:
-        return self.orders
-
-    @property
-    def _options(self) -> dict[str, Any]:
-        return {"rule": self.rule, "orders": self.orders}
 
     def _read(self, reply: Mapping[str, Any]) -> str:
         return find_verdict(reply, VERDICT)

@@ -1,4 +1,4 @@
-"""Validation: clustered means, rewards and lengths of answers, and the divergence from the reference."""
+"""Rewards and lengths of answers, and their divergence from the reference."""
 
 import json
 from collections.abc import Callable
@@ -20,9 +20,7 @@ from var.models.policy import Policy
 from var.rewards.dataset_score import Score
 from var.rewards.programmatic import ExactNumber
 from var.rewards.scale import Scale
-from var.training import summary
 from var.utils.errors import UserError
-from var.utils.statistics import Estimate, clustered
 
 TEXTS = [[("3", True), ("it is 44", False)], [("", True), ("4.", True)]]
 
@@ -42,24 +40,8 @@ def load(tiny_folder: Path, tmp_path: Path) -> Callable[[], Any]:
     return pretrained(tiny_folder, tmp_path).load
 
 
-def test_the_mean_and_its_error_are_of_the_prompts():
-    """Prompts' means 2, 2, 5: mean 3, sd √3 over √3 prompts: 1. The spread within a prompt does not enter."""
-    found = clustered(np.array([[1.0, 3.0], [2.0, 2.0], [6.0, 4.0]]))
-    assert found == (pytest.approx(3.0), pytest.approx(1.0))
-    assert clustered(np.array([[0.0, 4.0], [2.0, 2.0], [5.0, 5.0]])) == pytest.approx(found)
-    assert str(found) == "3.000 ± 1.000"
-
-
-def test_one_prompt_has_no_error():
-    found = clustered(np.array([[1.0, 3.0]]))
-    assert found.mean == 2.0
-    assert isinstance(found, Estimate)
-    assert json.dumps(found._asdict(), allow_nan=False) == '{"mean": 2.0, "se": null}'
-    assert str(found) == summary.told(found._asdict()) == "2.000"
-
-
-def test_answers_are_judged_by_the_rows_answer_on_the_given_scale(rows, tokenizer):
-    """Right: "3", "4."; bytes are tokens, and the end token is not counted. Scaled: (r − 1/2)/(1/4)."""
+def test_answers_are_scored_against_the_row_on_the_given_scale(rows, tokenizer):
+    """Correct: "3", "4.". Bytes are tokens, and the end token is not counted. Scaled: (r − 1/2)/(1/4)."""
     scale = Scale(kind="zscore", mean=0.5, sd=0.25)
     found = score_answers(rows, TEXTS, ExactNumber(), scale, Chat(tokenizer))
     assert found.rewards is not None
@@ -69,27 +51,27 @@ def test_answers_are_judged_by_the_rows_answer_on_the_given_scale(rows, tokenize
     assert found.texts == [["3", "it is 44"], ["", "4."]]
 
 
-def test_a_reward_that_cannot_score_text_leaves_lengths_alone(rows, tokenizer):
+def test_without_a_reward_of_text_there_are_lengths_only(rows, tokenizer):
     for reward in (None, Score()):
         found = score_answers(rows, TEXTS, reward, Scale(), Chat(tokenizer))
         assert found.rewards is None
         assert found.lengths.tolist() == [[1, 8], [0, 2]]
 
 
-def test_a_reward_that_returns_too_few_numbers_is_told(rows, tokenizer, monkeypatch):
+def test_wrong_number_of_rewards_is_an_error(rows, tokenizer, monkeypatch):
     monkeypatch.setattr(ExactNumber, "__call__", lambda self, prompts, responses, answers: np.ones((3, 1)))
-    with pytest.raises(UserError, match=r"the reward \(ExactNumber\) returned 3 numbers for 4 responses"):
+    with pytest.raises(UserError, match=r"returned 3 numbers for 4 responses"):
         score_answers(rows, TEXTS, ExactNumber(), Scale(), Chat(tokenizer))
 
 
-def test_the_divergence_of_a_model_from_itself_is_0(rows, tokenizer, load):
+def test_divergence_of_a_model_from_itself_is_0(rows, tokenizer, load):
     found = divergence(Policy(load()), Policy(load()), Chat(tokenizer), rows, TEXTS)
     assert found.tolist() == [[0.0, 0.0], [0.0, 0.0]]
 
 
-def test_the_divergence_is_the_difference_of_the_answers_log_probabilities(rows, tokenizer, load):
-    """Answer by answer, by the models' own logits. A finished answer counts its end token (257), a cut one has none, an
-    empty one is its end token alone."""
+def test_divergence_is_the_difference_of_log_probabilities(rows, tokenizer, load):
+    """Compare each answer with the models' logits. A finished answer counts its end token (257), a truncated one has
+    none, and an empty one is its end token."""
     changed, reference = load(), load()
     with torch.no_grad():
         changed.model.layers[0].mlp.down_proj.weight.mul_(-1.5)
@@ -113,7 +95,7 @@ def test_the_divergence_is_the_difference_of_the_answers_log_probabilities(rows,
     assert sum(done) == 2
 
 
-def test_samples_hold_both_answers_side_by_side(rows, tokenizer):
+def test_samples_hold_answers_before_and_after(rows, tokenizer):
     before = score_answers(rows, TEXTS, ExactNumber(), Scale(), Chat(tokenizer))
     after = score_answers(rows, [[("3", True), ("3", True)]] * 2, Score(), Scale(), Chat(tokenizer))
     found = json.loads(json.dumps(samples(rows, before, after)))
@@ -125,7 +107,7 @@ def test_samples_hold_both_answers_side_by_side(rows, tokenizer):
     assert set(samples(rows, None, after)[0]) == {"id", "prompt", "answer", "after"}
 
 
-def test_a_win_rate_counts_every_pair_of_a_prompts_answers_and_half_of_a_tie():
+def test_win_rate_counts_every_pair_and_a_tie_as_half():
     """Answers 1, 3 against 1, 2: a tie, a loss, two wins; 0, 0 against 1, 2: four losses."""
     after, before = np.array([[1.0, 3.0], [0.0, 0.0]]), np.array([[1.0, 2.0], [1.0, 2.0]])
     assert win_rate(after, before).tolist() == [2.5 / 4, 0.0]

@@ -1,9 +1,11 @@
-"""Starts commands in children of one warm process and stops them, to the event, where a test says.
+"""Start commands in forks of a process that has imported everything, and kill them at chosen events.
 
-`python killing.py` imports everything heavy once and forks a child for each line of JSON on its standard input, the
-arguments of `attempt`; Driver is its other end. What a child does that a kill can split is an event: under `root` a
-file is opened to be written, written, renamed, linked or removed; the model runs; the optimiser steps. The child's
-events stand in <log>.events, one a line, what it printed in <log>.out.
+`python -m tests.helpers.killing` imports what is slow to import, then forks once per line of its standard input, a JSON
+object with the arguments of `attempt`. `Driver` is the other end.
+
+An event is something that a kill can interrupt: below `root` a file is opened for writing, written, renamed, linked or
+removed; the model runs; the optimizer steps. The events of a fork are written to <log>.events, one per line, and its
+output to <log>.out.
 """
 
 import builtins
@@ -23,33 +25,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-# Audit events of a file system that changes, and which of their arguments names the place.
+from tests.helpers.cli import ROOT
+
+# Audit events of changes in the file system, and the index of the argument with the path.
 CHANGES = {"os.rename": 1, "os.remove": 0, "os.rmdir": 0, "os.mkdir": 0, "os.symlink": 1, "os.link": 1}
 
 HEAVY = ("matplotlib.backends.backend_agg", "transformers.models.llama.modeling_llama", "var.evaluate.run")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Distinct:
-    """A reward in [0, 1] that differs from answer to answer: the share of distinct characters."""
-
-    scores_text = True
-    identity = {"program": "distinct"}  # noqa: RUF012
-
-    def __call__(self, prompts: Any, responses: list[str], answers: Any) -> list[float]:
-        return [len(set(text)) / max(8, len(text)) for text in responses]
-
-
 class Watch:
-    """At the event number `at` (from 1) of those in which the pattern `on` is found the process dies, a write half
-    done; with `full` it lives, and from then on no write finds room on the disk."""
+    """Kill this process at an event, or fill its disk from that event on.
+
+    Args:
+        root: the folder whose changes are events.
+        events: the file descriptor to which events are written.
+        on: a pattern; only events that match it count.
+        at: the number of the event, from 1. If it is a write, half of the data is written. None: no event.
+        full: instead of killing the process, let all writes from this event on fail for lack of space.
+    """
 
     def __init__(self, root: str, events: int, on: str, at: int | None, full: bool) -> None:
         self.root, self.events, self.on, self.at, self.full = root, events, on, at, full
         self.count = 0
 
     def install(self) -> None:
+        """Start watching."""
         from torch.nn.modules.module import register_module_forward_pre_hook
         from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -57,10 +57,11 @@ class Watch:
         register_module_forward_pre_hook(
             lambda module, _: self.event("run", type(module).__name__) if hasattr(module, "embed_tokens") else None
         )
-        register_optimizer_step_pre_hook(lambda *_: self.event("step", "optimiser"))  # type: ignore[arg-type]
+        register_optimizer_step_pre_hook(lambda *_: self.event("step", "optimizer"))  # type: ignore[arg-type]
         sys.addaudithook(self._audit)
 
     def event(self, kind: str, what: str) -> None:
+        """Record an event, and die if it is the one."""
         if self._is_due(kind, what) and not self.full:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -80,7 +81,7 @@ class Watch:
                 self.event("open", os.fsdecode(path))
         elif name in CHANGES:
             path = arguments[CHANGES[name]]
-            within = name in ("os.remove", "os.rmdir") and arguments[-1] not in (-1, None)  # of a tree that goes
+            within = name in ("os.remove", "os.rmdir") and arguments[-1] not in (-1, None)  # of a tree that is removed
             if within or self._inside(path):
                 self.event(name, os.fsdecode(path))
 
@@ -108,17 +109,9 @@ class Watch:
 
 
 def attempt(
-    command: str,
-    overrides: list[str],
-    root: str,
-    log: str,
-    on: str = "",
-    at: int | None = None,
-    full: bool = False,
-    seconds: float | None = None,
+    command: str, overrides: list[str], root: str, log: str, on: str = "", at: int | None = None, full: bool = False
 ) -> None:
-    """`python command overrides` in this process. on, at, full: see Watch; seconds: die after so long, wherever
-    that is."""
+    """Run `python command overrides`, which writes below `root`, in this process. `log` has no suffix."""
     import torch
 
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
@@ -126,22 +119,20 @@ def attempt(
     for descriptor, place in ((0, os.open(os.devnull, os.O_RDONLY)), (1, printed), (2, printed)):
         os.dup2(place, descriptor)
     torch.set_num_threads(1)
-    tempfile.tempdir = f"{root}/tmp"  # what is written there is watched too
+    tempfile.tempdir = f"{root}/tmp"  # so that temporary files are watched, too
     os.makedirs(tempfile.tempdir, exist_ok=True)
     sys.argv = [str(ROOT / command), *overrides]
-    if seconds:
-        signal.setitimer(signal.ITIMER_REAL, seconds)  # nobody handles SIGALRM: the process ends at once
     Watch(root, events, on, at, full).install()
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def serve() -> None:
-    """Until standard input ends. No thread may run before the last fork: a lock that one holds would stay held."""
+    """Fork until standard input ends. No thread may run before the last fork: its locks would stay locked."""
     from hydra.core.plugins import Plugins
 
     for module in HEAVY:
         importlib.import_module(module)
-    Plugins.instance()  # it imports every plugin
+    Plugins.instance()  # imports every plugin
     for line in sys.stdin:
         if not (child := os.fork()):
             code = 1
@@ -161,34 +152,38 @@ def serve() -> None:
 
 @dataclass(frozen=True)
 class Attempt:
-    """code: exit status, or minus the signal that ended it."""
+    """What became of an attempt."""
 
     code: int
+    """Exit status, or minus the signal that ended the process."""
     printed: str
+    """Standard output and errors."""
     events: list[str]
+    """Events, in order."""
 
     @property
     def killed(self) -> bool:
-        return self.code in (-signal.SIGKILL, -signal.SIGALRM)
+        """Whether the process was killed."""
+        return self.code == -signal.SIGKILL
 
     @property
     def place(self) -> str:
-        """Where it ended."""
-        return self.events[-1] if self.events else "the start"
+        """The last event."""
+        return self.events[-1] if self.events else "the beginning"
 
 
 class Driver:
-    """The warm process, seen from a test."""
+    """Starts attempts from a test."""
 
     def __init__(self, logs: Path) -> None:
         self.log = logs / "attempt"
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
+        command = [sys.executable, "-m", "tests.helpers.killing"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen(command, cwd=ROOT, text=True, env=environment, **pipes)
 
     def start(self, command: str, overrides: list[str], root: Path, **stop: Any) -> Attempt:
-        """One attempt, to its end or where `stop` (on, at, full, seconds of `attempt`) ends it."""
+        """Run a command until it ends or `stop`, arguments of `attempt`, ends it."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         root.mkdir(parents=True, exist_ok=True)
@@ -199,6 +194,7 @@ class Driver:
         return Attempt(code, printed, events.splitlines())
 
     def close(self) -> None:
+        """End the process."""
         self.process.kill()
         self.process.communicate()
 

@@ -1,4 +1,4 @@
-"""The length-controlled win rate beside alpaca_eval's own function, on made data and on real answers."""
+"""The length-controlled win rate compared with alpaca_eval's own function, on synthetic data and real answers."""
 
 import gzip
 import json
@@ -11,8 +11,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from var.evaluate.judges.alpaca import length_controlled, longer_opponent, preference, read_gamed, win_rate
-from var.evaluate.judges.base import Pair, Template, read_template
+from tests.helpers.judges import pair
+from var.evaluate.judges.alpaca import compute_win_rate, count_longer, read_preference
+from var.evaluate.judges.base import Pair
+from var.evaluate.judges.endpoint import read_template
+from var.evaluate.judges.length_control import fit_length_control, read_gamed
 
 pytestmark = pytest.mark.peer
 pandas = pytest.importorskip("pandas")
@@ -24,7 +27,7 @@ with pytest.MonkeyPatch.context() as patch:
 
 
 def gamed_file(folder: Path, n: int, seed: int, empty: int = 0) -> Path:
-    """Two baselines on the same n instructions, in the layout of df_gamed.csv."""
+    """Write two baselines on the same n instructions, in the layout of df_gamed.csv."""
     draw = np.random.default_rng(seed)
     difficulty = np.tile(draw.normal(size=n), 2)
     lengths = np.concatenate([draw.normal(1.0, 0.5, n), draw.normal(-1.2, 0.5, n)])
@@ -43,7 +46,7 @@ def gamed_file(folder: Path, n: int, seed: int, empty: int = 0) -> Path:
 
 
 def peer(monkeypatch, path: Path, answers: list[str], opponents: list[str], scores: np.ndarray) -> dict[str, float]:
-    """alpaca_eval's function; only its download is answered by the local file."""
+    """Return the results of alpaca_eval's function, with a local file in place of its download."""
     monkeypatch.setattr(glm, "hf_hub_download", lambda **_: str(path))
     table = pandas.DataFrame(
         {
@@ -57,26 +60,26 @@ def peer(monkeypatch, path: Path, answers: list[str], opponents: list[str], scor
 
 
 def pairs_of(answers: list[str], opponents: list[str]) -> list[Pair]:
-    prompt = ({"role": "user", "content": "?"},)
-    return [Pair(str(i), None, 0, prompt, a, o) for i, (a, o) in enumerate(zip(answers, opponents, strict=True))]
+    texts = enumerate(zip(answers, opponents, strict=True))
+    return [pair(str(i), answer=answer, opponent=opponent) for i, (answer, opponent) in texts]
 
 
 def compare(monkeypatch, path: Path, answers: list[str], opponents: list[str], scores: np.ndarray) -> None:
-    """Same library, same folds, same seed of the solver: equal to rounding, far below the stated 1e-6."""
+    """Compare both; library, folds and seed of the solver are the same, so only rounding differs."""
     theirs = peer(monkeypatch, path, answers, opponents, scores)
     gamed, pairs = read_gamed(str(path)), pairs_of(answers, opponents)
     difficulty = np.array([gamed.by_index[i] for i in range(len(pairs))])
-    ours = length_controlled(scores, longer_opponent(pairs), difficulty, gamed)
+    ours = fit_length_control(scores, count_longer(pairs), difficulty, gamed)
     np.testing.assert_allclose(ours.predicted, theirs["predicted"], rtol=0, atol=1e-6)
     assert 100 * ours.predicted.mean() == pytest.approx(theirs["length_controlled_winrate"], abs=1e-6)
-    plain = win_rate(pairs, scores, True)
+    plain = compute_win_rate(pairs, scores, True)
     assert plain["win_rate"] == pytest.approx(theirs["win_rate"], abs=1e-6)
-    if not np.isnan(scores).any():  # of ids that are all different the clustered error is the plain one
+    if not np.isnan(scores).any():  # with distinct ids the clustered error is the plain one
         assert plain["win_rate_se"] == pytest.approx(theirs["standard_error"], abs=1e-6)
 
 
 @pytest.mark.parametrize(("seed", "n", "errors", "empty"), [(0, 60, 0, 0), (1, 200, 7, 0), (2, 97, 1, 5)])
-def test_made_data_give_the_same_win_rates(monkeypatch, tmp_path, seed, n, errors, empty):
+def test_synthetic_data_give_the_same_win_rates(monkeypatch, tmp_path, seed, n, errors, empty):
     draw = np.random.default_rng(seed)
     answers = ["x" * size for size in draw.integers(20, 900, n)]
     opponents = ["y" * size for size in draw.integers(20, 600, n)]
@@ -86,8 +89,8 @@ def test_made_data_give_the_same_win_rates(monkeypatch, tmp_path, seed, n, error
     compare(monkeypatch, gamed_file(tmp_path, n, seed, empty), answers, opponents, scores)
 
 
-def test_judged_answers_of_a_real_model_give_the_same_win_rate(monkeypatch, tmp_path, real_data):
-    """Preferences near 0, most of them, and lengths as they are; the first response stands for the opponent's text."""
+def test_judged_real_answers_give_the_same_win_rate(monkeypatch, tmp_path, real_data):
+    """Most preferences are near 0. The first response replaces the opponent's text."""
     with gzip.open(real_data / "alpaca_eval_4_responses.jsonl.gz", "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     opponents, answers = ([row["responses"][k]["response"] for row in rows] for k in (0, 3))
@@ -98,24 +101,22 @@ def test_judged_answers_of_a_real_model_give_the_same_win_rate(monkeypatch, tmp_
 @pytest.mark.parametrize(
     "letters", [{"m": -0.1, "M": -2.4}, {"M": -0.2, "Both": -1.0}, {"m": -3.0}, {"m": 0, "M": -99.0}]
 )
-def test_log_probabilities_are_read_alike(letters):
+def test_log_probabilities_are_read_equally(letters):
     from alpaca_eval.completion_parsers import logprob_parser
 
     top = [{"token": token, "logprob": value} for token, value in {**letters, " m": -0.5, "The": -5.0}.items()]
     choice = {"logprobs": {"content": [{"top_logprobs": top}]}}
     (theirs,) = logprob_parser(choice, "m", ["m", "M"], is_binarize=False)
-    assert preference({"choices": [choice]}) == pytest.approx(2 - theirs, abs=1e-12)
+    assert read_preference({"choices": [choice]}) == pytest.approx(2 - theirs, abs=1e-12)
     assert math.isfinite(theirs)
 
 
-def test_the_packages_own_prompt_is_read_as_a_template():
-    """Its file as it is: a system message, a user's, the three places, and braces that are no places."""
+def test_prompt_of_the_package_is_read_as_a_template():
+    """The file has a system message, a user message, the three places, and braces that are not places."""
     import alpaca_eval
 
     path = Path(alpaca_eval.__file__).parent / "evaluators_configs/alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt"
-    system, user = read_template(str(path), Template(system=None, user=""), "M").messages(
-        ({"role": "user", "content": "<instruction>"},), "<first>", "<second>"
-    )
+    system, user = read_template(path, "M").fill(({"role": "user", "content": "<instruction>"},), "<first>", "<second>")
     assert (system["role"], user["role"]) == ("system", "user")
     places = [user["content"].index(text) for text in ("<instruction>", '"m"', "<first>", '"M"', "<second>")]
     assert places == sorted(places)

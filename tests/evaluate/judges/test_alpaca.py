@@ -3,28 +3,32 @@
 import json
 import math
 import sys
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 
+from tests.helpers import judges
+from tests.helpers.judges import ignore, pair
 from tests.helpers.servers import client, completion, served, shown
-from var.evaluate.judges.alpaca import (
-    MATCHED,
-    AlpacaEval,
+from var.evaluate.judges.alpaca import MATCHED, AlpacaEval, compute_win_rate, read_preference
+from var.evaluate.judges.base import compute_rates
+from var.evaluate.judges.endpoint import UnreadableReply
+from var.evaluate.judges.length_control import (
     Gamed,
-    length_controlled,
-    preference,
+    fit_length_control,
     read_difficulty,
     read_gamed,
     read_reference,
-    win_rate,
 )
-from var.evaluate.judges.base import Pair, Unread, rates
 from var.utils.errors import UserError
 
 
-def pair(id: str, answer: str = "a", opponent: str = "b", seed: int = 0, text: str = "?") -> Pair:
-    return Pair(id, None, seed, ({"role": "user", "content": text},), answer, opponent)
+def sized(id: str, answer: int, opponent: int, question: str = "?", seed: int = 0):
+    """Return a pair whose texts differ by their lengths only."""
+    fields = {"answer": f"<answer {'x' * answer}>", "opponent": f"<answer {'y' * opponent}>"}
+    return pair(id, None, seed, question, **fields)
 
 
 def first_token(**logs: float) -> dict:
@@ -36,12 +40,12 @@ def first_token(**logs: float) -> dict:
 # --- one game
 
 
-def test_the_preference_is_the_share_of_m():
-    """0.6 and 0.2 of the mass, the rest on other tokens: 0.6/0.8."""
-    assert preference(first_token(m=math.log(0.6), M=math.log(0.2), The=math.log(0.1))) == pytest.approx(0.75)
-    assert preference(first_token(m=-5.0)) == 1.0
-    assert preference(first_token(M=-5.0)) == 0.0
-    assert preference(first_token(m=-2000.0, M=0.0)) == pytest.approx(0.0)
+def test_preference_is_the_normalized_probability_of_m():
+    """0.6 and 0.2 of the probability, the remainder on other tokens: 0.6/0.8."""
+    assert read_preference(first_token(m=math.log(0.6), M=math.log(0.2), The=math.log(0.1))) == pytest.approx(0.75)
+    assert read_preference(first_token(m=-5.0)) == 1.0
+    assert read_preference(first_token(M=-5.0)) == 0.0
+    assert read_preference(first_token(m=-2000.0, M=0.0)) == pytest.approx(0.0)
 
 
 @pytest.mark.parametrize(
@@ -55,24 +59,23 @@ def test_the_preference_is_the_share_of_m():
         ({}, "no log-probabilities"),
     ],
 )
-def test_a_reply_without_the_letters_is_an_error(reply, kind):
-    with pytest.raises(Unread, match=kind):
-        preference(reply)
+def test_reply_without_the_letters_is_an_error(reply, kind):
+    with pytest.raises(UnreadableReply, match=kind):
+        read_preference(reply)
 
 
 # --- win rates
 
 
-def test_the_win_rate_is_the_mean_score_and_the_matched_one_says_that_it_is_another():
+def test_win_rates_of_all_and_of_matched_pairs():
     """Scores 1, ½, 0 and an error: 50 %. Within 10 %: 11 and 9 against 10, not 12; of these 1 and ½: 75 %."""
-    pairs = [pair("a", "x" * 11, "y" * 10), pair("b", "x" * 9, "y" * 10), pair("c", "x" * 12, "y" * 10),
-             pair("d", "x" * 10, "y" * 10)]  # fmt: skip
-    found = win_rate(pairs, np.array([1.0, 0.5, 0.0, math.nan]), True)
+    pairs = [pair(str(size), answer="x" * size, opponent="y" * 10) for size in (11, 9, 12, 10)]
+    found = compute_win_rate(pairs, np.array([1.0, 0.5, 0.0, math.nan]), True)
     assert found["win_rate"] == pytest.approx(50.0)
     assert found["win_rate_se"] == pytest.approx(50 / math.sqrt(3))
     assert found["win rate among pairs of lengths within ±10 %"] == {"win_rate": pytest.approx(75.0), "n": 2}
-    refused = win_rate(pairs, np.array([1.0, 0.5, 0.0, math.nan]), False)
-    assert refused == {"win_rate": None, "win_rate_se": None, MATCHED: {"win_rate": None, "n": 2}}
+    invalid = compute_win_rate(pairs, np.array([1.0, 0.5, 0.0, math.nan]), False)
+    assert invalid == {"win_rate": None, "win_rate_se": None, MATCHED: {"win_rate": None, "n": 2}}
 
 
 def gamed(n: int, weights: tuple[float, float], draw: np.random.Generator) -> Gamed:
@@ -81,47 +84,47 @@ def gamed(n: int, weights: tuple[float, float], draw: np.random.Generator) -> Ga
     return Gamed(1 / (1 + np.exp(-odds)), shorter, difficulty, dict(enumerate(difficulty[:n].tolist())))
 
 
-def test_a_planted_model_is_found_and_its_length_taken_away():
-    """Log-odds −1.5 tanh(Δ/sd) + 0.7 difficulty + 0.4, a little shrunk by the penalty; without Δ the rest is left."""
+def test_known_model_is_fitted_and_its_length_removed():
+    """Log-odds −1.5 tanh(Δ/sd) + 0.7 difficulty + 0.4, a little shrunk by the penalty; the prediction omits Δ."""
     draw = np.random.default_rng(0)
     longer, difficulty = draw.normal(-200, 150, 400), draw.normal(size=400)  # our answers are the longer ones
     odds = -1.5 * np.tanh(longer / longer.std(ddof=1)) + 0.7 * difficulty + 0.4
     scores = 1 / (1 + np.exp(-odds))
-    fit = length_controlled(scores, longer, difficulty, gamed(400, (-1.5, 0.7), draw))
+    fit = fit_length_control(scores, longer, difficulty, gamed(400, (-1.5, 0.7), draw))
     assert fit.weights == pytest.approx([-1.5, 0.7, 0.4], abs=0.02)
     assert fit.predicted == pytest.approx(1 / (1 + np.exp(-(0.7 * difficulty + 0.4))), abs=0.01)
     assert scores.mean() > fit.predicted.mean() + 0.1
 
 
-def test_a_preference_for_length_alone_leaves_a_half():
+def test_preference_for_length_alone_becomes_one_half():
     draw = np.random.default_rng(1)
     longer = draw.normal(-300, 200, 300)
     scores = 1 / (1 + np.exp(2 * np.tanh(longer / longer.std(ddof=1))))
-    fit = length_controlled(scores, longer, draw.normal(size=300), gamed(300, (-2.0, 0.0), draw))
+    fit = fit_length_control(scores, longer, draw.normal(size=300), gamed(300, (-2.0, 0.0), draw))
     assert scores.mean() > 0.7
     assert fit.predicted.mean() == pytest.approx(0.5, abs=0.01)
 
 
-def test_the_gamed_rows_weigh_a_tenth_of_a_judged_pair():
-    """Where they say nothing but ½, ten of them pull as much as one pair: the length's weight stays near its own."""
+def test_gamed_rows_have_a_tenth_of_the_weight():
+    """If they all are ½, ten of them pull as much as one pair: the weight of length stays near its own."""
     draw = np.random.default_rng(2)
     longer = draw.normal(0, 100, 200)
     scores = 1 / (1 + np.exp(2 * np.tanh(longer / 100)))
     flat = Gamed(np.full(400, 0.5), draw.normal(size=400), np.zeros(400), {})
-    weight = length_controlled(scores, longer, np.zeros(200), flat).weights[0]
+    weight = fit_length_control(scores, longer, np.zeros(200), flat).weights[0]
     assert -1.9 < weight < -1.4  # with weight 1 it is −0.54, without these rows −1.96
 
 
-def test_a_pair_in_error_is_predicted_and_not_fitted():
+def test_pair_in_error_is_predicted_and_not_fitted():
     draw = np.random.default_rng(3)
     longer, difficulty, prior = draw.normal(size=50), draw.normal(size=50), gamed(50, (-1.0, 0.5), draw)
     scores = 1 / (1 + np.exp(-difficulty))
     scores[:5] = math.nan
-    fit = length_controlled(scores, longer, difficulty, prior)
+    fit = fit_length_control(scores, longer, difficulty, prior)
     assert np.isfinite(fit.predicted).all()
     assert len(fit.predicted) == 50
     harder = difficulty + 9 * np.isnan(scores)
-    other = length_controlled(scores, longer, harder, prior)
+    other = fit_length_control(scores, longer, harder, prior)
     assert other.weights == pytest.approx(fit.weights)
     assert (other.predicted != fit.predicted).tolist() == np.isnan(scores).tolist()
 
@@ -135,28 +138,28 @@ GAMED = (
 )
 
 
-def test_the_gamed_baselines_are_read_and_what_has_no_preference_is_counted(tmp_path):
+def test_gamed_rows_without_preference_are_skipped(tmp_path):
     (tmp_path / "g.csv").write_text(GAMED)
     found = read_gamed(str(tmp_path / "g.csv"))
     assert found.preference.tolist() == [0.1, 0.9, 0.2, 0.4, 0.5]
     assert found.shorter.tolist() == [1.5, 0.1, -1.5, -0.5, 0.0]
     assert found.difficulty.tolist() == [-0.5, 0.75, -0.5, 0.25, 0.75]
     assert found.by_index == {0: -0.5, 1: 0.25, 2: 0.75}
-    assert found.left_out == 1
+    assert found.skipped == 1
 
 
-def test_a_file_that_is_another_one_names_its_rows(tmp_path):
+def test_wrong_file_names_its_rows(tmp_path):
     (tmp_path / "g.csv").write_text(GAMED.replace("0,0.1,", "0,1.1,").replace("False,y\n2", "True,y\n2"))
     with pytest.raises(UserError) as error:
         read_gamed(str(tmp_path / "g.csv"))
     assert str(error.value) == (
         f"judge.gamed={tmp_path}/g.csv cannot be used (2):\n"
-        "  g.csv, record 0: preference 1.1 is not in [0, 1], or a number is not finite\n"
-        "  g.csv, record 4: not_gamed_baseline is true, but this file is of the gamed baselines\n"
+        "  g.csv, record 0: preference is not in [0, 1]\n"
+        "  g.csv, record 4: not_gamed_baseline must be false\n"
         "It is df_gamed.csv of the hub's data set tatsu-lab/alpaca_eval."
     )
     (tmp_path / "o.csv").write_text("index,instruction_difficulty\n0,0.5\n")
-    with pytest.raises(UserError, match="record 0: no column 'std_delta_len'"):
+    with pytest.raises(UserError, match="column std_delta_len: is missing"):
         read_gamed(str(tmp_path / "o.csv"))
     (tmp_path / "few.csv").write_text("".join(GAMED.splitlines(keepends=True)[:4]))
     with pytest.raises(UserError, match="2 with a preference; 5 folds"):
@@ -167,17 +170,20 @@ def test_a_file_that_is_another_one_names_its_rows(tmp_path):
             read_gamed(str(tmp_path / path))
 
 
-def test_difficulties_are_read_from_either_form(tmp_path):
+def test_difficulties_are_read_from_csv_and_json(tmp_path):
     (tmp_path / "d.csv").write_text(",instruction_difficulty\n0,0.5\n1,-1.25\n")
     (tmp_path / "d.json").write_text(json.dumps([{"index": i, "instruction_difficulty": v} for i, v in ((0, 0.5), (1, -1.25))]))  # noqa: E501  # fmt: skip
     for name in ("d.csv", "d.json"):
         assert read_difficulty(str(tmp_path / name)) == {0: 0.5, 1: -1.25}
     (tmp_path / "d.csv").write_text(",instruction_difficulty\n0,nan\nx,1\n")
-    with pytest.raises(UserError, match=r"(?s)record 0: the difficulty is nan.*record 1: invalid literal"):
+    with pytest.raises(
+        UserError,
+        match=r"(?s)record 1: .*record 0: instruction_difficulty is not a finite number",
+    ):
         read_difficulty(str(tmp_path / "d.csv"))
 
 
-def test_the_reference_numbers_the_instructions(tmp_path):
+def test_reference_numbers_the_instructions(tmp_path):
     (tmp_path / "r.json").write_text(
         json.dumps([{"instruction": text, "output": ""} for text in ("a", "b\n\nc ", "a")])
     )
@@ -188,6 +194,11 @@ def test_the_reference_numbers_the_instructions(tmp_path):
 
 
 # --- against a server
+
+
+@pytest.fixture
+def play(tmp_path):
+    return partial(judges.play, AlpacaEval, tmp_path)
 
 
 @pytest.fixture
@@ -207,42 +218,33 @@ def longer_is_better(body, before):
     return completion(letter, "length", logprobs={"content": [{"token": letter, "logprob": -0.2, "top_logprobs": top}]})
 
 
-def sized(id: str, answer: int, opponent: int, text: str = "?", seed: int = 0) -> Pair:
-    return pair(id, f"<answer {'x' * answer}>", f"<answer {'y' * opponent}>", seed, text)
-
-
-def test_the_score_is_the_answers_preference_in_whichever_place_it_stands(alpaca):
-    pairs = [sized(str(i), 9 if i % 3 else 3, 6, text=f"question {i}") for i in range(30)] + [sized("t", 4, 4)]
-    with served(longer_is_better) as server:
-        judge = alpaca(server.base_url)
-        judge.check()
-        found = judge(pairs, lambda done: None)
+def test_score_is_the_answers_preference_in_both_orders(play):
+    pairs = [sized(str(i), 9 if i % 3 else 3, 6, f"question {i}") for i in range(30)] + [sized("t", 4, 4)]
+    found, bodies = play(longer_is_better, pairs)
     assert found.scores == pytest.approx([0.8 if i % 3 else 0.2 for i in range(30)] + [0.5])
     assert found.outcomes == ["win" if i % 3 else "loss" for i in range(30)] + ["tie"]
     assert found.facts["win_rate"] == pytest.approx(100 * (20 * 0.8 + 10 * 0.2 + 0.5) / 31)
-    whole = rates(found, pairs)["all"]  # what eval.py's table and a report show
-    assert whole["win_rate"] == pytest.approx(found.facts["win_rate"])
-    assert whole["se_prompts"] == pytest.approx(found.facts["win_rate_se"])
-    assert (whole["win"], whole["tie"], whole["loss"]) == (20, 1, 10)
+    overall = compute_rates(found, pairs)["all"]
+    assert overall["win_rate"] == pytest.approx(found.facts["win_rate"])
+    assert overall["se_prompts"] == pytest.approx(found.facts["win_rate_se"])
+    assert (overall["win"], overall["tie"], overall["loss"]) == (20, 1, 10)
     assert 5 < [game["order"] for game in found.games].count("answer first") < 25
-    assert (len(server.bodies), found.facts["games"]) == (31, 31)
+    assert (len(bodies), found.facts["games"]) == (31, 31)
     assert not any(name.startswith("lc") for name in found.facts)  # without its file nothing has that name
     json.dumps([found.facts, found.games], allow_nan=False)
 
 
-def test_the_request_is_the_protocols(alpaca):
-    with served(longer_is_better) as server:
-        alpaca(server.base_url)([sized("a", 5, 6)], lambda done: None)
-    (body,) = server.bodies
+def test_request_follows_the_protocol(play):
+    _, bodies = play(longer_is_better, [sized("a", 5, 6)])
+    (body,) = bodies
     assert {key: value for key, value in body.items() if key not in ("messages", "model")} == {
         "max_tokens": 1, "temperature": 1, "logprobs": True, "top_logprobs": 5,
     }  # fmt: skip
     assert body["messages"][1]["content"].endswith("m or M.")
 
 
-def test_a_judge_without_log_probabilities_gives_errors_and_no_win_rate(alpaca):
-    with served(lambda body, before: completion("m")) as server:
-        found = alpaca(server.base_url)([sized("a", 5, 6)], lambda done: None)
+def test_judge_without_log_probabilities_gives_errors(play):
+    found = play(lambda body, before: completion("m"), [sized("a", 5, 6)])[0]
     assert (found.outcomes, found.facts["errors"]) == (["error"], {"no log-probabilities": 1})
     assert found.facts["win_rate"] is None
 
@@ -263,16 +265,12 @@ def files(tmp_path):
     return {"gamed": str(tmp_path / "df_gamed.csv"), "reference": str(tmp_path / "alpaca_eval.json")}
 
 
-def test_the_length_controlled_win_rate_of_longer_answers_is_lower(alpaca, files):
+def test_length_controlled_rate_of_longer_answers_is_lower(play, files):
     """The judge prefers the longer output and nothing else; ours are longer in 30 of 40: 65 %, and near ½ at equal
-    length. Two seeds that are alike give what one gives."""
+    length. Two equal seeds give the same as one."""
     pairs = [sized(f"row{i}", 30 + i if i % 4 else 20, 30 - i % 3, f" question {i}") for i in range(40)]
-    with served(longer_is_better) as server:
-        judge = alpaca(server.base_url, **files)
-        judge.check()
-        one = judge(pairs, lambda done: None).facts
-        twice = [*pairs, *(Pair(p.id, None, 1, p.prompt, p.answer, p.opponent) for p in pairs)]
-        two = judge(twice, lambda done: None).facts
+    twice = [*pairs, *(replace(pair, seed=1) for pair in pairs)]
+    one, two = (play(longer_is_better, given, **files)[0].facts for given in (pairs, twice))
     assert one["win_rate"] == pytest.approx(65.0)
     assert 45 < one["lc_win_rate"] < 58
     assert one["lc_weights"][0]["length"] < -0.5
@@ -282,11 +280,11 @@ def test_the_length_controlled_win_rate_of_longer_answers_is_lower(alpaca, files
     json.dumps(two, allow_nan=False)
 
 
-def test_pairs_that_the_files_do_not_hold_are_named_before_anything_is_asked(alpaca, files):
+def test_unknown_instructions_are_named_before_a_request(alpaca, files):
     pairs = [sized("ours", 5, 6, "question 3"), sized("x", 5, 6, "another"), sized("y", 5, 6, "one more")]
     with served(longer_is_better) as server:
         judge = alpaca(server.base_url, **files)
-        for ask in (judge.describe, lambda pairs: judge(pairs, lambda done: None)):
+        for ask in (judge.describe, lambda pairs: judge(pairs, ignore)):
             with pytest.raises(UserError) as error:
                 ask(pairs)
             assert str(error.value).splitlines()[:3] == [
@@ -296,11 +294,11 @@ def test_pairs_that_the_files_do_not_hold_are_named_before_anything_is_asked(alp
             ]
         assert server.bodies == []
     numbered = alpaca(gamed=files["gamed"])
-    with pytest.raises(UserError, match=r"(?s)  41: instruction 41 has no difficulty.*  a7: is no number"):
+    with pytest.raises(UserError, match=r"(?s)  41: instruction 41 has no difficulty.*  a7: is not a number"):
         numbered.describe([sized("3", 5, 6), sized("41", 5, 6), sized("a7", 5, 6)])
 
 
-def test_an_instruction_that_stands_twice_has_two_difficulties(alpaca, files, tmp_path):
+def test_repeated_instruction_has_two_difficulties(alpaca, files, tmp_path):
     """Rows a and b have one text: the first takes the first number, the second the other, in every seed."""
     (tmp_path / "alpaca_eval.json").write_text(json.dumps([{"instruction": text} for text in ("q", "r", "q")]))
     (tmp_path / "difficulty.csv").write_text(",d\n0,0.5\n1,1.5\n2,2.5\n")
@@ -309,16 +307,15 @@ def test_an_instruction_that_stands_twice_has_two_difficulties(alpaca, files, tm
     assert judge._difficulties(pairs).tolist() == [0.5, 2.5, 1.5, 0.5, 2.5, 1.5]
 
 
-def test_equal_lengths_have_no_length_controlled_win_rate(alpaca, files):
-    with served(longer_is_better) as server:
-        found = alpaca(server.base_url, **files)([sized(str(i), 5, 6, f"question {i}") for i in range(3)], print)
+def test_equal_lengths_have_no_length_controlled_rate(play, files):
+    found = play(longer_is_better, [sized(str(i), 5, 6, f"question {i}") for i in range(3)], **files)[0]
     assert found.facts["lc_win_rate"] is None
-    assert found.facts["lc_reason"] == "a seed has no judged pair, or none whose length difference is another"
+    assert found.facts["lc_reason"] == "a seed has no judged pair, or all its pairs have the same length difference"
     assert found.facts["win_rate"] == pytest.approx(20.0)
 
 
-def test_what_length_control_lacks_is_told_by_check(alpaca, files, monkeypatch):
-    with pytest.raises(UserError, match=r"needs judge.gamed too"):
+def test_check_reports_what_length_control_lacks(alpaca, files, monkeypatch):
+    with pytest.raises(UserError, match=r"Set judge.gamed"):
         alpaca(reference="r.json")
     with pytest.raises(UserError, match=r"judge.difficulty=none.csv cannot be read"):
         alpaca(**files, difficulty="none.csv").check()

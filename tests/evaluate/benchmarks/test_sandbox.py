@@ -1,4 +1,4 @@
-"""Programs that a model wrote: what they may do is counted, what they may not is tried for real."""
+"""Programs that a model wrote: what they may do, and real attempts at what they may not."""
 
 import contextlib
 import gzip
@@ -25,7 +25,7 @@ AS_USER = ["setpriv", "--reuid", "64000", "--regid", "64000", "--clear-groups"]
 
 
 def namespaces(*before: str, user: bool) -> bool:
-    """Whether this machine lets its user, or the one that `before` changes to, have them; it need not."""
+    """Return whether this machine allows namespaces to its user, or to the user that `before` changes to."""
     words = [*before, "unshare", "--mount", "--net", "--pid", "--fork", *(["--user", "--map-root-user"] * user), "true"]
     try:
         return subprocess.run(words, capture_output=True, env={"PATH": sandbox.PATH}).returncode == 0
@@ -33,11 +33,11 @@ def namespaces(*before: str, user: bool) -> bool:
         return False
 
 
-pytestmark = pytest.mark.skipif(not namespaces(user=os.geteuid() != 0), reason="this machine gives no namespaces")
+pytestmark = pytest.mark.skipif(not namespaces(user=os.geteuid() != 0), reason="this machine does not allow namespaces")
 
 
 def alive(name: str) -> int:
-    """Processes of this machine, in whatever namespace, that gave themselves this name (15 characters at most)."""
+    """Count the processes of this machine, in any namespace, that set this name (15 characters at most)."""
     found = 0
     for path in Path("/proc").glob("[0-9]*/comm"):
         try:
@@ -58,26 +58,29 @@ def alive(name: str) -> int:
         ("import os; os._exit(0)\nassert False", "ended before its last line"),
         ("raise Exception('x' * 10**6)", "Exception: " + "x" * 289),
         ("print('passed')\nraise SystemExit", "SystemExit: "),
-        ("print = exit = str = None", "passed"),  # what the program does to its own names is its own affair
+        ("print = exit = str = None", "passed"),  # a program may change its own names
         ("import pickle\nclass A: pass\nassert type(pickle.loads(pickle.dumps(A()))) is A", "passed"),
         ("import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()", "passed"),
-        ("import os\nif os.fork() == 0: assert False\nos.wait()", "passed"),  # the program's word counts, no child's
+        (
+            "import os\nif os.fork() == 0: assert False\nos.wait()",
+            "passed",
+        ),  # a child's failure does not count
         ("import os\nos.fork()", "passed"),
     ],
 )
-def test_only_a_program_that_reaches_its_last_line_has_passed(program: str, reason: str) -> None:
+def test_only_a_program_that_reaches_its_last_line_passes(program: str, reason: str) -> None:
     began = time.monotonic()
     assert run(program) == Outcome(reason == "passed", reason)
     assert time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize("channel", range(6))
-def test_what_a_program_writes_is_never_taken_for_its_verdict(channel: int) -> None:
+def test_output_of_a_program_is_not_its_verdict(channel: int) -> None:
     assert not run(f"import os\nos.write({channel}, b'passed')\nassert False").passed
 
 
-def test_the_network_is_not_there() -> None:
-    """A real server on this machine answers the test, and hears nothing from the sandbox."""
+def test_there_is_no_network() -> None:
+    """A real server on this machine is reached by the test and not by the sandbox."""
     heard = []
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -100,7 +103,7 @@ def test_the_network_is_not_there() -> None:
     assert heard == [b"test"]
 
 
-def test_no_file_outside_can_be_read_written_or_deleted(tmp_path: Path) -> None:
+def test_files_outside_cannot_be_read_written_or_deleted(tmp_path: Path) -> None:
     target = tmp_path / "here.txt"
     target.write_text("ours")
     tmp_path.chmod(0o777)
@@ -114,13 +117,13 @@ def test_no_file_outside_can_be_read_written_or_deleted(tmp_path: Path) -> None:
     assert target.read_text() == "ours"
 
 
-def test_the_working_folder_is_writable_and_lost() -> None:
+def test_working_folder_is_writable_and_temporary() -> None:
     assert run("import os\nassert os.getcwd() == '/tmp' and not os.listdir()\nopen('x', 'w').write('y')") == PASSED
     assert run("import os\nassert not os.listdir()") == PASSED
 
 
-def test_there_are_no_privileges_and_none_to_be_had() -> None:
-    """Mounting, another root, another user and a further user namespace are refused (EPERM, 1)."""
+def test_privileges_cannot_be_gained() -> None:
+    """Mounting, another root, another user and a further user namespace are rejected (EPERM, 1)."""
     calls = [
         "mount(b'none', b'/tmp', b'tmpfs', 0, None)", "chroot(b'/tmp')", "setuid(0 if os.getuid() else 1)",
         "unshare(0x10000000)", "sethostname(b'x', 1)",
@@ -133,15 +136,15 @@ def test_there_are_no_privileges_and_none_to_be_had() -> None:
         assert run("import os\nassert os.getgroups() == []") == PASSED
 
 
-def test_a_linked_folder_of_the_system_is_linked_within(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As /bin → usr/bin, which not every system has: here it is said to be one."""
+def test_linked_system_folder_is_linked_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pretend that /bin is a link to usr/bin, which is not so on every system."""
     islink, readlink = os.path.islink, os.readlink
     monkeypatch.setattr(os.path, "islink", lambda path: path == "/bin" or islink(path))
     monkeypatch.setattr(os, "readlink", lambda path: "usr/bin" if path == "/bin" else readlink(path))
     assert run("import os\nassert os.readlink('/bin') == 'usr/bin' and os.path.exists('/bin/setpriv')") == PASSED
 
 
-def test_the_parents_environment_and_processes_are_invisible(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_and_processes_are_invisible(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET_KEY", "secret")
     program = (
         "import os\nassert os.getpid() == 1 and set(os.environ) <= {'PATH', 'LANG', 'PWD'}, dict(os.environ)\n"
@@ -169,7 +172,7 @@ def test_the_parents_environment_and_processes_are_invisible(monkeypatch: pytest
         ("f = [open(f'x{i}', 'w') for i in range(100)]", ("OSError: [Errno 24]",)),
     ],
 )  # fmt: skip
-def test_time_memory_processes_and_output_are_bounded(program: str, reason: tuple[str, ...]) -> None:
+def test_time_memory_processes_and_output_are_limited(program: str, reason: tuple[str, ...]) -> None:
     began = time.monotonic()
     endless = any(one.startswith("ran") for one in reason)
     outcome = run(program, seconds=0.4 if endless else 20.0, memory=256)  # a busy machine starts Python slowly
@@ -180,8 +183,8 @@ def test_time_memory_processes_and_output_are_bounded(program: str, reason: tupl
 
 
 @pytest.mark.parametrize("ending", ["", "while True: pass"])
-def test_a_child_left_behind_is_dead(ending: str) -> None:
-    """A grandchild with a session and a name of its own, asleep, after a program that passes and one cut off."""
+def test_children_are_killed(ending: str) -> None:
+    """A sleeping grandchild with its own session and name, after a program that passes and one that is stopped."""
     mark = f"left{os.getpid() % 10**6}x{len(ending)}"
     program = (
         "import ctypes, os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork(): os._exit(0)\n"
@@ -194,7 +197,7 @@ def test_a_child_left_behind_is_dead(ending: str) -> None:
     assert alive(mark) == 0
 
 
-def test_a_killed_evaluation_leaves_no_program_behind() -> None:
+def test_killed_evaluation_kills_its_programs() -> None:
     mark = f"orphan{os.getpid() % 10**6}"
     program = f"import ctypes, time\nctypes.CDLL(None).prctl(15, b'{mark}')\ntime.sleep(60)"
     code = f"from var.evaluate.benchmarks.sandbox import run\nrun({program!r}, seconds=60)"
@@ -210,8 +213,8 @@ def test_a_killed_evaluation_leaves_no_program_behind() -> None:
     assert not alive(mark)
 
 
-def test_an_ordinary_user_is_confined_as_well() -> None:
-    """Where these tests run as root, once more as another user, by a user namespace and the system's Python."""
+def test_ordinary_user_is_confined_too() -> None:
+    """If these tests run as root, run programs as another user in a user namespace with the system's Python."""
     python = Path("/usr/bin/python3")
     if os.geteuid() != 0 or not python.exists() or not namespaces(*AS_USER, user=True):
         pytest.skip("needs root, a Python that others may run and namespaces for them")
@@ -234,8 +237,8 @@ def test_an_ordinary_user_is_confined_as_well() -> None:
     ]  # fmt: skip
 
 
-def test_where_no_sandbox_can_be_built_nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A kernel that refuses namespaces, here an `unshare` that says so."""
+def test_without_a_sandbox_nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Replace `unshare` by a script that fails, as on a kernel that rejects namespaces."""
     (tmp_path / "unshare").write_text("#!/bin/sh\necho unshare failed: Operation not permitted\nexit 1\n")
     (tmp_path / "unshare").chmod(0o755)
     monkeypatch.setattr(sandbox, "PATH", f"{tmp_path}:{sandbox.PATH}")
@@ -247,13 +250,13 @@ def test_where_no_sandbox_can_be_built_nothing_runs(monkeypatch: pytest.MonkeyPa
         )
 
 
-def test_a_missing_tool_and_another_system_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_tool_and_other_systems_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "TOOLS", (*sandbox.TOOLS, "no-such-tool"))
     with pytest.raises(UserError) as error:
         check()
     assert str(error.value) == "generated programs run in a sandbox that needs no-such-tool (package util-linux)"
     monkeypatch.setattr(sys, "platform", "darwin")
-    with pytest.raises(UserError, match="Linux namespaces only; leave humaneval out"):
+    with pytest.raises(UserError, match=r"Linux namespaces only\. Remove humaneval"):
         check()
 
 
@@ -266,5 +269,5 @@ def test_canonical_solutions_pass_and_stubs_fail(real_data: Path) -> None:
         assert not run(problem["prompt"] + "    pass\n" + tests).passed, problem["task_id"]
 
 
-def test_the_tools_are_those_that_the_command_names() -> None:
+def test_tools_of_the_command_are_installed() -> None:
     assert all(shutil.which(tool, path=sandbox.PATH) for tool in sandbox.TOOLS)

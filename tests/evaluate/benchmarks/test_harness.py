@@ -1,4 +1,4 @@
-"""Benchmarks: what is asked, what is scored, and what is said of it, through lm-eval's own code on a tiny model."""
+"""Prompts, scores and provenance of benchmarks, through lm-eval's own code on a tiny model."""
 
 import gzip
 import importlib.util
@@ -25,9 +25,8 @@ from notebooks.tiny import byte_tokenizer
 from tests.helpers.models import tiny_model
 from tests.helpers.runs import ROOT
 from var.config.check import FOLDER, check
-from var.evaluate.benchmarks import harness as benchmarks
-from var.evaluate.benchmarks import sandbox
-from var.evaluate.benchmarks.harness import Benchmarks, command, run
+from var.evaluate.benchmarks import harness, sandbox
+from var.evaluate.benchmarks.harness import Benchmarks, format_command, run_benchmarks
 from var.evaluate.benchmarks.tasks.humaneval import pass_at_1
 from var.utils.errors import UserError
 
@@ -42,7 +41,7 @@ LONG = {"max_position_embeddings": 16384}  # every byte is a token: prompts are 
 
 @pytest.fixture(autouse=True)
 def surroundings(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `datasets` makes of the tests' files stays with them; lm-eval's list of packages (slow) is left out."""
+    """Keep the cache of `datasets` with the tests, and skip lm-eval's slow list of packages."""
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path_factory.getbasetemp() / "datasets"))
 
@@ -58,8 +57,15 @@ def sandboxed() -> None:
         pytest.skip(str(error))
 
 
+def read_solutions(real_data: Path) -> dict[str, str]:
+    """Return HumanEval's solutions by prompt, or skip the test if there is no sandbox."""
+    sandboxed()
+    with gzip.open(real_data / "humaneval.jsonl.gz", "rt") as file:
+        return {p["prompt"]: p["canonical_solution"] for p in map(json.loads, file)}
+
+
 def answering(answer: Callable[[str], str]) -> Any:
-    """A model whose response to each prompt is known: only its `generate` is not a model's."""
+    """Return a tiny model whose `generate` gives known responses."""
     model, tokenizer = tiny_model(**LONG), byte_tokenizer()
 
     def generate(input_ids: torch.Tensor, max_length: int, **_: Any) -> torch.Tensor:
@@ -73,6 +79,12 @@ def answering(answer: Callable[[str], str]) -> Any:
 
     model.generate = generate
     return model
+
+
+def run(out: Path, tasks: Any, folder: Path | None, model: Any = None, tokenizer: Any = None, **changes: Any) -> Any:
+    """Run benchmarks on a model, by default one that knows the sums."""
+    model = answering(summed) if model is None else model
+    return run_benchmarks(settings(tasks, folder, **changes), model, tokenizer or byte_tokenizer(), out)
 
 
 def scores(result: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
@@ -91,20 +103,20 @@ def jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 @pytest.fixture
 def sums(tmp_path: Path) -> Path:
-    """GSM8K in small: twelve sums of the form of the real file."""
+    """Write a small GSM8K: twelve sums in the form of the real file."""
     rows = [{"question": f"What is {i} + {i}?", "answer": f"It is {2 * i}.\n#### {2 * i}"} for i in range(10, 22)]
     return jsonl(tmp_path / "data" / "gsm8k_test.jsonl", rows).parent
 
 
 def summed(prompt: str) -> str:
-    """10 + 10 and 11 + 11 in the form asked for, 12 + 12 in words of its own, 13 + 13 wrong, and so on."""
+    """Answer 10 + 10 and 11 + 11 in the right form, 12 + 12 in free form, 13 + 13 wrong, and so on."""
     number = int(re.findall(r"What is (\d+)", prompt)[-1])
     return [f"#### {2 * number}", f"#### {2 * number}", f"It makes {2 * number}", "#### 7"][(number - 10) % 4]
 
 
-def test_gsm8k_has_both_extractions_and_their_standard_errors(sums: Path, tmp_path: Path) -> None:
-    """Of 8 rows 4 are right in form, 6 with the last number: 0.5 and 0.75; s.e. √(p(1 − p)/(n − 1))."""
-    result = run(settings({"gsm8k": 4}, sums), answering(summed), byte_tokenizer(), tmp_path)
+def test_gsm8k_has_both_extractions_with_errors(sums: Path, tmp_path: Path) -> None:
+    """Of 8 rows 4 have the right form, 6 the right last number: 0.5 and 0.75; se √(p(1 − p)/(n − 1))."""
+    result = run(tmp_path, {"gsm8k": 4}, sums)
     strict, flexible = scores(result)["gsm8k", "strict-match"], scores(result)["gsm8k", "flexible-extract"]
     assert (strict["value"], flexible["value"]) == (0.5, 0.75)
     assert strict["se"] == pytest.approx(math.sqrt(0.25 / 7))
@@ -125,10 +137,10 @@ def test_gsm8k_has_both_extractions_and_their_standard_errors(sums: Path, tmp_pa
     assert json.loads(rows[0]["doc"])["question"] == "What is 10 + 10?"
 
 
-def test_what_the_numbers_depend_on_is_said(sums: Path, tmp_path: Path) -> None:
+def test_result_has_its_provenance(sums: Path, tmp_path: Path) -> None:
     model = answering(summed)
     model.generation_config.repetition_penalty = 1.5
-    result = run(settings({"gsm8k": 1}, sums, limit=2), model, byte_tokenizer(), tmp_path)
+    result = run(tmp_path, {"gsm8k": 1}, sums, model, limit=2)
     facts = result["tasks"]["gsm8k"]
     assert facts["generation"]["max_gen_toks"] == 64
     assert facts["generation"]["do_sample"] is False
@@ -142,9 +154,9 @@ def test_what_the_numbers_depend_on_is_said(sums: Path, tmp_path: Path) -> None:
     assert [(s["n"], s["of"]) for s in result["scores"]] == [(2, 11)] * 2
 
 
-def test_without_a_training_file_the_last_rows_are_shown_and_not_scored(real_data: Path, tmp_path: Path) -> None:
+def test_without_training_file_last_rows_are_the_shots(real_data: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (real_data / "gsm8k_test.jsonl").read_text().splitlines()]
-    result = run(settings({"gsm8k": 4}, real_data, limit=3), answering(lambda _: "#### 1"), byte_tokenizer(), tmp_path)
+    result = run(tmp_path, {"gsm8k": 4}, real_data, answering(lambda _: "#### 1"), limit=3)
     assert scores(result)["gsm8k", "strict-match"]["of"] == len(rows) - 4
     for sample in samples(tmp_path):
         assert re.findall(r"Question: (.*)\nAnswer:", sample["prompt"]) == [
@@ -152,9 +164,9 @@ def test_without_a_training_file_the_last_rows_are_shown_and_not_scored(real_dat
         ]  # fmt: skip
 
 
-def test_a_training_file_gives_the_shots(sums: Path, tmp_path: Path) -> None:
+def test_training_file_gives_the_shots(sums: Path, tmp_path: Path) -> None:
     jsonl(sums / "gsm8k_train.jsonl", [{"question": f"Train {i}?", "answer": f"#### {i}"} for i in range(9)])
-    result = run(settings({"gsm8k": 4}, sums), answering(summed), byte_tokenizer(), tmp_path)
+    result = run(tmp_path, {"gsm8k": 4}, sums)
     assert scores(result)["gsm8k", "strict-match"]["of"] == 12
     assert result["tasks"]["gsm8k"]["shots_from"] == "drawn from the data set's other split"
     assert set(result["tasks"]["gsm8k"]["data"]) == {"test", "train"}
@@ -164,14 +176,14 @@ def test_a_training_file_gives_the_shots(sums: Path, tmp_path: Path) -> None:
 
 
 def test_without_shots_every_row_is_scored(sums: Path, tmp_path: Path) -> None:
-    result = run(settings({"gsm8k": 0}, sums), answering(summed), byte_tokenizer(), tmp_path)
+    result = run(tmp_path, {"gsm8k": 0}, sums)
     assert scores(result)["gsm8k", "strict-match"]["of"] == 12
     assert result["tasks"]["gsm8k"]["shots_from"] is None
     assert all(sample["prompt"].count("Question") == 1 for sample in samples(tmp_path))
 
 
-def test_bbh_is_asked_with_the_published_chain_of_thought(real_data: Path, tmp_path: Path) -> None:
-    """The prompt of lm-eval's task is the published file's, then the question; the answer is read from its words."""
+def test_bbh_prompt_is_the_published_chain_of_thought(real_data: Path, tmp_path: Path) -> None:
+    """The prompt is the published one, then the question; the answer is extracted from the response."""
     name = "bbh_cot_fewshot_object_counting"
     examples = json.loads((real_data / "bbh" / "object_counting.json").read_text())["examples"]
 
@@ -181,7 +193,7 @@ def test_bbh_is_asked_with_the_published_chain_of_thought(real_data: Path, tmp_p
         )
         return f"So the answer is {right if right != '8' else '9'}."
 
-    result = run(settings({name: 3}, real_data, limit=8), answering(answer), byte_tokenizer(), tmp_path)
+    result = run(tmp_path, {name: 3}, real_data, answering(answer), limit=8)
     right = sum(example["target"] != "8" for example in examples[:8]) / 8
     assert scores(result)[name, "get-answer"]["value"] == right
     assert 0 < right < 1
@@ -192,41 +204,38 @@ def test_bbh_is_asked_with_the_published_chain_of_thought(real_data: Path, tmp_p
 
 
 def test_humaneval_runs_the_programs_in_the_sandbox(real_data: Path, tmp_path: Path) -> None:
-    """Canonical solutions of three of four problems; the fourth response runs for ever, and is cut at its time."""
-    sandboxed()
-    with gzip.open(real_data / "humaneval.jsonl.gz", "rt") as file:
-        problems = {p["prompt"]: p["canonical_solution"] for p in map(json.loads, file)}
+    """Canonical solutions of three of four problems; the fourth response never ends and is stopped."""
+    problems = read_solutions(real_data)
     last = list(problems)[3]
 
     def answer(prompt: str) -> str:
         return "    while True: pass\n" if prompt == last else problems[prompt]
 
-    chosen = settings({"humaneval": 0}, real_data, limit=4, unsafe_code=True, max_new_tokens=600, seconds=0.6)
-    result = run(chosen, answering(answer), byte_tokenizer(), tmp_path)
+    options = {"limit": 4, "unsafe_code": True, "max_new_tokens": 600, "seconds": 0.6}
+    result = run(tmp_path, {"humaneval": 0}, real_data, answering(answer), **options)
     assert scores(result)["humaneval", "program"]["value"] == 0.75
     assert [sample["score"] for sample in samples(tmp_path)] == [1.0, 1.0, 1.0, 0.0]
     assert "seconds: 0.6" in (tmp_path / "tasks" / "humaneval.yaml").read_text()
 
 
-def test_the_limits_reach_the_program() -> None:
+def test_limits_apply_to_the_program() -> None:
     sandboxed()
     assert pass_at_1(["assert len(x) > 1"], ["x = bytearray(2**28)"], seconds=5.0, memory=1024) == 1.0
     assert pass_at_1(["assert len(x) > 1"], ["x = bytearray(2**28)"], seconds=5.0, memory=256) == 0.0
     assert pass_at_1(["assert sleep(1) is None"], ["from time import sleep"], seconds=0.5, memory=256) == 0.0
 
 
-def test_in_turns_the_answer_is_begun_for_the_model(real_data: Path, tmp_path: Path) -> None:
-    sandboxed()
-    with gzip.open(real_data / "humaneval.jsonl.gz", "rt") as file:
-        problems = {p["prompt"]: p["canonical_solution"] for p in map(json.loads, file)}
+def test_chat_template_makes_turns_and_starts_the_answer(real_data: Path, tmp_path: Path) -> None:
+    problems = read_solutions(real_data)
 
     def answer(prompt: str) -> str:
         given = prompt.rsplit("```python\n", 1)[1]
         return next(s for p, s in problems.items() if p.rstrip() == given.rstrip()) + "\n```\nIt returns at once."
 
     tasks = {"humaneval_instruct": 0, "gsm8k": 2}
-    chosen = settings(tasks, real_data, limit=2, unsafe_code=True, max_new_tokens=600, apply_chat_template=True)
-    result = run(chosen, answering(lambda p: answer(p) if "def " in p else "#### 1"), byte_tokenizer(), tmp_path)
+    options = {"limit": 2, "unsafe_code": True, "max_new_tokens": 600, "apply_chat_template": True}
+    model = answering(lambda prompt: answer(prompt) if "def " in prompt else "#### 1")
+    result = run(tmp_path, tasks, real_data, model, **options)
     assert scores(result)["humaneval_instruct", "program"]["value"] == 1.0
     assert result["chat_template"] == byte_tokenizer().chat_template
     prompts = {sample["task"]: sample["prompt"] for sample in samples(tmp_path)}
@@ -249,18 +258,18 @@ def choices(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def test_mmlu_compares_the_log_probabilities_of_the_letters(choices: Path, tmp_path: Path) -> None:
+def test_mmlu_compares_log_probabilities_of_the_letters(choices: Path, tmp_path: Path) -> None:
     """By hand: log p(" " | prompt) + log p(letter | prompt, " ") of the same model, the largest wins."""
     model, tokenizer = tiny_model(**LONG), byte_tokenizer()
     name = "mmlu_anatomy"
-    result = run(settings({name: 0}, choices, max_new_tokens=None), model, tokenizer, tmp_path)
+    result = run(tmp_path, {name: 0}, choices, model, tokenizer, max_new_tokens=None)
     right = []
     for sample in samples(tmp_path):
         ids = tokenizer(sample["prompt"])["input_ids"]
         logps = []
         for letter in "ABCD":
             full = torch.tensor([[*ids, *tokenizer(f" {letter}")["input_ids"]]])
-            with torch.inference_mode(), benchmarks.use_attention(model, "sdpa"):
+            with torch.inference_mode(), harness.use_attention(model, "sdpa"):
                 out = model(full).logits.log_softmax(-1)[0]
             logps.append(float(out[-3, full[0, -2]] + out[-2, full[0, -1]]))
         assert json.loads(sample["response"]) == [
@@ -273,21 +282,21 @@ def test_mmlu_compares_the_log_probabilities_of_the_letters(choices: Path, tmp_p
     assert result["tasks"][name]["generation"] is None
 
 
-def test_mmlus_shots_are_the_development_rows(choices: Path, tmp_path: Path) -> None:
-    run(settings({"mmlu_anatomy": 2}, choices, max_new_tokens=None), tiny_model(**LONG), byte_tokenizer(), tmp_path)
+def test_mmlu_shots_are_the_development_rows(choices: Path, tmp_path: Path) -> None:
+    run(tmp_path, {"mmlu_anatomy": 2}, choices, tiny_model(**LONG), max_new_tokens=None)
     assert all(sample["prompt"].count("shown?") == 2 for sample in samples(tmp_path))
 
 
-def test_a_group_is_the_mean_over_all_its_documents(choices: Path, tmp_path: Path) -> None:
-    """All 57 subjects of MMLU, one document each but for anatomy's six: Σ right / 62, not the mean of the subjects."""
-    for task in benchmarks._known():
+def test_group_is_the_mean_over_all_documents(choices: Path, tmp_path: Path) -> None:
+    """All 57 subjects of MMLU, one document each, and six of anatomy: Σ right / 62, not the mean of the subjects."""
+    for task in harness._known_tasks():
         path = choices / "mmlu" / f"{task.removeprefix('mmlu_')}.jsonl"
         if task.startswith("mmlu") and not path.is_file():
             jsonl(path, [{"question": f"{task}?", "choices": list("pqrs"), "answer": len(task) % 4}])
     (choices / "mmlu" / "astronomy.jsonl").write_text(
         (choices / "mmlu" / "astronomy.jsonl").read_text().splitlines()[0] + "\n"
     )
-    result = run(settings({"mmlu": 0}, choices, max_new_tokens=None), tiny_model(**LONG), byte_tokenizer(), tmp_path)
+    result = run(tmp_path, {"mmlu": 0}, choices, tiny_model(**LONG), max_new_tokens=None)
     found = scores(result)
     subjects = [one for (task, _), one in found.items() if one["members"] is None]
     assert len(subjects) == 57
@@ -301,28 +310,28 @@ def test_a_group_is_the_mean_over_all_its_documents(choices: Path, tmp_path: Pat
     assert len(stem["members"]) < 57
 
 
-def test_prompts_that_do_not_fit_are_counted(sums: Path, tmp_path: Path) -> None:
+def test_truncated_prompts_are_counted(sums: Path, tmp_path: Path) -> None:
     """A shot is 54 bytes, a question 34: two shots are 142. 206 positions less 64 for the response hold them."""
-    for positions, cut in ((206, 0), (205, 8)):
+    for positions, truncated in ((206, 0), (205, 8)):
         model = tiny_model(max_position_embeddings=positions)
-        result = run(settings({"gsm8k": 2}, sums, limit=8), model, byte_tokenizer(), tmp_path)
-        assert result["tasks"]["gsm8k"]["prompts_cut_on_the_left"] == cut
+        result = run(tmp_path, {"gsm8k": 2}, sums, model, limit=8)
+        assert result["tasks"]["gsm8k"]["prompts_truncated_on_the_left"] == truncated
 
 
 def drawn() -> tuple[float, ...]:
-    """What the three global generators, seeded before, give next."""
+    """Return the next numbers of the three global generators."""
     return random.random(), np.random.random(), float(torch.rand(()))  # noqa: NPY002
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_model_and_the_random_state_are_left_as_they_were(sums: Path, tmp_path: Path, training: bool) -> None:
+def test_model_and_random_state_are_restored(sums: Path, tmp_path: Path, training: bool) -> None:
     model, tokenizer = tiny_model(**LONG).train(training), byte_tokenizer()
     model.model.layers[0].train(not training)
     next_numbers = []
-    for chosen in (None, settings({"gsm8k": 0}, sums, limit=1, max_new_tokens=4)):
+    for runs in (False, True):
         seed_everything(3)
-        if chosen is not None:
-            run(chosen, model, tokenizer, tmp_path)
+        if runs:
+            run(tmp_path, {"gsm8k": 0}, sums, model, tokenizer, limit=1, max_new_tokens=4)
         next_numbers.append(drawn())
     assert next_numbers[0] == next_numbers[1]
     assert model.training is training
@@ -332,18 +341,17 @@ def test_the_model_and_the_random_state_are_left_as_they_were(sums: Path, tmp_pa
     assert tokenizer.padding_side == byte_tokenizer().padding_side
 
 
-def test_the_same_run_twice_is_the_same(sums: Path, tmp_path: Path) -> None:
-    """And one with other tasks leaves no task of the first behind."""
-    chosen = settings({"gsm8k": 2}, sums, max_new_tokens=8)
-    first, again = (run(chosen, tiny_model(**LONG), byte_tokenizer(), tmp_path) for _ in range(2))
+def test_run_is_deterministic_and_removes_old_tasks(sums: Path, tmp_path: Path) -> None:
+    """A run with other tasks removes those of the first."""
+    first, again = (run(tmp_path, {"gsm8k": 2}, sums, tiny_model(**LONG), max_new_tokens=8) for _ in range(2))
     assert first == again
     (tmp_path / "tasks" / "old.yaml").write_text("task: old")
-    run(settings({"gsm8k": 0}, sums, limit=1, max_new_tokens=4), tiny_model(**LONG), byte_tokenizer(), tmp_path)
+    run(tmp_path, {"gsm8k": 0}, sums, tiny_model(**LONG), limit=1, max_new_tokens=4)
     assert [path.name for path in (tmp_path / "tasks").iterdir()] == ["gsm8k.yaml"]
 
 
-def test_everything_wrong_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmarks, "_all_packaged", lambda: SimpleNamespace(all_tasks=["ifeval"]))
+def test_all_problems_are_reported_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "_packaged_tasks", lambda: SimpleNamespace(all_tasks=["ifeval"]))
     tasks = {
         "gsm8k": -1, "bbh": 4, "bbh_cot_fewshot_navigate": 3, "mmlu_anatomy": 5, "humaneval": 1, "gsm9k": 0,
         "ifeval": None,
@@ -353,10 +361,10 @@ def test_everything_wrong_is_told_at_once(tmp_path: Path, monkeypatch: pytest.Mo
     text = str(error.value)
     assert text.startswith("the benchmarks cannot run (")
     for line in (
-        "benchmarks.limit: is above 0, got 0",
-        "benchmarks.memory: is above 0, got -1",
-        "benchmarks.tasks.gsm8k: shots are 0 or more, or null, got -1",
-        f"benchmarks.tasks.bbh: {tmp_path}/bbh/boolean_expressions.json is not there, nor 26 more",
+        "benchmarks.limit: must be above 0, got 0",
+        "benchmarks.memory: must be above 0, got -1",
+        "benchmarks.tasks.gsm8k: shots must be at least 0, or null, got -1",
+        f"benchmarks.tasks.bbh: missing file {tmp_path}/bbh/boolean_expressions.json, and 26 more",
         "benchmarks.tasks.bbh: has 3 written shots, got 4",
     ):
         assert f"  {line}" in text.splitlines()
@@ -366,14 +374,14 @@ def test_everything_wrong_is_told_at_once(tmp_path: Path, monkeypatch: pytest.Mo
     version = importlib.metadata.version("lm-eval")
     assert str(error.value).splitlines() == [
         "the benchmarks cannot run (8):",
-        "  benchmarks.tasks.gsm8k: shots are 0 or more, or null, got -1",
-        f"  benchmarks.tasks.bbh_cot_fewshot_navigate: {tmp_path}/bbh/navigate.json is not there",
-        f"  benchmarks.tasks.mmlu_anatomy: {tmp_path}/mmlu/anatomy.jsonl is not there, nor 1 more",
-        f"  benchmarks.tasks.humaneval: {tmp_path}/humaneval.jsonl.gz is not there",
-        "  benchmarks.tasks.humaneval: is asked without shots: 0",
-        "  benchmarks.tasks.humaneval: runs programs that the model writes; to allow it: benchmarks.unsafe_code=true",
-        "  benchmarks.tasks.gsm9k: has no local form; for lm-eval's other tasks: benchmarks.folder=null",
-        "  benchmarks.tasks.ifeval: has no local form; for lm-eval's other tasks: benchmarks.folder=null",
+        "  benchmarks.tasks.gsm8k: shots must be at least 0, or null, got -1",
+        f"  benchmarks.tasks.bbh_cot_fewshot_navigate: missing file {tmp_path}/bbh/navigate.json",
+        f"  benchmarks.tasks.mmlu_anatomy: missing file {tmp_path}/mmlu/anatomy.jsonl, and 1 more",
+        f"  benchmarks.tasks.humaneval: missing file {tmp_path}/humaneval.jsonl.gz",
+        "  benchmarks.tasks.humaneval: has no shots. Set it to 0.",
+        "  benchmarks.tasks.humaneval: runs programs that the model writes. To allow it: benchmarks.unsafe_code=true",
+        "  benchmarks.tasks.gsm9k: has no local form. Other tasks of lm-eval need benchmarks.folder=null.",
+        "  benchmarks.tasks.ifeval: has no local form. Other tasks of lm-eval need benchmarks.folder=null.",
     ]
     with pytest.raises(UserError) as error:
         settings({"gsm9k": 0, "ifeval": None}, None).check()
@@ -383,87 +391,87 @@ def test_everything_wrong_is_told_at_once(tmp_path: Path, monkeypatch: pytest.Mo
     )
 
 
-def test_a_task_twice_is_an_error() -> None:
-    with pytest.raises(UserError, match=r"tasks.mmlu_anatomy: mmlu_anatomy is in benchmarks.tasks.mmlu already"):
+def test_repeated_task_is_an_error() -> None:
+    with pytest.raises(UserError, match=r"tasks.mmlu_anatomy: mmlu_anatomy is already in benchmarks.tasks.mmlu"):
         settings({"mmlu": 0, "mmlu_anatomy": 0}, None).check()
     with pytest.raises(UserError, match=r"benchmarks.tasks: names no task"):
         settings({}, None).check()
 
 
-def test_without_its_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError) as error:
         settings({"gsm8k": 4}, None).check()
     assert str(error.value) == "benchmarks need an extra: pip install -e '.[eval]'"
 
 
-def test_a_response_as_long_as_the_context_is_refused(sums: Path, tmp_path: Path) -> None:
+def test_response_as_long_as_the_context_is_rejected(sums: Path, tmp_path: Path) -> None:
     model = tiny_model(max_position_embeddings=256)
     with pytest.raises(UserError) as error:
-        run(settings({"gsm8k": 1}, sums, max_new_tokens=None), model, byte_tokenizer(), tmp_path)
+        run(tmp_path, {"gsm8k": 1}, sums, model, max_new_tokens=None)
     assert str(error.value) == (
         "these benchmarks do not fit the model's context (1):\n  gsm8k: responses of 256 tokens, in a context of 256\n"
-        "Set benchmarks.max_new_tokens to less."
+        "Reduce benchmarks.max_new_tokens."
     )
-    run(settings({"gsm8k": 1}, sums, max_new_tokens=8, limit=1), model, byte_tokenizer(), tmp_path)
+    run(tmp_path, {"gsm8k": 1}, sums, model, max_new_tokens=8, limit=1)
 
 
 def test_turns_need_a_chat_template(sums: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
-        run(settings({"gsm8k": 1}, sums, apply_chat_template=True), tiny_model(), byte_tokenizer(None), tmp_path)
-    assert str(error.value) == "benchmarks.apply_chat_template=true, but the model's tokenizer has no chat template"
+        run(tmp_path, {"gsm8k": 1}, sums, tiny_model(), byte_tokenizer(None), apply_chat_template=True)
+    assert str(error.value) == "benchmarks.apply_chat_template=true: the model's tokenizer has no chat template"
 
 
-def test_without_a_sandbox_humaneval_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse() -> None:
+def test_without_sandbox_humaneval_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
         raise UserError("no namespaces here")
 
-    monkeypatch.setattr(sandbox, "check", refuse)
-    settings({"gsm8k": 4}, None, unsafe_code=True).check()  # nobody's program is run
+    monkeypatch.setattr(sandbox, "check", fail)
+    settings({"gsm8k": 4}, None, unsafe_code=True).check()  # runs no program
     with pytest.raises(UserError, match=r"benchmarks.unsafe_code: no namespaces here"):
         settings({"humaneval": 0}, None, unsafe_code=True).check()
 
 
-def test_another_task_that_runs_programs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """lm-eval's own would run them without a sandbox."""
+def test_other_task_that_runs_programs_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval would run them without a sandbox."""
     packaged = SimpleNamespace(
         all_tasks=["mbpp"], load=lambda names: {"tasks": {"mbpp": SimpleNamespace(UNSAFE_CODE=True)}}
     )
-    monkeypatch.setattr(benchmarks, "_all_packaged", lambda: packaged)
+    monkeypatch.setattr(harness, "_packaged_tasks", lambda: packaged)
     with pytest.raises(UserError) as error:
-        run(settings({"mbpp": 3}, None, unsafe_code=True), tiny_model(), byte_tokenizer(), tmp_path)
+        run(tmp_path, {"mbpp": 3}, None, tiny_model(), unsafe_code=True)
     assert str(error.value) == "benchmarks.tasks.mbpp: it would run generated programs outside the sandbox"
 
 
-def test_data_that_cannot_be_had_is_told_before_the_model_runs(tmp_path: Path) -> None:
+def test_unreadable_data_is_an_error_before_the_model_runs(tmp_path: Path) -> None:
     def never(prompt: str) -> str:
         raise AssertionError("the model ran")
 
-    with pytest.raises(UserError, match=r"(?s)data cannot be read: .*local files serve: benchmarks.folder=…"):
-        run(settings({"gsm8k": 4}, None), answering(never), byte_tokenizer(), tmp_path)
+    with pytest.raises(UserError, match=r"(?s)data cannot be read: .*use local files: benchmarks.folder=…"):
+        run(tmp_path, {"gsm8k": 4}, None, answering(never))
     (tmp_path / "gsm8k_test.jsonl").write_text("not json\n")
     with pytest.raises(UserError, match="data cannot be read"):
-        run(settings({"gsm8k": 4}, tmp_path), answering(never), byte_tokenizer(), tmp_path)
+        run(tmp_path, {"gsm8k": 4}, tmp_path, answering(never))
 
 
 @pytest.mark.parametrize("path", sorted(Path(FOLDER, "benchmarks").glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_yaml_states_every_field(path: Path, tmp_path: Path) -> None:
+def test_yaml_files_state_all_fields(path: Path, tmp_path: Path) -> None:
     loaded: Any = OmegaConf.load(path)
     loaded.folder = str(tmp_path) if OmegaConf.is_missing(loaded, "folder") else loaded.folder
     check(OmegaConf.create({"benchmarks": loaded}), {})
     built = instantiate(loaded)
-    with pytest.raises(UserError, match=r"unsafe_code=true|is not there"):
+    with pytest.raises(UserError, match=r"unsafe_code=true|missing file"):
         built.check()
 
 
 def compared(model: str, tasks: dict[str, int | None], folder: Path, out: Path, **changes: Any) -> int:
-    """How many responses of our run and of lm-eval's command line were compared, document by document."""
+    """Compare our run with lm-eval's command line, document by document; return the number of responses."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     chosen = settings(tasks, folder, **changes)
     loaded = AutoModelForCausalLM.from_pretrained(model, attn_implementation="packed")
-    ours = run(chosen, loaded, AutoTokenizer.from_pretrained(model), out)
-    words = command(chosen, out / "tasks", model, out / "theirs")
+    ours = run_benchmarks(chosen, loaded, AutoTokenizer.from_pretrained(model), out)
+    words = format_command(chosen, out / "tasks", model, out / "theirs")
     subprocess.run([sys.executable, *words[1:]], cwd=ROOT, check=True, capture_output=True, text=True)
     (results,) = (out / "theirs").rglob("results_*.json")
     theirs = json.loads(results.read_text())["results"]
@@ -491,7 +499,7 @@ def compared(model: str, tasks: dict[str, int | None], folder: Path, out: Path, 
 
 @pytest.mark.long
 @pytest.mark.parametrize("turns", [False, True])
-def test_lm_evals_command_line_gives_the_same_document_by_document(
+def test_command_line_of_lm_eval_gives_the_same_results(
     tiny_folder: Path, real_data: Path, choices: Path, tmp_path: Path, turns: bool
 ) -> None:
     for path in real_data.rglob("*"):
@@ -506,9 +514,9 @@ def test_lm_evals_command_line_gives_the_same_document_by_document(
 
 
 @pytest.mark.long
-def test_a_task_that_only_lm_eval_knows_is_looked_up(tmp_path: Path) -> None:
+def test_other_tasks_of_lm_eval_are_found(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"tasks.no_such: lm-eval .* has no such task"):
         settings({"ifeval": None, "no_such": 0}, None).check()
     settings({"ifeval": None}, None).check()
-    with pytest.raises(UserError, match="data cannot be read"):  # of the hub, which no test asks
-        run(settings({"ifeval": None}, None), tiny_model(), byte_tokenizer(), tmp_path)
+    with pytest.raises(UserError, match="data cannot be read"):  # on the hub, which no test uses
+        run(tmp_path, {"ifeval": None}, None, tiny_model())

@@ -1,0 +1,93 @@
+"""Settings that eval.py rejects before anything is loaded, its warnings, and its closing table."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.helpers.judges import pair
+from tests.helpers.runs import composed
+from var.evaluate.judges.base import Judgement
+from var.evaluate.run import Evaluation, judge_pairs
+from var.evaluate.table import print_result
+from var.utils.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("overrides", "lines"),
+    [
+        (
+            ["prompts=0", "judged=-1", "seed=-1", "init=", "answers=", "reference="],
+            [
+                "prompts: expected at least 1, or null for all, got 0",
+                "judged: expected at least 1, or null for all, got -1",
+                "seed: expected at least 0, got -1", "init: is empty", "answers: is empty", "reference: is empty",
+            ],
+        ),
+        (["averages=3", "more=3"], ["averages: expected lists of subsets by name, got 3", "more: expected data sets"]),
+        (["+averages.x=a", "+more.x=3"], ["averages: expected lists of subsets by name", "more: expected data sets"]),
+        (["averages=null"], ["averages: expected lists of subsets by name, got None"]),
+        (["generate.seed=5"], ["generate.seed: has no effect here. Set seeds."]),
+        (["generate.temperature=0"], ["seeds: at temperature 0 all seeds give the same answers"]),
+        (["seeds=[0,0]"], ["seeds: expected one or more different numbers, got [0, 0]"]),
+        (["generate.responses=2"], ["generate.responses: one answer is sampled per prompt and seed"]),
+        (["held_out=[other]"], ["held_out: there is no data set ['other']"]),
+        (["+data@more.x=arithmetic"], ["more: data sets must have different names"]),
+        (["answers=a.jsonl", "init=runs/x"], ["init: has no effect with answers="]),
+        (["answers=a.jsonl", "benchmarks=local", "benchmarks.folder=x"], ["benchmarks: need a model"]),
+        (["reference=nowhere"], ["reference=nowhere"]),
+        (["init=nowhere"], ["init=nowhere"]),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_be_used_are_rejected(tmp_path: Path, overrides: list[str], lines: list[str]) -> None:
+    cfg = composed(f"annotation_cache={tmp_path}/s", f"cache={tmp_path}/c", *overrides, root="eval")
+    with pytest.raises(UserError) as error:
+        Evaluation.compose(cfg)
+    assert [line for line in lines if line not in str(error.value)] == []
+
+
+def test_seed_also_sets_the_sampling_seed(tmp_path: Path) -> None:
+    options = f"annotation_cache={tmp_path}/s", f"cache={tmp_path}/c", "seed=3", "prompts=1"
+    Evaluation.compose(composed(*options, root="eval"))
+
+
+class Judge(SimpleNamespace):
+    def describe(self, pairs: Any) -> str:
+        return "one call"
+
+    def __call__(self, pairs: Any, advance: Any) -> Judgement:
+        return Judgement(self.outcomes, np.array(self.scores), [], {"max_errors": 0.05, **self.facts}, self.counts)
+
+
+def test_closing_table_has_the_win_rates(capsys: pytest.CaptureFixture[str]) -> None:
+    """One equal pair of Arena-Hard is 50 %, though it is not won."""
+    judge = Judge(outcomes=["tie"], scores=[0.5], counts=[[0.5, 0.5]], facts={"lc_win_rate": 44.4444, "lc_se": 1.25})
+    part = {"reward": {"mean": 1.0, "se_prompts": None}, "length": {"mean": 2.0, "se": 0.5}, "truncated": 0.0}
+    rates = judge_pairs(judge, [pair("a", "s")])[0]
+    print_result({"title": "t", "model": {"subsets": {"s": part}, "averages": {}}, "win_rates": rates}, "reference")
+    rows = [" ".join(line.replace("│", " ").split()) for line in capsys.readouterr().out.splitlines()]
+    for row in (
+        "s: reward – 1.000", "s: length – 2.000 ± 0.500", "s: truncation rate – 0.00",
+        "win rate in %, against reference – 50.000", "length-controlled win rate in % – 44.444 ± 1.250",
+    ):  # fmt: skip
+        assert row in rows
+
+
+def test_missing_win_rate_is_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    facts = {"errors": {"failed": 1}, "first_failure": "400: no model"}
+    judge_pairs(Judge(outcomes=["error"], scores=[np.nan], counts=None, facts=facts), [pair("a", "s")])
+    printed = capsys.readouterr().out
+    assert "Warning: no win rate by the judge: 1 of 1 pairs are in error" in printed
+    assert "First failure: 400: no model" in printed
+    facts = {"lc_win_rate": None, "lc_reason": "alike"}
+    judge_pairs(Judge(outcomes=["win"], scores=[1.0], counts=None, facts=facts), [pair("a", "s")])
+    assert "Warning: no length-controlled win rate: alike" in capsys.readouterr().out
+
+
+def test_lone_surrogate_is_written_as_a_question_mark(tmp_path: Path) -> None:
+    """An endpoint's answer may hold one, and paid answers must not be lost."""
+    Evaluation._write_lines(SimpleNamespace(folder=tmp_path), "answers.jsonl", [{"text": "a \ud83d"}])  # type: ignore[arg-type]
+    assert json.loads((tmp_path / "answers.jsonl").read_text()) == {"text": "a ?"}

@@ -1,0 +1,122 @@
+"""The weights that train: mean 1, the temperature and its unit, and which responses are left out."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from tests.helpers.losses import double
+from tests.helpers.weights import make_inputs, require_weights, weigh
+from var.utils.errors import UserError
+from var.weights.estimators import Global, Grouped, InBatch, Prompt, Value, normalize_log_weights, scale_temperature
+from var.weights.groups import within_prompt_std
+
+LOGS = [0.0, math.log(2), math.log(9)]
+
+
+@pytest.mark.parametrize("temperature", [0.01, 1.0, 100.0])
+@pytest.mark.parametrize("estimator", [Grouped(), Global(), Prompt(baseline="zero"), Value()])
+def test_weights_have_mean_1_at_any_temperature(estimator, temperature):
+    torch.manual_seed(0)
+    rewards = torch.randn(24).double()
+    inputs = make_inputs(rewards, group=[i // 2 for i in range(24)], features=torch.randn(12, 2))
+    weights = weigh(estimator, inputs, temperature)
+    assert weights.dtype == torch.float64
+    assert bool((weights >= 0).all())
+    assert float(weights.mean()) == pytest.approx(1.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1e4, 1e7])
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        InBatch(), InBatch(reduction="sum"), InBatch(reference="own"), Grouped(), Prompt(), Prompt(baseline="zero"),
+        Value(), Global(),
+    ],
+)  # fmt: skip
+def test_huge_rewards_over_a_small_temperature_stay_finite(estimator, scale):
+    """r/λ up to ±1e9 neither overflows nor gives 0/0. The mean is 1 over the rows that train; rows whose weight
+    underflows do not, except in a planned micro-batch."""
+    torch.manual_seed(0)
+    rewards = torch.cat([torch.tensor([scale, -scale]), scale * torch.randn(14)]).double()
+    inputs = make_inputs(
+        rewards, group=[i // 2 for i in range(16)], features=torch.zeros(8, 1), micro=torch.arange(16).view(2, 8),
+        cross_rewards=rewards.view(2, 1, 8).repeat(1, 8, 1), cross_logps=-1e4 * torch.rand(2, 8, 8).double(),
+        reference_logps=-rewards.abs(),
+    )  # fmt: skip
+    found = weigh(estimator, inputs, 0.01)
+    assert bool(found.isfinite().all())
+    kept = found if estimator.planned else found[found > 0]
+    assert_close(kept.mean().item(), 1.0, rtol=1e-6, atol=0)
+
+
+def test_normalization_takes_the_mean_over_kept_weights():
+    """1, 3 and an absent weight have mean 2, not 4/3. If nothing is kept, nothing changes."""
+    assert_close(normalize_log_weights(double([1, 3, 0]).log()).exp(), double([0.5, 1.5, 0]))
+    assert normalize_log_weights(double([-math.inf, -math.inf])).tolist() == [-math.inf, -math.inf]
+
+
+@pytest.mark.parametrize(
+    ("estimator", "settings", "rewards", "expected"),
+    [
+        pytest.param(Global(), {"temperature": 1e9}, [-3.0, 0.0, 5.0], [1.0, 1.0, 1.0], id="large_temperature_is_sft"),
+        # e^−1000 = 0 in float64.
+        pytest.param(Grouped(), {}, [0.0, 1000.0, 0.0, 0.0], [0.0, 1.5, 0.75, 0.75], id="underflow_does_not_train"),
+        # e^{r/λ} = 1, 2, 9 has the weights 0.25, 0.5, 2.25.
+        pytest.param(Global(), {"min_weight": 0.2}, LOGS, [0.25, 0.5, 2.25], id="all_above_min_weight"),
+        # Only the first is below the minimum: 2 and 9 over their mean 5.5.
+        pytest.param(Global(), {"min_weight": 0.499999}, LOGS, [0.0, 4 / 11, 18 / 11], id="below_min_weight"),
+    ],
+)
+def test_weights_that_train_have_mean_1(estimator, settings, rewards, expected):
+    inputs = make_inputs(rewards, [i // 2 for i in range(len(rewards))])
+    assert_close(weigh(estimator, inputs, **settings), double(expected), rtol=1e-7, atol=1e-8)
+
+
+def test_temperature_in_units_of_the_standard_deviation():
+    """Rewards 0, 2 | 5, 7: σ = √2. λ = 2σ = 2√2 in reward units, so the better response of a pair has weight
+    2σ(2/(2√2)) = 1.3395, and scaling all rewards changes nothing."""
+    inputs = make_inputs([0.0, 2.0, 5.0, 7.0], [0, 0, 1, 1])
+    settings = {"temperature": 2.0, "temperature_unit": "sd"}
+    assert scale_temperature(require_weights(Grouped(), **settings), inputs) == pytest.approx(2 * math.sqrt(2))
+    assert scale_temperature(require_weights(Grouped(), temperature=2.0), inputs) == 2.0
+    weights = weigh(Grouped(), inputs, **settings)
+    assert weights[1].item() == pytest.approx(2 / (1 + math.exp(-1 / math.sqrt(2))))
+    assert_close(weigh(Grouped(), replace(inputs, rewards=40 * inputs.rewards), **settings), weights)
+
+
+@pytest.mark.parametrize(("rewards", "group"), [([0.0, 2.0], [0, 1]), ([1.0, 1.0], [0, 0]), ([0.1] * 3, [0] * 3)])
+def test_absent_or_zero_standard_deviation_is_an_error(rewards, group):
+    with pytest.raises(UserError) as error:
+        weigh(Grouped(), make_inputs(rewards, group), temperature_unit="sd")
+    assert str(error.value) == (
+        "loss.temperature_unit=sd: the rewards of each prompt's responses are all equal, or each prompt has one "
+        "response, so there is no standard deviation within a prompt. Use several responses per prompt "
+        "(data.responses=both or all, generate.responses), other prompts or another reward, or set "
+        "loss.temperature_unit=reward."
+    )
+
+
+@pytest.mark.parametrize("noise", [1e-12, 1e-15])
+@pytest.mark.parametrize("size", [0.7, 1e6])
+def test_standard_deviation_of_rounding_noise_is_an_error(noise, size):
+    rewards = size * (1 + noise * double([1, -1, 0, 1]))
+    with pytest.raises(UserError) as error:
+        weigh(Grouped(), make_inputs(rewards, [0, 0, 1, 1]), temperature_unit="sd")
+    sigma = within_prompt_std(rewards, torch.tensor([0, 0, 1, 1]))
+    assert str(error.value) == (
+        f"loss.temperature_unit=sd: the standard deviation of the rewards within a prompt is {sigma:.3g}, which is "
+        f"rounding error for rewards of size {size:.3g}. Use other prompts or another reward, or set "
+        "loss.temperature_unit=reward."
+    )
+
+
+@pytest.mark.parametrize(
+    "rewards", [[1e6, 1e6 + 1e-3, 1e6, 1e6], [1e-8, -1e-8, 0.0, 0.0], [1e-8, -1e-8, 1e9, 1e9], [0.7, 0.7 + 6e-8, 0, 0]]
+)
+def test_small_but_real_standard_deviation_is_accepted(rewards):
+    """A small difference at a large size, small rewards, a large zero-variance group, and float32's resolution."""
+    weights = weigh(Grouped(), make_inputs(rewards, [0, 0, 1, 1]), temperature_unit="sd")
+    assert float(weights[:2].max() / weights[:2].min()) == pytest.approx(math.exp(2), rel=1e-6)  # σ = Δr/2
