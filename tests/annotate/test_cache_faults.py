@@ -386,6 +386,7 @@ FOREIGN = {
     "a null key": parquet(key=pa.array([keys(1).tobytes(), None], type=pa.binary(16)), value=[2.0, 3.0]),
     "a null value": parquet(key=KEY, value=pa.array([None], type=pa.float64())),
     "other names": parquet(hash=KEY, number=[2.0]),
+    "a name that is not UTF-8": parquet(key=KEY, value=[2.0]).replace(b"value", b"val\xe3e"),
     "columns in another order": parquet(value=[2.0], key=KEY),
     "nothing": b"",
     "not Parquet": b"PAR1 and more PAR1",

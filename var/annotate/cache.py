@@ -173,12 +173,11 @@ class CacheTable:
             return None
         try:
             table = pq.read_table(pa.BufferReader(data))
-        except (pa.ArrowException, OSError) as error:
-            found = f"is not Parquet ({str(error)[:80]})"
-        else:
             if table.schema.equals(self._schema) and not any(column.null_count for column in table.columns):
                 return table
             found = f"holds {', '.join(f'{field.name}: {field.type}' for field in table.schema)}"
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # a column's name may be any bytes
+            found = f"is not Parquet ({str(error)[:80]})"
         self._known.add(path.name)
         self.warn(
             f"annotation cache: {path} {found}, expected key: {self._schema.types[0]} and value: {self.value} without "
