@@ -63,7 +63,7 @@ class RankWeighted:
 def test_user_defined_requirement_trains(options, rows, tmp_path):
     """Two steps equal AdamW by hand on the loss by hand. A response of n characters has n + 1 tokens."""
     more = (
-        f"loss._target_={__name__}.RankWeighted", "~loss.normalize", "+loss.decay=0.25", "trainer.max_steps=2",
+        "loss=custom", f"loss._target_={__name__}.RankWeighted", "+loss.decay=0.25", "trainer.max_steps=2",
         "data.micro_batch=2", "data.global_batch=4", "trainer.gradient_clip=0", "optim.schedule.kind=constant",
         "optim.schedule.warmup=0",
     )  # fmt: skip
