@@ -38,7 +38,8 @@ from var.utils.errors import UserError
 from var.weights.estimators import Global, InBatch
 
 LOSSES = [
-    SFT(), SFT(normalize="sequence"), Weighted(), Weighted(normalize="sequence"), VAR(estimator=Global()),
+    SFT(), SFT(normalize="sequence"), Weighted(), Weighted(normalize="sequence"),
+    VAR(estimator=Global(), temperature_unit="reward"),
     WBC(), RGOLD(), RLoL(), RLoL(ratio="token"),
     ALoL(value=VALUE_FIT), ALoL(value=VALUE_FIT, ratio="token"), ALoL(value=VALUE_FIT, ratio="none", clip=None),
     ALoL(value=VALUE_FIT, ratio="none", clip=None, beta=0.75),

@@ -72,11 +72,12 @@ def show_memory(run: Run) -> None:
     states, states_size = f"optimizer ({kept})", trained * per_parameter / shards
     on_host = copies and optimizer.device == "cpu"
     stored = config.hidden_size * layers if run.pretrained.gradient_checkpointing else layer * layers
+    checkpointing = f"gradient checkpointing {'on' if run.pretrained.gradient_checkpointing else 'off'}"
     parts = {
         "weights": weights / shards,
         "gradients": trained * width / shards,
         **({} if on_host else {states: states_size}),
-        f"activations (estimate, {tokens:,} tokens)": tokens * stored * half,
+        f"activations (estimate, {tokens:,} tokens, {checkpointing})": tokens * stored * half,
         "logits (one chunk)": 3 * 256 * config.vocab_size * 4,
     }
     checkpoint, export = trained * (width + per_parameter), parameters * model.dtype.itemsize
@@ -98,7 +99,14 @@ def show_memory(run: Run) -> None:
     requirements = run.data.requirements
     runs_reference = find(requirements, Rollout) and find(requirements, ReferenceLogps)
     copy = "the same weights, with the adapter off" if run.adapter is not None else "a second copy of the weights"
-    say("  reference: " + (copy if cfg.reference == "live" or runs_reference else "none, its numbers are cached"))
+    say(
+        "  reference: "
+        + (
+            copy
+            if cfg.reference == "live" or runs_reference
+            else "not loaded in training; its numbers come from the annotation cache"
+        )
+    )
 
 
 def show_row(run: Run) -> None:
