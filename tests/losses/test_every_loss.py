@@ -294,7 +294,7 @@ INVALID: list[tuple[type, list[dict[str, Any]], str]] = [
         "loss.clip_value and loss.value_weight must be above 0. For no bound use loss.clip_value=.inf.",
     ),
 ]  # fmt: skip
-REQUIRED_SETTINGS = {VAR: {"estimator": Global()}, ALoL: {"value": VALUE_FIT}}
+REQUIRED_SETTINGS = {VAR: {"estimator": Global(), "temperature_unit": "reward"}, ALoL: {"value": VALUE_FIT}}
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ class ProvideWeights(Provider[Weights]):
         if "features" in estimator.inputs:
             columns["features"] = torch.from_numpy(prompt_features(annotator, sequences))
         if "candidates" in estimator.inputs:
-            columns["candidates"] = torch.from_numpy(self._candidates(data))
+            columns["candidates"] = torch.from_numpy(self._candidates(data).copy())
         if "reference_logps" in estimator.inputs:
             columns["reference_logps"] = sum_logps(
                 reference_logps(annotator, sequences, data.shares_prompts), sequences

@@ -86,9 +86,9 @@ class DataReport:
         for name, value in self.to_json().items():
             text = str(value)
             if isinstance(value, dict):
-                parts = [f"{key.replace('_', ' ')} {_shorten(part)}" for key, part in value.items()]
+                parts = [f"{key.replace('_', ' ')}: {_shorten(part)}" for key, part in value.items()]
                 text = ", ".join(parts)
-            show(f"  {name.replace('_', ' ')}: {text}")
+            show(f"  {name.replace('_', ' ').replace('zero variance', 'zero-variance')}: {text}")
 
 
 def _shorten(value: Any) -> str:

@@ -22,7 +22,8 @@ def show(run: Run) -> None:
     say("The loss requires:")
     for requirement in run.data.requirements:
         name = type(requirement).__name__
-        say(f"  {name} {requirement.shape}, unit {requirement.unit}: {requirement.text} ({requirement.provider})")
+        unit = "" if requirement.unit == "-" else f" in {requirement.unit}"
+        say(f"  {name} {requirement.shape}{unit}: {requirement.text} ({requirement.provider})")
         if inputs := getattr(getattr(requirement, "estimator", None), "inputs", ()):
             say(f"    computed from {', '.join(inputs)}")
     if not run.data.requirements:

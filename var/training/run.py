@@ -207,6 +207,9 @@ class Run:
 
     def _validation(self) -> Validation | PairAccuracy:
         cfg, sampling = self.cfg, Sampling(**self.cfg.eval.sampling)
+        if cfg.eval.judge and not isinstance(cfg.eval.judge, DictConfig):
+            name = cfg.eval.judge
+            raise UserError(f"eval.judge={name} must be a judge's configuration. Write +judge@eval.judge={name}.")
         judge = instantiate(cfg.eval.judge) if cfg.eval.judge else None
         if judge:
             judge.check()
