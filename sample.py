@@ -61,7 +61,7 @@ def main(cfg: DictConfig) -> None:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
     say(f"{written} responses to {len(rows) - without_response} prompts in {out}; empty responses skipped: {empty}")
     if without_response:
-        say(f"{without_response} prompts have no response left; their rows are kept without one")
+        say(f"{without_response} prompts have no response; their rows are written without responses")
 
 
 if __name__ == "__main__":

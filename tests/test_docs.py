@@ -20,7 +20,7 @@ from var.config.check import FOLDER
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [*DOCS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "examples" / "README.md"]
-OTHER_PROGRAMS = ("pip", "pytest", "ruff", "mkdocs", "python3 -m venv")
+OTHER_PROGRAMS = ("pip", "pytest", "ruff", "mkdocs", "make check", "python3 -m venv", "python tests/same_curves.py")
 HEREDOC = re.compile(r"^cat > (\S+) <<'EOF'\n(.*?)\nEOF$", re.M | re.S)
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 

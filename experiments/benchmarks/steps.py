@@ -38,7 +38,7 @@ from var.training.module import AlignmentModule
 from var.training.schedule import Schedule
 from var.weights.estimators import Global
 
-LOSSES = {"SFT": SFT(), "VAR": VAR(estimator=Global()), "DPO": DPO(beta=0.1), "group": SFT()}
+LOSSES = {"SFT": SFT(), "VAR": VAR(estimator=Global(), temperature_unit="reward"), "DPO": DPO(beta=0.1), "group": SFT()}
 OURS = [*LOSSES, "cross"]
 PEERS = {  # "packed" is like ours, but a prompt with several responses is repeated for each of them
     "SFT": ["padded SFT", "TRL SFT", "TRL padding_free SFT"],

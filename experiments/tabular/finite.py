@@ -265,7 +265,7 @@ SINGLE: Mapping[str, Weigher] = {  # for one response per prompt
 SEVERAL: Mapping[str, Weigher] = {  # for more than one
     **{name: SINGLE[name] for name in ("sft", "in_batch mean", "global", "value, capped")},
     **{name: SINGLE[name] for name in ("prompt 4", "prompt 8", "sampled, capped", "exact, capped")},
-    "grouped": wrap(Grouped()),
+    "grouped": wrap(Grouped(drop_zero_variance=False)),
     "leave-one-out": weigh_leave_one_out,
     "leave-one-out, capped": cap_weights(weigh_leave_one_out),
 }

@@ -69,7 +69,9 @@ def weigh_grouped(world: World, size: int, temperature: float, draws: int, gener
             answers[..., 0], answers[..., 1:] = rows[:, None], y
             group = torch.arange(len(rows) * draws).repeat_interleave(size)
             rewards = world.rewards[prompt][answers.reshape(-1)]
-            found = Grouped()(WeightInputs(rewards=rewards, group=group, length=group), temperature)
+            found = Grouped(drop_zero_variance=False)(
+                WeightInputs(rewards=rewards, group=group, length=group), temperature
+            )
             return found.reshape(answers.shape)[..., 0]
 
         return average_draws(log_weights, world.logps.shape[1], draws * size)

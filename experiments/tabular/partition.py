@@ -52,7 +52,9 @@ def estimate_grouped(world: World, own: Tensor, size: int, temperature: float, g
     responses = torch.cat([own[..., None], world.sample(prompt[..., 1:], generator)], -1)
     rewards = world.rewards[prompt, responses]
     group = torch.arange(own.numel()).repeat_interleave(size)
-    log_weights = Grouped()(WeightInputs(rewards=rewards.reshape(-1), group=group, length=group), temperature)
+    log_weights = Grouped(drop_zero_variance=False)(
+        WeightInputs(rewards=rewards.reshape(-1), group=group, length=group), temperature
+    )
     return rewards[..., 0] / temperature - log_weights.reshape(rewards.shape)[..., 0]
 
 

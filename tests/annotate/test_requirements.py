@@ -102,7 +102,7 @@ def test_provider_must_have_a_dotted_name():
     class Nameless(Requirement):
         provider = "ProvideNothing"
 
-    with pytest.raises(TypeError, match=r"^Nameless\.provider must be the dotted name of a Provider$"):
+    with pytest.raises(UserError, match=r"^Nameless\.provider=\'\' cannot be imported"):
         make_providers((Nameless(),))
 
 
@@ -111,13 +111,15 @@ class WeightsFirst(SFT):
     """Lists Weights before the Rewards that they are computed from."""
 
     requires: ClassVar[tuple[Requirement, ...]] = (
-        Weights(estimator=Grouped(), temperature=1.0, temperature_unit="reward", min_weight=0.0),
+        Weights(
+            estimator=Grouped(drop_zero_variance=False), temperature=1.0, temperature_unit="reward", min_weight=0.0
+        ),
         Rewards(),
     )
 
 
 def test_weights_before_rewards_are_an_error(options, tmp_path):
-    with pytest.raises(TypeError, match=r"^Weights is computed from rewards: list Rewards\(\) before it$"):
+    with pytest.raises(UserError, match=r"^Weights is computed from rewards: list Rewards\(\) before Weights\(\)"):
         fit(options, tmp_path / "run", f"loss._target_={__name__}.WeightsFirst")
 
 

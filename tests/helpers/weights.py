@@ -36,7 +36,7 @@ def estimate(estimator: Estimator, inputs: WeightInputs, temperature: float = 1.
 
 def require_weights(estimator: Estimator, **settings: Any) -> Weights:
     """Return VAR's requirement."""
-    return find(VAR(estimator=estimator, **settings).requires, Weights)  # type: ignore[return-value]
+    return find(VAR(estimator=estimator, **{"temperature_unit": "reward", **settings}).requires, Weights)  # type: ignore[return-value]
 
 
 def weigh(estimator: Estimator, inputs: WeightInputs, temperature: float = 1.0, **settings: Any) -> Tensor:

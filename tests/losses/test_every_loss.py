@@ -38,7 +38,8 @@ from var.utils.errors import UserError
 from var.weights.estimators import Global, InBatch
 
 LOSSES = [
-    SFT(), SFT(normalize="sequence"), Weighted(), Weighted(normalize="sequence"), VAR(estimator=Global()),
+    SFT(), SFT(normalize="sequence"), Weighted(), Weighted(normalize="sequence"),
+    VAR(estimator=Global(), temperature_unit="reward"),
     WBC(), RGOLD(), RLoL(), RLoL(ratio="token"),
     ALoL(value=VALUE_FIT), ALoL(value=VALUE_FIT, ratio="token"), ALoL(value=VALUE_FIT, ratio="none", clip=None),
     ALoL(value=VALUE_FIT, ratio="none", clip=None, beta=0.75),
@@ -293,7 +294,7 @@ INVALID: list[tuple[type, list[dict[str, Any]], str]] = [
         "loss.clip_value and loss.value_weight must be above 0. For no bound use loss.clip_value=.inf.",
     ),
 ]  # fmt: skip
-REQUIRED_SETTINGS = {VAR: {"estimator": Global()}, ALoL: {"value": VALUE_FIT}}
+REQUIRED_SETTINGS = {VAR: {"estimator": Global(), "temperature_unit": "reward"}, ALoL: {"value": VALUE_FIT}}
 
 
 @pytest.mark.parametrize(

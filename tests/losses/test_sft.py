@@ -21,13 +21,13 @@ def test_loss_matches_hand_computation(normalize, divisor):
     assert metrics["nll"] == pytest.approx(11.5 / 3)
 
 
-@pytest.mark.parametrize("estimator", [Grouped(), Global(), Prompt(baseline="zero"), None])
+@pytest.mark.parametrize("estimator", [Grouped(drop_zero_variance=False), Global(), Prompt(baseline="zero"), None])
 def test_equal_weights_give_sft_bit_for_bit(estimator):
     """Equal rewards: w ≡ 1 exactly for each estimator over the data set, so the loss and its gradient are SFT's."""
     torch.manual_seed(0)
     logps, loss, weights = torch.randn(40, 50).log_softmax(-1)[:, 0], Weighted(), torch.ones(8)
     if estimator:
-        loss = VAR(estimator=estimator, temperature=0.7)
+        loss = VAR(estimator=estimator, temperature=0.7, temperature_unit="reward")
         inputs = make_inputs([0.3] * 8, [0, 1, 2, 3] * 2, length=[5] * 8)
         weights = compute_weights(find(loss.requires, Weights), inputs).float()
     batch = make_batch([5] * 8, weights=weights)

@@ -13,7 +13,9 @@ from var.weights.estimators import Global, Grouped, InBatch, Prompt, Value
 def test_loss_matches_hand_computation(normalize, divisor):
     """A pair, Δr = 1, λ = 1/2: w = 1.7615942, 0.2384058. Σ w·nll = 2.5 w₁ + 9 w₂ = 6.5496380, over 12 tokens or 8
     sequences."""
-    loss = VAR(estimator=Grouped(), temperature=0.5, normalize=normalize)
+    loss = VAR(
+        estimator=Grouped(drop_zero_variance=False), temperature=0.5, normalize=normalize, temperature_unit="reward"
+    )
     weights = weigh(loss.estimator, make_inputs([1.0, 0.0], group=[0, 0]), loss.temperature)
     batch = make_batch([2, 1], weights=weights, global_tokens=12.0, global_sequences=8.0)
     gradient = [-weight / divisor for weight in (1.7615941559557646, 1.7615941559557646, 0.2384058440442354)]
@@ -23,7 +25,8 @@ def test_loss_matches_hand_computation(normalize, divisor):
 @pytest.mark.parametrize(
     ("estimator", "reads_reference"),
     [
-        (InBatch(), True), (InBatch(reference="own"), True), (InBatch(reduction="none"), False), (Grouped(), False),
+        (InBatch(), True), (InBatch(reference="own"), True), (InBatch(reduction="none"), False),
+        (Grouped(drop_zero_variance=False), False),
         (Prompt(), False), (Value(), False), (Global(), False),
     ],
 )  # fmt: skip

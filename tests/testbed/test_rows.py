@@ -103,7 +103,7 @@ def test_advantages_use_the_exact_value_and_priority_draws_positive_ones(small):
 def test_in_batch_weights_are_of_consecutive_micro_batches(small):
     """Rows 8 to 15 have the package's weights of one micro-batch. The mean over all rows is 1."""
     prompts, answers, generator = draw_answers(small, 5 * MICRO_BATCH, 1)
-    loss = VAR(estimator=InBatch(reduction="sum"))
+    loss = VAR(estimator=InBatch(reduction="sum"), temperature_unit="reward")
     rows = make_rows(small, loss, prompts, answers, generator)
     x, y = rows.prompts[8:16], rows.responses[8:16]
     cross = (x[:, None], y[None, :])

@@ -94,7 +94,7 @@ class Sampler:
 def make_loader(made: Made, ranks: Ranks | None = None) -> RolloutLoader:
     data, module = made
     assert data.rollout is not None
-    return RolloutLoader(data, module, data.rollout, ranks or Ranks())
+    return RolloutLoader(data.training_set, data.providers, data.rollout, module, data.position, ranks or Ranks())
 
 
 def epoch(made: Made, number: int = 0, ranks: Ranks | None = None) -> list[Packed]:

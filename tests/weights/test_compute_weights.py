@@ -17,7 +17,7 @@ LOGS = [0.0, math.log(2), math.log(9)]
 
 
 @pytest.mark.parametrize("temperature", [0.01, 1.0, 100.0])
-@pytest.mark.parametrize("estimator", [Grouped(), Global(), Prompt(baseline="zero"), Value()])
+@pytest.mark.parametrize("estimator", [Grouped(drop_zero_variance=False), Global(), Prompt(baseline="zero"), Value()])
 def test_weights_have_mean_1_at_any_temperature(estimator, temperature):
     torch.manual_seed(0)
     rewards = torch.randn(24).double()
@@ -32,13 +32,14 @@ def test_weights_have_mean_1_at_any_temperature(estimator, temperature):
 @pytest.mark.parametrize(
     "estimator",
     [
-        InBatch(), InBatch(reduction="sum"), InBatch(reference="own"), Grouped(), Prompt(), Prompt(baseline="zero"),
+        InBatch(), InBatch(reduction="sum"), InBatch(reference="own"),
+        Grouped(drop_zero_variance=False), Prompt(), Prompt(baseline="zero"),
         Value(), Global(),
     ],
 )  # fmt: skip
 def test_huge_rewards_over_a_small_temperature_stay_finite(estimator, scale):
     """r/λ up to ±1e9 neither overflows nor gives 0/0. The mean is 1 over the rows that train; rows whose weight
-    underflows do not, except in a planned micro-batch."""
+    underflows do not, except in a fixed micro-batch."""
     torch.manual_seed(0)
     rewards = torch.cat([torch.tensor([scale, -scale]), scale * torch.randn(14)]).double()
     inputs = make_inputs(
@@ -48,7 +49,7 @@ def test_huge_rewards_over_a_small_temperature_stay_finite(estimator, scale):
     )  # fmt: skip
     found = weigh(estimator, inputs, 0.01)
     assert bool(found.isfinite().all())
-    kept = found if estimator.planned else found[found > 0]
+    kept = found if estimator.needs_plan else found[found > 0]
     assert_close(kept.mean().item(), 1.0, rtol=1e-6, atol=0)
 
 
@@ -63,7 +64,13 @@ def test_normalization_takes_the_mean_over_kept_weights():
     [
         pytest.param(Global(), {"temperature": 1e9}, [-3.0, 0.0, 5.0], [1.0, 1.0, 1.0], id="large_temperature_is_sft"),
         # e^−1000 = 0 in float64.
-        pytest.param(Grouped(), {}, [0.0, 1000.0, 0.0, 0.0], [0.0, 1.5, 0.75, 0.75], id="underflow_does_not_train"),
+        pytest.param(
+            Grouped(drop_zero_variance=False),
+            {},
+            [0.0, 1000.0, 0.0, 0.0],
+            [0.0, 1.5, 0.75, 0.75],
+            id="underflow_does_not_train",
+        ),
         # e^{r/λ} = 1, 2, 9 has the weights 0.25, 0.5, 2.25.
         pytest.param(Global(), {"min_weight": 0.2}, LOGS, [0.25, 0.5, 2.25], id="all_above_min_weight"),
         # Only the first is below the minimum: 2 and 9 over their mean 5.5.
@@ -80,17 +87,21 @@ def test_temperature_in_units_of_the_standard_deviation():
     2σ(2/(2√2)) = 1.3395, and scaling all rewards changes nothing."""
     inputs = make_inputs([0.0, 2.0, 5.0, 7.0], [0, 0, 1, 1])
     settings = {"temperature": 2.0, "temperature_unit": "sd"}
-    assert scale_temperature(require_weights(Grouped(), **settings), inputs) == pytest.approx(2 * math.sqrt(2))
-    assert scale_temperature(require_weights(Grouped(), temperature=2.0), inputs) == 2.0
-    weights = weigh(Grouped(), inputs, **settings)
+    assert scale_temperature(require_weights(Grouped(drop_zero_variance=False), **settings), inputs) == pytest.approx(
+        2 * math.sqrt(2)
+    )
+    assert scale_temperature(require_weights(Grouped(drop_zero_variance=False), temperature=2.0), inputs) == 2.0
+    weights = weigh(Grouped(drop_zero_variance=False), inputs, **settings)
     assert weights[1].item() == pytest.approx(2 / (1 + math.exp(-1 / math.sqrt(2))))
-    assert_close(weigh(Grouped(), replace(inputs, rewards=40 * inputs.rewards), **settings), weights)
+    assert_close(
+        weigh(Grouped(drop_zero_variance=False), replace(inputs, rewards=40 * inputs.rewards), **settings), weights
+    )
 
 
 @pytest.mark.parametrize(("rewards", "group"), [([0.0, 2.0], [0, 1]), ([1.0, 1.0], [0, 0]), ([0.1] * 3, [0] * 3)])
 def test_absent_or_zero_standard_deviation_is_an_error(rewards, group):
     with pytest.raises(UserError) as error:
-        weigh(Grouped(), make_inputs(rewards, group), temperature_unit="sd")
+        weigh(Grouped(drop_zero_variance=False), make_inputs(rewards, group), temperature_unit="sd")
     assert str(error.value) == (
         "loss.temperature_unit=sd: the rewards of each prompt's responses are all equal, or each prompt has one "
         "response, so there is no standard deviation within a prompt. Use several responses per prompt "
@@ -104,7 +115,7 @@ def test_absent_or_zero_standard_deviation_is_an_error(rewards, group):
 def test_standard_deviation_of_rounding_noise_is_an_error(noise, size):
     rewards = size * (1 + noise * double([1, -1, 0, 1]))
     with pytest.raises(UserError) as error:
-        weigh(Grouped(), make_inputs(rewards, [0, 0, 1, 1]), temperature_unit="sd")
+        weigh(Grouped(drop_zero_variance=False), make_inputs(rewards, [0, 0, 1, 1]), temperature_unit="sd")
     sigma = within_prompt_std(rewards, torch.tensor([0, 0, 1, 1]))
     assert str(error.value) == (
         f"loss.temperature_unit=sd: the standard deviation of the rewards within a prompt is {sigma:.3g}, which is "
@@ -118,5 +129,5 @@ def test_standard_deviation_of_rounding_noise_is_an_error(noise, size):
 )
 def test_small_but_real_standard_deviation_is_accepted(rewards):
     """A small difference at a large size, small rewards, a large zero-variance group, and float32's resolution."""
-    weights = weigh(Grouped(), make_inputs(rewards, [0, 0, 1, 1]), temperature_unit="sd")
+    weights = weigh(Grouped(drop_zero_variance=False), make_inputs(rewards, [0, 0, 1, 1]), temperature_unit="sd")
     assert float(weights[:2].max() / weights[:2].min()) == pytest.approx(math.exp(2), rel=1e-6)  # σ = Δr/2

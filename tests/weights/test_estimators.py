@@ -104,11 +104,11 @@ def test_in_batch_weights_ignore_a_prompt_offset_of_rewards():
         (InBatch(reference="own"), ("cross_rewards", "reference_logps"), True),
         (InBatch(reduction="none"), ("cross_rewards",), True),
         (Prompt(), ("features",), False), (Value(), ("features",), False), (Sampled(), ("candidates",), False),
-        (Prompt(baseline="zero"), (), False), (Grouped(), (), False), (Global(), (), False),
+        (Prompt(baseline="zero"), (), False), (Grouped(drop_zero_variance=False), (), False), (Global(), (), False),
     ],
 )  # fmt: skip
 def test_inputs_follow_from_the_settings(estimator, inputs, planned):
-    assert (estimator.inputs, estimator.planned) == (inputs, planned)
+    assert (estimator.inputs, estimator.needs_plan) == (inputs, planned)
 
 
 # Grouped
@@ -124,7 +124,7 @@ def test_inputs_follow_from_the_settings(estimator, inputs, planned):
     ],
 )
 def test_grouped_weights_match_hand_computation(rewards, group, temperature, expected):
-    found = estimate(Grouped(), make_inputs(rewards, group), temperature)
+    found = estimate(Grouped(drop_zero_variance=False), make_inputs(rewards, group), temperature)
     assert_close(found, double(expected), rtol=1e-14, atol=0)
 
 
@@ -133,7 +133,9 @@ def test_grouped_weights_ignore_a_prompt_offset_of_rewards():
     group = torch.arange(5).repeat_interleave(4)
     rewards, offset = torch.randn(20).double(), 30 * torch.randn(5).double()
     plain, moved = (make_inputs(r, group=group.tolist()) for r in (rewards, rewards + offset[group]))
-    assert_close(estimate(Grouped(), moved, 0.5), estimate(Grouped(), plain, 0.5))
+    assert_close(
+        estimate(Grouped(drop_zero_variance=False), moved, 0.5), estimate(Grouped(drop_zero_variance=False), plain, 0.5)
+    )
     assert not torch.allclose(estimate(Global(), moved, 0.5), estimate(Global(), plain, 0.5))
 
 
@@ -147,7 +149,7 @@ def test_only_zero_variance_groups_are_dropped(estimator):
     found = estimator(inputs, 1.0)
     assert (found == -torch.inf).tolist() == [True, True, False, False, True, False, False]
     assert_close(normalize_log_weights(found).exp().sum().item(), 4.0)
-    assert bool((Grouped()(inputs, 1.0) > -torch.inf).all())
+    assert bool((Grouped(drop_zero_variance=False)(inputs, 1.0) > -torch.inf).all())
 
 
 @pytest.mark.parametrize("estimator", DROPPING)
@@ -215,7 +217,9 @@ def test_prompt_weights_have_mean_1_and_a_bound(kappa, baseline):
 def test_prompt_tends_to_grouped_and_to_the_uncapped_value():
     """κ → 0 is K softmax. κ → ∞ is exp((r − V)/λ) over its mean."""
     inputs = make_varied_inputs()
-    assert_close(estimate(Prompt(kappa=1e-9), inputs), estimate(Grouped(), inputs), rtol=1e-6, atol=1e-6)
+    assert_close(
+        estimate(Prompt(kappa=1e-9), inputs), estimate(Grouped(drop_zero_variance=False), inputs), rtol=1e-6, atol=1e-6
+    )
     value = normalize_log_weights(inputs.rewards - prompt_values(inputs)[inputs.group]).exp()
     assert_close(estimate(Prompt(kappa=1e12), inputs), value, rtol=1e-4, atol=1e-9)
 

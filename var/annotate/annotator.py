@@ -23,8 +23,6 @@ from var.utils.provenance import hash_content
 TOKENS = 4096  # packed tokens of one scoring pass
 SHARD = 2048  # items per shard; an interrupted run computes at most that many again
 
-Advance = Callable[[int], None]
-
 
 class MissingAnnotations(Exception):
     """A dry run met annotations that are not in the cache."""

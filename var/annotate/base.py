@@ -1,6 +1,7 @@
 """How a requirement of a loss is provided: the steps, and what the providers share.
 
-The data module runs these steps for all providers, in the order in which the loss lists its requirements:
+The data module runs these steps for all providers, in the order in which the loss lists its requirements. An online
+loss has no sequences before training, so only `check_rows`, `at_step` and `at_rollout` run for it.
 
     check_rows     reject rows that cannot be annotated, before anything is computed
     check_choice   reject responses that cannot be annotated
@@ -51,7 +52,9 @@ class TrainingSet:
     settings: DataSettings
     """How rows become sequences and micro-batches."""
     live: bool
-    """Whether the reference runs in each training step, so nothing of it is cached."""
+    """Whether the reference runs in each training step, so its log-probabilities are not read from the cache. The mean
+    of in-batch weights is still computed from cached numbers, once.
+    """
     unit: Unit = "sequence"
     """What a micro-batch counts: a sequence, a pair, or all responses to a prompt."""
     report: DataReport = field(default_factory=DataReport)
@@ -76,9 +79,10 @@ class TrainingSet:
     """[M, W] int: the sequences of each micro-batch, ABSENT where it is short."""
 
     def require_rewards(self, requirement: Requirement) -> torch.Tensor:
-        """Return the rewards. Raise TypeError if the loss lists `requirement` without `Rewards()` before it."""
+        """Return the rewards. Raise UserError if the loss lists `requirement` without `Rewards()` before it."""
         if self.rewards is None:
-            raise TypeError(f"{type(requirement).__name__} is computed from rewards: list Rewards() before it")
+            name = type(requirement).__name__
+            raise UserError(f"{name} is computed from rewards: list Rewards() before {name}() in the loss's `requires`")
         return self.rewards
 
     def encode(self, rows: Rows, choice: Choice, pairs: bool) -> Sequences:
@@ -131,7 +135,11 @@ class Provider(Generic[R]):
         """Raise UserError if `data.choice` cannot be annotated."""
 
     def select(self, data: TrainingSet) -> np.ndarray | None:
-        """Compute what needs no plan. Return the sequences that train, or None for all of them."""
+        """Compute what needs no plan. Return the sequences that train, or None for all of them.
+
+        Selections of several providers are intersected. One that draws with replacement repeats sequences, so list it
+        last. Count what does not train in `data.report`; a requirement outside the package uses its `extra`.
+        """
         return None
 
     def check_plan(self, data: TrainingSet) -> None:
@@ -164,9 +172,13 @@ def make_providers(requirements: tuple[Requirement, ...]) -> list[Provider[Any]]
     providers = []
     for requirement in requirements:
         module, _, name = requirement.provider.rpartition(".")
-        if not module:
-            raise TypeError(f"{type(requirement).__name__}.provider must be the dotted name of a Provider")
-        providers.append(getattr(import_module(module), name)(requirement))
+        try:
+            providers.append(getattr(import_module(module), name)(requirement))
+        except (ImportError, AttributeError, ValueError) as error:
+            raise UserError(
+                f"{type(requirement).__name__}.provider={requirement.provider!r} cannot be imported ({error}). It must "
+                "be the dotted name of a Provider; put the folder of its module on PYTHONPATH."
+            ) from error
     return providers
 
 

@@ -12,11 +12,9 @@ from var.annotate.annotator import Annotator
 from var.data import rows as rows_module
 from var.data.report import DataReport
 from var.data.rows import Response, Row, Rows
-from var.sampling.base import Sampling
+from var.sampling.base import Sampling, Texts
 from var.utils.errors import Problems
 from var.utils.provenance import hash_content
-
-Texts = list[list[tuple[str, bool]]]  # for each prompt K (text, whether it is finished)
 
 
 def sampling_fingerprint(annotator: Annotator, sampling: Sampling) -> dict[str, Any]:

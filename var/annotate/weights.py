@@ -30,7 +30,7 @@ class ProvideWeights(Provider[Weights]):
 
     def select(self, data: TrainingSet) -> np.ndarray | None:
         """Compute the weights, unless they depend on the micro-batch. Return the responses of positive weight."""
-        if self.requirement.estimator.planned:
+        if self.requirement.estimator.needs_plan:
             return None
         data.weights = compute_weights(self.requirement, self._inputs(data))
         keep = data.weights.numpy() > 0
@@ -44,25 +44,26 @@ class ProvideWeights(Provider[Weights]):
 
     def compute(self, data: TrainingSet) -> None:
         """Compute the weights that depend on the micro-batch, now that the plan is made."""
-        if self.requirement.estimator.planned:
+        if self.requirement.estimator.needs_plan:
             inputs = self._inputs(data)
             data.weights = compute_weights(self.requirement, inputs)
-            self.temperature = scale_temperature(self.requirement, inputs)
-            self.log_mean = float(log_mean(self.requirement.estimator(inputs, self.temperature)))
-            self.cross_rewards = inputs.cross_rewards
+            if data.live:  # the training step computes the weights again
+                self.temperature = scale_temperature(self.requirement, inputs)
+                self.log_mean = float(log_mean(self.requirement.estimator(inputs, self.temperature)))
+                self.cross_rewards = inputs.cross_rewards
 
     def batch_fields(self, data: TrainingSet, micro_batch: int, members: np.ndarray) -> dict[str, Any]:
         """Return the weights [B] of the micro-batch, and its rewards [B, B] for a live reference."""
         assert data.weights is not None
         fields = {"weights": data.weights[members].float()}
-        if data.live and self.requirement.estimator.planned:
+        if data.live and self.requirement.estimator.needs_plan:
             size = len(members)
             fields["cross_rewards"] = self.cross_rewards[micro_batch, :size, :size].float()  # type: ignore[index]
         return fields
 
     def at_step(self, batch: Packed, policy: Any, reference: Any) -> Packed:
         """Compute the weights of this micro-batch with a live reference, as the paper trains."""
-        if reference is None or not self.requirement.estimator.planned:
+        if reference is None or not self.requirement.estimator.needs_plan:
             return batch
         if "reference_logps" in self.requirement.estimator.inputs:
             batch = replace(batch, reference_logps=reference(batch))
@@ -75,12 +76,12 @@ class ProvideWeights(Provider[Weights]):
         """Compute what the estimator reads, or read it from the cache."""
         annotator, sequences, estimator = data.annotator, data.sequences, self.requirement.estimator
         columns: dict[str, torch.Tensor] = {}
-        if estimator.planned:
+        if estimator.needs_plan:
             columns["micro"] = torch.from_numpy(data.members)
         if "features" in estimator.inputs:
             columns["features"] = torch.from_numpy(prompt_features(annotator, sequences))
         if "candidates" in estimator.inputs:
-            columns["candidates"] = torch.from_numpy(self._candidates(data))
+            columns["candidates"] = torch.from_numpy(self._candidates(data).copy())
         if "reference_logps" in estimator.inputs:
             columns["reference_logps"] = sum_logps(
                 reference_logps(annotator, sequences, data.shares_prompts), sequences

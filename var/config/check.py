@@ -92,7 +92,11 @@ def _import(name: str) -> Any:
     try:
         return get_object(name)
     except Exception as error:
-        raise UserError(f"_target_: {name} cannot be imported: {error}") from error
+        reason = str(error.__cause__ or error).splitlines()[-1]
+        raise UserError(
+            f"_target_={name} cannot be imported ({reason}). If it is your own, put the folder of its module on "
+            "PYTHONPATH (examples/README.md)."
+        ) from error
 
 
 def _check_part(

@@ -70,6 +70,14 @@ def _describe(error: BaseException) -> str | None:
         keys = [key for key in list_keys(nodes[0]._get_root()) if not key.startswith("hydra.")] if nodes else []
         near = difflib.get_close_matches(unknown[1], keys, n=1, cutoff=0.5)
         lines, suggestions = lines[:1], suggestions or [f"Did you mean {key}?" for key in near]
+        if suggestions:  # Hydra's own advice is to add the key with a plus sign
+            lines = [f"{unknown[1]}: there is no such key."]
+    elif option := re.match(r"(?:In '.*': )?Could not find '([\w/]+)/([^']*)'", lines[0]):
+        names = re.findall(r"^\t?([\w.-]+)$", lines[0], re.M)
+        near = difflib.get_close_matches(option[2], names, n=1, cutoff=0.5)
+        offered = " ".join(name for name in names if not name.startswith("_"))
+        lines = [f"{option[1]}={option[2]}: there is no such option of {option[1]}. It offers: {offered}"]
+        suggestions = [f"Did you mean {option[1]}={name}?" for name in near] or suggestions
     return "\n".join(dict.fromkeys((*lines, *suggestions)))
 
 

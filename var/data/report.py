@@ -56,6 +56,8 @@ class DataReport:
     """Sequences whose weight underflows to 0."""
     sequences: int | None = None
     """Encoded sequences."""
+    sequences_selected: int | None = None
+    """Sequences that train, if some do not. With draws, one that is drawn twice counts twice."""
     sequences_with_end_token: int | None = None
     """Sequences whose last token is the template's end token."""
     encoding: Counter[str] = field(default_factory=Counter)
@@ -70,10 +72,13 @@ class DataReport:
     """Optimizer steps per epoch."""
     plan: str | None = None
     """The plan's hash."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Entries of requirements outside the package, by name."""
 
     def to_json(self) -> dict[str, Any]:
         """Return what applies to this run."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "extra"}
+        values |= self.extra
         return {name: value for name, value in values.items() if value is not None and value != Counter()}
 
     def show(self, show: Callable[[str], None]) -> None:
@@ -81,9 +86,9 @@ class DataReport:
         for name, value in self.to_json().items():
             text = str(value)
             if isinstance(value, dict):
-                parts = [f"{key.replace('_', ' ')} {_shorten(part)}" for key, part in value.items()]
+                parts = [f"{key.replace('_', ' ')}: {_shorten(part)}" for key, part in value.items()]
                 text = ", ".join(parts)
-            show(f"  {name.replace('_', ' ')}: {text}")
+            show(f"  {name.replace('_', ' ').replace('zero variance', 'zero-variance')}: {text}")
 
 
 def _shorten(value: Any) -> str:

@@ -16,7 +16,7 @@ from var.utils.errors import Problems, UserError
 from var.utils.files import replacing
 from var.utils.provenance import hash_content
 
-Responses = Literal["chosen", "both", "best", "all"]
+Selection = Literal["chosen", "both", "best", "all"]
 FEATURES = datasets.Features(
     {
         "row": datasets.Value("int64"),
@@ -71,7 +71,7 @@ class Sequences:
         return np.array([np.nan if v is None else v for v in self.table[name]], dtype=np.float64)
 
 
-def choose(rows: Rows, responses: Responses, rewards: list[np.ndarray] | None = None) -> Choice:
+def choose(rows: Rows, responses: Selection, rewards: list[np.ndarray] | None = None) -> Choice:
     """Choose the responses that train.
 
     Args:
@@ -115,7 +115,7 @@ def choose(rows: Rows, responses: Responses, rewards: list[np.ndarray] | None = 
     return Choice(np.array(row, dtype=np.int64), np.array(response, dtype=np.int64), counts)
 
 
-def needs_rewards(rows: Rows, responses: Responses) -> bool:
+def needs_rewards(rows: Rows, responses: Selection) -> bool:
     """Return whether `choose` needs rewards for these rows."""
     return responses == "best" or (responses == "both" and not all(rows.table["ordered"]))
 

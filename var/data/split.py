@@ -18,7 +18,7 @@ def split(rows: Rows, settings: DataSettings, development: int = 0) -> tuple[Row
         raise UserError(
             f"data.validation_prompts={settings.validation_prompts}"
             + (f" and loss.value.development_prompts={development}" if development else "")
-            + f" leave none of the {len(prompts)} distinct prompts for training. Lower them."
+            + f" would leave none of the {len(prompts)} distinct prompts for training. Lower them."
         )
     order = np.random.default_rng(settings.seed).permutation(len(prompts))
     validation, developing = np.split(order[:reserved], [settings.validation_prompts])

@@ -13,8 +13,7 @@ from var.models.packing import pack_tree
 from var.models.policy import Policy
 from var.rewards.base import Reward, compute_scores
 from var.rewards.scale import Scale
-
-Texts = list[list[tuple[str, bool]]]  # [P][K] (text, whether it ended before the token limit)
+from var.sampling.base import Texts
 
 
 @dataclass(frozen=True)

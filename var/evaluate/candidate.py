@@ -13,10 +13,10 @@ from var.annotate.reference_logps import reference_logps
 from var.annotate.responses import sample_responses
 from var.annotate.rewards import score
 from var.data.rows import Message, Row, Rows
-from var.evaluate.answers import Texts, tokenize_response
+from var.evaluate.answers import tokenize_response
 from var.models.frozen import FrozenModel
 from var.rewards.base import Reward
-from var.sampling.base import Sampling
+from var.sampling.base import Sampling, Texts
 from var.utils.console import say
 from var.utils.errors import Problems
 

@@ -21,7 +21,7 @@ from var.config.schema import pick_fields, to_dict
 from var.data.rows import Rows, read
 from var.data.sources.files import Files
 from var.data.sources.local import list_files
-from var.evaluate.answers import Answers, Texts, describe_answers
+from var.evaluate.answers import Answers, describe_answers
 from var.evaluate.benchmarks.harness import Benchmarks, run_benchmarks
 from var.evaluate.candidate import CachedReward, Candidate, match_answers
 from var.evaluate.diversity import measure_distinct
@@ -33,7 +33,7 @@ from var.evaluate.table import print_result
 from var.models.frozen import FrozenModel
 from var.models.pretrained import Pretrained, find_model
 from var.rewards.base import Reward, check_answers
-from var.sampling.base import Sampling
+from var.sampling.base import Sampling, Texts
 from var.utils.console import say, silence_libraries, stage, warn
 from var.utils.errors import UserError
 from var.utils.files import atomic, write_json

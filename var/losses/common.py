@@ -184,7 +184,8 @@ def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, low: float, high: f
 def finite_exp(values: Tensor) -> Tensor:
     """Return exp(values) with the largest finite number in place of an overflow.
 
-    An infinite ratio would give NaN where it is multiplied by 0: by an advantage of 0, or by the gradient 0 of a clip.
+    The values are finite. An infinite ratio would give NaN where it is multiplied by 0: by an advantage of 0, or by the
+    gradient 0 of a clip.
     """
     number = values.detach()
     limit = math.log(torch.finfo(values.dtype).max) * (1 - torch.finfo(values.dtype).eps)  # its rounding stays finite

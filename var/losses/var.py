@@ -26,10 +26,10 @@ class VAR:
     """How Z(x) is estimated."""
     temperature: float = 1.0
     """λ > 0. A small λ trusts the reward; λ → ∞ is SFT."""
-    temperature_unit: Literal["reward", "sd"] = "reward"
+    temperature_unit: Literal["reward", "sd"]
     """`reward`, or `sd` for multiples of the reward's standard deviation within a prompt."""
     min_weight: float = 0.0
-    """Responses with a smaller weight do not train: they cost a step and teach little. They are counted."""
+    """Responses with a smaller weight do not train: each would cost as much as any other and teach little."""
     normalize: Normalize = "token"
     """`token` divides by the response tokens of the optimizer step, `sequence` by its sequences."""
 
@@ -38,7 +38,7 @@ class VAR:
             raise UserError(f"loss.temperature must be above 0, got {self.temperature}. For λ → ∞ use loss=sft.")
         if self.temperature_unit not in ("reward", "sd"):
             raise UserError(f"loss.temperature_unit must be reward or sd, got {self.temperature_unit}")
-        if self.min_weight < 0 or (self.min_weight and self.estimator.planned):
+        if self.min_weight < 0 or (self.min_weight and self.estimator.needs_plan):
             raise UserError(
                 "loss.min_weight must be at least 0, and 0 with an in-batch estimator, whose micro-batches are fixed"
             )

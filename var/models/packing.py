@@ -40,7 +40,7 @@ class Packed:
     length: Tensor
     """[B] number of response tokens."""
     group: Tensor
-    """[B] group of each sequence: its prompt, or its pair if the loss compares pairs."""
+    """[B] group of each sequence: its prompt, 0..G-1."""
     ids: tuple[str, ...]
     """[B] names of the sequences, for messages."""
     tokens: int
@@ -50,7 +50,7 @@ class Packed:
     global_sequences: float = 1.0
     """Sequences of the optimizer step; a divisor of the loss."""
     global_groups: float = 1.0
-    """Groups of the optimizer step; a divisor of the loss."""
+    """Units of the optimizer step, which are pairs if the loss compares pairs; a divisor of the loss."""
     padding: bool = False
     """Whether the batch only keeps the ranks in step. Its loss is multiplied by 0 and its metrics count nothing."""
     weights: Tensor | None = None

@@ -119,8 +119,8 @@ def find_warnings(run: RunRecord) -> list[str]:
         warnings.append(f"{truncated:.0%} of the validation answers after training were truncated at max_new_tokens.")
     warnings += [
         f"{_label(name)}: {count}."
-        for name, count in data.items()
-        if isinstance(count, int) and count and re.search("left out|dropped|skipped", _label(name))
+        for name, count in {**data, **(data.get("encoding") or {})}.items()
+        if isinstance(count, int) and count and re.search("left out|dropped|skipped|weight", _label(name))
     ]
     if summary.get("dirty"):
         warnings.append("The code had uncommitted changes.")

@@ -126,7 +126,7 @@ def order_pairs(rewards: Tensor, pairs: Tensor, labels: Labels, generator: torch
 def weight_rows(world: World, required: Weights, rows: Rows, rewards: Tensor, generator: torch.Generator) -> Tensor:
     """Return [n] VAR's weights of mean 1. Rows after the last full micro-batch have in-batch weight 0."""
     full = len(rows) - len(rows) % MICRO_BATCH
-    micro = torch.arange(full).view(-1, MICRO_BATCH) if required.estimator.planned else None
+    micro = torch.arange(full).view(-1, MICRO_BATCH) if required.estimator.needs_plan else None
     inputs = replace(world, rewards=rewards).weight_inputs(rows.prompts, rows.responses, micro)
     questions, group = rows.group.unique(return_inverse=True)
     asked = torch.zeros(len(questions), dtype=torch.long)

@@ -55,7 +55,7 @@ def count_accumulation(cfg: DictConfig, settings: TrainerSettings) -> int:
     if rest or not per_rank:
         raise UserError(
             f"data.global_batch={cfg.data.global_batch} must be a multiple of data.micro_batch={cfg.data.micro_batch} "
-            f"times {settings.world} processes, so that a step is the same on any number of them"
+            f"times the number of processes, {settings.world}, so that a step is the same on any number of them"
         )
     return per_rank
 
@@ -73,8 +73,8 @@ def check_multirun(world: int) -> None:
     """
     if is_multirun() and world > 1 and "SUBMITIT_EXECUTOR" not in os.environ:
         raise UserError(
-            f"-m with {world} processes per job: each process would start the whole sweep again. Launch the jobs with "
-            f"hydra/launcher=submitit_local hydra.launcher.tasks_per_node={world} (with GPUs: "
+            f"-m with {world} processes per job: each process would start the complete sweep again. Launch the jobs "
+            f"with hydra/launcher=submitit_local hydra.launcher.tasks_per_node={world} (with GPUs: "
             f"hydra.launcher.gpus_per_node={world}), or one at a time with torchrun."
         )
 

@@ -58,9 +58,10 @@ class AlignmentData(lightning.LightningDataModule):
         self.rollout = find(self.requirements, Rollout)
         self.training_set = TrainingSet(annotator, sampling, scale, settings, live, unit_of(self.providers))
         self.report = self.training_set.report
-        self.seconds = self.seconds_of_rollouts = 0.0
+        self.seconds = 0.0
         self.fingerprint = ""
         """A hash of what trains."""
+        self._rollouts: RolloutLoader | None = None
         self._start = (0, 0)
         self._ready = False
 
@@ -68,6 +69,11 @@ class AlignmentData(lightning.LightningDataModule):
     def annotator(self) -> Annotator:
         """Computes numbers or reads them from the cache."""
         return self.training_set.annotator
+
+    @property
+    def seconds_of_rollouts(self) -> float:
+        """Spent on rollouts during training."""
+        return self._rollouts.seconds if self._rollouts else 0.0
 
     def setup(self, stage: str | None = None) -> None:
         """Prepare, on all ranks together."""
@@ -93,7 +99,9 @@ class AlignmentData(lightning.LightningDataModule):
         else:
             self._annotate()
             self.annotator.reference.release()
-        self._report_plan()
+        report, plan = self.report, data.plan
+        report.micro_batches, report.steps_per_epoch, report.plan = len(plan.micro), plan.steps, plan.hash
+        report.show(say)
         self.seconds = time.perf_counter() - started
         self._ready = True
 
@@ -138,8 +146,11 @@ class AlignmentData(lightning.LightningDataModule):
         train = np.arange(len(data.sequences))
         for provider in self.providers:
             selected = provider.select(data)
-            train = train if selected is None else selected
-        self._report_sequences()
+            train = train if selected is None else selected[np.isin(selected, train)]
+        report, sequences = self.report, data.sequences
+        report.sequences, report.sequences_with_end_token = len(sequences), sequences.ended
+        report.sequences_selected = len(train) if len(train) != len(sequences) else None
+        report.encoding = sequences.counts
         self._make_plan(train)
         for provider in self.providers:
             provider.check_plan(data)
@@ -147,8 +158,8 @@ class AlignmentData(lightning.LightningDataModule):
             provider.compute(data)
         if data.weights is not None:
             used = np.unique(data.members[data.members >= 0])
-            length = torch.from_numpy(data.sequences.length[used])
-            self.report.weights = weight_health(data.weights[used], length)._asdict()
+            length = torch.from_numpy(sequences.length[used])
+            report.weights = weight_health(data.weights[used], length)._asdict()
 
     def _choose_responses(self) -> None:
         """Decide which responses train."""
@@ -193,16 +204,6 @@ class AlignmentData(lightning.LightningDataModule):
         data.members = np.where(micro == ABSENT, ABSENT, units[data.plan.micro]).reshape(len(data.plan.micro), -1)
         self.fingerprint = sequences.content
 
-    def _report_sequences(self) -> None:
-        sequences, report = self.training_set.sequences, self.report
-        report.sequences, report.sequences_with_end_token = len(sequences), sequences.ended
-        report.encoding = sequences.counts
-
-    def _report_plan(self) -> None:
-        plan, report = self.training_set.plan, self.report
-        report.micro_batches, report.steps_per_epoch, report.plan = len(plan.micro), plan.steps, plan.hash
-        report.show(say)
-
     def batch(self, micro_batch: MicroBatch) -> Packed:
         """Return a micro-batch of the plan, with the divisors of its optimizer step."""
         data = self.training_set
@@ -244,7 +245,10 @@ class AlignmentData(lightning.LightningDataModule):
         ranks = Ranks.current()
         if self.rollout:
             assert self.trainer is not None
-            return RolloutLoader(self, self.trainer.lightning_module, self.rollout, ranks)
+            module: Any = self.trainer.lightning_module
+            loader = RolloutLoader(self.training_set, self.providers, self.rollout, module, self.position, ranks)
+            self._rollouts = loader
+            return loader
         return PlanLoader(self.training_set.plan, self.batch, self.position, ranks)
 
     def transfer_batch_to_device(self, batch: Packed, device: torch.device, dataloader_idx: int) -> Packed:

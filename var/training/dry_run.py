@@ -22,7 +22,8 @@ def show(run: Run) -> None:
     say("The loss requires:")
     for requirement in run.data.requirements:
         name = type(requirement).__name__
-        say(f"  {name} {requirement.shape}, unit {requirement.unit}: {requirement.text} ({requirement.provider})")
+        unit = "" if requirement.unit == "-" else f" in {requirement.unit}"
+        say(f"  {name} {requirement.shape}{unit}: {requirement.text} ({requirement.provider})")
         if inputs := getattr(getattr(requirement, "estimator", None), "inputs", ()):
             say(f"    computed from {', '.join(inputs)}")
     if not run.data.requirements:
@@ -72,11 +73,12 @@ def show_memory(run: Run) -> None:
     states, states_size = f"optimizer ({kept})", trained * per_parameter / shards
     on_host = copies and optimizer.device == "cpu"
     stored = config.hidden_size * layers if run.pretrained.gradient_checkpointing else layer * layers
+    checkpointing = f"gradient checkpointing {'on' if run.pretrained.gradient_checkpointing else 'off'}"
     parts = {
         "weights": weights / shards,
         "gradients": trained * width / shards,
         **({} if on_host else {states: states_size}),
-        f"activations (estimate, {tokens:,} tokens)": tokens * stored * half,
+        f"activations (estimate, {tokens:,} tokens, {checkpointing})": tokens * stored * half,
         "logits (one chunk)": 3 * 256 * config.vocab_size * 4,
     }
     checkpoint, export = trained * (width + per_parameter), parameters * model.dtype.itemsize
@@ -98,7 +100,14 @@ def show_memory(run: Run) -> None:
     requirements = run.data.requirements
     runs_reference = find(requirements, Rollout) and find(requirements, ReferenceLogps)
     copy = "the same weights, with the adapter off" if run.adapter is not None else "a second copy of the weights"
-    say("  reference: " + (copy if cfg.reference == "live" or runs_reference else "none, its numbers are cached"))
+    say(
+        "  reference: "
+        + (
+            copy
+            if cfg.reference == "live" or runs_reference
+            else "not loaded in training; its numbers come from the annotation cache"
+        )
+    )
 
 
 def show_row(run: Run) -> None:

@@ -56,9 +56,8 @@ class AlignmentModule(TrainingHooks):
     def training_step(self, batch: Packed, _: int) -> Tensor:
         """Return this micro-batch's part of the optimizer step's loss.
 
-        The loss divides by totals of the complete optimizer step, so parts add up. Lightning takes a mean over ranks
-        and accumulated micro-batches; multiplying by the constants that it divides by turns the mean back into a sum,
-        in a short last step too.
+        The loss divides by totals of the complete optimizer step, so parts add up. Lightning divides by the numbers of
+        ranks and of accumulated micro-batches. Multiplying by both constants makes it a sum, also in a short last step.
         """
         with torch.no_grad():
             for provider in self.providers:
@@ -67,10 +66,14 @@ class AlignmentModule(TrainingHooks):
         if isinstance(outputs, tuple):
             outputs, batch = outputs[0], replace(batch, values=outputs[1])
         loss, metrics = self.loss(outputs, with_sampling_policy(batch, outputs))
+        # The logged mean over micro-batches is the step's loss again. A reward model has no target tokens.
         divisor = batch.global_tokens if len(batch.target) else batch.global_sequences
         metrics["loss"] = Mean(loss.detach() * divisor, float(len(outputs)))
         if batch.padding:  # it keeps the ranks in step and counts for nothing
-            loss, metrics = loss * 0.0, {name: Mean(total * 0.0, 0.0) for name, (total, _) in metrics.items()}
+            loss, metrics = (
+                loss * 0.0,
+                {name: Mean(torch.zeros_like(total), 0.0) for name, (total, _) in metrics.items()},
+            )
         self.record(metrics)
         self._window.append((batch.ids, loss.detach()))
         return loss * self.trainer.world_size * self.trainer.accumulate_grad_batches

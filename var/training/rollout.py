@@ -1,25 +1,45 @@
 """Rollouts: the policy answers prompts while it trains, and its rewarded responses are the next batches."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from var.annotate.base import Provider, TrainingSet
+from var.data.chat import Chat
 from var.data.plan import MicroBatch
 from var.data.rows import Row
 from var.losses.base import Mean
 from var.models.packing import Packed, pack
 from var.requirements import Rollout
 from var.rewards.base import compute_scores
+from var.sampling.base import Sampling
 from var.utils.console import timed
 from var.utils.distributed import Ranks
 from var.utils.errors import UserError
 
-Responses = Sequence[Sequence[tuple[list[int], bool]]]  # for each prompt K (tokens, whether it is finished)
+SampledTokens = Sequence[Sequence[tuple[list[int], bool]]]  # for each prompt K (tokens, whether it is finished)
+
+
+class PolicyModule(Protocol):
+    """What a rollout uses of the training module."""
+
+    policy: Any
+    """The policy."""
+    device: Any
+    """Its device."""
+
+    def generate(self, chat: Chat, prompts: Sequence[list[int]], sampling: Sampling) -> SampledTokens:
+        """Return K (tokens, finished) for each encoded prompt, sampled from the policy as it is now."""
+        ...
+
+    def record(self, metrics: Mapping[str, Mean]) -> None:
+        """Add to the metrics of the step."""
+        ...
 
 
 class RolloutLoader:
@@ -28,20 +48,32 @@ class RolloutLoader:
     A run that is resumed within a rollout samples that rollout again, from the policy of the checkpoint.
     """
 
-    def __init__(self, data: Any, module: Any, settings: Rollout, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        data: TrainingSet,
+        providers: Sequence[Provider[Any]],
+        settings: Rollout,
+        module: PolicyModule,
+        position: Callable[[int], tuple[int, int]],
+        ranks: Ranks,
+    ) -> None:
         """Build the loader.
 
         Args:
-            data: the data module, with `training_set`, `providers` and `position`.
-            module: the training module, with `policy`, `generate` and `record`.
+            data: the training set, with the plan of prompts.
+            providers: the providers of the loss's requirements.
             settings: how often the policy is sampled.
+            module: the training module.
+            position: returns the epoch and the micro-batch to start from.
             ranks: this process among those of the job.
         """
-        self.data, self.module, self.settings, self.ranks = data, module, settings, ranks
-        self.plan = data.training_set.plan
+        self.data, self.providers, self.settings, self.module = data, providers, settings, module
+        self.position, self.ranks, self.plan = position, ranks, data.plan
+        self.seconds = 0.0
+        """Spent on rollouts."""
 
     def __len__(self) -> int:
-        return self.plan.length(self.ranks.world) * self.settings.passes  # type: ignore[no-any-return]
+        return self.plan.length(self.ranks.world) * self.settings.passes
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing, as `PlanLoader` does."""
@@ -51,7 +83,7 @@ class RolloutLoader:
         """Do nothing; see `state_dict`."""
 
     def __iter__(self) -> Iterator[Packed]:
-        epoch, start = self.data.position(len(self))
+        epoch, start = self.position(len(self))
         micro_batches = list(self.plan.batches(epoch, self.ranks.rank, self.ranks.world))
         per_step = self.plan.window // self.ranks.world
         size = per_step * self.settings.steps
@@ -68,7 +100,7 @@ class RolloutLoader:
     def sample_batches(self, micro_batches: Sequence[MicroBatch], seed: int) -> list[Packed]:
         """Return the batches: prompts with K sampled responses each, rewards, and what the loss requires."""
         started = time.perf_counter()
-        data, module = self.data.training_set, self.module
+        data, module = self.data, self.module
         annotator, seconds = data.annotator, data.annotator.seconds
         members = [data.members[micro_batch.number] for micro_batch in micro_batches]
         members = [rows[rows >= 0] for rows in members]
@@ -94,12 +126,12 @@ class RolloutLoader:
         with timed(seconds, "Reference log-probabilities"), annotator.reference.precision():
             batches = [self._annotate(batch) for batch in batches]
         self._record(micro_batches, ends, rewards, responses)
-        self.data.seconds_of_rollouts += time.perf_counter() - started
+        self.seconds += time.perf_counter() - started
         return batches
 
-    def _rewards(self, rows: Sequence[Row], responses: Responses) -> torch.Tensor:
+    def _rewards(self, rows: Sequence[Row], responses: SampledTokens) -> torch.Tensor:
         """Return [P, K] rewards on the run's scale."""
-        data = self.data.training_set
+        data = self.data
         decode = data.annotator.chat.tokenizer.decode
         triples = [
             (row.prompt, decode(tokens, skip_special_tokens=True), row.answer)
@@ -127,12 +159,12 @@ class RolloutLoader:
     def _annotate(self, batch: Packed) -> Packed:
         """Return the batch with what the loss requires of the reference and of the sampling policy."""
         reference = self.data.annotator.reference
-        for provider in self.data.providers:
+        for provider in self.providers:
             batch = provider.at_rollout(batch, self.module.policy, reference)
         return batch
 
     def _record(
-        self, micro_batches: Sequence[MicroBatch], ends: list[int], rewards: torch.Tensor, responses: Responses
+        self, micro_batches: Sequence[MicroBatch], ends: list[int], rewards: torch.Tensor, responses: SampledTokens
     ) -> None:
         """Record reward, length and truncation of the rollout. A padding batch is counted where it trains."""
         measured = [

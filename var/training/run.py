@@ -206,7 +206,10 @@ class Run:
         )
 
     def _validation(self) -> Validation | PairAccuracy:
-        cfg = self.cfg
+        cfg, sampling = self.cfg, Sampling(**self.cfg.eval.sampling)
+        if cfg.eval.judge and not isinstance(cfg.eval.judge, DictConfig):
+            name = cfg.eval.judge
+            raise UserError(f"eval.judge={name} must be a judge's configuration. Write +judge@eval.judge={name}.")
         judge = instantiate(cfg.eval.judge) if cfg.eval.judge else None
         if judge:
             judge.check()
@@ -216,7 +219,7 @@ class Run:
             return PairAccuracy()
         reward = instantiate(cfg.eval.reward) if cfg.eval.reward else None
         return Validation(
-            Sampling(**cfg.eval.sampling), cfg.eval.every_n_steps, reward, judge, cfg.eval.judged, self.annotator,
+            sampling, cfg.eval.every_n_steps, reward, judge, cfg.eval.judged, self.annotator,
             self.folder,
         )  # fmt: skip
 

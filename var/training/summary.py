@@ -59,7 +59,8 @@ def facts(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if "zero_variance_groups" in data and (summary["ess"] is not None or "advantages" not in data):
         yield "zero-variance groups", f"{data['zero_variance_groups']} of {data['groups']}"
     seconds = summary["seconds"]
-    yield "annotation, training, evaluation", " + ".join(f"{time:.0f} s" for time in seconds.values())
+    digits = 0 if sum(seconds.values()) > 10 else 1
+    yield "annotation, training, evaluation", " + ".join(f"{time:.{digits}f} s" for time in seconds.values())
     stages = {name.lower(): time for name, time in summary.get("seconds_of_stages", {}).items() if time >= 0.5}
     for name, time in sorted(stages.items(), key=lambda item: -item[1]):
         yield f"  of which {name}", f"{time:.0f} s, {time / sum(seconds.values()):.0%}"

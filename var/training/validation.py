@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from var.annotate.annotator import Annotator
-from var.annotate.responses import Texts, sample_responses
+from var.annotate.responses import sample_responses
 from var.annotate.sequence_scores import ProvideSequenceScores
 from var.evaluate.answers import Answers, divergence, samples, score_answers, win_rate
 from var.evaluate.judges.base import Judge, Pair, compute_rates, explain_missing_rate
@@ -20,7 +20,7 @@ from var.models.policy import gather_parameters
 from var.models.value_head import unwrap_value_head
 from var.rewards.base import Reward, check_answers
 from var.rewards.scale import Scale
-from var.sampling.base import Sampling, decode
+from var.sampling.base import Sampling, Texts, decode
 from var.training.datamodule import AlignmentData
 from var.training.loggers import is_logged, log
 from var.training.metrics import step_metrics

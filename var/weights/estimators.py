@@ -2,7 +2,7 @@
 
 An estimator is a frozen dataclass. Its call maps the data set's numbers (`WeightInputs`) and λ to log-weights in
 float64; -inf means that a sequence does not train. `inputs` names the fields that it reads besides the rewards.
-`planned` says whether a weight depends on the micro-batch, so that micro-batches must be fixed first. No estimator
+`needs_plan` says whether a weight depends on the micro-batch, so that micro-batches must be fixed first. No estimator
 sees θ or holds a gradient.
 
 `compute_weights` divides by the data set's mean weight, once. Then w ≡ 1 is SFT, and learning rate, clipping and loss
@@ -28,20 +28,22 @@ from var.weights.prompt_values import prompt_values
 ROUNDING = 2**20 * torch.finfo(torch.float64).eps
 
 
-def compute_weights(weights: Weights, inputs: WeightInputs) -> Tensor:
+def compute_weights(requirement: Weights, inputs: WeightInputs) -> Tensor:
     """Return [n] float64 weights of mean 1 over the responses that train, and 0 for the others."""
-    log_weights = normalize_log_weights(weights.estimator(inputs, scale_temperature(weights, inputs)))
-    found = log_weights.exp()
-    small = (found < weights.min_weight) | ((found == 0) & (log_weights > -torch.inf))
-    if small.any() and not weights.estimator.planned:  # a weight that underflows to 0 does not train either
-        found = normalize_log_weights(found.masked_fill(small, 0.0).log()).exp()
-    return found
+    estimator = requirement.estimator
+    log_weights = normalize_log_weights(estimator(inputs, scale_temperature(requirement, inputs)))
+    weights = log_weights.exp()
+    # Below the minimum, or so small that exp rounds it to 0.
+    small = (weights < requirement.min_weight) | ((weights == 0) & (log_weights > -torch.inf))
+    if small.any() and not estimator.needs_plan:  # micro-batches that are already fixed keep all their responses
+        weights = normalize_log_weights(weights.masked_fill(small, 0.0).log()).exp()
+    return weights
 
 
-def scale_temperature(weights: Weights, inputs: WeightInputs) -> float:
+def scale_temperature(requirement: Weights, inputs: WeightInputs) -> float:
     """Return λ in units of the reward. Raise UserError if its unit, a standard deviation, is absent, 0 or noise."""
-    if weights.temperature_unit == "reward":
-        return weights.temperature
+    if requirement.temperature_unit == "reward":
+        return requirement.temperature
     sigma = within_prompt_std(inputs.rewards, inputs.group)
     if not sigma:
         raise UserError(
@@ -58,7 +60,7 @@ def scale_temperature(weights: Weights, inputs: WeightInputs) -> float:
             f"rounding error for rewards of size {size:.3g}. Use other prompts or another reward, or set "
             "loss.temperature_unit=reward."
         )
-    return weights.temperature * sigma
+    return requirement.temperature * sigma
 
 
 def normalize_log_weights(log_weights: Tensor) -> Tensor:
@@ -91,12 +93,13 @@ class InBatch:
 
     reduction: Literal["mean", "sum", "none"] = "mean"
     """How log π_ref(y_j|x_i) is reduced over response tokens. `sum` is the literal reading: the shortest response takes
-    the micro-batch whatever its reward (docs/method.md). `mean` is the paper's method made usable. `none` omits π_ref.
+    the micro-batch whatever its reward (docs/method.md). `mean` averages over tokens, so that length does not decide.
+    `none` omits π_ref.
     """
     reference: Literal["cross", "own"] = "cross"
     """`cross` for log π_ref(y_j|x_i), `own` for log π_ref(y_j|x_j), which the paper's times fit."""
 
-    planned: ClassVar[bool] = True
+    needs_plan: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.reduction not in ("mean", "sum", "none") or self.reference not in ("cross", "own"):
@@ -113,7 +116,7 @@ class InBatch:
 
     def __call__(self, inputs: WeightInputs, temperature: float) -> Tensor:
         """Return [n] log-weights; -inf for a sequence that is in no micro-batch."""
-        micro, rewards = inputs.get("micro"), inputs.get("cross_rewards")
+        micro, rewards = inputs.get("micro"), inputs.get("cross_rewards")  # [M, B] and [M, B, B]
         present = micro >= 0
         micro = micro.clamp(min=0)
         logps = torch.zeros_like(rewards)
@@ -136,12 +139,12 @@ class InBatch:
 class Grouped:
     """K · softmax of r/λ over the prompt's own K responses. A pair gives 2σ(Δr/λ)."""
 
-    drop_zero_variance: bool = False
+    drop_zero_variance: bool
     """Whether groups whose rewards are all equal do not train. Otherwise each of their weights is 1, which is a step of
     SFT whatever the responses are worth. A group of one response is of this kind.
     """
 
-    planned: ClassVar[bool] = False
+    needs_plan: ClassVar[bool] = False
     inputs: ClassVar[tuple[str, ...]] = ()
 
     def __call__(self, inputs: WeightInputs, temperature: float) -> Tensor:
@@ -166,7 +169,7 @@ class Prompt:
     drop_zero_variance: bool = False
     """Whether groups whose rewards are all equal do not train."""
 
-    planned: ClassVar[bool] = False
+    needs_plan: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not self.kappa > 0:
@@ -209,7 +212,7 @@ class Value:
     so the largest weight ends above the cap.
     """
 
-    planned: ClassVar[bool] = False
+    needs_plan: ClassVar[bool] = False
     inputs: ClassVar[tuple[str, ...]] = ("features",)
 
     def __post_init__(self) -> None:
@@ -228,12 +231,12 @@ class Sampled:
 
     candidates: int = 8
     """K."""
-    seed: int = 1
+    seed: int = 1000
     """The seed of the candidates. It must differ from the data's, or a sampled response would be in its own Z(x)."""
     cap: float | None = 5.0
     """The largest weight over the mean weight, as in `Value`; None for no cap."""
 
-    planned: ClassVar[bool] = False
+    needs_plan: ClassVar[bool] = False
     inputs: ClassVar[tuple[str, ...]] = ("candidates",)
 
     def __post_init__(self) -> None:
@@ -253,7 +256,7 @@ class Sampled:
 class Global:
     """exp(r/λ) over its mean on the data set: reward-weighted regression. The control: easy prompts dominate."""
 
-    planned: ClassVar[bool] = False
+    needs_plan: ClassVar[bool] = False
     inputs: ClassVar[tuple[str, ...]] = ()
 
     def __call__(self, inputs: WeightInputs, temperature: float) -> Tensor:
