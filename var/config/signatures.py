@@ -8,7 +8,6 @@ falls back to `imported`. An annotation that needs an import is Any, which accep
 import abc
 import ast
 import builtins
-import copy
 import dataclasses
 import functools
 import importlib.util
@@ -126,18 +125,29 @@ def _default(value: ast.expr) -> Any:
 
 
 def _initializer(node: ast.FunctionDef, module: Module) -> Any:
-    """Define an `__init__` with the same parameters and no body."""
-    node, scope = copy.deepcopy(node), dict[str, Any]()
-    arguments = [argument for argument in ast.walk(node.args) if isinstance(argument, ast.arg)]
-    hints = {argument.arg: _hint(argument.annotation, module) for argument in arguments}
-    for argument in arguments:
-        argument.annotation = None
-    node.args.defaults = [NONE for _ in node.args.defaults]
-    node.args.kw_defaults = [default and NONE for default in node.args.kw_defaults]
-    node.body, node.returns = [ast.Pass()], None
-    exec(ast.unparse(node), scope)
-    scope["__init__"].__annotations__ = hints
-    return scope["__init__"]
+    """Return an `__init__` with the same signature and no body."""
+    of, positional = node.args, [*node.args.posonlyargs, *node.args.args]
+    first_default = len(positional) - len(of.defaults)
+    parameters = list[Parameter]()
+
+    def add(argument: ast.arg | None, kind: Any, default: bool = False) -> None:
+        if argument is not None:
+            hint, value = _hint(argument.annotation, module), None if default else Parameter.empty
+            parameters.append(Parameter(argument.arg, kind, annotation=hint, default=value))
+
+    for place, argument in enumerate(positional):
+        only = place < len(of.posonlyargs)
+        kind = Parameter.POSITIONAL_ONLY if only else Parameter.POSITIONAL_OR_KEYWORD
+        add(argument, kind, default=place >= first_default)
+    add(of.vararg, Parameter.VAR_POSITIONAL)
+    for argument, value in zip(of.kwonlyargs, of.kw_defaults, strict=True):
+        add(argument, Parameter.KEYWORD_ONLY, default=value is not None)
+    add(of.kwarg, Parameter.VAR_KEYWORD)
+
+    def __init__(*_: Any, **__: Any) -> None: ...
+
+    __init__.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return __init__
 
 
 def _hint(annotation: ast.expr | None, module: Module) -> Any:
@@ -149,21 +159,29 @@ def _hint(annotation: ast.expr | None, module: Module) -> Any:
 
 
 def _evaluate(node: ast.expr, module: Module) -> Any:
-    return eval(ast.unparse(node), {"__builtins__": {}}, _Names(module))
+    """Return the value of an annotation, base or decorator made of known types. Nothing else is evaluated."""
+    match node:
+        case ast.Constant(value=value):
+            return value
+        case ast.Name(id=name):
+            return _look_up(name, module)
+        case ast.Attribute(value=ast.Name(id="abc" | "dataclasses" | "typing" as name), attr=attribute):
+            return getattr(_look_up(name, module), attribute)
+        case ast.Subscript(value=of, slice=ast.Tuple(elts=parts)):
+            return _evaluate(of, module)[tuple(_evaluate(part, module) for part in parts)]
+        case ast.Subscript(value=of, slice=part):
+            return _evaluate(of, module)[_evaluate(part, module)]
+        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+            return _evaluate(left, module) | _evaluate(right, module)
+    return Any
 
 
-class _Names(dict[str, Any]):
-    """The values of a module's names: known types, and aliases of these. The value of any other name is Any."""
-
-    def __init__(self, module: Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def __missing__(self, name: str) -> Any:
-        if name in KNOWN and isinstance(self.module.names.get(name), ast.ImportFrom | None):
-            return KNOWN[name]
-        try:
-            node, home = _find(f"{self.module.name}.{name}")
-            return _evaluate(node.value, home)
-        except Exception:  # not an alias
-            return Any
+def _look_up(name: str, module: Module) -> Any:
+    """Return the value of a module's name: a known type, or an alias of known types. The value of any other is Any."""
+    if name in KNOWN and isinstance(module.names.get(name), ast.ImportFrom | None):
+        return KNOWN[name]
+    try:
+        node, home = _find(f"{module.name}.{name}")
+        return _evaluate(node.value, home)
+    except Exception:  # not an alias
+        return Any
