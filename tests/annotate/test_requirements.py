@@ -102,7 +102,7 @@ def test_provider_must_have_a_dotted_name():
     class Nameless(Requirement):
         provider = "ProvideNothing"
 
-    with pytest.raises(UserError, match=r"^Nameless\.provider=\'\' cannot be imported"):
+    with pytest.raises(UserError, match=r"^Nameless\.provider='ProvideNothing' cannot be imported"):
         make_providers((Nameless(),))
 
 
