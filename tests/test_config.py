@@ -141,7 +141,7 @@ def test_unclear_source_is_imported(imports: bool) -> None:
     with pytest.raises(UserError, match=r"part\.numerater: nothing reads this key; did you mean numerator"):
         check(OmegaConf.create({"part": {"_target_": "fractions.Fraction", "numerater": 1}}), {}, imports)
     for name in ("var.losses.var.VARR", "var.nothing.VAR"):
-        with pytest.raises(UserError, match=f"_target_: {name} cannot be imported: "):
+        with pytest.raises(UserError, match=rf"_target_={name} cannot be imported \("):
             check(OmegaConf.create({"part": {"_target_": name}}), {}, imports)
 
 

@@ -136,7 +136,7 @@ def test_the_papers_size_passes_the_dry_run(item: str, tmp_path: Path, capsys: p
     cfg = composed(f"experiment={item}", "dry=true", "trainer.accelerator=gpu", f"annotation_cache={tmp_path}")
     # the paper has no run for its appendix, and this project's has one device
     devices = cfg.trainer.devices = 1 if item.startswith("appendix") else CARDS.get(cfg.model.name, 4)
-    dry.memory(Run.compose(cfg, tmp_path))
+    dry.show_memory(Run.compose(cfg, tmp_path))
     printed = capsys.readouterr().out
     assert f"({devices} in all" in printed
     assert 0 < float(printed.split("together: ")[1].split(" GiB")[0]) < 75

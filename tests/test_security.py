@@ -81,7 +81,7 @@ def test_pickled_adapter_is_an_error(tiny_folder: Path, tmp_path: Path, made: Pa
     pickle_weights(tmp_path / "a", made, "adapter_model.bin")
     model = pretrained(tmp_path / "a", tmp_path)
     for ask in (lambda: model.weights, model.load, lambda: Classifier(path=str(tmp_path / "a")).identity):
-        with pytest.raises(UserError, match=r"pickled weights are not read|is an adapter for CAUSAL_LM"):
+        with pytest.raises(UserError, match=r"pickled weights are not read|an adapter for CAUSAL_LM"):
             ask()
 
 
@@ -434,7 +434,7 @@ def test_checkpoint_is_not_unpickled(tiny_folder: Path, tmp_path: Path, made: Pa
     ]  # fmt: skip
     done = run("train.py", *options, **force)
     assert done.returncode == 1, done.stdout
-    assert f"Error: resume={tmp_path}/evil.ckpt is no checkpoint of a run: it is damaged, or a pickle" in done.stderr
+    assert f"Error: resume={tmp_path}/evil.ckpt is not a checkpoint of a run: it is damaged, or a pickle" in done.stderr
 
 
 def test_metadata_of_sharded_checkpoint_is_not_unpickled(tmp_path: Path, made: Path) -> None:
@@ -447,7 +447,7 @@ def test_metadata_of_sharded_checkpoint_is_not_unpickled(tmp_path: Path, made: P
     checkpoint.save(state, checkpoint_id=str(tmp_path / "good"), no_dist=True)
     check_checkpoint(tmp_path / "good")
     (tmp_path / "good" / ".metadata").write_bytes(pickle.dumps(Bait(made)))
-    with pytest.raises(UserError, match=r"good is no checkpoint of a run: it is damaged, or a pickle"):
+    with pytest.raises(UserError, match=r"good is not a checkpoint of a run: it is damaged, or a pickle"):
         check_checkpoint(tmp_path / "good")
 
 

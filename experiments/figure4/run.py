@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 from hydra import compose, initialize_config_dir
 
-from var.annotate.annotator import add_responses
+from var.annotate.reference_logps import cached_cross_logps
+from var.annotate.responses import add_responses, sample_responses
+from var.annotate.rewards import cross_rewards, score_candidates
 from var.config.check import FOLDER
 from var.config.entry import run_command
 from var.data.rows import Rows, read
@@ -37,12 +39,12 @@ def score_pairs(run: Run, rows: Rows, texts: list[list[tuple[str, bool]]], k: in
     A column is the k-th response of a prompt, a row the prompt under which it is scored.
     """
     annotator = run.annotator
-    answered, _ = add_responses(rows, [[responses[k]] for responses in texts], annotator.cache)
+    answered = add_responses(rows, [[responses[k]] for responses in texts], annotator.cache)
     chosen = choose(answered, "all")
     sequences = encode(answered, chosen, annotator.chat, 1024, "error", False, annotator.cache)
     micro = np.arange(len(sequences))[None]
-    logps = annotator.cross_logps(sequences, micro)[0] / sequences.length
-    return logps, annotator.cross_rewards(answered, sequences, micro)[0]
+    logps = cached_cross_logps(annotator, sequences, micro)[0] / sequences.length
+    return logps, cross_rewards(annotator, answered, sequences, micro)[0]
 
 
 def measure(logps: np.ndarray, rewards: np.ndarray, candidates: np.ndarray, seed: int) -> Iterator[dict[str, Any]]:
@@ -96,9 +98,9 @@ def main() -> None:
     with initialize_config_dir(FOLDER, version_base="1.3"):
         run = Run.compose(compose("train", [*DEFAULTS, *overrides]), options.folder)
     run.annotator.check()
-    rows, sampling = read(run.data.source, run.annotator.cache).head(PROMPTS), run.data.sampling
-    texts = run.annotator.sampled(rows, sampling)
-    raw = run.annotator.candidates(rows, sampling)
+    rows, sampling = read(run.data.source, run.annotator.cache).head(PROMPTS), run.data.training_set.sampling
+    texts = sample_responses(run.annotator, rows, sampling)
+    raw = score_candidates(run.annotator, rows, sampling)
     kept = [i for i, responses in enumerate(texts) if all(text.strip() for text, _ in responses[:ANSWERS])]
     say(f"{len(kept)} of {len(rows)} prompts. The others have an empty response among the first {ANSWERS}.")
     rows, texts, raw = rows.select(np.array(kept)), [texts[i] for i in kept], raw[kept]

@@ -147,7 +147,7 @@ def test_adapter_of_a_reward_model_scores_as_in_peft(tiny_folder: Path, tmp_path
 
 
 def test_adapter_of_a_language_model_is_rejected_as_reward(folder: Path, tmp_path: Path):
-    with pytest.raises(UserError, match="is an adapter for CAUSAL_LM, and a reward model's is for SEQ_CLS"):
+    with pytest.raises(UserError, match="an adapter for CAUSAL_LM\. Choose an adapter of a reward model, for SEQ_CLS"):
         Classifier(path=str(folder), cache=str(tmp_path)).identity  # noqa: B018
 
 

@@ -140,7 +140,7 @@ def test_checkpoint_of_other_weights_is_rejected(options: list[str], tiny_folder
     more = (*MORE, "loss=sft", "trainer.max_steps=2")
     fit(options, tmp_path / "run", *more)
     other = saved(tmp_path / "other", tiny_model(seed=9))
-    with pytest.raises(UserError, match=r"the checkpoint goes on from weights \w+ and model\.path holds \w+"):
+    with pytest.raises(UserError, match=r"the checkpoint was made from weights \w+, and model\.path holds \w+"):
         fit(options, tmp_path / "run", *more, f"model.path={other}")
 
 
@@ -180,7 +180,7 @@ def test_exported_model_is_the_trained_one(train: Any, tiny_folder: Path, tmp_pa
     done, _ = train("loss=dpo", f"init={merged}", "trainer.max_steps=1")
     assert done.returncode == 0, done.stderr
     done, _ = train("loss=dpo", f"init={apart}", "adapter.merge=false")
-    assert "is one itself; start from what adapter.merge=true exported" in done.stderr
+    assert "is an adapter itself. Start from a model that was exported" in done.stderr
 
 
 def test_reward_model_trains_with_an_adapter(options: list[str], tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_reward_model_trains_with_an_adapter(options: list[str], tmp_path: Path)
     scores = reward([prompt, prompt], ["abz", "a longer onez"], [None, None])
     assert len(set(scores)) == 2
     done = command("train.py", *more, *MORE, "loss=bradley_terry", "adapter.merge=false")
-    assert "a reward model's head is no part of its adapter" in done.stderr
+    assert "a reward model's head is not part of its adapter" in done.stderr
 
 
 @pytest.mark.long
@@ -264,8 +264,8 @@ def test_quantized_model_rejects_full_training_and_fsdp(wide_folder: Path, tmp_p
     )  # fmt: skip
     done = command("train.py", *own, "model.quantization=nf4", "strategy=fsdp")
     assert done.returncode == 1
-    assert "nf4 weights stand still; train adapter=lora on them" in done.stderr
-    assert "fsdp shards no quantised weights" in done.stderr
+    assert "nf4 weights are frozen; set adapter=lora to train on top of them" in done.stderr
+    assert "fsdp does not shard quantized weights" in done.stderr
     done = command("train.py", *own, "model.quantization=int4", "adapter=lora")
     assert "expected nf4 or fp4 or int8 or null, got 'int4'" in done.stderr
 
@@ -280,7 +280,7 @@ def test_32b_in_4_bit_passes_the_dry_run(tmp_path: Path, capsys: pytest.CaptureF
         "data.global_batch=128", f"annotation_cache={tmp_path}",
     )  # fmt: skip
     run = Run.compose(cfg, tmp_path)
-    dry.memory(run)
+    dry.show_memory(run)
     output = capsys.readouterr().out
     assert "parameters: 32,763,876,352 in nf4" in output
     assert "trained: 134,217,728 of an adapter" in output

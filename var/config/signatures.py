@@ -113,6 +113,8 @@ def _build(node: ast.ClassDef, module: Module) -> Any:
 def _base(node: ast.expr, module: Module) -> Any:
     if isinstance(node, ast.Attribute) and (imported_module := ast.unparse(node.value)) in module.names:
         return _build(*_find(f"{_follow(imported_module, module)}.{node.attr}"))
+    if isinstance(node, ast.Subscript) and _evaluate(node.value, module) in (typing.Generic, typing.Protocol):
+        return object  # it does not change the constructor
     base = _evaluate(node, module)
     return _build(*_find(f"{module.name}.{ast.unparse(node)}")) if base is Any else base
 
