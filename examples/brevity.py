@@ -22,7 +22,7 @@ class Brevity:
             raise UserError(f"reward.words: expected an integer of at least 1, got {self.words}.")
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """Return what the numbers depend on, for the cache key. Increase `version` when the code below changes."""
         return {"program": "brevity", "version": 1, "words": self.words}
 

@@ -35,6 +35,6 @@ class Questions:
             raise ValueError("no answer after the question. Separate the cells by tabs.")
         return Row(id=where, prompt=parse_prompt(question), responses=tuple(Response(text=a) for a in answers))
 
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """Return what the rows depend on. If it changes, the file is read again."""
         return {"adapter": "examples.questions", "sha256": sha256(Path(self.path).read_bytes()).hexdigest()}

@@ -46,7 +46,7 @@ class Distinct:
     """A reward in [0, 1]: the fraction of distinct characters."""
 
     scores_text = True
-    identity = {"program": "distinct"}  # noqa: RUF012
+    fingerprint = {"program": "distinct"}  # noqa: RUF012
 
     def __call__(self, prompts: Any, responses: list[str], answers: Any) -> list[float]:
         return [len(set(text)) / max(8, len(text)) for text in responses]

@@ -139,7 +139,7 @@ def test_the_papers_size_passes_the_dry_run(item: str, tmp_path: Path, capsys: p
     dry.show_memory(Run.compose(cfg, tmp_path))
     printed = capsys.readouterr().out
     assert f"({devices} in all" in printed
-    assert 0 < float(printed.split("together: ")[1].split(" GiB")[0]) < 75
+    assert 0 < float(printed.split("in total: ")[1].split(" GiB")[0]) < 75
 
 
 def test_the_overview_has_every_item_and_its_state() -> None:

@@ -67,7 +67,7 @@ def pickle_weights(folder: Path, made: Path, name: str = "pytorch_model.bin") ->
 def test_model_with_pickled_weights_is_an_error(tmp_path: Path, made: Path) -> None:
     model = pretrained(pickle_weights(saved(tmp_path / "m"), made), tmp_path)
     with pytest.raises(UserError, match=r"m contains no \.safetensors file, and pickled weights are not read"):
-        _ = model.identity
+        _ = model.fingerprint
     for load in (model.load, model.load_scorer):
         with pytest.raises(OSError, match="safetensors"):
             load()
@@ -80,7 +80,7 @@ def test_pickled_adapter_is_an_error(tiny_folder: Path, tmp_path: Path, made: Pa
     save_lora(tmp_path / "a", tiny_folder)
     pickle_weights(tmp_path / "a", made, "adapter_model.bin")
     model = pretrained(tmp_path / "a", tmp_path)
-    for ask in (lambda: model.weights, model.load, lambda: Classifier(path=str(tmp_path / "a")).identity):
+    for ask in (lambda: model.weights, model.load, lambda: Classifier(path=str(tmp_path / "a")).fingerprint):
         with pytest.raises(UserError, match=r"pickled weights are not read|an adapter for CAUSAL_LM"):
             ask()
 
@@ -91,7 +91,7 @@ def test_pickled_reward_model_is_an_error(tmp_path: Path, made: Path) -> None:
     folder = saved(tmp_path / "rm", LlamaForSequenceClassification(tiny_config(num_labels=1, pad_token_id=0)))
     reward = Classifier(path=str(pickle_weights(folder, made)), cache=str(tmp_path))
     with pytest.raises(UserError, match=r"contains no \.safetensors file, and pickled weights are not read"):
-        _ = reward.identity
+        _ = reward.fingerprint
     with pytest.raises(OSError, match="safetensors"):
         reward([[{"role": "user", "content": "a"}]], ["b"], [None])
 
@@ -406,7 +406,7 @@ def test_user_is_not_asked_to_trust_code(tmp_path: Path, made: Path, monkeypatch
     folder = save_with_code(tmp_path / "m", made, "evil")
     for load in (
         pretrained(folder, tmp_path).load, pretrained(folder, tmp_path).build_meta,
-        lambda: Classifier(path=str(folder), cache=str(tmp_path)).identity,
+        lambda: Classifier(path=str(folder), cache=str(tmp_path)).fingerprint,
         lambda: Classifier(path=str(folder), cache=str(tmp_path))([[{"role": "user", "content": "a"}]], ["b"], [None]),
     ):  # fmt: skip
         with pytest.raises(UserError, match="contains its own code"):

@@ -88,7 +88,7 @@ def cache_validation_responses(folder: Path) -> None:
         subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
         shutil.rmtree(folder / "runs")
         for table in list((folder / "filling" / "responses").iterdir()):  # keep those of the evaluation's seed
-            if json.loads((table / "identity.json").read_text())["sampling"]["seed"] != 1000003:
+            if json.loads((table / "fingerprint.json").read_text())["sampling"]["seed"] != 1000003:
                 shutil.rmtree(table)
         (folder / "filling").rename(folder / "cache")
 

@@ -87,15 +87,15 @@ def test_kernel_is_part_of_the_identity_in_low_precision(kernel, tiny_folder, tm
         (plain, None, True), (plain, torch.bfloat16, False), (replace(plain, dtype="bfloat16"), None, False),
     ):  # fmt: skip
         one, other = (FrozenModel(some, "cpu", autocast) for some in (files, replace(files, **kernel)))
-        assert (one.identity == other.identity) is same
+        assert (one.fingerprint == other.fingerprint) is same
 
 
 def test_identity_depends_on_autocast_but_not_on_the_name(tiny_folder, tmp_path):
     plain = pretrained(tiny_folder, tmp_path)
-    identity = FrozenModel(plain, "cpu").identity
-    assert identity.items() >= plain.identity.items()
-    assert FrozenModel(plain, "cpu", torch.bfloat16).identity != identity
-    assert FrozenModel(replace(plain, name="other", attention="packed"), "cpu").identity == identity
+    fingerprint = FrozenModel(plain, "cpu").fingerprint
+    assert fingerprint.items() >= plain.fingerprint.items()
+    assert FrozenModel(plain, "cpu", torch.bfloat16).fingerprint != fingerprint
+    assert FrozenModel(replace(plain, name="other", attention="packed"), "cpu").fingerprint == fingerprint
 
 
 def test_identity_depends_on_the_tokenizer_but_not_its_padding(tiny_folder, tmp_path):
@@ -105,12 +105,12 @@ def test_identity_depends_on_the_tokenizer_but_not_its_padding(tiny_folder, tmp_
     content["normalizer"] = {"type": "Lowercase"}
     (folder / "tokenizer.json").write_text(json.dumps(content))
     one, other = (FrozenModel(pretrained(where, tmp_path), "cpu") for where in (tiny_folder, folder))
-    assert other.identity == {**one.identity, "tokenizer": other.identity["tokenizer"]}
-    assert other.identity["tokenizer"] != one.identity["tokenizer"]
+    assert other.fingerprint == {**one.fingerprint, "tokenizer": other.fingerprint["tokenizer"]}
+    assert other.fingerprint["tokenizer"] != one.fingerprint["tokenizer"]
     again = pretrained(tiny_folder, tmp_path)
     again.chat.tokenizer.pad_token = "<end>"
     again.chat.tokenizer(["a", "bcd"], padding=True, truncation=True, max_length=2)
-    assert again.identity == one.pretrained.identity
+    assert again.fingerprint == one.pretrained.fingerprint
 
 
 # --- sampled responses
@@ -137,7 +137,7 @@ class Elsewhere:
     def __init__(self) -> None:
         self.calls: list[str] = []
 
-    def identity(self, reference: FrozenModel) -> dict[str, Any]:
+    def fingerprint(self, reference: FrozenModel) -> dict[str, Any]:
         return {"sampler": "elsewhere"}
 
     def check(self) -> None:
@@ -163,7 +163,7 @@ def test_each_sampler_has_its_own_table_and_is_released(make):
     again = make(sampler=Elsewhere())
     assert sample_responses(again, rows, SAMPLING) == texts
     assert again.sampler.calls == ["release"]
-    assert sampling_fingerprint(one, SAMPLING) == {"sampler": "elsewhere", "sampling": SAMPLING.identity}
+    assert sampling_fingerprint(one, SAMPLING) == {"sampler": "elsewhere", "sampling": SAMPLING.fingerprint}
 
 
 def test_sampled_responses_become_rows_and_are_counted(make, tmp_path):

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.helpers.cache import IDENTITY, fill, flip, keys, open_table, shards, squares, values
+from tests.helpers.cache import FINGERPRINT, fill, flip, keys, open_table, shards, squares, values
 from var.annotate import cache as cache_module
 from var.annotate.cache import AnnotationCache, as_keys
 from var.utils.errors import UserError
@@ -41,13 +41,13 @@ def test_keys_that_end_in_zero_bytes_are_found(tmp_path):
 
 def test_each_identity_and_kind_has_its_own_table(tmp_path):
     """What the numbers depend on is hashed, nested values too, but not the order of names."""
-    identities = [{"weights": "a"}, {"weights": "b"}, {"weights": "a", "dtype": "bfloat16"}, {"weights": ["a"]}]
-    paths = [open_table(tmp_path, identity).path for identity in identities]
+    fingerprints = [{"weights": "a"}, {"weights": "b"}, {"weights": "a", "dtype": "bfloat16"}, {"weights": ["a"]}]
+    paths = [open_table(tmp_path, fingerprint).path for fingerprint in fingerprints]
     assert len(set(paths)) == 4
-    open_table(tmp_path, identities[0]).write(keys(1), [1.0])
-    assert open_table(tmp_path, identities[1]).missing(keys(1)).tolist() == [True]
+    open_table(tmp_path, fingerprints[0]).write(keys(1), [1.0])
+    assert open_table(tmp_path, fingerprints[1]).missing(keys(1)).tolist() == [True]
     assert open_table(tmp_path, {"a": 1, "b": 2}).path == open_table(tmp_path, {"b": 2, "a": 1}).path
-    other = AnnotationCache(tmp_path).table("features", IDENTITY, pa.float64())
+    other = AnnotationCache(tmp_path).table("features", FINGERPRINT, pa.float64())
     assert other.path.parent.name == "features"
     assert other.path.name != paths[0].name
 
@@ -55,7 +55,7 @@ def test_each_identity_and_kind_has_its_own_table(tmp_path):
 def test_identity_is_stored_next_to_the_numbers(tmp_path):
     table = open_table(tmp_path)
     table.write(keys(1), [1.0])
-    assert json.loads((table.path / "identity.json").read_text()) == {"format": 1, "kind": "rewards", "weights": "a"}
+    assert json.loads((table.path / "fingerprint.json").read_text()) == {"format": 1, "kind": "rewards", "weights": "a"}
 
 
 # --- reading
@@ -83,7 +83,7 @@ def test_missing_items_are_marked_and_reading_them_raises(tmp_path, monkeypatch)
 def test_values_are_read_with_64_bit_offsets(tmp_path):
     """In memory a table is one array, and 32-bit offsets would limit it to 2 GiB of text or 2^31 numbers."""
     kind = pa.list_(pa.struct([("text", pa.string()), ("tokens", pa.list_(pa.int32()))]))
-    table = AnnotationCache(tmp_path).table("responses", IDENTITY, kind)
+    table = AnnotationCache(tmp_path).table("responses", FINGERPRINT, kind)
     written = [[{"text": "a", "tokens": [1, 2]}], []]
     table.write(keys(1, 2), written)
     found = table.read(keys(1, 2))
@@ -95,7 +95,7 @@ def test_values_are_read_with_64_bit_offsets(tmp_path):
 @pytest.mark.long
 def test_table_can_hold_more_than_2_gib(tmp_path):
     """Needs 7 GiB of memory and 10 MiB of disk: each text repeats one character."""
-    table = AnnotationCache(tmp_path).table("responses", IDENTITY, pa.string())
+    table = AnnotationCache(tmp_path).table("responses", FINGERPRINT, pa.string())
     text, wanted = "x" * 2**20, keys(*range(2100))
     table.fill(wanted, lambda indices, _: [text] * len(indices), 300)
     assert table.read(wanted)[2099].as_py() == text
@@ -126,7 +126,7 @@ def test_shard_is_not_visible_before_it_is_complete(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", look)
     open_table(tmp_path).write(keys(1), [1.0])
-    assert found == [[True], [True]]  # identity.json, the shard
+    assert found == [[True], [True]]  # fingerprint.json, the shard
     assert reports == []
     assert values(open_table(tmp_path), [1]) == [1.0]
 

@@ -136,7 +136,7 @@ def test_concurrent_processes_fill_every_item(tmp_path, parts, ranks, seconds):
     assert_sound(tmp_path, items)
     assert not open_table(tmp_path).missing(keys(*items)).any()
     assert not list(tmp_path.rglob("*.partial"))
-    assert json.loads((open_table(tmp_path).path / "identity.json").read_bytes())["weights"] == "a"
+    assert json.loads((open_table(tmp_path).path / "fingerprint.json").read_bytes())["weights"] == "a"
     if ranks:
         assert len(open_table(tmp_path)) == 60  # none was computed twice
     else:
@@ -276,7 +276,7 @@ def test_disk_that_fills_at_any_step_loses_only_the_current_shard(tmp_path, monk
     assert isinstance(error.value.__cause__, OSError)
     monkeypatch.undo()
     assert len(list(table.path.glob("*.partial"))) == (not removable)
-    assert json.loads((table.path / "identity.json").read_text())["weights"] == "a"
+    assert json.loads((table.path / "fingerprint.json").read_text())["weights"] == "a"
     assert_sound(tmp_path, range(1, 6))
     assert fill(open_table(tmp_path), range(1, 6)) == [3, 4, 5]
 
@@ -293,7 +293,7 @@ def test_folder_that_vanishes_during_a_fill_is_made_again(tmp_path):
 
     assert table.fill(keys(1, 2, 3, 4), remove_and_compute, 2) == 4
     assert values(table, range(1, 5)) == [1, 4, 9, 16]
-    assert json.loads((table.path / "identity.json").read_bytes())["weights"] == "a"
+    assert json.loads((table.path / "fingerprint.json").read_bytes())["weights"] == "a"
     assert fill(open_table(tmp_path), range(1, 5)) == [1, 2]
 
 
@@ -310,7 +310,7 @@ def test_folder_that_cannot_be_made_or_listed_is_a_clear_error(tmp_path, monkeyp
         open_table(tmp_path / "gone").write(keys(1), [1.0])
 
 
-# --- other versions, other identities
+# --- other versions, other fingerprints
 
 
 def test_cache_of_another_format_is_not_read(tmp_path, monkeypatch):
@@ -333,12 +333,12 @@ def test_table_with_another_identity_is_neither_read_nor_written(tmp_path, how):
         shutil.rmtree(table.path)
         shutil.copytree(other.path, table.path)
     else:
-        file = table.path / "identity.json"
+        file = table.path / "fingerprint.json"
         file.write_text(file.read_text().replace('"a"', '"b"') if how == "edited" else "[1]")
     before = sorted(table.path.iterdir())
     fresh = open_table(tmp_path)
     for ask in (fresh.refresh, lambda: fresh.missing(keys(1)), lambda: fresh.write(keys(9), [81.0])):
-        with pytest.raises(UserError, match=r"identity\.json does not match the name of its folder"):
+        with pytest.raises(UserError, match=r"fingerprint\.json does not match the name of its folder"):
             ask()
     assert sorted(table.path.iterdir()) == before
 
@@ -347,7 +347,7 @@ def test_table_with_another_identity_is_neither_read_nor_written(tmp_path, how):
 def test_damaged_or_missing_identity_is_restored(tmp_path, damage):
     """The folder's name still says what the shards depend on, and their own names show that they are complete."""
     fill(open_table(tmp_path), range(1, 3))
-    file = open_table(tmp_path).path / "identity.json"
+    file = open_table(tmp_path).path / "fingerprint.json"
     before = file.read_bytes()
     file.unlink() if damage is None else file.write_bytes(damage)
     reports: list[str] = []
@@ -361,9 +361,9 @@ def test_damaged_or_missing_identity_is_restored(tmp_path, damage):
 
 def test_identity_that_json_changes_is_found_again(tmp_path):
     """Tuples, numbers as keys, NaN, half a surrogate pair."""
-    identity = {"sizes": (1, 2), "by": {10: "x", 9: "y"}, "nan": float("nan"), "text": "é\ud800"}
-    fill(open_table(tmp_path, identity), range(1, 3))
-    assert values(open_table(tmp_path, identity), [1, 2]) == [1.0, 4.0]
+    fingerprint = {"sizes": (1, 2), "by": {10: "x", 9: "y"}, "nan": float("nan"), "text": "é\ud800"}
+    fill(open_table(tmp_path, fingerprint), range(1, 3))
+    assert values(open_table(tmp_path, fingerprint), [1, 2]) == [1.0, 4.0]
 
 
 def parquet(**columns: Any) -> bytes:

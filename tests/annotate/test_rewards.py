@@ -57,7 +57,7 @@ class Returns:
     """A user's reward, which returns a given object."""
 
     scores_text = True
-    identity = {"program": "returns"}  # noqa: RUF012
+    fingerprint = {"program": "returns"}  # noqa: RUF012
 
     def __init__(self, returned: Any) -> None:
         self.returned = returned

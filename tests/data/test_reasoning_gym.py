@@ -40,8 +40,8 @@ def test_identity_depends_on_settings_and_package_version():
         ReasoningGym(), ReasoningGym(task="gcd"), ReasoningGym(size=9), ReasoningGym(seed=1),
         ReasoningGym(options={"min_terms": 2}),
     ]  # fmt: skip
-    assert len({json.dumps(source.identity(), sort_keys=True) for source in sources}) == len(sources)
-    assert sources[0].identity() == {
+    assert len({json.dumps(source.fingerprint(), sort_keys=True) for source in sources}) == len(sources)
+    assert sources[0].fingerprint() == {
         "source": "ReasoningGym", "task": "chain_sum", "size": 500, "seed": 0, "options": None,
         "package": version("reasoning-gym"),
     }  # fmt: skip
@@ -102,6 +102,6 @@ def test_options_come_from_the_command_line():
     overrides = ["data=reasoning_gym", "data.source.task=gcd", "data.source.options={max_value: 30, min_numbers: 2}"]
     source = instantiate(composed(*overrides).data.source)
     assert source == ReasoningGym(task="gcd", options={"max_value": 30, "min_numbers": 2})
-    json.dumps(source.identity())
+    json.dumps(source.fingerprint())
     listed = instantiate({"_target_": f"{ReasoningGym.__module__}.ReasoningGym", "options": {"x": [1, {"y": [2]}]}})
     assert ast.literal_eval(repr(listed.options)) == {"x": [1, {"y": [2]}]}

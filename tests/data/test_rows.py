@@ -31,7 +31,7 @@ class ListSource:
     def row(self, where: str, record: Any) -> Row | None:
         return None if record == "skip" else parse_row(record)
 
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         return {"records": self.given}
 
 

@@ -384,7 +384,7 @@ def test_hha_rows_have_their_subset_and_identity_has_the_order(tmp_path):
     for name in ("helpful_base.json", "harmless_base.json"):
         write_lines(tmp_path / "d" / name, make_hha())
     sources = [HHA(folder=str(tmp_path / "d"), skip_bad=False, order=order) for order in ("chosen", "score")]
-    assert sources[0].identity() != sources[1].identity()
+    assert sources[0].fingerprint() != sources[1].fingerprint()
     for source in sources:
         assert [row.subset for row in read(source, tmp_path / "cache")] == ["harmless_base", "helpful_base"]
 
@@ -394,7 +394,7 @@ def test_hha_names_missing_files(tmp_path):
     with pytest.raises(UserError, match=r"missing hha_bad.*list of bad rows.*skip_bad=false"):
         read(HHA(folder=str(tmp_path / "d")), tmp_path / "cache")
     with pytest.raises(UserError, match=r"missing hha_test_harmless_base.jsonl.gz. Set `data.folder=`"):
-        HHA(folder=str(tmp_path / "d"), subsets=("harmless_base", "helpful_base"), skip_bad=False).identity()
+        HHA(folder=str(tmp_path / "d"), subsets=("harmless_base", "helpful_base"), skip_bad=False).fingerprint()
     with pytest.raises(ValueError, match="the last turn of 'prefix' must be an empty"):
         HHA(folder="d").row("w", ("helpful_base", 0, {**make_hha(), "prefix": [["<|prompter|>a"], ["<|prompter|>a"]]}))
 
@@ -435,7 +435,7 @@ def test_hha_by_score_on_real_data(tmp_path, subset, ties, other):
 @real
 def test_hha_reads_every_test_set_in_the_folder():
     sources = [HHA(folder=str(REAL)), HHA(folder=str(REAL), subsets=("dev",))]
-    assert [[Path(name).name for name, *_ in source.identity()["files"]] for source in sources] == [
+    assert [[Path(name).name for name, *_ in source.fingerprint()["files"]] for source in sources] == [
         [f"hha_test_{s}.jsonl.gz" for s in ("harmless_base", "helpful_base", "helpful_online")]
         + ["hha_bad_test_indices.json"],
         ["hha_dev.jsonl.gz", "hha_bad_test_indices.json"],
@@ -457,7 +457,7 @@ def test_hh_rlhf_on_real_data_agrees_with_hha(tmp_path):
     assert (len(others), sum(shorten(row) not in pairs for row in others)) == (2308, 9)
 
 
-# --- hub, identity, configuration
+# --- hub, fingerprint, configuration
 
 
 @pytest.mark.parametrize(
@@ -505,16 +505,16 @@ def test_hub_set_is_read_by_name_split_and_folder(tmp_path, monkeypatch):
 
 def test_identity_depends_on_settings_and_files(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", {"prompt": "x"})
-    before = Files(path=path).identity()
+    before = Files(path=path).fingerprint()
     file = tmp_path / "a.jsonl"
     stat = file.stat()
     assert before == {"source": "Files", "path": path, "files": [[path, 16, stat.st_mtime_ns, stat.st_ctime_ns]]}
     write_lines(file, {"prompt": "xy"})
-    assert Files(path=path).identity() != before
-    assert Arithmetic(seed=1).identity() != Arithmetic().identity()
+    assert Files(path=path).fingerprint() != before
+    assert Arithmetic(seed=1).fingerprint() != Arithmetic().fingerprint()
     target = f"{Arithmetic.__module__}.Arithmetic"
     json.dumps(
-        instantiate({"_target_": target, "kinds": ["sum"], "problems": 9}).identity()
+        instantiate({"_target_": target, "kinds": ["sum"], "problems": 9}).fingerprint()
     )  # Hydra passes a ListConfig
 
 

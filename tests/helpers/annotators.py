@@ -44,7 +44,7 @@ class RowSource:
     def row(self, where: str, record: Row) -> Row:
         return record
 
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         return {"rows": repr(self.rows)}
 
 
@@ -58,7 +58,7 @@ class Lengths:
     scores_text = True
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         return {"program": "lengths"}
 
     def __call__(self, prompts: Any, responses: Sequence[str], answers: Sequence[str | None]) -> list[float]:

@@ -10,7 +10,7 @@ import pyarrow as pa
 from var.annotate.cache import AnnotationCache, CacheTable, as_keys
 from var.utils.provenance import hash_content
 
-IDENTITY = {"weights": "a"}
+FINGERPRINT = {"weights": "a"}
 
 
 def keys(*items: int) -> np.ndarray:
@@ -18,9 +18,11 @@ def keys(*items: int) -> np.ndarray:
     return as_keys([hash_content(item) for item in items])
 
 
-def open_table(root: Path, identity: dict[str, Any] = IDENTITY, warn: Callable[[str], None] = print) -> CacheTable:
+def open_table(
+    root: Path, fingerprint: dict[str, Any] = FINGERPRINT, warn: Callable[[str], None] = print
+) -> CacheTable:
     """Open the table afresh, as another process would."""
-    return AnnotationCache(root, warn).table("rewards", identity, pa.float64())
+    return AnnotationCache(root, warn).table("rewards", fingerprint, pa.float64())
 
 
 def squares(items: Iterable[int], seen: list[int]) -> Callable[..., list[float]]:

@@ -11,7 +11,7 @@ class Distinct:
     """The number of distinct characters: a custom reward, outside the project."""
 
     scores_text = True
-    identity = {"program": "distinct"}
+    fingerprint = {"program": "distinct"}
 
     def __call__(self, prompts, responses, answers):
         return [float(len(set(text))) for text in responses]
@@ -23,7 +23,7 @@ class Distinct:
     """The fraction of distinct characters, in [0, 1]. Use it with `reward._target_=tests.helpers.rewards.Distinct`."""
 
     scores_text = True
-    identity = {"program": "distinct"}  # noqa: RUF012
+    fingerprint = {"program": "distinct"}  # noqa: RUF012
 
     def __call__(self, prompts: Any, responses: list[str], answers: Any) -> list[float]:
         """Return one score per response."""

@@ -90,7 +90,7 @@ def test_identity_covers_adapter_settings_and_base(folder: Path, tiny_folder: Pa
     seen.add(pretrained(copy, cache).weights)
     assert len(seen) == 6
     plain = pretrained(tiny_folder, cache)
-    assert pretrained(folder, cache).identity == {**plain.identity, "weights": first}
+    assert pretrained(folder, cache).fingerprint == {**plain.fingerprint, "weights": first}
 
 
 def test_tokenizer_of_the_adapter_takes_precedence(folder: Path, tmp_path: Path):
@@ -141,14 +141,14 @@ def test_adapter_of_a_reward_model_scores_as_in_peft(tiny_folder: Path, tmp_path
         plain = [own(input_ids=one).logits.item() for one in ids]
     assert scores[0] == scores[1] == pytest.approx(plain, abs=2e-5)
     assert len({round(score, 4) for score in plain}) == 3
-    assert reward.identity["weights"] == pretrained(tmp_path / "run" / "model", tmp_path / "cache").weights
+    assert reward.fingerprint["weights"] == pretrained(tmp_path / "run" / "model", tmp_path / "cache").weights
     byte_tokenizer(TEMPLATE + " ").save_pretrained(tmp_path / "run" / "model")
-    assert Classifier(path=str(tmp_path / "run"), cache=str(tmp_path)).identity["template"] == TEMPLATE + " "
+    assert Classifier(path=str(tmp_path / "run"), cache=str(tmp_path)).fingerprint["template"] == TEMPLATE + " "
 
 
 def test_adapter_of_a_language_model_is_rejected_as_reward(folder: Path, tmp_path: Path):
     with pytest.raises(UserError, match="an adapter for CAUSAL_LM\. Choose an adapter of a reward model, for SEQ_CLS"):
-        Classifier(path=str(folder), cache=str(tmp_path)).identity  # noqa: B018
+        Classifier(path=str(folder), cache=str(tmp_path)).fingerprint  # noqa: B018
 
 
 def test_adapter_of_an_adapter_adds_to_both(folder: Path, tiny_folder: Path, tmp_path: Path):

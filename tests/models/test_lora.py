@@ -224,7 +224,7 @@ def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_quantized_model_is_another_reference(kind: str, most: float, wide_folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     plain, files = pretrained(wide_folder, tmp_path), pretrained(wide_folder, tmp_path, quantization=kind)
-    assert files.identity == {**plain.identity, "quantization": kind}
+    assert files.fingerprint == {**plain.fingerprint, "quantization": kind}
     apart = (logps(files.load()) - logps(plain.load())).abs()
     assert 1e-4 < float(apart.mean()) < most
     assert torch.equal(logps(attach(files)), logps(files.load()))

@@ -81,11 +81,11 @@ def test_hash_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_identity_is_weights_dtype_template_and_tokenizer(tmp_path: Path):
     folder = saved(tmp_path / "m")
-    one = pretrained(folder, tmp_path).identity
+    one = pretrained(folder, tmp_path).fingerprint
     plain = {"weights": pretrained(folder, tmp_path).weights, "dtype": "float32", "template": TEMPLATE}
     assert one == {**plain, "tokenizer": Chat(byte_tokenizer()).fingerprint}
-    assert pretrained(folder, tmp_path, dtype="bfloat16").identity != one
-    assert pretrained(folder, tmp_path, chat_template=TEMPLATE + " ").identity != one
+    assert pretrained(folder, tmp_path, dtype="bfloat16").fingerprint != one
+    assert pretrained(folder, tmp_path, chat_template=TEMPLATE + " ").fingerprint != one
 
 
 def test_dropout_is_off_in_training_mode_too(tmp_path: Path):

@@ -126,7 +126,7 @@ def test_missing_template_is_an_error(tmp_path: Path):
         score(make_classifier(path), ["x"])
     given = make_classifier(path, chat_template=TEMPLATE)
     assert len(score(given, ["x"])) == 1
-    assert given.identity["template"] == TEMPLATE
+    assert given.fingerprint["template"] == TEMPLATE
 
 
 def test_template_with_two_bos_is_an_error(tmp_path: Path):
@@ -157,9 +157,9 @@ def test_identity_depends_on_weights_and_dtype(tmp_path: Path):
     second = make_classifier(saved(tmp_path / "b", other))
     same = make_classifier(saved(tmp_path / "c", one))
     half = make_classifier(tmp_path / "a", dtype="bfloat16")
-    assert first.identity == same.identity
-    assert first.identity["weights"] != second.identity["weights"]
-    assert first.identity != half.identity
+    assert first.fingerprint == same.fingerprint
+    assert first.fingerprint["weights"] != second.fingerprint["weights"]
+    assert first.fingerprint != half.fingerprint
 
 
 # --- reward.path
@@ -169,7 +169,7 @@ def test_folder_of_a_run_is_its_model(tmp_path: Path):
     path = saved(tmp_path / "runs" / "one" / "model", decoder())
     (tmp_path / "runs" / "one" / "config.yaml").write_text("")
     run, model = (make_classifier(folder) for folder in (path.parent, path))
-    assert run.identity == model.identity
+    assert run.fingerprint == model.fingerprint
     assert torch.equal(score(run, ["x", "yz"]), score(model, ["x", "yz"]))
 
 
@@ -177,7 +177,7 @@ def test_folder_of_a_run_is_its_model(tmp_path: Path):
 def test_language_model_is_an_error(inside: str, tmp_path: Path):
     saved(tmp_path / "run" / inside)
     reward = make_classifier(tmp_path / "run")
-    for ask in (lambda: reward.identity, lambda: score(reward, ["x"])):
+    for ask in (lambda: reward.fingerprint, lambda: score(reward, ["x"])):
         with pytest.raises(UserError) as error:
             ask()
         assert str(error.value) == (
@@ -188,7 +188,7 @@ def test_language_model_is_an_error(inside: str, tmp_path: Path):
 
 def test_classifier_with_two_labels_is_an_error(tmp_path: Path):
     path = saved(tmp_path / "rm", decoder(labels=2))
-    for ask in (lambda one: one.identity, lambda one: score(one, ["x"])):
+    for ask in (lambda one: one.fingerprint, lambda one: score(one, ["x"])):
         with pytest.raises(UserError, match="expected a classifier with one label, got 2"):
             ask(make_classifier(path))
 

@@ -139,9 +139,9 @@ def test_identity_depends_on_server_model_and_settings(tmp_path: Path):
         make_reward(url, tmp_path, version="2"), make_reward(url, tmp_path, request={"use_activation": True}),
         make_reward(url, tmp_path, "query"), make_reward(url, tmp_path, "query", chat_template=TEMPLATE),
     ]  # fmt: skip
-    identities = [reward.identity for reward in variants]
-    assert all(identities[i] != identities[j] for i in range(len(variants)) for j in range(i))
-    assert make_reward(url, tmp_path / "other").identity == identities[0]
+    fingerprints = [reward.fingerprint for reward in variants]
+    assert all(fingerprints[i] != fingerprints[j] for i in range(len(variants)) for j in range(i))
+    assert make_reward(url, tmp_path / "other").fingerprint == fingerprints[0]
     assert all(reward.scores_text for reward in variants)
 
 
@@ -158,7 +158,7 @@ def test_identity_checks_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("RM_KEY", raising=False)
     reward = Endpoint(client=client("http://127.0.0.1:9", tmp_path, api_key_env="RM_KEY"), protocol="classify")
     with pytest.raises(UserError, match="RM_KEY is not set"):
-        reward.identity  # noqa: B018
+        reward.fingerprint  # noqa: B018
 
 
 def test_invalid_settings_are_errors(tmp_path: Path):

@@ -25,7 +25,7 @@ class Table:
     scores_text = True
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         return {"table": self.rewards}
 
     def __call__(self, prompts: Any, responses: Any, answers: Any) -> list[float]:
@@ -76,7 +76,7 @@ def test_identity_depends_on_members_and_settings():
         Ensemble(members={"a": A, "b": B}, how="min"), Ensemble(members={"a": A, "b": B}, scale="sigmoid"),
         Ensemble(members={"a": A, "b": B}, weights={"a": 1, "b": 2}),
     ]  # fmt: skip
-    assert len({json.dumps(ensemble.identity, sort_keys=True) for ensemble in ensembles}) == len(ensembles)
+    assert len({json.dumps(ensemble.fingerprint, sort_keys=True) for ensemble in ensembles}) == len(ensembles)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_members_are_composed_from_their_configurations():
     check(cfg, TRAIN)
     reward = instantiate(cfg.reward)
     assert reward == Ensemble(members={"exact": ExactNumber(), "near": NearNumber()}, weights={"exact": 3, "near": 1})
-    assert json.loads(json.dumps(reward.identity)) == reward.identity
+    assert json.loads(json.dumps(reward.fingerprint)) == reward.fingerprint
     assert reward(PROMPTS[:2], ["7", "5"], ["7", "7"]) == [1.0, 0.1875]  # (3·0 + 0.75)/4
 
 

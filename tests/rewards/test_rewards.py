@@ -61,7 +61,7 @@ def test_sentiment_is_the_compound_score():
 
 def test_sentiment_without_its_package_is_an_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
-    for ask in (lambda: Sentiment()([PROMPT], ["x"], [None]), lambda: Sentiment().identity):
+    for ask in (lambda: Sentiment()([PROMPT], ["x"], [None]), lambda: Sentiment().fingerprint):
         with pytest.raises(UserError) as error:
             ask()
         assert str(error.value) == "reward=sentiment needs an extra: pip install -e '.[sentiment]'"
@@ -69,8 +69,8 @@ def test_sentiment_without_its_package_is_an_error(monkeypatch):
 
 def test_identities_of_programs_differ():
     pytest.importorskip("vaderSentiment")
-    identities = [ExactNumber().identity, Sentiment().identity, Score().identity]
-    assert all(identities[i] != identities[j] for i in range(3) for j in range(i))
+    fingerprints = [ExactNumber().fingerprint, Sentiment().fingerprint, Score().fingerprint]
+    assert all(fingerprints[i] != fingerprints[j] for i in range(3) for j in range(i))
 
 
 def test_score_cannot_score_text():

@@ -83,16 +83,16 @@ def test_missing_packages_are_errors(monkeypatch):
     ):  # fmt: skip
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(UserError) as error:
-            reward.identity  # noqa: B018
+            reward.fingerprint  # noqa: B018
         assert str(error.value) == f"reward={name} needs an extra: pip install -e '.[verifiers]'"
 
 
 def test_identities_have_settings_and_package_versions():
     for name in ("math_verify", "reasoning_gym"):
         pytest.importorskip(name)
-    assert MathVerify().identity == {"program": "math_verify", "package": version("math-verify"), "timeout": 5}
-    assert MathVerify(timeout=2).identity != MathVerify().identity
-    assert ReasoningGym(extract="none").identity == {
+    assert MathVerify().fingerprint == {"program": "math_verify", "package": version("math-verify"), "timeout": 5}
+    assert MathVerify(timeout=2).fingerprint != MathVerify().fingerprint
+    assert ReasoningGym(extract="none").fingerprint == {
         "program": "reasoning_gym", "package": version("reasoning-gym"), "extract": "none",
     }  # fmt: skip
 

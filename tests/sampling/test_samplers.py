@@ -46,7 +46,7 @@ def test_transformers_samples_in_the_references_precision(reference: FrozenModel
     texts = sampler(reference, PROMPTS, SAMPLING, done.append)
     assert texts == sample(reference.policy.model, reference.pretrained.chat, PROMPTS, SAMPLING)
     assert sum(done) == 3
-    assert sampler.identity(reference) == {"reference": reference.identity, "version": 2}
+    assert sampler.fingerprint(reference) == {"reference": reference.fingerprint, "version": 2}
     half = FrozenModel(reference.pretrained, "cpu", torch.bfloat16)
     seen: list[torch.dtype] = []
     half.policy.model.model.layers[0].mlp.up_proj.register_forward_hook(
@@ -158,10 +158,10 @@ def test_vllm_loads_once_until_it_is_released(reference: FrozenModel, vllm: list
 
 
 def test_vllms_identity_differs_from_transformers(reference: FrozenModel):
-    identity = VLLM().identity(reference)
-    assert identity != Transformers().identity(reference)
-    assert identity["reference"] == reference.identity
-    assert VLLM(gpu_memory_utilization=0.5).identity(reference) == identity
+    fingerprint = VLLM().fingerprint(reference)
+    assert fingerprint != Transformers().fingerprint(reference)
+    assert fingerprint["reference"] == reference.fingerprint
+    assert VLLM(gpu_memory_utilization=0.5).fingerprint(reference) == fingerprint
 
 
 def test_vllm_rejects_adapters_ranks_and_invalid_settings(
@@ -169,7 +169,7 @@ def test_vllm_rejects_adapters_ranks_and_invalid_settings(
 ):
     monkeypatch.setitem(reference.pretrained.__dict__, "base", reference.pretrained)
     with pytest.raises(UserError, match=r"is an adapter, which vLLM does not merge .* Use sampler=transformers"):
-        VLLM().identity(reference)
+        VLLM().fingerprint(reference)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=r"runs in one process.*annotate\.py without torchrun"):
         VLLM().check()
@@ -260,12 +260,12 @@ def test_missing_responses_are_reported_and_requested_again(reference: FrozenMod
 
 def test_endpoints_identity_is_address_model_request_and_version(reference: FrozenModel, tmp_path: Path):
     """Another version is sampled again."""
-    identity = endpoint("http://127.0.0.1:9/v1", tmp_path).identity(reference)
-    assert identity == {"base_url": "http://127.0.0.1:9/v1", "model": "tiny", "request": {}, "version": ""}
-    assert endpoint("http://127.0.0.1:9/v1", tmp_path, request={"top_k": 1}).identity(reference) != identity
+    fingerprint = endpoint("http://127.0.0.1:9/v1", tmp_path).fingerprint(reference)
+    assert fingerprint == {"base_url": "http://127.0.0.1:9/v1", "model": "tiny", "request": {}, "version": ""}
+    assert endpoint("http://127.0.0.1:9/v1", tmp_path, request={"top_k": 1}).fingerprint(reference) != fingerprint
     with served(seeded) as server:
         first, second = endpoint(server.base_url, tmp_path), endpoint(server.base_url, tmp_path, version="2")
-        assert first.identity(reference) != second.identity(reference)
+        assert first.fingerprint(reference) != second.fingerprint(reference)
         for sampler in (first, second, second):
             sampler(reference, PROMPTS[:1], SAMPLING)
     assert len(server.bodies) == 4

@@ -33,7 +33,7 @@ class Telling:
     """A reward that differs by prompt, response and answer."""
 
     scores_text = True
-    identity = {"program": "telling"}  # noqa: RUF012
+    fingerprint = {"program": "telling"}  # noqa: RUF012
 
     def __call__(self, prompts: Any, responses: Any, answers: Any) -> list[float]:
         return [self.of(p[-1]["content"], r, a) for p, r, a in zip(prompts, responses, answers, strict=True)]

@@ -50,8 +50,8 @@ class ProvideAdvantages(Provider[Advantages]):
         development: Rows = data.development
         rewards = torch.from_numpy(data.scale(score_candidates(annotator, development, sampling)).mean(1)).float()
         fingerprint = {
-            **sampling_fingerprint(annotator, sampling), "reference": annotator.reference.identity,
-            "reward": annotator.reward.identity, "scale": data.scale.describe(), "head": asdict(value),
+            **sampling_fingerprint(annotator, sampling), "reference": annotator.reference.fingerprint,
+            "reward": annotator.reward.fingerprint, "scale": data.scale.describe(), "head": asdict(value),
             "development": [bytes(key).hex() for key in development.keys],
         }  # fmt: skip
         prompts = group_prompts(data.sequences)

@@ -73,7 +73,12 @@ class Annotator:
         Args:
             more: other folders that will be written, by the setting that names them.
         """
-        self.chat.suffix, self.chat.end_token, self.reference.identity, self.reward.identity  # noqa: B018
+        if not hasattr(self.reward, "fingerprint"):
+            raise UserError(
+                f"reward: {type(self.reward).__name__} has no `fingerprint`, which says what its numbers depend on. Add it "
+                "(docs/rewards.md)."
+            )
+        self.chat.suffix, self.chat.end_token, self.reference.fingerprint, self.reward.fingerprint  # noqa: B018
         problems = Problems("folders that cannot be written")
         for name, folder in {"annotation_cache": self.annotations.root, "cache": self.cache, **more}.items():
             try:
@@ -97,7 +102,7 @@ class Annotator:
             compute: called with indices into `keys` and a progress callback; returns their values.
             shard: items per file.
         """
-        kind = table.identity["kind"]
+        kind = table.fingerprint["kind"]
         distinct = np.unique(keys)
         missing = int(table.missing(distinct).sum())
         self.missing[title] = (missing, len(distinct))

@@ -1,6 +1,6 @@
 """The annotation cache: numbers that do not depend on θ, computed once and found again by their content.
 
-annotations/<kind>/<key>/ is a table. It holds `identity.json` (what the numbers depend on; its hash is the key) and
+annotations/<kind>/<key>/ is a table. It holds `fingerprint.json` (what the numbers depend on; its hash is the key) and
 shards `<sha256>.parquet` of two columns: an item's content hash and its value. An item is a prompt, or a prompt with a
 response. It does not depend on the plan, so another shuffle, B or subset of the rows finds it. An 8×8 annotation holds
 every 4×4 and 2×2 of the same plan.
@@ -32,10 +32,10 @@ from var.utils.errors import UserError
 from var.utils.files import atomic
 from var.utils.provenance import hash_content
 
-FORMAT = 1  # incremented when the same identity no longer gives the same numbers
+FORMAT = 1  # incremented when the same fingerprint no longer gives the same numbers
 
 
-IDENTITY = "identity.json"
+FINGERPRINT = "fingerprint.json"
 
 
 STALE = 60.0  # seconds for which an NFS client may show a folder as it was (acdirmax)
@@ -64,27 +64,27 @@ def widen(kind: pa.DataType) -> pa.DataType:
 
 
 class AnnotationCache:
-    """A folder of tables, one for each kind and identity."""
+    """A folder of tables, one for each kind and fingerprint."""
 
     def __init__(self, root: str | Path, warn: Callable[[str], None] = print) -> None:
         self.root, self.warn = Path(root), warn
 
-    def table(self, kind: str, identity: Mapping[str, Any], value: pa.DataType) -> "CacheTable":
-        """Return the table of `kind` for numbers that depend only on `identity` (JSON values) and on the item."""
-        identity = {"format": FORMAT, "kind": kind, **identity}
-        return CacheTable(self.root / kind / hash_content(identity).hex()[:16], identity, value, self.warn)
+    def table(self, kind: str, fingerprint: Mapping[str, Any], value: pa.DataType) -> "CacheTable":
+        """Return the table of `kind` for numbers that depend only on `fingerprint` (JSON values) and on the item."""
+        fingerprint = {"format": FORMAT, "kind": kind, **fingerprint}
+        return CacheTable(self.root / kind / hash_content(fingerprint).hex()[:16], fingerprint, value, self.warn)
 
 
 class CacheTable:
-    """Items of one kind and identity."""
+    """Items of one kind and fingerprint."""
 
     def __init__(
-        self, path: Path, identity: Mapping[str, Any], value: pa.DataType, warn: Callable[[str], None]
+        self, path: Path, fingerprint: Mapping[str, Any], value: pa.DataType, warn: Callable[[str], None]
     ) -> None:
-        self.path, self.identity, self.value, self.warn = path, identity, value, warn
+        self.path, self.fingerprint, self.value, self.warn = path, fingerprint, value, warn
         self._held = widen(value)
         self._schema = pa.schema({"key": pa.binary(16), "value": value})
-        self._own = False  # whether identity.json was seen to be this table's
+        self._own = False  # whether fingerprint.json was seen to be this table's
         self._known: set[str] = set()  # files that have been read, or need not be read again
         self._names: list[str] = []  # of the shards that have been read, in that order
         self._shard = np.array([], dtype=np.int64)  # [n] the shard that holds each item
@@ -126,12 +126,12 @@ class CacheTable:
             raise UserError(
                 f"annotation_cache: cannot be read: {error.strerror} at {self.path}. Set another folder."
             ) from error
-        self._identified()
+        self._is_own()
         return sorted(name for name in names if name.endswith(".parquet"))
 
-    def _identified(self) -> bool:
-        """Return whether identity.json is this table's. Raise UserError if it is another table's."""
-        file = self.path / IDENTITY
+    def _is_own(self) -> bool:
+        """Return whether fingerprint.json is this table's. Raise UserError if it is another table's."""
+        file = self.path / FINGERPRINT
         if self._own or file.name in self._known:
             return self._own
         try:
@@ -142,7 +142,7 @@ class CacheTable:
             self._known.add(file.name)
             self.warn(f"annotation cache: {file} is damaged. The next shard that is written here restores it.")
             return False
-        if hash_content(found) != hash_content(json.loads(json.dumps(self.identity))):
+        if hash_content(found) != hash_content(json.loads(json.dumps(self.fingerprint))):
             raise UserError(
                 f"{file} does not match the name of its folder: it was copied or edited, so it is unknown what the "
                 "numbers next to it depend on. Move the folder out of the annotation cache, or restore the file."
@@ -216,11 +216,11 @@ class CacheTable:
         data = sink.getvalue().to_pybytes()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if not self._identified() or not (self.path / IDENTITY).exists():  # the folder may have been removed
-                text = json.dumps(self.identity, indent=1, ensure_ascii=False)
-                with atomic(self.path / IDENTITY, "wb", shared=True) as file:
+            if not self._is_own() or not (self.path / FINGERPRINT).exists():  # the folder may have been removed
+                text = json.dumps(self.fingerprint, indent=1, ensure_ascii=False)
+                with atomic(self.path / FINGERPRINT, "wb", shared=True) as file:
                     file.write(text.encode("utf-8", "surrogatepass"))  # as it is hashed
-                self._known.discard(IDENTITY)
+                self._known.discard(FINGERPRINT)
             with atomic(self.path / f"{hashlib.sha256(data).hexdigest()[:32]}.parquet", "wb", shared=True) as file:
                 file.write(data)
         except OSError as error:

@@ -15,7 +15,7 @@ from var.models.packing import whole
 def prompt_features(annotator: Annotator, sequences: Sequences) -> np.ndarray:
     """Return [G, 2H] float32: the last and the mean hidden state of each group's prompt."""
     reference, prompts = annotator.reference, group_prompts(sequences)
-    table = annotator.annotations.table("features", reference.identity, pa.list_(pa.float32()))
+    table = annotator.annotations.table("features", reference.fingerprint, pa.list_(pa.float32()))
     keys = as_keys([token_key(prompt, ()) for prompt in prompts])
 
     @torch.inference_mode()

@@ -79,7 +79,7 @@ def reference_logps(annotator: Annotator, sequences: Sequences, share: bool = Fa
         share: whether neighbors that answer the same prompt share its tokens (`pack`), as in the training step.
     """
     reference = annotator.reference
-    fingerprint = reference.identity
+    fingerprint = reference.fingerprint
     if share and reference.is_low_precision:
         fingerprint["packing"] = "shared prompts"
     table = annotator.annotations.table("reference_logps", fingerprint, pa.list_(pa.float32()))
@@ -129,7 +129,7 @@ def cached_mismatched_logps(annotator: Annotator, sequences: Sequences, micro: n
 def _pair_logps(annotator: Annotator, sequences: Sequences, pairs: np.ndarray) -> np.ndarray:
     """Return [P] nats: log π_ref of response j under the prompt of i, summed over tokens, for pairs (i, j) [P, 2]."""
     reference = annotator.reference
-    table = annotator.annotations.table("cross_logps", reference.identity, pa.float64())
+    table = annotator.annotations.table("cross_logps", reference.fingerprint, pa.float64())
     tokens = {int(i): sequences.tokens(i)[:2] for i in np.unique(pairs)}
 
     def prompt(i: int) -> list[int]:

@@ -19,7 +19,7 @@ from var.utils.provenance import hash_content
 
 def sampling_fingerprint(annotator: Annotator, sampling: Sampling) -> dict[str, Any]:
     """Return what the text of sampled responses depends on, besides their prompts."""
-    return {**annotator.sampler.identity(annotator.reference), "sampling": sampling.identity}
+    return {**annotator.sampler.fingerprint(annotator.reference), "sampling": sampling.fingerprint}
 
 
 def sample_responses(annotator: Annotator, rows: Rows, sampling: Sampling, title: str = "Sampling") -> Texts:

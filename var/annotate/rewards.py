@@ -63,7 +63,7 @@ class ProvideRewards(Provider[Rewards]):
 
 def score(annotator: Annotator, triples: Sequence[Triple], title: str = "Scoring") -> np.ndarray:
     """Return [n] raw rewards of (prompt, response, answer) in any pairing."""
-    table = annotator.annotations.table("rewards", {"reward": annotator.reward.identity}, pa.float64())
+    table = annotator.annotations.table("rewards", {"reward": annotator.reward.fingerprint}, pa.float64())
     keys = as_keys([hash_content(*triple) for triple in triples])
 
     def compute(indices: np.ndarray, advance: Callable[[int], None]) -> list[float]:

@@ -70,7 +70,7 @@ class Source(Protocol):
         """Convert a record to a row. None skips and counts it; a ValueError describes an invalid record."""
         ...
 
-    def identity(self) -> Mapping[str, Any]:
+    def fingerprint(self) -> Mapping[str, Any]:
         """Return what the rows depend on as JSON values: names, settings, files with size and time."""
         ...
 
@@ -211,7 +211,7 @@ def read(source: Source, cache: Path) -> Rows:
 
     Raise one `UserError` with all problems: malformed records, empty prompts and responses, NaN scores, duplicate ids.
     """
-    target = cache / "rows" / hash_content(FORMAT, source.identity()).hex()
+    target = cache / "rows" / hash_content(FORMAT, source.fingerprint()).hex()
     if not (target / "done.json").exists():
         problems = Problems(f"{type(source).__name__}: invalid rows")
         left_out: Counter[str] = Counter()

@@ -83,9 +83,9 @@ class CachedReward:
     scores_text = True
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """The reward's own."""
-        return self.reward.identity
+        return self.reward.fingerprint
 
     def __call__(
         self, prompts: Sequence[Sequence[Message]], responses: Sequence[str], answers: Sequence[str | None]

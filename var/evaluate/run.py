@@ -95,7 +95,7 @@ class Evaluation:
         for name, reward in self.rewards.items():
             if not reward.scores_text:
                 raise UserError(f"{name}=score: reads the data's scores and cannot score new text. Choose another one.")
-            reward.identity  # noqa: B018
+            reward.fingerprint  # noqa: B018
             check_answers(reward, self.prompts.rows)
         self.file_answers  # noqa: B018
         if self.benchmarks:
@@ -209,9 +209,9 @@ class Evaluation:
             content = b"".join(path.read_bytes() for path in list_files(self.cfg.answers, "answers"))
             sources["model"] = {"file": self.cfg.answers, "sha256": hashlib.sha256(content).hexdigest()}
         return {
-            "weights": {c.name: c.model.identity for c in sampled},
+            "weights": {c.name: c.model.fingerprint for c in sampled},
             "answers": sources,
-            "rewards": {name: reward.identity for name, reward in self.rewards.items()},
+            "rewards": {name: reward.fingerprint for name, reward in self.rewards.items()},
             "prompts": hashlib.sha256(self.prompts.rows.keys.tobytes()).hexdigest()[:16],
             "config": to_dict(self.cfg),
             **collect_environment(),

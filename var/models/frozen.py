@@ -73,12 +73,12 @@ class FrozenModel:
         self._adapter_off = AdapterOff(policy)
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """What the model's results depend on."""
-        identity = {**self.pretrained.identity, "autocast": str(self.autocast)}
+        fingerprint = {**self.pretrained.fingerprint, "autocast": str(self.autocast)}
         if self.is_low_precision:
-            identity |= {"attention": self.pretrained.attention, "compile": self.pretrained.compile}
-        return identity
+            fingerprint |= {"attention": self.pretrained.attention, "compile": self.pretrained.compile}
+        return fingerprint
 
     @property
     def is_low_precision(self) -> bool:

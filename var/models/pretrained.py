@@ -149,13 +149,13 @@ class Pretrained:
         return note.read_text()
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """What the model's results depend on."""
-        identity = {
+        fingerprint = {
             "weights": self.weights, "dtype": self.dtype, "template": self.chat.tokenizer.chat_template,
             "tokenizer": self.chat.fingerprint,
         }  # fmt: skip
-        return {**identity, "quantization": self.quantization} if self.quantization else identity
+        return {**fingerprint, "quantization": self.quantization} if self.quantization else fingerprint
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -43,7 +43,7 @@ class Reward(Protocol):
     scores_text: bool  # False: the reward can only read the data set's own scores
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """What the rewards depend on, as JSON values. The annotation cache is keyed by it."""
         ...
 

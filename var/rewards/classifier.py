@@ -106,7 +106,7 @@ class Classifier:
         return ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """Hashes of weights, tokenizer and template, and the settings. Raise errors of the model and its template."""
         self._config  # noqa: B018
         return {

@@ -19,7 +19,7 @@ class Score:
     scores_text = False
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """A constant: the scores are part of the data set."""
         return {"score": "data"}
 

@@ -45,11 +45,11 @@ class Endpoint:
             )
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """The server, its model, and the settings. Raise a `UserError` if the package or the key is missing."""
         self.client.check()
         return {
-            "program": "endpoint", **self.client.identity, "protocol": self.protocol, "version": self.version,
+            "program": "endpoint", **self.client.fingerprint, "protocol": self.protocol, "version": self.version,
             "request": dict(self.request), "chat_template": self.chat_template,
         }  # fmt: skip
 

@@ -65,9 +65,9 @@ class Ensemble:
         return next(filter(None, faults), None)
 
     @property
-    def identity(self) -> dict[str, Any]:
-        """The members' identities and the settings."""
-        members = {name: member.identity for name, member in self.members.items()}
+    def fingerprint(self) -> dict[str, Any]:
+        """The members' fingerprints and the settings."""
+        members = {name: member.fingerprint for name, member in self.members.items()}
         return {"ensemble": members, "how": self.how, "scale": self.scale, "weights": self.weights}
 
     def __call__(self, prompts: Prompts, responses: Sequence[str], answers: Answers) -> list[float]:

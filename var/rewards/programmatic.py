@@ -35,7 +35,7 @@ class NumberReward:
         return f"its answer {answer[:60]!r} is not a finite number"
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """The name and version of the program."""
         return {"program": self.program, "version": 1}
 
@@ -98,7 +98,7 @@ class Sentiment:
         return vader.SentimentIntensityAnalyzer()
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """The name and version of the program. Raise a `UserError` if the package is missing."""
         self._analyzer  # noqa: B018
         return {"program": "vader", "version": 1}

@@ -47,7 +47,7 @@ class MathVerify:
             raise UserError(f"reward.timeout={self.timeout}: must be at least 1 second")
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """The version of the package and the timeout. Raise a `UserError` if the package is missing."""
         import_extra("math_verify", "verifiers", "reward=math")
         return {"program": "math_verify", "package": version("math-verify"), "timeout": self.timeout}
@@ -90,7 +90,7 @@ class ReasoningGym:
             raise UserError(f"reward.extract: expected last_number, last_word or none, got {self.extract}")
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """The version of the package and `extract`. Raise a `UserError` if the package is missing."""
         import_extra("reasoning_gym", "verifiers", "reward=reasoning_gym")
         return {"program": "reasoning_gym", "package": version("reasoning-gym"), "extract": self.extract}

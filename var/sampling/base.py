@@ -52,7 +52,7 @@ class Sampling:
             raise UserError("generate: at temperature=0 all responses of a prompt are equal. Set responses=1.")
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """The settings on which the text depends."""
         return {name: value for name, value in asdict(self).items() if name not in ("batch", "batch_tokens")}
 
@@ -73,7 +73,7 @@ class Sampling:
 class Sampler(Protocol):
     """Where responses come from. `reference` is a var.models.frozen.FrozenModel."""
 
-    def identity(self, reference: Any) -> dict[str, Any]:
+    def fingerprint(self, reference: Any) -> dict[str, Any]:
         """Return what the text depends on, apart from the Sampling."""
         ...
 

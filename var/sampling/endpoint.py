@@ -29,9 +29,9 @@ class Endpoint:
     request: Mapping[str, Any] = field(default_factory=dict)
     version: str = ""
 
-    def identity(self, reference: Any) -> dict[str, Any]:
+    def fingerprint(self, reference: Any) -> dict[str, Any]:
         """Return what the text depends on: address, model, request and version."""
-        return {**self.client.identity, "request": dict(self.request), "version": self.version}
+        return {**self.client.fingerprint, "request": dict(self.request), "version": self.version}
 
     def check(self) -> None:
         """Raise a UserError if the client's package or key is missing."""

@@ -119,9 +119,9 @@ def choose_tokens(logits: Tensor, draws: Tensor, sampling: Sampling) -> Tensor:
 class Transformers:
     """Sample from the reference itself, in the arithmetic in which it scores."""
 
-    def identity(self, reference: Any) -> dict[str, Any]:
+    def fingerprint(self, reference: Any) -> dict[str, Any]:
         """Return what the text depends on."""
-        return {"reference": reference.identity, "version": 2}
+        return {"reference": reference.fingerprint, "version": 2}
 
     def check(self) -> None:
         """Do nothing: this sampler always runs."""

@@ -35,14 +35,14 @@ class VLLM:
         if not 0 < self.gpu_memory_utilization <= 1 or self.tensor_parallel_size < 1:
             raise UserError("sampler: gpu_memory_utilization must be in (0, 1] and tensor_parallel_size at least 1.")
 
-    def identity(self, reference: Any) -> dict[str, Any]:
+    def fingerprint(self, reference: Any) -> dict[str, Any]:
         """Return what the text depends on. Raises a UserError if the reference is an adapter."""
         if reference.pretrained.base is not None:
             raise UserError(
                 f"sampler=vllm: {reference.pretrained.folder} is an adapter, which vLLM does not merge into its base. "
                 "Use sampler=transformers."
             )
-        return {"reference": reference.identity, "sampler": "vllm"}
+        return {"reference": reference.fingerprint, "sampler": "vllm"}
 
     def check(self) -> None:
         """Raise a UserError if vLLM is not installed or if there is more than one process."""

@@ -69,7 +69,7 @@ def facts(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def warn_of_newer_data(cfg: DictConfig, folder: Path) -> None:
     """Warn if data files are newer than a finished run. A run's folder is named by its configuration, not its data."""
     try:
-        files = instantiate(cfg.data.source).identity().get("files", [])
+        files = instantiate(cfg.data.source).fingerprint().get("files", [])
     except UserError:  # the data or its hub is not available; the run is finished all the same
         return
     finished = (folder / "summary.json").stat().st_ctime_ns

@@ -77,7 +77,7 @@ class Client:
             raise UserError("client.max_cost needs prices. Set client.price_in and client.price_out")
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """What replies depend on as far as a client can know. No server reports a hash of its weights."""
         return {"base_url": self.base_url.rstrip("/"), "model": self.model}
 

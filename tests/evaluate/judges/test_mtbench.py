@@ -220,7 +220,11 @@ def test_own_template_is_used_and_its_hash_stored(play, mtbench, tmp_path):
     found, bodies = play(fair, [quality("a")], template=template)
     assert found.outcomes == ["win"]
     assert [message["role"] for message in bodies[0]["messages"]] == ["user"]
-    assert found.facts["template"] == mtbench(template=template).identity["template"] != mtbench().identity["template"]
+    assert (
+        found.facts["template"]
+        == mtbench(template=template).fingerprint["template"]
+        != mtbench().fingerprint["template"]
+    )
 
 
 def test_invalid_settings_are_rejected(mtbench):
@@ -232,11 +236,11 @@ def test_invalid_settings_are_rejected(mtbench):
 
 
 def test_identity_has_every_setting_of_a_verdict(mtbench):
-    def identity(**settings):
-        return json.dumps(mtbench(**settings).identity, sort_keys=True)
+    def fingerprint(**settings):
+        return json.dumps(mtbench(**settings).fingerprint, sort_keys=True)
 
-    assert len({identity(), identity(rule="mtbench"), identity(orders="random"), identity(request={})}) == 4
-    assert identity() == identity(max_errors=0.5)
+    assert len({fingerprint(), fingerprint(rule="mtbench"), fingerprint(orders="random"), fingerprint(request={})}) == 4
+    assert fingerprint() == fingerprint(max_errors=0.5)
 
 
 # --- a server that fails

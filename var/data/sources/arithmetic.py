@@ -88,6 +88,6 @@ class Arithmetic:
         """Return a row without responses."""
         return Row(id=record["id"], prompt=parse_prompt(record["prompt"]), answer=record["answer"])
 
-    def identity(self) -> Mapping[str, Any]:
+    def fingerprint(self) -> Mapping[str, Any]:
         """Return the settings."""
         return describe_source(self)

@@ -59,8 +59,8 @@ class HubSource(local.LocalSource):
             for part in self.parts
         )
 
-    def identity(self) -> Mapping[str, Any]:
+    def fingerprint(self) -> Mapping[str, Any]:
         """Return the settings with the stamps of the local files or the hub's fingerprints, which name a revision."""
         if self.is_local:
-            return super().identity()
+            return super().fingerprint()
         return {**local.describe_source(self), "fingerprint": [load(part)._fingerprint for part in self.parts]}

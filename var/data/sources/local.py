@@ -27,7 +27,7 @@ class LocalSource:
         """Yield (where, record) of all files."""
         return read_records(self.files())
 
-    def identity(self) -> Mapping[str, Any]:
+    def fingerprint(self) -> Mapping[str, Any]:
         """Return the settings with the stamps of all files."""
         return describe_source(self, self.files())
 
@@ -104,7 +104,7 @@ def parse_record(record: Any) -> Mapping[str, Any]:
 
 
 def describe_source(source: Any, files: Sequence[Path] = ()) -> dict[str, Any]:
-    """Return the class, fields and files of an adapter as JSON values, for its `identity`.
+    """Return the class, fields and files of an adapter as JSON values, for its `fingerprint`.
 
     A file is [path, size, mtime_ns, ctime_ns]: a copy may keep name, size and mtime, but not the ctime.
     """

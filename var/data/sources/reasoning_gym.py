@@ -58,7 +58,7 @@ class ReasoningGym:
             answer=write_problem({"task": self.task, "options": self.options, **problem}),
         )
 
-    def identity(self) -> Mapping[str, Any]:
+    def fingerprint(self) -> Mapping[str, Any]:
         """Return the settings and the version of the package. Raise errors of the task and its options."""
         make_dataset(self.task, self.size, self.seed, self.options)
         return {**local.describe_source(self), "package": version("reasoning-gym")}

@@ -56,7 +56,7 @@ class Judge(Protocol):
     """A judge of pairs."""
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """The settings that a judgement depends on, as JSON."""
 
     def check(self) -> None:
@@ -177,9 +177,9 @@ class RewardJudge:
             raise UserError(f"judge.margin: expected a difference in reward of at least 0, got {self.margin}")
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """See Judge."""
-        return {"protocol": "reward", "version": 1, "reward": self.reward.identity, "margin": self.margin}
+        return {"protocol": "reward", "version": 1, "reward": self.reward.fingerprint, "margin": self.margin}
 
     def check(self) -> None:
         """See Judge."""
@@ -188,7 +188,7 @@ class RewardJudge:
                 "judge=reward: the reward only reads the data's scores and cannot score new text. Choose another one, "
                 "such as reward=offsetbias-rm-8b."
             )
-        self.identity  # noqa: B018
+        self.fingerprint  # noqa: B018
 
     def describe(self, pairs: Sequence[Pair]) -> str:
         """See Judge."""
@@ -217,4 +217,4 @@ class RewardJudge:
             for pair, both, outcome in zip(pairs, rewards.tolist(), outcomes, strict=True)
         ]
         own = {"pairs": len(pairs), "mean_difference": float(difference.mean()) if len(pairs) else None}
-        return Judgement(outcomes, scores, games, {**self.identity, **own, "max_errors": 0.0, "reason": None})
+        return Judgement(outcomes, scores, games, {**self.fingerprint, **own, "max_errors": 0.0, "reason": None})

@@ -81,10 +81,10 @@ class EndpointJudge:
         return read_template(Path(self.template or PROMPTS / f"{self.protocol}.txt"), self.example)
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """The settings that verdicts depend on."""
         return {
-            "protocol": self.protocol, "version": 1, **self.client.identity, "request": dict(self.request),
+            "protocol": self.protocol, "version": 1, **self.client.fingerprint, "request": dict(self.request),
             "template": self._wording.hash, **{name: getattr(self, name) for name in self.settings},
         }  # fmt: skip
 
@@ -107,7 +107,7 @@ class EndpointJudge:
         counts = [counts for _, _, counts in decisions if counts is not None]
         failures = [record["text"] for record in records if record["error"] == "failed"]
         facts = {
-            **self.identity,
+            **self.fingerprint,
             "pairs": len(pairs),
             "games": len(records),
             "errors": dict(Counter(record["error"] for record in records if record["error"] is not None)),
