@@ -75,8 +75,8 @@ class Annotator:
         """
         if not hasattr(self.reward, "fingerprint"):
             raise UserError(
-                f"reward: {type(self.reward).__name__} has no `fingerprint`, which says what its numbers depend on. Add it "
-                "(docs/rewards.md)."
+                f"reward: {type(self.reward).__name__} has no `fingerprint`, which says what its numbers depend on. "
+                "Add it (docs/rewards.md)."
             )
         self.chat.suffix, self.chat.end_token, self.reference.fingerprint, self.reward.fingerprint  # noqa: B018
         problems = Problems("folders that cannot be written")
