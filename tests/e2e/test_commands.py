@@ -128,7 +128,7 @@ def test_ranks_of_annotate_share_the_work(own: list[str], tmp_path: Path) -> Non
 
 def test_debug_presets(own: list[str], tmp_path: Path) -> None:
     printed = check_run("train.py", *own, "loss=dpo", "debug=dry", "reward=score")
-    for text in ("ReferenceLogps [N], unit nats", "Memory per device", "reference log-probabilities: 0 of 16", "⟦",
+    for text in ("ReferenceLogps [N] in nats", "Memory per device", "reference log-probabilities: 0 of 16", "⟦",
                  "<end>⟧"):  # fmt: skip
         assert text in printed, printed
     assert not shards(tmp_path)
@@ -149,7 +149,7 @@ def test_each_job_of_a_sweep_has_its_folder(own: list[str], tmp_path: Path) -> N
 def test_sweep_over_several_devices_is_rejected(own: list[str]) -> None:
     """Each rank would start the complete sweep (hydra #2070, Lightning PR #18175)."""
     more = ["loss=sft,dpo", "trainer.devices=2", "data.global_batch=8"]
-    check_error("each process would start the whole sweep again", "-m", *own, *more)
+    check_error("each process would start the complete sweep again", "-m", *own, *more)
 
 
 def test_help_shows_an_example_and_the_groups() -> None:
@@ -168,7 +168,7 @@ class TestInvalidInput:
             ("var_grouped", ["loss=vra"]),  # it lists the options of the group
             ("Did you mean loss.temperature?", ["loss.temperatur=1"]),
             ("did you mean temperature?", ["+loss.temperatur=1"]),
-            ("must be a multiple of data.micro_batch=4 times 2 processes", ["trainer.devices=2"]),
+            ("must be a multiple of data.micro_batch=4 times the number of processes, 2", ["trainer.devices=2"]),
             ("this loss compares two responses of a row", ["loss=dpo", "data.responses=all"]),
             ("reward.mismatch_gap", ["reward=score", "loss=var"]),
             ("there is no such checkpoint", ["resume=/nowhere.ckpt"]),
@@ -224,8 +224,8 @@ class TestInvalidInput:
         check_error("row long#0: it has", *more, "data.overlong=error")
         check_error("row full#0: its prompt alone has", *more, "data.overlong=truncate")
         printed = check_run("train.py", *more)
-        assert "sequences dropped as overlong 1" in printed
-        assert "sequences whose prompt fills the limit 1" in printed
+        assert "sequences dropped as overlong: 1" in printed
+        assert "sequences whose prompt fills the limit: 1" in printed
 
     def test_rows_without_the_answer_that_the_reward_needs(self, own: list[str], rows: Path, tmp_path: Path) -> None:
         """The error comes before sampling, from training, from validation alone, and from the other commands."""
