@@ -1,4 +1,4 @@
-"""MkDocs hooks: add the README, experiments, examples and notebooks to the site, and convert formulas to MathML."""
+"""MkDocs hooks: add files outside docs/ to the site, and convert formulas to MathML."""
 
 import html
 import re
@@ -10,7 +10,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "CITATION.cff")
-FOLDERS = ("experiments", "examples", "notebooks", "conf", "launch")
+FOLDERS = ("experiments", "examples", "notebooks", "conf", "launch", "var")
 SUFFIXES = {".md", ".txt", ".png", ".svg", ".csv", ".json", ".py", ".yaml", ".tsv", ".ipynb", ".sh"}
 
 

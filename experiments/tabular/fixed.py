@@ -139,7 +139,7 @@ def average_draws(log_weights: Callable[[Tensor], Tensor], count: int, cost: int
 
 
 def find_fixed_point(world: World, log_weight: Tensor) -> Tensor:
-    """Return [P, Y] nats, log π_fix, of log E[w | x, y] [P, Y]. Data comes from π_ref."""
+    """Return log π_fix [P, Y] in nats, from log E[w | x, y] of shape [P, Y]. The data comes from π_ref."""
     return (world.logps + log_weight).log_softmax(-1)
 
 

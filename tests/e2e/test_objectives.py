@@ -301,7 +301,7 @@ def test_budget_stops_after_a_complete_step(accumulate: int, base: list[str], tm
         ("Set data.micro_batch to 2 or more", ["loss=kto", "data.micro_batch=1"]),
         ("this loss compares two responses of a row", ["loss=kto", "data.responses=all"]),
         (
-            "data.validation_prompts=3 and loss.value.development_prompts=9 leave none of the 12 distinct prompts",
+            "data.validation_prompts=3 and the 9 development prompts that the loss requires would leave none of",
             ["loss=alol", "data.validation_prompts=3", "loss.value.development_prompts=9"],
         ),
     ],

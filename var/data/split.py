@@ -17,7 +17,7 @@ def split(rows: Rows, settings: DataSettings, development: int = 0) -> tuple[Row
     if reserved >= len(prompts):
         raise UserError(
             f"data.validation_prompts={settings.validation_prompts}"
-            + (f" and loss.value.development_prompts={development}" if development else "")
+            + (f" and the {development} development prompts that the loss requires" if development else "")
             + f" would leave none of the {len(prompts)} distinct prompts for training. Lower them."
         )
     order = np.random.default_rng(settings.seed).permutation(len(prompts))

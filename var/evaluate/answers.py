@@ -21,7 +21,7 @@ class Answers:
     """K sampled answers to each of P prompts."""
 
     texts: list[list[str]]
-    """[P][K] texts."""
+    """Texts, K for each prompt."""
     finished: np.ndarray
     """[P, K] whether an answer ended before the token limit."""
     lengths: np.ndarray
