@@ -329,7 +329,7 @@ def test_files_are_written_to_configured_folders(world: tuple[Path, list[str]]) 
     ours = [path for path in (top / "home").rglob("*") if path.is_file() and not libraries & set(path.parts)]
     assert ours == []
     assert [path.name for path in (top / "data").iterdir()] == ["rows.jsonl"]
-    assert not [path for path in top.parent.iterdir() if "escaped" in path.name]
+    assert not [path for path in top.parent.iterdir() if path.name.startswith("escaped")]
     assert not [path for path in top.rglob("*") if "escaped" in path.name]
     assert not Path("/escaped-var-align").exists()
 
