@@ -162,8 +162,13 @@ def test_values_fit_types(value: object, hint: object, good: bool) -> None:
     [
         ("loss.temperatur=1", "Did you mean loss.temperature?"),
         ("trainr.max_steps=1", "Did you mean trainer.max_steps?"),
+        ("temperature=1", "Did you mean generate.temperature or loss.temperature or eval.sampling.temperature?"),
+        ("data.batch_size=8", "data has the keys responses, max_length, "),
+        ("sampler.temperature=1", "sampler has no keys in this configuration."),
+        ("batch_size=8", "batch_size: there is no such key. See: python train.py --help"),
+        ("judge=alpaca", "judge: there is no such key or group. See: python train.py --help"),
         ("+experiment=table1", "Write experiment=…, without the plus sign."),
-        *((old if "=" in old else f"{old}=1", f"Did you mean {new}?") for old, new in RENAMED.items()),
+        *((old if "=" in old else f"{old}=1", f"{old} was renamed: write {new}.") for old, new in RENAMED.items()),
         ("loss=custom", "loss._target_: must be given: loss._target_=…"),
     ],
 )
@@ -171,6 +176,17 @@ def test_errors_say_what_to_write(given: str, message: str, capsys: pytest.Captu
     with mock.patch.object(sys, "argv", ["train.py", given]), pytest.raises(SystemExit):
         run_command(lambda: check(composed(given), TRAIN))
     assert message in capsys.readouterr().err
+
+
+def test_all_misspelled_keys_are_reported_together(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["store=x", "loss.temperatur=1", "loss=dpo", "seed=2", "trainr.max_steps=1", "trainer.devices=1"]
+    with mock.patch.object(sys, "argv", ["train.py", *given]), pytest.raises(SystemExit):
+        run_command(lambda: composed(*given))
+    assert capsys.readouterr().err.splitlines() == [
+        "Error: loss.temperatur: there is no such key. loss has the keys beta, label_smoothing.",
+        "trainr.max_steps: there is no such key. Did you mean trainer.max_steps?",
+        "store was renamed: write annotation_cache.",
+    ]
 
 
 @pytest.mark.parametrize("old", [old for old in RENAMED.values() if "=" not in old])

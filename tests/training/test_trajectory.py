@@ -79,7 +79,7 @@ def test_live_weights_equal_cached_ones_if_others_vanish(options, tmp_path):
         f"data.path={path}", "loss=var_sum", "data.micro_batch=2", "data.global_batch=4", "data.seed=2",
         "trainer.epochs=1", "data.max_length=1024", "loss.temperature_unit=reward",
     )  # fmt: skip
-    cached, live = (fit(options, tmp_path / name, *more, f"reference={name}") for name in ("stored", "live"))
+    cached, live = (fit(options, tmp_path / name, *more, f"reference={name}") for name in ("cached", "live"))
     assert max(column(cached[2], "train/weight/mean")) > 0.5
     assert_same(live, cached, "train/weight/mean", rtol=2e-5, atol=2e-5, weights=False)
 

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
@@ -22,7 +23,9 @@ RENAMED = {
     "loss.centring": "loss.centering",
     "annotate=refuse": "annotate=error",
     "data.overlong=cut": "data.overlong=truncate",
+    "reference=stored": "reference=cached",
 }
+GROUPS = Path(__file__).parents[2] / "conf"
 
 
 def run_command(main: Callable[[], Any]) -> None:
@@ -67,11 +70,9 @@ def _describe(error: BaseException) -> str | None:
     suggestions = _suggest_renamed()
     if unknown := re.match("Could not override '(.*)'", lines[0]):
         nodes = [node for cause in causes if (node := getattr(cause, "parent_node", None)) is not None]
-        keys = [key for key in list_keys(nodes[0]._get_root()) if not key.startswith("hydra.")] if nodes else []
-        near = difflib.get_close_matches(unknown[1], keys, n=1, cutoff=0.5)
-        lines, suggestions = lines[:1], suggestions or [f"Did you mean {key}?" for key in near]
-        if suggestions:  # Hydra's own advice is to add the key with a plus sign
-            lines = [f"{unknown[1]}: there is no such key."]
+        lines = _list_unknown_keys(nodes[0]._get_root()) if nodes else []
+        if not lines and not suggestions:  # Hydra would advise to add the key with a plus sign
+            lines = [f"{unknown[1]}: there is no such key or group. See: {_help()}"]
     elif option := re.match(r"(?:In '.*': )?Could not find '([\w/]+)/([^']*)'", lines[0]):
         names = re.findall(r"^\t?([\w.-]+)$", lines[0], re.M)
         near = difflib.get_close_matches(option[2], names, n=1, cutoff=0.5)
@@ -85,10 +86,44 @@ def _suggest_renamed() -> list[str]:
     """Return what to write instead of the renamed keys and values on the command line."""
     words = [word.lstrip("+~") for word in sys.argv[1:]]
     return [
-        f"{old} was renamed. Did you mean {new}?"
+        f"{old} was renamed: write {new}."
         for old, new in RENAMED.items()
         if any(word == old or word.startswith(f"{old}=") for word in words)
     ]
+
+
+def _help() -> str:
+    return f"python {Path(sys.argv[0]).name} --help"
+
+
+def _list_unknown_keys(root: DictConfig) -> list[str]:
+    """Return a message for each key on the command line that is not in the configuration."""
+    keys = [key for key, given, _ in (word.partition("=") for word in sys.argv[1:]) if given and key not in RENAMED]
+    keys = [key for key in keys if re.fullmatch(r"(?!hydra\.)[\w.]+", key) and not (GROUPS / key).is_dir()]
+    found = ((key, _suggest_key(root, key)) for key in keys)
+    return [f"{key}: there is no such key. {suggestion}" for key, suggestion in found if suggestion is not None]
+
+
+def _suggest_key(root: DictConfig, key: str) -> str | None:
+    """Return None if the configuration has the key, else what to write instead."""
+    node: Any = root
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        path = ".".join(parts[:depth])
+        siblings = [str(sibling) for sibling in node] if isinstance(node, DictConfig) and not node._is_none() else []
+        if part in siblings:
+            node = node._get_node(part)
+            continue
+        if not path:  # the first word of the path is wrong, but the last may be right
+            keys = [other for other in list_keys(root) if not other.startswith("hydra.")]
+            near = [other for other in keys if other.rpartition(".")[2] == parts[-1]]
+            near = near or difflib.get_close_matches(key, keys, n=1, cutoff=0.7)
+            return f"Did you mean {' or '.join(near)}?" if near else f"See: {_help()}"
+        if near := difflib.get_close_matches(part, siblings, n=1):
+            return f"Did you mean {path}.{near[0]}?"
+        offered = ", ".join(sibling for sibling in siblings if sibling != "_target_")
+        return f"{path} has the keys {offered}." if offered else f"{path} has no keys in this configuration."
+    return None
 
 
 def list_keys(node: Any, path: str = "") -> Iterator[str]:

@@ -28,7 +28,7 @@ class RunSettings:
     init: str | None  # folder of a finished run to start from
     reward_scale: Literal["raw", "sigmoid", "zscore"]  # the scale in which λ is measured
     adapter: Any  # LoRA, or None to train all parameters
-    reference: Literal["stored", "live"]  # reference log-probabilities: from the cache, or computed in every step
+    reference: Literal["cached", "live"]  # reference log-probabilities: from the cache, or computed in every step
     annotate: Literal["fill", "error"]  # whether to compute missing annotations
     annotation_cache: str  # folder of responses, rewards and reference log-probabilities
     cache: str  # folder of converted models, rows and tokens
