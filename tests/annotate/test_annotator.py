@@ -212,3 +212,17 @@ def test_every_rank_reaches_the_barriers_whatever_it_finds_missing(make):
         annotator = make(ranks=Ranks(barrier=lambda: calls.append(0)))
         score_rows(annotator, make_sequences(annotator)[0])
     assert len(calls) == 4
+
+
+def test_incomplete_reward_is_an_error(make):
+    """Both missing attributes are named, before anything is loaded."""
+
+    class Incomplete:
+        def __call__(self, prompts: Any, responses: Any, answers: Any) -> list[float]:
+            return [0.0 for _ in responses]
+
+    with pytest.raises(UserError) as error:
+        replace(make(), reward=Incomplete()).check()
+    assert "attributes are missing from Incomplete; see docs/rewards.md (2)" in str(error.value)
+    assert "`fingerprint`: it says what" in str(error.value)
+    assert "`scores_text`: it is True if" in str(error.value)

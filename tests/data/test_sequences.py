@@ -58,7 +58,7 @@ def test_rows_without_a_pair_are_left_out_and_counted(tmp_path: Path):
     choice = choose(rows, "both", [np.array(r) for r in ([1, 0], [1], [2, 2], [])])
     assert choice.row.tolist() == [0, 0]
     assert dict(choice.counts) == {
-        "rows with fewer than two responses": 1, "rows whose responses have one reward": 1,
+        "rows with fewer than two responses": 1, "rows whose responses all have the same reward": 1,
         "rows without a response": 1,
     }  # fmt: skip
 

@@ -5,11 +5,15 @@ from typing import Any
 
 import pytest
 import torch
+from hydra.utils import get_class
+from omegaconf import OmegaConf
 from torch.testing import assert_close
 
 from tests.helpers.losses import VALUE_FIT, double, make_batch, value_and_gradient
+from tests.helpers.runs import ROOT
 from var.losses.alol import ALoL
 from var.losses.apo import APO
+from var.losses.bradley_terry import BradleyTerry
 from var.losses.dpo import DPO
 from var.losses.dpo_norm import DPONorm
 from var.losses.exo import EXO
@@ -154,27 +158,34 @@ def test_large_margin_has_the_exact_loss_and_gradient_in_float32(loss, logps, va
 ROLLOUT = "Rollout Rewards OldLogps"
 
 
-@pytest.mark.parametrize(
-    ("loss", "names"),
-    [
-        (SFT(), ""), (Weighted(), "WeightColumn"), (WBC(), "Rewards"), (RGOLD(), "Rewards"),
-        (RLoL(), "Rewards ReferenceLogps"),
-        (ALoL(value=VALUE_FIT), "Rewards Advantages ReferenceLogps"),
-        (ALoL(value=VALUE_FIT, ratio="token"), "Rewards Advantages ReferenceLogps"),
-        (ALoL(value=VALUE_FIT, ratio="none", clip=None), "Rewards Advantages"),
-        (ALoL(value=VALUE_FIT, ratio="none", clip=None, beta=0.75), "Rewards Advantages ReferenceLogps"),
-        *((kind(), "Pairs ReferenceLogps") for kind in (DPO, APO, DPONorm, EXO, Hinge, IPO, Robust, RPO)),
-        (SimPO(), "Pairs"), (ORPO(), "Pairs"),
-        (KTO(), "Desirable ReferenceLogps MismatchedLogps"),
-        (KTO(threshold=0.0), "Rewards Desirable ReferenceLogps MismatchedLogps"),
-        (InfoNCA(), "Groups Rewards ReferenceLogps"), (NCA(), "Groups Rewards ReferenceLogps"),
-        (VAROnline(), "Rollout Rewards"),
-        (GRPO(beta=0.0), ROLLOUT), (GRPO(beta=0.01), f"{ROLLOUT} ReferenceLogps"),
-        (RLOO(beta=0.0), ROLLOUT), (RLOO(beta=0.01), f"{ROLLOUT} ReferenceLogps"),
-        (PPO(beta=0.0), f"{ROLLOUT} TokenValues"), (PPO(beta=0.01), f"{ROLLOUT} TokenValues ReferenceLogps"),
-    ],
-    ids=lambda value: type(value).__name__,
-)  # fmt: skip
+REQUIREMENTS = [
+    (SFT(), ""), (Weighted(), "WeightColumn"), (WBC(), "Rewards"), (RGOLD(), "Rewards"),
+    (RLoL(), "Rewards ReferenceLogps"),
+    (ALoL(value=VALUE_FIT), "Rewards Advantages ReferenceLogps"),
+    (ALoL(value=VALUE_FIT, ratio="token"), "Rewards Advantages ReferenceLogps"),
+    (ALoL(value=VALUE_FIT, ratio="none", clip=None), "Rewards Advantages"),
+    (ALoL(value=VALUE_FIT, ratio="none", clip=None, beta=0.75), "Rewards Advantages ReferenceLogps"),
+    *((kind(), "Pairs ReferenceLogps") for kind in (DPO, APO, DPONorm, EXO, Hinge, IPO, Robust, RPO)),
+    (SimPO(), "Pairs"), (ORPO(), "Pairs"),
+    (KTO(), "Desirable ReferenceLogps MismatchedLogps"),
+    (KTO(threshold=0.0), "Rewards Desirable ReferenceLogps MismatchedLogps"),
+    (InfoNCA(), "Groups Rewards ReferenceLogps"), (NCA(), "Groups Rewards ReferenceLogps"),
+    (VAROnline(), "Rollout Rewards"),
+    (GRPO(beta=0.0), ROLLOUT), (GRPO(beta=0.01), f"{ROLLOUT} ReferenceLogps"),
+    (RLOO(beta=0.0), ROLLOUT), (RLOO(beta=0.01), f"{ROLLOUT} ReferenceLogps"),
+    (PPO(beta=0.0), f"{ROLLOUT} TokenValues"), (PPO(beta=0.01), f"{ROLLOUT} TokenValues ReferenceLogps"),
+]  # fmt: skip
+
+
+def test_every_configured_loss_is_in_the_lists() -> None:
+    """A reward model's loss has no log-probabilities; tests/losses/test_bradley_terry.py tests it."""
+    files = [OmegaConf.load(path) for path in (ROOT / "conf" / "loss").glob("*.yaml") if path.stem != "custom"]
+    configured = {get_class(cfg._target_) for cfg in files if "_target_" in cfg} - {BradleyTerry}
+    assert {type(loss) for loss in LOSSES} == configured
+    assert {type(loss) for loss, _ in REQUIREMENTS} == configured - {VAR}  # VAR: tests/losses/test_var.py
+
+
+@pytest.mark.parametrize(("loss", "names"), REQUIREMENTS, ids=lambda value: type(value).__name__)
 def test_requirements_follow_from_the_settings(loss, names):
     assert {type(requirement).__name__ for requirement in loss.requires} == set(names.split())
 

@@ -73,11 +73,15 @@ class Annotator:
         Args:
             more: other folders that will be written, by the setting that names them.
         """
-        if not hasattr(self.reward, "fingerprint"):
-            raise UserError(
-                f"reward: {type(self.reward).__name__} has no `fingerprint`, which says what its numbers depend on. "
-                "Add it (docs/rewards.md)."
-            )
+        meanings = {
+            "fingerprint": "says what its numbers depend on",
+            "scores_text": "is True if it can score any text, and False if it only reads the data's own scores",
+        }
+        incomplete = Problems(f"reward: attributes are missing from {type(self.reward).__name__}; see docs/rewards.md")
+        for name, meaning in meanings.items():
+            if not hasattr(self.reward, name):
+                incomplete.add(f"`{name}`", f"it {meaning}")
+        incomplete.check()
         self.chat.suffix, self.chat.end_token, self.reference.fingerprint, self.reward.fingerprint  # noqa: B018
         problems = Problems("folders that cannot be written")
         for name, folder in {"annotation_cache": self.annotations.root, "cache": self.cache, **more}.items():

@@ -106,7 +106,7 @@ def choose(rows: Rows, responses: Selection, rewards: list[np.ndarray] | None = 
             picked = [int(rewards[i].argmax())]
             if responses == "both":
                 if rewards[i].max() == rewards[i].min():
-                    counts["rows whose responses have one reward"] += 1
+                    counts["rows whose responses all have the same reward"] += 1
                     continue
                 picked.append(int(rewards[i].argmin()))
         row.extend([i] * len(picked))

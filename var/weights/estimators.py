@@ -1,12 +1,12 @@
-"""VAR's weight exp(r/λ) / Z(x) of a response, by how Z(x) is estimated.
+"""VAR's weight exp(r/λ) / Z(x) of a response, by how Z(x) is estimated. `InBatch` also contains log π_ref.
 
 An estimator is a frozen dataclass. Its call maps the data set's numbers (`WeightInputs`) and λ to log-weights in
 float64; -inf means that a sequence does not train. `inputs` names the fields that it reads besides the rewards.
 `needs_plan` says whether a weight depends on the micro-batch, so that micro-batches must be fixed first. No estimator
 sees θ or holds a gradient.
 
-`compute_weights` divides by the data set's mean weight, once. Then w ≡ 1 is SFT, and learning rate, clipping and loss
-curves mean the same for every estimator, B and λ.
+`compute_weights` makes the mean weight 1 over the responses that train. Then w ≡ 1 is SFT, and learning rate, clipping
+and loss curves mean the same for every estimator, B and λ.
 """
 
 from collections.abc import Callable
@@ -140,7 +140,7 @@ class Grouped:
     """K · softmax of r/λ over the prompt's own K responses. A pair gives 2σ(Δr/λ)."""
 
     drop_zero_variance: bool
-    """Whether groups whose rewards are all equal do not train. Otherwise each of their weights is 1, which is a step of
+    """Whether to skip groups whose rewards are all equal. Otherwise each of their weights is 1, which is a step of
     SFT whatever the responses are worth. A group of one response is of this kind.
     """
 
@@ -167,7 +167,7 @@ class Prompt:
     baseline: Literal["ridge", "zero"] = "ridge"
     """V(x): `ridge` for a cross-fitted regression on the reference's hidden states of the prompt, or `zero`."""
     drop_zero_variance: bool = False
-    """Whether groups whose rewards are all equal do not train."""
+    """Whether to skip groups whose rewards are all equal."""
 
     needs_plan: ClassVar[bool] = False
 
