@@ -26,7 +26,7 @@ from var.weights.inputs import WeightInputs, micro_batch_inputs
 
 
 class ProvideWeights(Provider[Weights]):
-    """Provides exp(r/λ) / Z(x) of each response, of mean 1 over the data set."""
+    """Provides exp(r/λ) / Z(x) of each response, of mean 1 over the responses that train."""
 
     def select(self, data: TrainingSet) -> np.ndarray | None:
         """Compute the weights, unless they depend on the micro-batch. Return the responses of positive weight."""

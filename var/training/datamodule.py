@@ -89,7 +89,7 @@ class AlignmentData(lightning.LightningDataModule):
         if data.scale.kind == "zscore" and (self.rollout or not find(self.requirements, Rewards)):
             raise UserError(
                 "reward_scale=zscore takes its mean and standard deviation from rewards of the training responses, and "
-                "this loss asks for none"
+                "this loss requires none"
             )
         self.annotator.check()
         self._read_rows()
