@@ -7,7 +7,7 @@ from var.config.entry import run_command
 
 
 def main() -> None:
-    """Write a report. Folders without a finished run or an evaluation are listed and left out."""
+    """Write a report. Folders without a finished run or an evaluation are listed and skipped."""
     parser = argparse.ArgumentParser(
         prog="report.py",
         description="Compare runs and evaluations: tables (Markdown, LaTeX, CSV), figures, and one HTML page per run. "
@@ -53,9 +53,9 @@ def main() -> None:
         found = find_records(arguments.folders)
         say(write_report(found, arguments.out, arguments.format, arguments.shown, arguments.pages))
         for problem in found.problems[:10]:
-            say(f"Left out: {problem}")
+            say(f"Skipped: {problem}")
         if len(found.problems) > 10:
-            say(f"Left out: {len(found.problems) - 10} more")
+            say(f"Skipped: {len(found.problems) - 10} more")
         say(f"Report: {arguments.out / 'report.md'}")
     if arguments.wandb:
         from var.report.view import save_view

@@ -1,4 +1,4 @@
-"""What a loss can ask for.
+"""The requirements that a loss can list.
 
 A loss lists requirements in its property `requires`. A requirement is a frozen dataclass that carries the parameters
 with which it is computed, and it names the class that provides it. Each provider is in one file of `var/annotate/` and
@@ -105,7 +105,7 @@ class Weights(Requirement):
     temperature_unit: Literal["reward", "sd"]
     """`reward`, or `sd` for the standard deviation of the reward within a prompt."""
     min_weight: float
-    """Responses with a smaller weight do not train."""
+    """Responses with a smaller weight are skipped."""
 
     provider = "var.annotate.weights.ProvideWeights"
     shape = "[B]"
@@ -131,7 +131,7 @@ class ValueFit:
     """How V(x), the reference's expected reward for a prompt, is fitted (`var/annotate/value_fit.py`)."""
 
     development_prompts: int
-    """Prompts that V is fitted on. They do not train."""
+    """Prompts that V is fitted on. They are never trained on."""
     epochs: int
     """Passes over these prompts."""
     learning_rate: float
@@ -158,7 +158,7 @@ class ValueFit:
 
 @dataclass(frozen=True, kw_only=True)
 class Advantages(Requirement):
-    """r − V(x), where V(x) is the expected reward of the reference's own answers."""
+    """r − V(x), where V(x) is the expected reward of the reference's own responses."""
 
     value: ValueFit
     """How V(x) is fitted."""
@@ -168,7 +168,7 @@ class Advantages(Requirement):
     provider = "var.annotate.advantages.ProvideAdvantages"
     shape = "[B]"
     unit = "reward"
-    text = "r − V(x), where V(x) is the expected reward of the reference's own answers"
+    text = "r − V(x), where V(x) is the expected reward of the reference's own responses"
 
 
 # Log-probabilities of the reference.
@@ -209,10 +209,10 @@ class MismatchedLogps(Requirement):
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout(Requirement):
-    """The policy answers the prompts while it trains. The answers, with their rewards, are the next batches."""
+    """The policy samples responses while it trains. The responses, with their rewards, are the next batches."""
 
     steps: int = 1
-    """Optimizer steps whose prompts are answered at once. With more than 1, answers come from an older policy."""
+    """Optimizer steps whose responses are sampled at once. With more than 1, they come from an older policy."""
     passes: int = 1
     """How often each rollout is trained on."""
 

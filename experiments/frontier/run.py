@@ -141,7 +141,7 @@ def draw_figure(folder: Path, seeds: list[int], target: Path) -> None:
             statistics.mean(kl), statistics.mean(reward), xerr=spread[0], yerr=spread[1], marker="o", label=method
         )
         axis.axhline(runs[0]["reward"]["before"]["mean"], color="grey", linewidth=0.5)
-    axis.set(xlabel="KL to the reference, nats per response", ylabel="reward on validation prompts")
+    axis.set(xlabel="KL from the reference, nats per response", ylabel="reward on validation prompts")
     axis.legend(fontsize="x-small")
     plot.savefig(target, dpi=120)
 

@@ -19,7 +19,7 @@ import torch
 from experiments.tabular.worlds import Record
 
 PARTS = {
-    "fixed": "Where each weight leads over tables",
+    "fixed": "Where each weight leads for tabular policies",
     "partition": "How well Z(x) is known",
     "finite": "VAR's weights on few rows",
     "argument": "The clip and the bound of the paper's appendix",

@@ -80,7 +80,7 @@ def test_changed_weight_is_another_reference(tiny_folder, tmp_path):
 
 
 @pytest.mark.parametrize("kernel", [{"attention": "varlen"}, {"compile": True}])
-def test_kernel_is_part_of_the_identity_in_low_precision(kernel, tiny_folder, tmp_path):
+def test_kernel_is_part_of_the_fingerprint_in_low_precision(kernel, tiny_folder, tmp_path):
     """In bf16, log-ratios to a reference computed by another kernel would not start at zero."""
     plain = pretrained(tiny_folder, tmp_path / "cache")
     for files, autocast, same in (
@@ -90,7 +90,7 @@ def test_kernel_is_part_of_the_identity_in_low_precision(kernel, tiny_folder, tm
         assert (one.fingerprint == other.fingerprint) is same
 
 
-def test_identity_depends_on_autocast_but_not_on_the_name(tiny_folder, tmp_path):
+def test_fingerprint_depends_on_autocast_but_not_on_the_name(tiny_folder, tmp_path):
     plain = pretrained(tiny_folder, tmp_path)
     fingerprint = FrozenModel(plain, "cpu").fingerprint
     assert fingerprint.items() >= plain.fingerprint.items()
@@ -98,7 +98,7 @@ def test_identity_depends_on_autocast_but_not_on_the_name(tiny_folder, tmp_path)
     assert FrozenModel(replace(plain, name="other", attention="packed"), "cpu").fingerprint == fingerprint
 
 
-def test_identity_depends_on_the_tokenizer_but_not_its_padding(tiny_folder, tmp_path):
+def test_fingerprint_depends_on_the_tokenizer_but_not_its_padding(tiny_folder, tmp_path):
     folder = tmp_path / "other"
     shutil.copytree(tiny_folder, folder)
     content = json.loads((folder / "tokenizer.json").read_text())

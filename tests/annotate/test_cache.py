@@ -39,7 +39,7 @@ def test_keys_that_end_in_zero_bytes_are_found(tmp_path):
     assert pq.read_table(shards(again)[0])["key"].to_pylist() == [first, second, third]
 
 
-def test_each_identity_and_kind_has_its_own_table(tmp_path):
+def test_each_fingerprint_and_kind_has_its_own_table(tmp_path):
     """What the numbers depend on is hashed, nested values too, but not the order of names."""
     fingerprints = [{"weights": "a"}, {"weights": "b"}, {"weights": "a", "dtype": "bfloat16"}, {"weights": ["a"]}]
     paths = [open_table(tmp_path, fingerprint).path for fingerprint in fingerprints]
@@ -52,7 +52,7 @@ def test_each_identity_and_kind_has_its_own_table(tmp_path):
     assert other.path.name != paths[0].name
 
 
-def test_identity_is_stored_next_to_the_numbers(tmp_path):
+def test_fingerprint_is_stored_next_to_the_numbers(tmp_path):
     table = open_table(tmp_path)
     table.write(keys(1), [1.0])
     assert json.loads((table.path / "fingerprint.json").read_text()) == {"format": 1, "kind": "rewards", "weights": "a"}

@@ -324,7 +324,7 @@ def test_cache_of_another_format_is_not_read(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["of another table", "edited", "another kind of JSON"])
-def test_table_with_another_identity_is_neither_read_nor_written(tmp_path, how):
+def test_table_with_another_fingerprint_is_neither_read_nor_written(tmp_path, how):
     """It was copied under the wrong name or edited by hand, so it is unknown what its numbers depend on."""
     table, other = open_table(tmp_path), open_table(tmp_path, {"weights": "b"})
     fill(table, range(1, 3))
@@ -344,7 +344,7 @@ def test_table_with_another_identity_is_neither_read_nor_written(tmp_path, how):
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"\xff\xfe\xfa", None], ids=["empty", "truncated", "bytes", "gone"])
-def test_damaged_or_missing_identity_is_restored(tmp_path, damage):
+def test_damaged_or_missing_fingerprint_is_restored(tmp_path, damage):
     """The folder's name still says what the shards depend on, and their own names show that they are complete."""
     fill(open_table(tmp_path), range(1, 3))
     file = open_table(tmp_path).path / "fingerprint.json"
@@ -359,7 +359,7 @@ def test_damaged_or_missing_identity_is_restored(tmp_path, damage):
     assert reports == ([] if damage is None else [report])
 
 
-def test_identity_that_json_changes_is_found_again(tmp_path):
+def test_fingerprint_that_json_changes_is_found_again(tmp_path):
     """Tuples, numbers as keys, NaN, half a surrogate pair."""
     fingerprint = {"sizes": (1, 2), "by": {10: "x", 9: "y"}, "nan": float("nan"), "text": "é\ud800"}
     fill(open_table(tmp_path, fingerprint), range(1, 3))

@@ -35,7 +35,7 @@ def test_repeated_questions_are_left_out_and_counted(tmp_path):
     assert 50 < len(rows) <= 100
 
 
-def test_identity_depends_on_settings_and_package_version():
+def test_fingerprint_depends_on_settings_and_package_version():
     sources = [
         ReasoningGym(), ReasoningGym(task="gcd"), ReasoningGym(size=9), ReasoningGym(seed=1),
         ReasoningGym(options={"min_terms": 2}),

@@ -151,7 +151,7 @@ def test_second_read_uses_the_cache(tmp_path: Path):
     assert second.table.cache_files[0]["filename"] == str(folder / "rows.arrow")  # a memory map, not a copy
 
 
-def test_changed_identity_is_read_again(tmp_path: Path):
+def test_changed_fingerprint_is_read_again(tmp_path: Path):
     read(ListSource([record("a", "x")]), tmp_path)
     assert read(ListSource([record("a", "other")]), tmp_path)[0].responses[0].text == "other"
 

@@ -380,7 +380,7 @@ def test_hha_by_score_puts_the_higher_score_first_and_skips_ties(tmp_path):
     assert [row.responses[0].text for row in rows] == ["first", "second", "first", "first"]
 
 
-def test_hha_rows_have_their_subset_and_identity_has_the_order(tmp_path):
+def test_hha_rows_have_their_subset_and_fingerprint_has_the_order(tmp_path):
     for name in ("helpful_base.json", "harmless_base.json"):
         write_lines(tmp_path / "d" / name, make_hha())
     sources = [HHA(folder=str(tmp_path / "d"), skip_bad=False, order=order) for order in ("chosen", "score")]
@@ -503,7 +503,7 @@ def test_hub_set_is_read_by_name_split_and_folder(tmp_path, monkeypatch):
     hub.load.cache_clear()
 
 
-def test_identity_depends_on_settings_and_files(tmp_path):
+def test_fingerprint_depends_on_settings_and_files(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", {"prompt": "x"})
     before = Files(path=path).fingerprint()
     file = tmp_path / "a.jsonl"

@@ -53,7 +53,7 @@ def test_run_writes_its_folder(own: list[str], tmp_path: Path) -> None:
     for when in ("before", "after", "gain"):
         assert set(summary["validation"]["reward"][when]) == {"mean", "se"}
     assert {"kl", "length", "tokens_per_second", "ess", "hashes", "versions", "seeds", "commit"} <= set(summary)
-    for text in ("validation reward", "KL to the reference", "response length", "tokens per second",
+    for text in ("validation reward", "KL from the reference", "response length", "tokens per second",
                  "effective sample size", "zero-variance groups", str(folder)):  # fmt: skip
         assert text in printed
     sample = json.loads((folder / "samples.jsonl").read_text().splitlines()[0])
@@ -133,7 +133,7 @@ def test_debug_presets(own: list[str], tmp_path: Path) -> None:
         assert text in printed, printed
     assert not shards(tmp_path)
     printed = check_run("train.py", *own, "debug=dry", "data.responses=sampled", "data.validation_prompts=0")
-    assert "⟦… the responses are sampled first …⟧" in printed
+    assert "⟦… the response is not available yet …⟧" in printed
     for preset in ("step", "limit", "overfit", "profile"):
         check_run("train.py", *own, f"debug={preset}", "data.limit=10", "data.validation_prompts=2")
     assert min(summary["steps"] for summary in read_summaries(tmp_path / "runs").values()) == 1

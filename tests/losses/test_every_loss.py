@@ -207,17 +207,21 @@ def test_negative_reward_is_an_error(loss):
     with pytest.raises(UserError) as error:
         loss(torch.tensor([-1.0, -2.0, -5.0]), batch)
     assert str(error.value) == (
-        "this loss uses rewards as weights, which must not be negative, and one is -1.25. Set reward_scale=sigmoid."
+        "this loss uses rewards as weights, which must not be negative, but the lowest is -1.25. "
+        "Set reward_scale=sigmoid."
     )
 
 
 NORMALIZE = "loss.normalize must be token or sequence, got mean"
-RATIO = "loss.ratio must be sequence, token or none; loss.clip must be above 0, or null, as it must be with ratio=none"
+RATIO = (
+    "loss.ratio must be sequence, token or none. loss.clip must be above 0 or null. With loss.ratio=none it must be "
+    "null."
+)
 TEMPERATURE = "loss.beta and loss.temperature must be above 0"
 CLIP = "loss.beta must be at least 0 and loss.clip in (0, 1]"
 LENGTH = (
-    "loss.length is the divisor of loss.normalize=constant and at least 1 there (for example generate.max_new_tokens). "
-    "It must be null with any other."
+    "loss.length is the divisor of loss.normalize=constant. Set it to at least 1 there (for example "
+    "generate.max_new_tokens), and otherwise to null."
 )
 BAD_BETA: list[dict[str, Any]] = [{"beta": 0.0}, {"beta": -1.0}, {"beta": math.nan}]
 INVALID: list[tuple[type, list[dict[str, Any]], str]] = [

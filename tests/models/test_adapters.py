@@ -71,7 +71,7 @@ def test_merged_model_is_exported_without_its_adapter(folder: Path, tmp_path: Pa
         assert torch.equal(value, model.state_dict()[name])
 
 
-def test_identity_covers_adapter_settings_and_base(folder: Path, tiny_folder: Path, tmp_path: Path):
+def test_fingerprint_covers_adapter_settings_and_base(folder: Path, tiny_folder: Path, tmp_path: Path):
     cache = tmp_path / "cache"
     first = pretrained(folder, cache).weights
     copy = shutil.copytree(folder, tmp_path / "copy")
@@ -147,7 +147,7 @@ def test_adapter_of_a_reward_model_scores_as_in_peft(tiny_folder: Path, tmp_path
 
 
 def test_adapter_of_a_language_model_is_rejected_as_reward(folder: Path, tmp_path: Path):
-    with pytest.raises(UserError, match="an adapter for CAUSAL_LM\. Choose an adapter of a reward model, for SEQ_CLS"):
+    with pytest.raises(UserError, match=r"expected an adapter of a reward model \(task_type SEQ_CLS\), got CAUSAL_LM"):
         Classifier(path=str(folder), cache=str(tmp_path)).fingerprint  # noqa: B018
 
 

@@ -79,7 +79,7 @@ def test_hash_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert pretrained(folder, tmp_path).weights == first
 
 
-def test_identity_is_weights_dtype_template_and_tokenizer(tmp_path: Path):
+def test_fingerprint_is_weights_dtype_template_and_tokenizer(tmp_path: Path):
     folder = saved(tmp_path / "m")
     one = pretrained(folder, tmp_path).fingerprint
     plain = {"weights": pretrained(folder, tmp_path).weights, "dtype": "float32", "template": TEMPLATE}

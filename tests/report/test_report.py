@@ -423,8 +423,8 @@ def test_damaged_file_affects_only_what_reads_it(tmp_path: Path) -> None:
         (runs / name / "tables.json").write_text(content)
     printed = report(runs, "--out", tmp_path / "out")
     for name in tables_of:
-        assert f"Left out: {runs}/{name}: cannot use tables.json" in printed
-    assert f"Left out: {runs}/hashes: cannot use summary.json (AttributeError" in printed
+        assert f"Skipped: {runs}/{name}: cannot use tables.json" in printed
+    assert f"Skipped: {runs}/hashes: cannot use summary.json (AttributeError" in printed
     markdown = (tmp_path / "out" / "report.md").read_text()
     assert markdown.startswith("# 6 runs, 6 configurations, 0 evaluations")
     assert "figures/lengths.png: not drawn, because files of its runs are inconsistent" in markdown
@@ -479,7 +479,7 @@ def test_report_has_tables_figures_and_pages(tmp_path: Path) -> None:
     for name in drawn:
         assert f"(figures/{name}.svg)" in markdown
     assert "3 of 4 runs have a page" in markdown
-    assert "## Left out (1)" in markdown
+    assert "## Skipped (1)" in markdown
     assert "| `loss.temperature=2` | 2 | 2 ± 0 | 0.100 ± 0.000 | 0.700 ± 0.500 |" in markdown
     assert "| one on 100% of it | hard | 0.500 ± 0.200 | 0.250 ± 0.050 | 1.00 | 12.0 ± 1.5 |" in markdown
     runs_table = list(csv.DictReader((out / "tables" / "runs.csv").open()))

@@ -149,7 +149,7 @@ def test_overlong_responses_are_an_error(tmp_path: Path):
         score(reward, ["xyz", "xy", "wxyz"])
 
 
-def test_identity_depends_on_weights_and_dtype(tmp_path: Path):
+def test_fingerprint_depends_on_weights_and_dtype(tmp_path: Path):
     """Scores differ by dtype: reward-bench #137."""
     one, other = decoder(), decoder()
     other.score.weight.data += 1e-3
@@ -181,8 +181,8 @@ def test_language_model_is_an_error(inside: str, tmp_path: Path):
         with pytest.raises(UserError) as error:
             ask()
         assert str(error.value) == (
-            f"reward.path={tmp_path / 'run'}: a language model (LlamaForCausalLM), which gives no score. Choose a "
-            "sequence classifier with one label, as loss=bradley_terry trains it"
+            f"reward.path={tmp_path / 'run'}: expected a sequence classifier with one label, got a language "
+            "model (LlamaForCausalLM). loss=bradley_terry trains a classifier."
         )
 
 

@@ -132,7 +132,7 @@ def test_missing_scores_are_listed_and_others_cached(tmp_path: Path):
         assert len(server.bodies) - before == 2
 
 
-def test_identity_depends_on_server_model_and_settings(tmp_path: Path):
+def test_fingerprint_depends_on_server_model_and_settings(tmp_path: Path):
     url = "http://127.0.0.1:9"
     variants = [
         make_reward(url, tmp_path), make_reward("http://127.0.0.1:8", tmp_path), make_reward(url, tmp_path, "pooling"),
@@ -154,7 +154,7 @@ def test_another_version_is_requested_again(tmp_path: Path):
     assert len(server.bodies) == 2
 
 
-def test_identity_checks_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_fingerprint_checks_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("RM_KEY", raising=False)
     reward = Endpoint(client=client("http://127.0.0.1:9", tmp_path, api_key_env="RM_KEY"), protocol="classify")
     with pytest.raises(UserError, match="RM_KEY is not set"):

@@ -70,7 +70,7 @@ def test_members_are_scaled_before_they_are_combined():
     assert score(Ensemble(members={"a": A, "b": B}, scale="sigmoid", how="min"))[0] == pytest.approx(0.7310586)
 
 
-def test_identity_depends_on_members_and_settings():
+def test_fingerprint_depends_on_members_and_settings():
     ensembles = [
         Ensemble(members={"a": A, "b": B}), Ensemble(members={"a": A, "b": A}), Ensemble(members={"a": A}),
         Ensemble(members={"a": A, "b": B}, how="min"), Ensemble(members={"a": A, "b": B}, scale="sigmoid"),

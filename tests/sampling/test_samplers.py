@@ -157,7 +157,7 @@ def test_vllm_loads_once_until_it_is_released(reference: FrozenModel, vllm: list
     assert (len(Engine.loaded), vllm) == (3, ["cleaned", "cleaned"])
 
 
-def test_vllms_identity_differs_from_transformers(reference: FrozenModel):
+def test_vllms_fingerprint_differs_from_transformers(reference: FrozenModel):
     fingerprint = VLLM().fingerprint(reference)
     assert fingerprint != Transformers().fingerprint(reference)
     assert fingerprint["reference"] == reference.fingerprint
@@ -258,7 +258,7 @@ def test_missing_responses_are_reported_and_requested_again(reference: FrozenMod
     assert [responses[0][0].split(" ")[0] for responses in texts] == ["ab", "a", "c"]
 
 
-def test_endpoints_identity_is_address_model_request_and_version(reference: FrozenModel, tmp_path: Path):
+def test_endpoints_fingerprint_is_address_model_request_and_version(reference: FrozenModel, tmp_path: Path):
     """Another version is sampled again."""
     fingerprint = endpoint("http://127.0.0.1:9/v1", tmp_path).fingerprint(reference)
     assert fingerprint == {"base_url": "http://127.0.0.1:9/v1", "model": "tiny", "request": {}, "version": ""}

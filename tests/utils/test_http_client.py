@@ -376,6 +376,6 @@ def test_requests_are_not_logged(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert caplog.records == []
 
 
-def test_identity_is_address_and_model():
+def test_fingerprint_is_address_and_model():
     client = Client(base_url="http://127.0.0.1:9/v1/", model="judge", concurrency=3)
     assert client.fingerprint == {"base_url": "http://127.0.0.1:9/v1", "model": "judge"}

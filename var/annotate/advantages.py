@@ -25,11 +25,11 @@ class ProvideAdvantages(Provider[Advantages]):
 
     @property
     def development_prompts(self) -> int:
-        """V is fitted on prompts that do not train."""
+        """The number of prompts that V is fitted on. They are never trained on."""
         return self.requirement.value.development_prompts
 
     def select(self, data: TrainingSet) -> np.ndarray:
-        """Fit V, compute the advantages, and draw the sequences that train."""
+        """Fit V, compute the advantages, and draw the training sequences."""
         rewards = data.require_rewards(self.requirement)
         values = torch.tensor(self._values(data), dtype=torch.float64)
         self.advantages = rewards - values[torch.from_numpy(data.sequences.group)]

@@ -64,7 +64,7 @@ class TrainingSet:
     rows: Rows = field(init=False)
     """The training rows, with responses."""
     development: Rows = field(init=False)
-    """Rows that a value estimate is fitted on, one per prompt. They do not train."""
+    """Rows that a value estimate is fitted on, one per prompt. They are never trained on."""
     choice: Choice = field(init=False)
     """Which responses train."""
     sequences: Sequences = field(init=False)
@@ -135,7 +135,7 @@ class Provider(Generic[R]):
         """Raise UserError if `data.choice` cannot be annotated."""
 
     def select(self, data: TrainingSet) -> np.ndarray | None:
-        """Compute what needs no plan. Return the sequences that train, or None for all of them.
+        """Compute what needs no plan. Return the sequences to train on, or None for all of them.
 
         Selections of several providers are intersected. One that draws with replacement repeats sequences, so list it
         last. Count what does not train in `data.report`; a requirement outside the package uses its `extra`.

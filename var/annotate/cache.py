@@ -162,10 +162,7 @@ class CacheTable:
                 )
                 return None
         except OSError as error:
-            if error.errno not in (
-                errno.ENOENT,
-                errno.ESTALE,
-            ):  # another process moved it, or NFS is late
+            if error.errno not in (errno.ENOENT, errno.ESTALE):  # these: another process moved it, or NFS is late
                 self._known.add(path.name)
                 self.warn(
                     f"annotation cache: {path} cannot be read or moved ({error.strerror}). Its items count as missing."

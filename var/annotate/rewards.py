@@ -114,9 +114,9 @@ def cross_rewards(annotator: Annotator, rows: Rows, sequences: Sequences, micro:
         if gap is None:
             raise UserError(
                 "reward=score has only the rewards of responses to their own prompts, and an in-batch estimator needs "
-                "every response of a micro-batch under every prompt of it. Choose a reward that scores text, an "
-                "estimator of own rewards (loss=var_prompt), or the loss of reward for a mismatched response: "
-                "reward.mismatch_gap=<reward units>."
+                "every response of a micro-batch under every prompt of it. Choose a reward that scores text, or "
+                "loss=var_prompt, which needs no other rewards, or set reward.mismatch_gap to the reward that a "
+                "response loses under another prompt."
             )
         own = sequences.column("score")
         same = sequences.group[pairs[:, 0]] == sequences.group[pairs[:, 1]]

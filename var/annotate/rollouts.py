@@ -53,11 +53,13 @@ class ProvideRollout(Provider[Rollout]):
         if data.live:
             problems.add("reference=live", "has no effect: the reference always runs at each rollout")
         if data.settings.responses not in ("auto", "sampled"):
-            problems.add(f"data.responses={data.settings.responses}", "has no effect: the policy's own responses train")
+            problems.add(
+                f"data.responses={data.settings.responses}", "has no effect: the policy trains on its own responses"
+            )
         problems.check()
 
     def _fitting_prompts(self, data: TrainingSet, prompts: np.ndarray) -> np.ndarray:
-        """Return the rows whose prompt leaves room for a complete response. Others are handled by data.overlong."""
+        """Return the rows whose prompt leaves room for a complete response. Others are skipped or an error."""
         chat, settings, room = data.annotator.chat, data.settings, data.sampling.max_new_tokens
         length = np.array([len(chat.prompt(data.rows[i].prompt)) for i in prompts.tolist()])
         fits = length + room <= settings.max_length
@@ -69,7 +71,8 @@ class ProvideRollout(Provider[Rollout]):
         data.report.overlong_prompts_dropped = int((~fits).sum()) or None
         if not fits.any():
             raise UserError(
-                f"data.max_length={settings.max_length}: no prompt leaves room for generate.max_new_tokens={room}"
+                f"data.max_length={settings.max_length}: no prompt leaves room for "
+                f"generate.max_new_tokens={room}. Raise the first or lower the second."
             )
         data.check_lengths(length[fits].max() + room, "prompt with its response")
         return prompts[fits]

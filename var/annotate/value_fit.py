@@ -2,9 +2,9 @@
 
 One learned query attends over the frozen reference's last hidden states of the prompt. A linear map and a sigmoid onto
 the reward's range follow. The head is fitted by squared error on the rewards of the reference's own responses to
-prompts that do not train. It differs from their code in four points: padding is masked (they attend to it), there is no
-dropout (theirs is on while HHA's advantages are computed), the initial prediction is the mean reward, and the range has
-a lower end.
+prompts that are not trained on. It differs from their code in four points: padding is masked (they attend to it), there
+is no dropout (theirs is on while HHA's advantages are computed), the initial prediction is the mean reward, and the
+range has a lower end.
 """
 
 import math

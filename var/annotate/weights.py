@@ -1,7 +1,7 @@
 """VAR's weights: where a weight is computed, kept, and attached to a batch.
 
 Most estimators read only numbers of the data set: `select` computes their weights before the plan, and responses of
-weight 0 do not train. An in-batch estimator reads every response of a micro-batch under every prompt of it: `compute`
+weight 0 are skipped. An in-batch estimator reads every response of a micro-batch under every prompt of it: `compute`
 computes its weights once the micro-batches are fixed. With a live reference, `at_step` computes them in each training
 step from the same numbers, divided by the same mean.
 """
@@ -26,7 +26,7 @@ from var.weights.inputs import WeightInputs, micro_batch_inputs
 
 
 class ProvideWeights(Provider[Weights]):
-    """Provides exp(r/λ) / Z(x) of each response, of mean 1 over the responses that train."""
+    """Provides exp(r/λ) / Z(x) of each response, of mean 1 over the training responses."""
 
     def select(self, data: TrainingSet) -> np.ndarray | None:
         """Compute the weights, unless they depend on the micro-batch. Return the responses of positive weight."""
@@ -111,7 +111,7 @@ class ProvideWeights(Provider[Weights]):
         return data.scale(score_candidates(data.annotator, rows, sampling))
 
     def _report_skipped(self, data: TrainingSet, keep: np.ndarray) -> None:
-        """Count the responses of weight 0 by cause. Raise UserError if none is left."""
+        """Count the responses of weight 0 by cause. Raise UserError if all weights are 0."""
         if keep.all():
             return
         report, sequences, min_weight = data.report, data.sequences, self.requirement.min_weight

@@ -48,10 +48,10 @@ class TrainerSettings:
     devices: Literal["auto"] | int  # per machine
     num_nodes: int  # machines
     precision: Literal["auto", "bf16-mixed", "32-true", "64-true"]
-    gradient_clip: float  # maximal gradient norm; 0: no clipping
+    gradient_clip: float  # maximum gradient norm; 0: no clipping
     log_every_n_steps: int  # optimizer steps
     checkpoint_every_n_steps: int  # optimizer steps
-    ess_warning: float  # fraction of the effective sample size below which a warning is printed
+    ess_warning: float  # effective sample size, as a fraction of a step's sequences, below which to warn once
     nonfinite: Literal["stop", "skip"]  # what to do if a gradient is not finite
     profiler: Literal["simple", "pytorch"] | None
 

@@ -1,6 +1,6 @@
 """Read the parameters of a class from its source, without importing it.
 
-Importing torch takes seconds, so that a command first checks its configuration against the source. `read` rebuilds a
+Importing torch takes seconds, so a command first checks its configuration against the source. `read` rebuilds a
 class from its fields, its `__init__` and its bases. If the source is not clear enough it returns None, and the caller
 falls back to `imported`. An annotation that needs an import is Any, which accepts every value.
 """

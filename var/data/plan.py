@@ -172,7 +172,7 @@ def make_plan(
 
 
 def draw(advantages: np.ndarray, kind: Literal["all", "uniform", "priority"], seed: int) -> np.ndarray:
-    """Return the indices of the sequences that train, by their advantages [n], as A-LoL draws them.
+    """Return the indices of the sequences to train on, by their advantages [n], as A-LoL draws them.
 
     Args:
         advantages: [n].

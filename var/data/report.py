@@ -18,7 +18,7 @@ class DataReport:
     """Rows after the first data.limit."""
     development_prompts: int | None = None
     """Prompts that the value estimate is fitted on."""
-    rows_without_answer: int | None = None
+    rows_with_only_empty_responses: int | None = None
     """Rows all of whose sampled responses were empty."""
     rows_with_unused_responses: int | None = None
     """Rows whose own responses are not used, since responses are sampled."""
@@ -39,7 +39,7 @@ class DataReport:
     desirable_sequences: int | None = None
     """Sequences to be imitated."""
     advantages: dict[str, float] | None = None
-    """positive: the fraction above 0; mean; drawn and distinct: sequences that train."""
+    """positive: the fraction above 0; mean; drawn and distinct: training sequences."""
     reward: dict[str, Any] | None = None
     """mean and sd, raw; the scale; within_prompt_sd on that scale."""
     groups: int | None = None
@@ -47,7 +47,7 @@ class DataReport:
     zero_variance_groups: int | None = None
     """Prompts whose responses have equal rewards."""
     zero_variance_groups_skipped: int | None = None
-    """Of these, the ones that do not train."""
+    """Of these, the ones that are skipped."""
     sequences_skipped_with_them: int | None = None
     """Sequences of the skipped groups."""
     sequences_below_min_weight: int | None = None
@@ -57,7 +57,7 @@ class DataReport:
     sequences: int | None = None
     """Encoded sequences."""
     sequences_selected: int | None = None
-    """Sequences that train, if some do not. With draws, one that is drawn twice counts twice."""
+    """Training sequences, if some are skipped. With draws, one that is drawn twice counts twice."""
     sequences_with_end_token: int | None = None
     """Sequences whose last token is the template's end token."""
     encoding: Counter[str] = field(default_factory=Counter)
@@ -65,7 +65,7 @@ class DataReport:
     sequences_dropped_by_plan: int | None = None
     """Sequences dropped with the last micro-batch or step."""
     weights: dict[str, float] | None = None
-    """Health of the weights that train (`var.weights.health`)."""
+    """Health of the training weights (`var.weights.health`)."""
     micro_batches: int | None = None
     """Micro-batches per epoch, over all ranks."""
     steps_per_epoch: int | None = None

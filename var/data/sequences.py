@@ -1,4 +1,4 @@
-"""Sequences: the responses that train, as tokens on disk, with counts of those truncated, dropped or left out."""
+"""Sequences: the training responses as tokens on disk, with counts of those truncated, dropped or left out."""
 
 import hashlib
 import json
@@ -33,7 +33,7 @@ FEATURES = datasets.Features(
 
 @dataclass(frozen=True)
 class Choice:
-    """The responses that train. The two responses of a pair are adjacent, the better one first."""
+    """The training responses. The two responses of a pair are adjacent, the better one first."""
 
     row: np.ndarray  # [n] index of the row
     response: np.ndarray  # [n] index of the response in its row
@@ -72,7 +72,7 @@ class Sequences:
 
 
 def choose(rows: Rows, responses: Selection, rewards: list[np.ndarray] | None = None) -> Choice:
-    """Choose the responses that train.
+    """Choose the responses to train on.
 
     Args:
         rows: All rows.

@@ -16,15 +16,15 @@ class DataSettings:
     """The settings that every data set has (conf/data/_base.yaml)."""
 
     responses: Responses
-    """Which responses train. `auto`: pairs for a loss that compares them, otherwise all."""
+    """Which responses to train on. `auto`: pairs for a loss on pairs, otherwise all responses."""
     max_length: int
     """Tokens of prompt and response together."""
     overlong: Overlong
-    """What to do with a longer row."""
+    """What to do with a longer sequence."""
     validation_prompts: int
-    """Prompts that do not train and on which the policy is evaluated."""
+    """Prompts on which the policy is evaluated and never trained."""
     limit: int | None
-    """Use only the first rows; None for all."""
+    """Number of rows to use, from the first; None for all."""
     micro_batch: int
     """B, in units: sequences, pairs, groups or, in an online run, prompts."""
     global_batch: int
@@ -37,7 +37,7 @@ class DataSettings:
     """The seed of the shuffle and of the validation split."""
 
     def __post_init__(self) -> None:
-        problems = Problems("data settings")
+        problems = Problems("invalid data settings")
         choices = {
             "responses": Responses, "overlong": Overlong, "last_micro_batch": LastMicroBatch, "last_step": LastStep,
         }  # fmt: skip

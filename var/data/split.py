@@ -23,9 +23,5 @@ def split(rows: Rows, settings: DataSettings, development: int = 0) -> tuple[Row
     order = np.random.default_rng(settings.seed).permutation(len(prompts))
     validation, developing = np.split(order[:reserved], [settings.validation_prompts])
 
-    def one_row_each(which: np.ndarray) -> Rows:
-        inside = np.isin(rows.keys, prompts[which])
-        return rows.select(np.sort(first[inside[first]]))
-
     train = rows.select(np.flatnonzero(~np.isin(rows.keys, prompts[order[:reserved]])))
-    return one_row_each(validation), one_row_each(developing), train
+    return rows.select(np.sort(first[validation])), rows.select(np.sort(first[developing])), train

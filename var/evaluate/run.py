@@ -105,7 +105,7 @@ class Evaluation:
             if self.cfg.against == "reference" and self.reference is None:
                 raise UserError("against=reference: there is no reference. Set reference=<folder> or against=chosen.")
             if self.cfg.against == "chosen" and not all(row.ordered for row in self.prompts.rows):
-                raise UserError("against=chosen: these rows have no chosen response")
+                raise UserError("against=chosen: some rows have no chosen response")
 
     @cached_property
     def prompts(self) -> Prompts:

@@ -20,7 +20,7 @@ class APO:
     """β > 0, the KL coefficient."""
     kind: Literal["zero", "down"] = "zero"
     """`zero` raises the better response and lowers the worse one, for data better than the model's own responses.
-    `down` lowers both, the worse one more, for data below them.
+    `down` lowers both, the worse one more, for data that is worse than them.
     """
 
     requires: ClassVar[tuple[Requirement, ...]] = (Pairs(), ReferenceLogps())

@@ -13,10 +13,10 @@ from var.utils.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class BradleyTerry:
-    """Log-likelihood of the pairs' order under a reward model."""
+    """Negative log-likelihood of the pairs' order under a reward model."""
 
     margin: float = 0.0
-    """≥ 0 times the gap of the pair's own rewards is the margin by which the better response must win; 0 for none."""
+    """≥ 0. The better response must win by this factor times the difference of the pair's rewards; 0: no margin."""
     centering: float = 0.0
     """k ≥ 0 of k · (s_w + s_l)², which keeps scores around zero; the likelihood alone leaves their level free."""
 

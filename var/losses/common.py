@@ -73,8 +73,8 @@ def check_ratio(ratio: str, clip: float | None) -> None:
     """Raise UserError unless ratio and clip fit each other."""
     if ratio not in ("sequence", "token", "none") or (clip is not None and (not clip > 0 or ratio == "none")):
         raise UserError(
-            "loss.ratio must be sequence, token or none; loss.clip must be above 0, or null, as it must be with "
-            "ratio=none"
+            "loss.ratio must be sequence, token or none. loss.clip must be above 0 or null. With loss.ratio=none "
+            "it must be null."
         )
 
 
@@ -84,7 +84,7 @@ def nonnegative_rewards(batch: Packed) -> Tensor:
     rewards = batch.rewards.detach()
     if (lowest := float(rewards.min())) < 0:
         raise UserError(
-            f"this loss uses rewards as weights, which must not be negative, and one is {lowest:.4g}. Set "
+            f"this loss uses rewards as weights, which must not be negative, but the lowest is {lowest:.4g}. Set "
             "reward_scale=sigmoid."
         )
     return rewards

@@ -6,7 +6,7 @@ al., arXiv 2503.14476, Eq. 8.
 The value of β's term estimates KL(π_θ ‖ π_ref). Its gradient where the ratio is 1 is that of KL(π_ref ‖ π_θ), so the
 fixed point is not π* (measured in experiments/tabular; RLOO's and PPO's fixed point is π*). The KL term is the paper's;
 TRL multiplies it by the ratio. DAPO's loss divides by the tokens of the step, where its paper writes those of a group.
-Its sampling until a group has a signal and its penalty on long responses are not implemented.
+Its dynamic sampling, which replaces zero-variance groups, and its penalty on long responses are not implemented.
 """
 
 from dataclasses import dataclass, field
@@ -50,8 +50,8 @@ class GRPO:
             raise UserError("loss.scale must be std or none, and loss.normalize sequence, token or constant")
         if (self.normalize == "constant") != (self.length is not None) or (self.length is not None and self.length < 1):
             raise UserError(
-                "loss.length is the divisor of loss.normalize=constant and at least 1 there (for example "
-                "generate.max_new_tokens). It must be null with any other."
+                "loss.length is the divisor of loss.normalize=constant. Set it to at least 1 there (for example "
+                "generate.max_new_tokens), and otherwise to null."
             )
 
     @property

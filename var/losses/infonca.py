@@ -3,7 +3,7 @@
 Both are taken over a prompt's responses.
 
 DPO is its limit for a pair whose rewards differ without bound. For responses drawn from π_ref, in groups of any size,
-the optimum is π_ref exp(r/(αβ)), normalized. The loss sees implicit rewards up to a constant of the prompt.
+the optimum is π_ref exp(r/(αβ)), normalized. The loss depends on implicit rewards only up to a constant per prompt.
 """
 
 from dataclasses import dataclass

@@ -19,7 +19,7 @@ class IPO:
     beta: float = 0.1
     """τ of the paper, above 0."""
     reduction: Literal["sum", "mean"] = "sum"
-    """Over tokens of the log-ratio: `sum` is the paper's, `mean` is TRL's."""
+    """Reduction of the log-ratio over tokens: `sum` (the paper) or `mean` (TRL)."""
 
     requires: ClassVar[tuple[Requirement, ...]] = (Pairs(), ReferenceLogps())
 

@@ -1,7 +1,7 @@
 """KTO: each response alone, desirable or not, compared with a reference point (Ethayarajh et al., arXiv 2402.01306).
 
 z0, the policy's KL from the reference, is estimated as in the paper from responses that answer other prompts, within
-each micro-batch. It is the only number of the project that changes with the size of the micro-batch. TRL averages it
+each micro-batch. Like VAR's in-batch weights, it depends on the size of the micro-batch. TRL averages it
 over ranks too.
 """
 

@@ -18,7 +18,7 @@ from var.utils.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class RGOLD:
-    """Reward times token probability times NLL. Rewards must not be negative; reward_scale=sigmoid makes them so."""
+    """Reward times token probability times NLL. Rewards must be ≥ 0; reward_scale=sigmoid makes them positive."""
 
     floor: float = 0.1
     """The least weight of a token, in [0, 1)."""

@@ -14,7 +14,7 @@ from var.utils.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class RLoL:
-    """Reward times clipped ratio times NLL. Rewards must not be negative; reward_scale=sigmoid makes them so."""
+    """Reward times clipped ratio times NLL. Rewards must be ≥ 0; reward_scale=sigmoid makes them positive."""
 
     ratio: Ratio = "sequence"
     """ρ = π_θ/π_ref of the whole `sequence` or of each `token`."""

@@ -29,7 +29,7 @@ class VAR:
     temperature_unit: Literal["reward", "sd"]
     """`reward`, or `sd` for multiples of the reward's standard deviation within a prompt."""
     min_weight: float = 0.0
-    """Responses with a smaller weight do not train: each would cost as much as any other and teach little."""
+    """Responses with a smaller weight are skipped: each would cost as much as any other and teach little."""
     normalize: Normalize = "token"
     """`token` divides by the response tokens of the optimizer step, `sequence` by its sequences."""
 

@@ -3,9 +3,10 @@
 A rollout's weighted SFT fits π_{k+1} ∝ π_k e^{r/λ}, a step of mirror descent from the policy that sampled. n rollouts
 aim at π_ref e^{nr/λ}. So λ is a step size, and the training time decides the temperature. VAR on the reference's
 responses aims at π_ref e^{r/λ} and stays there. One optimizer step per rollout goes only part of the way: it is a
-policy gradient with the advantage w − 1. With a large `rollout.steps` the sampling policy is refreshed less often. A
-run in one rollout is VAR on the initial policy's responses. The weights belong to the policy that sampled, so there is
-no ratio. The softmax over a group contains the response itself, which shortens the step at small K and λ.
+policy gradient with the advantage w − 1. With a large `rollout.steps` the sampling policy is refreshed less often. With
+a single rollout for the complete run, this is VAR on the initial policy's responses. The weights are relative to the
+sampling policy, so no importance ratio is needed. The softmax over a group contains the response itself, which shortens
+the step at small K and λ.
 """
 
 from dataclasses import dataclass, field

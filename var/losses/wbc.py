@@ -1,6 +1,6 @@
 """wBC, weighted behavior cloning: a response's reward weights its NLL (a baseline of Baheti et al., arXiv 2305.14718).
 
-Over tables its minimizer is π_ref(y|x) R(x, y), normalized: linear in the reward where VAR is exponential.
+For a tabular policy, the minimizer is π_ref(y|x) R(x, y), normalized: linear in the reward where VAR is exponential.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from var.requirements import Requirement, Rewards
 
 @dataclass(frozen=True, kw_only=True)
 class WBC:
-    """Reward times NLL. Rewards must not be negative; reward_scale=sigmoid makes them so."""
+    """Reward times NLL. Rewards must be ≥ 0; reward_scale=sigmoid makes them positive."""
 
     requires: ClassVar[tuple[Requirement, ...]] = (Rewards(nonnegative=True),)
 

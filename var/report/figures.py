@@ -25,13 +25,13 @@ PANELS = {
     "validation/reward": "validation reward",
     "validation/win_rate": "win rate against the initial policy",
     "validation/length": "response length, tokens",
-    "validation/kl": "KL to the reference, nats",
+    "validation/kl": "KL from the reference, nats",
 }
 JUDGE_WIN_RATE = "validation/judge_win_rate"
 PEAK_MEMORY = "throughput/peak_memory_gib"
 COLUMNS = 4
 MISSING = Estimate(math.nan)
-MOST_SEEDS = 5  # per configuration, single answers and weights are drawn for so many runs: they are the large files
+MOST_SEEDS = 5  # runs per configuration whose samples and weights are drawn, because these files are large
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")  # Okabe and Ito
 BLUE, RED, GRAY = COLORS[0], COLORS[1], COLORS[7]
 STYLE: Any = {
@@ -111,7 +111,7 @@ def _shorten(label: str, limit: int = 44) -> str:
 
 
 def draw_frontier(groups: Sequence[Group], target: Path, shown: int = len(COLORS)) -> bool:
-    """Draw the reward after training against the KL to the reference, ± standard errors, and the initial policy.
+    """Draw the reward after training against the KL from the reference, ± standard errors, and the initial policy.
 
     The first `shown` groups are colored, and further ones are gray points. A line joins the Pareto-optimal ones.
     """
@@ -129,7 +129,7 @@ def draw_frontier(groups: Sequence[Group], target: Path, shown: int = len(COLORS
             panel.errorbar(x.mean, y.mean, xerr=x.se or 0.0, yerr=y.se or 0.0, marker="o", color=color)
         if initial := [g.measures["reward before"].mean for g in drawn if "reward before" in g.measures]:
             panel.plot(0, np.mean(initial), "*", color="black", markersize=8, label="before training")
-        panel.set(xlabel="KL to the reference, nats per answer", ylabel="reward of validation answers")
+        panel.set(xlabel="KL from the reference, nats per response", ylabel="reward of validation responses")
         panel.legend()
     return True
 
@@ -170,7 +170,7 @@ def _count(verdicts: Mapping[str, Any]) -> Counter[str]:
 
 
 def draw_lengths(groups: Sequence[Group], target: Path) -> bool:
-    """Draw the tokens of validation answers before and after training: means ± standard errors, and the middle 90%."""
+    """Draw the length of validation responses before and after training: mean ± standard error, and the middle 90%."""
     drawn = [group for group in groups if {"length before", "length after"} <= group.measures.keys()]
     if not drawn:
         return False
@@ -185,7 +185,7 @@ def draw_lengths(groups: Sequence[Group], target: Path) -> bool:
                 if lengths:
                     panel.hlines(i + shift, *np.quantile(lengths, [0.05, 0.95]), color=color, linewidth=0.8, alpha=0.6)
         panel.set_yticks(range(len(drawn)), [_shorten(group.label) for group in drawn])
-        panel.set(xlabel="tokens per answer", ylim=(len(drawn) - 0.5, -0.8))
+        panel.set(xlabel="tokens per response", ylim=(len(drawn) - 0.5, -0.8))
         panel.set_xlim(0, 1.05 * panel.get_xlim()[1])
         panel.legend(ncols=2)
     return True

@@ -116,7 +116,7 @@ def find_warnings(run: RunRecord) -> list[str]:
     if abs(health.get("length_correlation", 0)) > 0.3:
         warnings.append(f"Weights are correlated with response length: {health['length_correlation']:.2f}.")
     if (truncated := (summary["validation"].get("truncated") or {}).get("after") or 0) > 0.2:
-        warnings.append(f"{truncated:.0%} of the validation answers after training were truncated at max_new_tokens.")
+        warnings.append(f"{truncated:.0%} of the validation responses after training were truncated at max_new_tokens.")
     warnings += [
         f"{_label(name)}: {count}."
         for name, count in {**data, **(data.get("encoding") or {})}.items()

@@ -262,7 +262,7 @@ class Found:
     runs: list[RunRecord] = field(default_factory=list)
     evaluations: list[EvaluationRecord] = field(default_factory=list)
     tables: list[dict[str, Any]] = field(default_factory=list)  # the tables.json files of experiments.tabular
-    problems: list[str] = field(default_factory=list)  # one line per folder that is left out, with the reason
+    problems: list[str] = field(default_factory=list)  # one line per folder that is skipped, with the reason
 
     def __bool__(self) -> bool:
         return bool(self.runs or self.evaluations or self.tables)

@@ -94,7 +94,7 @@ def write_report(found: Found, out: Path, kind: Literal["png", "pdf", "svg"], sh
         omitted = f"\n\n{len(written)} of {len(found.runs)} runs have a page." if len(written) < len(found.runs) else ""
         parts.append(f"## Pages\n\n{links}{omitted}")
     if notes:
-        parts.append(f"## Left out ({len(notes)})\n\n" + "\n".join(f"- {_escape(note)}" for note in notes))
+        parts.append(f"## Skipped ({len(notes)})\n\n" + "\n".join(f"- {_escape(note)}" for note in notes))
     _write(out / "report.md", "\n\n".join(parts) + "\n")
     return all_tables
 

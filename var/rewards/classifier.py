@@ -57,7 +57,7 @@ class Classifier:
         if not tokenizer.chat_template:
             raise UserError(
                 f"reward.path={self.path}: the reward model has no chat template, so its scores would be meaningless. "
-                "Set reward.chat_template to the template of its training"
+                "Set reward.chat_template to the template it was trained with"
             )
         return tokenizer
 
@@ -69,14 +69,14 @@ class Classifier:
             kind = json.loads((files.folder / ADAPTER).read_text()).get("task_type")
             if kind != "SEQ_CLS":
                 raise UserError(
-                    f"reward.path={self.path}: an adapter for {kind}. Choose an adapter of a reward model, for SEQ_CLS"
+                    f"reward.path={self.path}: expected an adapter of a reward model (task_type SEQ_CLS), got {kind}"
                 )
             return files.config  # the adapter has the head with one label
         config = files.config
         if kinds := [kind for kind in config.architectures or () if kind.endswith(GENERATIVE)]:
             raise UserError(
-                f"reward.path={self.path}: a language model ({kinds[0]}), which gives no score. Choose a sequence "
-                "classifier with one label, as loss=bradley_terry trains it"
+                f"reward.path={self.path}: expected a sequence classifier with one label, got a language model "
+                f"({kinds[0]}). loss=bradley_terry trains a classifier."
             )
         if config.num_labels != 1:
             raise UserError(f"reward.path={self.path}: expected a classifier with one label, got {config.num_labels}")

@@ -31,7 +31,7 @@ class Sampling:
         top_p: Probability mass of the most likely tokens from which a token is drawn.
         max_new_tokens: Tokens at which a response is truncated; truncated responses are counted.
         batch: Sequences per batch, at most.
-        batch_tokens: Tokens per batch, including padding and max_new_tokens per sequence, at most.
+        batch_tokens: Maximum tokens per batch, with padding and max_new_tokens per sequence. One prompt may exceed it.
         seed: Seed of the random numbers; the same seed and prompt give the same text.
     """
 
@@ -45,11 +45,17 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.responses < 1 or self.max_new_tokens < 1 or self.batch < self.responses:
-            raise UserError("generate: responses and max_new_tokens must be at least 1, batch at least responses.")
+            raise UserError(
+                "generate or eval.sampling: responses and max_new_tokens must be at least 1, batch at least responses."
+            )
         if not (self.temperature >= 0 and 0 < self.top_p <= 1):
-            raise UserError("generate: temperature must be at least 0 (0 is greedy) and top_p in (0, 1].")
+            raise UserError(
+                "generate or eval.sampling: temperature must be at least 0 (0 is greedy) and top_p in (0, 1]."
+            )
         if self.temperature == 0 and self.responses > 1:
-            raise UserError("generate: at temperature=0 all responses of a prompt are equal. Set responses=1.")
+            raise UserError(
+                "generate or eval.sampling: at temperature=0 all responses of a prompt are equal. Set responses=1."
+            )
 
     @property
     def fingerprint(self) -> dict[str, Any]:

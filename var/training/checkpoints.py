@@ -46,7 +46,7 @@ class Checkpoints(Callback):
         trainer.fit_loop.__class__ = FitLoop
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        """Remove what a killed run left, and install the signal handlers."""
+        """Remove all but the newest checkpoint, and install the signal handlers."""
         self._step = trainer.global_step
         if trainer.is_global_zero:
             for old in checkpoints(self.folder)[:-1]:
@@ -170,7 +170,7 @@ def check_checkpoint(checkpoint: Path) -> None:
     except Exception as error:  # torch and pickle raise many kinds
         raise UserError(
             f"resume={checkpoint} is not a checkpoint of a run: it is damaged, or a pickle that names objects other "
-            "than tensors and plain values. Nothing of it was run."
+            "than tensors and plain values. No code in it was executed."
         ) from error
 
 

@@ -43,7 +43,7 @@ def check_strategy(cfg: DictConfig, settings: TrainerSettings) -> None:
         if importlib.util.find_spec("deepspeed") is None:
             problems.add("deepspeed", "is not installed: pip install -e '.[deepspeed]'")
         if not settings.gpu:
-            problems.add("trainer.accelerator", "must be gpu: DeepSpeed needs one; strategy=fsdp also runs on CPUs")
+            problems.add("trainer.accelerator", "must be gpu: DeepSpeed needs GPUs; strategy=fsdp also runs on CPUs")
         if cfg.strategy.stage not in (1, 2):
             problems.add("strategy.stage", f"must be 1 or 2, got {cfg.strategy.stage}; strategy=fsdp shards parameters")
     problems.check()
@@ -80,7 +80,7 @@ def check_multirun(world: int) -> None:
 
 
 def check_ranks(settings: TrainerSettings) -> None:
-    """Raise UserError if the launcher started other processes than the trainer expects.
+    """Raise UserError if the launcher started more or fewer processes than the trainer expects.
 
     Surplus processes would each train alone, and missing ones would be waited for.
     """
@@ -94,6 +94,6 @@ def check_ranks(settings: TrainerSettings) -> None:
 
 
 def list_overrides() -> list[str]:
-    """Return the overrides of this command line, for a command that does the same."""
+    """Return the overrides of this command line, except annotate= and debug=."""
     task = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     return [override for override in task if not override.startswith(("annotate=", "debug="))]

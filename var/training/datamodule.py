@@ -37,8 +37,8 @@ PACKED_FIELDS = {field.name for field in dataclasses.fields(Packed)}
 class AlignmentData(lightning.LightningDataModule):
     """Prepares what a loss requires and serves it in micro-batches.
 
-    `prepare` (or Lightning's `setup`) does everything up to the plan. Each requirement of the loss is provided by a
-    class of `var/annotate/`; nothing else of the loss is read here.
+    `prepare` (or Lightning's `setup`) makes the plan, and computes or reads the annotations. Each requirement of the
+    loss is provided by a class of `var/annotate/`; nothing else of the loss is read here.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class AlignmentData(lightning.LightningDataModule):
 
     @property
     def seconds_of_rollouts(self) -> float:
-        """Spent on rollouts during training."""
+        """Seconds spent on rollouts during training."""
         return self._rollouts.seconds if self._rollouts else 0.0
 
     def setup(self, stage: str | None = None) -> None:
@@ -88,8 +88,8 @@ class AlignmentData(lightning.LightningDataModule):
         data = self.training_set
         if data.scale.kind == "zscore" and (self.rollout or not find(self.requirements, Rewards)):
             raise UserError(
-                "reward_scale=zscore takes its mean and standard deviation from rewards of the training responses, and "
-                "this loss requires none"
+                "reward_scale=zscore is fitted to rewards of the training responses before training, and this loss has "
+                "none then. Set reward_scale=raw or sigmoid."
             )
         self.annotator.check()
         self._read_rows()
@@ -123,7 +123,7 @@ class AlignmentData(lightning.LightningDataModule):
             with_responses += len(row.responses) > 0
             without_answer += not row.responses and row.sampling is not None  # all its sampled responses were empty
         if without_answer and with_responses:
-            report.rows_without_answer = without_answer
+            report.rows_with_only_empty_responses = without_answer
         if self.rollout or settings.responses == "sampled":
             report.rows_with_unused_responses = with_responses or None
         elif 0 < with_responses < len(data.rows) - without_answer:
@@ -136,7 +136,7 @@ class AlignmentData(lightning.LightningDataModule):
             data.rows = add_responses(data.rows, texts, self.annotator.cache, report)
 
     def _annotate(self) -> None:
-        """Encode the responses that train, make the plan, and provide each requirement."""
+        """Encode the training responses, make the plan, and provide each requirement."""
         data = self.training_set
         if data.live and not any(requirement.reads_reference for requirement in self.requirements):
             raise UserError("reference=live has no effect with this loss: it does not use the reference in training")
@@ -162,7 +162,7 @@ class AlignmentData(lightning.LightningDataModule):
             report.weights = weight_health(data.weights[used], length)._asdict()
 
     def _choose_responses(self) -> None:
-        """Decide which responses train."""
+        """Decide which responses to train on."""
         data, responses = self.training_set, self.settings.responses
         both = any(provider.both_responses for provider in self.providers)
         if responses == "auto" or responses == "sampled":
@@ -196,7 +196,7 @@ class AlignmentData(lightning.LightningDataModule):
                 settings.last_micro_batch, settings.last_step, sequences.content, work,
             )  # fmt: skip
         except UserError:
-            self.report.show(say)  # it says why so few are left
+            self.report.show(say)  # it shows why so few sequences remain
             raise
         if data.plan.dropped:
             self.report.sequences_dropped_by_plan = int(present.sum() - data.plan.sequences.sum())
@@ -227,7 +227,7 @@ class AlignmentData(lightning.LightningDataModule):
         return np.arange(len(data.rows)) if self.rollout else data.sequences.row
 
     def records(self, micro_batches: int) -> Iterator[dict[str, Any]]:
-        """Yield the items of the first micro-batches for a reader: prompt and, offline, response, weight and reward."""
+        """Yield a readable record per item of the first micro-batches; offline, with response, weight and reward."""
         data = self.training_set
         for m, members in enumerate(data.members[:micro_batches]):
             for i in members[members >= 0].tolist():

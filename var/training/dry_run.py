@@ -18,7 +18,7 @@ GIB = 2**30
 
 
 def show(run: Run) -> None:
-    """Print all of it. What depends on missing annotations is named."""
+    """Print all sections. If annotations are missing, print how many, and the command that computes them."""
     say("The loss requires:")
     for requirement in run.data.requirements:
         name = type(requirement).__name__
@@ -121,4 +121,4 @@ def show_row(run: Run) -> None:
         say(f"{tokenizer.decode(ids[:start])}⟦{tokenizer.decode(ids[start:])}⟧")
         return
     prompt = read(run.data.source, run.annotator.cache)[0].prompt
-    say(f"{run.annotator.chat.render(prompt)}⟦… the responses are sampled first …⟧")
+    say(f"{run.annotator.chat.render(prompt)}⟦… the response is not available yet …⟧")

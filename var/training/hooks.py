@@ -37,7 +37,7 @@ class TrainingHooks(lightning.LightningModule):
         self.skipped = 0
         """Optimizer steps that were skipped because they were not finite."""
         self.gradient_norm: Tensor | None = None
-        """Of the last optimizer step, before clipping."""
+        """The gradient norm of the last optimizer step, before clipping."""
         self.rate = 0.0
         """The learning rate of the last optimizer step. The optimizer's own is the next step's when it is logged."""
         self._window: list[tuple[tuple[str, ...], Tensor]] = []  # names and loss of the step's micro-batches

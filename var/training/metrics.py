@@ -23,7 +23,7 @@ class StepMetrics(Callback):
         """Build the callback.
 
         Args:
-            ess_warning: warn once if a step's effective sample size is below this fraction of its sequences.
+            ess_warning: warn once if the effective sample size since the last log is below this fraction.
         """
         self.ess_warning, self.warned = ess_warning, False
         self.tokens = self.seconds = self.waited = 0.0
@@ -32,7 +32,7 @@ class StepMetrics(Callback):
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens of prompts and responses that this rank trained on per second of steps and of waiting for them."""
+        """Prompt and response tokens per second on this rank, in steps and in waiting for data."""
         return self.tokens / max(self.seconds + self.waited, 1e-9)
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
@@ -48,7 +48,7 @@ class StepMetrics(Callback):
         self._finished = time.perf_counter()
 
     def on_train_batch_start(self, trainer: lightning.Trainer, *_: Any) -> None:
-        """Count the time since the last step as waiting for data."""
+        """Count the time since the last micro-batch as waiting for data, including that of writing a checkpoint."""
         now = time.perf_counter()
         self.waited += now - self._finished
         self._started = now
@@ -97,7 +97,7 @@ class StepMetrics(Callback):
         weights: Mapping[str, float] = trainer.datamodule.report.weights or {}  # type: ignore[attr-defined]
         cause = "the temperature is small compared with the reward's spread; raise loss.temperature"
         if weights.get("length_correlation", 0) < -0.3:
-            cause = "weights follow the response length, the shortest get most: log π_ref is summed; see loss=var"
+            cause = "short responses get most of the weight, because log π_ref is summed over tokens; see loss=var"
         elif weights.get("largest", 0) > 50:
             cause = f"one response has {weights['largest']:.0f} times the mean weight: rewards have a heavy tail"
         warn(f"at step {step} the effective sample size is {ess:.2f} of the sequences: {cause}.")

@@ -108,7 +108,7 @@ class AlignmentModule(TrainingHooks):
 
 
 def with_sampling_policy(batch: Packed, logps: Tensor) -> Packed:
-    """Return the batch with the sampling policy's numbers: these, if it has none and so the policy has not moved."""
+    """Return the batch with the sampling policy's numbers. If it has none, the policy has not moved since sampling."""
     return replace(
         batch,
         old_logps=logps.detach() if batch.old_logps is None else batch.old_logps,

@@ -70,7 +70,7 @@ class RolloutLoader:
         self.data, self.providers, self.settings, self.module = data, providers, settings, module
         self.position, self.ranks, self.plan = position, ranks, data.plan
         self.seconds = 0.0
-        """Spent on rollouts."""
+        """Seconds spent on rollouts."""
 
     def __len__(self) -> int:
         return self.plan.length(self.ranks.world) * self.settings.passes
@@ -166,7 +166,7 @@ class RolloutLoader:
     def _record(
         self, micro_batches: Sequence[MicroBatch], ends: list[int], rewards: torch.Tensor, responses: SampledTokens
     ) -> None:
-        """Record reward, length and truncation of the rollout. A padding batch is counted where it trains."""
+        """Record reward, length and truncation of the rollout. Padding is not counted: another rank trains on it."""
         measured = [
             (reward, len(tokens), finished)
             for micro_batch, begin, end in zip(micro_batches, ends, ends[1:], strict=False)

@@ -14,14 +14,14 @@ from var.utils.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Linear warm-up from 0, then decay."""
+    """Linear warm-up, whose first step is above 0, then a constant rate or decay."""
 
     kind: Literal["cosine", "linear", "constant"]
     """The shape after the warm-up."""
     warmup: float
     """The fraction of all steps that warm up."""
     floor: float
-    """The final rate over the peak rate."""
+    """The rate that the decay approaches, over the peak rate. kind=constant does not use it."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("cosine", "linear", "constant"):

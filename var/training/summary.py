@@ -44,7 +44,7 @@ def results(validation: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
             rate = {"mean": judge["win_rate"], "se": judge["se_prompts"]}
             yield "win rate against the initial policy, by judge", "", str(Estimate.from_json(rate).scale(0.01))
         yield "response length, tokens", *both("length", 1)
-        yield "KL to the reference, nats", "0", str(Estimate.from_json(validation["kl"]))
+        yield "KL from the reference, nats", "0", str(Estimate.from_json(validation["kl"]))
 
 
 def facts(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -140,7 +140,7 @@ class Validation(Callback):
         """Return [P, K] nats of the policy's responses. The module is left in the mode it was in."""
         reference, training = self.annotator.reference, module.policy.training
         module.policy.eval()
-        with stage("KL to the reference", len(texts), "prompts") as advance, reference.precision():
+        with stage("KL from the reference", len(texts), "prompts") as advance, reference.precision():
             policy, rows = unwrap_value_head(module.policy), data.training_set.validation  # type: ignore[arg-type]
             with gather_parameters(module.policy):
                 kl = divergence(policy, reference.policy, self.annotator.chat, rows, texts, advance)  # type: ignore[arg-type]

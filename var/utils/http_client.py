@@ -60,7 +60,7 @@ class Client:
     retries: int = 8  # maximum per request
     price_in: float = 0.0  # per million prompt tokens
     price_out: float = 0.0  # per million completion tokens
-    max_cost: float | None = None  # at this cost of the process no request is sent; pending ones are awaited
+    max_cost: float | None = None  # after this cost, this client sends no further request; pending ones are awaited
     cache: str = "~/.cache/var-align"  # folder of replies.sqlite: the first reply to each request, at any temperature
     usage: Usage = field(default_factory=Usage, compare=False, init=False)
 

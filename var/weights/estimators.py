@@ -1,11 +1,11 @@
 """VAR's weight exp(r/λ) / Z(x) of a response, by how Z(x) is estimated. `InBatch` also contains log π_ref.
 
 An estimator is a frozen dataclass. Its call maps the data set's numbers (`WeightInputs`) and λ to log-weights in
-float64; -inf means that a sequence does not train. `inputs` names the fields that it reads besides the rewards.
+float64; -inf means that a sequence is skipped. `inputs` names the fields that it reads besides the rewards.
 `needs_plan` says whether a weight depends on the micro-batch, so that micro-batches must be fixed first. No estimator
 sees θ or holds a gradient.
 
-`compute_weights` makes the mean weight 1 over the responses that train. Then w ≡ 1 is SFT, and learning rate, clipping
+`compute_weights` makes the mean weight 1 over the training responses. Then w ≡ 1 is SFT, and learning rate, clipping
 and loss curves mean the same for every estimator, B and λ.
 """
 
@@ -29,7 +29,7 @@ ROUNDING = 2**20 * torch.finfo(torch.float64).eps
 
 
 def compute_weights(requirement: Weights, inputs: WeightInputs) -> Tensor:
-    """Return [n] float64 weights of mean 1 over the responses that train, and 0 for the others."""
+    """Return [n] float64 weights of mean 1 over the training responses, and 0 for the others."""
     estimator = requirement.estimator
     log_weights = normalize_log_weights(estimator(inputs, scale_temperature(requirement, inputs)))
     weights = log_weights.exp()
@@ -64,12 +64,12 @@ def scale_temperature(requirement: Weights, inputs: WeightInputs) -> float:
 
 
 def normalize_log_weights(log_weights: Tensor) -> Tensor:
-    """Return log-weights [n] whose weights have mean 1 over the sequences that train."""
+    """Return log-weights [n] whose weights have mean 1 over the training sequences."""
     return log_weights - log_mean(log_weights)
 
 
 def log_mean(log_weights: Tensor) -> Tensor:
-    """Return the log of the mean weight over the sequences that train, or 0 if none does."""
+    """Return the log of the mean weight over the training sequences, or 0 if there is none."""
     kept = log_weights[log_weights > -torch.inf]
     return kept.logsumexp(0) - np.log(len(kept)) if len(kept) else log_weights.new_zeros(())
 
@@ -141,7 +141,7 @@ class Grouped:
 
     drop_zero_variance: bool
     """Whether to skip groups whose rewards are all equal. Otherwise each of their weights is 1, which is a step of
-    SFT whatever the responses are worth. A group of one response is of this kind.
+    SFT regardless of the rewards. A group of one response also has zero variance.
     """
 
     needs_plan: ClassVar[bool] = False
@@ -163,7 +163,7 @@ class Prompt:
     """
 
     kappa: float = 4.0
-    """κ > 0. Towards 0 it is `Grouped`, towards ∞ `Value`."""
+    """κ > 0. As κ → 0 it tends to `Grouped`, and as κ → ∞ to `Value` without its cap."""
     baseline: Literal["ridge", "zero"] = "ridge"
     """V(x): `ridge` for a cross-fitted regression on the reference's hidden states of the prompt, or `zero`."""
     drop_zero_variance: bool = False

@@ -30,7 +30,7 @@ def group_log_softmax(logits: Tensor, group: Tensor) -> Tensor:
 def zero_variance(rewards: Tensor, group: Tensor) -> Tensor:
     """Return [n] bool: whether all rewards [n] of the sequence's prompt are equal.
 
-    Such a group does not say which response is better. A group of one response is of this kind.
+    Such a group does not say which response is better. A group of one response also has zero variance.
     """
     groups = int(group.max()) + 1
     high = rewards.new_full((groups,), -torch.inf).scatter_reduce(0, group, rewards, "amax")

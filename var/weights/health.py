@@ -1,4 +1,4 @@
-"""The health of weights: how many responses they leave, and what they follow."""
+"""The health of weights: effective sample size, extremes, and correlation with response length."""
 
 from typing import NamedTuple
 

@@ -235,7 +235,7 @@ def test_invalid_settings_are_rejected(mtbench):
         mtbench(template="none.txt").check()
 
 
-def test_identity_has_every_setting_of_a_verdict(mtbench):
+def test_fingerprint_has_every_setting_of_a_verdict(mtbench):
     def fingerprint(**settings):
         return json.dumps(mtbench(**settings).fingerprint, sort_keys=True)
 
