@@ -153,7 +153,7 @@ def test_scores_without_a_gap_cannot_serve_an_in_batch_estimator(make):
         cross_rewards(annotator, rows, sequences, np.array([[0, 1]]))
     assert str(error.value) == (
         "reward=score has only the rewards of responses to their own prompts, and an in-batch estimator needs every "
-        "response of a micro-batch under every prompt of it. Choose a reward that scores text, or loss=var_prompt, which "
-        "needs no other rewards, or set reward.mismatch_gap to the reward that a response loses under another "
+        "response of a micro-batch under every prompt of it. Choose a reward that scores text, or loss=var_prompt, "
+        "which needs no other rewards, or set reward.mismatch_gap to the reward that a response loses under another "
         "prompt."
     )
