@@ -139,8 +139,8 @@ def test_short_micro_batch_is_dropped_kept_or_an_error():
             r"^data\.last_micro_batch=error: 10 units do not divide into micro-batches of 4, 2 are left over\.",
         ),
         ({"total": 6}, r"^data\.global_batch=6 must be a multiple of data\.micro_batch=4"),
-        ({"units": 3}, r"^3 units .* make no complete micro-batch of 4"),
-        ({"units": 12, "last_step": "drop"}, r"^12 units .* make no complete micro-batch of 4 and step of 16"),
+        ({"units": 3}, r"^3 units are too few for a complete micro-batch of 4"),
+        ({"units": 12, "last_step": "drop"}, r"^12 units are too few for a complete micro-batch of 4 and step of 16"),
     ],
 )
 def test_units_that_make_no_step_are_an_error(options, message):

@@ -202,7 +202,7 @@ class TestInvalidInput:
 
     def test_all_wrong_types_are_reported(self, own: list[str]) -> None:
         values = {"loss.temperature": "hot", "trainer.epochs": "two", "data.overlong": "shrink", "reference": "alive"}
-        kinds = ("float", "int", "drop or truncate or error", "stored or live")
+        kinds = ("float", "int", "drop or truncate or error", "cached or live")
         error = check_error("loss.temperature", *own, *(f"{key}={value}" for key, value in values.items()))
         for (key, value), kind in zip(values.items(), kinds, strict=True):
             assert f"{key}: expected {kind}, got '{value}'" in error

@@ -40,7 +40,7 @@ def test_curves_take_new_columns_and_continue_after_a_resume(tmp_path):
 @pytest.mark.parametrize(
     ("health", "cause"),
     [
-        ({"length_correlation": -0.6, "largest": 3.0}, "weights follow the response length, the shortest get most"),
+        ({"length_correlation": -0.6, "largest": 3.0}, "short responses get most of the weight"),
         ({"length_correlation": 0.0, "largest": 80.0}, "one response has 80 times the mean weight"),
         ({"length_correlation": 0.0, "largest": 9.0}, "raise loss.temperature"),
     ],
@@ -55,7 +55,7 @@ def test_low_effective_sample_size_is_reported_once_with_its_cause(health, cause
     metrics._log(trainer, module, 5)
     metrics._log(trainer, module, 6)
     printed = capsys.readouterr().out.replace("\n", " ")
-    assert printed.count("effective sample size is 0.25") == 1
+    assert printed.count("effective sample size since the last log is 0.25") == 1
     assert cause in printed
 
 

@@ -166,7 +166,7 @@ def test_rewards_are_on_the_scale_of_the_run(make):
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        ([0.0, math.nan] * 4, r"^the reward of a sampled response is nan: 'B'$"),
+        ([0.0, math.nan] * 4, r"^the reward of a sampled response is nan, and must be finite: 'B'$"),
         ([1.0], r"^the reward \(Telling\) returned 1 numbers for 8 responses"),
     ],
 )

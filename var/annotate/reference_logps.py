@@ -58,7 +58,7 @@ class ProvideMismatchedLogps(Provider[MismatchedLogps]):
         self.logps = None if data.live else cached_mismatched_logps(data.annotator, data.sequences, data.members)
 
     def batch_fields(self, data: TrainingSet, micro_batch: int, members: np.ndarray) -> dict[str, Any]:
-        """Return the reference's, [B] float64 nats: the policy's are close, and their difference is used."""
+        """Return the reference's [B] in nats, in float64 because a small difference from the policy's is used."""
         if self.logps is None:
             return {}
         return {"mismatched_reference_logps": self.logps[micro_batch, : len(members)]}

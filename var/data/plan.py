@@ -153,7 +153,7 @@ def make_plan(
         micro = micro[: len(micro) - len(micro) % window]
     if not len(micro):
         raise UserError(
-            f"{n} units (see the counts above) make no complete micro-batch of {micro_batch} and step of "
+            f"{n} units are too few for a complete micro-batch of {micro_batch} and step of "
             f"{global_batch}. Lower data.micro_batch and data.global_batch, or set data.last_micro_batch=keep "
             "data.last_step=keep."
         )

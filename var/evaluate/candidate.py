@@ -96,7 +96,7 @@ class CachedReward:
 
 
 def match_answers(file: Rows, rows: Rows, seeds: int, name: str) -> Texts:
-    """Return the file's answers to each row's prompt, one per seed; missing answers are one UserError.
+    """Return the file's answers to each row's prompt, one per seed. Raise one UserError for all missing answers.
 
     name: the value of answers=. Rows of sample.py say how many answers were sampled; those that it dropped as empty
     are restored as empty answers.

@@ -60,14 +60,14 @@ def measure_diversity(texts: Sequence[str]) -> float:
     return sum(distances) / len(distances) if distances else math.nan
 
 
-def describe_texts(texts: Texts, finished: np.ndarray, n: int = 4) -> dict[str, Any]:
+def describe_texts(texts: Texts, finished: np.ndarray) -> dict[str, Any]:
     """Return repetition and diversity of a policy's answers, clustered by prompt, and their defects.
 
-    finished: [P, S] bool. too_short: number of answers with fewer than n words, which have no repetition. diversity:
+    finished: [P, S] bool. too_short: number of answers with fewer than four words, which have no repetition. diversity:
     between the answers to a prompt, null if S = 1. truncated: fraction of answers that ended at the token limit.
     empty: fraction of answers that hold only white space.
     """
-    repetition = np.array([[measure_repetition(text, n) for text in answers] for answers in texts])
+    repetition = np.array([[measure_repetition(text) for text in answers] for answers in texts])
     empty = np.array([[not text.strip() for text in answers] for answers in texts])
     diversity = np.array([[measure_diversity(answers)] for answers in texts])
     return {
@@ -79,7 +79,7 @@ def describe_texts(texts: Texts, finished: np.ndarray, n: int = 4) -> dict[str, 
     }
 
 
-def measure_distinct(policies: Mapping[str, Texts], orders: Sequence[int] = (1, 2), seed: int = 0) -> dict[str, Any]:
+def measure_distinct(policies: Mapping[str, Texts], seed: int = 0) -> dict[str, Any]:
     """Return distinct-n, the fraction of distinct n-grams (Li et al., arXiv 1510.03055), of several policies.
 
     The fraction falls as a text grows, so all policies are measured on equally many words: at each prompt and seed,
@@ -99,7 +99,7 @@ def measure_distinct(policies: Mapping[str, Texts], orders: Sequence[int] = (1, 
     result: dict[str, dict[str, float | None]] = {}
     for name, parts in windows.items():
         result[name] = {"words": sum(map(len, parts))}
-        for n in orders:
+        for n in (1, 2):
             ngrams = [ngram for part in parts for ngram in list_ngrams(part, n)]
             result[name][f"distinct-{n}"] = len(set(ngrams)) / len(ngrams) if ngrams else None
     return result

@@ -70,8 +70,8 @@ def match_lengths(
 ) -> dict[str, Any]:
     """Return the mean Δreward among pairs whose lengths differ by at most `tolerance` of the longer one; all [P, S].
 
-    These pairs are selected by their outcome, so they need not represent all pairs; `pairs` of `of` counts them. If
-    they belong to too few prompts, the difference is null and `reason` says why.
+    These pairs are selected by their outcome, so they may not represent all pairs; `pairs` is their number, `of` that
+    of all. If they belong to too few prompts, the difference is null and `reason` says why.
     """
     near = np.abs(lengths - opponent_lengths) <= tolerance * np.maximum(lengths, opponent_lengths)
     matched = np.where(near, reward_difference, np.nan)

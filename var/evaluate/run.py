@@ -91,7 +91,10 @@ class Evaluation:
         for candidate in self.candidates:
             candidate.annotator.check()
         if any(chat.tokenizer.get_vocab() != chats[0].tokenizer.get_vocab() for chat in chats):
-            raise UserError("reference: its vocabulary differs from the model's, so their KL divergence is undefined")
+            raise UserError(
+                "reference: its vocabulary differs from the model's, so their KL divergence is "
+                "undefined. Set reference=null, or choose one with the same tokenizer."
+            )
         for name, reward in self.rewards.items():
             if not reward.scores_text:
                 raise UserError(f"{name}=score: reads the data's scores and cannot score new text. Choose another one.")

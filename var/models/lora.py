@@ -16,8 +16,8 @@ HEAD = "score"  # head of a sequence classifier; all of its weights train
 class LoRA:
     """Low-rank adapters (Hu et al., arXiv 2106.09685), by peft.
 
-    The adapter's parameters are float32 whatever the model's dtype is. B starts at zero, so the policy starts as the
-    model.
+    The adapter's parameters are float32 whatever the model's dtype is. B is initialized to zero, so the initial
+    policy equals the model.
 
     Attributes:
         r: Rank of the adapter.

@@ -82,7 +82,7 @@ def check_multirun(world: int) -> None:
 def check_ranks(settings: TrainerSettings) -> None:
     """Raise UserError if the launcher started more or fewer processes than the trainer expects.
 
-    Surplus processes would each train alone, and missing ones would be waited for.
+    Surplus processes would each train alone, and with too few, the run would wait forever.
     """
     started = int(os.environ.get("WORLD_SIZE", settings.world))
     if started != settings.world:

@@ -91,10 +91,10 @@ class TrainingHooks(lightning.LightningModule):
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
 
     def _skip_step(self, window: list[tuple[tuple[str, ...], Tensor]]) -> None:
-        """Raise UserError with the step's rows, or drop its gradients and metrics and count it."""
+        """Raise UserError with the step's rows, or drop its gradients, reset nonfinite metric sums, and count it."""
         nonfinite = [names for names, loss in window if not loss.isfinite()]
         rows = [name for names in nonfinite or (names for names, _ in window) for name in names]
-        what = "the loss" if nonfinite else "the gradient, of finite losses,"
+        what = "the loss" if nonfinite else "the gradient (of finite losses)"
         text = f"{what} is not finite in optimizer step {self.trainer.global_step + 1}, rows {', '.join(rows[:16])}" + (
             f" and {len(rows) - 16} more" if len(rows) > 16 else ""
         )

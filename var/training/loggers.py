@@ -96,7 +96,8 @@ def is_logged(trainer: lightning.Trainer, name: str, step: int) -> bool:
 class PlanFile(Callback):
     """Writes what trains together: plan.npz for programs, and the first micro-batches in batches.jsonl for readers.
 
-    plan.npz has the sequences of each micro-batch in the first epoch's order, their rows and their weights.
+    plan.npz has the sequences (online: rows) of each micro-batch in the first epoch's order, the micro-batch's response
+    tokens, the row of each sequence and, if the loss has weights, its weight.
     """
 
     SHOWN = 4

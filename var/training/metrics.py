@@ -97,10 +97,10 @@ class StepMetrics(Callback):
         weights: Mapping[str, float] = trainer.datamodule.report.weights or {}  # type: ignore[attr-defined]
         cause = "the temperature is small compared with the reward's spread; raise loss.temperature"
         if weights.get("length_correlation", 0) < -0.3:
-            cause = "short responses get most of the weight, because log π_ref is summed over tokens; see loss=var"
+            cause = "short responses get most of the weight: log π_ref is summed over tokens; see loss=var"
         elif weights.get("largest", 0) > 50:
             cause = f"one response has {weights['largest']:.0f} times the mean weight: rewards have a heavy tail"
-        warn(f"at step {step} the effective sample size is {ess:.2f} of the sequences: {cause}.")
+        warn(f"at step {step} the effective sample size since the last log is {ess:.2f} of the sequences: {cause}.")
 
 
 def step_metrics(trainer: lightning.Trainer) -> StepMetrics:

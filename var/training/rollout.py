@@ -43,8 +43,10 @@ class PolicyModule(Protocol):
 
 
 class RolloutLoader:
-    """Yields this rank's micro-batches. Each is made on demand: prompts of the plan, answered by the current policy.
+    """Yields this rank's micro-batches, from rollouts that are made on demand.
 
+    In a rollout the policy answers the prompts of the next `steps` optimizer steps. Their micro-batches are yielded
+    `passes` times.
     A run that is resumed within a rollout samples that rollout again, from the policy of the checkpoint.
     """
 
@@ -141,7 +143,9 @@ class RolloutLoader:
         raw = compute_scores(data.annotator.reward, *map(list, zip(*triples, strict=True)))
         if not np.isfinite(raw).all():
             bad = int(np.flatnonzero(~np.isfinite(raw))[0])
-            raise UserError(f"the reward of a sampled response is {raw[bad]}: {triples[bad][1][:60]!r}")
+            raise UserError(
+                f"the reward of a sampled response is {raw[bad]}, and must be finite: {triples[bad][1][:60]!r}"
+            )
         return torch.from_numpy(data.scale(raw)).float().view(len(rows), -1)
 
     def _count_tokens(self, batches: Sequence[Packed]) -> list[Packed]:

@@ -235,7 +235,9 @@ class Run:
         if resume is True:
             raise UserError("resume=true: resume must be auto, the path of a checkpoint, or false")
         if resume and not Path(resume).exists():
-            raise UserError(f"resume={resume}: there is no such checkpoint")
+            raise UserError(
+                f"resume={resume}: there is no such checkpoint. Use resume=auto for the run's last one, or false"
+            )
         if resume:
             check_checkpoint(Path(resume))
         return str(resume) if resume else None

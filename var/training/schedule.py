@@ -1,7 +1,7 @@
 """The learning rate over optimizer steps.
 
-`transformers.get_scheduler` has neither a floor with linear decay nor a warm-up whose first step is above 0, which the
-recorded results were made with.
+`transformers.get_scheduler` is not used: it has no floor for linear decay, and its warm-up starts at 0. The recorded
+results need both a floor and a first step above 0.
 """
 
 from dataclasses import dataclass

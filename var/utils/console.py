@@ -61,7 +61,7 @@ def stage(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
 
 
 def silence_libraries() -> None:
-    """Turn off progress bars and advertisements of libraries; their warnings stay."""
+    """Turn off progress bars, advertisements and known harmless warnings of libraries."""
     import datasets
     import transformers
 

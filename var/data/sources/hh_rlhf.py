@@ -26,8 +26,8 @@ ROLES = {"Human": "user", "Assistant": "assistant"}
 class HHRLHF(HubSource):
     r"""Split the dialogues `chosen` and `rejected` into their common prompt and two responses.
 
-    A dialogue is `\n\nHuman: … \n\nAssistant: …`. Skipped and counted are pairs that differ before the last turn,
-    that do not alternate, or whose last question or answer is empty (13 of 2,312 in the test split of harmless-base).
+    A dialogue is `\n\nHuman: … \n\nAssistant: …`. Pairs are skipped and counted if they differ before the last turn,
+    do not alternate, or end in an empty question or answer (13 of 2,312 in the test split of harmless-base).
     `path` is a clone of the hub's repository (`<subset>/<split>.jsonl.gz`), or a single file, read completely.
     """
 

@@ -26,8 +26,8 @@ BAD = ("hha_bad_test_indices.json", "bad_test_indices.json")
 class HHA(local.LocalSource):
     """Read pairs with their scores, the better response first.
 
-    Skipped and counted are the bad rows, pairs with an empty response (4, 4 and 3 rows of the first three sets), and
-    with order=score ties.
+    Bad rows, pairs with an empty response (4, 4 and 3 rows of the first three sets) and, with order=score, ties are
+    skipped and counted.
     """
 
     folder: str  # holds hha_test_<subset>.jsonl.gz or .jsonl, or is LoL-RL's data/hh_test with <subset>.json

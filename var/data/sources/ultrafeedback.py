@@ -21,8 +21,8 @@ class UltraFeedback(HubSource):
     """Order completions by the mean of their aspect ratings (1 to 5), best first.
 
     Ratings of "N/A" are ignored. So is `overall_score`: about 2,000 scores of 1 were changed to 10
-    (OpenBMB/UltraFeedback #8). Skipped and counted are empty prompts, prompts with fewer than two rated completions,
-    and with keep=best_worst prompts whose completions all have the same rating.
+    (OpenBMB/UltraFeedback #8). Empty prompts, prompts with fewer than two rated completions and,
+    with keep=best_worst, prompts whose completions all have the same rating are skipped and counted.
     """
 
     keep: str = "all"  # the completions of a row: all, best_worst (a pair) or best

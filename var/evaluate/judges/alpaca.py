@@ -89,12 +89,12 @@ class AlpacaEval(EndpointJudge):
         super().check()
 
     def describe(self, pairs: Sequence[Pair]) -> str:
-        """Return the number of calls and their cost; pairs that the files do not hold are a UserError."""
+        """Return the number of calls and their cost. Raise UserError for pairs that are not in the files."""
         self._difficulties(pairs)
         return super().describe(pairs)
 
     def __call__(self, pairs: Sequence[Pair], advance: Callable[[int], None]) -> Judgement:
-        """Judge the pairs; pairs that the files do not hold are a UserError before a request is sent."""
+        """Judge the pairs. Raise UserError for pairs that are not in the files, before a request is sent."""
         self._difficulties(pairs)
         return super().__call__(pairs, advance)
 

@@ -174,7 +174,7 @@ def _explain_useless(reply: Mapping[str, Any]) -> str | None:
 
 
 def find_verdict(reply: Mapping[str, Any], pattern: re.Pattern[str]) -> str:
-    """Return the only kind of verdict in a reply; no verdict, or two different ones, is an UnreadableReply."""
+    """Return the verdict in a reply. Raise UnreadableReply if there is none, or if there are two different ones."""
     text = get_text(reply)
     if text is None:
         raise UnreadableReply("no text")
