@@ -100,7 +100,10 @@ def run(program: str, seconds: float = 10.0, memory: int = 1024) -> Outcome:
 def check() -> None:
     """Raise a UserError if no sandbox can be built, before a model generates anything."""
     if sys.platform != "linux":
-        raise UserError("generated programs run in Linux namespaces only. Remove its tasks from benchmarks.tasks.")
+        raise UserError(
+            "generated programs run in Linux namespaces only. Remove humaneval and humaneval_instruct from "
+            "benchmarks.tasks."
+        )
     if missing := [tool for tool in TOOLS if shutil.which(tool, path=PATH) is None]:
         raise UserError(f"generated programs run in a sandbox that needs {', '.join(missing)} (package util-linux)")
     if not (outcome := run("pass", seconds=30.0)).passed:
