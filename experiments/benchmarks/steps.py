@@ -294,7 +294,7 @@ def make_trl(name: str, model: Any, rows: Rows) -> Step:
         config = SFTConfig(padding_free="padding_free" in name, **common)
         data = datasets.Dataset.from_list(examples)
         trainer = SFTTrainer(model, args=config, train_dataset=data, processing_class=tokenizer)
-    model.train()  # like its training_step; there is no dropout
+    model.train()  # like its training_step; the model has no dropout
     batch = trainer.data_collator(examples)
     batch = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
     return lambda: trainer.compute_loss(model, dict(batch))

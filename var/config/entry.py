@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from var.config.check import FOLDER
 from var.utils.errors import UserError
 
 # Old keys and values, and what to write instead.
@@ -25,7 +26,6 @@ RENAMED = {
     "data.overlong=cut": "data.overlong=truncate",
     "reference=stored": "reference=cached",
 }
-GROUPS = Path(__file__).parents[2] / "conf"
 
 
 def run_command(main: Callable[[], Any]) -> None:
@@ -99,7 +99,7 @@ def _help() -> str:
 def _list_unknown_keys(root: DictConfig) -> list[str]:
     """Return a message for each key on the command line that is not in the configuration."""
     keys = [key for key, given, _ in (word.partition("=") for word in sys.argv[1:]) if given and key not in RENAMED]
-    keys = [key for key in keys if re.fullmatch(r"(?!hydra\.)[\w.]+", key) and not (GROUPS / key).is_dir()]
+    keys = [key for key in keys if re.fullmatch(r"(?!hydra\.)[\w.]+", key) and not (Path(FOLDER) / key).is_dir()]
     found = ((key, _suggest_key(root, key)) for key in keys)
     return [f"{key}: there is no such key. {suggestion}" for key, suggestion in found if suggestion is not None]
 
