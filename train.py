@@ -33,8 +33,10 @@ def main(cfg: DictConfig) -> float | None:
 
     from lightning import seed_everything
 
+    from var.config.choices import describe_choices
     from var.report.write import plot
     from var.training import dry_run
+    from var.training.alternatives import check_memory
     from var.training.outcome import export_model, summarize
     from var.training.run import Run
     from var.utils.files import write_json
@@ -42,6 +44,8 @@ def main(cfg: DictConfig) -> float | None:
     run = Run.compose(cfg, folder)
     if cfg.dry:
         return dry_run.show(run)
+    check_memory(run.cfg, run.settings, run.memory)
+    say("; ".join(describe_choices()))
 
     seed_everything(cfg.seed, verbose=False)
     trainer = run.trainer()

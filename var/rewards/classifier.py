@@ -1,7 +1,8 @@
 """A Hugging Face sequence classifier as reward model, such as OffsetBias-RM."""
 
+import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ from var.data.rows import Message
 from var.models.packing import whole
 from var.models.pretrained import ADAPTER, Pretrained
 from var.models.reward_model import RewardModel
+from var.models.simulate import measure_activations
 from var.rewards.base import Answers, Prompts
 from var.utils.errors import UserError
 
@@ -35,6 +37,7 @@ class Classifier:
     max_length: int = 4096  # tokens; a longer row is an error
     tokens: int = 8192  # tokens per forward pass, in packed rows
     cache: str = "~/.cache/var-align"
+    architecture: Mapping[str, Any] = field(default_factory=dict, compare=False)  # sizes, for debug=dry without the hub
     device: str = field(default="auto", compare=False)
 
     scores_text = True
@@ -46,7 +49,7 @@ class Classifier:
         return Pretrained(
             name=Path(self.path).name, path=path, revision=self.revision, chat_template=self.chat_template,
             dtype=self.dtype, attention="packed", trust_remote_code=False, gradient_checkpointing=False,
-            architecture={}, cache=self.cache,
+            architecture=self.architecture, cache=self.cache,
         )  # fmt: skip
 
     @cached_property
@@ -113,6 +116,22 @@ class Classifier:
             "weights": self._files.weights, "dtype": self.dtype, "template": self._tokenizer.chat_template,
             "tokenizer": hash_tokenizer(self._tokenizer), "max_length": self.max_length,
         }  # fmt: skip
+
+    def measure_memory(self) -> float | None:
+        """Return the bytes of the model with a forward pass, or None if its sizes are not known here."""
+        try:
+            model = self._files.build_meta()
+        except (UserError, KeyError):
+            return None
+        config = copy.deepcopy(model.config)
+        config.vocab_size = 8  # a classifier has no logits
+        head = model.get_output_embeddings().weight
+        tied = head is model.get_input_embeddings().weight
+        parameters = sum(p.numel() for p in model.parameters()) - (0 if tied else head.numel())
+        dtype = getattr(torch, self.dtype)
+        length = min(self.max_length, self.tokens)
+        passes = measure_activations(config, max(1, self.tokens // length), length, dtype=dtype, train=False)
+        return float(parameters * dtype.itemsize + passes)
 
     @torch.inference_mode()
     def __call__(self, prompts: Prompts, responses: Sequence[str], answers: Answers) -> list[float]:

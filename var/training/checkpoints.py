@@ -8,6 +8,7 @@ import pickle
 import shutil
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -143,16 +144,13 @@ class FitLoop(_FitLoop):
         return False
 
 
-def rescale_progress(loops: dict[str, Any], before: int, now: int) -> None:
-    """Convert a checkpoint's progress, which counts a rank's micro-batches, from `before` ranks to `now` ranks.
-
-    Each optimizer step has the same micro-batches, dealt to the ranks, and a checkpoint is between two steps.
-    """
+def rescale_progress(loops: dict[str, Any], convert: Callable[[int], int]) -> None:
+    """Convert a checkpoint's progress, which counts a rank's micro-batches, to another number of ranks."""
     for part in ("total", "current"):
         progress = loops["fit_loop"]["epoch_loop.batch_progress"][part]
         behind = progress["processed"] - progress["completed"]  # the hook that saves belongs to the last micro-batch
         for name in ("ready", "started", "processed"):
-            progress[name] = progress[name] * before // now
+            progress[name] = convert(progress[name])
         progress["completed"] = progress["processed"] - behind
 
 

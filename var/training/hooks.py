@@ -129,4 +129,5 @@ class TrainingHooks(lightning.LightningModule):
         self.skipped = checkpoint["skipped"]
         first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
         self._sums = {name: sums * float(first) for name, sums in checkpoint["metrics"].items()}
-        rescale_progress(checkpoint["loops"], checkpoint["ranks"], self.trainer.world_size)
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        rescale_progress(checkpoint["loops"], lambda count: data.convert_progress(count, checkpoint["ranks"]))

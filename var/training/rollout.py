@@ -87,7 +87,7 @@ class RolloutLoader:
     def __iter__(self) -> Iterator[Packed]:
         epoch, start = self.position(len(self))
         micro_batches = list(self.plan.batches(epoch, self.ranks.rank, self.ranks.world))
-        per_step = self.plan.window // self.ranks.world
+        per_step = self.plan.turns(self.ranks.world)
         size = per_step * self.settings.steps
         done = 0
         for at in range(0, len(micro_batches), size):
@@ -150,7 +150,7 @@ class RolloutLoader:
 
     def _count_tokens(self, batches: Sequence[Packed]) -> list[Packed]:
         """Return the batches with the response tokens of their complete optimizer step, over all ranks."""
-        per_step = self.plan.window // self.ranks.world
+        per_step = self.plan.turns(self.ranks.world)
         own = [0 if batch.padding else len(batch.target) for batch in batches]
         sums = [sum(own[at : at + per_step]) for at in range(0, len(own), per_step)]
         counts = torch.tensor(sums, dtype=torch.float64)

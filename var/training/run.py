@@ -32,12 +32,14 @@ from var.models.value_head import ActorCritic
 from var.requirements import SequenceScores, TokenValues, find
 from var.rewards.scale import Scale
 from var.sampling.base import Sampling
+from var.training.alternatives import MemoryPlan, choose_strategy
 from var.training.checkpoints import Checkpoints, DirectCheckpointIO, check_checkpoint, check_disk_space, checkpoints
 from var.training.checks import (
     check_adapter,
     check_multirun,
     check_ranks,
     check_strategy,
+    choose_devices,
     count_accumulation,
     is_multirun,
     list_overrides,
@@ -75,18 +77,22 @@ class Run:
     """What it trains on."""
     settings: TrainerSettings
     """How long, where and in which precision."""
+    memory: MemoryPlan | None
+    """What it needs on GPUs; None on CPUs."""
 
     @classmethod
     def compose(cls, cfg: DictConfig, folder: Path) -> "Run":
         """Check the configuration as a whole and build what is cheap. No model is loaded."""
         silence_libraries()
         check(cfg, TRAIN)
-        settings = TrainerSettings(**cfg.trainer)
+        settings = choose_devices(cfg, TrainerSettings(**cfg.trainer))
         EvalSettings(**cfg.eval)
         if not 0 <= cfg.seed < 2**32:
             raise UserError(f"seed={cfg.seed}: a seed must be at least 0 and below 2**32")
         if is_multirun():
             gc.collect()  # the previous job's trainer and model refer to each other
+        if settings.device_memory is not None and not cfg.dry and not torch.cuda.is_available():
+            raise UserError("trainer.device_memory describes GPUs, and this machine has none. Use it with debug=dry.")
         check_multirun(settings.world)
         check_ranks(settings)
         if cfg.dry and cfg.annotate == "error":
@@ -117,7 +123,8 @@ class Run:
         )
         check_adapter(cfg, pretrained, adapter, data.requirements)
         count_accumulation(cfg, settings)
-        return cls(cfg, folder, pretrained, adapter, loss, data, settings)
+        cfg, plan = choose_strategy(cfg, settings)
+        return cls(cfg, folder, pretrained, adapter, loss, data, settings, plan)
 
     @property
     def annotator(self) -> Annotator:

@@ -71,6 +71,6 @@ def silence_libraries() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a failure raises an error of ours
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft uses an old name of transformers'
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*")  # names that transformers renames
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")  # short runs log the last step

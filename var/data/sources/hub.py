@@ -3,12 +3,12 @@
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import datasets
 
 from var.data.sources import local
-from var.utils.errors import UserError
+from var.utils.errors import UnavailableError
 
 
 class Part(NamedTuple):
@@ -26,11 +26,11 @@ class Part(NamedTuple):
 
 @cache
 def load(part: Part) -> datasets.Dataset:
-    """Load one split, memory-mapped. Raise a `UserError` if the hub cannot be reached."""
+    """Load one split, memory-mapped. Raise an `UnavailableError` if the hub cannot be reached."""
     try:
         return datasets.load_dataset(part.path, name=part.name, split=part.split, data_dir=part.data_dir)
     except Exception as error:  # datasets, hub and HTTP client have no common base class for "not reachable"
-        raise UserError(
+        raise UnavailableError(
             f"data set {part}: cannot be loaded from the hub: {type(error).__name__}: {error}\n"
             "Run once with a network (later runs read the hub's cache), or download its files (.jsonl, .jsonl.gz, "
             ".parquet) and set `data.path=` to them."
@@ -39,6 +39,11 @@ def load(part: Part) -> datasets.Dataset:
 
 class HubSource(local.LocalSource):
     """Base of adapters of a data set of the hub, or of a local copy of it."""
+
+    expected_rows: ClassVar[int | None] = None
+    """Rows on the hub, for debug=dry if they are not on this machine."""
+    expected_responses: ClassVar[int] = 2
+    """Responses per row, likewise."""
 
     @property
     def parts(self) -> Sequence[Part]:

@@ -1,0 +1,286 @@
+"""The memory that a run needs per device and stage, and the strategy that fits, before anything is loaded.
+
+Persistent parts are arithmetic on the model's sizes. Activations and temporary tensors are measured on fake tensors
+(`var/models/simulate.py`). tests/training/test_memory.py compares the sums with torch's own memory trackers.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig
+
+from var.annotate.annotator import TOKENS
+from var.annotate.base import make_providers, unit_of
+from var.config.schema import TrainerSettings, pick_fields
+from var.models.lora import LoRA
+from var.models.pretrained import Pretrained, blocks
+from var.models.simulate import measure_activations
+from var.requirements import ReferenceLogps, Rollout, find
+from var.training.optim import MasterAdamW, state_size
+
+# Bytes per weight of a quantized linear layer: 4 bit with an 8-bit scale per 64 weights and its own scale, or 8 bit.
+QUANTIZED = {"nf4": 0.5 + 0.127 / 8, "fp4": 0.5 + 0.127 / 8, "int8": 1.0}
+GIB = 2**30
+MARGIN = 2 * GIB  # CUDA's context, communication buffers
+FRAGMENTED = 0.05  # of the needed memory: what PyTorch's allocator cannot use
+
+Parts = dict[str, float]
+"""Bytes per device by what they hold."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """Numbers of parameters of a model."""
+
+    total: int
+    """All."""
+    trained: int
+    """Those that train: all, or an adapter's."""
+    block: int
+    """The largest layer's."""
+    blocks: int
+    """All layers'."""
+    linear: int
+    """Weights of linear layers, without embeddings and head: autocast copies them, and quantization applies to them."""
+
+    @property
+    def root(self) -> int:
+        """Those outside of the layers: embeddings, head and last norm."""
+        return self.total - self.blocks
+
+    @classmethod
+    def of(cls, model: Any) -> "Counts":
+        """Count a transformers model."""
+
+        def count(module: torch.nn.Module) -> int:
+            return sum(p.numel() for p in module.parameters())
+
+        sizes = [count(block) for block in blocks(model)]
+        linear = sum(
+            layer.weight.numel()
+            for block in blocks(model)
+            for layer in block.modules()
+            if isinstance(layer, torch.nn.Linear)
+        )
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        return cls(total=count(model), trained=trained, block=max(sizes), blocks=sum(sizes), linear=linear)
+
+
+@dataclass(frozen=True)
+class MemoryModel:
+    """The memory of a run's stages on a number of devices."""
+
+    cfg: DictConfig
+    """The composed configuration."""
+    pretrained: Pretrained
+    """The model."""
+    adapter: LoRA | None
+    """The adapter that trains, or None."""
+    arithmetic: str
+    """The trainer's precision, resolved."""
+
+    @classmethod
+    def of(cls, cfg: DictConfig, settings: TrainerSettings) -> "MemoryModel":
+        """Return the memory model of a configuration."""
+        pretrained = Pretrained(**pick_fields(Pretrained, cfg.model), cache=cfg.cache)
+        return cls(cfg, pretrained, instantiate(cfg.adapter) if cfg.adapter else None, settings.arithmetic)
+
+    @cached_property
+    def model(self) -> Any:
+        """The model on the meta device, with its adapter."""
+        model = self.pretrained.build_meta()
+        return self._with_adapter(model)
+
+    def _with_adapter(self, model: Any) -> Any:
+        if self.adapter is None:
+            return model
+        return self.adapter.attach(model, self.pretrained.path, self.pretrained.revision)
+
+    @cached_property
+    def counts(self) -> Counts:
+        """The model's numbers of parameters."""
+        return Counts.of(self.model)
+
+    @property
+    def half(self) -> bool:
+        """Whether the run computes in bfloat16 on parameters of another dtype."""
+        return self.arithmetic == "bf16-mixed"
+
+    @property
+    def width(self) -> int:
+        """Bytes of a parameter."""
+        return 8 if self.arithmetic == "64-true" else int(self.model.dtype.itemsize)
+
+    @property
+    def computed_width(self) -> int:
+        """Bytes of a parameter in the computation."""
+        return 2 if self.half else self.width
+
+    @cached_property
+    def weights(self) -> float:
+        """Bytes of all parameters."""
+        counts, adapter = self.counts, self.counts.trained if self.adapter is not None else 0
+        size = float((counts.total - adapter) * self.width + adapter * max(4, self.width))
+        if kind := self.pretrained.quantization:
+            size += (counts.linear - adapter) * (QUANTIZED[kind] - self.width)
+        return size
+
+    @cached_property
+    def frozen(self) -> float:
+        """Bytes of a frozen copy on one device: linear layers in the dtype of the computation, the rest unchanged."""
+        if self.pretrained.quantization:
+            return self.weights
+        counts, adapter = self.counts, self.counts.trained if self.adapter is not None else 0
+        linear = counts.linear - adapter
+        return linear * self.computed_width + (counts.total - adapter - linear) * self.width
+
+    @property
+    def gradients(self) -> float:
+        """Bytes of the gradients."""
+        return self.counts.trained * (max(4, self.width) if self.adapter is not None else self.width)
+
+    @cached_property
+    def optimizer(self) -> tuple[float, float]:
+        """Bytes of the optimizer's state on the devices and on the host."""
+        optimizer = self.cfg.optim.optimizer
+        kind = get_class(optimizer._target_)
+        width = max(4, self.width) if self.adapter is not None else self.width
+        size = self.counts.trained * state_size(kind, width)
+        on_host = kind is MasterAdamW and optimizer.device == "cpu"
+        return (0.0, size) if on_host else (size, 0.0)
+
+    @cached_property
+    def sequences(self) -> int:
+        """Sequences of a micro-batch, at most."""
+        cfg, requirements = self.cfg, instantiate(self.cfg.loss).requires
+        unit = unit_of(make_providers(requirements))
+        each = 2 if unit == "pair" else cfg.generate.responses if unit == "group" or find(requirements, Rollout) else 1
+        return int(cfg.data.micro_batch * each)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch, at most."""
+        return int(self.sequences * self.cfg.data.max_length)
+
+    def activations(self, sharded: bool = False, train: bool = True) -> int:
+        """Return the bytes of activations and temporary tensors of a micro-batch, or of a scoring pass."""
+        length = self.cfg.data.max_length
+        return measure_activations(
+            self.model.config,
+            self.sequences if train else max(1, TOKENS // length),
+            length,
+            dtype=torch.bfloat16 if self.pretrained.quantization else getattr(torch, self.pretrained.dtype),
+            autocast=self.half,
+            half_weights=self.half and (sharded or not train),
+            checkpointing=self.pretrained.gradient_checkpointing,
+            train=train,
+            prepare=self._with_adapter if train else lambda model: model,
+        )
+
+    @property
+    def cache_per_token(self) -> int:
+        """Bytes of the key-value cache per token and sequence."""
+        config = self.model.config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return int(2 * config.num_hidden_layers * heads * size * self.computed_width)
+
+    @cached_property
+    def reward(self) -> float | None:
+        """Bytes of the reward model with its activations; 0 if none is loaded, None if its size is not known."""
+        reward = instantiate(self.cfg.reward)
+        measure = getattr(reward, "measure_memory", None)
+        return 0.0 if measure is None else measure()
+
+    @property
+    def samples(self) -> Mapping[str, Any]:
+        """How responses are sampled at an evaluation."""
+        return self.cfg.eval.sampling if self.cfg.eval is not None else self.cfg.generate
+
+    def stages(self, strategy: str, devices: int) -> dict[str, Parts]:
+        """Return the bytes per device of each stage.
+
+        Args:
+            strategy: `fsdp` shards the model over the devices, every other strategy keeps a replica on each.
+            devices: the number of devices.
+        """
+        sharded = strategy == "fsdp" and devices > 1
+        shards = devices if sharded else 1
+        counts, wide = self.counts, self.computed_width
+        gathered = counts.root * wide + 2 * counts.block * wide if sharded else 0.0
+        held = {"weights": self.weights / shards, "optimizer": self.optimizer[0] / shards}
+        scoring = float(self.activations(train=False))
+        requirements = instantiate(self.cfg.loss).requires
+        reference = 0.0 if self.adapter is not None else self.frozen
+        stages: dict[str, Parts] = {}
+        if self.reward:
+            stages["annotation, reward model"] = {"reward model": self.reward}
+        stages["annotation, reference"] = {"reference": self.frozen, "activations": scoring}
+        training = {**held, "gradients": self.gradients / shards}
+        if sharded:
+            training["gathered weights"] = gathered
+            training["gradients before reduction"] = self._unreduced
+        if self.cfg.reference == "live" or (find(requirements, Rollout) and find(requirements, ReferenceLogps)):
+            training["reference"] = self._reference(shards)
+        training["activations"] = float(self.activations(sharded))
+        stages["training"] = training
+        sample, quantized = self.samples, self.pretrained.quantization
+        longest = self.cfg.data.max_length + sample["max_new_tokens"]
+        cache = float(sample["responses"] * longest * self.cache_per_token)
+        copies = counts.linear * 2.0 if self.half and self.width > 2 and not sharded and not quantized else 0.0
+        if self.cfg.eval is not None and self.cfg.data.validation_prompts:
+            policy = counts.total * wide if sharded else copies
+            sampling = {**held, "weights to sample from": policy, "key-value cache of one prompt": cache}
+            stages["evaluation, sampling"] = sampling
+            stages["evaluation, KL"] = {
+                **held, "weights to score with": gathered if sharded else copies,
+                "reference": self._reference(shards) if reference else 0.0, "activations": scoring,
+            }  # fmt: skip
+        largest = max(p.numel() for p in self.model.parameters()) * self.width
+        stages["export"] = {**held, "largest parameter": float(largest) if sharded else 0.0}
+        return stages
+
+    @property
+    def _unreduced(self) -> float:
+        """Bytes of gradients that FSDP has not reduced yet: of a layer, twice for communication, and of the root."""
+        counts, reduced = self.counts, 4 if self.half else self.width
+        return counts.block * (self.computed_width + 2 * reduced) + counts.root * self.computed_width
+
+    def _reference(self, shards: int) -> float:
+        if self.adapter is not None:
+            return 0.0
+        if shards == 1:
+            return self.frozen
+        return self.counts.total * self.computed_width / shards + 2 * self.counts.block * self.computed_width
+
+    def disk(self) -> tuple[float, float]:
+        """Return the bytes of a checkpoint and of the exported model."""
+        trained = self.gradients + sum(self.optimizer)
+        return trained, self.counts.total * self.model.dtype.itemsize
+
+
+def peak(stages: Mapping[str, Parts]) -> float:
+    """Return the bytes per device that the largest stage needs, with the margin."""
+    return max(sum(parts.values()) for parts in stages.values()) * (1 + FRAGMENTED) + MARGIN
+
+
+def device_memory(settings: TrainerSettings) -> float | None:
+    """Return the bytes of the smallest device, given or found; None on a CPU, whose memory is not limited here."""
+    if settings.device_bytes is not None:
+        return settings.device_bytes
+    if not settings.gpu:
+        return None
+    found = range(torch.cuda.device_count())
+    return float(min(torch.cuda.get_device_properties(i).total_memory for i in found)) if found else None
+
+
+def list_strategies(model: MemoryModel, devices: int) -> Iterator[str]:
+    """Yield the strategies that strategy=auto considers, in order of preference."""
+    yield "ddp" if devices > 1 else "single"
+    masters = get_class(model.cfg.optim.optimizer._target_) is MasterAdamW
+    if devices > 1 and not model.pretrained.quantization and not masters:
+        yield "fsdp"
