@@ -4,7 +4,7 @@ import copy
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,17 @@ from torch.utils._pytree import tree_leaves
 from var.models.logprobs import HEAD_CHUNK
 from var.models.packing import Packed, pack
 from var.models.policy import Policy
+
+
+class Peaks(NamedTuple):
+    """Peak bytes in three parts of a step, besides parameters, their gradients and the optimizer's state."""
+
+    forward: int
+    """The forward pass."""
+    head: int
+    """The backward pass of the head, when all activations of the layers are stored."""
+    layers: int
+    """The backward pass of the layers."""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -63,12 +74,12 @@ def measure_activations(
     checkpointing: bool = False,
     train: bool = True,
     prepare: Callable[[Any], Any] = lambda model: model,
-) -> int:
-    """Return the peak bytes of a micro-batch per device, besides parameters, their gradients and the optimizer's state.
+) -> Peaks:
+    """Return the peak bytes of a micro-batch on a device.
 
-    Two models of one and two layers are simulated, and the peak is extrapolated to `config`'s layers: all layers are
-    alike. It includes the logits, the copies of weights that autocast makes, and temporary gradients. Attention is that
-    of `packed`; a kernel for all sequences takes about as much.
+    Two models of one and two layers are simulated, and the peaks are extrapolated to `config`'s layers: all layers are
+    alike. They include the logits, the copies of weights that autocast makes, and temporary gradients. Attention is
+    that of `packed`; a kernel for all sequences takes about as much.
 
     Args:
         config: transformers' config of the model.
@@ -83,17 +94,17 @@ def measure_activations(
     """
     scored = min(length - 1, -(-2 * HEAD_CHUNK // sequences))  # the head's loop over chunks is the slow part
     batch = pack([[0] * length] * sequences, [length - scored] * sequences)
-    peaks = (
+    one, two = (
         _simulate(config, layers, batch, dtype, autocast, half_weights, checkpointing, train, prepare)
         for layers in (1, 2)
     )
-    # of each pass by itself: which of them has the peak depends on the number of layers
-    peak = max(one + (config.num_hidden_layers - 1) * (two - one) for one, two in zip(*peaks, strict=True))
-    states = 2 if train else 1  # hidden states of the response tokens that were left out, and their gradient
-    return peak + states * (length - 1 - scored) * sequences * config.hidden_size * 4
+    # hidden states of the response tokens that were left out, and their gradient
+    omitted = (2 if train else 1) * (length - 1 - scored) * sequences * config.hidden_size * 4
+    more = config.num_hidden_layers - 1
+    return Peaks(*(first + more * (second - first) + omitted for first, second in zip(one, two, strict=True)))
 
 
-def _make_fake(model: torch.nn.Module) -> None:
+def make_fake(model: torch.nn.Module) -> None:
     """Replace the parameters and buffers on the meta device by fake ones on the CPU; tied ones stay tied."""
     made: dict[int, Any] = {}
     for module in model.modules():
@@ -109,8 +120,7 @@ def _make_fake(model: torch.nn.Module) -> None:
 def _simulate(
     config: Any, layers: int, batch: Packed, dtype: torch.dtype, autocast: bool, half_weights: bool,
     checkpointing: bool, train: bool, prepare: Callable[[Any], Any],
-) -> tuple[int, int]:  # fmt: skip
-    """Return the peak bytes of the forward and of the backward pass."""
+) -> Peaks:  # fmt: skip
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(config)
@@ -122,7 +132,7 @@ def _simulate(
         weights = torch.bfloat16 if half_weights else dtype
         model = prepare(AutoModelForCausalLM.from_config(config, dtype=weights, attn_implementation="packed"))
     with fake:
-        _make_fake(model)
+        make_fake(model)
     if half_weights:
         model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.float())
     if checkpointing:
@@ -134,16 +144,30 @@ def _simulate(
         live.ignore(tensor)
     batch = batch._with(fake.from_tensor)
     context = torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext()
+    marks = list[int]()
+
+    def mark(*_: Any) -> None:
+        """End a part."""
+        marks.append(live.peak)
+        live.peak = live.live
+
+    def mark_gradient(module: Any, inputs: Any, output: Any) -> None:
+        if train:
+            output.last_hidden_state.register_hook(mark)
+
+    model.base_model.register_forward_hook(mark_gradient)
     with fake, live:
         for _ in range(2 if train else 1):  # in the second pass gradients are added to those of the first
+            marks.clear()
             live.peak = live.live
-            with context if train else torch.no_grad(), context:
+            with nullcontext() if train else torch.no_grad(), context:
                 logps = policy(batch)
-            forward, live.peak = live.peak, live.live
+            mark()
             if train:
                 logps.sum().backward()
+                mark()
                 for parameter in model.parameters():
                     if parameter.grad is not None:
                         live.ignore(parameter.grad)
             del logps
-    return forward, live.peak
+    return Peaks(*marks) if train else Peaks(marks[0], 0, 0)

@@ -131,7 +131,7 @@ class Classifier:
         dtype = getattr(torch, self.dtype)
         length = min(self.max_length, self.tokens)
         passes = measure_activations(config, max(1, self.tokens // length), length, dtype=dtype, train=False)
-        return float(parameters * dtype.itemsize + passes)
+        return float(parameters * dtype.itemsize + max(passes))
 
     @torch.inference_mode()
     def __call__(self, prompts: Prompts, responses: Sequence[str], answers: Answers) -> list[float]:

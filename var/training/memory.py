@@ -18,7 +18,7 @@ from var.annotate.base import make_providers, unit_of
 from var.config.schema import TrainerSettings, pick_fields
 from var.models.lora import LoRA
 from var.models.pretrained import Pretrained, blocks
-from var.models.simulate import measure_activations
+from var.models.simulate import Peaks, measure_activations
 from var.requirements import ReferenceLogps, Rollout, find
 from var.training.optim import MasterAdamW, state_size
 
@@ -166,8 +166,8 @@ class MemoryModel:
         """Tokens of a micro-batch, at most."""
         return int(self.sequences * self.cfg.data.max_length)
 
-    def activations(self, sharded: bool = False, train: bool = True) -> int:
-        """Return the bytes of activations and temporary tensors of a micro-batch, or of a scoring pass."""
+    def activations(self, sharded: bool = False, train: bool = True) -> Peaks:
+        """Return the peak bytes of activations and temporary tensors of a micro-batch, or of a scoring pass."""
         length = self.cfg.data.max_length
         return measure_activations(
             self.model.config,
@@ -213,7 +213,7 @@ class MemoryModel:
         counts, wide = self.counts, self.computed_width
         gathered = counts.root * wide + 2 * counts.block * wide if sharded else 0.0
         held = {"weights": self.weights / shards, "optimizer": self.optimizer[0] / shards}
-        scoring = float(self.activations(train=False))
+        scoring = float(max(self.activations(train=False)))
         requirements = instantiate(self.cfg.loss).requires
         reference = 0.0 if self.adapter is not None else self.frozen
         stages: dict[str, Parts] = {}
@@ -221,13 +221,9 @@ class MemoryModel:
             stages["annotation, reward model"] = {"reward model": self.reward}
         stages["annotation, reference"] = {"reference": self.frozen, "activations": scoring}
         training = {**held, "gradients": self.gradients / shards}
-        if sharded:
-            training["gathered weights"] = gathered
-            training["gradients before reduction"] = self._unreduced
         if self.cfg.reference == "live" or (find(requirements, Rollout) and find(requirements, ReferenceLogps)):
             training["reference"] = self._reference(shards)
-        training["activations"] = float(self.activations(sharded))
-        stages["training"] = training
+        stages["training"] = training | self._step(sharded)
         sample, quantized = self.samples, self.pretrained.quantization
         longest = self.cfg.data.max_length + sample["max_new_tokens"]
         cache = float(sample["responses"] * longest * self.cache_per_token)
@@ -244,11 +240,26 @@ class MemoryModel:
         stages["export"] = {**held, "largest parameter": float(largest) if sharded else 0.0}
         return stages
 
-    @property
-    def _unreduced(self) -> float:
-        """Bytes of gradients that FSDP has not reduced yet: of a layer, twice for communication, and of the root."""
-        counts, reduced = self.counts, 4 if self.half else self.width
-        return counts.block * (self.computed_width + 2 * reduced) + counts.root * self.computed_width
+    def _step(self, sharded: bool) -> Parts:
+        """Return the bytes of a training step at its peak, besides weights, gradients and optimizer."""
+        peaks, counts = self.activations(sharded), self.counts
+        if not sharded:
+            return {"activations": float(max(peaks))}
+        width, reduced = self.computed_width, 4 if self.half else self.width
+        embeddings = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        head = 0 if self.adapter is not None else embeddings[1].weight.numel()
+        root, block = counts.root * width, counts.block * width
+        trained = 0 if self.adapter is not None else 1
+        moments: list[Parts] = [
+            {"gathered weights": root + 2 * block, "activations": peaks.forward},
+            {"gathered weights": root + block, "activations": peaks.head},
+            {
+                "gathered weights": root + 2 * block, "activations": peaks.layers,
+                "gradients before reduction": head * width + trained * counts.block * reduced,
+            },
+            {"gradients before reduction": trained * counts.root * (width + reduced)},  # at the end, of the embeddings
+        ]  # fmt: skip
+        return max(moments, key=lambda parts: sum(parts.values()))
 
     def _reference(self, shards: int) -> float:
         if self.adapter is not None:
