@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from var.config.check import FOLDER
 from var.utils.errors import UserError
+from var.utils.signals import leaving_on_signals
 
 # Old keys and values, and what to write instead.
 RENAMED = {
@@ -29,10 +30,14 @@ RENAMED = {
 
 
 def run_command(main: Callable[[], Any]) -> None:
-    """Run a command. Print an error that the user can fix as one message without a traceback, and exit with 1."""
+    """Run a command. Print an error that the user can fix as one message without a traceback, and exit with 1.
+
+    On SIGTERM and SIGUSR1, exit with 128 plus the signal.
+    """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra passes the exception on instead of printing it
     try:
-        main()
+        with leaving_on_signals():
+            main()
     except Exception as error:
         message = _describe(error)
         if message is None:

@@ -35,6 +35,7 @@ from var.models.pretrained import Pretrained, find_model
 from var.rewards.base import Reward, check_answers
 from var.sampling.base import Sampling, Texts
 from var.utils.console import say, silence_libraries, stage, warn
+from var.utils.distributed import bind_device
 from var.utils.errors import UserError
 from var.utils.files import atomic, write_json
 from var.utils.provenance import collect_environment
@@ -66,8 +67,9 @@ class Evaluation:
         model, reference = locate_models(cfg)
         rewards = {key: instantiate(cfg[key]) for key in ("reward", "second_reward") if cfg[key]}
 
+        device = bind_device()
+
         def build(name: str, pretrained: Pretrained) -> Candidate:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
             frozen = FrozenModel(pretrained, device, torch.bfloat16 if cfg.precision == "bfloat16" else None)
             store = AnnotationCache(Path(cfg.annotation_cache).expanduser(), warn=warn)
             cache = Path(cfg.cache).expanduser()

@@ -17,6 +17,7 @@ from var.models.pretrained import ADAPTER, Pretrained
 from var.models.reward_model import RewardModel
 from var.models.simulate import measure_activations
 from var.rewards.base import Answers, Prompts
+from var.utils.distributed import bind_device
 from var.utils.errors import UserError
 
 DECODERS = {"llama", "qwen2", "qwen3", "mistral"}  # models whose attention can be replaced by the packed one
@@ -106,7 +107,7 @@ class Classifier:
 
     @property
     def _device(self) -> str:
-        return ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+        return bind_device() if self.device == "auto" else self.device
 
     @property
     def fingerprint(self) -> dict[str, Any]:

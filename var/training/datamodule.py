@@ -242,7 +242,7 @@ class AlignmentData(lightning.LightningDataModule):
 
     def train_dataloader(self) -> PlanLoader | RolloutLoader:
         """Return this rank's loader: of the plan's micro-batches, or of rollouts."""
-        ranks = Ranks.current()
+        ranks = self.annotator.ranks
         if self.rollout:
             assert self.trainer is not None
             module: Any = self.trainer.lightning_module

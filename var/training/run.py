@@ -1,7 +1,6 @@
 """From a checked configuration to the parts of a run: data, module and trainer."""
 
 import gc
-import os
 import shlex
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -50,6 +49,7 @@ from var.training.metrics import Budget, StepMetrics
 from var.training.module import AlignmentModule
 from var.training.validation import PairAccuracy, Validation
 from var.utils.console import console, say, silence_libraries, warn
+from var.utils.distributed import bind_device
 from var.utils.errors import UserError
 
 PROFILERS: dict[str, Any] = {
@@ -95,13 +95,13 @@ class Run:
             raise UserError("trainer.device_memory describes GPUs, and this machine has none. Use it with debug=dry.")
         check_multirun(settings.world)
         check_ranks(settings)
+        device = bind_device() if settings.gpu else "cpu"
         if cfg.dry and cfg.annotate == "error":
             raise UserError("annotate=error has no effect with debug=dry, which computes nothing")
         pretrained = Pretrained(**pick_fields(Pretrained, cfg.model), cache=cfg.cache)
         if cfg.init is not None:
             pretrained = replace(pretrained, path=str(find_model(cfg.init)), revision=None, chat_template=None)
         adapter, loss = instantiate(cfg.adapter) if cfg.adapter else None, instantiate(cfg.loss)
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if settings.gpu else "cpu"
         annotator = Annotator(
             annotations=AnnotationCache(Path(cfg.annotation_cache).expanduser(), warn=warn),
             reference=FrozenModel(pretrained, device, PRECISIONS[settings.arithmetic]),
