@@ -6,17 +6,21 @@ that the settings in a model's generation config do not change the distribution.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from var.data.chat import Chat
 from var.models.attention import use_attention
 from var.models.lora import adapter_off
 from var.sampling.base import Advance, Prompts, Sampling, Texts, decode, derive_seed, ignore_progress
+from var.utils.errors import UserError
+
+CACHE_NAMES = ("cache", "past_key_values")  # of a model's argument: in recent versions of transformers, and before
 
 
 def sample(model: Any, chat: Chat, prompts: Prompts, sampling: Sampling, advance: Advance = ignore_progress) -> Texts:
@@ -66,11 +70,9 @@ def _generate(model: Any, prompts: list[list[int]], sampling: Sampling, end: int
     def next_logits(tokens: Tensor, mask: Tensor) -> Tensor:
         """Return [rows, V] after the last of the new `tokens` [rows, n]; `mask` covers the cached tokens as well."""
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-        out = model.base_model(
-            input_ids=tokens, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True
-        )
+        hidden = compute_last_hidden_states(model, tokens, mask, positions, cache)
         with torch.autocast(device.type, enabled=False):
-            return torch.nn.functional.linear(out.last_hidden_state[:, -1].to(head.dtype), head)
+            return torch.nn.functional.linear(hidden[:, -1].to(head.dtype), head)
 
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
     padded = torch.tensor([[end] * (width - len(ids)) + ids for ids in prompts], device=device)
@@ -95,6 +97,29 @@ def _generate(model: Any, prompts: list[list[int]], sampling: Sampling, end: int
         mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
         logits = next_logits(tokens[:, None], mask)
     return list(zip(responses, finished, strict=True))
+
+
+def compute_last_hidden_states(
+    model: Any, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Cache
+) -> Tensor:
+    """Return [rows, n, H] for n new tokens per row, and add their keys and values to the cache.
+
+    attention_mask covers the cached tokens and the new ones. Raises a UserError if the model leaves the cache unused.
+    """
+    # transformers renamed this argument. Under the other name, models ignore it.
+    names = [name for name in CACHE_NAMES if name in signature(model.base_model.forward).parameters]
+    before = cache.get_seq_length()
+    out = model.base_model(
+        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=True,
+        **{name: cache for name in names[:1]},
+    )  # fmt: skip
+    if cache.get_seq_length() != before + input_ids.shape[1]:
+        raise UserError(
+            f"{model.config.model_type}: the model added {cache.get_seq_length() - before} of {input_ids.shape[1]} "
+            f"tokens to the cache that sampling passed as {' or '.join(CACHE_NAMES)}. Sample with sampler=vllm or "
+            "sampler=endpoint, or install another version of transformers."
+        )
+    return out.last_hidden_state
 
 
 def choose_tokens(logits: Tensor, draws: Tensor, sampling: Sampling) -> Tensor:
