@@ -68,7 +68,9 @@ class Evaluation:
 
         def build(name: str, pretrained: Pretrained) -> Candidate:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            frozen = FrozenModel(pretrained, device, torch.bfloat16 if cfg.precision == "bfloat16" else None)
+            autocast = torch.bfloat16 if cfg.precision == "bfloat16" else None
+            pretrained = pretrained.with_attention_for(device.startswith("cuda"), half=autocast is not None)
+            frozen = FrozenModel(pretrained, device, autocast)
             store = AnnotationCache(Path(cfg.annotation_cache).expanduser(), warn=warn)
             cache = Path(cfg.cache).expanduser()
             annotator = Annotator(store, frozen, rewards["reward"], cache, instantiate(cfg.sampler))

@@ -77,7 +77,7 @@ class FrozenModel:
         """What the model's results depend on."""
         fingerprint = {**self.pretrained.fingerprint, "autocast": str(self.autocast)}
         if self.is_low_precision:
-            fingerprint |= {"attention": self.pretrained.attention, "compile": self.pretrained.compile}
+            fingerprint |= {"attention": self.pretrained.kernel, "compile": self.pretrained.compile}
         return fingerprint
 
     @property
