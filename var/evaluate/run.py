@@ -159,10 +159,11 @@ class Evaluation:
             if self.reference and self.file_answers is None:
                 logps[name] = candidate.sum_logps(rows, model_texts)
             if name == "model" and self.benchmarks:
-                result["benchmarks"] = run_benchmarks(
-                    self.benchmarks, candidate.model.policy.model, candidate.annotator.chat.tokenizer,
-                    self.folder / "benchmarks",
-                )  # fmt: skip
+                with candidate.model.precision():
+                    result["benchmarks"] = run_benchmarks(
+                        self.benchmarks, candidate.model.policy.model, candidate.annotator.chat.tokenizer,
+                        self.folder / "benchmarks",
+                    )  # fmt: skip
             candidate.model.release()
             rewards[name] = {key: candidate.score(key, reward, rows, texts) for key, reward in self.rewards.items()}
         for name, found in answers.items():
