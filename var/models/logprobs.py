@@ -63,6 +63,10 @@ def choose_head_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 
     It is bf16 on CUDA if the model computes in bf16, which is the case if `dtype`, that of its hidden states, is bf16
     or under autocast to bf16. Elsewhere it is `dtype`, but float32 at least.
+
+    Rounding both factors to bf16 changes a token's log-probability by 0.006 nats on average (at most 0.05) and without
+    a bias; rounding to TF32 by 0.002 (0.01), and logits in bf16 by 0.02 (0.14). Measured with SmolLM2-135M on 1,528
+    tokens by experiments/benchmarks/precision.py.
     """
     half = dtype == torch.bfloat16 or (
         torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.bfloat16
