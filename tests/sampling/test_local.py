@@ -95,6 +95,9 @@ def test_tokens_equal_the_recorded_ones(
     assert hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:12] == RECORDED[variant, autocast]
 
 
+WAITING = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select"}
+
+
 class Waits(TorchDispatchMode):
     """Counts the operations at which the host would wait for a device."""
 
@@ -104,7 +107,7 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name
-        if name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select"):
+        if name.removeprefix("aten::") in WAITING:
             self.names[name] += 1
         return func(*args, **(kwargs or {}))
 
@@ -117,6 +120,25 @@ def test_host_waits_once_per_16_tokens(model: Any, chat: Chat, monkeypatch: pyte
         monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: (waits.names.update(["tolist"]), read(tensor))[1])
         sample(model, chat, WORDS[:3], replace(LONG, max_new_tokens=40))
     assert waits.names == {"tolist": 3}
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_finished_responses_leave_the_batch_at_a_check(
+    model: Any, chat: Chat, every: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(local.CHECK_EVERY, "cpu", every)
+    rows: list[int] = []
+    forward = local.compute_last_hidden_states
+    monkeypatch.setattr(
+        local,
+        "compute_last_hidden_states",
+        lambda model, ids, *rest: (rows.append(len(ids)), forward(model, ids, *rest))[1],
+    )
+    ids = [chat.prompt(prompt) for prompt in WORDS]
+    sampled = [r for own in sample_tokens(model, chat, ids, replace(LONG, responses=12, batch=64)) for r in own]
+    ends = [len(tokens) + 1 if finished else 99 for tokens, finished in sampled]
+    assert rows == [5, *(sum(end > step // every * every for end in ends) for step in range(1, 24))]
+    assert len(set(rows)) > 4
 
 
 def test_new_token_does_not_copy_the_cache(model: Any, chat: Chat, monkeypatch: pytest.MonkeyPatch):
@@ -222,7 +244,7 @@ def test_cache_reaches_the_model_under_the_name_it_has(name: str, chat: Chat, mo
     parameters = [Parameter(name, Parameter.KEYWORD_ONLY), Parameter("rest", Parameter.VAR_KEYWORD)]
     renamed.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     monkeypatch.setattr(model.base_model, "forward", renamed)
-    if name in local.CACHE_NAMES:
+    if name != "past":
         assert sample(model, chat, PROMPTS[:2], SAMPLING) == expected
     else:
         with pytest.raises(UserError, match=r"llama: the model added 0 of .* tokens to the cache"):
