@@ -39,7 +39,7 @@ def test_failed_download_raises_with_advice(tmp_path: Path, monkeypatch: pytest.
     [
         ({"dtype": "float33"}, r"model\.dtype: expected .*, got 'float33'"),
         ({"dtype": "nn"}, r"model\.dtype: expected .*, got 'nn'"),
-        ({"attention": "eager"}, r"model\.attention: expected packed, varlen or flash_attention_2, got 'eager'"),
+        ({"attention": "eager"}, r"model\.attention: expected auto, packed, varlen or flash_attention_2, got 'eager'"),
     ],
 )
 def test_invalid_settings_raise(more: dict[str, Any], message: str, tmp_path: Path):

@@ -70,7 +70,9 @@ class Evaluation:
         device = bind_device()
 
         def build(name: str, pretrained: Pretrained) -> Candidate:
-            frozen = FrozenModel(pretrained, device, torch.bfloat16 if cfg.precision == "bfloat16" else None)
+            autocast = torch.bfloat16 if cfg.precision == "bfloat16" else None
+            pretrained = pretrained.with_attention_for(device.startswith("cuda"), half=autocast is not None)
+            frozen = FrozenModel(pretrained, device, autocast)
             store = AnnotationCache(Path(cfg.annotation_cache).expanduser(), warn=warn)
             cache = Path(cfg.cache).expanduser()
             annotator = Annotator(store, frozen, rewards["reward"], cache, instantiate(cfg.sampler))
@@ -159,10 +161,11 @@ class Evaluation:
             if self.reference and self.file_answers is None:
                 logps[name] = candidate.sum_logps(rows, model_texts)
             if name == "model" and self.benchmarks:
-                result["benchmarks"] = run_benchmarks(
-                    self.benchmarks, candidate.model.policy.model, candidate.annotator.chat.tokenizer,
-                    self.folder / "benchmarks",
-                )  # fmt: skip
+                with candidate.model.precision():
+                    result["benchmarks"] = run_benchmarks(
+                        self.benchmarks, candidate.model.policy.model, candidate.annotator.chat.tokenizer,
+                        self.folder / "benchmarks",
+                    )  # fmt: skip
             candidate.model.release()
             rewards[name] = {key: candidate.score(key, reward, rows, texts) for key, reward in self.rewards.items()}
         for name, found in answers.items():

@@ -66,7 +66,10 @@ class FrozenModel:
 
     @cached_property
     def _loaded(self) -> Policy:
-        return Policy(self.pretrained.load().to(self.device)).eval().requires_grad_(False)
+        policy = Policy(self.pretrained.load().to(self.device)).eval().requires_grad_(False)
+        if self.autocast is not None:
+            cast_linear_weights(policy.model, self.autocast)
+        return policy
 
     def share_weights(self, policy: Policy | ActorCritic) -> None:
         """Use the weights under the adapter of `policy`, which are this model's, in place of a second copy."""
@@ -77,7 +80,7 @@ class FrozenModel:
         """What the model's results depend on."""
         fingerprint = {**self.pretrained.fingerprint, "autocast": str(self.autocast)}
         if self.is_low_precision:
-            fingerprint |= {"attention": self.pretrained.attention, "compile": self.pretrained.compile}
+            fingerprint |= {"attention": self.pretrained.kernel, "compile": self.pretrained.compile}
         return fingerprint
 
     @property
@@ -94,3 +97,18 @@ class FrozenModel:
     def release(self) -> None:
         """Free the loaded model. The next use loads it again."""
         self.__dict__.pop("_loaded", None)
+
+
+def cast_linear_weights(model: Any, dtype: torch.dtype) -> None:
+    """Convert the weights and biases of linear layers to `dtype` in place, as autocast does at each use of them.
+
+    Autocast keeps a converted copy only of weights that train. Under autocast, the model's results stay the same to the
+    last bit, and it can no longer run without it. Embeddings, norms, the output head and quantized layers stay as they
+    are. The output head is outside the base model, and its logits need more precision.
+    """
+    ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    for module in model.base_model.modules():
+        if type(module) is torch.nn.Linear and id(module) not in ends:
+            for parameter in module.parameters(recurse=False):
+                if parameter.dtype == torch.float32:
+                    parameter.data = parameter.data.to(dtype)

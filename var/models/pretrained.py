@@ -39,7 +39,7 @@ class Pretrained:
         revision: Commit or tag of the hub; None is the newest.
         chat_template: Jinja template; None is the tokenizer's own.
         dtype: dtype of the parameters.
-        attention: `packed`, or a GPU kernel for bf16: `varlen` or `flash_attention_2`.
+        attention: `packed`, or a GPU kernel for bf16: `varlen` or `flash_attention_2`; `auto`: `with_attention_for`.
         compile: Whether to compile each layer with torch.compile.
         quantization: Quantization of the linear layers, by bitsandbytes, or None.
         trust_remote_code: Whether code in the model's repository may run.
@@ -66,12 +66,23 @@ class Pretrained:
         dtype = getattr(torch, self.dtype, None)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise UserError(f"model.dtype: expected a floating-point dtype such as float32, got {self.dtype!r}.")
-        if self.attention not in ("packed", "varlen", "flash_attention_2"):
-            raise UserError(f"model.attention: expected packed, varlen or flash_attention_2, got {self.attention!r}.")
+        if self.attention not in ("auto", "packed", "varlen", "flash_attention_2"):
+            names = "auto, packed, varlen or flash_attention_2"
+            raise UserError(f"model.attention: expected {names}, got {self.attention!r}.")
         if self.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
             raise UserError("model.attention=flash_attention_2 needs the package flash-attn. Use packed without it.")
         if self.quantization and importlib.util.find_spec("bitsandbytes") is None:
             raise UserError("model.quantization needs an extra: pip install -e '.[quantization]'")
+
+    def with_attention_for(self, gpu: bool, half: bool) -> "Pretrained":
+        """Return a copy without attention=auto: `varlen` on a GPU in bf16 (half: by autocast), else `packed`."""
+        half = half or self.dtype == "bfloat16"
+        return replace(self, attention="varlen" if gpu and half else "packed") if self.attention == "auto" else self
+
+    @property
+    def kernel(self) -> str:
+        """The attention implementation, which is never `auto`."""
+        return "packed" if self.attention == "auto" else self.attention
 
     @cached_property
     def folder(self) -> Path:
@@ -82,9 +93,7 @@ class Pretrained:
             raise UserError(f"model.path={self.path} is not a folder.")
         from huggingface_hub import snapshot_download
 
-        patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
-        if self.trust_remote_code:
-            patterns.append("*.py")
+        patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", *["*.py"] * self.trust_remote_code]
         packaged = PACKAGED.get(self.path)
         try:
             if packaged and importlib.util.find_spec(packaged[0]):
@@ -248,10 +257,10 @@ class Pretrained:
             with self._explain_remote_code():
                 model, found = kind.from_pretrained(self.folder, output_loading_info=True, **self._options, **more)
         except KeyError as error:
-            if error.args != (self.attention,):
+            if error.args != (self.kernel,):
                 raise
             raise UserError(
-                f"model.path={self.path}: {self.config.model_type} does not support attention={self.attention}. "
+                f"model.path={self.path}: {self.config.model_type} does not support attention={self.kernel}. "
                 "Models of this family cannot be packed."
             ) from error
         if "score.weight" in found["missing_keys"]:
@@ -262,10 +271,10 @@ class Pretrained:
     def _options(self) -> dict[str, Any]:
         import var.models.attention  # noqa: F401  registers packed and varlen attention
 
-        if self.attention == "varlen" and not torch.cuda.is_available():
+        if self.kernel == "varlen" and not torch.cuda.is_available():
             raise UserError("model.attention=varlen needs a CUDA device. Use model.attention=packed without one.")
         options = {
-            "dtype": getattr(torch, self.dtype), "attn_implementation": self.attention,
+            "dtype": getattr(torch, self.dtype), "attn_implementation": self.kernel,
             "trust_remote_code": self.trust_remote_code, "use_safetensors": True,
         }  # fmt: skip
         if self.quantization:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from var.models.attention import check_packable
+from var.models.attention import VARLEN, check_packable
 from var.models.logprobs import compute_hidden_states
 from var.models.packing import Packed
 
@@ -20,7 +20,7 @@ class RewardModel(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
-        self.packed = hasattr(model, "score") and model.config._attn_implementation == "packed"
+        self.packed = hasattr(model, "score") and model.config._attn_implementation in ("packed", *VARLEN)
         if self.packed:
             check_packable(model)
 

@@ -49,7 +49,7 @@ class Classifier:
         path = str(model) if any((model / name).exists() for name in ("config.json", ADAPTER)) else self.path
         return Pretrained(
             name=Path(self.path).name, path=path, revision=self.revision, chat_template=self.chat_template,
-            dtype=self.dtype, attention="packed", trust_remote_code=False, gradient_checkpointing=False,
+            dtype=self.dtype, attention="auto", trust_remote_code=False, gradient_checkpointing=False,
             architecture=self.architecture, cache=self.cache,
         )  # fmt: skip
 
@@ -93,10 +93,11 @@ class Classifier:
         import var.models.attention  # noqa: F401  registers the packed attention
 
         packed = self._config.model_type in DECODERS
+        kernel = self._files.with_attention_for(gpu=self._device.startswith("cuda"), half=False).kernel
         if self._files.base is not None:
-            model = replace(self._files, attention="packed" if packed else "sdpa").load_scorer()
+            model = replace(self._files, attention=kernel if packed else "sdpa").load_scorer()
             return RewardModel(model.requires_grad_(False).to(self._device)).eval()
-        options = {"attn_implementation": "packed"} if packed else {}
+        options = {"attn_implementation": kernel} if packed else {}
         model, report = AutoModelForSequenceClassification.from_pretrained(
             self._files.folder, dtype=getattr(torch, self.dtype), use_safetensors=True, trust_remote_code=False,
             output_loading_info=True, **options,

@@ -101,6 +101,7 @@ class Run:
         pretrained = Pretrained(**pick_fields(Pretrained, cfg.model), cache=cfg.cache)
         if cfg.init is not None:
             pretrained = replace(pretrained, path=str(find_model(cfg.init)), revision=None, chat_template=None)
+        pretrained = pretrained.with_attention_for(settings.gpu, half=PRECISIONS[settings.arithmetic] is not None)
         adapter, loss = instantiate(cfg.adapter) if cfg.adapter else None, instantiate(cfg.loss)
         annotator = Annotator(
             annotations=AnnotationCache(Path(cfg.annotation_cache).expanduser(), warn=warn),
