@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.helpers.models import tiny_config, tiny_model
 from var.models import logprobs
 from var.models.attention import Layout, check_lengths, packed_attention, use_attention
-from var.models.cross_scoring import cross_logps
+from var.models.cross_scoring import cross_logps, pack_crossed
 from var.models.logprobs import HEAD_CHUNK, choose_head_dtype, compute_hidden_states, compute_token_logps
 from var.models.packing import Segment, pack, pack_tree
 from var.models.policy import Policy
@@ -176,7 +176,7 @@ def test_cross_logps_score_each_response_under_each_prompt(model: Any):
     """[B, B]: row i is the prompt, column j the response, summed over tokens; the diagonal is the batch's own."""
     policy, batch = Policy(model), pack(IDS, STARTS)
     with torch.no_grad():
-        table = cross_logps(policy, batch)
+        table = cross_logps(policy, pack_crossed(IDS, STARTS))
         pairs = [(p[:s] + r[t:], s) for p, s in zip(IDS, STARTS, strict=True) for r, t in zip(IDS, STARTS, strict=True)]
         expected = torch.stack([policy(pack([row], [start])).sum() for row, start in pairs])
         assert_close(table.flatten(), expected, **EXACT)
@@ -189,7 +189,7 @@ def test_cross_logps_encode_each_prompt_once(model: Any):
     hook = model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].numel()))
     try:
         with torch.no_grad():
-            cross_logps(Policy(model), pack(IDS, STARTS))
+            cross_logps(Policy(model), pack_crossed(IDS, STARTS))
     finally:
         hook.remove()
     prompts, responses = sum(STARTS), sum(len(row) - s for row, s in zip(IDS, STARTS, strict=True))

@@ -13,7 +13,7 @@ from var.annotate.base import Provider, TrainingSet
 from var.annotate.cache import as_keys
 from var.annotate.rewards import fill_matrix, micro_batch_pairs
 from var.data.sequences import Sequences
-from var.models.cross_scoring import mismatched_logps
+from var.models.cross_scoring import mismatched_logps, pack_mismatched
 from var.models.packing import Packed, pack, pack_tree
 from var.requirements import MismatchedLogps, ReferenceLogps
 from var.utils.errors import UserError
@@ -58,16 +58,21 @@ class ProvideMismatchedLogps(Provider[MismatchedLogps]):
         self.logps = None if data.live else cached_mismatched_logps(data.annotator, data.sequences, data.members)
 
     def batch_fields(self, data: TrainingSet, micro_batch: int, members: np.ndarray) -> dict[str, Any]:
-        """Return the reference's [B] in nats, in float64 because a small difference from the policy's is used."""
-        if self.logps is None:
-            return {}
-        return {"mismatched_reference_logps": self.logps[micro_batch, : len(members)]}
+        """Return the pairings and, unless it is live, the reference's [B] in nats.
+
+        These are in float64 because a small difference from the policy's is used.
+        """
+        ids, starts, _ = zip(*(data.sequences.tokens(i) for i in members.tolist()), strict=True)
+        fields: dict[str, Any] = {"mismatched": pack_mismatched(ids, starts)}
+        if self.logps is not None:
+            fields["mismatched_reference_logps"] = self.logps[micro_batch, : len(members)]
+        return fields
 
     def at_step(self, batch: Packed, policy: Any, reference: Any) -> Packed:
         """Compute the policy's, and those of a live reference."""
         if reference is not None:
-            batch = replace(batch, mismatched_reference_logps=mismatched_logps(reference, batch))
-        return replace(batch, mismatched_logps=mismatched_logps(policy, batch))
+            batch = replace(batch, mismatched_reference_logps=mismatched_logps(reference, batch.mismatched))
+        return replace(batch, mismatched_logps=mismatched_logps(policy, batch.mismatched))
 
 
 def reference_logps(annotator: Annotator, sequences: Sequences, share: bool = False) -> pa.Array:

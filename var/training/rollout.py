@@ -124,7 +124,7 @@ class RolloutLoader:
             names = [rows[begin + g].id for g in group]
             fields = {**micro_batch.divisors, "rewards": rewards[begin:end].flatten()}
             batches.append(pack(ids, starts, names, group, share=True, **fields))
-        batches = [batch.to(module.device) for batch in self._count_tokens(batches)]
+        batches = [batch.pinned().to(module.device, non_blocking=True) for batch in self._count_tokens(batches)]
         with timed(seconds, "Reference log-probabilities"), annotator.reference.precision():
             batches = [self._annotate(batch) for batch in batches]
         self._record(micro_batches, ends, rewards, responses)
@@ -179,12 +179,12 @@ class RolloutLoader:
                 rewards[begin:end].flatten().tolist(), chain(*responses[begin:end]), strict=True
             )
         ]
-        total = torch.tensor(measured, dtype=torch.float64, device=self.module.device).view(-1, 3).sum(0)
+        reward, length, finished = torch.tensor(measured, dtype=torch.float64).view(-1, 3).sum(0).tolist()
         count = float(len(measured))
         self.module.record(
             {
-                "rollout/reward": Mean(total[0], count),
-                "rollout/length": Mean(total[1], count),
-                "rollout/truncated": Mean(count - total[2], count),
+                "rollout/reward": Mean(reward, count),
+                "rollout/length": Mean(length, count),
+                "rollout/truncated": Mean(count - finished, count),
             }
         )

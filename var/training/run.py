@@ -10,7 +10,7 @@ from typing import Any
 import lightning
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import RichModelSummary, RichProgressBar
+from lightning.pytorch.callbacks import RichModelSummary
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.profilers import PyTorchProfiler, SimpleProfiler
 from omegaconf import DictConfig, OmegaConf
@@ -45,7 +45,7 @@ from var.training.checks import (
 )
 from var.training.datamodule import AlignmentData
 from var.training.loggers import Curves, PlanFile, make_loggers
-from var.training.metrics import Budget, StepMetrics
+from var.training.metrics import Budget, ProgressBar, StepMetrics
 from var.training.module import AlignmentModule
 from var.training.validation import PairAccuracy, Validation
 from var.utils.console import console, say, silence_libraries, warn
@@ -179,7 +179,7 @@ class Run:
         # A step is saved before it is evaluated, so a run that is stopped during evaluation has it.
         callbacks: list[Any] = [self.steps, *budget, saving, PlanFile(self.folder), self.validation]
         if console.is_terminal:
-            callbacks += [RichProgressBar(), RichModelSummary(max_depth=1)]
+            callbacks += [ProgressBar(), RichModelSummary(max_depth=1)]
         strategy = cfg.strategy.name
         check_strategy(cfg, settings)
         if "_target_" in cfg.strategy:
