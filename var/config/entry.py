@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from var.config.check import FOLDER
+from var.config.versions import check_versions
 from var.utils.errors import UserError
 
 # Old keys and values, and what to write instead.
@@ -32,6 +33,7 @@ def run_command(main: Callable[[], Any]) -> None:
     """Run a command. Print an error that the user can fix as one message without a traceback, and exit with 1."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra passes the exception on instead of printing it
     try:
+        check_versions()
         main()
     except Exception as error:
         message = _describe(error)
