@@ -405,7 +405,7 @@ def test_model_that_changes_its_logits_after_the_head_is_rejected():
     ("kind", "more", "what"),
     [
         ("lfm2", {"layer_types": ["conv", "full_attention"]}, "lfm2 has layers of type conv"),
-        ("mamba", {"state_size": 8}, "mamba has layers of type linear_attention"),
+        ("mamba", {"state_size": 8}, "mamba has layers of type (mamba|linear_attention)"),
         ("bloom", {"n_head": 4}, "bloom has its own positions"),
         ("bart", {"d_model": 32, "decoder_attention_heads": 4}, "bart has its own positions"),
     ],

