@@ -289,7 +289,6 @@ def test_recorded_signatures_are_those_of_vllm(monkeypatch: pytest.MonkeyPatch):
     assert set(DTYPES) <= set(ast.literal_eval(f"[{dtypes}]"))
     source = (folder / "sampling_params.py").read_text()
     assert "_MAX_TEMP = 1e-2" in source
-    assert "self.temperature > 2.0" in source
     variables = (folder / "envs.py").read_text()
     assert "VLLM_WORKER_MULTIPROC_METHOD" in variables
     assert "VLLM_ENABLE_V1_MULTIPROCESSING" in variables
