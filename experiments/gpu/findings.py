@@ -48,7 +48,7 @@ MARKS = {True: "ok  ", False: "NOT ", None: "skip"}
 
 
 def main(folder: Path) -> int:
-    """Print the findings by item, items with a finding that is not as expected first. Return 1 if there are any, else 0."""
+    """Print the findings by item, those with an unexpected value first. Return 1 if there is one, else 0."""
     found = []
     with suppress(FileNotFoundError):
         found = [json.loads(line) for line in (folder / NAME).read_text().splitlines()]
