@@ -216,7 +216,7 @@ def make_columns(rows: Rows) -> dict[str, Any]:
 def make_training_step(model: Any, rows: Rows, batch: Packed) -> Step:
     """Return `AlignmentModule.training_step` on this batch."""
     batch, schedule = batch.to(model.device), Schedule(kind="constant", warmup=0.0, floor=0.0)
-    module = AlignmentModule(Policy(model), LOSSES[rows.work], torch.optim.AdamW, schedule)
+    module = AlignmentModule(Policy(model), LOSSES[rows.work], [], torch.optim.AdamW, schedule)
     module._trainer = SimpleNamespace(world_size=1, accumulate_grad_batches=1)  # all that training_step reads
     return lambda: module.training_step(batch, 0)
 

@@ -175,7 +175,8 @@ class EvalConfig:
     judged: int | None  # number of judged prompts per subset; None: all
     averages: Any  # lists of subsets by name
     second_reward: Any  # None: only the reward
-    precision: Literal["float32", "bfloat16"]  # of sampling and scoring
+    devices: int | Literal["auto"]  # processes on this machine; auto: one per GPU, or one on a CPU
+    precision: Literal["float32", "bfloat16"]  # of sampling, scoring and benchmarks
     annotation_cache: str  # folder of responses, rewards and reference log-probabilities
     cache: str  # folder of converted models, rows and tokens
     out: str  # parent of the results' folders
