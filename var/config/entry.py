@@ -28,21 +28,32 @@ RENAMED = {
 }
 
 
-def run_command(main: Callable[[], Any]) -> None:
-    """Run a command. Print an error that the user can fix as one message without a traceback, and exit with 1."""
+def run_command(main: Callable[[], Any], list_failures: Callable[[], list[str]] = list) -> None:
+    """Run a command. Print an error that the user can fix as one message without a traceback, and exit with 1.
+
+    list_failures: returns a text per failed job of a sweep, once it is over.
+    """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra passes the exception on instead of printing it
+    message = ""
     try:
         main()
     except Exception as error:
-        message = _describe(error)
-        if message is None:
+        message = describe(error) or ""
+        if not message:
             raise
+    finally:
+        if failures := list_failures():
+            sys.stdout.flush()
+            print("\nFailed jobs:", *failures, sep="\n", file=sys.stderr)
+    if failures and not message:
+        message = f"failed jobs: {len(failures)}. The same command runs them again and skips finished jobs."
+    if message:
         sys.stdout.flush()
         print(f"Error: {message}", file=sys.stderr)
         sys.exit(1)
 
 
-def _describe(error: BaseException) -> str | None:
+def describe(error: BaseException) -> str | None:
     """Return the message for an error that the user can fix, or None."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
