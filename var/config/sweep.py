@@ -19,6 +19,7 @@ from typing import IO, Any, ClassVar
 
 from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
@@ -66,8 +67,8 @@ class Sweep(Callback):
     """The folder of the locks of devices, on this machine: network file systems may lack locks."""
     visible: str | None = field(default=None, init=False)
     """CUDA_VISIBLE_DEVICES, which submitit_local sets to the same GPUs, or none, for all jobs."""
-    common: set[str] = field(default_factory=set, init=False)
-    """The overrides that all jobs have."""
+    swept: set[str] = field(default_factory=set, init=False)
+    """The keys that differ between the jobs."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Name the folders. They are created when they are needed."""
@@ -75,7 +76,9 @@ class Sweep(Callback):
         self.failures = Path(config.hydra.sweep.dir).absolute() / f".failures-{name}"
         self.locks = Path(tempfile.gettempdir()) / f"var-devices-{name}"
         self.visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        self.common = set(config.hydra.overrides.task)
+        words = OverridesParser.create().parse_overrides(config.hydra.overrides.task)
+        self.swept = {word.key_or_group for word in words if word.is_sweep_override()}
+        self.swept |= set(config.hydra.sweeper.get("params") or ())
         Sweep.current = self
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
@@ -100,7 +103,8 @@ class Sweep(Callback):
             sys.excepthook(type(error), error, error.__traceback__)
         elif not isinstance(error, JobFailed):
             print(f"Job {job} failed: {message}", file=sys.stderr, flush=True)
-        own = " ".join(word for word in config.hydra.overrides.task if word not in self.common)
+        words = config.hydra.overrides.task
+        own = " ".join(word for word in words if word.partition("=")[0].lstrip("+") in self.swept)
         lines = f"#{job} {own}", " ".join(text.split())[:300], config.hydra.runtime.output_dir
         _write_once(self.path(job, "job"), "\n    ".join(lines))
         if config.hydra.sweeper._target_.endswith("BasicSweeper"):  # it would stop before its next batch

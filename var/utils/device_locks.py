@@ -20,29 +20,30 @@ def name_devices(visible: str | None, count: int) -> list[str]:
 
 @contextmanager
 def claim(names: Sequence[str], count: int, folder: Path) -> Iterator[dict[str, IO[str]]]:
-    """Wait until `count` of the named devices are free, and lock them. Yield the lock files by device.
+    """Wait until `count` of the named devices are free, and lock them. Yield their lock files by name.
 
-    The kernel releases a lock when all processes that have its file open are dead. One job at a time collects devices,
-    so that two jobs never wait for each other's.
+    folder: the same for all jobs. The kernel releases a lock when all processes that have its file open are dead. A job
+    never holds some devices while it waits for others, so jobs cannot block each other. A job that needs more devices
+    than the others may start last.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as files, (folder / "turn").open("w") as turn:
-        locked, waiting = dict[str, IO[str]](), False
-        my_turn = _lock(turn)
-        while len(locked) < count:
-            for name in names if my_turn else ():
-                if name not in locked and len(locked) < count:
-                    file = files.enter_context((folder / f"device-{name.replace('/', '_')}").open("w"))
-                    if _lock(file):
-                        locked[name] = file
-            if len(locked) < count:
-                if not waiting:
-                    say(f"Waiting for {count} of the GPUs {', '.join(names)}")
-                waiting = True
-                time.sleep(POLL_SECONDS)
-                my_turn = my_turn or _lock(turn)
-        turn.close()
-        yield {name: locked[name] for name in names if name in locked}
+    with ExitStack() as stack, (folder / "turn").open("w") as turn:
+        files = {name: stack.enter_context((folder / name.replace("/", "_")).open("w")) for name in names}
+        waiting = False
+        while True:
+            fcntl.flock(turn, fcntl.LOCK_EX)
+            free = [name for name in names if _lock(files[name])]
+            claimed = free[:count] if len(free) >= count else []
+            for name in free[len(claimed) :]:
+                fcntl.flock(files[name], fcntl.LOCK_UN)
+            fcntl.flock(turn, fcntl.LOCK_UN)
+            if claimed:
+                break
+            if not waiting:
+                say(f"Waiting for {count} of the GPUs {', '.join(names)}")
+            waiting = True
+            time.sleep(POLL_SECONDS)
+        yield {name: files[name] for name in claimed}
 
 
 def _lock(file: IO[str]) -> bool:
