@@ -69,4 +69,4 @@ def main(cfg: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
-    run_command(main, sweep.list_failures)
+    run_command(main)

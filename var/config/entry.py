@@ -28,10 +28,10 @@ RENAMED = {
 }
 
 
-def run_command(main: Callable[[], Any], list_failures: Callable[[], list[str]] = list) -> None:
+def run_command(main: Callable[[], Any]) -> None:
     """Run a command. Print an error that the user can fix as one message without a traceback, and exit with 1.
 
-    list_failures: returns a text per failed job of a sweep, once it is over.
+    After a sweep, list all failed jobs.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra passes the exception on instead of printing it
     message = ""
@@ -42,7 +42,8 @@ def run_command(main: Callable[[], Any], list_failures: Callable[[], list[str]] 
         if not message:
             raise
     finally:
-        if failures := list_failures():
+        sweep = sys.modules.get("var.config.sweep")  # Hydra has imported it, if there are jobs
+        if failures := sweep.list_failures() if sweep else []:
             sys.stdout.flush()
             print("\nFailed jobs:", *failures, sep="\n", file=sys.stderr)
     if failures and not message:
