@@ -124,6 +124,19 @@ def test_optuna_finds_the_highest_reward(own: list[str], tmp_path: Path) -> None
     assert "Best parameters: {'loss.temperature': " in printed
 
 
+def test_failed_trials_do_not_stop_optuna(options: list[str]) -> None:
+    require("hydra_optuna_sweeper")
+    done = run(
+        "train.py", "-m", *options, "loss=var_grouped", "hydra/sweeper=max_reward", "hydra.sweeper.n_trials=2",
+        "loss.temperature=interval(-2,-1)",
+    )  # fmt: skip
+    assert done.returncode == 1
+    failed = list_failed(done.stderr)
+    assert [job.partition("=")[0] for job in failed] == ["0 loss.temperature", "1 loss.temperature"]
+    assert all(error.startswith("loss.temperature must be above 0, got -1.") for error in failed.values())
+    assert done.stderr.endswith("Error: ValueError: No trials are completed yet.\n")
+
+
 def test_job_after_a_failed_one_has_its_own_tracker_run(own: list[str], tmp_path: Path) -> None:
     """Otherwise it would log to the W&B run of the failed job (wandb #1314)."""
     done = run("train.py", "-m", *own, "logger=wandb", "optim.optimizer.lr=-1,3e-2")

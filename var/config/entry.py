@@ -34,24 +34,29 @@ def run_command(main: Callable[[], Any]) -> None:
     After a sweep, list all failed jobs.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra passes the exception on instead of printing it
-    message = ""
+    caught: Exception | None = None
     try:
         main()
     except Exception as error:
-        message = describe(error) or ""
-        if not message:
-            raise
+        caught = error
     finally:
         sweep = sys.modules.get("var.config.sweep")  # Hydra has imported it, if there are jobs
         if failures := sweep.list_failures() if sweep else []:
             sys.stdout.flush()
             print("\nFailed jobs:", *failures, sep="\n", file=sys.stderr)
-    if failures and not message:
+    if caught is None and not failures:
+        return
+    if caught is None:
         message = f"failed jobs: {len(failures)}. The same command runs them again and skips finished jobs."
-    if message:
-        sys.stdout.flush()
-        print(f"Error: {message}", file=sys.stderr)
-        sys.exit(1)
+    elif (described := describe(caught)) is not None:
+        message = described
+    elif failures:  # such as Optuna's error that no trial has a value
+        message = f"{type(caught).__name__}: {caught}"
+    else:
+        raise caught
+    sys.stdout.flush()
+    print(f"Error: {message}", file=sys.stderr)
+    sys.exit(1)
 
 
 def describe(error: BaseException) -> str | None:
