@@ -84,7 +84,7 @@ def finished(tmp_path: Path) -> dict[float, Path]:
 def sweep(*overrides: str) -> None:
     """Run `python train.py -m …` in a process of its own, since a launcher sends the entry point to others."""
     process = spawn(str(ROOT / "train.py"), "-m", *overrides)
-    out, err = process.communicate(timeout=400)
+    out, err = process.communicate(timeout=1800)
     assert process.returncode == 0, out + err
 
 
@@ -281,7 +281,7 @@ def test_a_signal_to_the_sweep_reaches_its_job(number: signal.Signals, options: 
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
     process.send_signal(number)
-    out, err = process.communicate(timeout=300)  # until the job has closed its output, too
+    out, err = process.communicate(timeout=1800)  # until the job has closed its output, too
     if number != signal.SIGINT:
         assert "Received SIGTERM; saved step" in out, out + err
     assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: -2, signal.SIGKILL: -9}[number], err
