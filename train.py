@@ -3,6 +3,7 @@
 import hydra
 from omegaconf import DictConfig
 
+from var.config import sweep
 from var.config.check import FOLDER, TRAIN, check
 from var.config.entry import run_command
 from var.utils.distributed import set_rank_variables
@@ -30,6 +31,8 @@ def main(cfg: DictConfig) -> float | None:
         summary.show(finished)
         summary.warn_of_newer_data(cfg, folder)
         return None if finished["reward"] is None else float(finished["reward"])
+    if sweep.needs_process(cfg):
+        return sweep.run_job(cfg, __file__)
 
     from lightning import seed_everything
 

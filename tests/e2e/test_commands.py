@@ -146,12 +146,6 @@ def test_each_job_of_a_sweep_has_its_folder(own: list[str], tmp_path: Path) -> N
     assert len(list((tmp_path / "runs").glob("*/wandb/offline-run-*"))) == 2  # one W&B run per job (wandb #1314)
 
 
-def test_sweep_over_several_devices_is_rejected(own: list[str]) -> None:
-    """Each rank would start the complete sweep (hydra #2070, Lightning PR #18175)."""
-    more = ["loss=sft,dpo", "trainer.devices=2", "data.global_batch=8"]
-    check_error("each process would start the complete sweep again", "-m", *own, *more)
-
-
 def test_help_shows_an_example_and_the_groups() -> None:
     printed = check_run("train.py", "--help")
     for text in ("python train.py loss=sft", "Groups, written group=option:", "smollm2-135m", "var_grouped"):

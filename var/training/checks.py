@@ -5,7 +5,6 @@ import os
 from dataclasses import replace
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from var.config.schema import TrainerSettings
@@ -91,25 +90,6 @@ def count_accumulation(cfg: DictConfig, settings: TrainerSettings) -> int:
             f"processes. The nearest values that work: {' or '.join(values)}."
         )
     return -(-window // world)
-
-
-def is_multirun() -> bool:
-    """Return whether this run is a job of a sweep."""
-    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-
-
-def check_multirun(world: int) -> None:
-    """Raise UserError for a sweep whose jobs have several processes.
-
-    Lightning would start each rank of a job with the whole sweep's command line (ashleve/lightning-hydra-template
-    #393, Lightning-AI/pytorch-lightning #11300).
-    """
-    if is_multirun() and world > 1 and "SUBMITIT_EXECUTOR" not in os.environ:
-        raise UserError(
-            f"-m with {world} processes per job: each process would start the complete sweep again. Launch the jobs "
-            f"with hydra/launcher=submitit_local hydra.launcher.tasks_per_node={world} (with GPUs: "
-            f"hydra.launcher.gpus_per_node={world}), or one at a time with torchrun."
-        )
 
 
 def check_ranks(settings: TrainerSettings) -> None:

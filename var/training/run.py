@@ -20,6 +20,7 @@ from var.annotate.cache import AnnotationCache
 from var.annotate.responses import sample_responses
 from var.config.check import TRAIN, check
 from var.config.schema import EvalSettings, TrainerSettings, pick_fields
+from var.config.sweep import is_multirun
 from var.data.settings import DataSettings
 from var.losses.base import Loss
 from var.models.frozen import AdapterOff, FrozenModel
@@ -35,12 +36,10 @@ from var.training.alternatives import MemoryPlan, choose_strategy
 from var.training.checkpoints import Checkpoints, DirectCheckpointIO, check_checkpoint, check_disk_space, checkpoints
 from var.training.checks import (
     check_adapter,
-    check_multirun,
     check_ranks,
     check_strategy,
     choose_devices,
     count_accumulation,
-    is_multirun,
     list_overrides,
 )
 from var.training.datamodule import AlignmentData
@@ -93,7 +92,6 @@ class Run:
             gc.collect()  # the previous job's trainer and model refer to each other
         if settings.device_memory is not None and not cfg.dry and not torch.cuda.is_available():
             raise UserError("trainer.device_memory describes GPUs, and this machine has none. Use it with debug=dry.")
-        check_multirun(settings.world)
         check_ranks(settings)
         device = bind_device() if settings.gpu else "cpu"
         if cfg.dry and cfg.annotate == "error":
