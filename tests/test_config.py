@@ -31,6 +31,7 @@ REQUIRED = {  # settings that a user must give
     "data/prompts": ["data.path=x.txt"],
     "experiment/hha": ["data.folder=x"],
     "loss/custom": ["loss._target_=var.losses.rgold.RGOLD", "+loss.floor=0.2"],
+    "model/hub": ["model.path=someone/model"],
     "model/qwen2.5-32b-int4": ["adapter=lora"],
     "reward/classifier": ["reward.path=someone/rm"],
     "reward/custom": ["reward._target_=var.rewards.verifiers.MathVerify", "+reward.timeout=3"],

@@ -31,6 +31,7 @@ RENAMED = {
 def run_command(main: Callable[[], Any]) -> None:
     """Run a command. Print an error that the user can fix as one message without a traceback, and exit with 1."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra passes the exception on instead of printing it
+    sys.argv[1:] = map(_expand_home, sys.argv[1:])
     try:
         main()
     except Exception as error:
@@ -40,6 +41,12 @@ def run_command(main: Callable[[], Any]) -> None:
         sys.stdout.flush()
         print(f"Error: {message}", file=sys.stderr)
         sys.exit(1)
+
+
+def _expand_home(word: str) -> str:
+    """Expand ~ in `key=~/folder`. Shells leave it alone behind a key with a dot, and Hydra's grammar rejects it."""
+    key, given, value = word.partition("=")
+    return key + given + re.sub(r"(^|,)~(?=/|$)", lambda found: found[1] + str(Path.home()), value)
 
 
 def _describe(error: BaseException) -> str | None:
