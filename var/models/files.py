@@ -170,8 +170,8 @@ class ModelFiles:
                 raise
             if "trust_remote_code" in str(error):
                 raise UserError(
-                    f"{self.path} contains its own code, which runs only with model.trust_remote_code=true. The code of "
-                    "a reward model never runs."
+                    f"{self.path} contains its own code, which runs only with model.trust_remote_code=true. The code "
+                    "of a reward model never runs."
                 ) from error
             if "does not recognize this architecture" in str(error):
                 raise UserError(

@@ -90,7 +90,7 @@ class Pretrained(ModelFiles):
 
     @cached_property
     def weights(self) -> str:
-        """A hash of the weights and of their config; of an adapter, including its base. Nothing is downloaded for it."""
+        """A hash of the weights and of their config; of an adapter, including its base. No weights are downloaded."""
         if self.base is None:
             return self.hash_files("config.json", "*.safetensors")
         own = self.hash_files(ADAPTER, "adapter_model.safetensors")
