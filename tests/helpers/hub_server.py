@@ -13,12 +13,14 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from tests.helpers.runs import ROOT
 
 TOKEN = "hf_" + "x" * 34
-API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+?)(?:/(revision|tree|auth-check)(?:/([^/]+)(?:/(.*))?)?)?")
+API = re.compile(
+    r"/api/(models|datasets)/([^/]+/[^/]+?)(?:/(revision|tree|paths-info|auth-check)(?:/([^/]+)(?:/(.*))?)?)?"
+)
 FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
 
@@ -79,6 +81,9 @@ def serve_hub(**options: Any) -> Iterator[Hub]:
         def do_GET(self) -> None:
             answer(self, hub)
 
+        def do_POST(self) -> None:
+            answer(self, hub)
+
         def log_message(self, *_: Any) -> None:
             pass
 
@@ -96,7 +101,8 @@ def serve_hub(**options: Any) -> Iterator[Hub]:
 
 def answer(request: BaseHTTPRequestHandler, hub: Hub) -> None:
     """Answer one request as the hub does."""
-    path = unquote(urlsplit(request.path).path)
+    path, recursive = unquote(urlsplit(request.path).path), "recursive=true" in request.path.lower()
+    form = request.rfile.read(int(request.headers.get("Content-Length") or 0)).decode()
     if not path.startswith(hub.prefix):
         return fail(request, 404, "", "Not Found")
     path = path.removeprefix(hub.prefix)
@@ -122,29 +128,42 @@ def answer(request: BaseHTTPRequestHandler, hub: Hub) -> None:
         return fail(request, 401, "GatedRepo", f"Access to model {name} is restricted.")
     if action != "resolve":
         hub.requests[f"{request.command} {path}"] += 1
-        return send(request, json.dumps(describe(repository, name, action)).encode(), {})
+        if action == "paths-info":
+            asked = parse_qs(form).get("paths", []) if "=" in form else json.loads(form)["paths"]
+            listed = [entry for entry in list_tree(repository, "", True) if entry["path"] in asked]
+        elif action == "tree":
+            listed = list_tree(repository, rest or "", recursive)
+            if rest and not listed:
+                return fail(request, 404, "EntryNotFound", f"{rest} does not exist")
+        else:
+            listed = {} if action == "auth-check" else describe(repository, name)
+        return send(request, json.dumps(listed).encode(), {})
     return send_file(request, hub, repository, name, rest)
 
 
-def describe(repository: Repository, name: str, action: str | None) -> Any:
-    """Return what the hub's API says about a repository or, with action=tree, about its files."""
-    files = repository.files()
-    if action == "auth-check":
-        return {}
-    if action == "tree":
-        listed = []
-        for path, file in files.items():
-            entry: dict[str, Any] = {"type": "file", "path": path, "size": file.stat().st_size, "oid": "0" * 40}
-            if is_large(path):
-                entry["lfs"] = {"oid": checksum(file), "size": entry["size"], "pointerSize": 134}
-            listed.append(entry)
-        return listed
+def describe(repository: Repository, name: str) -> dict[str, Any]:
+    """Return what the hub's API says about a repository."""
     return {
         "_id": "0" * 24, "id": name, "sha": repository.commit, "private": repository.private, "tags": [],
         "gated": "manual" if repository.gated else False, "disabled": False, "downloads": 0, "likes": 0,
         "lastModified": "2024-01-01T00:00:00.000Z", "createdAt": "2024-01-01T00:00:00.000Z",
-        "siblings": [{"rfilename": path} for path in files],
+        "siblings": [{"rfilename": path} for path in repository.files()],
     }  # fmt: skip
+
+
+def list_tree(repository: Repository, folder: str, recursive: bool) -> list[dict[str, Any]]:
+    """Return the files and folders in `folder`, "" for the top, as the hub's API lists them."""
+    entries = dict[str, dict[str, Any]]()
+    for path, file in repository.files().items():
+        for parent in [p.as_posix() for p in Path(path).parents][:-1]:
+            entries[parent] = {"type": "directory", "path": parent, "size": 0, "oid": "0" * 40}
+        size = file.stat().st_size
+        entries[path] = {"type": "file", "path": path, "size": size, "oid": "0" * 40}
+        if is_large(path):
+            entries[path]["lfs"] = {"oid": checksum(file), "size": size, "pointerSize": 134}
+    below = {path: entry for path, entry in entries.items() if not folder or path.startswith(f"{folder}/")}
+    depth = len(Path(folder).parts) + 1
+    return [entry for path, entry in sorted(below.items()) if recursive or len(Path(path).parts) == depth]
 
 
 def is_large(path: str) -> bool:
@@ -193,7 +212,7 @@ def send(
     for name, value in {"Content-Type": "application/json", **headers, "Content-Length": str(len(data))}.items():
         request.send_header(name, value)
     request.end_headers()
-    if request.command == "GET":
+    if request.command != "HEAD":
         request.wfile.write(data[:cut])
     if cut is not None:
         request.close_connection = True

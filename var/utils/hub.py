@@ -39,7 +39,7 @@ def explain_failure(error: Exception, typed: str, repo: str, advice: str, kind: 
         what = f"{repo} has no such revision. Check its branches, tags and commits at {page}/commits/main."
     elif caused_by(errors.HFValidationError):
         what = f"this is neither a folder nor the name of a {kind} on the hub (owner/name). Check the name."
-    elif caused_by(errors.RepositoryNotFoundError):
+    elif caused_by(errors.RepositoryNotFoundError) or (status == 401 and not get_token()):
         what = (
             f"the hub has no {kind} {repo} that you can read. Check the name at {page}, with its capitals. If it is "
             f"private, set a token: {TOKEN}."
