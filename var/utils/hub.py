@@ -3,13 +3,13 @@
 import errno
 from collections.abc import Iterator
 
-from var.utils.errors import UserError, brief
+from var.utils.errors import UnavailableError, brief
 
 TOKEN = "HF_TOKEN=… or `hf auth login`"
 
 
-def explain_failure(error: Exception, typed: str, repo: str, advice: str, kind: str = "model") -> UserError:
-    """Return a UserError for a failed download.
+def explain_failure(error: Exception, typed: str, repo: str, advice: str, kind: str = "model") -> UnavailableError:
+    """Return the error that says why a download failed and what to do.
 
     Args:
         error: What the hub's client raised.
@@ -60,7 +60,7 @@ def explain_failure(error: Exception, typed: str, repo: str, advice: str, kind: 
             f"({type(error).__name__}: {brief(error)}). Check the network and HF_ENDPOINT; the same command keeps the "
             f"files that are complete. Or {advice}."
         )
-    return UserError(f"{typed}: {what}")
+    return UnavailableError(f"{typed}: {what}")
 
 
 def _list_causes(error: BaseException | None) -> Iterator[BaseException]:
