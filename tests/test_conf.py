@@ -28,13 +28,16 @@ PINNED = {
 VARIANTS = {
     "losses.alol.ALoL": {"ratio", "clip", "beta"},
     "losses.grpo.GRPO": {"beta", "clip_high", "normalize", "scale", "length"},
-    "models.pretrained.Pretrained": {"quantization"},
+    "models.pretrained.Pretrained": {"quantization", "repository"},
     "rewards.classifier.Classifier": {"dtype", "architecture"},
     "training.optim.MasterAdamW": {"betas"},  # torch's in Python
     "utils.http_client.Client": {"api_key_env", "price_in", "price_out"},
     "weights.estimators.InBatch": {"reduction", "reference"},
 }
-NOT_IN_YAML = {("models.pretrained.Pretrained", "cache"), ("rewards.classifier.Classifier", "device")}  # set by code
+NOT_IN_YAML = {  # set by code
+    ("models.pretrained.Pretrained", "cache"), ("models.pretrained.Pretrained", "key"),
+    ("rewards.classifier.Classifier", "device"),
+}  # fmt: skip
 
 
 def load(path: Path) -> tuple[DictConfig, DictConfig]:

@@ -37,6 +37,7 @@ def run_command(main: Callable[[], Any]) -> None:
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra passes the exception on instead of printing it
     caught: Exception | None = None
+    sys.argv[1:] = map(_expand_home, sys.argv[1:])
     try:
         check_versions()
         with leaving_on_signals():
@@ -61,6 +62,12 @@ def run_command(main: Callable[[], Any]) -> None:
     sys.stdout.flush()
     print(f"Error: {message}", file=sys.stderr)
     sys.exit(1)
+
+
+def _expand_home(word: str) -> str:
+    """Expand ~ in `key=~/folder`. Shells leave it alone behind a key with a dot, and Hydra's grammar rejects it."""
+    key, given, value = word.partition("=")
+    return key + given + re.sub(r"(^|,)~(?=/|$)", lambda found: found[1] + str(Path.home()), value)
 
 
 def describe(error: BaseException) -> str | None:

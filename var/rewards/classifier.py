@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from var.data.chat import hash_tokenizer, render_messages
+from var.data.chat import hash_tokenizer, read_template, render_messages
 from var.data.rows import Message
 from var.models.packing import whole
 from var.models.pretrained import ADAPTER, Pretrained
@@ -45,19 +45,19 @@ class Classifier:
 
     @cached_property
     def _files(self) -> Any:
-        model = Path(self.path) / "model"  # in the folder of a finished run
+        model = Path(self.path).expanduser() / "model"  # in the folder of a finished run
         path = str(model) if any((model / name).exists() for name in ("config.json", ADAPTER)) else self.path
         return Pretrained(
-            name=Path(self.path).name, path=path, revision=self.revision, chat_template=self.chat_template,
-            dtype=self.dtype, attention="auto", trust_remote_code=False, gradient_checkpointing=False,
-            architecture=self.architecture, cache=self.cache,
+            name=Path(self.path).name, path=path, key="reward.path", revision=self.revision,
+            chat_template=self.chat_template, dtype=self.dtype, attention="auto", trust_remote_code=False,
+            gradient_checkpointing=False, architecture=self.architecture, cache=self.cache,
         )  # fmt: skip
 
     @cached_property
     def _tokenizer(self) -> Any:
         tokenizer = self._files.tokenizer
         if self.chat_template is not None:
-            tokenizer.chat_template = self.chat_template
+            tokenizer.chat_template = read_template(self.chat_template, "reward.chat_template")
         if not tokenizer.chat_template:
             raise UserError(
                 f"reward.path={self.path}: the reward model has no chat template, so its scores would be meaningless. "
@@ -70,7 +70,7 @@ class Classifier:
         """The configuration of the model. Raise a `UserError` if it is not a classifier with one label."""
         files = self._files
         if files.base is not None:
-            kind = json.loads((files.folder / ADAPTER).read_text()).get("task_type")
+            kind = json.loads((files.config_folder / ADAPTER).read_text()).get("task_type")
             if kind != "SEQ_CLS":
                 raise UserError(
                     f"reward.path={self.path}: expected an adapter of a reward model (task_type SEQ_CLS), got {kind}"

@@ -67,7 +67,7 @@ def silence_libraries() -> None:
 
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    for name in ("lightning.pytorch", "lightning.fabric"):
+    for name in ("lightning.pytorch", "lightning.fabric", "httpx", "httpx2"):  # httpx prints each request to a hub
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a failure raises an error of ours
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")

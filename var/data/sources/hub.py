@@ -6,9 +6,13 @@ from itertools import chain
 from typing import Any, ClassVar, NamedTuple
 
 import datasets
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 
 from var.data.sources import local
-from var.utils.errors import UnavailableError
+from var.utils.errors import UserError, brief
+from var.utils.hub import explain_failure
 
 
 class Part(NamedTuple):
@@ -28,13 +32,24 @@ class Part(NamedTuple):
 def load(part: Part) -> datasets.Dataset:
     """Load one split, memory-mapped. Raise an `UnavailableError` if the hub cannot be reached."""
     try:
+        validate_repo_id(part.path)
         return datasets.load_dataset(part.path, name=part.name, split=part.split, data_dir=part.data_dir)
     except Exception as error:  # datasets, hub and HTTP client have no common base class for "not reachable"
-        raise UnavailableError(
-            f"data set {part}: cannot be loaded from the hub: {type(error).__name__}: {error}\n"
-            "Run once with a network (later runs read the hub's cache), or download its files (.jsonl, .jsonl.gz, "
-            ".parquet) and set `data.path=` to them."
-        ) from error
+        if isinstance(error, ValueError) and not isinstance(error, HFValidationError):  # it lists what there is
+            raise UserError(f"data: {part}: {brief(error)} Check data.source.name and data.source.split.") from error
+        advice = "set data.path to a copy of its files (.jsonl, .jsonl.gz, .parquet)"
+        raise explain_failure(_find_reason(error, part), f"data: {part}", part.path, advice, "dataset") from error
+
+
+def _find_reason(error: Exception, part: Part) -> Exception:
+    """Return the hub's error. `datasets` drops it from its own, so the hub is asked whether the set can be read."""
+    try:
+        HfApi().auth_check(part.path, repo_type="dataset")
+    except (RepositoryNotFoundError, OfflineModeIsEnabled) as reason:
+        return reason
+    except Exception:  # the hub or a mirror does not answer this question
+        return error
+    return error
 
 
 class HubSource(local.LocalSource):
