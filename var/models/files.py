@@ -133,13 +133,15 @@ class ModelFiles:
     def _list_checksums(self, pattern: str) -> list[bytes]:
         """Return the SHA-256 of each file with weights, from the hub's list of files."""
         from huggingface_hub import HfApi
+        from huggingface_hub.hf_api import RepoFile
 
         with self._explain_download():
             entries = list(HfApi().list_repo_tree(self.path, revision=self.config_folder.name))
-        found = {e.path: e.lfs for e in entries if fnmatch(e.path, pattern) and not e.path.startswith("consolidated")}
+        files = [entry for entry in entries if isinstance(entry, RepoFile) and fnmatch(entry.path, pattern)]
+        found = {file.path: file.lfs for file in files if not file.path.startswith("consolidated")}
         if not found:
             raise UserError(f"{self.typed}: it has no .safetensors file, and pickled weights are not read.")
-        return [bytes.fromhex(found[name].sha256) for name in sorted(found)]  # the hub requires LFS for large files
+        return [bytes.fromhex(lfs.sha256) for _, lfs in sorted(found.items()) if lfs]  # the hub has LFS for large files
 
     def _combine(self, checksums: list[bytes], config: str) -> str:
         return hashlib.sha256(b"".join([*checksums, (self.config_folder / config).read_bytes()])).hexdigest()[:32]

@@ -72,7 +72,7 @@ class AlignmentModule(TrainingHooks):
         if batch.padding:  # it keeps the ranks in step and counts for nothing
             loss, metrics = (
                 loss * 0.0,
-                {name: Mean(torch.zeros_like(total), 0.0) for name, (total, _) in metrics.items()},
+                {name: Mean(0.0, 0.0) for name in metrics},
             )
         self.record(metrics)
         self._window.append((batch.ids, loss.detach()))
