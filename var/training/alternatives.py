@@ -40,6 +40,10 @@ class MemoryPlan:
     """Bytes of each device; None on a CPU."""
     stages: Mapping[str, Parts]
     """Bytes per device by stage and by what they hold."""
+    shard_reference: bool = False
+    """Whether the reference is sharded too, because a complete one does not fit on each device."""
+    gather: bool = True
+    """Whether a sharded policy is gathered to sample from it. Otherwise each layer is, for each token."""
 
     @property
     def needed(self) -> float:
@@ -56,12 +60,15 @@ def plan_memory(cfg: DictConfig, settings: TrainerSettings) -> MemoryPlan:
     """Return the first strategy that fits, of strategy=auto, or the one that is set. If none fits, the last one."""
     model, memory = MemoryModel.of(cfg, settings), device_memory(settings)
     names = [cfg.strategy.name] if cfg.strategy.name != "auto" else list(list_strategies(model, settings.world))
-    plans = []
+    plan = None
     for name in names:
-        plans.append(MemoryPlan(name, settings.world, memory, model.stages(name, settings.world)))
-        if plans[-1].fits:
-            break
-    return plans[-1]
+        for shard, gather in ((False, True), (True, True), (True, False)) if name == "fsdp" else ((False, True),):
+            stages = model.stages(name, settings.world, shard_reference=shard, gather=gather)
+            plan = MemoryPlan(name, settings.world, memory, stages, shard, gather)
+            if plan.fits:
+                return plan
+    assert plan is not None
+    return plan
 
 
 def choose_strategy(cfg: DictConfig, settings: TrainerSettings) -> tuple[DictConfig, MemoryPlan | None]:

@@ -62,6 +62,12 @@ def show_verdict(run: Run, plan: MemoryPlan, unavailable: list[str]) -> None:
     fits = "fits" if plan.fits else "does not fit"
     verdict = f"{fits} on {cards} with strategy={plan.strategy}" if plan.memory else f"runs on {cards}"
     say(f"Verdict: {verdict}; it needs {needs}.")
+    checkpoint, export = MemoryModel.of(cfg, settings).disk()
+    if (needed := 2 * checkpoint + export) > (free := free_bytes(run.folder)):
+        say(
+            f"  Disk: {free / GIB:.1f} GiB are free at runs={cfg.runs}, and the run needs up to {needed / GIB:.1f} GiB. "
+            "Free disk space or set runs=<folder>."
+        )
     for line in unavailable:
         say(f"  Not on this machine: {line.splitlines()[0]}")
     for line in describe_choices():

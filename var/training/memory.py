@@ -5,7 +5,7 @@ Persistent parts are arithmetic on the model's sizes. Activations and temporary 
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -82,6 +82,7 @@ class MemoryModel:
     """The adapter that trains, or None."""
     arithmetic: str
     """The trainer's precision, resolved."""
+    _measured: dict[tuple[bool, bool], Peaks] = field(default_factory=dict, init=False)
 
     @classmethod
     def of(cls, cfg: DictConfig, settings: TrainerSettings) -> "MemoryModel":
@@ -168,6 +169,11 @@ class MemoryModel:
 
     def activations(self, sharded: bool = False, train: bool = True) -> Peaks:
         """Return the peak bytes of activations and temporary tensors of a micro-batch, or of a scoring pass."""
+        if (sharded, train) not in self._measured:
+            self._measured[sharded, train] = self._measure(sharded, train)
+        return self._measured[sharded, train]
+
+    def _measure(self, sharded: bool, train: bool) -> Peaks:
         length = self.cfg.data.max_length
         return measure_activations(
             self.model.config,
@@ -201,12 +207,16 @@ class MemoryModel:
         """How responses are sampled at an evaluation."""
         return self.cfg.eval.sampling if self.cfg.eval is not None else self.cfg.generate
 
-    def stages(self, strategy: str, devices: int) -> dict[str, Parts]:
+    def stages(
+        self, strategy: str, devices: int, *, shard_reference: bool = False, gather: bool = True
+    ) -> dict[str, Parts]:
         """Return the bytes per device of each stage.
 
         Args:
             strategy: `fsdp` shards the model over the devices, every other strategy keeps a replica on each.
             devices: the number of devices.
+            shard_reference: whether fsdp shards the reference too.
+            gather: whether fsdp gathers the policy to sample from it, or each of its layers for each token.
         """
         sharded = strategy == "fsdp" and devices > 1
         shards = devices if sharded else 1
@@ -215,26 +225,26 @@ class MemoryModel:
         held = {"weights": self.weights / shards, "optimizer": self.optimizer[0] / shards}
         scoring = float(max(self.activations(train=False)))
         requirements = instantiate(self.cfg.loss).requires
-        reference = 0.0 if self.adapter is not None else self.frozen
         stages: dict[str, Parts] = {}
         if self.reward:
             stages["annotation, reward model"] = {"reward model": self.reward}
-        stages["annotation, reference"] = {"reference": self.frozen, "activations": scoring}
+        alone = self._reference(shards if shard_reference else 1)
+        stages["annotation, reference"] = {"reference": alone or self.frozen, "activations": scoring}
         training = {**held, "gradients": self.gradients / shards}
         if self.cfg.reference == "live" or (find(requirements, Rollout) and find(requirements, ReferenceLogps)):
-            training["reference"] = self._reference(shards)
+            training["reference"] = alone
         stages["training"] = training | self._step(sharded)
         sample, quantized = self.samples, self.pretrained.quantization
         longest = self.cfg.data.max_length + sample["max_new_tokens"]
         cache = float(sample["responses"] * longest * self.cache_per_token)
         copies = counts.linear * 2.0 if self.half and self.width > 2 and not sharded and not quantized else 0.0
         if self.cfg.eval is not None and self.cfg.data.validation_prompts:
-            policy = counts.total * wide if sharded else copies
+            policy = (counts.total * wide if gather else gathered) if sharded else copies
             sampling = {**held, "weights to sample from": policy, "key-value cache of one prompt": cache}
             stages["evaluation, sampling"] = sampling
             stages["evaluation, KL"] = {
                 **held, "weights to score with": gathered if sharded else copies,
-                "reference": self._reference(shards) if reference else 0.0, "activations": scoring,
+                "reference": alone, "activations": scoring,
             }  # fmt: skip
         largest = max(p.numel() for p in self.model.parameters()) * self.width
         stages["export"] = {**held, "largest parameter": float(largest) if sharded else 0.0}
