@@ -118,10 +118,11 @@ class Annotator:
                 f"Compute them once with: {self.command}"
             )
         self.ranks.barrier()  # also if nothing is missing: another job may be writing, and ranks may see it or not
-        if missing:
-            with timed(self.seconds, title), stage(title, -(-missing // self.ranks.world), unit) as advance:
-                done = table.fill(keys, compute, shard, self.ranks.rank, self.ranks.world, advance)
-            self.computed[title] = self.computed.get(title, 0) + done
+        with self.reference.lockstep():
+            if missing:
+                with timed(self.seconds, title), stage(title, -(-missing // self.ranks.world), unit) as advance:
+                    done = table.fill(keys, compute, shard, self.ranks.rank, self.ranks.world, advance)
+                self.computed[title] = self.computed.get(title, 0) + done
         self.ranks.barrier()
         return table.read(keys)
 

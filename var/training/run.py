@@ -18,16 +18,16 @@ from omegaconf import DictConfig, OmegaConf
 
 from var.annotate.annotator import Annotator
 from var.annotate.cache import AnnotationCache
-from var.annotate.responses import sample_responses
 from var.config.check import TRAIN, check
 from var.config.schema import EvalSettings, TrainerSettings, pick_fields
 from var.data.settings import DataSettings
 from var.losses.base import Loss
-from var.models.frozen import AdapterOff, FrozenModel
+from var.models.frozen import FrozenModel
 from var.models.lora import LoRA
 from var.models.policy import Policy
 from var.models.pretrained import Pretrained, find_model
 from var.models.reward_model import RewardModel
+from var.models.sharding import load_to_shard
 from var.models.value_head import ActorCritic
 from var.requirements import SequenceScores, TokenValues, find
 from var.rewards.scale import Scale
@@ -46,7 +46,7 @@ from var.training.datamodule import AlignmentData
 from var.training.loggers import Curves, PlanFile, make_loggers
 from var.training.metrics import Budget, StepMetrics
 from var.training.module import AlignmentModule
-from var.training.validation import PairAccuracy, Validation
+from var.training.validation import PairAccuracy, Validation, evaluate_reference
 from var.utils.console import console, say, silence_libraries, warn
 from var.utils.errors import UserError
 
@@ -98,7 +98,7 @@ class Run:
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if settings.gpu else "cpu"
         annotator = Annotator(
             annotations=AnnotationCache(Path(cfg.annotation_cache).expanduser(), warn=warn),
-            reference=FrozenModel(pretrained, device, PRECISIONS[settings.arithmetic]),
+            reference=FrozenModel(pretrained, device, PRECISIONS[settings.arithmetic], cfg.strategy.name == "fsdp"),
             reward=instantiate(cfg.reward),
             cache=Path(cfg.cache).expanduser(),
             sampler=instantiate(cfg.sampler),
@@ -134,27 +134,21 @@ class Run:
                 "adapter.merge=true."
             )
         # No file holds a reward model's new head or a new adapter.
-        meta = cfg.strategy.name == "fsdp" and self.adapter is None and pretrained.base is None and not scores
-        model = (pretrained.build_empty if meta else pretrained.load_scorer if scores else pretrained.load)()
-        if meta and not pretrained.can_fill(model):
-            warn("strategy=fsdp: the model's files use other weight names, so each process loads the complete model")
-            meta, model = False, pretrained.load()
+        by_part = cfg.strategy.name == "fsdp" and self.adapter is None and not scores
+        model, fill = load_to_shard(pretrained) if by_part else (None, None)
+        if model is None:
+            model = pretrained.load_scorer() if scores else pretrained.load()
         if self.adapter is not None:
             model = self.adapter.attach(model, pretrained.path, pretrained.revision)
         policy: Policy | ActorCritic | RewardModel = RewardModel(model.train()) if scores else Policy(model.train())
         if find(requirements, TokenValues):
             policy = ActorCritic(policy)  # type: ignore[arg-type]
-        reference: Policy | AdapterOff | None = None
         if self.adapter is not None and not isinstance(policy, RewardModel):
             self.annotator.reference.share_weights(policy)
-        if cfg.reference == "live":
-            if self.adapter is not None:
-                reference = self.annotator.reference.policy
-            else:
-                reference = Policy(pretrained.load()).eval().requires_grad_(False)
+        reference = self.annotator.reference if cfg.reference == "live" else None
         module = AlignmentModule(
             policy, self.loss, self.data.providers, instantiate(cfg.optim.optimizer), instantiate(cfg.optim.schedule),
-            reference, self.settings.nonfinite, pretrained.fill if meta else None,
+            reference, self.settings.nonfinite, fill,
         )  # fmt: skip
         if self.settings.arithmetic == "64-true":
             module = module.double()
@@ -243,11 +237,11 @@ class Run:
         return str(resume) if resume else None
 
     def sample_validation(self) -> None:
-        """Fill the cache with the reference's responses to the validation prompts, which an evaluation reads."""
+        """Fill the cache with the reference's responses to the validation prompts and their rewards."""
         data = self.data.training_set
         if len(data.validation) and not find(self.data.requirements, SequenceScores):
-            sampling = Sampling(**self.cfg.eval.sampling)
-            sample_responses(self.annotator.with_local_sampler, data.validation, sampling, "Evaluating the reference")
+            reward = instantiate(self.cfg.eval.reward) if self.cfg.eval.reward else None
+            evaluate_reference(self.annotator, data.validation, Sampling(**self.cfg.eval.sampling), reward)
 
     def close(self, trainer: lightning.Trainer) -> None:
         """Finish the loggers, which would otherwise leak into the next job of a sweep."""

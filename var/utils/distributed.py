@@ -1,9 +1,11 @@
 """The rank of this process among those of the job."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def set_rank_variables() -> None:
@@ -51,3 +53,20 @@ class Ranks:
             dist = torch.distributed
             return cls(dist.get_rank(), dist.get_world_size(), dist.barrier)
         return cls()
+
+    def deal(self, items: int) -> list[int]:
+        """Return the indices of this process's part of `items` items."""
+        return list(range(self.rank, items, self.world))
+
+    def collect(self, own: Sequence[T]) -> list[T]:
+        """Return the results of all processes for items that were dealt by `deal`, in the order of the items.
+
+        All processes call this together.
+        """
+        if self.world == 1:
+            return list(own)
+        import torch
+
+        parts: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(parts, list(own))
+        return [parts[i % self.world][i // self.world] for i in range(sum(map(len, parts)))]
