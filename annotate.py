@@ -24,7 +24,7 @@ def main(cfg: DictConfig) -> None:
 
     run = Run.compose(cfg, Path(HydraConfig.get().runtime.output_dir))
     if run.settings.world > 1:
-        torch.distributed.init_process_group("nccl" if run.settings.gpu else "gloo")
+        torch.distributed.init_process_group("nccl" if run.settings.gpu else "gloo", timeout=run.settings.timeout)
     run.data.setup()
     run.sample_validation()
     if computed := run.annotator.computed:

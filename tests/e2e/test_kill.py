@@ -161,7 +161,7 @@ def read_outcome(folder: Path) -> dict[str, Any]:
         "samples": samples.read_text() if (samples := folder / "samples.jsonl").exists() else None,
         "plan": plan,
         "figure is complete": (folder / "plots" / "curves.png").read_bytes()[-8:-4] == b"IEND",
-        "checkpoints": sorted(path.name for path in (folder / "checkpoints").iterdir()),
+        "checkpoints": sorted(path.name for path in (folder / "checkpoints").glob("*")),
         "files": sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if "checkpoints" not in p.parts),
     }
 

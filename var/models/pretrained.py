@@ -276,6 +276,8 @@ class Pretrained:
                 load_in_8bit=kind == "int8", load_in_4bit=kind != "int8", bnb_4bit_use_double_quant=True,
                 bnb_4bit_quant_type=kind if kind != "int8" else "nf4", bnb_4bit_compute_dtype=options["dtype"],
             )  # fmt: skip
+            if torch.cuda.is_available():
+                options["device_map"] = {"": torch.cuda.current_device()}
         return options
 
     def _prepare(self, model: Any) -> Any:

@@ -1,4 +1,4 @@
-"""FSDP2: shard a model by its blocks, and use a sharded model without training it."""
+"""FSDP2: shard a model by its blocks, use a sharded model without training it, and gather its weights."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from var.models.logprobs import compute_hidden_states
+from var.models.lora import has_adapter
 from var.models.packing import whole
-from var.models.pretrained import Pretrained, blocks
+from var.models.pretrained import Pretrained, blocks, untied_weights
 from var.utils.console import warn
 
 
@@ -153,3 +155,24 @@ def use_sharded(policy: nn.Module, gather: bool) -> Iterator[None]:
             part.reshard()
         # A backward pass gathers a block ahead, by the order of all forwards, and that now differs between the ranks.
         state._comm_ctx.post_forward_order.clear()
+
+
+def gather_weights(model: Any, dtype: torch.dtype, first: bool) -> dict[str, Tensor] | None:
+    """Return the complete weights of a model in `dtype`, in the first rank's host memory; others get an empty dict.
+
+    One tensor at a time is gathered on the device. Of a model with an adapter, only what trains is returned, in its own
+    dtype. The result is None if the model itself is complete and has the dtype. All ranks call this together.
+    """
+    adapted, weights = has_adapter(model), untied_weights(model)
+    if adapted:
+        weights = {name: weights[name] for name, weight in model.named_parameters() if weight.requires_grad}
+    sharded = any(isinstance(weight, DTensor) for weight in weights.values())
+    if not sharded and (adapted or all(w.dtype == dtype for w in weights.values() if w.is_floating_point())):
+        return None
+    state = {}
+    for name, weight in weights.items():
+        complete = weight.full_tensor() if isinstance(weight, DTensor) else weight
+        if first:
+            convert = complete.is_floating_point() and not adapted
+            state[name] = complete.detach().to("cpu", dtype if convert else complete.dtype)
+    return state

@@ -11,6 +11,7 @@ import torch
 
 from var.data.chat import hash_tokenizer, render_messages
 from var.data.rows import Message
+from var.models.frozen import free_memory
 from var.models.packing import whole
 from var.models.pretrained import ADAPTER, Pretrained
 from var.models.reward_model import RewardModel
@@ -103,7 +104,14 @@ class Classifier:
 
     @property
     def _device(self) -> str:
-        return ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+        if self.device != "auto":
+            return self.device
+        return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"  # that of this process
+
+    def release(self) -> None:
+        """Free the loaded model. The next use loads it again."""
+        if self.__dict__.pop("_scorer", None) is not None:
+            free_memory()
 
     @property
     def fingerprint(self) -> dict[str, Any]:

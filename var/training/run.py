@@ -3,7 +3,7 @@
 import gc
 import os
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,10 @@ from typing import Any
 import lightning
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import RichModelSummary, RichProgressBar
+from lightning.pytorch.callbacks import Callback, RichModelSummary, RichProgressBar
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.profilers import PyTorchProfiler, SimpleProfiler
+from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig, OmegaConf
 
 from var.annotate.annotator import Annotator
@@ -22,6 +23,7 @@ from var.config.check import TRAIN, check
 from var.config.schema import EvalSettings, TrainerSettings, pick_fields
 from var.data.settings import DataSettings
 from var.losses.base import Loss
+from var.models.export import read_dtype
 from var.models.frozen import FrozenModel
 from var.models.lora import LoRA
 from var.models.policy import Policy
@@ -44,7 +46,7 @@ from var.training.checks import (
 )
 from var.training.datamodule import AlignmentData
 from var.training.loggers import Curves, PlanFile, make_loggers
-from var.training.metrics import Budget, StepMetrics
+from var.training.metrics import Budget, PeakMemory, StepMetrics
 from var.training.module import AlignmentModule
 from var.training.validation import PairAccuracy, Validation, evaluate_reference
 from var.utils.console import console, say, silence_libraries, warn
@@ -75,6 +77,8 @@ class Run:
     """What it trains on."""
     settings: TrainerSettings
     """How long, where and in which precision."""
+    peaks: PeakMemory = field(default_factory=PeakMemory)
+    """The peak memory of the device in each stage."""
 
     @classmethod
     def compose(cls, cfg: DictConfig, folder: Path) -> "Run":
@@ -95,7 +99,11 @@ class Run:
         if cfg.init is not None:
             pretrained = replace(pretrained, path=str(find_model(cfg.init)), revision=None, chat_template=None)
         adapter, loss = instantiate(cfg.adapter) if cfg.adapter else None, instantiate(cfg.loss)
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if settings.gpu else "cpu"
+        device = "cpu"
+        if settings.gpu:
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            if torch.cuda.is_available():
+                torch.cuda.set_device(device)  # before any model is loaded, so that none is loaded on another's device
         annotator = Annotator(
             annotations=AnnotationCache(Path(cfg.annotation_cache).expanduser(), warn=warn),
             reference=FrozenModel(pretrained, device, PRECISIONS[settings.arithmetic], cfg.strategy.name == "fsdp"),
@@ -152,18 +160,22 @@ class Run:
         )  # fmt: skip
         if self.settings.arithmetic == "64-true":
             module = module.double()
-        check_disk_space(self.folder, policy, module.optimizer)
+        check_disk_space(self.folder, policy, module.optimizer, self.export_dtype)
         return module
 
-    def trainer(self) -> lightning.Trainer:
-        """Return the trainer with its callbacks and loggers."""
+    def trainer(self, *before_evaluation: Callback) -> lightning.Trainer:
+        """Return the trainer with its callbacks and loggers.
+
+        before_evaluation: callbacks that run before the evaluation, at the end of training too.
+        """
         cfg, settings = self.cfg, self.settings
         self.validation = self._validation()
         self.steps = StepMetrics(settings.ess_warning)
         budget = [Budget(settings.max_seconds)] if settings.max_seconds is not None else []
         saving = Checkpoints(self.folder / "checkpoints", settings.checkpoint_every_n_steps)
         # A step is saved before it is evaluated, so a run that is stopped during evaluation has it.
-        callbacks: list[Any] = [self.steps, *budget, saving, PlanFile(self.folder), self.validation]
+        callbacks: list[Any] = [self.steps, *budget, saving, PlanFile(self.folder), *before_evaluation]
+        callbacks += [self.peaks, *([self.validation] if self.validation else [])]
         if console.is_terminal:
             callbacks += [RichProgressBar(), RichModelSummary(max_depth=1)]
         strategy = cfg.strategy.name
@@ -171,7 +183,9 @@ class Run:
         if "_target_" in cfg.strategy:
             extra = {"data_parallel_size": settings.world, "tensor_parallel_size": 1} if strategy == "fsdp" else {}
             options = {k: v for k, v in cfg.strategy.items() if k != "name"}
-            strategy = instantiate(OmegaConf.create(options), **extra)
+            strategy = instantiate(OmegaConf.create(options), timeout=settings.timeout, **extra)
+        elif settings.world > 1:
+            strategy = DDPStrategy(timeout=settings.timeout)
         slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
         curves = Curves(self.folder / "metrics.csv", fresh=self.checkpoint is None)
         return lightning.Trainer(
@@ -190,6 +204,7 @@ class Run:
             callbacks=callbacks,
             # `Checkpoints` handles SLURM's signals. Lightning's own handler would save in the middle of a step.
             plugins=[DirectCheckpointIO(), *slurm],
+            deterministic=settings.deterministic,
             profiler=PROFILERS[settings.profiler](self.folder) if settings.profiler else None,
             default_root_dir=self.folder,
             enable_checkpointing=False,  # Lightning's own; ours is a callback
@@ -199,8 +214,10 @@ class Run:
             num_sanity_val_steps=0,
         )
 
-    def _validation(self) -> Validation | PairAccuracy:
+    def _validation(self) -> Validation | PairAccuracy | None:
         cfg, sampling = self.cfg, Sampling(**self.cfg.eval.sampling)
+        if not cfg.eval.enabled:
+            return None
         if cfg.eval.judge and not isinstance(cfg.eval.judge, DictConfig):
             name = cfg.eval.judge
             raise UserError(f"eval.judge={name} must be a judge's configuration. Write +judge@eval.judge={name}.")
@@ -210,12 +227,18 @@ class Run:
         if find(self.data.requirements, SequenceScores):
             if judge:
                 raise UserError("eval.judge compares responses, and a reward model gives none. Set eval.judge=null.")
-            return PairAccuracy()
+            return PairAccuracy(self.peaks)
         reward = instantiate(cfg.eval.reward) if cfg.eval.reward else None
         return Validation(
-            sampling, cfg.eval.every_n_steps, reward, judge, cfg.eval.judged, self.annotator,
-            self.folder,
-        )  # fmt: skip
+            sampling, cfg.eval.every_n_steps, reward, judge, cfg.eval.judged, self.annotator, self.folder, self.peaks
+        )
+
+    @cached_property
+    def export_dtype(self) -> torch.dtype:
+        """The dtype of the exported model."""
+        if self.settings.export_dtype == "float32":
+            return torch.float32
+        return read_dtype((self.pretrained.base or self.pretrained).folder)
 
     @cached_property
     def checkpoint(self) -> str | None:
@@ -239,7 +262,7 @@ class Run:
     def sample_validation(self) -> None:
         """Fill the cache with the reference's responses to the validation prompts and their rewards."""
         data = self.data.training_set
-        if len(data.validation) and not find(self.data.requirements, SequenceScores):
+        if self.cfg.eval.enabled and len(data.validation) and not find(self.data.requirements, SequenceScores):
             reward = instantiate(self.cfg.eval.reward) if self.cfg.eval.reward else None
             evaluate_reference(self.annotator, data.validation, Sampling(**self.cfg.eval.sampling), reward)
 

@@ -36,7 +36,7 @@ from var.rewards.scale import Scale
 from var.sampling.base import Sampling, Texts, decode
 from var.training.datamodule import AlignmentData
 from var.training.loggers import is_logged, log
-from var.training.metrics import step_metrics
+from var.training.metrics import PeakMemory, step_metrics
 from var.training.module import AlignmentModule
 from var.utils.console import stage, warn
 from var.utils.errors import UserError
@@ -59,6 +59,7 @@ class Validation(Callback):
         judged: int | None,
         annotator: Annotator,
         folder: Path,
+        peaks: PeakMemory,
     ) -> None:
         """Build the callback.
 
@@ -70,7 +71,9 @@ class Validation(Callback):
             judged: how many prompts are judged; None for all.
             annotator: has the reference and the cache.
             folder: where samples.jsonl is written.
+            peaks: records the peak memory of evaluations.
         """
+        self.peaks = peaks
         self.sampling, self.every_n_steps, self.annotator, self.folder = sampling, every_n_steps, annotator, folder
         self.reward, self.judge, self.judged = reward, judge, judged
         self.before: Answers | None = None
@@ -137,6 +140,12 @@ class Validation(Callback):
         self, trainer: lightning.Trainer, module: lightning.LightningModule, title: str
     ) -> tuple[Answers, np.ndarray, dict[str, Any] | None]:
         """Return the policy's responses, their KL [P, K] in nats, and the judge's rates."""
+        with self.peaks.within("evaluation"):
+            return self._evaluate_policy(trainer, module, title)
+
+    def _evaluate_policy(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, title: str
+    ) -> tuple[Answers, np.ndarray, dict[str, Any] | None]:
         assert isinstance(module, AlignmentModule)
         data: AlignmentData = trainer.datamodule  # type: ignore[attr-defined]
         rows, ranks = data.training_set.validation, self.annotator.ranks
@@ -206,7 +215,9 @@ class Validation(Callback):
 class PairAccuracy(Callback):
     """A reward model's accuracy before and after training: how often the better response of a pair scores higher."""
 
-    def __init__(self) -> None:
+    def __init__(self, peaks: PeakMemory) -> None:
+        self.peaks = peaks
+        """Records the peak memory of evaluations."""
         self.result: dict[str, Any] = {}
         """The results, for summary.json."""
 
@@ -226,6 +237,8 @@ class PairAccuracy(Callback):
 
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Measure the trained model."""
+        if "before" not in self.result:  # only if the run was started with eval=off
+            warn("the accuracy before training was not measured, since the run was started with eval=off.")
         self._measure(trainer, module, "after")
 
     @torch.no_grad()
@@ -239,6 +252,7 @@ class PairAccuracy(Callback):
         won, annotator = list[float](), data.annotator
         own = annotator.ranks.deal(len(pairs) // 2)
         with (
+            self.peaks.within("evaluation"),
             stage(f"Accuracy {when}", len(own), "pairs") as advance,
             annotator.reference.precision(),
             use_sharded(module.policy, gather=False),
