@@ -99,10 +99,11 @@ def valid_generation_config(generation: Any) -> Any:
 
 def save_model(model: Any, folder: Path, state: Mapping[str, Any] | None = None) -> None:
     """Write a transformers model, with the weights in `state` if given, in files of at most 5 GB."""
-    model.save_pretrained(folder, state_dict=state, max_shard_size="5GB")
-    if state is not None:
+    dtype = None if state is None else str(next(iter(state.values())).dtype).removeprefix("torch.")
+    model.save_pretrained(folder, state_dict=state, max_shard_size="5GB")  # it empties `state`
+    if dtype is not None:  # the model's own was written
         config = json.loads((folder / "config.json").read_text())
-        config["dtype"] = str(next(iter(state.values())).dtype).removeprefix("torch.")  # save_pretrained writes model's
+        config["dtype"] = dtype
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     _reset_modes(folder, folder / "config.json")
 
