@@ -1,5 +1,5 @@
 # The checks that a change must pass. `make check` runs what .ci/run runs, in the current environment.
-.PHONY: check lint test long docs
+.PHONY: check lint test long versions docs
 
 check: lint test
 
@@ -14,6 +14,9 @@ test:
 
 long:
 	pytest -m long
+
+versions:  # in new environments with the lowest and the newest versions
+	tests/versions.sh
 
 docs:
 	mkdocs build --strict

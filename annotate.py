@@ -5,7 +5,7 @@ from omegaconf import DictConfig
 
 from var.config.check import FOLDER, TRAIN, check
 from var.config.entry import run_command
-from var.utils.distributed import set_rank_variables
+from var.utils.distributed import process_group, set_rank_variables
 
 
 @hydra.main(version_base="1.3", config_path=FOLDER, config_name="annotate")
@@ -16,17 +16,15 @@ def main(cfg: DictConfig) -> None:
 
     from pathlib import Path
 
-    import torch
     from hydra.core.hydra_config import HydraConfig
 
     from var.training.run import Run
     from var.utils.console import say
 
     run = Run.compose(cfg, Path(HydraConfig.get().runtime.output_dir))
-    if run.settings.world > 1:
-        torch.distributed.init_process_group("nccl" if run.settings.gpu else "gloo", timeout=run.settings.timeout)
-    run.data.setup()
-    run.sample_validation()
+    with process_group(run.settings.timeout):
+        run.data.setup()
+        run.sample_validation()
     if computed := run.annotator.computed:
         say("Computed: " + ", ".join(f"{count} {title.lower()}" for title, count in computed.items()) + ".")
     else:

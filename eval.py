@@ -5,15 +5,25 @@ from omegaconf import DictConfig
 
 from var.config.check import EVAL, FOLDER, check
 from var.config.entry import run_command
+from var.utils.distributed import set_rank_variables
 
 
 @hydra.main(version_base="1.3", config_path=FOLDER, config_name="eval")
 def main(cfg: DictConfig) -> None:
-    """Validate everything, then sample, score, and write result.json with its provenance."""
+    """Validate everything, then sample and score on all devices, and write result.json with its provenance."""
+    set_rank_variables()
     check(cfg, EVAL, imports=False)
 
+    from var.evaluate.devices import count_processes, join_processes, launch
     from var.evaluate.run import Evaluation
+    from var.utils.console import console
 
+    if (processes := count_processes(cfg)) > 1:
+        console.quiet = True  # errors are raised here, once; the processes print everything else
+        Evaluation.compose(cfg).check()
+        launch(processes)
+        return
+    join_processes()
     evaluation = Evaluation.compose(cfg)
     evaluation.check()
     evaluation.run()

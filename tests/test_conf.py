@@ -19,6 +19,7 @@ GROUPS = [path for path in YAMLS if GLOBAL not in path.read_text()]
 
 # Lines of experiments that equal the default, and hold for every other choice of model and data too.
 PINNED = {
+    ("table1", "generate.max_new_tokens"), ("table5", "generate.max_new_tokens"),
     ("table1", "data.global_batch"), ("table1", "model.learning_rate"), ("table5", "data.global_batch"),
     ("frontier", "model.learning_rate"), ("hha", "model.learning_rate"),
 }  # fmt: skip
@@ -27,13 +28,16 @@ PINNED = {
 VARIANTS = {
     "losses.alol.ALoL": {"ratio", "clip", "beta"},
     "losses.grpo.GRPO": {"beta", "clip_high", "normalize", "scale", "length"},
-    "models.pretrained.Pretrained": {"quantization"},
-    "rewards.classifier.Classifier": {"dtype"},
+    "models.pretrained.Pretrained": {"quantization", "repository"},
+    "rewards.classifier.Classifier": {"dtype", "architecture"},
     "training.optim.MasterAdamW": {"betas"},  # torch's in Python
     "utils.http_client.Client": {"api_key_env", "price_in", "price_out"},
     "weights.estimators.InBatch": {"reduction", "reference"},
 }
-NOT_IN_YAML = {("models.pretrained.Pretrained", "cache"), ("rewards.classifier.Classifier", "device")}  # set by code
+NOT_IN_YAML = {  # set by code
+    ("models.pretrained.Pretrained", "cache"), ("models.pretrained.Pretrained", "key"),
+    ("rewards.classifier.Classifier", "device"),
+}  # fmt: skip
 
 
 def load(path: Path) -> tuple[DictConfig, DictConfig]:
@@ -43,6 +47,8 @@ def load(path: Path) -> tuple[DictConfig, DictConfig]:
     for base in own.pop("defaults", []):
         if isinstance(base, DictConfig):  # /client@client: _base
             ((place, name),) = base.items()
+            if str(place).startswith("override "):  # chooses another group, and is not a base
+                continue
             group, _, key = str(place).strip("/").partition("@")
             bases.append({key: OmegaConf.merge(*reversed(load(Path(FOLDER, group, f"{name}.yaml"))))})
         elif base != "_self_":

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from tests.helpers.runs import ROOT, composed
 from var.config.check import EVAL, FOLDER, TRAIN, check, fits
-from var.config.entry import RENAMED, list_keys, run_command
+from var.config.entry import RENAMED, _expand_home, list_keys, run_command
 from var.config.run_dir import run_dir
 from var.evaluate.run import Evaluation
 from var.training.loggers import make_loggers
@@ -31,6 +31,7 @@ REQUIRED = {  # settings that a user must give
     "data/prompts": ["data.path=x.txt"],
     "experiment/hha": ["data.folder=x"],
     "loss/custom": ["loss._target_=var.losses.rgold.RGOLD", "+loss.floor=0.2"],
+    "model/hub": ["model.path=someone/model"],
     "model/qwen2.5-32b-int4": ["adapter=lora"],
     "reward/classifier": ["reward.path=someone/rm"],
     "reward/custom": ["reward._target_=var.rewards.verifiers.MathVerify", "+reward.timeout=3"],
@@ -323,3 +324,31 @@ def test_readme_names_existing_files_and_keys() -> None:
         words = shlex.split(re.sub(r"<[^>]*>", "x", line.split("#")[0]))
         words = [re.sub(r"=\w+\(.*\)$", "=1", word) for word in words]  # a sweeper's interval
         composed(*(w.partition(",")[0] for w in words if w != "-m"), root=command)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        (["model=qwen2.5-32b-int4"], "qwen2.5-32b-int4"),
+        (["model=hub", "model.path=Qwen/Qwen3-8B"], "qwen3-8b"),
+        (["model=qwen2.5-7b", "model.path=/data/My-Qwen/"], "my-qwen"),
+        (["model.path=runs/tiny_files_sft-0123/model"], "tiny_files_sft-0123"),
+        (["model.path=/c/models--Qwen--Qwen3-8B/snapshots/0123"], "qwen3-8b"),
+        (["model.path=someone/model", "model.name=mine"], "mine"),
+    ],
+)
+def test_name_of_a_model_follows_its_path(overrides: list[str], name: str) -> None:
+    assert composed(*overrides).model.name == name
+
+
+def test_missing_path_of_a_hub_model_is_reported() -> None:
+    with pytest.raises(UserError, match=r"model\.path: must be given: model\.path=…"):
+        check(composed("model=hub"), TRAIN, imports=False)
+
+
+def test_home_folder_is_expanded_in_values() -> None:
+    home = str(Path.home())
+    assert _expand_home("model.path=~/m") == f"model.path={home}/m"
+    assert _expand_home("data.path=~/a.jsonl,~/b.jsonl") == f"data.path={home}/a.jsonl,{home}/b.jsonl"
+    for word in ("~data.limit", "model.path=a~/b", "-m"):
+        assert _expand_home(word) == word

@@ -104,7 +104,7 @@ def test_all_three_train_together(tiny_folder: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     folder = only(tmp_path / "runs")
-    assert folder.name.startswith("smollm2-135m_questions_slic-")
+    assert folder.name.startswith(f"{tiny_folder.name}_questions_slic-")
     with (folder / "metrics.csv").open() as file:
         losses = [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
     assert len(losses) == 9

@@ -84,5 +84,5 @@ def test_exact_testbed(namespace: dict[str, Any]) -> None:
 def test_bring_your_own(namespace: dict[str, Any]) -> None:
     """The gradient is the one that its text derives, and the run uses the three custom parts."""
     assert namespace["logps"].grad.tolist() == pytest.approx([-1 / 3, -1 / 3, 0])
-    assert namespace["folder"].name.startswith("smollm2-135m_rooms_above_average-")
+    assert namespace["folder"].name.startswith("tiny_rooms_above_average-")
     assert namespace["summary"]["validation"]["reward"]["after"]["mean"] > 0

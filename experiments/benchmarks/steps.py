@@ -29,7 +29,7 @@ from var.data.sources.hha import HHA
 from var.losses.dpo import DPO
 from var.losses.sft import SFT
 from var.losses.var import VAR
-from var.models.cross_scoring import cross_logps
+from var.models.cross_scoring import cross_logps, pack_crossed
 from var.models.logprobs import HEAD_CHUNK
 from var.models.packing import Packed, pack, pack_tree
 from var.models.policy import Policy
@@ -179,8 +179,8 @@ def make_step(name: str, model: Any, pairs: Sequence[Pair]) -> Step:
 def make_ours(model: Any, rows: Rows) -> Step:
     """Return this project's step."""
     if rows.work == "cross":
-        policy, batch = Policy(model), pack(rows.ids, rows.starts).to(model.device)
-        return torch.no_grad()(lambda: cross_logps(policy, batch))
+        policy, crossed = Policy(model), pack_crossed(rows.ids, rows.starts).to(model.device)
+        return torch.no_grad()(lambda: cross_logps(policy, crossed))
     share = rows.work in ("DPO", "group")  # like AlignmentData.shares_prompts
     return make_training_step(model, rows, pack(rows.ids, rows.starts, share=share, **make_columns(rows)))
 
@@ -216,7 +216,7 @@ def make_columns(rows: Rows) -> dict[str, Any]:
 def make_training_step(model: Any, rows: Rows, batch: Packed) -> Step:
     """Return `AlignmentModule.training_step` on this batch."""
     batch, schedule = batch.to(model.device), Schedule(kind="constant", warmup=0.0, floor=0.0)
-    module = AlignmentModule(Policy(model), LOSSES[rows.work], torch.optim.AdamW, schedule)
+    module = AlignmentModule(Policy(model), LOSSES[rows.work], [], torch.optim.AdamW, schedule)
     module._trainer = SimpleNamespace(world_size=1, accumulate_grad_batches=1)  # all that training_step reads
     return lambda: module.training_step(batch, 0)
 

@@ -1,6 +1,7 @@
 """Log-probabilities of the reference: each equals the model's own, and cached ones equal those of a training step."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from var.annotate.reference_logps import (
     reference_logps,
 )
 from var.annotate.rewards import cross_rewards
-from var.models.cross_scoring import cross_logps, mismatched_logps
+from var.models.cross_scoring import cross_logps, mismatched_logps, pack_crossed, pack_mismatched
 from var.models.packing import Packed, pack
 from var.models.policy import Policy
 from var.requirements import MismatchedLogps
@@ -105,22 +106,23 @@ def test_training_step_sums_long_responses_as_precisely_as_the_cache(make):
     _, sequences = make_sequences(annotator, tuple(rows), max_length=1024)
     micro = np.array([[0, 1, 2]])
     ids, starts, _ = zip(*map(sequences.tokens, range(3)), strict=True)
-    batch, policy = pack(ids, starts), annotator.reference.policy
-    with torch.no_grad():
-        cross, mismatched = cross_logps(policy, batch), mismatched_logps(policy, batch)
-    assert_allclose(cross, cached_cross_logps(annotator, sequences, micro)[0], rtol=0, atol=2e-4)
+    policy, data = annotator.reference.policy, SimpleNamespace(sequences=sequences)
     provider = ProvideMismatchedLogps(MismatchedLogps())
     provider.logps = cached_mismatched_logps(annotator, sequences, micro)
-    cached = provider.batch_fields(None, 0, np.arange(3))["mismatched_reference_logps"]
+    fields = provider.batch_fields(data, 0, np.arange(3))  # type: ignore[arg-type]
+    crossed, cached = pack_crossed(ids, starts), fields["mismatched_reference_logps"]
+    with torch.no_grad():
+        cross, mismatched = cross_logps(policy, crossed), mismatched_logps(policy, fields["mismatched"])
+    assert_allclose(cross, cached_cross_logps(annotator, sequences, micro)[0], rtol=0, atol=2e-4)
     assert_allclose(mismatched, cached, rtol=0, atol=2e-4)
     assert mismatched.dtype == cached.dtype == torch.float64
 
     def constant(packed: Packed) -> torch.Tensor:
         return torch.full(packed.target.shape, -2.1, dtype=torch.float32)
 
-    expected = batch.length * torch.tensor(-2.1, dtype=torch.float32).double()
-    assert_allclose(cross_logps(constant, batch), expected.expand(3, 3), rtol=1e-12)
-    assert_allclose(mismatched_logps(constant, batch), expected.roll(-1), rtol=1e-12)
+    expected = pack(ids, starts).length * torch.tensor(-2.1, dtype=torch.float32).double()
+    assert_allclose(cross_logps(constant, crossed), expected.expand(3, 3), rtol=1e-12)
+    assert_allclose(mismatched_logps(constant, pack_mismatched(ids, starts)), expected.roll(-1), rtol=1e-12)
 
 
 def test_prompts_count_towards_the_tokens_of_a_pass(make, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Rewards of responses to their own prompts and to others, and what a wrong reward raises."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -8,11 +9,13 @@ import pytest
 import torch
 
 from tests.helpers.annotators import ROWS, Lengths, make_sequences
-from var.annotate.rewards import cross_rewards, score, score_rows
+from var.annotate.rewards import ProvideRewards, cross_rewards, score, score_rows
+from var.requirements import Rewards
 from var.rewards.base import check_answers
 from var.rewards.dataset_score import Score
 from var.rewards.ensemble import Ensemble
 from var.rewards.programmatic import ExactNumber, NearNumber
+from var.rewards.scale import Scale
 from var.utils.errors import UserError
 
 
@@ -157,3 +160,12 @@ def test_scores_without_a_gap_cannot_serve_an_in_batch_estimator(make):
         "which needs no other rewards, or set reward.mismatch_gap to the reward that a response loses under another "
         "prompt."
     )
+
+
+def test_negative_rewards_that_would_be_weights_are_an_error(make):
+    """π_θ(y|x) → 0 would be a loss of −∞. A loss does not check them itself: it would wait for the device."""
+    annotator = make()
+    rows, sequences = make_sequences(annotator)
+    data: Any = SimpleNamespace(annotator=annotator, rows=rows, sequences=sequences, scale=Scale(kind="zscore"))
+    with pytest.raises(UserError, match=r"this loss uses rewards as weights, and \d of \d are negative, the lowest -"):
+        ProvideRewards(Rewards(nonnegative=True)).select(data)

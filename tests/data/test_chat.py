@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from notebooks.tiny import TEMPLATE, byte_tokenizer
 from tests.helpers.runs import ROOT
-from var.data.chat import Chat
+from var.data.chat import Chat, read_template
 from var.utils.errors import UserError
 
 BOS, END, USER, ASSISTANT = 256, 257, 258, 259
@@ -246,3 +246,21 @@ def test_space_before_the_end_token_is_trained() -> None:
     encoded = chat.encode([{"role": "user", "content": "q"}], "yes")
     assert chat.tokenizer.decode(encoded.ids[encoded.start :]) == "yes <end>"
     assert encoded.ids[-1] == chat.end_token == chat.tokenizer.convert_tokens_to_ids("<end>")
+
+
+def test_template_is_text_or_a_file(tmp_path: Path) -> None:
+    (tmp_path / "own.jinja").write_text("{{ messages[0]['content'] }}")
+    assert read_template("{{ x }}") == "{{ x }}"
+    assert read_template(str(tmp_path / "own.jinja")) == "{{ messages[0]['content'] }}"
+    with pytest.raises(UserError, match=r"reward\.chat_template=absent\.jinja: there is no such file"):
+        read_template("absent.jinja", "reward.chat_template")
+
+
+def test_plain_template_can_be_trained_and_sampled() -> None:
+    tokenizer = byte_tokenizer(template=None)
+    chat = Chat(tokenizer, "plain")
+    prompt = [{"role": "system", "content": "s"}, {"role": "user", "content": "Hi"}]
+    encoded = chat.encode(prompt, "Hello")
+    assert chat.tokenizer.decode(encoded.ids[encoded.start :]) == "Hello<end>"
+    assert encoded.ids[: encoded.start] == chat.prompt(prompt)
+    assert chat.end_token == tokenizer.eos_token_id

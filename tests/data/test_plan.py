@@ -61,9 +61,12 @@ def test_micro_batches_of_2_4_and_8_nest():
 
 @pytest.mark.parametrize("last_step", ["keep", "drop"])
 @pytest.mark.parametrize("epoch", [0, 1])
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_ranks_and_accumulation_do_not_change_the_steps(last_step, epoch, world):
-    """Ranks 1, 2 and 4 with 4, 2 and 1 accumulated micro-batches have the same micro-batches and divisors per step."""
+    """Ranks 1, 2 and 4 with 4, 2 and 1 accumulated micro-batches have the same micro-batches and divisors per step.
+
+    With 3 ranks, each has 2, and two of the 6 are padding.
+    """
     made = plan(last_step=last_step)
     order = made.epoch(epoch)
     ranks = [list(made.batches(epoch, rank, world)) for rank in range(world)]
@@ -77,6 +80,21 @@ def test_ranks_and_accumulation_do_not_change_the_steps(last_step, epoch, world)
         units = made.micro[read_numbers(step)]
         assert {batch.tokens for batch in step} == {float((units + 1).sum())}
         assert {batch.sequences for batch in step} == {batch.units for batch in step} == {float(units.size)}
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize(("before", "now"), [(1, 3), (3, 1), (3, 2), (2, 4), (4, 3)])
+def test_progress_after_each_step_converts_to_other_ranks(before: int, now: int, passes: int) -> None:
+    """11 micro-batches in steps of 4: 3 steps per epoch, the last one short. Passes repeat complete steps only."""
+    made = plan(units=44, micro=4, total=16, last_step="keep" if passes == 1 else "drop")
+
+    def count_turns(world: int) -> list[int]:
+        """Return a rank's micro-batches after each step of two epochs."""
+        sizes = [min(made.window, len(made.micro) - at) for at in range(0, len(made.micro), made.window)]
+        return np.cumsum([-(-size // world) for size in sizes * passes * 2]).tolist()
+
+    for old, new in zip(count_turns(before), count_turns(now), strict=True):
+        assert made.convert_progress(old, before, now, passes) == new
 
 
 def test_two_ranks_get_micro_batches_in_serpentine_order():

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -201,6 +202,33 @@ def test_run_resumes_wherever_it_is_killed(every: bool, straight: Any, tmp_path:
     check_outcome(job, unbroken, attempts)
 
 
+# Where a signal ends a run in turn. The last field: whether the fast suite has this place, too.
+LEAVE = [
+    ("while rewards are cached", r"write .*/store/rewards/.*\.partial", 1, signal.SIGUSR1, True),
+    ("while the reference samples", r"run ", 2, signal.SIGTERM, True),
+    ("while the model is loaded", r"write .*/metrics\.csv", 1, signal.SIGTERM, False),
+    ("while the trained policy is evaluated", r"write .*/samples\.jsonl", 1, signal.SIGUSR1, True),
+    ("while the model is exported", r"write .*/model.*/README\.md", 1, signal.SIGTERM, True),
+    ("while the figure is drawn", r"write .*/curves\.png", 1, signal.SIGUSR1, False),
+]
+
+
+@every_place
+def test_signal_ends_a_run_in_every_stage(every: bool, straight: Any, tmp_path: Path) -> None:
+    """The status is 128 plus the signal, the next event does not happen, and the same command resumes."""
+    unbroken, _ = straight("var_grouped")
+    job, attempts = replace(unbroken, root=tmp_path / "signaled"), list[Attempt]()
+    for what, on, at, number, _ in (place for place in LEAVE if every or place[-1]):
+        attempts.append(job.start(on=on, at=at, number=number))
+        assert attempts[-1].code == 128 + number, f"{what}\n{describe(attempts)}"
+        assert f"Received {number.name}" in attempts[-1].printed, attempts[-1].printed
+        assert "Traceback" not in attempts[-1].printed, attempts[-1].printed
+        matches = [i for i, event in enumerate(attempts[-1].events) if re.search(on, event)]
+        assert len(attempts[-1].events) - matches[at - 1] < 20, f"it went on {what}\n{describe(attempts)}"
+    attempts.append(job.finish())
+    check_outcome(job, unbroken, attempts)
+
+
 def kill_randomly(job: Job, events: list[str], seed: int, kills: int) -> list[Attempt]:
     """Start the same command again and again, killed this many times at random events, until it ends.
 
@@ -305,6 +333,22 @@ def test_other_commands_resume(
     )
     attempts = kill_randomly(killed, straight.finish().events, seed, kills)
     assert read(killed) == read(straight), describe(attempts)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
+def test_annotations_are_kept_on_a_signal(number: int, driver: Driver, base: list[str], tmp_path: Path) -> None:
+    """All shards before the signal are read by the same command, which computes the others."""
+    own, read = COMMANDS["annotate.py"]
+    common = [option for option in base if not option.startswith("eval.")]
+    straight, stopped = (Job(driver, tmp_path / name, [*common, *own], "annotate.py") for name in ("one", "two"))
+    straight.finish()
+    first = stopped.start(on="run ", at=3, number=number)  # while it samples for validation, after the pairs
+    assert first.code == 128 + number, first.printed
+    kept = read(stopped)
+    assert {path.split("/")[1] for path in kept} == {"rewards", "reference_logps"}, describe([first])
+    again = stopped.finish()
+    assert "Scoring" not in again.printed
+    assert read(stopped) == read(straight)  # and no item was computed twice
 
 
 @every_place

@@ -1,17 +1,20 @@
 """The scripts in launch/, on a simulated cluster: two nodes with one process each, both on this machine, over gloo."""
 
+import importlib.util
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.cli import check_run, read_summary, write_to
-from tests.helpers.runs import ROOT, run_folder, same_folders
+from tests.helpers.runs import ROOT, composed, run_folder, same_folders
 
 pytestmark = pytest.mark.e2e
 
@@ -27,6 +30,7 @@ os.environ |= {{
     "SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": options["job-name"], "SLURM_JOB_NUM_NODES": str(nodes),
     "SLURM_NNODES": str(nodes), "SLURM_NTASKS_PER_NODE": str(tasks), "SLURM_NTASKS": str(nodes * tasks),
     "SLURM_NODELIST": f"127.0.0.[1-{{nodes}}]", "SLURM_JOB_NODELIST": f"127.0.0.[1-{{nodes}}]",
+    "SLURM_CPUS_PER_TASK": options["cpus-per-task"],
     "SLURM_TASKS_PER_NODE": f"{{tasks}}(x{{nodes}})", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0",
 }}
 script = shutil.copy(sys.argv[at], os.path.dirname(__file__) + "/slurm_script")
@@ -35,8 +39,10 @@ sys.exit(subprocess.run([script, *sys.argv[at + 1 :]]).returncode)
 SRUN = """#!{python}
 import os, subprocess, sys
 nodes, tasks = int(os.environ["SLURM_NNODES"]), int(os.environ["SLURM_NTASKS_PER_NODE"])
+assert os.environ["SRUN_CPUS_PER_TASK"] == os.environ["SLURM_CPUS_PER_TASK"]
+command = [word for word in sys.argv[1:] if not word.startswith("--")]
 started = [
-    subprocess.Popen(sys.argv[1:], env=os.environ | {{
+    subprocess.Popen(command, env=os.environ | {{
         "SLURM_STEP_ID": "0", "SLURM_PROCID": str(n * tasks + t), "SLURM_LOCALID": str(t), "SLURM_NODEID": str(n)}})
     for n in range(nodes) for t in range(tasks)
 ]
@@ -86,11 +92,15 @@ def finish(*processes: "subprocess.Popen[str]") -> str:
     return printed
 
 
-def launch_with_torchrun(folder: Path, *overrides: str) -> str:
+def find_port() -> str:
+    """Return a free port of this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {"NODES": "2", "PER_NODE": "1", "MASTER": "127.0.0.1", "PORT": str(port)}
+        return str(free.getsockname()[1])
+
+
+def launch_with_torchrun(folder: Path, *overrides: str) -> str:
+    environment = {"NODES": "2", "PER_NODE": "1", "MASTER": "127.0.0.1", "PORT": find_port()}
     environment["PATH"] = write_programs(folder / "bin")
     return finish(*(start(["launch/torchrun.sh", *overrides], NODE=str(node), **environment) for node in range(2)))
 
@@ -111,6 +121,90 @@ def test_two_nodes_equal_one(launch: Callable[..., str], options: list[str], sin
     same_folders(single, folder, "train/loss")
     assert len(re.findall("^Run: ", printed, re.M)) == 1, printed
     assert len(re.findall("^Evaluating the reference:", printed, re.M)) == 1, printed
+
+
+def test_annotate_runs_on_two_nodes(options: list[str], tmp_path: Path) -> None:
+    """The first word names the program. Both nodes compute, and a run with annotate=error finds everything."""
+    words = [*options, "loss=var", "reward.mismatch_gap=1", "data.global_batch=8", *write_to(tmp_path)]
+    printed = launch_with_slurm(tmp_path, "annotate.py", *words)
+    assert re.search("Computed: .*cross log-probabilities", printed), printed
+    shards = list((tmp_path / "store" / "cross_logps").rglob("*.parquet"))
+    assert len(shards) == 2, shards
+    check_run("train.py", *words, "annotate=error", "trainer.max_steps=1")
+
+
+SLOW_REWARD = """
+import os, time
+from pathlib import Path
+
+class Slow:
+    \"\"\"The length of a response. With SLOW, the second rank takes an hour, once both have begun.\"\"\"
+    scores_text = True
+    fingerprint = {"program": "length"}
+
+    def __call__(self, prompts, responses, answers):
+        if folder := os.environ.get("SLOW"):
+            Path(folder, os.environ["RANK"]).touch()
+            if os.environ["RANK"] == "1":
+                time.sleep(3600)
+        return [float(len(response)) for response in responses]
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
+def test_all_ranks_leave_on_a_signal_while_they_annotate(number: int, options: list[str], tmp_path: Path) -> None:
+    """The first rank waits for the second one. Both end with 128 plus the signal; what the first computed is kept."""
+    (tmp_path / "slow_reward.py").write_text(SLOW_REWARD)
+    reward = ["reward=exact_number", "reward._target_=slow_reward.Slow", "trainer.devices=2"]
+    command = [sys.executable, "annotate.py", *options, *reward, *write_to(tmp_path)]
+
+    def start_ranks(**more: str) -> list["subprocess.Popen[str]"]:
+        job = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": find_port()}
+        ranks = ({"RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1"))
+        return [start(command, PYTHONPATH=str(tmp_path), **job, **rank, **more) for rank in ranks]
+
+    ranks = start_ranks(SLOW=str(tmp_path))
+    until = time.monotonic() + 240
+    while not ((tmp_path / "1").exists() and list((tmp_path / "store" / "rewards").rglob("*.parquet"))):
+        assert time.monotonic() < until
+        assert [rank.poll() for rank in ranks] == [None, None], ranks[0].communicate()[0]
+        time.sleep(0.1)
+    time.sleep(1)  # the first rank reaches the barrier
+    for rank in ranks:
+        rank.send_signal(number)
+    printed = "".join(rank.communicate(timeout=60)[0] for rank in ranks)
+    assert [rank.returncode for rank in ranks] == [128 + number] * 2, printed
+    assert printed.count("Received") == 1, printed
+    assert "Traceback" not in printed, printed
+    printed = finish(*start_ranks())
+    assert "Scoring: 0" not in printed
+    assert len(list((tmp_path / "store" / "rewards").rglob("*.parquet"))) == 2, printed
+
+
+def test_slurm_preset_asks_for_what_a_job_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """hydra/launcher=slurm: the options of sbatch that submitit writes, for a job on two machines with four GPUs."""
+    if importlib.util.find_spec("hydra_plugins.hydra_submitit_launcher") is None:
+        pytest.skip("hydra_submitit_launcher is not installed: pip install -e '.[sweep]'")
+    import submitit
+
+    path = write_programs(tmp_path / "bin", srun="#!/bin/sh\n", sbatch="#!/bin/sh\necho Submitted batch job 4711\n")
+    monkeypatch.setenv("PATH", path)
+    words = ["hydra/launcher=slurm", "trainer.devices=4", "trainer.num_nodes=2", "hydra.launcher.partition=gpu"]
+    cfg = composed(*words, return_hydra_config=True)
+    skipped = ("_target_", "submitit_folder")
+    settings = {key: cfg.hydra.launcher[key] for key in cfg.hydra.launcher if key not in skipped}
+    settings |= {"name": "var", "additional_parameters": {}}
+    common = {"timeout_min", "cpus_per_task", "gpus_per_node", "tasks_per_node", "mem_gb", "nodes", "name",
+              "stderr_to_stdout"}  # fmt: skip
+    executor = submitit.AutoExecutor(tmp_path, "slurm", slurm_max_num_timeout=settings.pop("max_num_timeout"))
+    executor.update_parameters(**{k if k in common else f"slurm_{k}": v for k, v in settings.items()})
+    executor.submit(print)
+    script = (tmp_path / "4711_submission.sh").read_text()
+    options = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", script, re.M))
+    expected = {"nodes": "2", "ntasks-per-node": "4", "gpus-per-node": "4", "cpus-per-task": "8", "time": "1440",
+                "partition": "gpu"}  # fmt: skip
+    assert expected.items() <= options.items(), options
+    assert options["signal"].endswith("@300"), options
 
 
 @pytest.mark.parametrize(("status", "queued"), [(138, "requeue 4711\n"), (143, ""), (1, ""), (0, "")])

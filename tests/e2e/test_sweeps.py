@@ -1,7 +1,11 @@
 """Sweeps with every launcher and sweeper of the extra `sweep`."""
 
 import importlib.util
+import itertools
+import json
+import re
 import signal
+import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -9,12 +13,44 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.helpers.cli import check_run, read_summaries, read_summary, run, spawn, write_to
+from tests.helpers.cli import check_error, check_run, read_summaries, read_summary, run, spawn, write_to
 from tests.helpers.rewards import OWN_REWARD
 from tests.helpers.runs import ROOT, column, curve, run_folder, write_lines
 from var.training.module import AlignmentModule
 
 pytestmark = pytest.mark.e2e
+
+TWO = ["trainer.devices=2", "strategy=ddp", "data.micro_batch=4"]
+
+# A reward that fails with seed 1 until a file exists.
+SWITCHED = """
+from dataclasses import dataclass
+from pathlib import Path
+from hydra.core.hydra_config import HydraConfig
+from var.rewards import dataset_score
+from var.utils.errors import UserError
+
+@dataclass(frozen=True, kw_only=True)
+class Score(dataset_score.Score):
+    def __post_init__(self):
+        if "seed=1" in HydraConfig.get().overrides.task and not Path({switch!r}).exists():
+            raise UserError("the server is down")
+"""
+
+# Every Python process of the test starts with this: a job's processes note their devices, and the others pretend GPUs.
+SITE = """
+import atexit, json, os, sys, time
+job = [word for word in sys.orig_argv if word.startswith("hydra.run.dir=")]
+if job:
+    note = {{"job": job[0], "devices": os.environ.get("CUDA_VISIBLE_DEVICES"), "start": time.time()}}
+    def write():
+        with open({log!r}, "a") as file:
+            file.write(json.dumps(note | {{"end": time.time()}}) + chr(10))
+    atexit.register(write)
+else:
+    import var.config.sweep
+    var.config.sweep.list_devices = lambda cfg: ["0", "1", "2", "3"]
+"""
 
 
 @pytest.fixture
@@ -48,7 +84,7 @@ def finished(tmp_path: Path) -> dict[float, Path]:
 def sweep(*overrides: str) -> None:
     """Run `python train.py -m …` in a process of its own, since a launcher sends the entry point to others."""
     process = spawn(str(ROOT / "train.py"), "-m", *overrides)
-    out, err = process.communicate(timeout=400)
+    out, err = process.communicate(timeout=1800)
     assert process.returncode == 0, out + err
 
 
@@ -88,10 +124,25 @@ def test_optuna_finds_the_highest_reward(own: list[str], tmp_path: Path) -> None
     assert "Best parameters: {'loss.temperature': " in printed
 
 
+def test_failed_trials_do_not_stop_optuna(options: list[str]) -> None:
+    require("hydra_optuna_sweeper")
+    done = run(
+        "train.py", "-m", *options, "loss=var_grouped", "hydra/sweeper=max_reward", "hydra.sweeper.n_trials=2",
+        "loss.temperature=interval(-2,-1)",
+    )  # fmt: skip
+    assert done.returncode == 1
+    failed = list_failed(done.stderr)
+    assert [job.partition("=")[0] for job in failed] == ["0 loss.temperature", "1 loss.temperature"]
+    assert all(error.startswith("loss.temperature must be above 0, got -1.") for error in failed.values())
+    assert done.stderr.endswith("Error: ValueError: No trials are completed yet.\n")
+
+
 def test_job_after_a_failed_one_has_its_own_tracker_run(own: list[str], tmp_path: Path) -> None:
     """Otherwise it would log to the W&B run of the failed job (wandb #1314)."""
-    with pytest.raises(ValueError, match="Invalid learning rate"):
-        run("train.py", "-m", *own, "logger=wandb", "optim.optimizer.lr=-1,3e-2")
+    done = run("train.py", "-m", *own, "logger=wandb", "optim.optimizer.lr=-1,3e-2")
+    assert done.returncode == 1
+    assert list_failed(done.stderr) == {"0 optim.optimizer.lr=-1": "ValueError: Invalid learning rate: -1"}
+    assert "Traceback" in done.stderr, "the user cannot fix this error"
     assert len(finished(tmp_path)) == 1
     assert len({path.parents[1] for path in (tmp_path / "runs").glob("*/wandb/offline-run-*")}) == 2
 
@@ -113,6 +164,131 @@ def test_job_leaves_nothing_in_memory(own: list[str], monkeypatch: pytest.Monkey
     check_run("train.py", "-m", *own, "loss.temperature=0.5,1,2")
     assert alive == [0, 0, 0]
     assert signal.getsignal(signal.SIGTERM) == handler
+
+
+def list_failed(errors: str) -> dict[str, str]:
+    """Return the error of each failed job by the job's number and overrides, as the end of a sweep lists them."""
+    found = re.findall(r"^#(.+)\n    (.+)\n    (.+)$", errors.split("Failed jobs:")[1], re.M)
+    assert all(Path(folder).is_dir() for *_, folder in found)
+    return {job: error for job, error, _ in found}
+
+
+def test_failed_jobs_do_not_stop_the_others(options: list[str], tmp_path: Path) -> None:
+    """Also not the next batch. All failures are listed, and the same command runs only those again."""
+    switch = tmp_path / "works"
+    (tmp_path / "switched.py").write_text(SWITCHED.format(switch=str(switch)))
+    command = [
+        "train.py", "-m", *options, "loss=var_grouped", "trainer.max_steps=1", "hydra.sweeper.max_batch_size=2",
+        "reward._target_=switched.Score", "loss.temperature=0.5,-1,1", "seed=0,1",
+    ]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        done = run(*command)
+        assert done.returncode == 1
+        negative = "loss.temperature must be above 0, got -1. For λ → ∞ use loss=sft."
+        broken = "the server is down"
+        assert list_failed(done.stderr) == {
+            "1 loss.temperature=0.5 seed=1": broken,
+            "2 loss.temperature=-1 seed=0": negative,
+            "3 loss.temperature=-1 seed=1": negative,
+            "5 loss.temperature=1 seed=1": broken,
+        }
+        assert done.stderr.endswith(
+            "Error: failed jobs: 4. The same command runs them again and skips finished jobs.\n"
+        )
+        assert len(read_summaries(tmp_path / "runs")) == 2
+        switch.touch()
+        done = run(*command)
+    assert set(list_failed(done.stderr).values()) == {negative}
+    assert done.stdout.count("Run already finished") == 2
+    assert len(read_summaries(tmp_path / "runs")) == 4
+    assert not list((tmp_path / "runs").glob(".failures*"))
+
+
+def test_each_job_of_a_sweep_runs_on_two_processes(options: list[str], tmp_path: Path) -> None:
+    """With the default launcher. The folder's name needs quotes."""
+    runs = tmp_path / "the runs, 'mine'"
+    command = [
+        "train.py", "-m", *options, rf"runs='{tmp_path}/the runs, \'mine\''", "loss=var_grouped", "trainer.max_steps=1",
+        "loss.temperature=0.5,-1,1", *TWO,
+    ]  # fmt: skip
+    done = run(*command, RANK="0", WORLD_SIZE="1", SLURM_NTASKS="1", SLURM_JOB_NAME="sweep")  # of a SLURM batch job
+    assert done.returncode == 1
+    error = "loss.temperature must be above 0, got -1. For λ → ∞ use loss=sft."
+    assert list_failed(done.stderr) == {"1 loss.temperature=-1": error}
+    summaries = read_summaries(runs)
+    assert [summary["devices"] for summary in summaries.values()] == [2, 2]
+    assert {summary["config"]["loss"]["temperature"] for summary in summaries.values()} == {0.5, 1}
+    assert run(*command).stdout.count("Run already finished") == 2
+
+
+@pytest.mark.parametrize(
+    ("message", "more", "environment"),
+    [
+        ("trainer.devices=auto: with hydra/launcher=joblib, jobs share the 2 GPUs", [], {}),
+        ("trainer.devices=3: only 2 GPUs are visible: 4, 7", ["trainer.devices=3"], {}),
+        ("trainer.num_nodes=2: this launcher runs a job on one machine", ["trainer.num_nodes=2"], {}),
+        ("-m on 2 processes: each process would run the complete sweep", [], {"RANK": "0", "WORLD_SIZE": "2"}),
+    ],
+)
+def test_impossible_devices_of_a_job_are_an_error(
+    message: str, more: list[str], environment: dict[str, str], options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("var.config.sweep._find_launcher", lambda: "joblib")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    where = ["trainer.accelerator=auto", "trainer.precision=auto", "hydra/launcher=basic", *more]
+    printed = check_error(message, "-m", *options, *where, CUDA_VISIBLE_DEVICES="4,7", **environment)
+    assert list_failed(printed)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("plugin", "launcher"),
+    [
+        ("hydra_joblib_launcher", ["hydra/launcher=joblib", "hydra.launcher.n_jobs=3"]),
+        ("hydra_submitit_launcher", ["hydra/launcher=submitit_local"]),
+    ],
+)
+def test_parallel_jobs_never_share_a_device(
+    plugin: str, launcher: list[str], options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run three jobs of two processes as if there were four GPUs. Each process notes its devices and time."""
+    require(plugin)
+    (tmp_path / "sitecustomize.py").write_text(SITE.format(log=str(tmp_path / "log")))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    sweep(
+        *launcher, *options, "loss=sft", "trainer.max_steps=1", "seed=0,1,2", *TWO,
+    )  # fmt: skip
+    assert [summary["devices"] for summary in read_summaries(tmp_path / "runs").values()] == [2, 2, 2]
+    used = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert len(used) == 6
+    assert {process["devices"] for process in used} <= {"0,1", "2,3", "0,2", "0,3", "1,2", "1,3"}
+    for one, two in itertools.combinations(used, 2):
+        if one["job"] != two["job"] and set(one["devices"]) & set(two["devices"]) - {","}:
+            assert one["end"] < two["start"] or two["end"] < one["start"], (one, two)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_signal_to_the_sweep_reaches_its_job(number: signal.Signals, options: list[str], tmp_path: Path) -> None:
+    """The job ends with the sweep, also if the sweep is killed. The same command finishes it."""
+    command = [
+        str(ROOT / "train.py"), "-m", *options, "loss=sft", "trainer.epochs=60", *TWO,
+    ]  # fmt: skip
+    process = spawn(*command)
+    while not list((tmp_path / "runs").glob("*/metrics.csv")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=1800)  # until the job has closed its output, too
+    if number != signal.SIGINT:
+        assert "Received SIGTERM; saved step" in out, out + err
+    assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: -2, signal.SIGKILL: -9}[number], err
+    assert not read_summaries(tmp_path / "runs")
+    resumed = check_run("train.py", *command[1:])
+    assert number == signal.SIGINT or "Resuming from" in resumed
+    assert [summary["steps"] for summary in read_summaries(tmp_path / "runs").values()] == [300]
 
 
 @pytest.mark.long

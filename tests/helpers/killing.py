@@ -42,10 +42,11 @@ class Watch:
         on: a pattern; only events that match it count.
         at: the number of the event, from 1. If it is a write, half of the data is written. None: no event.
         full: instead of killing the process, let all writes from this event on fail for lack of space.
+        number: the signal. SIGKILL ends the process at once; after another one, it can save what it has.
     """
 
-    def __init__(self, root: str, events: int, on: str, at: int | None, full: bool) -> None:
-        self.root, self.events, self.on, self.at, self.full = root, events, on, at, full
+    def __init__(self, root: str, events: int, on: str, at: int | None, full: bool, number: int) -> None:
+        self.root, self.events, self.on, self.at, self.full, self.number = root, events, on, at, full, number
         self.count = 0
 
     def install(self) -> None:
@@ -63,7 +64,7 @@ class Watch:
     def event(self, kind: str, what: str) -> None:
         """Record an event, and die if it is the one."""
         if self._is_due(kind, what) and not self.full:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.number)
 
     def _is_due(self, kind: str, what: str) -> bool:
         event = f"{kind} {what.removeprefix(self.root)}"
@@ -103,14 +104,16 @@ class Watch:
             handle.flush()
             if self.full:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.number)
+            return real(data[len(data) // 2 :])
 
         return write
 
 
 def attempt(
-    command: str, overrides: list[str], root: str, log: str, on: str = "", at: int | None = None, full: bool = False
-) -> None:
+    command: str, overrides: list[str], root: str, log: str, on: str = "", at: int | None = None, full: bool = False,
+    number: int = signal.SIGKILL,
+) -> None:  # fmt: skip
     """Run `python command overrides`, which writes below `root`, in this process. `log` has no suffix."""
     import torch
 
@@ -122,7 +125,7 @@ def attempt(
     tempfile.tempdir = f"{root}/tmp"  # so that temporary files are watched, too
     os.makedirs(tempfile.tempdir, exist_ok=True)
     sys.argv = [str(ROOT / command), *overrides]
-    Watch(root, events, on, at, full).install()
+    Watch(root, events, on, at, full, number).install()
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 

@@ -1,10 +1,12 @@
 """Exported models: transformers alone loads them, with the same values, the template and the end token of training."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -38,6 +40,26 @@ def test_transformers_alone_gives_the_same_log_probabilities(tmp_path: Path):
         ours = Policy(model)(pack([encoded.ids], [encoded.start]))
     expected = logits.log_softmax(-1)[range(encoded.start - 1, len(encoded.ids) - 1), encoded.ids[encoded.start :]]
     assert_close(ours, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [True, False])
+def test_other_engines_can_load_the_exported_model(tied: bool, dtype: torch.dtype, tmp_path: Path):
+    """vLLM reads the architecture and the dtype from config.json, and no name that only this project knows.
+
+    Tied weights are stored once: vLLM uses the embedding as its head.
+    """
+    export(tiny_model(dtype=dtype, tie_word_embeddings=tied), Chat(byte_tokenizer()), tmp_path / "out", CARD)
+    text = (tmp_path / "out" / "config.json").read_text()
+    config = json.loads(text)
+    assert (config["architectures"], config["model_type"]) == (["LlamaForCausalLM"], "llama")
+    assert config.get("dtype", config.get("torch_dtype")) == str(dtype).removeprefix("torch.")
+    assert config["tie_word_embeddings"] is tied
+    assert "packed" not in text
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as weights:
+        names = set(weights.keys())
+        assert {weights.get_tensor(name).dtype for name in names} == {dtype}
+    assert ("lm_head.weight" in names) is not tied
 
 
 def test_chat_template_of_training_is_exported(tmp_path: Path):

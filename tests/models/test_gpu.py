@@ -1,6 +1,10 @@
 """Tests that need a CUDA device: `pytest -m gpu`. Not tested on a GPU."""
 
 import json
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ from notebooks.tiny import byte_tokenizer
 from tests.helpers.cli import run
 from tests.helpers.models import tiny_model
 from var.data.chat import Chat
+from var.models.logprobs import compute_token_logps
 from var.models.packing import Packed, pack, pack_tree
 from var.models.policy import Policy
 from var.sampling.base import Sampling
@@ -64,6 +69,55 @@ def test_gpu_kernels_equal_packed_attention(kind: str, which: int):
     spread = float(packed[0].std())
     assert (found[0] - packed[0]).abs().mean() < 0.02 * spread
     assert (found[1] - packed[1]).norm() < 0.05 * packed[1].norm()
+
+
+def test_head_is_exact_to_a_hundredth_of_a_nat():
+    """Under bf16 autocast, on logits as spread as a trained model's, compared with float64 on the same inputs."""
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(512, 256, generator=draw).bfloat16().cuda()
+    head = (torch.randn(32_000, 256, generator=draw) * 0.25).cuda()
+    target = torch.randint(0, 32_000, (512,), generator=draw).cuda()
+    with torch.autocast("cuda", torch.bfloat16), torch.no_grad():
+        found = compute_token_logps(hidden, head, target)
+    exact = (hidden.double() @ head.double().T).log_softmax(-1).gather(1, target[:, None])[:, 0]
+    error = found.double() - exact
+    assert found.dtype == torch.float32
+    assert error.abs().mean() < 0.01
+    assert error.mean().abs() < 0.003
+
+
+@contextmanager
+def synchronizations() -> Iterator[list[str]]:
+    """Yield a list of the places at which the host waited for the device; it is filled at the end."""
+    places: list[str] = []
+    torch.set_warn_always(True)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield places
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.set_warn_always(False)
+    places += [f"{w.filename}:{w.lineno}" for w in caught if "synchronizing CUDA operation" in str(w.message)]
+
+
+def test_sampling_synchronizes_once_per_16_tokens():
+    chat, model = Chat(byte_tokenizer()), tiny_model().cuda()
+    sampling = Sampling(responses=2, temperature=1.0, top_p=1.0, max_new_tokens=64, batch=8, batch_tokens=4096, seed=0)
+    sample_tokens(model, chat, IDS, sampling)
+    with synchronizations() as places:
+        sample_tokens(model, chat, IDS, sampling)
+    assert len(places) <= 64 / 16 + 4, Counter(places)  # and a few to start and to end a batch
+
+
+def test_policys_step_never_synchronizes():
+    model, batch = tiny_model().cuda(), pack(IDS, STARTS).to("cuda")
+    policy = Policy(model)
+    policy(batch).sum().backward()
+    with synchronizations() as places:
+        policy(batch).sum().backward()
+    assert not places, Counter(places)
 
 
 def test_logits_of_a_large_vocabulary_never_exist_at_once():

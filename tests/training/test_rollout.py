@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from tests.helpers.packing import unpack_sequences
 from tests.helpers.runs import composed, write_lines
-from var.models.cross_scoring import unpack_sequences
 from var.models.packing import Packed
 from var.requirements import Rollout
 from var.training import module as module_module

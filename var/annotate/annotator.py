@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from var.annotate.cache import AnnotationCache, CacheTable, Keys
+from var.annotate.cache import AnnotationCache, CacheTable, Keys, deal
 from var.data.chat import Chat
 from var.models.frozen import FrozenModel
 from var.rewards.base import Reward
@@ -94,7 +94,15 @@ class Annotator:
         problems.check()
 
     def fill(
-        self, table: CacheTable, title: str, unit: str, keys: Keys, compute: Callable[..., Any], shard: int = SHARD
+        self,
+        table: CacheTable,
+        title: str,
+        unit: str,
+        keys: Keys,
+        compute: Callable[..., Any],
+        shard: int = SHARD,
+        part: np.ndarray | None = None,
+        cost: np.ndarray | None = None,
     ) -> pa.Array:
         """Return the values of `keys`, in their order, after computing the missing ones.
 
@@ -105,6 +113,9 @@ class Annotator:
             keys: [n] the items' content hashes.
             compute: called with indices into `keys` and a progress callback; returns their values.
             shard: items per file.
+            part: [n] int, items with equal labels are computed by one rank, one after another, such as those that share
+                a prompt.
+            cost: [n] the work of each item, by which ranks are balanced, such as its tokens.
         """
         kind = table.fingerprint["kind"]
         distinct = np.unique(keys)
@@ -120,8 +131,10 @@ class Annotator:
         self.ranks.barrier()  # also if nothing is missing: another job may be writing, and ranks may see it or not
         with self.reference.lockstep():
             if missing:
-                with timed(self.seconds, title), stage(title, -(-missing // self.ranks.world), unit) as advance:
-                    done = table.fill(keys, compute, shard, self.ranks.rank, self.ranks.world, advance)
+                dealt = self.ranks.rank, self.ranks.world
+                own = int(table.missing(keys[deal(keys, *dealt, part, cost)]).sum())
+                with timed(self.seconds, title), stage(title, own, unit) as advance:
+                    done = table.fill(keys, compute, shard, *dealt, advance, part, cost)
                 self.computed[title] = self.computed.get(title, 0) + done
         self.ranks.barrier()
         return table.read(keys)
@@ -130,6 +143,20 @@ class Annotator:
 def token_key(prompt: Sequence[int], response: Sequence[int]) -> bytes:
     """Return the content hash of a prompt and a response as tokens."""
     return hash_content(list(prompt), list(response))
+
+
+def count_shared(prompt: np.ndarray, length: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Return [n] tokens that each item adds, if items with equal prompts share its tokens: the first one brings them.
+
+    Args:
+        prompt: [n] int, the label of each item's prompt.
+        length: [n] response tokens.
+        tokens: [n] prompt tokens.
+    """
+    cost = length.copy()
+    first = np.unique(prompt, return_index=True)[1]
+    cost[first] += tokens[first]
+    return cost
 
 
 def batch_by_tokens(indices: np.ndarray, tokens: Sequence[int]) -> list[list[int]]:

@@ -16,6 +16,7 @@ reports it.
 
 import errno
 import hashlib
+import heapq
 import json
 import os
 import time
@@ -246,8 +247,10 @@ class CacheTable:
         rank: int = 0,
         world: int = 1,
         advance: Callable[[int], None] = lambda done: None,
+        part: np.ndarray | None = None,
+        cost: np.ndarray | None = None,
     ) -> int:
-        """Compute and write this rank's part of the missing items. Return how many this rank computed.
+        """Compute and write this rank's share of the missing items. Return how many this rank computed.
 
         Args:
             keys: [n] the items.
@@ -256,10 +259,11 @@ class CacheTable:
             rank: of this process.
             world: the number of processes.
             advance: called with the number of items that are done.
+            part: [n] int, items with equal labels are computed by one rank, one after another. None: each by itself.
+            cost: [n] the work of each item, by which ranks are balanced. None: 1.
         """
         self._sweep()
-        _, first = np.unique(keys, return_index=True)
-        mine = np.sort(first)[rank::world]  # of all items: ranks must agree, and see missing ones at different times
+        mine = deal(keys, rank, world, part, cost)
         todo = mine[self.missing(keys[mine])]
         computed = 0
         for begin in range(0, len(todo), shard):
@@ -270,3 +274,31 @@ class CacheTable:
                 self.write(keys[fresh], compute(fresh, advance))
                 computed += len(fresh)
         return computed
+
+
+def deal(
+    keys: Keys, rank: int, world: int, part: np.ndarray | None = None, cost: np.ndarray | None = None
+) -> np.ndarray:
+    """Return the indices of the items that one rank computes: complete parts, in the order in which they begin.
+
+    The most expensive part is dealt first, each to the rank with the least work so far. All items are dealt, not only
+    missing ones: ranks must agree, and see missing ones at different times.
+
+    Args:
+        keys: [n] the items. Of equal ones, only the first counts.
+        rank: of the process.
+        world: the number of processes.
+        part: [n] int, the label of each item's part. None: each item is a part.
+        cost: [n] the work of each item. None: 1.
+    """
+    items = np.sort(np.unique(keys, return_index=True)[1])
+    part = items if part is None else part[items]
+    _, first, place = np.unique(part, return_index=True, return_inverse=True)
+    total = np.bincount(place, weights=None if cost is None else cost[items], minlength=len(first))
+    owner = np.zeros(len(first), dtype=np.int64)
+    loads = [(0.0, other) for other in range(world)]
+    for label in np.lexsort((first, -total)) if world > 1 else ():
+        load, owner[label] = loads[0]
+        heapq.heapreplace(loads, (load + float(total[label]), int(owner[label])))
+    mine = np.flatnonzero(owner[place] == rank)
+    return items[mine[np.argsort(first[place[mine]], kind="stable")]]

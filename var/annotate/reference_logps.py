@@ -8,12 +8,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from var.annotate.annotator import Annotator, batch_by_tokens, token_key
+from var.annotate.annotator import Annotator, batch_by_tokens, count_shared, token_key
 from var.annotate.base import Provider, TrainingSet
 from var.annotate.cache import as_keys
 from var.annotate.rewards import fill_matrix, micro_batch_pairs
 from var.data.sequences import Sequences
-from var.models.cross_scoring import mismatched_logps
+from var.models.cross_scoring import mismatched_logps, pack_mismatched
 from var.models.packing import Packed, pack, pack_tree
 from var.requirements import MismatchedLogps, ReferenceLogps
 from var.utils.errors import UserError
@@ -58,16 +58,21 @@ class ProvideMismatchedLogps(Provider[MismatchedLogps]):
         self.logps = None if data.live else cached_mismatched_logps(data.annotator, data.sequences, data.members)
 
     def batch_fields(self, data: TrainingSet, micro_batch: int, members: np.ndarray) -> dict[str, Any]:
-        """Return the reference's [B] in nats, in float64 because a small difference from the policy's is used."""
-        if self.logps is None:
-            return {}
-        return {"mismatched_reference_logps": self.logps[micro_batch, : len(members)]}
+        """Return the pairings and, unless it is live, the reference's [B] in nats.
+
+        These are in float64 because a small difference from the policy's is used.
+        """
+        ids, starts, _ = zip(*(data.sequences.tokens(i) for i in members.tolist()), strict=True)
+        fields: dict[str, Any] = {"mismatched": pack_mismatched(ids, starts)}
+        if self.logps is not None:
+            fields["mismatched_reference_logps"] = self.logps[micro_batch, : len(members)]
+        return fields
 
     def at_step(self, batch: Packed, policy: Any, reference: Any) -> Packed:
         """Compute the policy's, and those of a live reference."""
         if reference is not None:
-            batch = replace(batch, mismatched_reference_logps=mismatched_logps(reference, batch))
-        return replace(batch, mismatched_logps=mismatched_logps(policy, batch))
+            batch = replace(batch, mismatched_reference_logps=mismatched_logps(reference, batch.mismatched))
+        return replace(batch, mismatched_logps=mismatched_logps(policy, batch.mismatched))
 
 
 def reference_logps(annotator: Annotator, sequences: Sequences, share: bool = False) -> pa.Array:
@@ -85,6 +90,8 @@ def reference_logps(annotator: Annotator, sequences: Sequences, share: bool = Fa
     table = annotator.annotations.table("reference_logps", fingerprint, pa.list_(pa.float32()))
     tokens = map(sequences.tokens, range(len(sequences)))
     keys = as_keys([token_key(ids[:start], ids[start:]) for ids, start, _ in tokens])
+    part = sequences.group if share else np.arange(len(sequences))
+    cost = count_shared(part, sequences.length, sequences.start)
 
     @torch.inference_mode()
     def compute(indices: np.ndarray, advance: Callable[[int], None]) -> list[list[float]]:
@@ -98,7 +105,7 @@ def reference_logps(annotator: Annotator, sequences: Sequences, share: bool = Fa
             advance(len(batch))
         return [found[i] for i in indices]
 
-    return annotator.fill(table, "Reference log-probabilities", "responses", keys, compute)
+    return annotator.fill(table, "Reference log-probabilities", "responses", keys, compute, part=part, cost=cost)
 
 
 def sum_logps(logps: pa.Array, sequences: Sequences) -> torch.Tensor:
@@ -139,26 +146,28 @@ def _pair_logps(annotator: Annotator, sequences: Sequences, pairs: np.ndarray) -
         return tokens[j][0][tokens[j][1] :]
 
     keys = as_keys([token_key(prompt(i), response(j)) for i, j in pairs.tolist()])
+    owner = sequences.group[pairs[:, 0]]  # pairs with one prompt share its tokens
+
+    def cost(indices: Any = slice(None)) -> np.ndarray:
+        asked, answered = pairs[indices].T
+        return count_shared(owner[indices], sequences.length[answered], sequences.start[asked])
 
     @torch.inference_mode()
     def compute(indices: np.ndarray, advance: Callable[[int], None]) -> list[float]:
         found: dict[int, float] = {}
-        new_prompt = np.diff(pairs[indices, 0], prepend=-1) != 0  # neighbors share their prompt's tokens
-        cost = [
-            len(response(j)) + len(prompt(i)) * int(new)
-            for (i, j), new in zip(pairs[indices].tolist(), new_prompt, strict=True)
-        ]
-        for batch in batch_by_tokens(indices, cost):
+        for batch in batch_by_tokens(indices, cost(indices).tolist()):
             by_prompt: dict[int, list[int]] = {}
             for at in batch:
-                by_prompt.setdefault(int(pairs[at, 0]), []).append(at)
+                by_prompt.setdefault(int(owner[at]), []).append(at)
             order = [at for several in by_prompt.values() for at in several]
             responses = [[response(j) for j in pairs[several, 1].tolist()] for several in by_prompt.values()]
-            tree = pack_tree([prompt(i) for i in by_prompt], responses)
+            prompts = [prompt(int(pairs[several[0], 0])) for several in by_prompt.values()]
+            tree = pack_tree(prompts, responses)
             with reference.precision():
                 logps = reference.policy(tree.to(reference.device)).double().cpu()
             found.update(zip(order, tree.sum_by_sequence(logps).tolist(), strict=True))
             advance(len(batch))
         return [found[i] for i in indices]
 
-    return annotator.fill(table, "Cross log-probabilities", "pairs", keys, compute).to_numpy()  # type: ignore[no-any-return]
+    values = annotator.fill(table, "Cross log-probabilities", "pairs", keys, compute, part=owner, cost=cost())
+    return values.to_numpy()  # type: ignore[no-any-return]

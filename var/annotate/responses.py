@@ -22,8 +22,13 @@ def sampling_fingerprint(annotator: Annotator, sampling: Sampling) -> dict[str, 
     return {**annotator.sampler.fingerprint(annotator.reference), "sampling": sampling.fingerprint}
 
 
-def sample_responses(annotator: Annotator, rows: Rows, sampling: Sampling, title: str = "Sampling") -> Texts:
-    """Return K (text, finished) for each row's prompt, sampled from the reference or read from the cache."""
+def sample_responses(
+    annotator: Annotator, rows: Rows, sampling: Sampling, title: str = "Sampling", release: bool = True
+) -> Texts:
+    """Return K (text, finished) for each row's prompt, sampled from the reference or read from the cache.
+
+    release: whether the sampler frees what it loaded. If not, the caller releases it.
+    """
     response = pa.struct([("text", pa.string()), ("finished", pa.bool_())])
     fingerprint = sampling_fingerprint(annotator, sampling)
     table = annotator.annotations.table("responses", fingerprint, pa.list_(response))
@@ -35,7 +40,8 @@ def sample_responses(annotator: Annotator, rows: Rows, sampling: Sampling, title
         return [[{"text": t, "finished": f} for t, f in several] for several in texts]
 
     values = annotator.fill(table, title, "prompts", rows.keys, compute, shard=256).to_pylist()
-    annotator.sampler.release()
+    if release:
+        annotator.sampler.release()
     return [[(response["text"], response["finished"]) for response in several] for several in values]
 
 

@@ -65,6 +65,7 @@ def score(annotator: Annotator, triples: Sequence[Triple], title: str = "Scoring
     """Return [n] raw rewards of (prompt, response, answer) in any pairing."""
     table = annotator.annotations.table("rewards", {"reward": annotator.reward.fingerprint}, pa.float64())
     keys = as_keys([hash_content(*triple) for triple in triples])
+    cost = np.array([len(text) + sum(len(turn["content"]) for turn in prompt) for prompt, text, _ in triples])
 
     def compute(indices: np.ndarray, advance: Callable[[int], None]) -> list[float]:
         rewards: list[float] = []
@@ -79,7 +80,7 @@ def score(annotator: Annotator, triples: Sequence[Triple], title: str = "Scoring
         problems.check()
         return rewards
 
-    return annotator.fill(table, title, "responses", keys, compute).to_numpy()  # type: ignore[no-any-return]
+    return annotator.fill(table, title, "responses", keys, compute, cost=cost).to_numpy()  # type: ignore[no-any-return]
 
 
 def score_rows(annotator: Annotator, rows: Rows) -> list[np.ndarray]:

@@ -16,7 +16,7 @@ from var.annotate.base import Provider, TrainingSet
 from var.annotate.prompt_features import prompt_features
 from var.annotate.reference_logps import cached_cross_logps, reference_logps, sum_logps
 from var.annotate.rewards import cross_rewards, score_candidates
-from var.models.cross_scoring import cross_logps
+from var.models.cross_scoring import cross_logps, pack_crossed
 from var.models.packing import Packed
 from var.requirements import WeightColumn, Weights
 from var.utils.errors import UserError
@@ -53,12 +53,15 @@ class ProvideWeights(Provider[Weights]):
                 self.cross_rewards = inputs.cross_rewards
 
     def batch_fields(self, data: TrainingSet, micro_batch: int, members: np.ndarray) -> dict[str, Any]:
-        """Return the weights [B] of the micro-batch, and its rewards [B, B] for a live reference."""
+        """Return the weights [B] of the micro-batch, and for a live reference its rewards [B, B] and pairings."""
         assert data.weights is not None
-        fields = {"weights": data.weights[members].float()}
+        fields: dict[str, Any] = {"weights": data.weights[members].float()}
         if data.live and self.requirement.estimator.needs_plan:
             size = len(members)
             fields["cross_rewards"] = self.cross_rewards[micro_batch, :size, :size].float()  # type: ignore[index]
+            if "cross_logps" in self.requirement.estimator.inputs:
+                ids, starts, _ = zip(*(data.sequences.tokens(i) for i in members.tolist()), strict=True)
+                fields["crossed"] = pack_crossed(ids, starts)
         return fields
 
     def at_step(self, batch: Packed, policy: Any, reference: Any) -> Packed:
@@ -68,7 +71,7 @@ class ProvideWeights(Provider[Weights]):
         if "reference_logps" in self.requirement.estimator.inputs:
             batch = replace(batch, reference_logps=reference(batch))
         if "cross_logps" in self.requirement.estimator.inputs:
-            batch = replace(batch, cross_logps=cross_logps(reference, batch))
+            batch = replace(batch, cross_logps=cross_logps(reference, batch.crossed))
         log_weights = self.requirement.estimator(micro_batch_inputs(batch), self.temperature)
         return replace(batch, weights=(log_weights - self.log_mean).exp().float())
 

@@ -12,7 +12,9 @@ from typing import Any
 from omegaconf import DictConfig
 
 from var.config.check import FOLDER
+from var.config.versions import check_versions
 from var.utils.errors import UserError
+from var.utils.signals import leaving_on_signals
 
 # Old keys and values, and what to write instead.
 RENAMED = {
@@ -29,20 +31,46 @@ RENAMED = {
 
 
 def run_command(main: Callable[[], Any]) -> None:
-    """Run a command. Print an error that the user can fix as one message without a traceback, and exit with 1."""
+    """Run a command. Print an error that the user can fix as one message without a traceback, and exit with 1.
+
+    On SIGTERM and SIGUSR1, exit with 128 plus the signal. After a sweep, list all failed jobs.
+    """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra passes the exception on instead of printing it
+    caught: Exception | None = None
+    sys.argv[1:] = map(_expand_home, sys.argv[1:])
     try:
-        main()
+        check_versions()
+        with leaving_on_signals():
+            main()
     except Exception as error:
-        message = _describe(error)
-        if message is None:
-            raise
-        sys.stdout.flush()
-        print(f"Error: {message}", file=sys.stderr)
-        sys.exit(1)
+        caught = error
+    finally:
+        sweep = sys.modules.get("var.config.sweep")  # Hydra has imported it, if there are jobs
+        if failures := sweep.list_failures() if sweep else []:
+            sys.stdout.flush()
+            print("\nFailed jobs:", *failures, sep="\n", file=sys.stderr)
+    if caught is None and not failures:
+        return
+    if caught is None:
+        message = f"failed jobs: {len(failures)}. The same command runs them again and skips finished jobs."
+    elif (described := describe(caught)) is not None:
+        message = described
+    elif failures:  # such as Optuna's error that no trial has a value
+        message = f"{type(caught).__name__}: {caught}"
+    else:
+        raise caught
+    sys.stdout.flush()
+    print(f"Error: {message}", file=sys.stderr)
+    sys.exit(1)
 
 
-def _describe(error: BaseException) -> str | None:
+def _expand_home(word: str) -> str:
+    """Expand ~ in `key=~/folder`. Shells leave it alone behind a key with a dot, and Hydra's grammar rejects it."""
+    key, given, value = word.partition("=")
+    return key + given + re.sub(r"(^|,)~(?=/|$)", lambda found: found[1] + str(Path.home()), value)
+
+
+def describe(error: BaseException) -> str | None:
     """Return the message for an error that the user can fix, or None."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException

@@ -1,8 +1,9 @@
-"""Name the folder of a run: readable, and the same for the same configuration."""
+"""Name a run's model and its folder: readable, and the same for the same configuration."""
 
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,22 @@ def hash_config(cfg: DictConfig, seeds: bool = True) -> str:
     if "trainer" in content:
         content["trainer"] = {k: v for k, v in content["trainer"].items() if k not in DEVICES}
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def model_name(name: str | None, *, _parent_: DictConfig) -> str:
+    """Return `name` if a model's path is the repository that its configuration describes, else a name made of the path.
+
+    Qwen/Qwen3-8B gives qwen3-8b. An exported model is named after its run, and a folder of the hub's cache after its
+    repository.
+    """
+    path = None if OmegaConf.is_missing(_parent_, "path") else _parent_.path
+    if path is None or (name is not None and path == _parent_.repository):
+        return str(name)
+    parts = Path(os.path.abspath(Path(path).expanduser())).parts
+    last = parts[-2] if parts[-1] == "model" else parts[-1]
+    if len(parts) > 2 and parts[-2] == "snapshots" and "--" in parts[-3]:
+        last = parts[-3].rpartition("--")[2]
+    return re.sub(r"[^a-z0-9._-]+", "-", last.lower())
 
 
 def run_dir(root: str, model: str, data: str, loss: str, *, _root_: DictConfig) -> str:

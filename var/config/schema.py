@@ -1,13 +1,16 @@
 """The keys of conf/train.yaml and conf/eval.yaml and their types. Importing this module does not import torch."""
 
 import os
+import re
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
-from var.utils.errors import Problems
+from var.utils.errors import Problems, UserError
+
+MEMORY = re.compile(r"([0-9.]+) ?(GiB|GB)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +50,7 @@ class TrainerSettings:
     max_seconds: float | None  # of sampling, scoring and training
     accelerator: Literal["auto", "cpu", "gpu"]
     devices: Literal["auto"] | int  # per machine
+    device_memory: str | None  # of each GPU, as in 80GiB; None: that of the GPUs found
     num_nodes: int  # machines
     precision: Literal["auto", "bf16-mixed", "32-true", "64-true"]
     gradient_clip: float  # maximum gradient norm; 0: no clipping
@@ -65,12 +69,26 @@ class TrainerSettings:
         """How long a process waits for the others."""
         return timedelta(hours=self.timeout_hours)
 
+    def __post_init__(self) -> None:
+        if self.device_memory is not None and not MEMORY.fullmatch(self.device_memory):
+            raise UserError(f"trainer.device_memory: expected a size such as 80GiB, got {self.device_memory!r}.")
+
+    @property
+    def device_bytes(self) -> float | None:
+        """`device_memory` in bytes."""
+        if self.device_memory is None:
+            return None
+        found = MEMORY.fullmatch(self.device_memory)
+        assert found is not None
+        return float(found[1]) * (2**30 if found[2] == "GiB" else 10**9)
+
     @property
     def gpu(self) -> bool:
-        """Whether the run uses GPUs."""
+        """Whether the run uses GPUs, found or given by `device_memory`."""
         import torch
 
-        return self.accelerator == "gpu" or (self.accelerator == "auto" and torch.cuda.is_available())
+        found = torch.cuda.is_available() or self.device_memory is not None
+        return self.accelerator == "gpu" or (self.accelerator == "auto" and found)
 
     @property
     def local(self) -> int:
@@ -79,7 +97,7 @@ class TrainerSettings:
 
         if self.devices != "auto":
             return int(self.devices)
-        return int(os.environ.get("LOCAL_WORLD_SIZE", torch.cuda.device_count() if self.gpu else 1))
+        return int(os.environ.get("LOCAL_WORLD_SIZE", max(1, torch.cuda.device_count()) if self.gpu else 1))
 
     @property
     def world(self) -> int:
@@ -168,7 +186,8 @@ class EvalConfig:
     judged: int | None  # number of judged prompts per subset; None: all
     averages: Any  # lists of subsets by name
     second_reward: Any  # None: only the reward
-    precision: Literal["float32", "bfloat16"]  # of sampling and scoring
+    devices: int | Literal["auto"]  # processes on this machine; auto: one per GPU, or one on a CPU
+    precision: Literal["float32", "bfloat16"]  # of sampling, scoring and benchmarks
     annotation_cache: str  # folder of responses, rewards and reference log-probabilities
     cache: str  # folder of converted models, rows and tokens
     out: str  # parent of the results' folders

@@ -5,12 +5,23 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from var.data.rows import Message
 from var.utils.errors import UserError
 
 PROBE = "probe"  # a response that every template renders unchanged
+
+# The template `plain`, for base models: any tokenizer has these characters and an end-of-sequence token.
+PLAIN = """\
+{%- if bos_token %}{{ bos_token }}{% endif %}
+{%- for message in messages %}
+  {{- '### ' + message['role'] | capitalize + ':\n' + message['content'] }}
+  {{- eos_token if message['role'] == 'assistant' else '' }}
+  {{- '\n\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '### Assistant:\n' }}{% endif %}"""
 
 
 @dataclass(frozen=True)
@@ -32,6 +43,18 @@ def hash_tokenizer(tokenizer: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+def read_template(value: str, key: str = "model.chat_template") -> str:
+    """Return a chat template: `value` itself, the text of a .jinja file, or the template `plain`."""
+    if value == "plain":
+        return PLAIN
+    if not value.endswith(".jinja"):
+        return value
+    file = Path(value).expanduser()
+    if not file.is_file():
+        raise UserError(f"{key}={value}: there is no such file. Set it to a Jinja template, a .jinja file or plain.")
+    return file.read_text()
+
+
 def render_messages(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool) -> str:
     """Return messages as text, rendered by the tokenizer's chat template in Jinja's sandbox."""
     try:
@@ -49,13 +72,16 @@ class Chat:
     and the end token after it are trained. Text that the template writes after the end token is dropped.
     """
 
-    def __init__(self, tokenizer: Any, template: str | None = None) -> None:
+    def __init__(self, tokenizer: Any, template: str | None = None, path: str | None = None) -> None:
+        path = path or tokenizer.name_or_path
+        self.origin = f"the tokenizer of {path}" if template is None else "model.chat_template"
         if template is not None:
-            tokenizer.chat_template = template
+            tokenizer.chat_template = read_template(template)
         if not tokenizer.chat_template:
             raise UserError(
-                f"the tokenizer of {tokenizer.name_or_path} has no chat template. Set model.chat_template, as the "
-                "configurations of base models do"
+                f"the tokenizer of {path} has no chat template, as is usual for base models. Set "
+                "model.chat_template=plain, which suits any model, or set it to a .jinja file. For the template of a "
+                f"family, use its configuration: model=llama3.1-8b model.path={path}, or model=llama2-7b model.path=…"
             )
         if not tokenizer.is_fast:
             raise UserError(
@@ -141,7 +167,9 @@ class Chat:
         after = [t for t, (_, high) in enumerate(offsets) if high > end and t >= start]
         stop = next((t for t in after if ids[t] == self.end_token), None)
         if stop is None:
-            raise ValueError("the response's end token cannot be found in the rendered row")
+            raise ValueError(
+                f"the response's end token cannot be found in the rendered row. Its chat template is from {self.origin}"
+            )
         if after[0] == start:
             raise ValueError("the response is empty after rendering by the template")
         return Encoded(ids=self._check_bos(ids[: stop + finished]), start=start)

@@ -86,8 +86,8 @@ class Plan:
         """Yield this rank's micro-batches of an epoch.
 
         Micro-batches of a step are dealt to the ranks in serpentine order of decreasing cost, to balance load. A single
-        rank gets them in the plan's order. If a short step has none for a rank, the rank gets the step's last
-        micro-batch as padding, so that the ranks stay in step.
+        rank gets them in the plan's order. If the last turn of a step has none for a rank (the step is short, or the
+        ranks do not divide it), the rank gets the step's last micro-batch as padding, so that the ranks stay in step.
         """
         order = self.epoch(epoch)
         for begin in range(0, len(order), self.window):
@@ -101,10 +101,23 @@ class Plan:
                 padding = mine >= len(step)
                 yield MicroBatch(int(step[-1 if padding else mine]), *totals, padding=padding)
 
+    def turns(self, world: int) -> int:
+        """Return the micro-batches of one rank in a complete optimizer step, padding included."""
+        return -(-self.window // world)
+
     def length(self, world: int) -> int:
         """Return the micro-batches of one rank per epoch."""
         complete, rest = divmod(len(self.micro), self.window)
-        return complete * (self.window // world) + -(-rest // world)
+        return complete * self.turns(world) + -(-rest // world)
+
+    def convert_progress(self, count: int, before: int, now: int, passes: int = 1) -> int:
+        """Return a rank's micro-batches so far, `count` on `before` ranks, as their number on `now` ranks.
+
+        The progress must be between two optimizer steps. passes: how often an epoch trains each micro-batch.
+        """
+        epochs, position = divmod(count, self.length(before) * passes)
+        steps = -(-position // self.turns(before))  # the last step of an epoch may be short
+        return epochs * self.length(now) * passes + min(steps * self.turns(now), self.length(now) * passes)
 
 
 def make_plan(

@@ -34,8 +34,13 @@ class Candidate:
 
     def sample(self, rows: Rows, sampling: Sampling, seeds: Sequence[int]) -> Texts:
         """Sample one answer per prompt and seed."""
-        title = f"Answers of the {self.name}"
-        drawn = [sample_responses(self.annotator, rows, replace(sampling, seed=s), f"{title}, seed {s}") for s in seeds]
+        drawn = [
+            sample_responses(
+                self.annotator, rows, replace(sampling, seed=seed), f"Answers of the {self.name}, seed {seed}", False
+            )
+            for seed in seeds
+        ]
+        self.annotator.sampler.release()
         return [[answers[i][0] for answers in drawn] for i in range(len(rows))]
 
     def score(self, name: str, reward: Reward, rows: Rows, texts: Texts) -> np.ndarray:

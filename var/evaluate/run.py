@@ -35,6 +35,7 @@ from var.models.pretrained import Pretrained, find_model
 from var.rewards.base import Reward, check_answers
 from var.sampling.base import Sampling, Texts
 from var.utils.console import say, silence_libraries, stage, warn
+from var.utils.distributed import Ranks, bind_device
 from var.utils.errors import UserError
 from var.utils.files import atomic, write_json
 from var.utils.provenance import collect_environment
@@ -66,12 +67,17 @@ class Evaluation:
         model, reference = locate_models(cfg)
         rewards = {key: instantiate(cfg[key]) for key in ("reward", "second_reward") if cfg[key]}
 
+        device = bind_device()
+
         def build(name: str, pretrained: Pretrained) -> Candidate:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            frozen = FrozenModel(pretrained, device, torch.bfloat16 if cfg.precision == "bfloat16" else None)
+            autocast = torch.bfloat16 if cfg.precision == "bfloat16" else None
+            pretrained = pretrained.with_attention_for(device.startswith("cuda"), half=autocast is not None)
+            frozen = FrozenModel(pretrained, device, autocast)
             store = AnnotationCache(Path(cfg.annotation_cache).expanduser(), warn=warn)
             cache = Path(cfg.cache).expanduser()
-            annotator = Annotator(store, frozen, rewards["reward"], cache, instantiate(cfg.sampler))
+            annotator = Annotator(
+                store, frozen, rewards["reward"], cache, instantiate(cfg.sampler), ranks=Ranks.current()
+            )
             return Candidate(name, frozen, annotator)
 
         return cls(
@@ -133,36 +139,49 @@ class Evaluation:
     @cached_property
     def folder(self) -> Path:
         """The folder of the results, the same for the same configuration."""
-        kept = {key: v for key, v in to_dict(self.cfg).items() if key not in ("annotation_cache", "cache", "out")}
+        unrelated = ("annotation_cache", "cache", "devices", "out")
+        kept = {key: value for key, value in to_dict(self.cfg).items() if key not in unrelated}
         digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:8]
         return Path(self.cfg.out).expanduser() / f"{self.name}_{'+'.join(self.prompts.subsets)}-{digest}"
 
     def run(self) -> dict[str, Any]:
-        """Sample, score and measure; write answers.jsonl, games.jsonl and result.json, and print a table."""
+        """Sample, score and measure; write answers.jsonl, games.jsonl and result.json, and print a table.
+
+        All ranks sample and score. The first one measures, writes and returns the result; the others return {}.
+        """
         cfg, rows, labels = self.cfg, self.prompts.rows, self.prompts.labels
         self.folder.mkdir(parents=True, exist_ok=True)
         result: dict[str, Any] = {
             "title": f"{self.name} on {', '.join(self.prompts.subsets)}", "seeds": list(cfg.seeds),
         }  # fmt: skip
         answers, rewards, logps = dict[str, Answers](), dict[str, dict[str, np.ndarray]](), dict[str, np.ndarray]()
+        sampled = dict[str, Texts]()
         for candidate in self.candidates:
             name = candidate.name
             if name == "model" and self.file_answers is not None:
                 texts = self.file_answers
             else:
                 texts = candidate.sample(rows, self.sampling, cfg.seeds)
-            if name == "model":
-                model_texts = texts
-            answers[name] = describe_answers(texts, candidate.annotator.chat)
+            answers[name], sampled[name] = describe_answers(texts, candidate.annotator.chat), texts
             if self.reference and self.file_answers is None:
-                logps[name] = candidate.sum_logps(rows, model_texts)
+                logps[name] = candidate.sum_logps(rows, sampled["model"])
             if name == "model" and self.benchmarks:
                 result["benchmarks"] = run_benchmarks(
                     self.benchmarks, candidate.model.policy.model, candidate.annotator.chat.tokenizer,
-                    self.folder / "benchmarks",
+                    self.folder / "benchmarks", candidate.model.autocast, candidate.annotator.ranks,
                 )  # fmt: skip
             candidate.model.release()
-            rewards[name] = {key: candidate.score(key, reward, rows, texts) for key, reward in self.rewards.items()}
+        for candidate in self.candidates:  # after all sampling: an engine of vLLM needs the memory of a reward model
+            rewards[candidate.name] = {
+                key: candidate.score(key, reward, rows, sampled[candidate.name]) for key, reward in self.rewards.items()
+            }
+        first = self.model.annotator.ranks.rank == 0
+        if self.judge and (first or isinstance(self.judge, RewardJudge)):  # all ranks share the scoring of a reward
+            result["win_rates"], games = self._judge(self.judge, answers)
+            if first:
+                self._write_lines("games.jsonl", games)
+        if not first:
+            return {}
         for name, found in answers.items():
             numbers = dict(rewards[name])
             if name == "model" and logps:
@@ -175,9 +194,6 @@ class Evaluation:
                 key: compare(labels, rewards["model"][key] - rewards["reference"][key], *sizes) for key in self.rewards
             }
         result["distinct"] = measure_distinct({name: found.texts for name, found in answers.items()})
-        if self.judge:
-            result["win_rates"], games = self._judge(self.judge, answers)
-            self._write_lines("games.jsonl", games)
         result["depends_on"] = self._provenance()
         self._write_lines("answers.jsonl", self._records(answers, rewards))
         write_json(self.folder / "result.json", result)

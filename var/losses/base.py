@@ -14,7 +14,7 @@ class Mean(NamedTuple):
     `torchmetrics` would reduce each metric over the ranks by itself; `AlignmentModule` reduces all of them at once.
     """
 
-    total: Tensor
+    total: Tensor | float
     """The sum over what is counted, without a gradient."""
     number: Tensor | float
     """How many items it sums over. Metrics with a count of zero are omitted."""

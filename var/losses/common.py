@@ -78,18 +78,6 @@ def check_ratio(ratio: str, clip: float | None) -> None:
         )
 
 
-def nonnegative_rewards(batch: Packed) -> Tensor:
-    """Return the rewards [B] as weights. Raise UserError on a negative one: π_θ(y|x) → 0 would be a loss of −∞."""
-    assert batch.rewards is not None
-    rewards = batch.rewards.detach()
-    if (lowest := float(rewards.min())) < 0:
-        raise UserError(
-            f"this loss uses rewards as weights, which must not be negative, but the lowest is {lowest:.4g}. Set "
-            "reward_scale=sigmoid."
-        )
-    return rewards
-
-
 def response_metrics(logps: Tensor, batch: Packed) -> Metrics:
     """Return the NLL per token, and log π_θ per response, which falls when responses are made less likely."""
     total = logps.detach().sum()
@@ -150,7 +138,7 @@ def group_metrics(logps: Tensor, batch: Packed, implicit: Tensor, target: Tensor
         implicit: [B] implicit rewards.
         target: [B] target probabilities within each group.
     """
-    groups, implicit = float(batch.group.max() + 1), implicit.detach()
+    groups, implicit = float(len(batch.group_sizes)), implicit.detach()
     return {
         "nll": Mean(-logps.detach().sum(), float(len(logps))),
         "implicit_reward/mean": Mean(implicit.sum(), float(len(implicit))),
@@ -214,11 +202,10 @@ def rollout_metrics(logps: Tensor, batch: Packed) -> Metrics:
 def zero_variance_metrics(batch: Packed) -> Metrics:
     """Return the fraction of groups whose rewards are all equal. Raise UserError on a group of one response."""
     assert batch.rewards is not None
-    size = group_size(batch.group)
-    if (size < 2).any():
+    if min(batch.group_sizes) < 2:
         raise UserError(
             "generate.responses=1: this loss compares the responses to a prompt, and there is nothing to compare. Set "
             "generate.responses to 2 or more."
         )
     equal = zero_variance(batch.rewards.double(), batch.group)
-    return {"groups/zero_variance": Mean((equal / size).sum(), float(batch.group.max()) + 1)}
+    return {"groups/zero_variance": Mean((equal / group_size(batch.group)).sum(), float(len(batch.group_sizes)))}

@@ -10,7 +10,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from var.losses.base import Mean, Metrics
-from var.losses.common import nonnegative_rewards, response_metrics
+from var.losses.common import response_metrics
 from var.models.packing import Packed
 from var.requirements import Requirement, Rewards
 from var.utils.errors import UserError
@@ -31,7 +31,8 @@ class RGOLD:
 
     def __call__(self, logps: Tensor, batch: Packed) -> tuple[Tensor, Metrics]:
         """Return the sum over this micro-batch, divided by the step's sequences, and its metrics."""
-        rewards = nonnegative_rewards(batch)
+        assert batch.rewards is not None
+        rewards = batch.rewards.detach()
         belief = logps.detach().exp().clamp(min=self.floor)
         weights = rewards.to(logps.dtype)[batch.sequence] * belief
         metrics = {**response_metrics(logps, batch), "weight/mean": Mean(rewards.sum(), float(len(rewards)))}

@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from var.losses.base import Mean, Metrics
-from var.losses.common import Ratio, check_ratio, importance_weighted_nll, nonnegative_rewards
+from var.losses.common import Ratio, check_ratio, importance_weighted_nll
 from var.models.packing import Packed
 from var.requirements import ReferenceLogps, Requirement, Rewards
 from var.utils.errors import UserError
@@ -30,6 +30,6 @@ class RLoL:
 
     def __call__(self, logps: Tensor, batch: Packed) -> tuple[Tensor, Metrics]:
         """Return the sum over this micro-batch, divided by the step's sequences, and its metrics."""
-        rewards = nonnegative_rewards(batch)
-        loss, metrics = importance_weighted_nll(logps, rewards, batch, self.ratio, self.clip)
-        return loss, {**metrics, "weight/mean": Mean(rewards.sum(), float(len(rewards)))}
+        assert batch.rewards is not None
+        loss, metrics = importance_weighted_nll(logps, batch.rewards, batch, self.ratio, self.clip)
+        return loss, {**metrics, "weight/mean": Mean(batch.rewards.detach().sum(), float(len(batch)))}

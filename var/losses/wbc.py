@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from var.losses.base import Mean, Metrics
-from var.losses.common import nonnegative_rewards, response_metrics, weighted_nll
+from var.losses.common import response_metrics, weighted_nll
 from var.models.packing import Packed
 from var.requirements import Requirement, Rewards
 
@@ -22,6 +22,7 @@ class WBC:
 
     def __call__(self, logps: Tensor, batch: Packed) -> tuple[Tensor, Metrics]:
         """Return the sum over this micro-batch, divided by the step's sequences, and its metrics."""
-        rewards = nonnegative_rewards(batch)
-        loss, _ = weighted_nll(logps, rewards, batch, "sequence")
-        return loss, {**response_metrics(logps, batch), "weight/mean": Mean(rewards.sum(), float(len(rewards)))}
+        assert batch.rewards is not None
+        loss, _ = weighted_nll(logps, batch.rewards, batch, "sequence")
+        weight = Mean(batch.rewards.detach().sum(), float(len(batch)))
+        return loss, {**response_metrics(logps, batch), "weight/mean": weight}

@@ -19,6 +19,9 @@ from var.utils.errors import UserError
 
 VARLEN = ("varlen", "flash_attention_2")  # GPU kernels for sequences of different lengths
 
+# cuDNN builds a plan of about 40 ms for each new pair of lengths, and nearly every call has new ones.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 
 class Layout:
     """Hold the segments of a packed row on their way through a model's layers.
@@ -72,7 +75,6 @@ def packed_attention(
         raise UserError(
             f"data.max_length: a sequence is longer than the model's sliding window of {sliding_window}. Lower it."
         )
-    enable_gqa = query.shape[1] != key.shape[1]
     sizes = [s.stop - s.start for s in segments]
     # split instead of slices: the gradient of a slice is a full-size tensor of zeros around the slice
     parts = zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value)), strict=True)
@@ -84,12 +86,19 @@ def packed_attention(
         if prefix := segment.prefix_stop - segment.prefix_start:
             k, v = (torch.cat(pair, dim=2) for pair in zip(keys_and_values[segment.prefix_start], (k, v), strict=True))
             mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(prefix)
+            k, v = (repeat_heads(tensor, q.shape[1], dim=1) for tensor in (k, v))  # a fast kernel takes one or other
         out.append(
             scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, enable_gqa=enable_gqa
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling,
+                enable_gqa=q.shape[1] != k.shape[1],
             )
-        )
+        )  # fmt: skip
     return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
+
+
+def repeat_heads(tensor: Tensor, heads: int, dim: int) -> Tensor:
+    """Return keys or values with `heads` heads in dimension `dim`: each is repeated for the queries that share it."""
+    return tensor if tensor.shape[dim] == heads else tensor.repeat_interleave(heads // tensor.shape[dim], dim)
 
 
 @torch.compiler.disable
@@ -107,18 +116,22 @@ def varlen_attention(
 ) -> tuple[Tensor, None]:
     """Compute causal attention of each sequence to itself by torch's flash kernel, on CUDA in bf16.
 
-    Shapes are those of `packed_attention`. Not tested on a GPU.
+    Shapes are those of `packed_attention`. The kernel takes a single dtype, that of the values: under autocast, the
+    rotation of positions returns queries and keys in float32. Not tested on a GPU.
     """
     from torch.nn.attention.varlen import varlen_attn
 
     check_attention_call(module, cu_seq_lens_q, attention_mask, options)
     assert cu_seq_lens_q is not None
-    q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
+    q, k, v = (tensor[0].transpose(0, 1).to(value.dtype).contiguous() for tensor in (query, key, value))
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
-    bounds, enable_gqa = cu_seq_lens_q, q.shape[1] != k.shape[1]
-    out = varlen_attn(
-        q, k, v, bounds, bounds, max_length_q, max_length_q, scale=scaling, window_size=window, enable_gqa=enable_gqa
-    )
+    options = {"scale": scaling, "window_size": window}
+    if "enable_gqa" in signature(varlen_attn).parameters:
+        options["enable_gqa"] = q.shape[1] != k.shape[1]
+    else:  # before torch 2.12
+        k, v = (repeat_heads(tensor, q.shape[1], dim=1) for tensor in (k, v))
+    bounds = cu_seq_lens_q
+    out = varlen_attn(q, k, v, bounds, bounds, max_length_q, max_length_q, **options)
     assert isinstance(out, Tensor)
     return out[None], None
 

@@ -1,7 +1,10 @@
-"""Log-probabilities of a micro-batch's responses under its other prompts."""
+"""Log-probabilities of a micro-batch's responses under its other prompts.
 
-from bisect import bisect_right
-from collections.abc import Callable
+Pairings are packed on the host, when the batch is made: tokens on a GPU would have to be read back in each step.
+"""
+
+from collections.abc import Callable, Sequence
+from math import isqrt
 
 import torch
 from torch import Tensor
@@ -9,36 +12,38 @@ from torch import Tensor
 from var.models.packing import Packed, pack, pack_tree
 
 
-def cross_logps(policy: Callable[[Packed], Tensor], batch: Packed) -> Tensor:
-    """Return [B, B] float64 nats: log π(y_j|x_i) for each pair, summed over tokens. Each prompt is encoded once."""
-    ids, starts = unpack_sequences(batch)
+def pack_crossed(ids: Sequence[Sequence[int]], starts: Sequence[int]) -> Packed:
+    """Return the B·B sequences of each prompt with each response. Each prompt is encoded once.
+
+    Args:
+        ids: [B] tokens of each sequence, prompt and response.
+        starts: [B] index at which each response starts.
+    """
     prompts = [row[:start] for row, start in zip(ids, starts, strict=True)]
     responses = [row[start:] for row, start in zip(ids, starts, strict=True)]
-    tree = pack_tree(prompts, [responses] * len(prompts)).to(batch.input_ids.device)
-    return tree.sum_by_sequence(policy(tree).double()).view(len(batch), len(batch))
+    return pack_tree(prompts, [responses] * len(prompts))
+
+
+def pack_mismatched(ids: Sequence[Sequence[int]], starts: Sequence[int]) -> Packed:
+    """Return the B sequences of each prompt with the next sequence's response; for arguments see `pack_crossed`."""
+    responses = [row[start:] for row, start in zip(ids, starts, strict=True)]
+    responses = [*responses[1:], responses[0]]
+    rows = [[*row[:start], *response] for row, start, response in zip(ids, starts, responses, strict=True)]
+    return pack(rows, starts)
+
+
+def cross_logps(policy: Callable[[Packed], Tensor], crossed: Packed | None) -> Tensor:
+    """Return [B, B] float64 nats: log π(y_j|x_i) for each pair, summed over tokens, of `pack_crossed`."""
+    assert crossed is not None
+    count = isqrt(len(crossed))
+    return crossed.sum_by_sequence(policy(crossed).double()).view(count, count)
 
 
 @torch.no_grad()
-def mismatched_logps(policy: Callable[[Packed], Tensor], batch: Packed) -> Tensor:
-    """Return [B] float64 nats: log π(y_{i+1}|x_i), the next sequence's response under each prompt, summed over tokens.
+def mismatched_logps(policy: Callable[[Packed], Tensor], mismatched: Packed | None) -> Tensor:
+    """Return [B] float64 nats: log π(y_{i+1}|x_i), summed over tokens, of `pack_mismatched`.
 
     KTO estimates its KL divergence from these.
     """
-    ids, starts = unpack_sequences(batch)
-    responses = [row[start:] for row, start in zip(ids, starts, strict=True)]
-    responses = [*responses[1:], responses[0]]
-    rows = [row[:start] + response for row, start, response in zip(ids, starts, responses, strict=True)]
-    packed = pack(rows, starts).to(batch.input_ids.device)
-    return packed.sum_by_sequence(policy(packed).double())
-
-
-def unpack_sequences(batch: Packed) -> tuple[list[list[int]], list[int]]:
-    """Return a packed batch as lists of tokens, prompt and response, and the index at which each response starts."""
-    tokens, ids, starts = batch.input_ids.tolist(), [], []
-    prompt_starts = [segment.start for segment in batch.segments if not segment.prefix_stop]
-    prompt_ends = batch.predictor[batch.length.cumsum(0) - batch.length].tolist()  # each prompt's last token
-    for end, response in zip(prompt_ends, batch.target.split(batch.length.tolist()), strict=True):
-        prompt = tokens[prompt_starts[bisect_right(prompt_starts, end) - 1] : end + 1]
-        ids.append([*prompt, *response.tolist()])
-        starts.append(len(prompt))
-    return ids, starts
+    assert mismatched is not None
+    return mismatched.sum_by_sequence(policy(mismatched).double())

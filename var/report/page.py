@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from var.report.figures import JUDGE_WIN_RATE, PANELS, PEAK_MEMORY
 from var.report.read import RunRecord
 from var.report.tables import format_cell
+from var.report.warnings import validation_warnings
 
 SHOWN_PROMPTS, OPEN_PROMPTS = 100, 6  # prompts on the page, and those that are visible without a click
 SHOWN_MICRO_BATCHES = 4
@@ -115,8 +116,7 @@ def find_warnings(run: RunRecord) -> list[str]:
         warnings.append(f"The largest weight is {health['largest']:.0f} times the mean.")
     if abs(health.get("length_correlation", 0)) > 0.3:
         warnings.append(f"Weights are correlated with response length: {health['length_correlation']:.2f}.")
-    if (truncated := (summary["validation"].get("truncated") or {}).get("after") or 0) > 0.2:
-        warnings.append(f"{truncated:.0%} of the validation responses after training were truncated at max_new_tokens.")
+    warnings += validation_warnings(summary["validation"])
     warnings += [
         f"{_label(name)}: {count}."
         for name, count in {**data, **(data.get("encoding") or {})}.items()

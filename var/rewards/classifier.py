@@ -1,7 +1,8 @@
 """A Hugging Face sequence classifier as reward model, such as OffsetBias-RM."""
 
+import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -9,13 +10,15 @@ from typing import Any
 
 import torch
 
-from var.data.chat import hash_tokenizer, render_messages
+from var.data.chat import hash_tokenizer, read_template, render_messages
 from var.data.rows import Message
 from var.models.frozen import free_memory
 from var.models.packing import whole
 from var.models.pretrained import ADAPTER, Pretrained
 from var.models.reward_model import RewardModel
+from var.models.simulate import measure_activations
 from var.rewards.base import Answers, Prompts
+from var.utils.distributed import bind_device
 from var.utils.errors import UserError
 
 DECODERS = {"llama", "qwen2", "qwen3", "mistral"}  # models whose attention can be replaced by the packed one
@@ -36,25 +39,26 @@ class Classifier:
     max_length: int = 4096  # tokens; a longer row is an error
     tokens: int = 8192  # tokens per forward pass, in packed rows
     cache: str = "~/.cache/var-align"
+    architecture: Mapping[str, Any] = field(default_factory=dict, compare=False)  # sizes, for debug=dry without the hub
     device: str = field(default="auto", compare=False)
 
     scores_text = True
 
     @cached_property
     def _files(self) -> Any:
-        model = Path(self.path) / "model"  # in the folder of a finished run
+        model = Path(self.path).expanduser() / "model"  # in the folder of a finished run
         path = str(model) if any((model / name).exists() for name in ("config.json", ADAPTER)) else self.path
         return Pretrained(
-            name=Path(self.path).name, path=path, revision=self.revision, chat_template=self.chat_template,
-            dtype=self.dtype, attention="packed", trust_remote_code=False, gradient_checkpointing=False,
-            architecture={}, cache=self.cache,
+            name=Path(self.path).name, path=path, key="reward.path", revision=self.revision,
+            chat_template=self.chat_template, dtype=self.dtype, attention="auto", trust_remote_code=False,
+            gradient_checkpointing=False, architecture=self.architecture, cache=self.cache,
         )  # fmt: skip
 
     @cached_property
     def _tokenizer(self) -> Any:
         tokenizer = self._files.tokenizer
         if self.chat_template is not None:
-            tokenizer.chat_template = self.chat_template
+            tokenizer.chat_template = read_template(self.chat_template, "reward.chat_template")
         if not tokenizer.chat_template:
             raise UserError(
                 f"reward.path={self.path}: the reward model has no chat template, so its scores would be meaningless. "
@@ -67,7 +71,7 @@ class Classifier:
         """The configuration of the model. Raise a `UserError` if it is not a classifier with one label."""
         files = self._files
         if files.base is not None:
-            kind = json.loads((files.folder / ADAPTER).read_text()).get("task_type")
+            kind = json.loads((files.config_folder / ADAPTER).read_text()).get("task_type")
             if kind != "SEQ_CLS":
                 raise UserError(
                     f"reward.path={self.path}: expected an adapter of a reward model (task_type SEQ_CLS), got {kind}"
@@ -90,10 +94,11 @@ class Classifier:
         import var.models.attention  # noqa: F401  registers the packed attention
 
         packed = self._config.model_type in DECODERS
+        kernel = self._files.with_attention_for(gpu=self._device.startswith("cuda"), half=False).kernel
         if self._files.base is not None:
-            model = replace(self._files, attention="packed" if packed else "sdpa").load_scorer()
+            model = replace(self._files, attention=kernel if packed else "sdpa").load_scorer()
             return RewardModel(model.requires_grad_(False).to(self._device)).eval()
-        options = {"attn_implementation": "packed"} if packed else {}
+        options = {"attn_implementation": kernel} if packed else {}
         model, report = AutoModelForSequenceClassification.from_pretrained(
             self._files.folder, dtype=getattr(torch, self.dtype), use_safetensors=True, trust_remote_code=False,
             output_loading_info=True, **options,
@@ -104,9 +109,7 @@ class Classifier:
 
     @property
     def _device(self) -> str:
-        if self.device != "auto":
-            return self.device
-        return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"  # that of this process
+        return bind_device() if self.device == "auto" else self.device
 
     def release(self) -> None:
         """Free the loaded model. The next use loads it again."""
@@ -121,6 +124,22 @@ class Classifier:
             "weights": self._files.weights, "dtype": self.dtype, "template": self._tokenizer.chat_template,
             "tokenizer": hash_tokenizer(self._tokenizer), "max_length": self.max_length,
         }  # fmt: skip
+
+    def measure_memory(self) -> float | None:
+        """Return the bytes of the model with a forward pass, or None if its sizes are not known here."""
+        try:
+            model = self._files.build_meta()
+        except (UserError, KeyError):
+            return None
+        config = copy.deepcopy(model.config)
+        config.vocab_size = 8  # a classifier has no logits
+        head = model.get_output_embeddings().weight
+        tied = head is model.get_input_embeddings().weight
+        parameters = sum(p.numel() for p in model.parameters()) - (0 if tied else head.numel())
+        dtype = getattr(torch, self.dtype)
+        length = min(self.max_length, self.tokens)
+        passes = measure_activations(config, max(1, self.tokens // length), length, dtype=dtype, train=False)
+        return float(parameters * dtype.itemsize + max(passes))
 
     @torch.inference_mode()
     def __call__(self, prompts: Prompts, responses: Sequence[str], answers: Answers) -> list[float]:

@@ -75,6 +75,11 @@ class Ensemble:
         members = {name: member.fingerprint for name, member in self.members.items()}
         return {"ensemble": members, "how": self.how, "scale": self.scale, "weights": self.weights}
 
+    def measure_memory(self) -> float | None:
+        """Return the bytes of all members on a device, or None if one's sizes are not known here."""
+        sizes = [getattr(member, "measure_memory", lambda: 0.0)() for member in self.members.values()]
+        return None if None in sizes else float(sum(sizes))
+
     def __call__(self, prompts: Prompts, responses: Sequence[str], answers: Answers) -> list[float]:
         """Return one combined reward per response."""
         scale = Scale(kind=self.scale)

@@ -5,18 +5,29 @@ that the settings in a model's generation config do not change the distribution.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache
 
 from var.data.chat import Chat
 from var.models.attention import use_attention
+from var.models.logprobs import choose_head_dtype, multiply
 from var.models.lora import adapter_off
 from var.sampling.base import Advance, Prompts, Sampling, Texts, decode, derive_seed, ignore_progress
+from var.sampling.kv_cache import count_rows, free_memory, make_cache, reserve
+from var.utils.console import warn
+from var.utils.errors import UserError
+
+CACHE_NAMES = ("cache", "past_key_values")  # of a model's argument: in recent versions of transformers, and before
+
+# Tokens between two checks for finished responses, by type of device. At a check the host waits for the device, which
+# costs nothing on a CPU. Between checks, finished responses are continued for nothing.
+CHECK_EVERY = {"cpu": 1, "default": 16}
 
 
 def sample(model: Any, chat: Chat, prompts: Prompts, sampling: Sampling, advance: Advance = ignore_progress) -> Texts:
@@ -34,22 +45,42 @@ def sample_tokens(
 ) -> list[list[tuple[list[int], bool]]]:
     """Return K (tokens, finished) per encoded prompt, in order, without the end token.
 
-    Prompts are batched by length to limit padding. Each is encoded once for its K responses, and a finished response
-    leaves the batch. The random numbers of a response depend on seed, prompt and its number among the K, so other
-    responses in the batch change its text at most by rounding.
+    Prompts are batched by length to limit padding. Each is encoded once for its K responses, and finished responses
+    leave the batch. The random numbers of a response depend on seed, prompt and its number among the K, so other
+    responses in the batch change its text at most by rounding. On a GPU, a batch is limited by the free memory as
+    well, and divided if that is not enough.
     """
-    k = sampling.responses
-    order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), encoded[i]))
+    k, device = sampling.responses, model.device
+    pending = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), encoded[i]))
     responses: list[list[tuple[list[int], bool]]] = [[] for _ in encoded]
     training = model.training
     model.eval()
     with use_attention(model, "sdpa"):
-        for members in sampling.batches([len(encoded[i]) for i in order]):
-            batch = order[members]
-            sampled = _generate(model, [encoded[i] for i in batch], sampling, chat.end_token)
-            for i, first in zip(batch, range(0, len(sampled), k), strict=True):
-                responses[i] = sampled[first : first + k]
-            advance(len(batch))
+        while pending:
+            lengths = [len(encoded[i]) for i in pending[: sampling.batch // k + 1]]
+            size = next(sampling.batches(lengths)).stop
+            longest = lengths[size - 1] + sampling.max_new_tokens
+            if (memory := free_memory(device)) < float("inf"):
+                size = max(1, min(size, count_rows(model.config, model.dtype.itemsize, longest, memory) // k))
+            batch = pending[:size]
+            try:
+                sampled = _generate(model, [encoded[i] for i in batch], sampling, chat.end_token)
+            except torch.OutOfMemoryError as error:
+                if size == 1:
+                    raise UserError(
+                        f"generate or eval.sampling: responses={k} of {longest} tokens do not fit into the memory of "
+                        f"{device}. Lower responses or max_new_tokens."
+                    ) from error
+                sampling = replace(sampling, batch=size // 2 * k)
+            else:
+                for i, first in zip(batch, range(0, len(sampled), k), strict=True):
+                    responses[i] = sampled[first : first + k]
+                advance(size)
+                pending = pending[size:]
+                continue
+            # after the except block, which still refers to the tensors
+            warn(f"sampling: {size * k} sequences do not fit into the memory of {device}; trying {sampling.batch}")
+            torch.cuda.empty_cache()
     model.train(training)
     return responses
 
@@ -60,41 +91,83 @@ def _generate(model: Any, prompts: list[list[int]], sampling: Sampling, end: int
     numbers = [np.random.default_rng(derive_seed(sampling.seed, prompt)).random((k, steps)) for prompt in prompts]
     draws = torch.from_numpy(np.concatenate(numbers)).to(device)  # [B·K, steps] float64
     weight = model.get_output_embeddings().weight
-    head = weight.to(torch.promote_types(weight.dtype, torch.float32))  # as for log-probabilities
-    cache = DynamicCache(config=model.config)
+    head = weight.to(choose_head_dtype(device, weight.dtype))  # as for log-probabilities
+    cache = make_cache()
 
-    def next_logits(tokens: Tensor, mask: Tensor) -> Tensor:
-        """Return [rows, V] after the last of the new `tokens` [rows, n]; `mask` covers the cached tokens as well."""
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-        out = model.base_model(
-            input_ids=tokens, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True
-        )
-        with torch.autocast(device.type, enabled=False):
-            return torch.nn.functional.linear(out.last_hidden_state[:, -1].to(head.dtype), head)
+    def next_logits(tokens: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
+        """Return [rows, V] after the last of the new `tokens` [rows, n], in float32 or better."""
+        hidden = compute_last_hidden_states(model, tokens, mask, positions, cache)
+        return multiply(hidden[:, -1].to(head.dtype), head.T)
 
-    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
-    padded = torch.tensor([[end] * (width - len(ids)) + ids for ids in prompts], device=device)
-    logits = next_logits(padded, mask).repeat_interleave(k, 0)
-    cache.batch_repeat_interleave(k)
-    mask, active = mask.repeat_interleave(k, 0), torch.arange(len(prompts) * k, device=device)
-    responses: list[list[int]] = [[] for _ in active]
-    finished = [False] * len(active)
+    padding = [width - len(ids) for ids in prompts]
+    valid = torch.tensor([[0] * n + [1] * (width - n + steps) for n in padding], device=device)  # [B, width + steps]
+    padded = torch.tensor([[end] * n + ids for n, ids in zip(padding, prompts, strict=True)], device=device)
+    mask = make_mask(model.config, valid[:, :width], width, steps) if any(padding) else None
+    positions = (valid[:, :width].cumsum(1) - 1).clamp(min=0)
+    logits = next_logits(padded, mask, positions).repeat_interleave(k, 0)
+    reserve(cache, k, steps - 1)
+    valid, position = valid.repeat_interleave(k, 0), positions[:, -1:].repeat_interleave(k, 0)
+    active = list(range(len(prompts) * k))
+    rows = torch.arange(len(active), device=device)
+    found = torch.full((len(active), steps), end, device=device)
+    every = CHECK_EVERY.get(device.type, CHECK_EVERY["default"])
     for step in range(steps):
-        tokens = choose_tokens(logits, draws[active, step], sampling)
-        for row, token in zip(active.tolist(), tokens.tolist(), strict=True):
-            if token == end:
-                finished[row] = True
-            else:
-                responses[row].append(token)
-        if (tokens == end).any():
-            rows = (tokens != end).nonzero()[:, 0]
-            tokens, mask, active = tokens[rows], mask[rows], active[rows]
-            cache.batch_select_indices(rows)
-        if not len(active) or step + 1 == steps:
+        tokens = choose_tokens(logits, draws[rows, step], sampling)
+        found[rows, step] = tokens
+        if step + 1 == steps:
             break
-        mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
-        logits = next_logits(tokens[:, None], mask)
-    return list(zip(responses, finished, strict=True))
+        if (step + 1) % every == 0:
+            unfinished = (found[rows, step + 1 - every : step + 1] != end).all(1).tolist()
+            if not all(unfinished):
+                kept = [i for i, more in enumerate(unfinished) if more]
+                if not kept:
+                    break
+                index, active = torch.tensor(kept, device=device), [active[i] for i in kept]
+                tokens, valid, position, rows = tokens[index], valid[index], position[index], rows[index]
+                cache.batch_select_indices(index)
+        position = position + 1
+        padded_rows = any(padding[row // k] for row in active)
+        mask = make_mask(model.config, valid[:, : width + step + 1], width, steps, 1) if padded_rows else None
+        logits = next_logits(tokens[:, None], mask, position)
+    return [(ids[: ids.index(end)], True) if end in ids else (ids, False) for ids in found.tolist()]
+
+
+def make_mask(config: Any, valid: Tensor, width: int, steps: int, queries: int | None = None) -> Tensor:
+    """Return which keys [rows, 1, queries, keys] the last tokens attend to; by default all tokens are queries.
+
+    valid is [rows, keys]. transformers would make the same mask, but the host would wait for the device at each token.
+    It has to make the mask of a sliding window that is shorter than the row.
+    """
+    window = getattr(config, "sliding_window", None)
+    if window and getattr(config, "use_sliding_window", True) and window < width + steps:
+        return valid
+    keys = valid.shape[1]
+    causal = torch.ones(keys, keys, dtype=torch.bool, device=valid.device).tril()[-(queries or keys) :]
+    return causal & valid.bool()[:, None, None]
+
+
+def compute_last_hidden_states(
+    model: Any, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor, cache: Cache
+) -> Tensor:
+    """Return [rows, n, H] for n new tokens per row, and add their keys and values to the cache.
+
+    attention_mask covers the cached tokens and the new ones; None if no row is padded. Raises a UserError if the model
+    leaves the cache unused.
+    """
+    # transformers renamed this argument. Under the other name, models ignore it.
+    names = [name for name in CACHE_NAMES if name in signature(model.base_model.forward).parameters]
+    before = cache.get_seq_length()
+    out = model.base_model(
+        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=True,
+        **{name: cache for name in names[:1]},
+    )  # fmt: skip
+    if cache.get_seq_length() != before + input_ids.shape[1]:
+        raise UserError(
+            f"{model.config.model_type}: the model added {cache.get_seq_length() - before} of {input_ids.shape[1]} "
+            f"tokens to the cache that sampling passed as {' or '.join(CACHE_NAMES)}. Sample with sampler=vllm or "
+            "sampler=endpoint, or install another version of transformers."
+        )
+    return out.last_hidden_state
 
 
 def choose_tokens(logits: Tensor, draws: Tensor, sampling: Sampling) -> Tensor:

@@ -142,12 +142,12 @@ def weight_rows(world: World, required: Weights, rows: Rows, rewards: Tensor, ge
 def pack_rows(world: World, loss: Any, rows: Rows, policy: TabularPolicy) -> Packed:
     """Return `rows` as one optimizer step: the batch that `pack` returns, without the text, which no loss reads."""
     length, mask = world.responses.length[rows.responses], world.responses.mask[rows.responses]
-    present, group = rows.group.unique(return_inverse=True)
+    _, group, sizes = rows.group.unique(return_inverse=True, return_counts=True)
     target = world.responses.path[1][rows.responses][mask]
     packed = Packed(
         input_ids=target, position_ids=target, segments=(), predictor=target, target=target, ids=(), tokens=len(target),
-        sequence=torch.repeat_interleave(length), length=length, group=group,
-        global_tokens=float(len(target)), global_sequences=float(len(rows)), global_groups=float(len(present)),
+        sequence=torch.repeat_interleave(length), length=length, group=group, group_sizes=tuple(sizes.tolist()),
+        global_tokens=float(len(target)), global_sequences=float(len(rows)), global_groups=float(len(sizes)),
         **rows.columns,  # type: ignore[arg-type]
     )  # fmt: skip
     if find(loss.requires, ReferenceLogps):

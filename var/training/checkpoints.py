@@ -7,7 +7,7 @@ import os
 import pickle
 import shutil
 import signal
-import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,11 +19,9 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loops.fit_loop import _FitLoop
 
 from var.training.optim import state_size
-from var.utils.console import say
 from var.utils.errors import UserError
 from var.utils.files import remove
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what SLURM and others send before they kill; USR1 on request
+from var.utils.signals import handle_signals, leave
 
 
 class Checkpoints(Callback):
@@ -32,14 +30,13 @@ class Checkpoints(Callback):
     A checkpoint is written under another name, synced and renamed. So at any time there is a complete one. Only the
     newest is kept, and last.ckpt links to it. On a signal, training ends after the current optimizer step, or at once
     between steps; several ranks agree on it at the end of the next step. The exit status is 128 plus the signal, and
-    the same command resumes.
+    the same command resumes. Before and after training there is nothing to save, and `leave` ends the process at once.
     """
 
     def __init__(self, folder: Path, every_n_steps: int) -> None:
         self.folder, self.every_n_steps = folder, every_n_steps
         self._signal: int | None = None
         self._within_step = False  # the state within a step must not be saved
-        self._finished = False
         self._step = -1
 
     def on_fit_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
@@ -55,12 +52,10 @@ class Checkpoints(Callback):
 
         def handle(number: int, _: FrameType | None) -> None:
             self._signal = number
-            if self._finished or (not self._within_step and trainer.world_size == 1):
+            if not self._within_step and trainer.world_size == 1:
                 self._leave(trainer)
 
-        if threading.current_thread() is threading.main_thread():  # Python delivers signals only to it
-            for number in SIGNALS:  # after the fit, Lightning restores the previous handlers
-                signal.signal(number, handle)
+        handle_signals(handle)  # after the fit, Lightning restores the previous handlers
 
     def on_train_batch_start(self, *_: Any) -> None:
         """Mark the beginning of a micro-batch."""
@@ -78,17 +73,16 @@ class Checkpoints(Callback):
             self.save(trainer)
         self._within_step = False
 
-    def on_train_end(self, *_: Any) -> None:
-        """Mark the end of training, after which everything is saved."""
-        self._finished = True
+    def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Let signals end the process at once, since everything is saved."""
+        handle_signals(leave)
+        if self._signal is not None:  # while the last step was saved
+            self._leave(trainer)
 
     def _leave(self, trainer: lightning.Trainer) -> None:
         self._within_step = True  # so that a second signal does not leave again
-        if not self._finished:
-            self.save(trainer)
-        number = self._signal or signal.SIGTERM  # another rank received it
-        say(f"Received {signal.Signals(number).name}; saved step {self._step}. Run the same command to resume.")
-        raise SystemExit(128 + number)
+        self.save(trainer)
+        leave(self._signal or signal.SIGTERM, saved=f"; saved step {self._step}")  # or another rank received it
 
     def save(self, trainer: lightning.Trainer) -> None:
         """Save the state between two steps. All ranks must call it."""
@@ -144,16 +138,13 @@ class FitLoop(_FitLoop):
         return False
 
 
-def rescale_progress(loops: dict[str, Any], before: int, now: int) -> None:
-    """Convert a checkpoint's progress, which counts a rank's micro-batches, from `before` ranks to `now` ranks.
-
-    Each optimizer step has the same micro-batches, dealt to the ranks, and a checkpoint is between two steps.
-    """
+def rescale_progress(loops: dict[str, Any], convert: Callable[[int], int]) -> None:
+    """Convert a checkpoint's progress, which counts a rank's micro-batches, to another number of ranks."""
     for part in ("total", "current"):
         progress = loops["fit_loop"]["epoch_loop.batch_progress"][part]
         behind = progress["processed"] - progress["completed"]  # the hook that saves belongs to the last micro-batch
         for name in ("ready", "started", "processed"):
-            progress[name] = progress[name] * before // now
+            progress[name] = convert(progress[name])
         progress["completed"] = progress["processed"] - behind
 
 

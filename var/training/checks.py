@@ -2,15 +2,16 @@
 
 import importlib.util
 import os
+from dataclasses import replace
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from var.config.schema import TrainerSettings
 from var.models.lora import LoRA
 from var.models.pretrained import Pretrained
 from var.requirements import Requirement, SequenceScores, find
+from var.utils.console import say
 from var.utils.errors import Problems, UserError
 
 
@@ -49,34 +50,46 @@ def check_strategy(cfg: DictConfig, settings: TrainerSettings) -> None:
     problems.check()
 
 
+def choose_devices(cfg: DictConfig, settings: TrainerSettings) -> TrainerSettings:
+    """Return the settings with trainer.devices=auto resolved. Devices that a step has no micro-batch for stay idle."""
+    if settings.devices != "auto" or "LOCAL_WORLD_SIZE" in os.environ:
+        return settings
+    useful = max(1, cfg.data.global_batch // cfg.data.micro_batch // settings.num_nodes)
+    if useful < settings.local:
+        say(
+            f"trainer.devices=auto: {useful} of {settings.local} GPUs are used, because an optimizer step has "
+            f"{useful * settings.num_nodes} micro-batches (data.global_batch={cfg.data.global_batch}, "
+            f"data.micro_batch={cfg.data.micro_batch})."
+        )
+    return replace(settings, devices=min(useful, settings.local))
+
+
 def count_accumulation(cfg: DictConfig, settings: TrainerSettings) -> int:
-    """Return the micro-batches per optimizer step and rank. Raise UserError if that is not a whole number."""
-    per_rank, rest = divmod(cfg.data.global_batch, cfg.data.micro_batch * settings.world)
-    if rest or not per_rank:
-        raise UserError(
-            f"data.global_batch={cfg.data.global_batch} must be a multiple of data.micro_batch={cfg.data.micro_batch} "
-            f"times the number of processes, {settings.world}, so that a step is the same on any number of them"
-        )
-    return per_rank
+    """Return the micro-batches per optimizer step and rank. Raise UserError for sizes that do not work, with others.
 
-
-def is_multirun() -> bool:
-    """Return whether this run is a job of a sweep."""
-    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-
-
-def check_multirun(world: int) -> None:
-    """Raise UserError for a sweep whose jobs have several processes.
-
-    Lightning would start each rank of a job with the whole sweep's command line (ashleve/lightning-hydra-template
-    #393, Lightning-AI/pytorch-lightning #11300).
+    If the ranks do not divide a step's micro-batches, its last ones are padding (`Plan.batches`). So a step is the same
+    on any number of ranks.
     """
-    if is_multirun() and world > 1 and "SUBMITIT_EXECUTOR" not in os.environ:
+    step, micro, world = cfg.data.global_batch, cfg.data.micro_batch, settings.world
+    near = [size for size in range(1, step + 1) if step % size == 0 and step // size >= world]
+    if step % micro:
+        sizes = sorted({max(1, step // micro) * micro, (step // micro + 1) * micro})
+        values = [f"data.global_batch={size}" for size in sizes]
+        values += [f"data.micro_batch={min(near, key=lambda size: abs(size - micro))}"] if near else []
         raise UserError(
-            f"-m with {world} processes per job: each process would start the complete sweep again. Launch the jobs "
-            f"with hydra/launcher=submitit_local hydra.launcher.tasks_per_node={world} (with GPUs: "
-            f"hydra.launcher.gpus_per_node={world}), or one at a time with torchrun."
+            f"data.global_batch={step} must be a multiple of data.micro_batch={micro}: an optimizer step has complete "
+            f"micro-batches. The nearest values that work: {' or '.join(values)}."
         )
+    window = step // micro
+    if world > window:
+        values = [f"data.global_batch={micro * world}"]
+        values += [f"data.micro_batch={near[-1]}"] if near else []
+        values += [f"trainer.devices={window // settings.num_nodes}"] if window >= settings.num_nodes else []
+        raise UserError(
+            f"data.global_batch={step} has {window} micro-batches of data.micro_batch={micro}, fewer than the {world} "
+            f"processes. The nearest values that work: {' or '.join(values)}."
+        )
+    return -(-window // world)
 
 
 def check_ranks(settings: TrainerSettings) -> None:

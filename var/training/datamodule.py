@@ -244,7 +244,7 @@ class AlignmentData(lightning.LightningDataModule):
 
     def train_dataloader(self) -> PlanLoader | RolloutLoader:
         """Return this rank's loader: of the plan's micro-batches, or of rollouts."""
-        ranks = Ranks.current()
+        ranks = self.annotator.ranks
         if self.rollout:
             assert self.trainer is not None
             module: Any = self.trainer.lightning_module
@@ -279,7 +279,13 @@ class AlignmentData(lightning.LightningDataModule):
                 "reference would differ. Restore the model, or start a new run with resume=false."
             )
         assert self.trainer is not None
-        self._start = (state["epoch"], state["position"] * state["ranks"] // self.trainer.world_size)
+        self._start = (state["epoch"], self.convert_progress(state["position"], state["ranks"]))
+
+    def convert_progress(self, count: int, ranks: int) -> int:
+        """Return a rank's micro-batches so far, `count` on another number of ranks, as their number on this one."""
+        assert self.trainer is not None
+        passes = self.rollout.passes if self.rollout else 1
+        return self.training_set.plan.convert_progress(count, ranks, self.trainer.world_size, passes)
 
     def position(self, length: int) -> tuple[int, int]:
         """Return the epoch and the micro-batch to start from, for a loader of this length. Call it once per epoch."""

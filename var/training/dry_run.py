@@ -1,24 +1,135 @@
-"""debug=dry: what a run needs, what the cache holds, memory per device, and one rendered row. Nothing is computed."""
+"""debug=dry: a verdict, and what a run needs: annotations, memory, disk, and one rendered row. Nothing is computed."""
 
-import torch
-from hydra.utils import get_class
+from typing import Any
 
 from var.annotate.annotator import MissingAnnotations
+from var.config.choices import describe_choices
 from var.data.rows import read
-from var.models.pretrained import blocks
-from var.requirements import ReferenceLogps, Rollout, find
+from var.requirements import Rollout, find
+from var.training.alternatives import MemoryPlan, check_memory, describe_stages, plan_memory
 from var.training.checkpoints import free_bytes
-from var.training.optim import MasterAdamW, state_size
+from var.training.memory import GIB, MemoryModel
 from var.training.run import Run
-from var.utils.console import say
-
-# Bytes per weight of a quantized linear layer: 4 bit with an 8-bit scale per 64 weights and its own scale, or 8 bit.
-QUANTIZED = {"nf4": 0.5 + 0.127 / 8, "fp4": 0.5 + 0.127 / 8, "int8": 1.0}
-GIB = 2**30
+from var.utils.console import console, say
+from var.utils.errors import UnavailableError
 
 
 def show(run: Run) -> None:
-    """Print all sections. If annotations are missing, print how many, and the command that computes them."""
+    """Print the verdict and all sections. Raise UserError if the run does not fit into the devices' memory."""
+    with console.capture() as report:  # printed below the verdict
+        unavailable, missing = prepare(run)
+    plan = run.memory or plan_memory(run.cfg, run.settings)
+    show_verdict(run, plan, unavailable)
+    show_memory(run, plan)
+    show_requirements(run)
+    say("Data:")
+    say(report.get().rstrip() or "  not read")
+    if missing:
+        say(f"  {missing}")
+        say(f"  The rest depends on them. Compute them with: {run.annotator.command}")
+    say("In the annotation cache:")
+    for title, (missing_items, items) in run.annotator.missing.items():
+        say(f"  {title.lower()}: {items - missing_items} of {items}")
+    if not run.annotator.missing:
+        say("  nothing is read from it")
+    if not unavailable:
+        show_row(run)
+    check_memory(run.cfg, run.settings, plan)
+
+
+def prepare(run: Run) -> tuple[list[str], MissingAnnotations | None]:
+    """Read the data and the plan as far as possible. Return what is not on this machine, and missing annotations."""
+    unavailable = []
+    try:
+        run.data.prepare()
+    except MissingAnnotations as missing:
+        return [], missing
+    except UnavailableError as error:
+        unavailable.append(str(error))
+        try:
+            run.data.report.rows = len(read(run.data.source, run.annotator.cache))
+        except UnavailableError as second:
+            unavailable.append(str(second))
+    return unavailable, None
+
+
+def show_verdict(run: Run, plan: MemoryPlan, unavailable: list[str]) -> None:
+    """Print whether the run fits and can start, and what it trains on."""
+    cfg, settings = run.cfg, run.settings
+    stage = max(plan.stages, key=lambda name: sum(plan.stages[name].values()))
+    needs = f"{plan.needed / GIB:.1f} GiB per device in its largest stage, {stage}"
+    cards = f"{plan.devices} × {plan.memory / GIB:.0f} GiB" if plan.memory else f"{plan.devices} CPU process(es)"
+    fits = "fits" if plan.fits else "does not fit"
+    verdict = f"{fits} on {cards} with strategy={plan.strategy}" if plan.memory else f"runs on {cards}"
+    say(f"Verdict: {verdict}; it needs {needs}.")
+    checkpoint, export = MemoryModel.of(cfg, settings).disk()
+    if (needed := 2 * checkpoint + export) > (free := free_bytes(run.folder)):
+        say(
+            f"  Disk: {free / GIB:.1f} GiB are free at runs={cfg.runs}, and the run needs up to {needed / GIB:.1f} GiB. "
+            "Free disk space or set runs=<folder>."
+        )
+    for line in unavailable:
+        say(f"  Not on this machine: {line.splitlines()[0]}")
+    for line in describe_choices():
+        say(f"  {line}")
+    rows, steps, tokens = count_work(run)
+    say(f"  {rows}; {steps}; {tokens}")
+    window = cfg.data.global_batch // cfg.data.micro_batch
+    if padding := -window % settings.world:
+        say(
+            f"  each optimizer step has {window} micro-batches on {settings.world} devices: {padding} turns are padding"
+        )
+
+
+def count_work(run: Run) -> tuple[str, str, str]:
+    """Return rows, optimizer steps and tokens as texts, exact if the plan is known."""
+    data, cfg = run.data, run.cfg
+    epochs, online = cfg.trainer.epochs, find(data.requirements, Rollout)
+    rows = data.report.rows or getattr(data.source, "expected_rows", None)
+    if rows is None:
+        return "rows: not known", "optimizer steps: not known", "tokens: not known"
+    counted = f"{rows:,} rows" if data.report.rows else f"{rows:,} rows on the hub"
+    if data.report.steps_per_epoch:
+        steps, about = data.report.steps_per_epoch * epochs, ""
+        tokens = f"{int(data.training_set.plan.work.sum()) * epochs:,} tokens"
+    else:
+        limited = min(rows, cfg.data.limit or rows) - cfg.data.validation_prompts
+        sequences = data.training_set.unit == "sequence" and cfg.data.responses in ("auto", "both", "all")
+        each = getattr(data.source, "expected_responses", 1) if sequences and not online else 1
+        units, about = max(0, limited) * each, "about "
+        steps = -(-units // cfg.data.global_batch) * epochs
+        tokens = f"at most {steps * cfg.data.global_batch * cfg.data.max_length:,} tokens"
+    if online:
+        steps *= online.passes
+    if cfg.trainer.max_steps > 0:
+        steps = min(steps, cfg.trainer.max_steps)
+    return counted, f"{about}{steps:,} optimizer steps in {epochs} epochs", tokens
+
+
+def show_memory(run: Run, plan: MemoryPlan) -> None:
+    """Print memory per device and stage, and disk."""
+    settings, cfg = run.settings, run.cfg
+    model = MemoryModel.of(cfg, settings)
+    checkpoint, export = model.disk()
+    say(
+        f"Disk: a checkpoint of {checkpoint / GIB:.2f} GiB, next to the previous one while it is written, and a model "
+        f"of {export / GIB:.2f} GiB; free at {cfg.runs}: {free_bytes(run.folder) / GIB:.2f} GiB"
+    )
+    say(f"Memory per device ({settings.world} in all, strategy={plan.strategy}, {settings.arithmetic}):")
+    say(f"  parameters: {model.counts.total:,} in {run.pretrained.quantization or cfg.model.dtype}")
+    if run.adapter is not None:
+        say(f"  trained: {model.counts.trained:,} of an adapter")
+    for line in describe_stages(plan):
+        say(line)
+    if on_host := model.optimizer[1]:
+        say(f"  optimizer in host memory: {on_host / GIB:.2f}")
+    say(f"  micro-batches have at most {model.tokens:,} tokens in {model.sequences} sequences")
+    if model.reward is None:
+        say("  the reward model's size is not known here")
+
+
+def show_requirements(run: Run) -> None:
+    """Print what the loss requires."""
     say("The loss requires:")
     for requirement in run.data.requirements:
         name = type(requirement).__name__
@@ -28,92 +139,12 @@ def show(run: Run) -> None:
             say(f"    computed from {', '.join(inputs)}")
     if not run.data.requirements:
         say("  nothing besides the responses")
-    show_memory(run)
-    say("Data:")
-    try:
-        run.data.prepare()
-    except MissingAnnotations as missing:
-        say(f"  {missing}")
-        say(f"  The rest depends on them. Compute them with: {run.annotator.command}")
-    say("In the annotation cache:")
-    for title, (missing_items, items) in run.annotator.missing.items():
-        say(f"  {title.lower()}: {items - missing_items} of {items}")
-    if not run.annotator.missing:
-        say("  nothing is read from it")
-    show_row(run)
-
-
-def show_memory(run: Run) -> None:
-    """Print parameters, disk, and bytes per device: weights, gradients, optimizer state, activations, logits."""
-    settings, cfg = run.settings, run.cfg
-    model = run.pretrained.build_meta()
-    parameters = sum(p.numel() for p in model.parameters())
-    width = model.dtype.itemsize
-    weights, quantized = parameters * width, run.pretrained.quantization
-    if quantized:
-        layers_of = (module for block in blocks(model) for module in block.modules())
-        linear = sum(module.weight.numel() for module in layers_of if isinstance(module, torch.nn.Linear))
-        weights += linear * (QUANTIZED[quantized] - width)
-    trained = parameters
-    if run.adapter is not None:
-        run.adapter.attach(model, run.pretrained.path, run.pretrained.revision)
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        weights += 4 * trained
-        width = 4
-    shards = settings.world if cfg.strategy.name == "fsdp" else 1
-    tokens = cfg.data.micro_batch * cfg.data.max_length
-    half = 2 if settings.arithmetic == "bf16-mixed" else model.dtype.itemsize
-    config = model.config
-    layer = 14 * config.hidden_size + 3 * config.intermediate_size  # kept for the backward pass, per token and layer
-    layers = config.num_hidden_layers
-    optimizer = cfg.optim.optimizer
-    kind = get_class(optimizer._target_)
-    copies, per_parameter = kind is MasterAdamW, state_size(kind, width)
-    kept = "two moments and float32 copies" if copies else "two moments" if per_parameter else "unknown"
-    states, states_size = f"optimizer ({kept})", trained * per_parameter / shards
-    on_host = copies and optimizer.device == "cpu"
-    stored = config.hidden_size * layers if run.pretrained.gradient_checkpointing else layer * layers
-    checkpointing = f"gradient checkpointing {'on' if run.pretrained.gradient_checkpointing else 'off'}"
-    parts = {
-        "weights": weights / shards,
-        "gradients": trained * width / shards,
-        **({} if on_host else {states: states_size}),
-        f"activations (estimate, {tokens:,} tokens, {checkpointing})": tokens * stored * half,
-        "logits (one chunk)": 3 * 256 * config.vocab_size * 4,
-    }
-    checkpoint, export = trained * (width + per_parameter), parameters * model.dtype.itemsize
-    say(
-        f"Disk: a checkpoint of {checkpoint / GIB:.2f} GiB, next to the previous one while it is written, and a model "
-        f"of {export / GIB:.2f} GiB; free at {cfg.runs}: {free_bytes(run.folder) / GIB:.2f} GiB"
-    )
-    say(f"Memory per device ({settings.world} in all, {cfg.strategy.name}, {settings.arithmetic}):")
-    say(f"  parameters: {parameters:,} in {run.pretrained.quantization or cfg.model.dtype}")
-    if run.adapter is not None:
-        say(f"  trained: {trained:,} of an adapter")
-    for name, size in parts.items():
-        say(f"  {name}: {size / GIB:.2f} GiB")
-    say(f"  in total: {sum(parts.values()) / GIB:.2f} GiB")
-    if cfg.strategy.name == "fsdp" and cfg.data.validation_prompts:
-        say(f"  while sampling for validation, in addition: {weights / GIB:.2f} GiB, the complete model")
-    if on_host:
-        say(f"  {states}, in host memory: {states_size / GIB:.2f} GiB")
-    requirements = run.data.requirements
-    runs_reference = find(requirements, Rollout) and find(requirements, ReferenceLogps)
-    copy = "the same weights, with the adapter off" if run.adapter is not None else "a second copy of the weights"
-    say(
-        "  reference: "
-        + (
-            copy
-            if cfg.reference == "live" or runs_reference
-            else "not loaded in training; its numbers come from the annotation cache"
-        )
-    )
 
 
 def show_row(run: Run) -> None:
     """Print one training row as text, with its response span marked."""
     say("One row, with the trained tokens between ⟦ and ⟧:")
-    sequences = getattr(run.data.training_set, "sequences", None)
+    sequences: Any = getattr(run.data.training_set, "sequences", None)
     tokenizer = run.annotator.chat.tokenizer
     if sequences is not None:
         ids, start, name = sequences.tokens(0)

@@ -1,5 +1,6 @@
 """What surrounds the training step: sharding, the optimizer, gradient clipping, non-finite steps and checkpoints."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -39,12 +40,13 @@ class TrainingHooks(lightning.LightningModule):
         self._live: list[Any] = [None]  # in a list: its parameters are not the module's and are never saved
         self.skipped = 0
         """Optimizer steps that were skipped because they were not finite."""
-        self.gradient_norm: Tensor | None = None
+        self.gradient_norm: float | None = None
         """The gradient norm of the last optimizer step, before clipping."""
         self.rate = 0.0
         """The learning rate of the last optimizer step. The optimizer's own is the next step's when it is logged."""
         self._window: list[tuple[tuple[str, ...], Tensor]] = []  # names and loss of the step's micro-batches
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}  # of metrics since the last log: total and count, float64 on the device
+        self._totals: dict[str, tuple[float, float]] | None = None  # the same over all ranks; None until they are read
         self.strict_loading = all(p.requires_grad for p in policy.parameters())  # see on_save_checkpoint
 
     def configure_model(self) -> None:
@@ -73,19 +75,35 @@ class TrainingHooks(lightning.LightningModule):
     ) -> None:
         """Clip by norm. Skip or stop at a norm that is not finite; it is the same on every rank.
 
+        The host waits for the device once per optimizer step, here.
         Lightning's own clipping rejects a fused optimizer under bf16-mixed, where no gradient scaler is used.
         """
         self.rate = optimizer.param_groups[0]["lr"]
         window, self._window = self._window, []
         parameters = [p for p in self.policy.parameters() if p.grad is not None]
         if not parameters:  # DeepSpeed keeps and clips gradients by itself
+            self.read_totals()
             return
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        self.gradient_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if not self.gradient_norm.isfinite():
+        self.gradient_norm = self.read_totals(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        if not math.isfinite(self.gradient_norm):
             self._skip_step(window)
         elif gradient_clip_val:
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+
+    def read_totals(self, norm: Tensor | None = None) -> float:
+        """Read the metrics' sums over ranks, and a norm, with one copy to the host.
+
+        Return the norm, or 0 without one.
+        """
+        names = sorted(self._sums)
+        empty = torch.zeros(0, dtype=torch.float64, device=self.device)
+        sums = torch.cat([empty, *(self._sums[name].to(empty) for name in names)])
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(sums)
+        *values, result = torch.cat([sums, sums.new_zeros(1) if norm is None else norm.to(sums)[None]]).tolist()
+        self._totals = dict(zip(names, zip(values[0::2], values[1::2], strict=True), strict=True))
+        return float(result)
 
     def _skip_step(self, window: list[tuple[tuple[str, ...], Tensor]]) -> None:
         """Raise UserError with the step's rows, or drop its gradients, reset nonfinite metric sums, and count it."""
@@ -106,6 +124,7 @@ class TrainingHooks(lightning.LightningModule):
         self._sums = {
             name: sums if sums.isfinite().all() else torch.zeros_like(sums) for name, sums in self._sums.items()
         }
+        self._totals = None
         self.skipped += 1
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -126,4 +145,5 @@ class TrainingHooks(lightning.LightningModule):
         self.skipped = checkpoint["skipped"]
         first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
         self._sums = {name: sums * float(first) for name, sums in checkpoint["metrics"].items()}
-        rescale_progress(checkpoint["loops"], checkpoint["ranks"], self.trainer.world_size)
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        rescale_progress(checkpoint["loops"], lambda count: data.convert_progress(count, checkpoint["ranks"]))

@@ -5,8 +5,6 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any
 
-import torch
-
 from var.data.plan import MicroBatch, Plan
 from var.models.packing import Packed
 from var.utils.distributed import Ranks
@@ -45,7 +43,7 @@ def prefetch(batches: Iterator[Packed]) -> Iterator[Packed]:
 
     def load() -> Packed | None:
         batch = next(batches, None)
-        return batch.pinned() if batch is not None and torch.cuda.is_available() else batch
+        return None if batch is None else batch.pinned()
 
     with ThreadPoolExecutor(1) as thread:
         pending = thread.submit(load)

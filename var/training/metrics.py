@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, RichProgressBar
 
 from var.training.loggers import Curves, log
 from var.training.module import AlignmentModule
@@ -31,6 +31,8 @@ class StepMetrics(Callback):
         self.tokens = self.seconds = self.waited = 0.0
         self._started = self._finished = 0.0
         self._step = 0
+        self.loss: float | None = None
+        """The last loss that was logged."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -82,7 +84,7 @@ class StepMetrics(Callback):
                 self.warned = True
                 self._warn(trainer, step, ess)
         if module.gradient_norm is not None:
-            metrics["train/grad_norm"] = float(module.gradient_norm)
+            metrics["train/grad_norm"] = module.gradient_norm
         if module.skipped:
             metrics["train/skipped"] = float(module.skipped)
         metrics["train/lr"] = module.rate
@@ -92,8 +94,7 @@ class StepMetrics(Callback):
         if torch.cuda.is_available():
             metrics["throughput/peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         log(trainer, metrics, step)
-        if "loss" in means:
-            module.log("loss", means["loss"], prog_bar=True, logger=False)
+        self.loss = means.get("loss", self.loss)
 
     def _warn(self, trainer: lightning.Trainer, step: int, ess: float) -> None:
         weights: Mapping[str, float] = trainer.datamodule.report.weights or {}  # type: ignore[attr-defined]
@@ -103,6 +104,15 @@ class StepMetrics(Callback):
         elif weights.get("largest", 0) > 50:
             cause = f"one response has {weights['largest']:.0f} times the mean weight: rewards have a heavy tail"
         warn(f"at step {step} the effective sample size since the last log is {ess:.2f} of the sequences: {cause}.")
+
+
+class ProgressBar(RichProgressBar):
+    """Shows the last loss that was logged. `LightningModule.log` would wait for the device several times per step."""
+
+    def get_metrics(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> dict[str, Any]:
+        """Return Lightning's metrics and the loss."""
+        loss = step_metrics(trainer).loss
+        return {**super().get_metrics(trainer, module), **({} if loss is None else {"loss": loss})}
 
 
 def step_metrics(trainer: lightning.Trainer) -> StepMetrics:

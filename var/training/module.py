@@ -75,7 +75,7 @@ class AlignmentModule(TrainingHooks):
         if batch.padding:  # it keeps the ranks in step and counts for nothing
             loss, metrics = (
                 loss * 0.0,
-                {name: Mean(torch.zeros_like(total), 0.0) for name, (total, _) in metrics.items()},
+                {name: Mean(0.0, 0.0) for name in metrics},
             )
         self.record(metrics)
         self._window.append((batch.ids, loss.detach()))
@@ -83,20 +83,26 @@ class AlignmentModule(TrainingHooks):
 
     def record(self, metrics: Mapping[str, Mean]) -> None:
         """Add to what `take_metrics` will report."""
-        for name, (total, count) in metrics.items():
-            pair = torch.stack([total, torch.as_tensor(count).to(total)]).detach().double()
+        for name, mean in metrics.items():
+            pair = torch.stack([self._as_scalar(part) for part in mean])
             self._sums[name] = self._sums[name].to(pair) + pair if name in self._sums else pair
+        self._totals = None
+
+    def _as_scalar(self, value: Tensor | float) -> Tensor:
+        """Return a float64 scalar on the device. A number is written there: copying it would wait for the device."""
+        if isinstance(value, Tensor):
+            return value.detach().double()
+        return torch.full((), value, dtype=torch.float64, device=self.device)
 
     def take_metrics(self) -> dict[str, float]:
-        """Return the means since the last call, over micro-batches and ranks, with one reduction for all of them.
+        """Return the means since the last call, over micro-batches and ranks.
 
         Metrics with a count of zero are omitted, for example KTO's undesirable responses if there were none.
         """
-        names = sorted(self._sums)
-        sums = torch.stack([self._sums.pop(name) for name in names])
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(sums)
-        return {name: total / count for name, (total, count) in zip(names, sums.tolist(), strict=True) if count}
+        if self._totals is None:
+            self.read_totals()
+        totals, self._totals, self._sums = self._totals or {}, None, {}
+        return {name: total / count for name, (total, count) in totals.items() if count}
 
     def generate(
         self,

@@ -1,7 +1,6 @@
 """What a run leaves behind: the contents of summary.json, and the exported model with its card."""
 
 from dataclasses import replace
-from importlib.metadata import version
 from typing import Any
 
 import lightning
@@ -10,6 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from omegaconf import OmegaConf
 from torch.distributed.fsdp import FSDPModule
 
+from var import __version__
 from var.config.schema import to_dict
 from var.models.export import export
 from var.models.lora import merge_adapter
@@ -133,7 +133,7 @@ def make_card(
     choices = HydraConfig.get().runtime.choices
     return {
         "base": run.cfg.init or run.cfg.model.path, "name": run.folder.name, "loss": choices.get("loss"),
-        "doc": type(module.loss).__module__, "version": version("var-align"), "table": results_table(validation),
+        "doc": type(module.loss).__module__, "version": __version__, "table": results_table(validation),
         "data": run.cfg.data.name, "plan": run.data.training_set.plan.hash, "reward": choices.get("reward"),
         "steps": trainer.global_step, "seed": run.cfg.seed,
     }  # fmt: skip

@@ -87,7 +87,7 @@ class RolloutLoader:
     def __iter__(self) -> Iterator[Packed]:
         epoch, start = self.position(len(self))
         micro_batches = list(self.plan.batches(epoch, self.ranks.rank, self.ranks.world))
-        per_step = self.plan.window // self.ranks.world
+        per_step = self.plan.turns(self.ranks.world)
         size = per_step * self.settings.steps
         done = 0
         for at in range(0, len(micro_batches), size):
@@ -124,7 +124,7 @@ class RolloutLoader:
             names = [rows[begin + g].id for g in group]
             fields = {**micro_batch.divisors, "rewards": rewards[begin:end].flatten()}
             batches.append(pack(ids, starts, names, group, share=True, **fields))
-        batches = [batch.to(module.device) for batch in self._count_tokens(batches)]
+        batches = [batch.pinned().to(module.device, non_blocking=True) for batch in self._count_tokens(batches)]
         with timed(seconds, "Reference log-probabilities"), annotator.reference.precision():
             batches = [self._annotate(batch) for batch in batches]
         self._record(micro_batches, ends, rewards, responses)
@@ -150,7 +150,7 @@ class RolloutLoader:
 
     def _count_tokens(self, batches: Sequence[Packed]) -> list[Packed]:
         """Return the batches with the response tokens of their complete optimizer step, over all ranks."""
-        per_step = self.plan.window // self.ranks.world
+        per_step = self.plan.turns(self.ranks.world)
         own = [0 if batch.padding else len(batch.target) for batch in batches]
         sums = [sum(own[at : at + per_step]) for at in range(0, len(own), per_step)]
         counts = torch.tensor(sums, dtype=torch.float64)
@@ -179,12 +179,12 @@ class RolloutLoader:
                 rewards[begin:end].flatten().tolist(), chain(*responses[begin:end]), strict=True
             )
         ]
-        total = torch.tensor(measured, dtype=torch.float64, device=self.module.device).view(-1, 3).sum(0)
+        reward, length, finished = torch.tensor(measured, dtype=torch.float64).view(-1, 3).sum(0).tolist()
         count = float(len(measured))
         self.module.record(
             {
-                "rollout/reward": Mean(total[0], count),
-                "rollout/length": Mean(total[1], count),
-                "rollout/truncated": Mean(count - total[2], count),
+                "rollout/reward": Mean(reward, count),
+                "rollout/length": Mean(length, count),
+                "rollout/truncated": Mean(count - finished, count),
             }
         )

@@ -1,7 +1,6 @@
 """From a checked configuration to the parts of a run: data, module and trainer."""
 
 import gc
-import os
 import shlex
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -11,7 +10,7 @@ from typing import Any
 import lightning
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import Callback, RichModelSummary, RichProgressBar
+from lightning.pytorch.callbacks import Callback, RichModelSummary
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.profilers import PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.strategies import DDPStrategy
@@ -21,6 +20,7 @@ from var.annotate.annotator import Annotator
 from var.annotate.cache import AnnotationCache
 from var.config.check import TRAIN, check
 from var.config.schema import EvalSettings, TrainerSettings, pick_fields
+from var.config.sweep import is_multirun
 from var.data.settings import DataSettings
 from var.losses.base import Loss
 from var.models.export import read_dtype
@@ -34,22 +34,23 @@ from var.models.value_head import ActorCritic
 from var.requirements import SequenceScores, TokenValues, find
 from var.rewards.scale import Scale
 from var.sampling.base import Sampling
+from var.training.alternatives import MemoryPlan, choose_strategy
 from var.training.checkpoints import Checkpoints, DirectCheckpointIO, check_checkpoint, check_disk_space, checkpoints
 from var.training.checks import (
     check_adapter,
-    check_multirun,
     check_ranks,
     check_strategy,
+    choose_devices,
     count_accumulation,
-    is_multirun,
     list_overrides,
 )
 from var.training.datamodule import AlignmentData
 from var.training.loggers import Curves, PlanFile, make_loggers
-from var.training.metrics import Budget, PeakMemory, StepMetrics
+from var.training.metrics import Budget, PeakMemory, ProgressBar, StepMetrics
 from var.training.module import AlignmentModule
 from var.training.validation import PairAccuracy, Validation, evaluate_reference
 from var.utils.console import console, say, silence_libraries, warn
+from var.utils.distributed import bind_device
 from var.utils.errors import UserError
 
 PROFILERS: dict[str, Any] = {
@@ -77,6 +78,8 @@ class Run:
     """What it trains on."""
     settings: TrainerSettings
     """How long, where and in which precision."""
+    memory: MemoryPlan | None
+    """What it needs on GPUs; None on CPUs."""
     peaks: PeakMemory = field(default_factory=PeakMemory)
     """The peak memory of the device in each stage."""
 
@@ -85,28 +88,26 @@ class Run:
         """Check the configuration as a whole and build what is cheap. No model is loaded."""
         silence_libraries()
         check(cfg, TRAIN)
-        settings = TrainerSettings(**cfg.trainer)
+        settings = choose_devices(cfg, TrainerSettings(**cfg.trainer))
         EvalSettings(**cfg.eval)
         if not 0 <= cfg.seed < 2**32:
             raise UserError(f"seed={cfg.seed}: a seed must be at least 0 and below 2**32")
         if is_multirun():
             gc.collect()  # the previous job's trainer and model refer to each other
-        check_multirun(settings.world)
+        if settings.device_memory is not None and not cfg.dry and not torch.cuda.is_available():
+            raise UserError("trainer.device_memory describes GPUs, and this machine has none. Use it with debug=dry.")
         check_ranks(settings)
+        device = bind_device() if settings.gpu else "cpu"
         if cfg.dry and cfg.annotate == "error":
             raise UserError("annotate=error has no effect with debug=dry, which computes nothing")
         pretrained = Pretrained(**pick_fields(Pretrained, cfg.model), cache=cfg.cache)
         if cfg.init is not None:
             pretrained = replace(pretrained, path=str(find_model(cfg.init)), revision=None, chat_template=None)
+        pretrained = pretrained.with_attention_for(settings.gpu, half=PRECISIONS[settings.arithmetic] is not None)
         adapter, loss = instantiate(cfg.adapter) if cfg.adapter else None, instantiate(cfg.loss)
-        device = "cpu"
-        if settings.gpu:
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-            if torch.cuda.is_available():
-                torch.cuda.set_device(device)  # before any model is loaded, so that none is loaded on another's device
         annotator = Annotator(
             annotations=AnnotationCache(Path(cfg.annotation_cache).expanduser(), warn=warn),
-            reference=FrozenModel(pretrained, device, PRECISIONS[settings.arithmetic], cfg.strategy.name == "fsdp"),
+            reference=FrozenModel(pretrained, device, PRECISIONS[settings.arithmetic]),
             reward=instantiate(cfg.reward),
             cache=Path(cfg.cache).expanduser(),
             sampler=instantiate(cfg.sampler),
@@ -125,7 +126,9 @@ class Run:
         )
         check_adapter(cfg, pretrained, adapter, data.requirements)
         count_accumulation(cfg, settings)
-        return cls(cfg, folder, pretrained, adapter, loss, data, settings)
+        cfg, plan = choose_strategy(cfg, settings)
+        annotator.reference.shard = cfg.strategy.name == "fsdp" if plan is None else plan.shard_reference
+        return cls(cfg, folder, pretrained, adapter, loss, data, settings, plan)
 
     @property
     def annotator(self) -> Annotator:
@@ -155,8 +158,9 @@ class Run:
             self.annotator.reference.share_weights(policy)
         reference = self.annotator.reference if cfg.reference == "live" else None
         module = AlignmentModule(
-            policy, self.loss, self.data.providers, instantiate(cfg.optim.optimizer), instantiate(cfg.optim.schedule),
-            reference, self.settings.nonfinite, fill,
+            policy, self.loss, self.data.providers, instantiate(cfg.optim.optimizer, _convert_="all"),
+            instantiate(cfg.optim.schedule), reference, self.settings.nonfinite, fill,
+            self.memory is None or self.memory.gather,
         )  # fmt: skip
         if self.settings.arithmetic == "64-true":
             module = module.double()
@@ -177,7 +181,7 @@ class Run:
         callbacks: list[Any] = [self.steps, *budget, saving, PlanFile(self.folder), *before_evaluation]
         callbacks += [self.peaks, *([self.validation] if self.validation else [])]
         if console.is_terminal:
-            callbacks += [RichProgressBar(), RichModelSummary(max_depth=1)]
+            callbacks += [ProgressBar(), RichModelSummary(max_depth=1)]
         strategy = cfg.strategy.name
         check_strategy(cfg, settings)
         if "_target_" in cfg.strategy:

@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 from rich.table import Table
 
 from var.config.schema import to_dict
+from var.report.warnings import validation_warnings
 from var.utils.console import console, say, warn
 from var.utils.errors import UserError
 from var.utils.statistics import Estimate
@@ -24,6 +25,8 @@ def show(summary: dict[str, Any]) -> None:
         table.add_row(name, before, after)
     console.print(table)
     console.print(f"Run: {summary['folder']}", markup=False)
+    for text in validation_warnings(summary["validation"]):
+        warn(text)
 
 
 def results(validation: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
@@ -45,6 +48,7 @@ def results(validation: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
             rate = {"mean": judge["win_rate"], "se": judge["se_prompts"]}
             yield "win rate against the initial policy, by judge", "", str(Estimate.from_json(rate).scale(0.01))
         yield "response length, tokens", *both("length", 1)
+        yield "truncated responses", *(f"{validation['truncated'][when]:.0%}" for when in ("before", "after"))
         yield "KL from the reference, nats", "0", str(Estimate.from_json(validation["kl"]))
 
 

@@ -67,10 +67,10 @@ def silence_libraries() -> None:
 
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    for name in ("lightning.pytorch", "lightning.fabric"):
+    for name in ("lightning.pytorch", "lightning.fabric", "httpx", "httpx2"):  # httpx prints each request to a hub
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a failure raises an error of ours
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft uses an old name of transformers'
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*")  # names that transformers renames
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")  # short runs log the last step

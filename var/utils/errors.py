@@ -5,6 +5,10 @@ class UserError(ValueError):
     """An error that the user can fix. The commands print its message without a traceback."""
 
 
+class UnavailableError(UserError):
+    """A model or a data set is not on this machine and cannot be downloaded."""
+
+
 def brief(error: BaseException) -> str:
     """Return the message of an error on one line of at most 300 characters."""
     return " ".join(str(error).split())[:300]

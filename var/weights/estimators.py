@@ -117,8 +117,8 @@ class InBatch:
     def __call__(self, inputs: WeightInputs, temperature: float) -> Tensor:
         """Return [n] log-weights; -inf for a sequence that is in no micro-batch."""
         micro, rewards = inputs.get("micro"), inputs.get("cross_rewards")  # [M, B] and [M, B, B]
-        present = micro >= 0
-        micro = micro.clamp(min=0)
+        present, sequences = micro >= 0, len(inputs.rewards)
+        place, micro = torch.where(present, micro, sequences), micro.clamp(min=0)
         logps = torch.zeros_like(rewards)
         if self.reduction != "none":
             if self.reference == "cross":
@@ -130,9 +130,8 @@ class InBatch:
         rewards = torch.where(present[:, None, :], rewards, 0.0)
         logps = torch.where(present[:, None, :], logps, -torch.inf)
         diagonal = in_batch_log_weights(rewards / temperature, logps)
-        log_weights = torch.full_like(inputs.rewards, -torch.inf)
-        log_weights[micro[present]] = diagonal[present]
-        return log_weights
+        log_weights = diagonal.new_full((sequences + 1,), -torch.inf)  # absent ones write to the last entry
+        return log_weights.scatter(0, place.flatten(), diagonal.flatten())[:sequences]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,7 @@
-"""Sums, softmax and spread over the responses to one prompt. `group` [n] int, 0..G-1, is the prompt of a sequence."""
+"""Sums, softmax and spread over the responses to one prompt. `group` [n] int, 0..G-1, is the prompt of a sequence.
+
+Tables of groups have n entries, since G ≤ n: reading G from `group` would wait for a GPU.
+"""
 
 import torch
 from torch import Tensor
@@ -6,7 +9,7 @@ from torch import Tensor
 
 def group_size(group: Tensor) -> Tensor:
     """Return [n] float64: the number of sequences with the sequence's prompt."""
-    return torch.bincount(group).double()[group]
+    return group_sum(torch.ones_like(group, dtype=torch.float64), group)
 
 
 def group_sum(values: Tensor, group: Tensor) -> Tensor:
@@ -16,10 +19,9 @@ def group_sum(values: Tensor, group: Tensor) -> Tensor:
 
 def group_logsumexp(logits: Tensor, group: Tensor) -> Tensor:
     """Return [n]: log Σ exp of `logits` [n] over the sequences with the sequence's prompt."""
-    groups = int(group.max()) + 1
-    peak = logits.new_full((groups,), -torch.inf).scatter_reduce(0, group, logits, "amax")
-    total = logits.new_zeros(groups).index_add(0, group, (logits - peak[group]).exp())
-    return (peak + total.log())[group]
+    peak = logits.new_full((len(logits),), -torch.inf).scatter_reduce(0, group, logits, "amax")
+    total = logits.new_zeros(len(logits)).index_add(0, group, (logits - peak[group]).exp())
+    return (peak + total.clamp(min=1).log())[group]  # the largest adds e⁰; the log of an unused entry stays finite
 
 
 def group_log_softmax(logits: Tensor, group: Tensor) -> Tensor:
@@ -32,9 +34,8 @@ def zero_variance(rewards: Tensor, group: Tensor) -> Tensor:
 
     Such a group does not say which response is better. A group of one response also has zero variance.
     """
-    groups = int(group.max()) + 1
-    high = rewards.new_full((groups,), -torch.inf).scatter_reduce(0, group, rewards, "amax")
-    low = rewards.new_full((groups,), torch.inf).scatter_reduce(0, group, rewards, "amin")
+    high = rewards.new_full((len(rewards),), -torch.inf).scatter_reduce(0, group, rewards, "amax")
+    low = rewards.new_full((len(rewards),), torch.inf).scatter_reduce(0, group, rewards, "amin")
     return (high == low)[group]
 
 

@@ -28,6 +28,7 @@ from var.config.check import FOLDER, check
 from var.evaluate.benchmarks import harness, sandbox
 from var.evaluate.benchmarks.harness import Benchmarks, format_command, run_benchmarks
 from var.evaluate.benchmarks.tasks.humaneval import pass_at_1
+from var.models.attention import use_attention
 from var.utils.errors import UserError
 
 pytest.importorskip("lm_eval")
@@ -269,7 +270,7 @@ def test_mmlu_compares_log_probabilities_of_the_letters(choices: Path, tmp_path:
         logps = []
         for letter in "ABCD":
             full = torch.tensor([[*ids, *tokenizer(f" {letter}")["input_ids"]]])
-            with torch.inference_mode(), harness.use_attention(model, "sdpa"):
+            with torch.inference_mode(), use_attention(model, "sdpa"):
                 out = model(full).logits.log_softmax(-1)[0]
             logps.append(float(out[-3, full[0, -2]] + out[-2, full[0, -1]]))
         assert json.loads(sample["response"]) == [
@@ -316,6 +317,20 @@ def test_truncated_prompts_are_counted(sums: Path, tmp_path: Path) -> None:
         model = tiny_model(max_position_embeddings=positions)
         result = run(tmp_path, {"gsm8k": 2}, sums, model, limit=8)
         assert result["tasks"]["gsm8k"]["prompts_truncated_on_the_left"] == truncated
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_model_computes_in_the_chosen_precision(
+    choices: Path, sums: Path, tmp_path: Path, autocast: torch.dtype | None
+) -> None:
+    """In forward passes and in generation; the scores of choices stay in float32."""
+    model, seen = tiny_model(**LONG), set()
+    model.model.layers[1].mlp.up_proj.register_forward_hook(lambda module, inputs, out: seen.add(out.dtype))
+    chosen = settings({"gsm8k": 0, "mmlu_anatomy": 0}, sums, limit=2, max_new_tokens=4)
+    result = run_benchmarks(chosen, model, byte_tokenizer(), tmp_path, autocast)
+    assert seen == {autocast or torch.float32}
+    assert result["autocast"] == (None if autocast is None else "bfloat16")
+    assert ("mixed_precision_dtype=bfloat16,softmax_dtype=float32" in result["command"]) is (autocast is not None)
 
 
 def drawn() -> tuple[float, ...]:
@@ -465,14 +480,21 @@ def test_yaml_files_state_all_fields(path: Path, tmp_path: Path) -> None:
         built.check()
 
 
-def compared(model: str, tasks: dict[str, int | None], folder: Path, out: Path, **changes: Any) -> int:
+def compared(
+    model: str,
+    tasks: dict[str, int | None],
+    folder: Path,
+    out: Path,
+    autocast: torch.dtype | None = None,
+    **changes: Any,
+) -> int:
     """Compare our run with lm-eval's command line, document by document; return the number of responses."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     chosen = settings(tasks, folder, **changes)
     loaded = AutoModelForCausalLM.from_pretrained(model, attn_implementation="packed")
-    ours = run_benchmarks(chosen, loaded, AutoTokenizer.from_pretrained(model), out)
-    words = format_command(chosen, out / "tasks", model, out / "theirs")
+    ours = run_benchmarks(chosen, loaded, AutoTokenizer.from_pretrained(model), out, autocast)
+    words = format_command(chosen, out / "tasks", model, out / "theirs", autocast=autocast)
     subprocess.run([sys.executable, *words[1:]], cwd=ROOT, check=True, capture_output=True, text=True)
     (results,) = (out / "theirs").rglob("results_*.json")
     theirs = json.loads(results.read_text())["results"]
@@ -499,9 +521,9 @@ def compared(model: str, tasks: dict[str, int | None], folder: Path, out: Path, 
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("turns", [False, True])
+@pytest.mark.parametrize(("turns", "autocast"), [(False, None), (True, None), (False, torch.bfloat16)])
 def test_command_line_of_lm_eval_gives_the_same_results(
-    tiny_folder: Path, real_data: Path, choices: Path, tmp_path: Path, turns: bool
+    tiny_folder: Path, real_data: Path, choices: Path, tmp_path: Path, turns: bool, autocast: torch.dtype | None
 ) -> None:
     for path in real_data.rglob("*"):
         if path.suffix in (".jsonl", ".gz", ".json"):
@@ -511,7 +533,8 @@ def test_command_line_of_lm_eval_gives_the_same_results(
     code = "humaneval_instruct" if turns else "humaneval"
     tasks = {"gsm8k": 4, "bbh_cot_fewshot_object_counting": 3, "bbh_cot_fewshot_date_understanding": 3, code: 0}
     options = {"limit": 6, "max_new_tokens": 24, "unsafe_code": True, "apply_chat_template": turns}
-    assert compared(str(tiny_folder), {**tasks, "mmlu_anatomy": 2}, choices, tmp_path / "out", **options) == 36
+    tasks["mmlu_anatomy"] = 2
+    assert compared(str(tiny_folder), tasks, choices, tmp_path / "out", autocast, **options) == 36
 
 
 @pytest.mark.long

@@ -3,12 +3,16 @@
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import datasets
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 
 from var.data.sources import local
-from var.utils.errors import UserError
+from var.utils.errors import UserError, brief
+from var.utils.hub import explain_failure
 
 
 class Part(NamedTuple):
@@ -26,19 +30,35 @@ class Part(NamedTuple):
 
 @cache
 def load(part: Part) -> datasets.Dataset:
-    """Load one split, memory-mapped. Raise a `UserError` if the hub cannot be reached."""
+    """Load one split, memory-mapped. Raise an `UnavailableError` if the hub cannot be reached."""
     try:
+        validate_repo_id(part.path)
         return datasets.load_dataset(part.path, name=part.name, split=part.split, data_dir=part.data_dir)
     except Exception as error:  # datasets, hub and HTTP client have no common base class for "not reachable"
-        raise UserError(
-            f"data set {part}: cannot be loaded from the hub: {type(error).__name__}: {error}\n"
-            "Run once with a network (later runs read the hub's cache), or download its files (.jsonl, .jsonl.gz, "
-            ".parquet) and set `data.path=` to them."
-        ) from error
+        if isinstance(error, ValueError) and not isinstance(error, HFValidationError):  # it lists what there is
+            raise UserError(f"data: {part}: {brief(error)} Check data.source.name and data.source.split.") from error
+        advice = "set data.path to a copy of its files (.jsonl, .jsonl.gz, .parquet)"
+        raise explain_failure(_find_reason(error, part), f"data: {part}", part.path, advice, "dataset") from error
+
+
+def _find_reason(error: Exception, part: Part) -> Exception:
+    """Return the hub's error. `datasets` drops it from its own, so the hub is asked whether the set can be read."""
+    try:
+        HfApi().auth_check(part.path, repo_type="dataset")
+    except (RepositoryNotFoundError, OfflineModeIsEnabled) as reason:
+        return reason
+    except Exception:  # the hub or a mirror does not answer this question
+        return error
+    return error
 
 
 class HubSource(local.LocalSource):
     """Base of adapters of a data set of the hub, or of a local copy of it."""
+
+    expected_rows: ClassVar[int | None] = None
+    """Rows on the hub, for debug=dry if they are not on this machine."""
+    expected_responses: ClassVar[int] = 2
+    """Responses per row, likewise."""
 
     @property
     def parts(self) -> Sequence[Part]:

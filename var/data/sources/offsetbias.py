@@ -19,6 +19,7 @@ class OffsetBias(HubSource):
     path: str | None = None  # a local copy, read instead of the hub
 
     parts = (Part("NCSOFT/offsetbias"),)
+    expected_rows = 8_504
 
     def row(self, where: str, record: Any) -> Row | None:
         """Return a pair, the output that `label` names first."""

@@ -30,6 +30,12 @@ class UltraFeedback(HubSource):
     path: str | None = None  # a local copy, read instead of the hub
 
     parts = (Part("openbmb/UltraFeedback"),)
+    expected_rows = 63_967
+
+    @property
+    def expected_responses(self) -> int:  # type: ignore[override]
+        """Completions per row."""
+        return {"all": 4, "best_worst": 2, "best": 1}[self.keep]
 
     def __post_init__(self) -> None:
         if self.keep not in KEEP:

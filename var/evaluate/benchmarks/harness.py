@@ -11,10 +11,8 @@ mmlu/SUBJECT.jsonl      question, choices (four), answer (0 to 3); SUBJECT.dev.j
 """
 
 import importlib.util
-import logging
 import shlex
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
@@ -22,11 +20,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from var.evaluate.benchmarks import sandbox
 from var.evaluate.benchmarks.results import describe_task, list_scores, write_samples
-from var.models.attention import use_attention
+from var.utils.distributed import Ranks
 from var.utils.errors import Problems, UserError
 
 OWN_TASKS = Path(__file__).parent / "tasks"
@@ -209,10 +208,26 @@ def write_tasks(settings: Benchmarks, folder: Path) -> dict[str, Source]:
     return sources
 
 
-def format_command(settings: Benchmarks, tasks: Path, model: str, out: Path, device: str = "cpu") -> list[str]:
+def precision_options(autocast: torch.dtype | None) -> dict[str, str]:
+    """Return lm-eval's arguments of a model that computes in `autocast`, with the log-softmax in float32."""
+    if autocast is None:
+        return {}
+    return {"mixed_precision_dtype": str(autocast).removeprefix("torch."), "softmax_dtype": "float32"}
+
+
+def format_command(
+    settings: Benchmarks,
+    tasks: Path,
+    model: str,
+    out: Path,
+    device: str = "cpu",
+    autocast: torch.dtype | None = None,
+) -> list[str]:
     """Return lm-eval's own command for the same numbers, from a model's folder and the tasks that a run wrote."""
+    model_options = {"pretrained": model, **precision_options(autocast)}
     words = [
-        "python", "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={model}", "--device", device,
+        "python", "-m", "lm_eval", "--model", "hf",
+        "--model_args", ",".join(f"{name}={value}" for name, value in model_options.items()), "--device", device,
         "--tasks", ",".join(settings.tasks), "--include_path", str(tasks), "--batch_size", str(settings.batch),
         "--output_path", str(out), "--log_samples",
     ]  # fmt: skip
@@ -227,23 +242,41 @@ def format_command(settings: Benchmarks, tasks: Path, model: str, out: Path, dev
     return words
 
 
-def run_benchmarks(settings: Benchmarks, model: Any, tokenizer: Any, out: Path) -> dict[str, Any]:
+def run_benchmarks(
+    settings: Benchmarks,
+    model: Any,
+    tokenizer: Any,
+    out: Path,
+    autocast: torch.dtype | None = None,
+    ranks: Ranks | None = None,
+) -> dict[str, Any]:
     """Return every task's numbers and what they depend on, as JSON; write all responses to out/samples.parquet.
 
     The transformers model keeps its mode and attention, and the random state is restored. If a task is not available,
     a UserError is raised before the model runs.
+
+    autocast: the dtype in which the model computes; None is that of its weights.
+    ranks: the processes that share the requests. All of them call this function, and all but the first return {}.
     """
+    ranks = ranks or Ranks()
     settings.check()
     if settings.apply_chat_template and not tokenizer.chat_template:
         raise UserError("benchmarks.apply_chat_template=true: the model's tokenizer has no chat template")
-    sources = write_tasks(settings, out / "tasks")
 
     from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    with _unchanged(model):
-        lm = HFLM(pretrained=model, tokenizer=deepcopy(tokenizer), batch_size=settings.batch)
+    from var.evaluate.benchmarks.model import SharedLM, restored
+
+    with restored(model):
+        options = precision_options(autocast)
+        lm = SharedLM(
+            pretrained=model, tokenizer=deepcopy(tokenizer), batch_size=settings.batch, ranks=ranks, **options
+        )
+        if ranks.rank > 0:
+            lm.serve()
+            return {}
+        sources = write_tasks(settings, out / "tasks")
         try:
             tasks = _load_tasks(settings, TaskManager(include_path=str(out / "tasks"), include_defaults=False))
         except UserError:
@@ -262,18 +295,20 @@ def run_benchmarks(settings: Benchmarks, model: Any, tokenizer: Any, out: Path) 
             torch_random_seed=SEED, fewshot_random_seed=SEED,
         )  # fmt: skip
         assert found is not None
+        lm.stop()
         write_samples(found, out / "samples.parquet")
         facts = {}
         for name in found["samples"]:
             source = sources.get(name, Source(name, {}, {}, None))
             facts[name] = describe_task(name, found, lm, source.shots_from, source.files)
-        command = format_command(settings, out / "tasks", "FOLDER", out / "lm_eval", str(model.device))
+        command = format_command(settings, out / "tasks", "FOLDER", out / "lm_eval", str(model.device), autocast)
         return {
             "harness": f"lm-eval {version('lm-eval')}",
             "chat_template": lm.chat_template(settings.apply_chat_template) or None,
             "shots_as_turns": settings.apply_chat_template,
             "limit": settings.limit,
             "batch": settings.batch,
+            "autocast": None if autocast is None else options["mixed_precision_dtype"],
             "model_generation_config": model.generation_config.to_diff_dict(),  # e.g. a repetition penalty
             "scores": list_scores(found),
             "tasks": facts,
@@ -306,21 +341,3 @@ def _check_context(settings: Benchmarks, tasks: list[Any], lm: Any) -> None:
             if new >= lm.max_length:
                 problems.add(task.task_name, f"responses of {new} tokens, in a context of {lm.max_length}")
     problems.check("Reduce benchmarks.max_new_tokens.")
-
-
-@contextmanager
-def _unchanged(model: Any) -> Iterator[None]:
-    """Switch to plain attention and few log lines; then restore them, the model's modes and the random state."""
-    from lightning.pytorch.utilities.seed import isolate_rng
-
-    modes = {module: module.training for module in model.modules()}
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with use_attention(model, "sdpa"), isolate_rng():
-            yield
-    finally:
-        logger.setLevel(level)
-        for module, mode in modes.items():
-            module.training = mode

@@ -1,0 +1,82 @@
+"""The command of the paper with models, reward model and data from a hub (a mirror), offline, and from folders."""
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.cli import write_to
+from tests.helpers.hub_server import Hub, client_environment, serve_hub, write_repositories
+from tests.helpers.runs import ROOT, run_folder, same_folders
+
+pytestmark = pytest.mark.e2e
+
+GROUPS = shlex.split("model=qwen2.5-7b loss=var data=offsetbias reward=offsetbias-rm-8b")
+SMALL = shlex.split(
+    "trainer.accelerator=cpu data.micro_batch=4 data.global_batch=8 data.validation_prompts=2 trainer.epochs=1 "
+    "eval.sampling.responses=1 generate.max_new_tokens=3 trainer.log_every_n_steps=1"
+)
+
+
+@pytest.fixture(scope="module")
+def repositories(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return write_repositories(tmp_path_factory.mktemp("hub"))
+
+
+@pytest.fixture
+def hub(repositories: Any) -> Iterator[Hub]:
+    models, sets = repositories
+    with serve_hub(models=models, datasets=sets, prefix="/mirror") as server:
+        yield server
+
+
+def train(hub: Hub, home: Path, *overrides: str, status: int = 0, **environment: str) -> str:
+    """Run train.py in a process that uses the hub, with its cache in `home`; return what it printed."""
+    command = [sys.executable, str(ROOT / "train.py"), *SMALL, *overrides]
+    variables = client_environment(hub, home, **environment)
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=600)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_dry_run_downloads_no_weights(hub: Hub, tmp_path: Path) -> None:
+    printed = train(hub, tmp_path, *GROUPS, *write_to(tmp_path), "debug=dry")
+    assert "7,615,616,512" in printed
+    assert hub.downloads(".safetensors") == []
+    printed = train(hub, tmp_path, *GROUPS, *write_to(tmp_path), "debug=dry", "model=hub", "model.path=Qwen/Qwen2.5-7B")
+    assert "7,615,616,512" not in printed  # the sizes in config.json
+
+
+@pytest.mark.long
+def test_training_from_the_hub_its_cache_and_folders(hub: Hub, repositories: Any, tmp_path: Path) -> None:
+    """A download that breaks is resumed by the same command, and the three sources train the same model."""
+    home, models = tmp_path / "home", repositories[0]
+    online, offline, folders = (tmp_path / name for name in ("online", "offline", "folders"))
+    hub.breaks, hub.keeps_breaking = {"model.safetensors": 1000}, True
+    printed = train(hub, home, *GROUPS, *write_to(online), status=1)
+    assert "Error: model.path=Qwen/Qwen2.5-7B: not on this machine, and it could not be downloaded" in printed
+    hub.breaks.clear()
+    before = hub.sent.copy()
+    train(hub, home, *GROUPS, *write_to(online))
+    assert run_folder(online / "runs").name.startswith("qwen2.5-7b_offsetbias_var-")
+    for name in hub.downloads(".safetensors"):
+        repository, file = models[name.rpartition("/")[0]], name.rpartition("/")[2]
+        assert hub.sent[name] - before[name] in (0, (repository.folder / file).stat().st_size), name
+    hub.forget()
+    train(hub, home, *GROUPS, *write_to(offline), HF_HUB_OFFLINE="1")
+    assert not hub.requests
+    rm, data = (models[name].folder for name in ("NCSOFT/Llama-3-OffsetBias-RM-8B", "Qwen/Qwen2.5-7B"))
+    pairs = repositories[1]["NCSOFT/offsetbias"].folder / "data"
+    paths = f"model.path={data}", f"reward.path={rm}", f"data.path={pairs}"
+    train(hub, tmp_path / "empty", *GROUPS, *paths, *write_to(folders))
+    assert not hub.requests
+    assert run_folder(folders / "runs").name.startswith("qwen_offsetbias_var-")
+    same_folders(*(run_folder(place / "runs") for place in (online, offline)), "train/loss")
+    same_folders(*(run_folder(place / "runs") for place in (online, folders)))
+    summaries = [json.loads((run_folder(p / "runs") / "summary.json").read_text()) for p in (online, offline, folders)]
+    assert len({summary["hashes"]["weights"] for summary in summaries}) == 1

@@ -1,0 +1,29 @@
+"""Run each test of this folder in another process, in which the pretend device is registered."""
+
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import pytest
+import torch.utils.backend_registration
+
+POOL = pytest.StashKey[ProcessPoolExecutor]()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def process(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Start the process."""
+    if not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"):
+        pytest.skip("this version of torch has no devices in Python")
+    with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        request.config.stash[POOL] = pool
+        yield
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool:
+    """Call the test there, with its fixtures, which are plain values. An error is raised here with its traceback."""
+    names = pyfuncitem._fixtureinfo.argnames
+    arguments = {name: pyfuncitem.funcargs[name] for name in names}
+    pyfuncitem.config.stash[POOL].submit(pyfuncitem.obj, **arguments).result()
+    return True

@@ -1,0 +1,251 @@
+"""The memory model: compared with torch's own trackers on fake tensors, and what is chosen and advised from it."""
+
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import distributed
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed.device_mesh import init_device_mesh
+
+from tests.helpers.cli import run
+from tests.helpers.runs import composed
+from var.config.schema import TrainerSettings
+from var.models.packing import pack
+from var.models.policy import Policy
+from var.models.simulate import make_fake
+from var.training.alternatives import plan_memory
+from var.training.checks import choose_devices, count_accumulation
+from var.training.memory import GIB, MemoryModel, device_memory
+from var.utils.errors import UserError
+
+PLANNED = ["model=qwen2.5-7b", "loss=var", "trainer.device_memory=80GiB"]
+
+
+def settings_of(cfg: Any) -> TrainerSettings:
+    return choose_devices(cfg, TrainerSettings(**cfg.trainer))
+
+
+@contextmanager
+def pretended_ranks(world: int) -> Iterator[Any]:
+    """Yield a mesh of ranks whose collectives do nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    distributed.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+    try:
+        yield init_device_mesh("cpu", (world,))
+    finally:
+        distributed.destroy_process_group()
+
+
+def track_training(model: MemoryModel, world: int) -> float:
+    """Return the peak bytes of the second optimizer step, of two micro-batches, by torch's trackers."""
+    length = model.cfg.data.max_length
+    batch = pack([[0] * length] * model.sequences, [length - 600 // model.sequences] * model.sequences)
+    own, fake = model.model, FakeTensorMode()
+    if model.pretrained.gradient_checkpointing:
+        own.gradient_checkpointing_enable()
+    own.set_attn_implementation("packed")
+    with fake:
+        make_fake(own)
+    policy = Policy(own.train())
+    batch = batch._with(fake.from_tensor)
+    with pretended_ranks(world) as mesh, fake, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if world > 1:
+            from var.models.sharding import shard
+
+            shard(policy, mesh, torch.bfloat16, torch.device("cpu"))
+        optimizer = torch.optim.AdamW(policy.parameters(), foreach=False)
+        tracker: Any = MemTracker() if world == 1 else FSDPMemTracker(policy, optimizer)
+        if world == 1:
+            tracker.track_external(policy, optimizer)
+        with tracker:
+            for step in range(2):
+                tracker._peak_mem, tracker._peak_mem_snap = {}, {}
+                for _ in range(2):
+                    with torch.autocast("cpu", torch.bfloat16):
+                        logps = policy(batch)
+                    logps.sum().backward()
+                    del logps
+                    tracker.reset_mod_stats()
+                if step == 0:
+                    optimizer.step()
+                    optimizer.zero_grad()
+    return float(sum(parts["Total"] for parts in tracker.get_tracker_snapshot("peak").values()))
+
+
+@pytest.mark.parametrize("world", [1, 4, 8])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        ["model=qwen2.5-7b", "model.architecture.num_hidden_layers=3"],
+        pytest.param(
+            ["model=qwen2.5-7b", "model.architecture.num_hidden_layers=3", "model.architecture.vocab_size=1024"],
+            marks=pytest.mark.long,
+        ),
+        pytest.param(["model=qwen2.5-7b"], marks=pytest.mark.long),
+        pytest.param(["model=llama3.2-1b", "model.gradient_checkpointing=false"], marks=pytest.mark.long),
+    ],
+    ids=["three layers", "few words", "7B", "activations kept"],
+)
+def test_training_peaks_equal_torchs_trackers(sizes: list[str], world: int) -> None:
+    """Within 10 % for one device, and for FSDP over 4 and 8."""
+    cfg = composed(*sizes, "loss=var", "trainer.device_memory=80GiB", f"trainer.devices={world}")
+    model = MemoryModel.of(cfg, settings_of(cfg))
+    planned = sum(model.stages("fsdp" if world > 1 else "single", world)["training"].values())
+    assert planned == pytest.approx(track_training(model, world), rel=0.1)
+
+
+def test_parts_of_one_device_are_counts_times_widths() -> None:
+    """Qwen2.5 7B has 7,615,616,512 parameters: 4 bytes each for weights and gradients, 8 for Adam's moments."""
+    cfg = composed(*PLANNED, "trainer.devices=1")
+    model = MemoryModel.of(cfg, settings_of(cfg))
+    assert model.counts.total == 7_615_616_512
+    stages = model.stages("single", 1)
+    parts = stages["training"]
+    assert parts["weights"] == parts["gradients"] == 4 * model.counts.total
+    assert parts["optimizer"] == 8 * model.counts.total
+    # 28 layers: q and o 3584², k and v 3584 × 512, and three matrices of 3584 × 18944
+    linear = 28 * (2 * 3584**2 + 2 * 3584 * 512 + 3 * 3584 * 18944)
+    assert model.frozen == 2 * linear + 4 * (model.counts.total - linear)
+    assert model.cache_per_token == 2 * 28 * 4 * 128 * 2
+
+
+@pytest.mark.parametrize(
+    ("words", "strategy", "fits"),
+    [
+        (["model=qwen2.5-7b", "trainer.devices=1"], "single", False),
+        (["model=qwen2.5-7b", "trainer.devices=4"], "fsdp", True),
+        (["model=qwen2.5-14b", "trainer.devices=8"], "fsdp", True),
+        (["model=llama3.2-1b", "trainer.devices=4"], "ddp", True),
+        (["model=qwen2.5-7b", "adapter=lora", "trainer.devices=2"], "ddp", True),
+        (["model=qwen2.5-32b-int4", "adapter=lora", "trainer.devices=2"], "ddp", True),
+        (["model=qwen2.5-7b", "strategy=ddp", "trainer.devices=4"], "ddp", False),
+    ],
+)
+def test_strategy_keeps_a_replica_per_device_if_it_fits(words: list[str], strategy: str, fits: bool) -> None:
+    cfg = composed(*PLANNED, *words)
+    plan = plan_memory(cfg, settings_of(cfg))
+    assert (plan.strategy, plan.fits) == (strategy, fits)
+
+
+@pytest.mark.parametrize(("world", "turns"), [(1, 8), (2, 4), (3, 3), (4, 2), (6, 2), (8, 1)])
+def test_a_step_has_the_same_batch_on_any_devices(world: int, turns: int) -> None:
+    """8 micro-batches of 8: on 3 and 6 devices, the last turn has padding."""
+    cfg = composed(*PLANNED, f"trainer.devices={world}")
+    assert count_accumulation(cfg, settings_of(cfg)) == turns
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        (["trainer.devices=64"], "data.global_batch=512 or data.micro_batch=1 or trainer.devices=8."),
+        (
+            ["trainer.devices=8", "trainer.num_nodes=2"],
+            "data.global_batch=128 or data.micro_batch=4 or trainer.devices=4.",
+        ),
+        (["data.micro_batch=7"], "data.global_batch=63 or data.global_batch=70 or data.micro_batch=8."),
+        (["data.micro_batch=128"], "data.global_batch=128 or data.micro_batch=64."),
+    ],
+)
+def test_error_names_the_nearest_batches_that_work(words: list[str], advice: str) -> None:
+    """Each of them works."""
+    cfg = composed(*PLANNED, *words)
+    with pytest.raises(UserError, match=re.escape(advice)):
+        count_accumulation(cfg, settings_of(cfg))
+    for value in advice.removesuffix(".").split(" or "):
+        other = composed(
+            *PLANNED, *(word for word in words if word.partition("=")[0] != value.partition("=")[0]), value
+        )
+        count_accumulation(other, settings_of(other))
+
+
+def test_devices_without_a_micro_batch_stay_idle(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """trainer.devices=auto on a machine with 8 GPUs, and the demo's single micro-batch per step."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    cfg = composed()
+    assert settings_of(cfg).world == 1
+    assert "1 of 8 GPUs are used, because an optimizer step has 1 micro-batches" in capsys.readouterr().out
+    cfg = composed("model=qwen2.5-7b")
+    assert settings_of(cfg).world == 8
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", ["80", "80 TB", "GiB", "eighty GiB"])
+def test_device_memory_needs_a_unit(size: str) -> None:
+    with pytest.raises(UserError, match=r"trainer.device_memory: expected a size such as 80GiB"):
+        settings_of(composed(f"trainer.device_memory={size}"))
+
+
+def test_device_memory_reads_both_units() -> None:
+    sizes = [device_memory(settings_of(composed(f"trainer.device_memory={size}"))) for size in ("80GiB", "80GB")]
+    assert sizes == [80 * GIB, 80e9]
+
+
+def dry(folder: Path, *words: str) -> Any:
+    places = [f"annotation_cache={folder}/store", f"cache={folder}/cache", f"runs={folder}/runs"]
+    return run("train.py", *PLANNED, "debug=dry", *places, *words, HF_HUB_OFFLINE="1")
+
+
+@pytest.mark.e2e
+def test_the_literal_command_fits_on_four_cards(tmp_path: Path) -> None:
+    """Without the hub: the paper's data and reward model, and what chose them."""
+    done = dry(tmp_path, "trainer.devices=4")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("Verdict: fits on 4 × 80 GiB with strategy=fsdp"), done.stdout
+    for line in (
+        "  model: qwen2.5-7b (command line)", "  data: offsetbias (conf/train.yaml)",
+        "  reward: offsetbias-rm-8b (conf/train.yaml)", "  loss: var (command line)",
+    ):  # fmt: skip
+        assert line in lines
+    assert any(line.startswith("  8,504 rows on the hub; about 528 optimizer steps in 2 epochs") for line in lines)
+    for stage in ("annotation, reward model", "annotation, reference", "training", "evaluation, KL", "export"):
+        assert any(line.startswith(f"  {stage}: ") for line in lines), stage
+
+
+@pytest.mark.e2e
+def test_every_alternative_passes_the_dry_run(tmp_path: Path) -> None:
+    done = dry(tmp_path, "trainer.devices=1")
+    assert done.returncode == 1
+    assert done.stdout.startswith("Verdict: does not fit on 1 × 80 GiB")
+    offered = re.findall(r"^  ([\w.]+=.*?)    # [\d.]+ GiB per device", done.stderr, re.M)
+    assert len(offered) >= 3, done.stderr
+    for words in offered:
+        kept = ["trainer.devices=1"] if "trainer.devices" not in words else []
+        again = dry(tmp_path, *kept, *words.split())
+        assert again.returncode == 0, words + again.stdout + again.stderr
+        assert again.stdout.startswith("Verdict: fits on ")
+
+
+@pytest.mark.e2e
+def test_choices_name_the_file_that_made_them(tmp_path: Path) -> None:
+    """The demo model chooses its data, the data its lengths, an experiment its loss."""
+    places = [f"annotation_cache={tmp_path}/store", f"cache={tmp_path}/cache", f"runs={tmp_path}/runs", "debug=dry"]
+    printed = run("train.py", *places, HF_HUB_OFFLINE="1").stdout
+    for line in (
+        "model: smollm2-135m (conf/train.yaml)", "data: arithmetic (conf/model/smollm2-135m.yaml)",
+        "reward: exact_number (conf/model/smollm2-135m.yaml)", "generate: demo (conf/data/arithmetic.yaml)",
+    ):  # fmt: skip
+        assert f"  {line}\n" in printed, printed
+    printed = run("train.py", *places, "experiment=table2", "strategy=auto", HF_HUB_OFFLINE="1").stdout
+    assert "  model: qwen2.5-0.5b (conf/experiment/table2.yaml)\n" in printed
+    assert "  loss: var (conf/experiment/table1.yaml)\n" in printed
+
+
+def test_given_groups_have_priority() -> None:
+    cfg = composed("model=qwen2.5-7b", "data=arithmetic")
+    assert OmegaConf.select(cfg, "reward._target_").endswith("ExactNumber")
+    assert cfg.generate.max_new_tokens == 20
+    assert composed("data=arithmetic", "generate=default").generate.max_new_tokens == 512
+    assert composed("model=qwen2.5-7b", "reward=sentiment").data.name == "offsetbias"

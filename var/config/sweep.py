@@ -1,0 +1,271 @@
+"""Run the jobs of a sweep: each with its processes and GPUs, and all of them even if some fail."""
+
+import ctypes
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any, ClassVar
+
+from hydra.conf import HydraConf
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from var.config.schema import TrainerSettings
+from var.utils.device_locks import claim, name_devices
+from var.utils.errors import UserError
+
+LAUNCHERS = {"JoblibLauncher": "joblib", "LocalLauncher": "submitit_local"}
+"""Launchers that run several jobs at a time on one machine, and leave its GPUs to the jobs."""
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""Signals that a job's process receives from the sweep."""
+
+RANK_VARIABLES = {
+    "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+}  # fmt: skip
+RANK_PREFIXES = ("SUBMITIT_", "SLURM_", "TORCHELASTIC_")
+"""With these, Lightning would expect that a launcher has started the other ranks."""
+
+PR_SET_PDEATHSIG = 1
+"""An option of Linux's prctl: the signal that a process receives when its parent dies."""
+
+
+class JobFailed(UserError):
+    """The process of a job failed. It has printed its error."""
+
+
+@dataclass
+class Sweep(Callback):
+    """Record failed jobs, so that the other jobs run and all failures are listed at the end.
+
+    Hydra creates it in the process of the sweep, and launchers send it to the processes of the jobs.
+    """
+
+    current: ClassVar["Sweep | None"] = None
+    """The sweep of this process."""
+
+    record: str | None = None
+    """The file for the error of this run, if it is a job in a process of its own."""
+    failures: Path | None = field(default=None, init=False)
+    """The folder of the errors. Workers on other machines can write to it."""
+    locks: Path | None = field(default=None, init=False)
+    """The folder of the locks of devices, on this machine: network file systems may lack locks."""
+    visible: str | None = field(default=None, init=False)
+    """CUDA_VISIBLE_DEVICES, which submitit_local sets to the same GPUs, or none, for all jobs."""
+    swept: set[str] = field(default_factory=set, init=False)
+    """The keys that differ between the jobs."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Name the folders. They are created when they are needed."""
+        name = uuid.uuid4().hex[:8]
+        self.failures = Path(config.hydra.sweep.dir).absolute() / f".failures-{name}"
+        self.locks = Path(tempfile.gettempdir()) / f"var-devices-{name}"
+        self.visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        words = OverridesParser.create().parse_overrides(config.hydra.overrides.task)
+        self.swept = {word.key_or_group for word in words if word.is_sweep_override()}
+        self.swept |= set(config.hydra.sweeper.get("params") or ())
+        Sweep.current = self
+
+    def on_job_start(self, config: DictConfig, **_: Any) -> None:
+        """Set the sweep of a job's process. A process that the sweep started ends with it."""
+        Sweep.current = self
+        if self.record and "LOCAL_RANK" not in os.environ and sys.platform == "linux":
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
+        """Record the error of a failed job, and print it."""
+        if job_return.status != JobStatus.FAILED or not (self.record or self.failures):
+            return
+        from var.config.entry import describe
+
+        job, error = config.hydra.job.num, job_return._return_value
+        message = describe(error)
+        text = message or f"{type(error).__name__}: {error}"
+        if self.record:  # the command prints it
+            _write_once(Path(self.record), text)
+            return
+        if message is None:
+            sys.excepthook(type(error), error, error.__traceback__)
+        elif not isinstance(error, JobFailed):
+            print(f"Job {job} failed: {message}", file=sys.stderr, flush=True)
+        words = config.hydra.overrides.task
+        own = " ".join(word for word in words if word.partition("=")[0].lstrip("+") in self.swept)
+        lines = f"#{job} {own}", " ".join(text.split())[:300], config.hydra.runtime.output_dir
+        _write_once(self.path(job, "job"), "\n    ".join(lines))
+        if config.hydra.sweeper._target_.endswith("BasicSweeper"):  # it would stop before its next batch
+            job_return.status, job_return.return_value = JobStatus.COMPLETED, None
+
+    def path(self, job: int, kind: str) -> Path:
+        """Return the file of a job's error: `kind` is "job", or "process" for that of its own process."""
+        assert self.failures is not None
+        return self.failures / f"{job:06}.{kind}"
+
+
+def list_failures() -> list[str]:
+    """Return a text per failed job of this process's sweep, which is over."""
+    sweep, Sweep.current = Sweep.current, None
+    if sweep is None or sweep.failures is None or sweep.locks is None:
+        return []
+    texts = [path.read_text() for path in sorted(sweep.failures.glob("*.job"))]
+    for folder in (sweep.failures, sweep.locks):
+        shutil.rmtree(folder, ignore_errors=True)
+    return texts
+
+
+def is_multirun() -> bool:
+    """Return whether this run is a job of a sweep."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def needs_process(cfg: DictConfig) -> bool:
+    """Return whether this run is a job of a sweep that cannot run in the sweep's process.
+
+    Lightning would start the other ranks of a job with the complete sweep's command line (hydra #2070, Lightning
+    #11300), and a process that has initialized CUDA keeps its GPUs.
+    """
+    if not is_multirun() or cfg.dry:
+        return False
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started > 1 and "SUBMITIT_EXECUTOR" in os.environ:
+        return False  # each of submitit's tasks is a rank
+    devices, settings = list_devices(cfg), TrainerSettings(**cfg.trainer)
+    if started > 1:
+        raise UserError(
+            f"-m on {started} processes: each process would run the complete sweep. Start one process without torchrun "
+            "or srun; each job starts its own processes."
+        )
+    if settings.num_nodes > 1:
+        raise UserError(
+            f"trainer.num_nodes={settings.num_nodes}: this launcher runs a job on one machine. Set "
+            f"hydra/launcher=submitit_slurm hydra.launcher.nodes={settings.num_nodes} "
+            f"hydra.launcher.tasks_per_node={settings.local}."
+        )
+    if len(devices) > 1 and settings.devices == "auto" and "SUBMITIT_EXECUTOR" not in os.environ:
+        raise UserError(
+            f"trainer.devices=auto: with hydra/launcher={_find_launcher()}, jobs share the {len(devices)} GPUs of this "
+            "machine. Set the number per job, for example trainer.devices=1."
+        )
+    if devices and settings.local > len(devices):
+        raise UserError(f"trainer.devices={settings.local}: only {len(devices)} GPUs are visible: {', '.join(devices)}")
+    return settings.world > 1 or bool(devices)
+
+
+def list_devices(cfg: DictConfig) -> list[str]:
+    """Return the names of the GPUs that the jobs of this sweep share; none if they do not run in parallel on GPUs."""
+    if _find_launcher() is None or Sweep.current is None:
+        return []
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    if Sweep.current.visible is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = Sweep.current.visible
+    import torch
+
+    count = torch.cuda.device_count() if TrainerSettings(**cfg.trainer).gpu else 0
+    return name_devices(Sweep.current.visible, count)
+
+
+def run_job(cfg: DictConfig, script: str) -> float | None:
+    """Run a job of a sweep in a process of its own, with GPUs that no other job uses. Return its reward.
+
+    script: the command's file.
+    """
+    job, sweep, devices = HydraConfig.get(), Sweep.current, list_devices(cfg)
+    folder = Path(job.runtime.output_dir)
+    assert sweep is not None
+    assert sweep.locks is not None
+    record = sweep.path(job.job.num, "process")
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in RANK_VARIABLES and not name.startswith(RANK_PREFIXES)
+    }
+    with ExitStack() as stack:
+        locks = dict[str, IO[str]]()
+        if devices:
+            locks = stack.enter_context(claim(devices, TrainerSettings(**cfg.trainer).local, sweep.locks))
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(locks)
+        command = [sys.executable, script, *list_arguments(job, folder, record)]
+        # The process inherits the locks, so that its GPUs stay claimed even if this process is killed.
+        status = wait(command, environment, job.runtime.cwd, [file.fileno() for file in locks.values()])
+    if status:
+        end = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
+        raise JobFailed(record.read_text() if record.exists() else f"the job's process {end}")
+    reward = json.loads((folder / "summary.json").read_text())["reward"]
+    return None if reward is None else float(reward)
+
+
+def list_arguments(job: HydraConf, folder: Path, record: Path) -> list[str]:
+    """Return the command line of a job as a single run in `folder`.
+
+    job: Hydra's configuration of the job.
+    """
+    sources = {source.provider: source.path for source in job.runtime.config_sources if source.schema == "file"}
+    options = [f"--config-path={sources['main']}", f"--config-name={job.job.config_name}"]
+    if "command-line" in sources:
+        options.append(f"--config-dir={sources['command-line']}")
+    sweeping = ("hydra.mode", "hydra.sweep", "hydra.launcher", "hydra/launcher", "hydra/sweeper")  # also hydra.sweeper
+    others = [word for word in job.overrides.hydra if not word.lstrip("+~").startswith(sweeping)]
+    own = [f"hydra.job.num={job.job.num}", f"hydra.run.dir={_quote(folder)}"]
+    return [*options, *job.overrides.task, *others, *own, f"++hydra.callbacks.sweep.record={_quote(record)}"]
+
+
+def wait(command: Sequence[str], environment: Mapping[str, str], cwd: str, files: Sequence[int]) -> int:
+    """Run a command and return its exit status. Pass signals on to it, and exit after it if there was one.
+
+    files: the file descriptors that it inherits.
+    """
+    received, handlers = list[int](), dict[int, Any]()
+    # A process group of its own, or Ctrl-C would reach it twice.
+    process = subprocess.Popen(command, env=environment, cwd=cwd, pass_fds=files, process_group=0)
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        process.send_signal(number)
+
+    try:
+        if threading.current_thread() is threading.main_thread():  # Python delivers signals only to it
+            handlers = {number: signal.signal(number, forward) for number in SIGNALS}
+        status = process.wait()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if received and received[0] == signal.SIGINT:
+        raise KeyboardInterrupt
+    if received:
+        sys.exit(128 + received[0])
+    return status
+
+
+def _find_launcher() -> str | None:
+    """Return the name of the launcher if it runs several jobs at a time on this machine."""
+    return LAUNCHERS.get(HydraConfig.get().launcher._target_.rpartition(".")[2])
+
+
+def _write_once(path: Path, text: str) -> None:
+    """Write a file unless it exists: the first of several failing ranks has the cause."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError), path.open("x") as file:
+        file.write(text)
+
+
+def _quote(path: Path) -> str:
+    """Return a path as a value in an override."""
+    return "'" + str(path).replace("'", r"\'") + "'"

@@ -1,0 +1,192 @@
+"""Find a model's files: in a folder, on the hub, or in an installed package. Hash its weights."""
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import cached_property
+from pathlib import Path
+
+from var.models.gguf import PACKAGED, unpack
+from var.utils.errors import UserError, brief
+from var.utils.files import atomic
+from var.utils.hub import explain_failure
+
+SMALL = ["*.json", "*.jinja", "*.model", "vocab.txt", "merges.txt"]  # config and tokenizer, as the hub names them
+COPIES = ["consolidated*", "original/*"]  # the same weights again, in their author's format
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFiles:
+    """The files of a model by name. Nothing is downloaded before it is used.
+
+    Attributes:
+        name: Name of the model, for titles.
+        path: Hub id, or a folder with a model or an adapter.
+        key: The setting that `path` comes from, for messages.
+        revision: Commit or tag of the hub; None is the newest.
+        trust_remote_code: Whether code in the model's repository may run.
+        cache: Folder for unpacked models and for hashes of weights.
+    """
+
+    name: str
+    path: str
+    key: str = "model.path"
+    revision: str | None
+    trust_remote_code: bool
+    cache: str = "~/.cache/var-align"
+
+    def __post_init__(self) -> None:
+        for name in ("path", "cache"):
+            if (value := str(getattr(self, name))).startswith("~"):
+                object.__setattr__(self, name, str(Path(value).expanduser()))
+
+    @cached_property
+    def config_folder(self) -> Path:
+        """The folder with config and tokenizer: `path`, the hub's cache, or the unpacked package.
+
+        In the hub's cache, the weights may be missing: `folder` downloads them.
+        """
+        if Path(self.path).is_dir():
+            return Path(self.path)
+        if self.path.startswith((".", "/", "~")):
+            raise UserError(f"{self.typed} is not a folder. Check the path.")
+        if self.package is None:
+            return self._download(SMALL, self.revision)
+        with suppress(UserError):  # prefer the hub's cache, but do not download a model that is installed
+            folder = self._download([*SMALL, "*.safetensors"], self.revision, local_files_only=True)
+            if has_weights(folder):
+                return folder
+        return unpack(self.package, Path(self.cache) / "models" / self.package)
+
+    @cached_property
+    def folder(self) -> Path:
+        """`config_folder` with the weights, which are downloaded now if they are only on the hub."""
+        folder = self.config_folder
+        if self._is_complete:
+            return folder
+        return self._download([*SMALL, "*.safetensors"], folder.name)  # the folder's name is a commit
+
+    @property
+    def _is_complete(self) -> bool:
+        """Whether the weights are on this machine."""
+        return Path(self.path).is_dir() or has_weights(self.config_folder)
+
+    @property
+    def package(self) -> str | None:
+        """The installed package that contains the model, or None."""
+        name = PACKAGED[self.path][0] if self.path in PACKAGED else None
+        return name if name and importlib.util.find_spec(name) else None
+
+    @property
+    def typed(self) -> str:
+        """What messages start with: the settings and their values."""
+        revision = f" {self.key.rpartition('.')[0]}.revision={self.revision}" if self.revision else ""
+        return f"{self.key}={self.path}{revision}"
+
+    def _download(self, patterns: list[str], revision: str | None, local_files_only: bool = False) -> Path:
+        """Download the files that match, unless the hub's cache has them, and return their folder."""
+        from huggingface_hub import snapshot_download
+
+        if self.trust_remote_code:
+            patterns = [*patterns, "*.py"]
+        with self._explain_download():
+            folder = snapshot_download(
+                self.path, revision=revision, allow_patterns=patterns, ignore_patterns=COPIES,
+                local_files_only=local_files_only,
+            )  # fmt: skip
+            return Path(folder)
+
+    @contextmanager
+    def _explain_download(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # the hub's client raises many types: offline, gated, misspelled
+            package = f"install it with {PACKAGED[self.path][1]}" if self.path in PACKAGED else ""
+            advice = package or f"set {self.key} to a folder with the model"
+            raise explain_failure(error, self.typed, self.path, advice) from error
+
+    def hash_files(self, config: str, pattern: str) -> str:
+        """Hash the folder's files, or read the hash from the cache if their names, sizes and times are unchanged."""
+        folder = self.config_folder
+        if not self._is_complete:
+            return self._combine(self._list_checksums(pattern), config)
+        files = sorted(file for file in folder.glob(pattern) if not file.name.startswith("consolidated"))
+        if not files:
+            raise UserError(f"{self.key}={folder}: it has no .safetensors file, and pickled weights are not read.")
+        stats = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in [*files, folder / config]]
+        stamp = hashlib.sha256(json.dumps([str(folder.resolve()), stats]).encode()).hexdigest()[:32]
+        note = Path(self.cache) / "hashes" / stamp
+        if not note.exists():
+            checksums = []
+            for f in files:
+                with f.open("rb") as data:
+                    checksums.append(hashlib.file_digest(data, "sha256").digest())
+            note.parent.mkdir(parents=True, exist_ok=True)
+            with atomic(note, shared=True) as file:  # an empty file would be the hash of all models
+                file.write(self._combine(checksums, config))
+        return note.read_text()
+
+    def _list_checksums(self, pattern: str) -> list[bytes]:
+        """Return the SHA-256 of each file with weights, from the hub's list of files."""
+        from huggingface_hub import HfApi
+        from huggingface_hub.hf_api import RepoFile
+
+        with self._explain_download():
+            entries = list(HfApi().list_repo_tree(self.path, revision=self.config_folder.name))
+        files = [entry for entry in entries if isinstance(entry, RepoFile) and fnmatch(entry.path, pattern)]
+        found = {file.path: file.lfs for file in files if not file.path.startswith("consolidated")}
+        if not found:
+            raise UserError(f"{self.typed}: it has no .safetensors file, and pickled weights are not read.")
+        return [bytes.fromhex(lfs.sha256) for _, lfs in sorted(found.items()) if lfs]  # the hub has LFS for large files
+
+    def _combine(self, checksums: list[bytes], config: str) -> str:
+        return hashlib.sha256(b"".join([*checksums, (self.config_folder / config).read_bytes()])).hexdigest()[:32]
+
+    def download_config(self) -> Path | None:
+        """Download config.json alone and return its folder; None if the repository has none, as that of an adapter."""
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+        with self._explain_download():
+            try:
+                return Path(hf_hub_download(self.path, "config.json", revision=self.revision)).parent
+            except EntryNotFoundError as error:
+                if not isinstance(error, HfHubHTTPError):  # offline
+                    raise
+                return None
+
+    @contextmanager
+    def explain_reading(self, what: str) -> Iterator[None]:
+        """Raise a UserError with our settings in place of transformers' errors: about code in a repository, or `what`.
+
+        what: the file that is read, or "weights", whose other errors are raised unchanged.
+        """
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            if isinstance(error, UserError):
+                raise
+            if "trust_remote_code" in str(error):
+                raise UserError(
+                    f"{self.path} contains its own code, which runs only with model.trust_remote_code=true. The code "
+                    "of a reward model never runs."
+                ) from error
+            if "does not recognize this architecture" in str(error):
+                raise UserError(
+                    f"{self.typed}: this version of transformers does not know the model's architecture. Update it: "
+                    "pip install -U transformers."
+                ) from error
+            if what == "weights":
+                raise
+            raise UserError(f"{self.typed}: its {what} cannot be read ({brief(error)}). Restore this file.") from error
+
+
+def has_weights(folder: Path) -> bool:
+    """Return whether a folder has weights: all files that its index lists, or any if it has no index."""
+    if not (index := folder / "model.safetensors.index.json").exists():
+        return any(folder.glob("*.safetensors"))
+    return all((folder / name).exists() for name in set(json.loads(index.read_text())["weight_map"].values()))
