@@ -22,7 +22,7 @@ def main(cfg: DictConfig) -> None:
     from var.utils.console import say
 
     run = Run.compose(cfg, Path(HydraConfig.get().runtime.output_dir))
-    with process_group():
+    with process_group(run.settings.timeout):
         run.data.setup()
         run.sample_validation()
     if computed := run.annotator.computed:

@@ -22,7 +22,8 @@ def main(cfg: DictConfig) -> float | None:
     from hydra.core.hydra_config import HydraConfig
 
     from var.training import summary
-    from var.utils.console import say
+    from var.utils.console import is_first_rank, say
+    from var.utils.files import remove
 
     folder = Path(HydraConfig.get().runtime.output_dir)
     if cfg.resume == "auto" and (folder / "summary.json").exists() and not cfg.dry:
@@ -30,6 +31,9 @@ def main(cfg: DictConfig) -> float | None:
         finished = json.loads((folder / "summary.json").read_text())
         summary.show(finished)
         summary.warn_of_newer_data(cfg, folder)
+        summary.warn_of_other_evaluation(cfg, finished)
+        if not cfg.trainer.keep_checkpoint and is_first_rank():  # a run can be killed before it does this
+            remove(folder / "checkpoints")
         return None if finished["reward"] is None else float(finished["reward"])
     if sweep.needs_process(cfg):
         return sweep.run_job(cfg, __file__)
@@ -37,10 +41,11 @@ def main(cfg: DictConfig) -> float | None:
     from lightning import seed_everything
 
     from var.config.choices import describe_choices
+    from var.models.export import write_card
     from var.report.write import plot
     from var.training import dry_run
     from var.training.alternatives import check_memory
-    from var.training.outcome import export_model, summarize
+    from var.training.outcome import Export, make_card, summarize
     from var.training.run import Run
     from var.utils.files import write_json
 
@@ -51,18 +56,21 @@ def main(cfg: DictConfig) -> float | None:
     say("; ".join(describe_choices()))
 
     seed_everything(cfg.seed, verbose=False)
-    trainer = run.trainer()
+    trainer = run.trainer(Export(run))
     try:
         module = run.module()
         started = time.perf_counter()
-        # Its setup fills the annotation cache (AlignmentData.prepare).
+        run.peaks.start("annotation")
+        # Its setup fills the annotation cache (AlignmentData.prepare). Its end exports the model and evaluates it.
         trainer.fit(module, run.data, ckpt_path=run.checkpoint, weights_only=True)
         result = summarize(run, trainer, time.perf_counter() - started)
-        export_model(run, trainer, module, result)
         if trainer.is_global_zero:
+            write_card(folder / "model", make_card(run, trainer, module, result["validation"]))
             plot([folder], folder / "plots" / "curves.png")
             write_json(folder / "summary.json", result)  # last: it marks the run as finished
             summary.show(result)
+            if not cfg.trainer.keep_checkpoint:
+                remove(folder / "checkpoints")
     finally:
         run.close(trainer)  # also after a failure: a sweep's next job would log to this one's W&B run
     return None if result["reward"] is None else float(result["reward"])

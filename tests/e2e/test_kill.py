@@ -60,10 +60,10 @@ PLACES = [
     ("before the previous checkpoint is removed", r"os\.remove .*step-\d+\.ckpt$", 1, False),
     ("before the last checkpoint is renamed", r"os\.rename .*step-5\.ckpt$", 1, False),
     ("before the last but one is removed", r"os\.remove .*step-4\.ckpt$", 1, True),
-    ("while the trained policy is evaluated", r"write .*/samples\.jsonl", 1, True),
     ("before the export", r"os\.mkdir .*/model\.partial", 1, False),
     ("before the export is renamed", r"os\.rename .*/model$", 1, False),
     ("before the export has its configuration", r"write .*/model/config\.yaml", 1, False),
+    ("while the trained policy is evaluated", r"write .*/samples\.jsonl", 1, True),
     ("while the figure is drawn", r"write .*/curves\.png", 1, False),
     ("while the summary is written", r"write .*/summary\.json", 1, False),
     ("before the summary is renamed", r"os\.rename .*/summary\.json$", 1, True),
@@ -162,7 +162,7 @@ def read_outcome(folder: Path) -> dict[str, Any]:
         "samples": samples.read_text() if (samples := folder / "samples.jsonl").exists() else None,
         "plan": plan,
         "figure is complete": (folder / "plots" / "curves.png").read_bytes()[-8:-4] == b"IEND",
-        "checkpoints": sorted(path.name for path in (folder / "checkpoints").iterdir()),
+        "checkpoints": sorted(path.name for path in (folder / "checkpoints").glob("*")),
         "files": sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if "checkpoints" not in p.parts),
     }
 

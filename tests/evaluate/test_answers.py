@@ -14,7 +14,7 @@ from numpy.testing import assert_allclose
 from tests.helpers.models import pretrained
 from var.data.chat import Chat
 from var.data.rows import FEATURES, Rows
-from var.evaluate.answers import divergence, samples, score_answers, win_rate
+from var.evaluate.answers import compute_logps, divergence, pack_answers, samples, score_answers, win_rate
 from var.models.attention import use_attention
 from var.models.policy import Policy
 from var.rewards.dataset_score import Score
@@ -65,8 +65,9 @@ def test_wrong_number_of_rewards_is_an_error(rows, tokenizer, monkeypatch):
 
 
 def test_divergence_of_a_model_from_itself_is_0(rows, tokenizer, load):
-    found = divergence(Policy(load()), Policy(load()), Chat(tokenizer), rows, TEXTS)
-    assert found.tolist() == [[0.0, 0.0], [0.0, 0.0]]
+    batches = pack_answers(Chat(tokenizer), rows, TEXTS)
+    ours, theirs = (compute_logps(Policy(load()), batches, "cpu") for _ in range(2))
+    assert np.array(divergence(batches, ours, theirs)).tolist() == [[0.0, 0.0], [0.0, 0.0]]
 
 
 def test_divergence_is_the_difference_of_log_probabilities(rows, tokenizer, load):
@@ -76,7 +77,9 @@ def test_divergence_is_the_difference_of_log_probabilities(rows, tokenizer, load
     with torch.no_grad():
         changed.model.layers[0].mlp.down_proj.weight.mul_(-1.5)
     done: list[int] = []
-    found = divergence(Policy(changed), Policy(reference), Chat(tokenizer), rows, TEXTS, done.append)
+    batches = pack_answers(Chat(tokenizer), rows, TEXTS)
+    ours, theirs = (compute_logps(Policy(model), batches, "cpu", done.append) for model in (changed, reference))
+    found = np.array(divergence(batches, ours, theirs))
     responses = [[[*b"3", 257], [*b"it is 44"]], [[257], [*b"4.", 257]]]
 
     def tokens(response: list[int]) -> list[int]:
@@ -92,7 +95,7 @@ def test_divergence_is_the_difference_of_log_probabilities(rows, tokenizer, load
                 sums.append(sum(float(logits[len(ids) - 1 + t, y]) for t, y in enumerate(tokens(response))))
             assert_allclose(found[prompt, k], sums[0] - sums[1], atol=1e-4)
     assert abs(found).min() > 1e-2
-    assert sum(done) == 2
+    assert sum(done) == 4
 
 
 def test_samples_hold_answers_before_and_after(rows, tokenizer):

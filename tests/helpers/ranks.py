@@ -2,7 +2,8 @@
 
     python [-m torch.distributed.run …] tests/helpers/ranks.py jobs.json
 
-jobs.json is [[folder, overrides], …]. Each folder receives metrics.csv and weights.pt, the trained policy's weights.
+jobs.json is [[folder, overrides, attributes], …]; the attributes of the training module are optional. Each folder
+receives metrics.csv, weights.pt (the trained policy's weights), and the results of each rank's evaluations.
 """
 
 import json
@@ -20,13 +21,16 @@ def main(jobs: str) -> None:
     from tests.helpers.runs import composed
     from var.training.run import Run
 
-    for folder, overrides in json.loads(Path(jobs).read_text()):
+    for folder, overrides, *attributes in json.loads(Path(jobs).read_text()):
         Path(folder).mkdir(parents=True, exist_ok=True)
         run = Run.compose(composed(*overrides), Path(folder))
         torch.manual_seed(0)
         trainer, module = run.trainer(), run.module()
+        vars(module).update(*attributes)
         trainer.fit(module, run.data)
         weights = get_model_state_dict(module.policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        result = json.dumps(run.validation.result)
+        (Path(folder) / f"result-{trainer.global_rank}.json").write_text(result)
         if trainer.is_global_zero:
             torch.save(weights, Path(folder) / "weights.pt")
 

@@ -150,7 +150,8 @@ def train(tiny_folder: Path, tmp_path: Path) -> Any:
         done = command(
             "train.py", f"model.path={tiny_folder}", f"annotation_cache={tmp_path}/store", f"cache={tmp_path}/cache",
             f"runs={tmp_path}/runs", "data.source.problems=30", "data.validation_prompts=4", "reward=near_number",
-            "generate.max_new_tokens=40", "trainer.max_steps=3", *ADAPTER, *more,
+            "generate.max_new_tokens=40", "trainer.max_steps=3",
+            "trainer.keep_checkpoint=true", *ADAPTER, *more,
         )  # fmt: skip
         return done, max((tmp_path / "runs").iterdir(), key=lambda folder: folder.stat().st_mtime)
 

@@ -14,7 +14,7 @@ from var.evaluate.answers import Answers, win_rate
 from var.evaluate.judges.base import Judgement
 from var.losses.base import Mean
 from var.training.loggers import Curves, PlanFile
-from var.training.metrics import StepMetrics
+from var.training.metrics import PeakMemory, StepMetrics
 from var.training.module import AlignmentModule
 from var.training.schedule import Schedule
 from var.training.validation import Validation, _judge_metrics, _with_error
@@ -86,7 +86,7 @@ def test_judge_that_always_fails_is_reported_with_its_first_failure(capsys):
     answers = Answers([["x"]], np.array([[True]]), np.array([[1]]), None)
     facts = {"max_errors": 0.05, "errors": {"failed": 2}, "first_failure": "400: no model"}
     judge: Any = lambda pairs, advance: Judgement(["error"], np.array([np.nan]), [], facts)  # noqa: E731
-    callback = Validation(None, None, None, judge, None, None, Path())  # type: ignore[arg-type]
+    callback = Validation(None, None, None, judge, None, None, Path(), PeakMemory())  # type: ignore[arg-type]
     callback.before = answers
     callback._judge(SimpleNamespace(is_global_zero=True), data, answers)  # type: ignore[arg-type]
     printed = capsys.readouterr().out.replace("\n", " ")

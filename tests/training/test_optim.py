@@ -140,7 +140,12 @@ def train(tiny_folder: Path, tmp_path: Path) -> Callable[..., Any]:
 
 
 def test_bfloat16_model_trains_and_is_exported_in_bfloat16(train, tmp_path):
-    done = train("model.dtype=bfloat16", "trainer.checkpoint_every_n_steps=2", "trainer.max_steps=4")
+    done = train(
+        "model.dtype=bfloat16",
+        "trainer.checkpoint_every_n_steps=2",
+        "trainer.max_steps=4",
+        "trainer.keep_checkpoint=true",
+    )
     assert done.returncode == 0, done.stderr
     weights = exported(tmp_path / "runs")
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}

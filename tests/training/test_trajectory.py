@@ -234,7 +234,7 @@ def test_two_resumed_ranks_equal_two_unbroken_ones(strategy, options, tiny_folde
         *options, "loss=var_grouped", "data.micro_batch=2", "data.global_batch=4", "trainer.precision=32-true",
         "trainer.checkpoint_every_n_steps=3", *CONSTANT, f"strategy={strategy[0]}", *strategy[1:], TWO_RANKS,
     ]  # fmt: skip
-    launch(2, *common, f"runs={tmp_path}/first", "trainer.max_steps=6")
+    launch(2, *common, f"runs={tmp_path}/first", "trainer.max_steps=6", "trainer.keep_checkpoint=true")
     checkpoint = run_folder(tmp_path / "first") / "checkpoints" / "last.ckpt"
     assert checkpoint.resolve().is_dir() == (strategy == ["fsdp"])
     launch(2, *common, f"runs={tmp_path}/resumed", f"resume={checkpoint}")
@@ -254,7 +254,14 @@ def test_run_resumes_with_another_number_of_ranks(before, after, options, tmp_pa
     ]  # fmt: skip
     ranks = {1: [], 2: ["strategy=ddp", TWO_RANKS]}
     launch(1, *common, f"runs={tmp_path}/straight")
-    launch(before, *common, *ranks[before], f"runs={tmp_path}/first", "trainer.max_steps=14")
+    launch(
+        before,
+        *common,
+        *ranks[before],
+        f"runs={tmp_path}/first",
+        "trainer.max_steps=14",
+        "trainer.keep_checkpoint=true",
+    )
     checkpoint = (run_folder(tmp_path / "first") / "checkpoints" / "last.ckpt").resolve()
     launch(after, *common, *ranks[after], f"runs={tmp_path}/second", f"resume={checkpoint}")
     assert_close(exported(tmp_path / "second"), exported(tmp_path / "straight"), rtol=1e-6, atol=1e-7)

@@ -129,12 +129,13 @@ class Annotator:
                 f"Compute them once with: {self.command}"
             )
         self.ranks.barrier()  # also if nothing is missing: another job may be writing, and ranks may see it or not
-        if missing:
-            dealt = self.ranks.rank, self.ranks.world
-            own = int(table.missing(keys[deal(keys, *dealt, part, cost)]).sum())
-            with timed(self.seconds, title), stage(title, own, unit) as advance:
-                done = table.fill(keys, compute, shard, *dealt, advance, part, cost)
-            self.computed[title] = self.computed.get(title, 0) + done
+        with self.reference.lockstep():
+            if missing:
+                dealt = self.ranks.rank, self.ranks.world
+                own = int(table.missing(keys[deal(keys, *dealt, part, cost)]).sum())
+                with timed(self.seconds, title), stage(title, own, unit) as advance:
+                    done = table.fill(keys, compute, shard, *dealt, advance, part, cost)
+                self.computed[title] = self.computed.get(title, 0) + done
         self.ranks.barrier()
         return table.read(keys)
 

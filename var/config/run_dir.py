@@ -9,9 +9,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-# Keys that do not change the name: the same training resumes with another logger, in another place, on other devices.
-ELSEWHERE = {"hydra", "resume", "logger", "annotation_cache", "cache", "runs", "annotate", "dry"}
-DEVICES = ("devices", "num_nodes")  # of trainer
+# Keys that do not change the name: the same training resumes with another logger or evaluation, in another place, on
+# other devices.
+ELSEWHERE = {"hydra", "resume", "logger", "eval", "annotation_cache", "cache", "runs", "annotate", "dry"}
+DEVICES = ("devices", "num_nodes", "timeout_hours", "keep_checkpoint")  # of trainer
 
 
 def hash_config(cfg: DictConfig, seeds: bool = True) -> str:

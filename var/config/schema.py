@@ -3,6 +3,7 @@
 import os
 import re
 from dataclasses import dataclass, fields
+from datetime import timedelta
 from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
@@ -58,6 +59,15 @@ class TrainerSettings:
     ess_warning: float  # effective sample size, as a fraction of a step's sequences, below which to warn once
     nonfinite: Literal["stop", "skip"]  # what to do if a gradient is not finite
     profiler: Literal["simple", "pytorch"] | None
+    keep_checkpoint: bool  # whether to keep the resumable state of a finished run
+    export_dtype: Literal["base", "float32"]  # of the exported model; base: that of the base model's files
+    timeout_hours: float  # how long a process waits for the others before it gives up
+    deterministic: bool  # use only deterministic GPU kernels
+
+    @property
+    def timeout(self) -> timedelta:
+        """How long a process waits for the others."""
+        return timedelta(hours=self.timeout_hours)
 
     def __post_init__(self) -> None:
         if self.device_memory is not None and not MEMORY.fullmatch(self.device_memory):
@@ -114,6 +124,7 @@ class OptimSettings:
 class EvalSettings:
     """The group eval: validation on sampled responses."""
 
+    enabled: bool  # whether to evaluate at all
     every_n_steps: int | None  # None: only before and after training
     reward: Any  # None: the run's
     judge: Any  # compares with the initial policy

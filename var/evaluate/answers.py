@@ -6,14 +6,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from var.data.chat import Chat
 from var.data.rows import Rows
-from var.models.packing import pack_tree
-from var.models.policy import Policy
+from var.models.packing import Packed, pack_tree
 from var.rewards.base import Reward, compute_scores
 from var.rewards.scale import Scale
 from var.sampling.base import Texts
+from var.utils.distributed import Ranks
+
+ALONE = Ranks()
 
 
 @dataclass(frozen=True)
@@ -39,14 +42,21 @@ def describe_answers(texts: Texts, chat: Chat) -> Answers:
     )
 
 
-def score_answers(rows: Rows, texts: Texts, reward: Reward | None, scale: Scale, chat: Chat) -> Answers:
-    """Return the answers with their lengths and, if the reward can score text, their scaled rewards."""
+def score_answers(
+    rows: Rows, texts: Texts, reward: Reward | None, scale: Scale, chat: Chat, ranks: Ranks = ALONE
+) -> Answers:
+    """Return the answers with their lengths and, if the reward can score text, their scaled rewards.
+
+    `ranks` score the answers together, and each gets all rewards.
+    """
     answers = describe_answers(texts, chat)
     if reward is None or not reward.scores_text:
         return answers
-    triples = [(row.prompt, text, row.answer) for row, several in zip(rows, texts, strict=True) for text, _ in several]
-    rewards = compute_scores(reward, *map(list, zip(*triples, strict=True)))
-    return replace(answers, rewards=scale(rewards).reshape(answers.lengths.shape))
+    own = ranks.deal(len(rows))
+    triples = [(rows[i].prompt, text, rows[i].answer) for i in own for text, _ in texts[i]]
+    scores = compute_scores(reward, *map(list, zip(*triples, strict=True))) if triples else np.zeros(0)
+    rewards = ranks.collect(np.split(scores, len(own)) if own else [])
+    return replace(answers, rewards=scale(np.stack(rewards)))
 
 
 def win_rate(after: np.ndarray, before: np.ndarray) -> np.ndarray:
@@ -58,27 +68,43 @@ def win_rate(after: np.ndarray, before: np.ndarray) -> np.ndarray:
     return ((gain > 0) + 0.5 * (gain == 0)).mean(axis=(1, 2))
 
 
-@torch.inference_mode()
-def divergence(
-    policy: Policy,
-    reference: Policy,
-    chat: Chat,
-    rows: Rows,
-    texts: Texts,
-    advance: Callable[[int], None] = lambda done: None,
-) -> np.ndarray:
-    """Return log π_θ(y|x) − log π_ref(y|x) [P, K] in nats for the policy's own answers.
+def pack_answers(chat: Chat, rows: Rows, texts: Texts) -> list[Packed]:
+    """Return a batch per prompt: the prompt once, and its K answers. An empty answer consists of its end token."""
+    return [
+        pack_tree([chat.prompt(row.prompt)], [[tokenize_response(chat, text, finished) for text, finished in answers]])
+        for row, answers in zip(rows, texts, strict=True)
+    ]
 
-    Its mean estimates KL(π_θ ‖ π_ref). Each prompt is encoded once for its K answers. An empty answer consists of its
-    end token.
-    """
-    divergences = []
-    for row, answers in zip(rows, texts, strict=True):
-        responses = [tokenize_response(chat, text, finished) for text, finished in answers]
-        batch = pack_tree([chat.prompt(row.prompt)], [responses]).to(next(policy.parameters()).device)
-        divergences.append(batch.sum_by_sequence(policy(batch) - reference(batch)).float().cpu().numpy())
+
+@torch.no_grad()
+def compute_logps(
+    policy: Callable[[Packed], Tensor],
+    batches: Sequence[Packed],
+    device: torch.device | str,
+    advance: Callable[[int], None] = lambda done: None,
+) -> list[Tensor]:
+    """Return the log-probabilities of each batch's response tokens, [N] nats on the CPU."""
+    logps = []
+    for batch in batches:
+        logps.append(policy(batch.to(device)).cpu())
         advance(1)
-    return np.stack(divergences)
+    return logps
+
+
+def divergence(batches: Sequence[Packed], ours: Sequence[Tensor], reference: Sequence[Tensor]) -> list[np.ndarray]:
+    """Return log π_θ(y|x) − log π_ref(y|x) [K] in nats for each prompt's answers, sampled from π_θ.
+
+    Its mean estimates KL(π_θ ‖ π_ref).
+
+    Args:
+        batches: the answers, by `pack_answers`.
+        ours: log π_θ of their tokens, by `compute_logps`.
+        reference: log π_ref of their tokens.
+    """
+    return [
+        batch.sum_by_sequence(own - other).float().numpy()
+        for batch, own, other in zip(batches, ours, reference, strict=True)
+    ]
 
 
 def tokenize_response(chat: Chat, text: str, finished: bool) -> list[int]:

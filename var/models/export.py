@@ -1,14 +1,21 @@
 """Write models and adapters in Hugging Face form, and an exported model with its model card."""
 
+import json
+import math
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors import safe_open
 
 from var.data.chat import Chat
 from var.models.lora import has_adapter
 from var.utils.console import warn
 from var.utils.errors import brief
+from var.utils.files import atomic
 
 CARD = """---
 base_model: {base}
@@ -53,10 +60,28 @@ def export(
         save_model(model, partial, state)
         model.config._attn_implementation = attention
     chat.tokenizer.save_pretrained(partial)
-    (partial / "README.md").write_text(CARD.format(**card))
+    write_card(partial, card)
     if folder.exists():
         shutil.rmtree(folder)
     partial.replace(folder)
+
+
+def write_card(folder: Path, card: Mapping[str, Any]) -> None:
+    """Write the model card of an exported model."""
+    with atomic(folder / "README.md") as file:
+        file.write(CARD.format(**card))
+
+
+def read_dtype(folder: Path) -> torch.dtype:
+    """Return the floating-point dtype of most weights in the files of a folder."""
+    sizes = Counter[str]()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118  it is not a mapping
+                weight = weights.get_slice(name)
+                sizes[weight.get_dtype()] += math.prod(weight.get_shape())
+    kinds = {"F64": torch.float64, "F16": torch.float16, "BF16": torch.bfloat16}
+    return kinds.get(sizes.most_common(1)[0][0], torch.float32)
 
 
 def valid_generation_config(generation: Any) -> Any:
@@ -73,8 +98,13 @@ def valid_generation_config(generation: Any) -> Any:
 
 
 def save_model(model: Any, folder: Path, state: Mapping[str, Any] | None = None) -> None:
-    """Write a transformers model, with the weights in `state` if given."""
-    model.save_pretrained(folder, state_dict=state)
+    """Write a transformers model, with the weights in `state` if given, in files of at most 5 GB."""
+    dtype = None if state is None else str(next(iter(state.values())).dtype).removeprefix("torch.")
+    model.save_pretrained(folder, state_dict=state, max_shard_size="5GB")  # it empties `state`
+    if dtype is not None:  # the model's own was written
+        config = json.loads((folder / "config.json").read_text())
+        config["dtype"] = dtype
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     _reset_modes(folder, folder / "config.json")
 
 

@@ -1,12 +1,9 @@
 """Policy: a causal language model whose forward returns the log-probabilities of a batch's response tokens."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from var.models.attention import check_packable
 from var.models.logprobs import check_head, compute_hidden_states, compute_token_logps
@@ -46,26 +43,3 @@ class Policy(nn.Module):
     def prompt_features(self, batch: Packed) -> Tensor:
         """Return [B, 2H]: the last and the mean hidden state of each packed segment."""
         return torch.stack([torch.cat([states[-1], states.mean(0)]) for states in self.prompt_states(batch)])
-
-
-@contextmanager
-def gather_parameters(module: nn.Module) -> Iterator[None]:
-    """Keep all FSDP parameters of `module` gathered within the context.
-
-    Each rank can then call a part of the module without its forward, as often as it needs to, as sampling does. The
-    unsharded model has to fit on each device. A module without FSDP is left unchanged.
-    """
-    if not isinstance(module, FSDPModule):
-        yield
-        return
-    module._get_fsdp_state()._lazy_init()  # the root module is not known before the first forward
-    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
-    module.set_reshard_after_forward(False)
-    for part in parts:
-        part.unshard()
-    try:
-        yield
-    finally:
-        for part in parts:
-            part.set_reshard_after_forward(part is not module, recurse=False)  # the default of fully_shard
-            part.reshard()

@@ -240,6 +240,7 @@ class Pretrained(ModelFiles):
                 load_in_8bit=kind == "int8", load_in_4bit=kind != "int8", bnb_4bit_use_double_quant=True,
                 bnb_4bit_quant_type=kind if kind != "int8" else "nf4", bnb_4bit_compute_dtype=options["dtype"],
             )  # fmt: skip
+            options |= {"device_map": {"": torch.cuda.current_device()}} if torch.cuda.is_available() else {}
         return options
 
     def _prepare(self, model: Any) -> Any:

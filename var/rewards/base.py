@@ -34,10 +34,11 @@ class Triples(Sequence[Triple]):
 class Reward(Protocol):
     """A reward of texts.
 
-    Two members are optional:
+    Three members are optional:
         reads_answers: True if the reward compares with a row's `answer`. Rows without one are then an error before
             anything is sampled.
         answer_fault(answer): Return why the reward cannot use an answer, or None. Such rows are an error too.
+        release(): Free the memory of the reward's model, which the next use loads again.
     """
 
     scores_text: bool  # False: the reward can only read the data set's own scores
@@ -50,6 +51,11 @@ class Reward(Protocol):
     def __call__(self, prompts: Prompts, responses: Sequence[str], answers: Answers) -> list[float]:
         """Return one raw reward per response, in reward units."""
         ...
+
+
+def release(reward: Reward | None) -> None:
+    """Free the memory of a reward that has a method for it."""
+    getattr(reward, "release", lambda: None)()
 
 
 def compute_scores(reward: Reward, prompts: Prompts, responses: Sequence[str], answers: Answers) -> np.ndarray:

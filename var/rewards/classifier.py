@@ -12,6 +12,7 @@ import torch
 
 from var.data.chat import hash_tokenizer, read_template, render_messages
 from var.data.rows import Message
+from var.models.frozen import free_memory
 from var.models.packing import whole
 from var.models.pretrained import ADAPTER, Pretrained
 from var.models.reward_model import RewardModel
@@ -109,6 +110,11 @@ class Classifier:
     @property
     def _device(self) -> str:
         return bind_device() if self.device == "auto" else self.device
+
+    def release(self) -> None:
+        """Free the loaded model. The next use loads it again."""
+        if self.__dict__.pop("_scorer", None) is not None:
+            free_memory()
 
     @property
     def fingerprint(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from var.rewards.base import Answers, Prompts, Reward, compute_scores
+from var.rewards.base import Answers, Prompts, Reward, compute_scores, release
 from var.rewards.scale import Scale
 from var.utils.errors import UserError
 
@@ -53,6 +53,11 @@ class Ensemble:
         if set(self.weights) != set(self.members) or not all(weight > 0 for weight in self.weights.values()):
             got = ", ".join(f"{name}: {weight}" for name, weight in self.weights.items())
             raise UserError(f"reward.weights: expected positive numbers for {', '.join(self.members)}, got {got}")
+
+    def release(self) -> None:
+        """Free the memory of all members."""
+        for member in self.members.values():
+            release(member)
 
     @property
     def reads_answers(self) -> bool:

@@ -39,7 +39,7 @@ def sample(model: Any, chat: Chat, prompts: Prompts, sampling: Sampling, advance
     ]
 
 
-@torch.inference_mode()
+@torch.no_grad()  # FSDP keeps tensors between runs, and inference mode would make them unfit for training
 def sample_tokens(
     model: Any, chat: Chat, encoded: Sequence[list[int]], sampling: Sampling, advance: Advance = ignore_progress
 ) -> list[list[tuple[list[int], bool]]]:

@@ -20,6 +20,7 @@ from lightning.pytorch.loops.fit_loop import _FitLoop
 
 from var.training.optim import state_size
 from var.utils.errors import UserError
+from var.utils.files import remove
 from var.utils.signals import handle_signals, leave
 
 
@@ -178,18 +179,19 @@ class Metadata(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def check_disk_space(folder: Path, policy: torch.nn.Module, optimizer: Any) -> None:
+def check_disk_space(folder: Path, policy: torch.nn.Module, optimizer: Any, dtype: torch.dtype) -> None:
     """Raise UserError if the run's last checkpoint and its exported model do not fit on the disk.
 
     Args:
         folder: of the run.
         policy: the model that trains.
         optimizer: makes the optimizer; a partial of its class.
+        dtype: of the exported model.
     """
     parameters = list(policy.parameters())
     kind = getattr(optimizer, "func", None)  # Hydra's partial
     state = sum(p.numel() * (p.itemsize + state_size(kind, p.itemsize)) for p in parameters if p.requires_grad)
-    model = sum(p.numel() * p.itemsize for p in parameters)
+    model = sum(p.numel() * dtype.itemsize for p in parameters)
     here = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and not file.is_symlink())
     free = free_bytes(folder)
     if state + model > free + here:
@@ -220,11 +222,3 @@ def synchronize(path: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def remove(path: Path) -> None:
-    """Remove a file, link or folder, if it exists."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -22,6 +22,7 @@ from var.data.split import split
 from var.losses.base import Loss
 from var.models.packing import Packed, pack, whole
 from var.requirements import Rewards, Rollout, SequenceScores, find
+from var.rewards.base import release
 from var.rewards.scale import Scale
 from var.sampling.base import Sampling
 from var.training.loader import PlanLoader
@@ -99,6 +100,7 @@ class AlignmentData(lightning.LightningDataModule):
         else:
             self._annotate()
             self.annotator.reference.release()
+            release(self.annotator.reward)
         report, plan = self.report, data.plan
         report.micro_batches, report.steps_per_epoch, report.plan = len(plan.micro), plan.steps, plan.hash
         report.show(say)

@@ -7,12 +7,13 @@ from typing import Any, Literal
 import lightning
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from var.models.frozen import FrozenModel
 from var.models.policy import Policy
-from var.models.pretrained import blocks
 from var.models.reward_model import RewardModel
+from var.models.sharding import shard
 from var.models.value_head import ActorCritic
 from var.training.checkpoints import rescale_progress
 from var.training.schedule import Schedule
@@ -29,12 +30,14 @@ class TrainingHooks(lightning.LightningModule):
         optimizer: Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer],
         schedule: Schedule,
         nonfinite: Literal["stop", "skip"],
+        reference: FrozenModel | None,
         fill: Callable[[Any], None] | None,
     ) -> None:
         super().__init__()
         self.policy, self.optimizer, self.schedule = policy, optimizer, schedule
         self.nonfinite, self._fill = nonfinite, fill
-        self._reference: list[Any] = [None]
+        self._reference = reference
+        self._live: list[Any] = [None]  # in a list: its parameters are not the module's and are never saved
         self.skipped = 0
         """Optimizer steps that were skipped because they were not finite."""
         self.gradient_norm: float | None = None
@@ -51,15 +54,8 @@ class TrainingHooks(lightning.LightningModule):
         mesh = getattr(self, "_device_mesh", None)
         if mesh is None or isinstance(self.policy, FSDPModule):
             return
-        axis = mesh["data_parallel"]
-        for block in blocks(self.policy.model):
-            fully_shard(block, mesh=axis)
-        fully_shard(self.policy, mesh=axis)
-        if self._fill is not None:
-            device = self.trainer.strategy.root_device
-            self.policy._apply(lambda t: torch.empty_like(t, device=device) if t.device.type == "meta" else t)
-            self.policy.model.tie_weights()
-            self._fill(self.policy.model)
+        dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
+        shard(self.policy, mesh["data_parallel"], dtype, self.trainer.strategy.root_device, self._fill)
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer of the trained parameters, and its schedule per optimizer step."""
@@ -69,9 +65,10 @@ class TrainingHooks(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        """Move a live reference to the device."""
-        if self._reference[0] is not None:
-            self._reference[0].to(self.device)
+        """Load a live reference, for the complete training."""
+        if self._reference is not None:
+            self._reference.keep = True
+            self._live[0] = self._reference.policy
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None

@@ -205,7 +205,7 @@ class MemoryModel:
     @property
     def samples(self) -> Mapping[str, Any]:
         """How responses are sampled at an evaluation."""
-        return self.cfg.eval.sampling if self.cfg.eval is not None else self.cfg.generate
+        return self.cfg.eval.sampling
 
     def stages(
         self, strategy: str, devices: int, *, shard_reference: bool = False, gather: bool = True
@@ -238,7 +238,7 @@ class MemoryModel:
         longest = self.cfg.data.max_length + sample["max_new_tokens"]
         cache = float(sample["responses"] * longest * self.cache_per_token)
         copies = counts.linear * 2.0 if self.half and self.width > 2 and not sharded and not quantized else 0.0
-        if self.cfg.eval is not None and self.cfg.data.validation_prompts:
+        if self.cfg.eval.enabled and self.cfg.data.validation_prompts:
             policy = (counts.total * wide if gather else gathered) if sharded else copies
             sampling = {**held, "weights to sample from": policy, "key-value cache of one prompt": cache}
             stages["evaluation, sampling"] = sampling

@@ -1,7 +1,8 @@
-"""Metrics of training steps, throughput, and the budget of seconds."""
+"""Metrics of training steps, throughput, peak memory, and the budget of seconds."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import lightning
@@ -11,6 +12,7 @@ from lightning.pytorch.callbacks import Callback, RichProgressBar
 from var.training.loggers import Curves, log
 from var.training.module import AlignmentModule
 from var.utils.console import warn
+from var.utils.distributed import Ranks
 
 
 class StepMetrics(Callback):
@@ -116,6 +118,42 @@ class ProgressBar(RichProgressBar):
 def step_metrics(trainer: lightning.Trainer) -> StepMetrics:
     """Return the trainer's StepMetrics."""
     return next(c for c in trainer.callbacks if isinstance(c, StepMetrics))  # type: ignore[attr-defined]
+
+
+class PeakMemory(Callback):
+    """The peak memory of the device in each stage of a run: annotation, training, evaluation and export."""
+
+    def __init__(self) -> None:
+        self.bytes: dict[str, int] = {}
+        """Bytes of tensors at the peak of each stage, on this process's device. Empty on a CPU."""
+        self._stage: str | None = None
+
+    def start(self, stage: str | None) -> None:
+        """End the current stage and start another one, or none."""
+        if not torch.cuda.is_initialized():
+            return
+        if self._stage is not None:
+            self.bytes[self._stage] = max(self.bytes.get(self._stage, 0), torch.cuda.max_memory_allocated())
+        self._stage = stage
+        torch.cuda.reset_peak_memory_stats()
+
+    @contextmanager
+    def within(self, stage: str) -> Iterator[None]:
+        """Interrupt the current stage by another one within the context."""
+        outer = self._stage
+        self.start(stage)
+        yield
+        self.start(outer)
+
+    def on_train_start(self, *_: Any) -> None:
+        """Start the training, so that its peak does not contain that of annotation."""
+        self.start("training")
+
+    def over_ranks(self) -> dict[str, int] | None:
+        """Return the largest peak of all devices by stage; None on a CPU. All ranks call this together."""
+        self.start(None)
+        peaks = Ranks.current().collect([self.bytes])
+        return {stage: max(peak.get(stage, 0) for peak in peaks) for stage in self.bytes} or None
 
 
 class Budget(Callback):

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from var.data.chat import Chat
 from var.losses.base import Loss, Mean
-from var.models.frozen import AdapterOff
+from var.models.frozen import FrozenModel
 from var.models.packing import Packed
-from var.models.policy import Policy, gather_parameters
+from var.models.policy import Policy
 from var.models.reward_model import RewardModel
+from var.models.sharding import use_sharded
 from var.models.value_head import ActorCritic
 from var.sampling.base import Sampling
 from var.sampling.local import sample_tokens
@@ -33,9 +34,10 @@ class AlignmentModule(TrainingHooks):
         providers: Sequence[Any],
         optimizer: Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer],
         schedule: Schedule,
-        reference: Policy | AdapterOff | None = None,
+        reference: FrozenModel | None = None,
         nonfinite: Literal["stop", "skip"] = "stop",
         fill: Callable[[Any], None] | None = None,
+        gather: bool = True,
     ) -> None:
         """Build the module.
 
@@ -48,10 +50,11 @@ class AlignmentModule(TrainingHooks):
             reference: runs in each step if it is given (reference=live). Otherwise the batch holds its numbers.
             nonfinite: what to do with an optimizer step whose gradient is not finite.
             fill: reads the weights of a model on the meta device, after it is sharded.
+            gather: whether a sharded policy is gathered to sample from it. Otherwise each block is gathered for each
+                token, which is slower and needs no memory for a complete model.
         """
-        super().__init__(policy, optimizer, schedule, nonfinite, fill)
-        self.loss, self.providers = loss, providers
-        self._reference = [reference]  # in a list: its parameters are not the module's and are never saved
+        super().__init__(policy, optimizer, schedule, nonfinite, reference, fill)
+        self.loss, self.providers, self.gather = loss, providers, gather
 
     def training_step(self, batch: Packed, _: int) -> Tensor:
         """Return this micro-batch's part of the optimizer step's loss.
@@ -61,7 +64,7 @@ class AlignmentModule(TrainingHooks):
         """
         with torch.no_grad():
             for provider in self.providers:
-                batch = provider.at_step(batch, self.policy, self._reference[0])
+                batch = provider.at_step(batch, self.policy, self._live[0])
         outputs = self.policy(batch)  # [N] nats; [B] scores of a reward model; a pair with values of an ActorCritic
         if isinstance(outputs, tuple):
             outputs, batch = outputs[0], replace(batch, values=outputs[1])
@@ -108,8 +111,11 @@ class AlignmentModule(TrainingHooks):
         sampling: Sampling,
         advance: Callable[[int], None] = lambda done: None,
     ) -> list[list[tuple[list[int], bool]]]:
-        """Return K (tokens, finished) for each encoded prompt, sampled from the policy as it is now."""
-        with gather_parameters(self.policy):
+        """Return K (tokens, finished) for each encoded prompt, sampled from the policy as it is now.
+
+        All ranks of a sharded policy call this together, each with its own prompts.
+        """
+        with use_sharded(self.policy, self.gather):
             return sample_tokens(self.policy.model, chat, prompts, sampling, advance)
 
 

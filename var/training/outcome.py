@@ -1,10 +1,11 @@
-"""What a run leaves behind: the contents of summary.json and the exported model with its card."""
+"""What a run leaves behind: the contents of summary.json, and the exported model with its card."""
 
 from dataclasses import replace
 from typing import Any
 
 import lightning
 from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.callbacks import Callback
 from omegaconf import OmegaConf
 from torch.distributed.fsdp import FSDPModule
 
@@ -13,8 +14,10 @@ from var.config.schema import to_dict
 from var.models.export import export
 from var.models.lora import merge_adapter
 from var.models.reward_model import RewardModel
+from var.models.sharding import gather_weights
 from var.training.module import AlignmentModule
 from var.training.run import Run
+from var.utils.files import atomic
 from var.utils.provenance import collect_environment
 from var.utils.statistics import Estimate
 
@@ -27,7 +30,7 @@ def summarize(run: Run, trainer: lightning.Trainer, seconds: float) -> dict[str,
         trainer: the trainer, after fitting.
         seconds: how long fitting took, evaluation included.
     """
-    cfg, data, result = run.cfg, run.data, run.validation.result
+    cfg, data, result = run.cfg, run.data, run.validation.result if run.validation else {}
     before, after = result.get("before"), result.get("after")
     validation: dict[str, Any] = {}
     if before and after:
@@ -60,6 +63,7 @@ def summarize(run: Run, trainer: lightning.Trainer, seconds: float) -> dict[str,
             "training": training,
             "evaluating": max(0.0, seconds - training - data.seconds - data.seconds_of_rollouts),
         },
+        "peak_memory": run.peaks.over_ranks(),
         "hashes": {
             "plan": data.training_set.plan.hash,
             "weights": run.pretrained.weights,
@@ -73,19 +77,43 @@ def summarize(run: Run, trainer: lightning.Trainer, seconds: float) -> dict[str,
     }
 
 
-def export_model(run: Run, trainer: lightning.Trainer, module: AlignmentModule, summary: dict[str, Any]) -> None:
+class Export(Callback):
+    """Exports the model at the end of training. It is evaluated later, so that a failure there does not lose it."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._trained = False
+        self._marker = run.folder / "checkpoints" / "exported"  # contains the step of the exported model
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Note that the model changes, so that an earlier export is not the result of this run."""
+        self._trained = True
+
+    def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Export the model, unless this run did so before it was killed."""
+        assert isinstance(module, AlignmentModule)
+        step, marker = str(trainer.global_step), self._marker
+        exported = marker.exists() and marker.read_text() == step and (self.run.folder / "model").exists()
+        if trainer.strategy.broadcast(exported and not self._trained):
+            return
+        with self.run.peaks.within("export"):
+            export_model(self.run, trainer, module)
+        if trainer.is_global_zero:
+            marker.parent.mkdir(exist_ok=True)
+            with atomic(marker) as file:
+                file.write(step)
+        trainer.strategy.barrier("export")
+
+
+def export_model(run: Run, trainer: lightning.Trainer, module: AlignmentModule) -> None:
     """Write model/ in Hugging Face form with its model card. A sharded model is gathered on the first rank."""
-    state = gather_state(run, module)
+    model, chat, target, dtype = module.policy.model, run.pretrained.chat, run.folder / "model", run.export_dtype
+    if isinstance(module.policy, FSDPModule):
+        module.policy.reshard()  # what is gathered can have been rounded
+    state = gather_weights(model, dtype, trainer.is_global_zero)
     if not trainer.is_global_zero:
         return
-    card = {
-        "base": run.cfg.init or run.cfg.model.path, "name": run.folder.name,
-        "loss": HydraConfig.get().runtime.choices.get("loss"), "doc": type(module.loss).__module__,
-        "version": __version__, "table": results_table(summary["validation"]), "data": run.cfg.data.name,
-        "plan": summary["hashes"]["plan"], "reward": HydraConfig.get().runtime.choices.get("reward"),
-        "steps": summary["steps"], "seed": run.cfg.seed,
-    }  # fmt: skip
-    model, chat, target = module.policy.model, run.pretrained.chat, run.folder / "model"
+    card = make_card(run, trainer, module, {})
     merge = run.adapter is not None and run.adapter.merge
     export(model, chat, run.folder / "adapter" if merge else target, card, state)
     if merge:
@@ -94,22 +122,21 @@ def export_model(run: Run, trainer: lightning.Trainer, module: AlignmentModule, 
         complete = merge_adapter(plain.load_scorer() if scores else plain.load(), run.folder / "adapter")
         if scores:
             complete.score.load_state_dict(model.score.state_dict())
-        export(complete, chat, target, card)
+        export(complete.to(dtype), chat, target, card)
     OmegaConf.save(run.cfg, target / "config.yaml", resolve=True)
 
 
-def gather_state(run: Run, module: AlignmentModule) -> dict[str, Any] | None:
-    """Return the complete weights of a sharded policy, on the first rank; None if it is not sharded."""
-    if not isinstance(module.policy, FSDPModule):
-        return None
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=run.adapter is not None)
-    state = get_model_state_dict(module.policy.model, options=options)
-    if module.policy.model.config.tie_word_embeddings:  # gathered separately, they are one tensor in the file
-        for name in module.policy.model._tied_weights_keys or ():
-            state.pop(name, None)
-    return state
+def make_card(
+    run: Run, trainer: lightning.Trainer, module: AlignmentModule, validation: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the contents of the model card. validation: the results in summary.json; empty before an evaluation."""
+    choices = HydraConfig.get().runtime.choices
+    return {
+        "base": run.cfg.init or run.cfg.model.path, "name": run.folder.name, "loss": choices.get("loss"),
+        "doc": type(module.loss).__module__, "version": __version__, "table": results_table(validation),
+        "data": run.cfg.data.name, "plan": run.data.training_set.plan.hash, "reward": choices.get("reward"),
+        "steps": trainer.global_step, "seed": run.cfg.seed,
+    }  # fmt: skip
 
 
 def results_table(validation: dict[str, Any]) -> str:
@@ -124,4 +151,4 @@ def results_table(validation: dict[str, Any]) -> str:
         if name in validation:
             before, after = (Estimate.from_json(validation[name][when]) for when in ("before", "after"))
             rows.append(f"| {label} | {before} | {after} |")
-    return "\n".join(rows)
+    return "\n".join(rows or ["| not evaluated | | |"])

@@ -2,7 +2,7 @@
 
 import gc
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,24 +10,26 @@ from typing import Any
 import lightning
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import RichModelSummary
+from lightning.pytorch.callbacks import Callback, RichModelSummary
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.profilers import PyTorchProfiler, SimpleProfiler
+from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig, OmegaConf
 
 from var.annotate.annotator import Annotator
 from var.annotate.cache import AnnotationCache
-from var.annotate.responses import sample_responses
 from var.config.check import TRAIN, check
 from var.config.schema import EvalSettings, TrainerSettings, pick_fields
 from var.config.sweep import is_multirun
 from var.data.settings import DataSettings
 from var.losses.base import Loss
-from var.models.frozen import AdapterOff, FrozenModel
+from var.models.export import read_dtype
+from var.models.frozen import FrozenModel
 from var.models.lora import LoRA
 from var.models.policy import Policy
 from var.models.pretrained import Pretrained, find_model
 from var.models.reward_model import RewardModel
+from var.models.sharding import load_to_shard
 from var.models.value_head import ActorCritic
 from var.requirements import SequenceScores, TokenValues, find
 from var.rewards.scale import Scale
@@ -44,9 +46,9 @@ from var.training.checks import (
 )
 from var.training.datamodule import AlignmentData
 from var.training.loggers import Curves, PlanFile, make_loggers
-from var.training.metrics import Budget, ProgressBar, StepMetrics
+from var.training.metrics import Budget, PeakMemory, ProgressBar, StepMetrics
 from var.training.module import AlignmentModule
-from var.training.validation import PairAccuracy, Validation
+from var.training.validation import PairAccuracy, Validation, evaluate_reference
 from var.utils.console import console, say, silence_libraries, warn
 from var.utils.distributed import bind_device
 from var.utils.errors import UserError
@@ -78,6 +80,8 @@ class Run:
     """How long, where and in which precision."""
     memory: MemoryPlan | None
     """What it needs on GPUs; None on CPUs."""
+    peaks: PeakMemory = field(default_factory=PeakMemory)
+    """The peak memory of the device in each stage."""
 
     @classmethod
     def compose(cls, cfg: DictConfig, folder: Path) -> "Run":
@@ -123,6 +127,7 @@ class Run:
         check_adapter(cfg, pretrained, adapter, data.requirements)
         count_accumulation(cfg, settings)
         cfg, plan = choose_strategy(cfg, settings)
+        annotator.reference.shard = cfg.strategy.name == "fsdp" if plan is None else plan.shard_reference
         return cls(cfg, folder, pretrained, adapter, loss, data, settings, plan)
 
     @property
@@ -140,42 +145,41 @@ class Run:
                 "adapter.merge=true."
             )
         # No file holds a reward model's new head or a new adapter.
-        meta = cfg.strategy.name == "fsdp" and self.adapter is None and pretrained.base is None and not scores
-        model = (pretrained.build_empty if meta else pretrained.load_scorer if scores else pretrained.load)()
-        if meta and not pretrained.can_fill(model):
-            warn("strategy=fsdp: the model's files use other weight names, so each process loads the complete model")
-            meta, model = False, pretrained.load()
+        by_part = cfg.strategy.name == "fsdp" and self.adapter is None and not scores
+        model, fill = load_to_shard(pretrained) if by_part else (None, None)
+        if model is None:
+            model = pretrained.load_scorer() if scores else pretrained.load()
         if self.adapter is not None:
             model = self.adapter.attach(model, pretrained.path, pretrained.revision)
         policy: Policy | ActorCritic | RewardModel = RewardModel(model.train()) if scores else Policy(model.train())
         if find(requirements, TokenValues):
             policy = ActorCritic(policy)  # type: ignore[arg-type]
-        reference: Policy | AdapterOff | None = None
         if self.adapter is not None and not isinstance(policy, RewardModel):
             self.annotator.reference.share_weights(policy)
-        if cfg.reference == "live":
-            if self.adapter is not None:
-                reference = self.annotator.reference.policy
-            else:
-                reference = Policy(pretrained.load()).eval().requires_grad_(False)
+        reference = self.annotator.reference if cfg.reference == "live" else None
         module = AlignmentModule(
             policy, self.loss, self.data.providers, instantiate(cfg.optim.optimizer, _convert_="all"),
-            instantiate(cfg.optim.schedule), reference, self.settings.nonfinite, pretrained.fill if meta else None,
+            instantiate(cfg.optim.schedule), reference, self.settings.nonfinite, fill,
+            self.memory is None or self.memory.gather,
         )  # fmt: skip
         if self.settings.arithmetic == "64-true":
             module = module.double()
-        check_disk_space(self.folder, policy, module.optimizer)
+        check_disk_space(self.folder, policy, module.optimizer, self.export_dtype)
         return module
 
-    def trainer(self) -> lightning.Trainer:
-        """Return the trainer with its callbacks and loggers."""
+    def trainer(self, *before_evaluation: Callback) -> lightning.Trainer:
+        """Return the trainer with its callbacks and loggers.
+
+        before_evaluation: callbacks that run before the evaluation, at the end of training too.
+        """
         cfg, settings = self.cfg, self.settings
         self.validation = self._validation()
         self.steps = StepMetrics(settings.ess_warning)
         budget = [Budget(settings.max_seconds)] if settings.max_seconds is not None else []
         saving = Checkpoints(self.folder / "checkpoints", settings.checkpoint_every_n_steps)
         # A step is saved before it is evaluated, so a run that is stopped during evaluation has it.
-        callbacks: list[Any] = [self.steps, *budget, saving, PlanFile(self.folder), self.validation]
+        callbacks: list[Any] = [self.steps, *budget, saving, PlanFile(self.folder), *before_evaluation]
+        callbacks += [self.peaks, *([self.validation] if self.validation else [])]
         if console.is_terminal:
             callbacks += [ProgressBar(), RichModelSummary(max_depth=1)]
         strategy = cfg.strategy.name
@@ -183,7 +187,9 @@ class Run:
         if "_target_" in cfg.strategy:
             extra = {"data_parallel_size": settings.world, "tensor_parallel_size": 1} if strategy == "fsdp" else {}
             options = {k: v for k, v in cfg.strategy.items() if k != "name"}
-            strategy = instantiate(OmegaConf.create(options), **extra)
+            strategy = instantiate(OmegaConf.create(options), timeout=settings.timeout, **extra)
+        elif settings.world > 1:
+            strategy = DDPStrategy(timeout=settings.timeout)
         slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
         curves = Curves(self.folder / "metrics.csv", fresh=self.checkpoint is None)
         return lightning.Trainer(
@@ -202,6 +208,7 @@ class Run:
             callbacks=callbacks,
             # `Checkpoints` handles SLURM's signals. Lightning's own handler would save in the middle of a step.
             plugins=[DirectCheckpointIO(), *slurm],
+            deterministic=settings.deterministic,
             profiler=PROFILERS[settings.profiler](self.folder) if settings.profiler else None,
             default_root_dir=self.folder,
             enable_checkpointing=False,  # Lightning's own; ours is a callback
@@ -211,8 +218,10 @@ class Run:
             num_sanity_val_steps=0,
         )
 
-    def _validation(self) -> Validation | PairAccuracy:
+    def _validation(self) -> Validation | PairAccuracy | None:
         cfg, sampling = self.cfg, Sampling(**self.cfg.eval.sampling)
+        if not cfg.eval.enabled:
+            return None
         if cfg.eval.judge and not isinstance(cfg.eval.judge, DictConfig):
             name = cfg.eval.judge
             raise UserError(f"eval.judge={name} must be a judge's configuration. Write +judge@eval.judge={name}.")
@@ -222,12 +231,18 @@ class Run:
         if find(self.data.requirements, SequenceScores):
             if judge:
                 raise UserError("eval.judge compares responses, and a reward model gives none. Set eval.judge=null.")
-            return PairAccuracy()
+            return PairAccuracy(self.peaks)
         reward = instantiate(cfg.eval.reward) if cfg.eval.reward else None
         return Validation(
-            sampling, cfg.eval.every_n_steps, reward, judge, cfg.eval.judged, self.annotator,
-            self.folder,
-        )  # fmt: skip
+            sampling, cfg.eval.every_n_steps, reward, judge, cfg.eval.judged, self.annotator, self.folder, self.peaks
+        )
+
+    @cached_property
+    def export_dtype(self) -> torch.dtype:
+        """The dtype of the exported model."""
+        if self.settings.export_dtype == "float32":
+            return torch.float32
+        return read_dtype((self.pretrained.base or self.pretrained).folder)
 
     @cached_property
     def checkpoint(self) -> str | None:
@@ -249,11 +264,11 @@ class Run:
         return str(resume) if resume else None
 
     def sample_validation(self) -> None:
-        """Fill the cache with the reference's responses to the validation prompts, which an evaluation reads."""
+        """Fill the cache with the reference's responses to the validation prompts and their rewards."""
         data = self.data.training_set
-        if len(data.validation) and not find(self.data.requirements, SequenceScores):
-            sampling = Sampling(**self.cfg.eval.sampling)
-            sample_responses(self.annotator.with_local_sampler, data.validation, sampling, "Evaluating the reference")
+        if self.cfg.eval.enabled and len(data.validation) and not find(self.data.requirements, SequenceScores):
+            reward = instantiate(self.cfg.eval.reward) if self.cfg.eval.reward else None
+            evaluate_reference(self.annotator, data.validation, Sampling(**self.cfg.eval.sampling), reward)
 
     def close(self, trainer: lightning.Trainer) -> None:
         """Finish the loggers, which would otherwise leak into the next job of a sweep."""

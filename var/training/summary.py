@@ -8,8 +8,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.table import Table
 
+from var.config.schema import to_dict
 from var.report.warnings import validation_warnings
-from var.utils.console import console, warn
+from var.utils.console import console, say, warn
 from var.utils.errors import UserError
 from var.utils.statistics import Estimate
 
@@ -69,6 +70,16 @@ def facts(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     stages = {name.lower(): time for name, time in summary.get("seconds_of_stages", {}).items() if time >= 0.5}
     for name, time in sorted(stages.items(), key=lambda item: -item[1]):
         yield f"  of which {name}", f"{time:.0f} s, {time / sum(seconds.values()):.0%}"
+
+
+def warn_of_other_evaluation(cfg: DictConfig, finished: dict[str, Any]) -> None:
+    """Print how to evaluate a finished run if its evaluation had other settings, which do not name its folder."""
+    before, now = {"enabled": True, **(finished["config"].get("eval") or {})}, to_dict(cfg.eval)
+    if changed := [f"eval.{name}={now[name]}" for name in now if name in before and now[name] != before[name]]:
+        say(
+            f"This run was finished with other evaluation settings than {', '.join(changed)}. Evaluate its model with: "
+            f"python eval.py init={finished['folder']}"
+        )
 
 
 def warn_of_newer_data(cfg: DictConfig, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,30 @@ from lightning.pytorch.callbacks import Callback
 
 from var.annotate.annotator import Annotator
 from var.annotate.responses import sample_responses
+from var.annotate.rewards import score
 from var.annotate.sequence_scores import ProvideSequenceScores
-from var.evaluate.answers import Answers, divergence, samples, score_answers, win_rate
+from var.data.rows import Rows
+from var.evaluate.answers import (
+    Answers,
+    compute_logps,
+    describe_answers,
+    divergence,
+    pack_answers,
+    samples,
+    score_answers,
+    win_rate,
+)
 from var.evaluate.judges.base import Judge, Pair, compute_rates, explain_missing_rate
+from var.models.frozen import free_memory
 from var.models.packing import whole
-from var.models.policy import gather_parameters
+from var.models.sharding import use_sharded
 from var.models.value_head import unwrap_value_head
-from var.rewards.base import Reward, check_answers
+from var.rewards.base import Reward, check_answers, release
 from var.rewards.scale import Scale
 from var.sampling.base import Sampling, Texts, decode
 from var.training.datamodule import AlignmentData
 from var.training.loggers import is_logged, log
-from var.training.metrics import step_metrics
+from var.training.metrics import PeakMemory, step_metrics
 from var.training.module import AlignmentModule
 from var.utils.console import stage, warn
 from var.utils.errors import UserError
@@ -46,6 +59,7 @@ class Validation(Callback):
         judged: int | None,
         annotator: Annotator,
         folder: Path,
+        peaks: PeakMemory,
     ) -> None:
         """Build the callback.
 
@@ -57,7 +71,9 @@ class Validation(Callback):
             judged: how many prompts are judged; None for all.
             annotator: has the reference and the cache.
             folder: where samples.jsonl is written.
+            peaks: records the peak memory of evaluations.
         """
+        self.peaks = peaks
         self.sampling, self.every_n_steps, self.annotator, self.folder = sampling, every_n_steps, annotator, folder
         self.reward, self.judge, self.judged = reward, judge, judged
         self.before: Answers | None = None
@@ -71,11 +87,10 @@ class Validation(Callback):
         rows = data.training_set.validation
         if not len(rows):
             return
-        check_answers(self.reward or self.annotator.reward, rows)
-        annotator = self.annotator.with_local_sampler
-        texts = sample_responses(annotator, rows, self.sampling, "Evaluating the reference")
-        self.before = self._score(data, texts)
-        self.annotator.reference.release()
+        texts, rewards = evaluate_reference(self.annotator, rows, self.sampling, self.reward)
+        scale = data.training_set.scale if self.reward is None else Scale()
+        answers = describe_answers(texts, self.annotator.chat)
+        self.before = answers if rewards is None else replace(answers, rewards=scale(rewards))
         self.result["before"] = _summarize(self.before)
         if not is_logged(trainer, "validation/length", 0):
             self._log(trainer, self.before, 0)
@@ -125,34 +140,45 @@ class Validation(Callback):
         self, trainer: lightning.Trainer, module: lightning.LightningModule, title: str
     ) -> tuple[Answers, np.ndarray, dict[str, Any] | None]:
         """Return the policy's responses, their KL [P, K] in nats, and the judge's rates."""
+        with self.peaks.within("evaluation"):
+            return self._evaluate_policy(trainer, module, title)
+
+    def _evaluate_policy(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, title: str
+    ) -> tuple[Answers, np.ndarray, dict[str, Any] | None]:
         assert isinstance(module, AlignmentModule)
         data: AlignmentData = trainer.datamodule  # type: ignore[attr-defined]
+        rows, ranks = data.training_set.validation, self.annotator.ranks
         chat, precision = self.annotator.chat, self.annotator.reference.precision
-        prompts = [chat.prompt(row.prompt) for row in data.training_set.validation]
+        own = rows.select(ranks.deal(len(rows)))
+        prompts = [chat.prompt(row.prompt) for row in own]
+        module.zero_grad(set_to_none=True)
+        free_memory()
         with stage(title, len(prompts), "prompts") as advance, precision():
             tokens = module.generate(chat, prompts, self.sampling, advance)
         texts = [[(decode(chat, ids), finished) for ids, finished in several] for several in tokens]
-        kl = self._divergence(data, module, texts)
-        after = self._score(data, texts)
+        kl = np.stack(ranks.collect(self._divergence(module, own, texts)))
+        reward, scale = (self.reward, Scale()) if self.reward else (self.annotator.reward, data.training_set.scale)
+        after = score_answers(rows, ranks.collect(texts), reward, scale, chat, ranks)
+        release(reward)
         return after, kl, self._judge(trainer, data, after)
 
-    def _divergence(self, data: AlignmentData, module: AlignmentModule, texts: Texts) -> np.ndarray:
-        """Return [P, K] nats of the policy's responses. The module is left in the mode it was in."""
+    def _divergence(self, module: AlignmentModule, rows: Rows, texts: Texts) -> list[np.ndarray]:
+        """Return [K] nats of the policy's responses to each of this rank's prompts.
+
+        The policy is never gathered next to the reference. It is left in the mode it was in.
+        """
         reference, training = self.annotator.reference, module.policy.training
+        policy, batches = unwrap_value_head(module.policy), pack_answers(self.annotator.chat, rows, texts)  # type: ignore[arg-type]
         module.policy.eval()
-        with stage("KL from the reference", len(texts), "prompts") as advance, reference.precision():
-            policy, rows = unwrap_value_head(module.policy), data.training_set.validation  # type: ignore[arg-type]
-            with gather_parameters(module.policy):
-                kl = divergence(policy, reference.policy, self.annotator.chat, rows, texts, advance)  # type: ignore[arg-type]
+        with stage("KL from the reference", 2 * len(batches), "passes") as advance, reference.precision():
+            with use_sharded(module.policy, gather=False):
+                ours = compute_logps(policy, batches, module.device, advance)
+            with reference.lockstep():
+                theirs = compute_logps(lambda batch: reference.policy(batch), batches, module.device, advance)
         reference.release()
         module.policy.train(training)
-        return kl
-
-    def _score(self, data: AlignmentData, texts: Texts) -> Answers:
-        trains, reward, scale = data.training_set, self.reward, Scale()
-        if reward is None:
-            reward, scale = self.annotator.reward, trains.scale
-        return score_answers(trains.validation, texts, reward, scale, self.annotator.chat)
+        return divergence(batches, ours, theirs)
 
     def _judge(self, trainer: lightning.Trainer, data: AlignmentData, after: Answers) -> dict[str, Any] | None:
         """Return the judge's rates, on the first rank. Training continues if the judge fails."""
@@ -189,7 +215,9 @@ class Validation(Callback):
 class PairAccuracy(Callback):
     """A reward model's accuracy before and after training: how often the better response of a pair scores higher."""
 
-    def __init__(self) -> None:
+    def __init__(self, peaks: PeakMemory) -> None:
+        self.peaks = peaks
+        """Records the peak memory of evaluations."""
         self.result: dict[str, Any] = {}
         """The results, for summary.json."""
 
@@ -209,6 +237,8 @@ class PairAccuracy(Callback):
 
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Measure the trained model."""
+        if "before" not in self.result:  # only if the run was started with eval=off
+            warn("the accuracy before training was not measured, since the run was started with eval=off.")
         self._measure(trainer, module, "after")
 
     @torch.no_grad()
@@ -219,17 +249,46 @@ class PairAccuracy(Callback):
         if pairs is None:
             return
         assert isinstance(module, AlignmentModule)
-        won = []
-        with stage(f"Accuracy {when}", len(pairs) // 2, "pairs") as advance, data.annotator.reference.precision():
-            for i in range(0, len(pairs), 2):
-                ids = [data.annotator.chat.complete(pairs.tokens(at)[0]) for at in (i, i + 1)]
+        won, annotator = list[float](), data.annotator
+        own = annotator.ranks.deal(len(pairs) // 2)
+        with (
+            self.peaks.within("evaluation"),
+            stage(f"Accuracy {when}", len(own), "pairs") as advance,
+            annotator.reference.precision(),
+            use_sharded(module.policy, gather=False),
+        ):
+            for i in own:
+                ids = [annotator.chat.complete(pairs.tokens(at)[0]) for at in (2 * i, 2 * i + 1)]
                 better, worse = module.policy(whole(ids).to(module.device)).tolist()
                 won.append(0.5 if better == worse else float(better > worse))
                 advance(1)
-        accuracy = estimate_mean(np.array(won)[:, None])
+        accuracy = estimate_mean(np.array(annotator.ranks.collect(won))[:, None])
         self.result[when] = {"accuracy": accuracy.to_json()}
         if not is_logged(trainer, "validation/accuracy", trainer.global_step):
             log(trainer, _with_error("validation/accuracy", accuracy), trainer.global_step)
+
+
+def evaluate_reference(
+    annotator: Annotator, rows: Rows, sampling: Sampling, reward: Reward | None
+) -> tuple[Texts, np.ndarray | None]:
+    """Return the reference's answers and their raw rewards [P, K], computed or read from the cache.
+
+    Args:
+        annotator: has the reference and the cache.
+        rows: the validation prompts.
+        sampling: how answers are sampled.
+        reward: None for the annotator's. If it cannot score text, there are no rewards.
+    """
+    annotator = replace(annotator.with_local_sampler, reward=reward or annotator.reward)
+    check_answers(annotator.reward, rows)
+    texts = sample_responses(annotator, rows, sampling, "Evaluating the reference")
+    annotator.reference.release()
+    if not annotator.reward.scores_text:
+        return texts, None
+    triples = [(row.prompt, text, row.answer) for row, several in zip(rows, texts, strict=True) for text, _ in several]
+    rewards = score(annotator, triples, "Scoring the reference's answers")
+    release(annotator.reward)
+    return texts, rewards.reshape(len(rows), -1)
 
 
 def _summarize(answers: Answers) -> dict[str, Any]:

@@ -2,14 +2,15 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from var.utils.errors import UserError
 
+T = TypeVar("T")
 WAIT = timedelta(days=1)  # for which a rank waits while another one annotates; the libraries' default is 10 minutes
 
 
@@ -60,16 +61,18 @@ def bind_device() -> str:
 
 
 @contextmanager
-def process_group() -> Iterator[None]:
+def process_group(timeout: timedelta = WAIT) -> Iterator[None]:
     """Join the processes that the launcher started, if there are several, for the `with` block.
 
-    Over gloo, on GPUs too: annotation only waits for other ranks.
+    Waiting for other ranks uses gloo, on GPUs too. A model that is sharded over GPUs uses NCCL.
     """
     import torch
 
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if several:
-        torch.distributed.init_process_group("gloo", timeout=WAIT)
+        torch.distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout
+        )
     yield
     if several:  # not after an error: other ranks would wait for each other's end
         torch.distributed.destroy_process_group()
@@ -103,3 +106,20 @@ class Ranks:
             work.wait()
 
         return cls(dist.get_rank(), dist.get_world_size(), barrier)
+
+    def deal(self, items: int) -> list[int]:
+        """Return the indices of this process's part of `items` items."""
+        return list(range(self.rank, items, self.world))
+
+    def collect(self, own: Sequence[T]) -> list[T]:
+        """Return the results of all processes for items that were dealt by `deal`, in the order of the items.
+
+        All processes call this together.
+        """
+        if self.world == 1:
+            return list(own)
+        import torch
+
+        parts: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(parts, list(own))
+        return [parts[i % self.world][i // self.world] for i in range(sum(map(len, parts)))]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -46,3 +47,11 @@ def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically; values that JSON does not know are written as text."""
     with atomic(path) as file:
         json.dump(value, file, indent=1, ensure_ascii=False, default=str)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, link or folder, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
