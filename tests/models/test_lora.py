@@ -13,11 +13,13 @@ from tests.helpers.cli import run as command
 from tests.helpers.models import pretrained, saved, tiny_model
 from tests.helpers.runs import column, composed, fit, launch, same_folders
 from tests.helpers.runs import run_folder as only
+from var.config.schema import TrainerSettings
 from var.models.frozen import AdapterOff
 from var.models.lora import LoRA, adapter_off, has_adapter
 from var.models.packing import pack
 from var.models.policy import Policy
 from var.models.pretrained import Pretrained
+from var.training.memory import GIB, MemoryModel
 from var.training.run import Run
 from var.utils.errors import UserError
 
@@ -271,19 +273,16 @@ def test_quantized_model_rejects_full_training_and_fsdp(wide_folder: Path, tmp_p
     assert "expected nf4 or fp4 or int8 or null, got 'int4'" in done.stderr
 
 
-def test_32b_in_4_bit_passes_the_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_32b_in_4_bit_passes_the_dry_run(tmp_path: Path) -> None:
     """31.2 of 32.8 billion weights are in 4 bits, with a copy on each of 32 devices. Nothing is downloaded."""
-    from var.training import dry_run as dry
-
     cfg = composed(
         "model=qwen2.5-32b-int4", "adapter=lora", "strategy=ddp", "loss=var", "dry=true", "data=offsetbias",
-        "trainer.num_nodes=4", "trainer.devices=8", "data.micro_batch=4", "trainer.accelerator=gpu",
+        "trainer.num_nodes=4", "trainer.devices=8", "data.micro_batch=4", "trainer.device_memory=40GiB",
         "data.global_batch=128", f"annotation_cache={tmp_path}",
     )  # fmt: skip
-    run = Run.compose(cfg, tmp_path)
-    dry.show_memory(run)
-    output = capsys.readouterr().out
-    assert "parameters: 32,763,876,352 in nf4" in output
-    assert "trained: 134,217,728 of an adapter" in output
-    weights = float(output.split("weights: ")[1].split(" GiB")[0])
-    assert 17.5 < weights < 19
+    plan = Run.compose(cfg, tmp_path).memory
+    assert plan is not None
+    assert plan.fits
+    counts = MemoryModel.of(cfg, TrainerSettings(**cfg.trainer)).counts
+    assert (counts.total - counts.trained, counts.trained) == (32_763_876_352, 134_217_728)
+    assert 17.5 < plan.stages["training"]["weights"] / GIB < 19

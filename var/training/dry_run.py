@@ -68,8 +68,9 @@ def show_verdict(run: Run, plan: MemoryPlan, unavailable: list[str]) -> None:
             f"  Disk: the run needs up to {needed / GIB:.1f} GiB; runs={cfg.runs} has {free / GIB:.1f} GiB free. "
             "Free disk space or set runs=<folder>."
         )
-    for line in unavailable:
-        say(f"  Not on this machine: {line.splitlines()[0]}")
+    for text in unavailable:
+        what, downloaded, _ = text.partition(" could not be downloaded")  # the network's reasons are long
+        say(f"  Not available: {what}{downloaded}".splitlines()[0])
     for line in describe_choices():
         say(f"  {line}")
     rows, steps, tokens = count_work(run)

@@ -237,6 +237,8 @@ class MemoryModel:
             policy = (counts.total * wide if gather else gathered) if sharded else copies
             sampling = {**held, "weights to sample from": policy, "key-value cache of one prompt": cache}
             stages["evaluation, sampling"] = sampling
+            if self.reward:
+                stages["evaluation, reward model"] = {**held, "reward model": self.reward}
             stages["evaluation, KL"] = {
                 **held, "weights to score with": gathered if sharded else copies,
                 "reference": alone, "activations": scoring,
