@@ -148,6 +148,10 @@ def _dispatch(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     if on_device:
         _check_devices(name, tensors)
     target = DEVICE if on_device else torch.device("cpu")
+    for i, value in enumerate(args):  # in inference mode, `Tensor.to` arrives here undivided
+        if isinstance(value, torch.device):
+            target = value
+            args = [*args[:i], torch.device("cpu") if value.type == NAME else value, *args[i + 1 :]]
     if kwargs.get("device") is not None:
         target = torch.device(kwargs["device"])
         if target.type == NAME:

@@ -97,9 +97,6 @@ def test_varlen_attention_gives_the_loss_of_packed_attention(options, tmp_path):
         assert column(varlen, name) == pytest.approx(column(packed, name), rel=1e-4)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="the boundaries of sequences are copied in each forward pass"
-)
 def test_varlen_attention_waits_once_per_optimizer_step(options, tmp_path):
     check_steps(train(options, tmp_path, "loss=sft", attention="varlen")[1])
 

@@ -21,6 +21,7 @@ from tests.helpers.runs import composed
 from var.config.schema import TrainerSettings
 from var.models.packing import pack
 from var.models.policy import Policy
+from var.models.sharding import shard
 from var.models.simulate import make_fake
 from var.training.alternatives import plan_memory
 from var.training.checks import choose_devices, count_accumulation
@@ -61,8 +62,6 @@ def track_training(model: MemoryModel, world: int) -> float:
     with pretended_ranks(world) as mesh, fake, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if world > 1:
-            from var.models.sharding import shard
-
             shard(policy, mesh, torch.bfloat16, torch.device("cpu"))
         optimizer = torch.optim.AdamW(policy.parameters(), foreach=False)
         tracker: Any = MemTracker() if world == 1 else FSDPMemTracker(policy, optimizer)
@@ -229,10 +228,10 @@ def test_every_alternative_passes_the_dry_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.e2e
-def test_choices_name_the_file_that_made_them(tmp_path: Path) -> None:
+def test_choices_name_the_file_that_made_them(tiny_folder: Path, tmp_path: Path) -> None:
     """The demo model chooses its data, the data its lengths, an experiment its loss."""
     places = [f"annotation_cache={tmp_path}/store", f"cache={tmp_path}/cache", f"runs={tmp_path}/runs", "debug=dry"]
-    printed = run("train.py", *places, HF_HUB_OFFLINE="1").stdout
+    printed = run("train.py", *places, f"model.path={tiny_folder}", HF_HUB_OFFLINE="1").stdout
     for line in (
         "model: smollm2-135m (conf/train.yaml)", "data: arithmetic (conf/model/smollm2-135m.yaml)",
         "reward: exact_number (conf/model/smollm2-135m.yaml)", "generate: demo (conf/data/arithmetic.yaml)",

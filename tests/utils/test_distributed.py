@@ -56,7 +56,8 @@ def test_run_binds_its_gpu_before_anything_is_built(gpus, tiny_folder, tmp_path,
     monkeypatch.setattr(
         run_module, "instantiate", lambda *words, **named: seen.append([*bound]) or real(*words, **named)
     )
-    cfg = composed(f"model.path={tiny_folder}", "trainer.accelerator=gpu", "trainer.devices=1")
+    card = ("trainer.accelerator=gpu", "trainer.devices=1", "trainer.device_memory=80GiB")
+    cfg = composed(f"model.path={tiny_folder}", *card)
     run = Run.compose(cfg, tmp_path)
     assert seen
     assert all(devices == ["cuda:2"] for devices in seen)

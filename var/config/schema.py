@@ -70,7 +70,7 @@ class TrainerSettings:
         return timedelta(hours=self.timeout_hours)
 
     def __post_init__(self) -> None:
-        if self.device_memory is not None and not MEMORY.fullmatch(self.device_memory):
+        if self.device_memory is not None and not MEMORY.fullmatch(str(self.device_memory)):
             raise UserError(f"trainer.device_memory: expected a size such as 80GiB, got {self.device_memory!r}.")
 
     @property

@@ -113,8 +113,11 @@ class Plan:
     def convert_progress(self, count: int, before: int, now: int, passes: int = 1) -> int:
         """Return a rank's micro-batches so far, `count` on `before` ranks, as their number on `now` ranks.
 
-        The progress must be between two optimizer steps. passes: how often an epoch trains each micro-batch.
+        The progress must be between two optimizer steps, if the number of ranks differs. passes: how often an epoch
+        trains each micro-batch.
         """
+        if before == now:
+            return count
         epochs, position = divmod(count, self.length(before) * passes)
         steps = -(-position // self.turns(before))  # the last step of an epoch may be short
         return epochs * self.length(now) * passes + min(steps * self.turns(now), self.length(now) * passes)

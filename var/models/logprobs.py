@@ -38,16 +38,23 @@ def compute_hidden_states(backbone: Any, batch: Packed) -> Tensor:
     if backbone.config._attn_implementation in VARLEN:
         rows = [[*range(s.prefix_start, s.prefix_stop), *range(s.start, s.stop)] for s in batch.segments]
         if any(s.prefix_stop for s in batch.segments):  # these kernels know no prefixes: repeat it for each branch
-            index = torch.tensor([token for row in rows for token in row], device=inputs.device)
-            own = [token >= s.start for s, row in zip(batch.segments, rows, strict=True) for token in row]
+            repeated = [(token, s.start) for s, row in zip(batch.segments, rows, strict=True) for token in row]
+            index = copy_to([token for token, _ in repeated], inputs.device)
+            own = copy_to([i for i, (token, start) in enumerate(repeated) if token >= start], inputs.device)
             inputs, positions = inputs[index], positions[index]
         lengths = [len(row) for row in rows]
-        bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=inputs.device)
+        bounds = copy_to([0, *accumulate(lengths)], inputs.device, torch.int32)
         options = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
         options |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
     out = backbone(input_ids=inputs[None], position_ids=positions[None], use_cache=False, **options)
     hidden = out.last_hidden_state[0]
-    return hidden if own is None else hidden[torch.tensor(own, device=inputs.device)]
+    return hidden if own is None else hidden[own]
+
+
+def copy_to(numbers: list[int], device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
+    """Return the numbers as a tensor on a device, without waiting for it."""
+    tensor = torch.tensor(numbers, dtype=dtype)
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def compute_token_logps(hidden: Tensor, head: Tensor, target: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ class Checkpoints(Callback):
         if step == self._step:  # a checkpoint would lose what the step has accumulated
             return
         self._step = step
-        if trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False):
+        if trainer.datamodule.annotator.ranks.any(self._signal is not None):  # type: ignore[attr-defined]
             self._leave(trainer)
         if step % self.every_n_steps == 0 or step >= trainer.estimated_stepping_batches or trainer.should_stop:
             self.save(trainer)

@@ -202,11 +202,6 @@ class MemoryModel:
         measure = getattr(reward, "measure_memory", None)
         return 0.0 if measure is None else measure()
 
-    @property
-    def samples(self) -> Mapping[str, Any]:
-        """How responses are sampled at an evaluation."""
-        return self.cfg.eval.sampling
-
     def stages(
         self, strategy: str, devices: int, *, shard_reference: bool = False, gather: bool = True
     ) -> dict[str, Parts]:
@@ -234,7 +229,7 @@ class MemoryModel:
         if self.cfg.reference == "live" or (find(requirements, Rollout) and find(requirements, ReferenceLogps)):
             training["reference"] = alone
         stages["training"] = training | self._step(sharded)
-        sample, quantized = self.samples, self.pretrained.quantization
+        sample, quantized = self.cfg.eval.sampling, self.pretrained.quantization
         longest = self.cfg.data.max_length + sample["max_new_tokens"]
         cache = float(sample["responses"] * longest * self.cache_per_token)
         copies = counts.linear * 2.0 if self.half and self.width > 2 and not sharded and not quantized else 0.0

@@ -179,7 +179,7 @@ class Budget(Callback):
         self._step = trainer.global_step
         steps = step_metrics(trainer)
         self._spent = self._before + trainer.datamodule.seconds + steps.seconds + steps.waited  # type: ignore[attr-defined]
-        over = trainer.strategy.reduce_boolean_decision(self._spent >= self.seconds, all=False)
+        over = trainer.datamodule.annotator.ranks.any(self._spent >= self.seconds)  # type: ignore[attr-defined]
         trainer.should_stop = trainer.should_stop or over
 
     def state_dict(self) -> dict[str, Any]:

@@ -88,6 +88,8 @@ class Ranks:
     """The number of processes."""
     barrier: Callable[[], None] = lambda: None
     """Waits for all processes."""
+    any: Callable[[bool], bool] = lambda value: value
+    """Returns whether the value is true on any process. Nobody waits for a GPU."""
 
     @classmethod
     def current(cls) -> "Ranks":
@@ -105,7 +107,12 @@ class Ranks:
                 time.sleep(0.01)
             work.wait()
 
-        return cls(dist.get_rank(), dist.get_world_size(), barrier)
+        def any_rank(value: bool) -> bool:
+            flag = torch.tensor(float(value))
+            dist.all_reduce(flag, dist.ReduceOp.MAX, group)
+            return bool(flag)
+
+        return cls(dist.get_rank(), dist.get_world_size(), barrier, any_rank)
 
     def deal(self, items: int) -> list[int]:
         """Return the indices of this process's part of `items` items."""
