@@ -103,7 +103,7 @@ def test_later_runs_sample_and_score_nothing(base: list[str], tmp_path: Path, mo
         for stage in ("Sampling", "Scoring", "Evaluating the reference"):
             assert stage not in printed
     computed = [len(summary["computed"]) for summary in read_summaries(tmp_path / "runs").values()]
-    assert sorted(computed) == [0, 0, 0, 1, 5]  # only DPO adds something: the reference on its pairs
+    assert sorted(computed) == [0, 0, 0, 1, 6]  # only DPO adds something: the reference on its pairs
 
 
 def test_annotate_fills_the_cache_for_annotate_error(own: list[str]) -> None:

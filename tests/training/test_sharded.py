@@ -30,7 +30,7 @@ def run_ways(ways: dict[str, Way], common: list[str], folder: Path) -> None:
             if count == processes
         ]
         (folder / "jobs.json").write_text(json.dumps(jobs))
-        launch(processes, str(folder / "jobs.json"), script="tests/helpers/ranks.py", timeout=150)
+        launch(processes, str(folder / "jobs.json"), script="tests/helpers/ranks.py", timeout=300)
 
 
 def results(folder: Path) -> list[dict[str, Any]]:

@@ -286,7 +286,7 @@ def evaluate_reference(
     if not annotator.reward.scores_text:
         return texts, None
     triples = [(row.prompt, text, row.answer) for row, several in zip(rows, texts, strict=True) for text, _ in several]
-    rewards = score(annotator, triples, "Scoring the reference's answers")
+    rewards = score(annotator, triples, "Rewards of the reference's answers")
     release(annotator.reward)
     return texts, rewards.reshape(len(rows), -1)
 
