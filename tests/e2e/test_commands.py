@@ -162,7 +162,7 @@ class TestInvalidInput:
             ("var_grouped", ["loss=vra"]),  # it lists the options of the group
             ("Did you mean loss.temperature?", ["loss.temperatur=1"]),
             ("did you mean temperature?", ["+loss.temperatur=1"]),
-            ("must be a multiple of data.micro_batch=4 times the number of processes, 2", ["trainer.devices=2"]),
+            ("micro-batches of data.micro_batch=4, fewer than the 2 processes", ["trainer.devices=2"]),
             ("this loss compares two responses of a row", ["loss=dpo", "data.responses=all"]),
             ("reward.mismatch_gap", ["reward=score", "loss=var"]),
             ("there is no such checkpoint", ["resume=/nowhere.ckpt"]),

@@ -277,7 +277,7 @@ def test_32b_in_4_bit_passes_the_dry_run(tmp_path: Path) -> None:
     """31.2 of 32.8 billion weights are in 4 bits, with a copy on each of 32 devices. Nothing is downloaded."""
     cfg = composed(
         "model=qwen2.5-32b-int4", "adapter=lora", "strategy=ddp", "loss=var", "dry=true", "data=offsetbias",
-        "trainer.num_nodes=4", "trainer.devices=8", "data.micro_batch=4", "trainer.device_memory=40GiB",
+        "trainer.num_nodes=4", "trainer.devices=8", "data.micro_batch=4", "trainer.device_memory=48GiB",
         "data.global_batch=128", f"annotation_cache={tmp_path}",
     )  # fmt: skip
     plan = Run.compose(cfg, tmp_path).memory

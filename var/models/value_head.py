@@ -27,8 +27,10 @@ class ActorCritic(nn.Module):
     def forward(self, batch: Packed) -> tuple[Tensor, Tensor]:
         """Return [N] nats, and [N] values in reward units of the state before each response token."""
         hidden = self.policy.predictor_states(batch)
+        precise = torch.promote_types(hidden.dtype, torch.float32)  # also of a head that FSDP gathers in bfloat16
         with torch.autocast(hidden.device.type, enabled=False):
-            values = self.head(hidden.to(self.head.weight.dtype))[:, 0]
+            weight, bias = self.head.weight.to(precise), self.head.bias.to(precise)
+            values = torch.nn.functional.linear(hidden.to(precise), weight, bias)[:, 0]
         return self.policy.logps(hidden, batch), values
 
 

@@ -273,7 +273,8 @@ class MemoryModel:
             return 0.0
         if shards == 1:
             return self.frozen
-        return self.counts.total * self.computed_width / shards + 2 * self.counts.block * self.computed_width
+        width = self.computed_width  # what is outside of the layers stays gathered
+        return self.counts.total * width / shards + (self.counts.root + 2 * self.counts.block) * width
 
     def disk(self) -> tuple[float, float]:
         """Return the bytes of a checkpoint and of the exported model."""
