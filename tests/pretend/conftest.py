@@ -5,7 +5,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import pytest
-import torch.utils.backend_registration
+import torch
 
 POOL = pytest.StashKey[ProcessPoolExecutor]()
 
@@ -13,8 +13,8 @@ POOL = pytest.StashKey[ProcessPoolExecutor]()
 @pytest.fixture(scope="session", autouse=True)
 def process(request: pytest.FixtureRequest) -> Iterator[None]:
     """Start the process."""
-    if not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"):
-        pytest.skip("this version of torch has no devices in Python")
+    if torch.__version__ < (2, 13):  # torch compares its version with a tuple
+        pytest.skip("devices in Python need torch 2.13")
     with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         request.config.stash[POOL] = pool
         yield

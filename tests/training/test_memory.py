@@ -1,6 +1,9 @@
 """The memory model: compared with torch's own trackers on fake tensors, and what is chosen and advised from it."""
 
+import os
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +20,8 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.device_mesh import init_device_mesh
 
 from tests.helpers.cli import run
-from tests.helpers.runs import composed
+from tests.helpers.models import saved, tiny_model
+from tests.helpers.runs import ROOT, composed, write_lines
 from var.config.schema import TrainerSettings
 from var.models.packing import pack
 from var.models.policy import Policy
@@ -248,3 +252,36 @@ def test_given_groups_have_priority() -> None:
     assert cfg.generate.max_new_tokens == 20
     assert composed("data=arithmetic", "generate=default").generate.max_new_tokens == 512
     assert composed("model=qwen2.5-7b", "reward=sentiment").data.name == "offsetbias"
+
+
+def measure_peak(command: list[str]) -> int:
+    """Run a command; return the largest resident memory of its process, in bytes."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    errors = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0, errors
+    return usage.ru_maxrss * 1024
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("checkpointing", ["true", "false"])
+def test_resident_memory_of_a_cpu_run_is_the_planned_one(checkpointing: str, tmp_path: Path) -> None:
+    """100 million parameters in float32, compared with a run of a tiny model: 16 bytes each, and activations."""
+    rows = write_lines(tmp_path / "rows.jsonl", [{"prompt": "abc", "responses": ["defgh" * 60]} for _ in range(16)])
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6, "num_attention_heads": 16}
+    words = [
+        "data=files", f"data.path={rows}", "reward=score", "loss=sft", "eval=off", "trainer.accelerator=cpu",
+        "data.micro_batch=4", "data.global_batch=8", "data.validation_prompts=0", "trainer.max_steps=2",
+        f"model.gradient_checkpointing={checkpointing}", "data.max_length=320",
+    ]  # fmt: skip
+    peaks = []
+    for name, more in (("tiny", {}), ("large", sizes)):
+        folder = saved(tmp_path / name, tiny_model(**more))
+        places = [f"{key}={tmp_path}/{name}-{key}" for key in ("annotation_cache", "cache", "runs")]
+        command = [sys.executable, str(ROOT / "train.py"), *words, *places, f"model.path={folder}"]
+        peaks.append(measure_peak(command))
+    cfg = composed(*words, f"model.path={tmp_path}/large")
+    planned = sum(MemoryModel.of(cfg, settings_of(cfg)).stages("single", 1)["training"].values())
+    print(f"measured {(peaks[1] - peaks[0]) / GIB:.2f} GiB, planned {planned / GIB:.2f} GiB")
+    assert peaks[1] - peaks[0] == pytest.approx(planned, rel=0.25)  # a C heap does not return all memory
