@@ -6,6 +6,7 @@ from multiprocessing import get_context
 
 import pytest
 import torch
+from packaging.version import Version
 
 POOL = pytest.StashKey[ProcessPoolExecutor]()
 
@@ -13,8 +14,8 @@ POOL = pytest.StashKey[ProcessPoolExecutor]()
 @pytest.fixture(scope="session", autouse=True)
 def process(request: pytest.FixtureRequest) -> Iterator[None]:
     """Start the process."""
-    if torch.__version__ < (2, 13):  # torch compares its version with a tuple
-        pytest.skip("devices in Python need torch 2.13")
+    if Version(torch.__version__).release < (2, 13):
+        pytest.skip("before torch 2.13, the tensors of a device in Python cannot be sliced in inference mode")
     with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         request.config.stash[POOL] = pool
         yield
