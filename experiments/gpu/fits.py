@@ -14,14 +14,14 @@ from var.training.memory import GIB, MemoryModel, peak
 PAGE = Path(__file__).parents[2] / "docs" / "fits.md"
 CARDS = (24, 40, 80, 141)  # GiB
 DEVICES = (1, 4, 8)
-LORA = ("adapter=lora", "model.dtype=bfloat16")
+LESS = ("model.dtype=bfloat16", "model.gradient_checkpointing=true")
 # How a model can train, in order of preference: name, overrides, and whether it is sharded.
 WAYS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
     ("full", (), False),
     ("fsdp", (), True),
-    ("offload", ("optim=adamw_masters", "model.dtype=bfloat16", "optim.optimizer.device=cpu"), False),
-    ("lora", LORA, False),
-    ("lora nf4", (*LORA, "model.quantization=nf4"), False),
+    ("offload", ("optim=adamw_masters", "optim.optimizer.device=cpu", *LESS), False),
+    ("lora", ("adapter=lora", *LESS), False),
+    ("lora nf4", ("adapter=lora", "model.quantization=nf4", *LESS), False),
 )
 INTRODUCTION = """# What fits
 
@@ -31,9 +31,11 @@ How `python train.py model=… loss=var` fits GPUs, with the defaults of the con
 | --- | --- |
 | full | one replica per device |
 | fsdp | `strategy=fsdp`: parameters, gradients and optimizer are sharded over the devices |
-| offload | `optim=adamw_masters model.dtype=bfloat16 optim.optimizer.device=cpu`: the optimizer in host memory |
-| lora | `adapter=lora model.dtype=bfloat16` |
-| lora nf4 | `adapter=lora model.dtype=bfloat16 model.quantization=nf4` |
+| offload | `optim=adamw_masters optim.optimizer.device=cpu`: the optimizer in host memory |
+| lora | `adapter=lora` |
+| lora nf4 | `adapter=lora model.quantization=nf4` |
+
+The last three are with `model.dtype=bfloat16 model.gradient_checkpointing=true`.
 """  # noqa: E501
 
 

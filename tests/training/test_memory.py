@@ -23,10 +23,11 @@ from tests.helpers.cli import run
 from tests.helpers.models import saved, tiny_model
 from tests.helpers.runs import ROOT, composed, write_lines
 from var.config.schema import TrainerSettings
+from var.models.logprobs import HEAD_CHUNK
 from var.models.packing import pack
 from var.models.policy import Policy
 from var.models.sharding import shard
-from var.models.simulate import make_fake
+from var.models.simulate import make_fake, measure_activations
 from var.training.alternatives import plan_memory
 from var.training.checks import choose_devices, count_accumulation
 from var.training.memory import GIB, MemoryModel, device_memory
@@ -285,3 +286,15 @@ def test_resident_memory_of_a_cpu_run_is_the_planned_one(checkpointing: str, tmp
     planned = sum(MemoryModel.of(cfg, settings_of(cfg)).stages("single", 1)["training"].values())
     print(f"measured {(peaks[1] - peaks[0]) / GIB:.2f} GiB, planned {planned / GIB:.2f} GiB")
     assert peaks[1] - peaks[0] == pytest.approx(planned, rel=0.25)  # a C heap does not return all memory
+
+
+def test_model_that_cannot_be_simulated_has_an_estimate() -> None:
+    """The experts of Mixtral are multiplied by an operation without a fake form for these dtypes."""
+    from transformers import MixtralConfig
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = MixtralConfig(vocab_size=264, num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2, **sizes)
+    peaks = measure_activations(config, 2, 64, autocast=True)
+    layer = 2 * 64 * 2 * (14 * 32 + 3 * 48 * 2)
+    assert peaks.layers == 3 * layer
+    assert peaks.head == 2 * layer + 4 * 264 * (3 * HEAD_CHUNK + 32)

@@ -75,7 +75,7 @@ def measure_activations(
     train: bool = True,
     prepare: Callable[[Any], Any] = lambda model: model,
 ) -> Peaks:
-    """Return the peak bytes of a micro-batch on a device.
+    """Return the peak bytes of a micro-batch on a device, or an estimate if the model cannot be simulated.
 
     Two models of one and two layers are simulated, and the peaks are extrapolated to `config`'s layers: all layers are
     alike. They include the logits, the copies of weights that autocast makes, and temporary gradients. Attention is
@@ -94,14 +94,32 @@ def measure_activations(
     """
     scored = min(length - 1, -(-2 * HEAD_CHUNK // sequences))  # the head's loop over chunks is the slow part
     batch = pack([[0] * length] * sequences, [length - scored] * sequences)
-    one, two = (
-        _simulate(config, layers, batch, dtype, autocast, half_weights, checkpointing, train, prepare)
-        for layers in (1, 2)
-    )
+    try:
+        one, two = (
+            _simulate(config, layers, batch, dtype, autocast, half_weights, checkpointing, train, prepare)
+            for layers in (1, 2)
+        )
+    except RuntimeError:  # operations without a fake form, as in some mixtures of experts
+        return estimate_activations(config, sequences * length, 2 if autocast else dtype.itemsize, checkpointing)
     # hidden states of the response tokens that were left out, and their gradient
     omitted = (2 if train else 1) * (length - 1 - scored) * sequences * config.hidden_size * 4
     more = config.num_hidden_layers - 1
     return Peaks(*(first + more * (second - first) + omitted for first, second in zip(one, two, strict=True)))
+
+
+def estimate_activations(config: Any, tokens: int, width: int, checkpointing: bool) -> Peaks:
+    """Return peaks by a rule of thumb, for a model that cannot be simulated.
+
+    A layer stores about 14 hidden vectors and 3 inner ones per token and expert, of `width` bytes per number. The head
+    has three chunks of logits, and a float32 gradient.
+    """
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    experts = getattr(config, "num_experts_per_tok", None) or 1
+    layer = tokens * width * (14 * hidden + 3 * inner * experts)
+    stored = tokens * 4 * hidden * layers if checkpointing else layer * layers
+    head = 4 * config.vocab_size * (3 * HEAD_CHUNK + hidden)
+    return Peaks(stored + layer, stored + head, stored + layer)
 
 
 def make_fake(model: torch.nn.Module) -> None:
