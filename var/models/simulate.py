@@ -1,6 +1,7 @@
 """Measure the memory of a model's forward and backward pass on fake tensors, which have shapes and no data."""
 
 import copy
+import logging
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -15,6 +16,10 @@ from torch.utils._pytree import tree_leaves
 from var.models.logprobs import HEAD_CHUNK
 from var.models.packing import Packed, pack
 from var.models.policy import Policy
+
+
+# It prints an operation that has no fake form before it raises the error that `measure_activations` handles.
+logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
 
 
 class Peaks(NamedTuple):
