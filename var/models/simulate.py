@@ -17,7 +17,6 @@ from var.models.logprobs import HEAD_CHUNK
 from var.models.packing import Packed, pack
 from var.models.policy import Policy
 
-
 # It prints an operation that has no fake form before it raises the error that `measure_activations` handles.
 logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
 
