@@ -113,6 +113,8 @@ def list_alternatives(cfg: DictConfig, settings: TrainerSettings) -> Iterator[tu
     more = [(f"trainer.devices={n}",) for n in (2, 4, 8) if n > settings.local and settings.devices != "auto"]
     offered = 0
     for words in [*more, *CHANGES]:
+        if words in more and offered:  # the smallest number of devices that fits
+            continue
         changed = {word.partition("=")[0] for word in words}
         kept = [word for word in given if word.partition("=")[0] not in changed]
         try:
