@@ -457,3 +457,26 @@ def test_gpu_kernels_get_boundaries_and_a_prompt_per_branch(kind: str):
     assert backbone.options["position_ids"][0].tolist() == [0, 1, 0, 1, 2, 0, 1, 2, 0, 1]
     assert backbone.options["cu_seq_lens_q"].tolist() == [0, 2, 5, 8, 10]
     assert backbone.options["max_length_q"] == 3
+
+
+@pytest.mark.skipif(not hasattr(torch.nn.functional, "linear_cross_entropy"), reason="needs torch 2.13")
+def test_values_and_gradients_equal_torchs_fused_loss_to_the_last_bit():
+    """On a CPU, over two chunks of which the second is short."""
+    torch.manual_seed(0)
+    values = torch.randn(HEAD_CHUNK + 44, 16), torch.randn(999, 16)
+    target = torch.randint(999, (HEAD_CHUNK + 44,))
+    upstream = torch.randn(HEAD_CHUNK + 44)
+    options = torch.nn.LinearCrossEntropyOptions(
+        batch_chunk_size=HEAD_CHUNK, chunking_method=None, acc_policy="compact"
+    )
+    results = []
+    for compute in (
+        lambda h, w: -torch.nn.functional.linear_cross_entropy(h, w, target, reduction="none", options=options),
+        lambda h, w: compute_token_logps(h, w, target),
+    ):
+        leaves = [value.clone().requires_grad_() for value in values]
+        logps = compute(*leaves)
+        logps.backward(upstream)
+        results.append([logps.detach(), *(leaf.grad for leaf in leaves)])
+    for theirs, ours in zip(*results, strict=True):
+        assert torch.equal(theirs, ours)

@@ -81,12 +81,14 @@ def choose_head_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if half and device.type == "cuda" else torch.promote_types(dtype, torch.float32)
 
 
-def multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+def multiply(a: Tensor, b: Tensor, out: Tensor | None = None, start: Tensor | None = None) -> Tensor:
     """Return a @ b in float32 or better, for matrices of one dtype; in `out`, if it is given, without a gradient.
 
-    Products of bf16 are summed in float32.
+    Products of bf16 are summed in float32. `start` is added.
     """
     with torch.autocast(a.device.type, enabled=False):
+        if start is not None:
+            return torch.addmm(start, a, b) if a.dtype != torch.bfloat16 else multiply(a, b).add_(start)
         if a.dtype != torch.bfloat16:
             return torch.mm(a, b, out=out)
         if a.is_cuda:
@@ -105,7 +107,11 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 class _TokenLogps(torch.autograd.Function):
-    """The function `compute_token_logps`. Logits of HEAD_CHUNK tokens exist at once; the backward recomputes them."""
+    """The function `compute_token_logps`. Logits of HEAD_CHUNK tokens exist at once; the backward recomputes them.
+
+    The order of operations is that of `torch.nn.functional.linear_cross_entropy` (torch 2.13), so that values and
+    gradients on a CPU equal its own to the last bit.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
@@ -113,10 +119,10 @@ class _TokenLogps(torch.autograd.Function):
         ctx.dtype = dtype
         weight = head.to(dtype)
         logps = hidden.new_empty(len(target), dtype=torch.promote_types(dtype, torch.float32))
-        for rows, logits, out in _chunks(weight, logps):
+        for rows, logits in _chunks(weight, logps):
             multiply(hidden[rows].to(dtype), weight.T, out=logits)
-            torch.log_softmax(logits, 1, out=out)
-            logps[rows] = out.gather(1, target[rows, None])[:, 0]
+            chosen, top = logits.gather(1, target[rows, None]), logits.amax(1, keepdim=True)
+            logps[rows] = (chosen - top - logits.sub_(top).exp_().sum(1, keepdim=True).log())[:, 0]
         return logps
 
     @staticmethod
@@ -126,24 +132,27 @@ class _TokenLogps(torch.autograd.Function):
         weight = head.to(ctx.dtype)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_head = torch.zeros_like(head, dtype=grad.dtype) if ctx.needs_input_grad[1] else None
-        for rows, logits, out in _chunks(weight, grad):
+        for rows, logits in _chunks(weight, grad):
             states, upstream = hidden[rows].to(ctx.dtype), grad[rows, None]
             multiply(states, weight.T, out=logits)
-            torch.softmax(logits, 1, out=out)
-            grad_logits = out.mul_(-upstream).scatter_add_(1, target[rows, None], upstream).to(ctx.dtype)
+            logits.sub_(logits.amax(1, keepdim=True)).exp_()
+            # the gradient of the logits without the target's 1, which is added by row below
+            grad_logits = logits.mul_(-upstream / logits.sum(1, keepdim=True)).to(ctx.dtype)
             if grad_hidden is not None:
-                grad_hidden[rows] = multiply(grad_logits, weight).to(hidden.dtype)
+                of_target = upstream * weight[target[rows]]
+                grad_hidden[rows] = multiply(grad_logits, weight, start=of_target).to(hidden.dtype)
             if grad_head is not None:
                 add_product(grad_head, grad_logits.T, states)
+                grad_head.index_add_(0, target[rows], upstream * states)
         return grad_hidden, None if grad_head is None else grad_head.to(head.dtype), None, None
 
 
-def _chunks(head: Tensor, values: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yield slices of `values` [N] and two tensors for their logits [n, V], which all chunks share.
+def _chunks(head: Tensor, values: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield slices of `values` [N] and a tensor for their logits [n, V], which all chunks share.
 
     New tensors for each chunk would cost a tenth of the time on a CPU.
     """
-    first, second = (values.new_empty(min(HEAD_CHUNK, len(values)), len(head)) for _ in range(2))
+    logits = values.new_empty(min(HEAD_CHUNK, len(values)), len(head))
     for start in range(0, len(values), HEAD_CHUNK):
         size = min(HEAD_CHUNK, len(values) - start)
-        yield slice(start, start + size), first[:size], second[:size]
+        yield slice(start, start + size), logits[:size]
