@@ -19,8 +19,8 @@ def main(cfg: DictConfig) -> None:
     from var.utils.console import console
 
     if (processes := count_processes(cfg)) > 1:
-        console.quiet = True  # errors are raised here, once; the processes print everything else
-        Evaluation.compose(cfg).check()
+        with console.capture():  # errors are raised here, once; the processes print everything else
+            Evaluation.compose(cfg).check()
         launch(processes)
         return
     join_processes()

@@ -178,7 +178,8 @@ def test_all_ranks_leave_on_a_signal_while_they_annotate(number: int, options: l
     assert "Traceback" not in printed, printed
     printed = finish(*start_ranks())
     assert "Scoring: 0" not in printed
-    assert len(list((tmp_path / "store" / "rewards").rglob("*.parquet"))) == 2, printed
+    # of each rank: rewards of the training responses, and of the reference's answers
+    assert len(list((tmp_path / "store" / "rewards").rglob("*.parquet"))) == 4, printed
 
 
 def test_slurm_preset_asks_for_what_a_job_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
