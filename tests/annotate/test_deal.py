@@ -44,7 +44,7 @@ def make_rows(responses: int) -> tuple[Row, ...]:
 
 
 class Counting:
-    """Stands in for the reference: counts the packed tokens that it processes, and returns zeros."""
+    """Replaces the reference. It counts the packed tokens that it processes, and returns zeros."""
 
     def __init__(self) -> None:
         self.tokens = 0

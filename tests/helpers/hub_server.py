@@ -114,12 +114,12 @@ def answer(request: BaseHTTPRequestHandler, hub: Hub) -> None:
     else:
         kind, name, revision, rest = found.groups()
         action = "resolve"
-    shelf = hub.datasets if kind and kind.startswith("datasets") else hub.models
+    repositories = hub.datasets if kind and kind.startswith("datasets") else hub.models
     token = request.headers.get("Authorization")
     allowed = token == f"Bearer {TOKEN}"
     if token is not None and not allowed:
         return fail(request, 401, "", "Invalid credentials in Authorization header")
-    repository = shelf.get(name)
+    repository = repositories.get(name)
     if repository is None or (repository.private and not allowed):  # without a token the hub does not say which
         return fail(request, 404 if allowed else 401, "RepoNotFound" if allowed else "", "Repository not found")
     if revision not in (None, "main", repository.commit):

@@ -56,7 +56,7 @@ def train(
 ) -> tuple[Run, list[list[str]], list[dict[str, str]]]:
     """Train on the pretend device; return the run, the synchronizations of each step, and the rows of metrics.csv.
 
-    A configuration with `attention` varlen would be rejected for want of CUDA. So the loaded policy is switched.
+    A configuration with `attention` varlen would be rejected without CUDA, so the loaded policy is switched.
     """
     folder.mkdir(parents=True, exist_ok=True)
     count, trainer_class = Count(), lightning.Trainer

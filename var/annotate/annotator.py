@@ -146,7 +146,7 @@ def token_key(prompt: Sequence[int], response: Sequence[int]) -> bytes:
 
 
 def count_shared(prompt: np.ndarray, length: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """Return [n] tokens that each item adds, if items with equal prompts share its tokens: the first one brings them.
+    """Return [n] tokens that each item adds, if items with equal prompts share its tokens: the first one adds them.
 
     Args:
         prompt: [n] int, the label of each item's prompt.
