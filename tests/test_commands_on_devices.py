@@ -13,6 +13,7 @@ from tests.test_docs import commands
 from tests.test_experiments import CARDS, list_jobs
 from var.training.checks import check_strategy, count_accumulation
 from var.training.run import Run
+from var.utils.errors import UnavailableError
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("experiments/**/README.md"))]
 PROGRAMS = ("train.py", "annotate.py", "launch/slurm.sh", "launch/torchrun.sh")
@@ -128,6 +129,8 @@ def test_commands_pass_the_dry_run(
             words = tuple(word for word in job if not word.startswith(own))
             try:
                 check_on_devices(words, devices, tmp_path_factory.getbasetemp())
+            except UnavailableError:  # a model of the hub without sizes in the configuration
+                continue
             except Exception as error:
                 failed.append(f"{command}\n  on {devices}: {error}")
                 break

@@ -66,7 +66,7 @@ def pickle_weights(folder: Path, made: Path, name: str = "pytorch_model.bin") ->
 
 def test_model_with_pickled_weights_is_an_error(tmp_path: Path, made: Path) -> None:
     model = pretrained(pickle_weights(saved(tmp_path / "m"), made), tmp_path)
-    with pytest.raises(UserError, match=r"m contains no \.safetensors file, and pickled weights are not read"):
+    with pytest.raises(UserError, match=r"m: it has no \.safetensors file, and pickled weights are not read"):
         _ = model.fingerprint
     for load in (model.load, model.load_scorer):
         with pytest.raises(OSError, match="safetensors"):
@@ -90,7 +90,7 @@ def test_pickled_reward_model_is_an_error(tmp_path: Path, made: Path) -> None:
 
     folder = saved(tmp_path / "rm", LlamaForSequenceClassification(tiny_config(num_labels=1, pad_token_id=0)))
     reward = Classifier(path=str(pickle_weights(folder, made)), cache=str(tmp_path))
-    with pytest.raises(UserError, match=r"contains no \.safetensors file, and pickled weights are not read"):
+    with pytest.raises(UserError, match=r"it has no \.safetensors file, and pickled weights are not read"):
         _ = reward.fingerprint
     with pytest.raises(OSError, match="safetensors"):
         reward([[{"role": "user", "content": "a"}]], ["b"], [None])
@@ -351,7 +351,8 @@ def test_ids_and_texts_are_kept_unchanged(world: tuple[Path, list[str]]) -> None
 
 
 FORBIDDEN = {"eval", "exec", "compile", "__import__", "breakpoint", "input"}
-SHELLS = {"subprocess": {"var/evaluate/benchmarks/sandbox.py", "var/utils/provenance.py"}}  # for the sandbox and git
+# For the sandbox, git, and the jobs of a sweep, which are this project's own commands.
+SHELLS = {"subprocess": {"var/evaluate/benchmarks/sandbox.py", "var/utils/provenance.py", "var/config/sweep.py"}}
 # Only var/training/checkpoints.py may import these: its unpickler has a list of allowed names.
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "jsonpickle"}
 

@@ -17,7 +17,7 @@ from tests.helpers.runs import ROOT
 from var.config.check import EVAL, FOLDER, TRAIN
 from var.config.signatures import Parameters, imported, read
 
-NAMES = {n for p in Path(FOLDER).rglob("*.yaml") for n in re.findall(r"_target_: (var\S+|torch\S+)", p.read_text())}
+NAMES = {n for p in Path(FOLDER).rglob("*.yaml") for n in re.findall(r"_target_: ((?:var|torch)[\w.]+)", p.read_text())}
 NAMES |= {*TRAIN.values(), *EVAL.values()}
 
 

@@ -15,6 +15,7 @@ Limits: autocast is passed through and not performed. A copy that does not block
 device says nothing about kernels, memory or speed.
 """
 
+import multiprocessing
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -45,7 +46,8 @@ class _Backend(_DummyBackendModule):  # type: ignore[misc]
     """What torch asks of a device's module."""
 
     def is_available(self) -> bool:
-        return True
+        """Return whether this process runs the tests of this device. Others would use it where they find one."""
+        return multiprocessing.parent_process() is not None
 
     def is_initialized(self) -> bool:
         return True
