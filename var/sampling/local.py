@@ -16,7 +16,7 @@ from transformers import Cache
 
 from var.data.chat import Chat
 from var.models.attention import use_attention
-from var.models.logprobs import choose_head_dtype, multiply
+from var.models.logprobs import choose_head_dtype, copy_to, multiply
 from var.models.lora import adapter_off
 from var.sampling.base import Advance, Prompts, Sampling, Texts, decode, derive_seed, ignore_progress
 from var.sampling.kv_cache import count_rows, free_memory, make_cache, reserve
@@ -122,7 +122,7 @@ def _generate(model: Any, prompts: list[list[int]], sampling: Sampling, end: int
                 kept = [i for i, more in enumerate(unfinished) if more]
                 if not kept:
                     break
-                index, active = torch.tensor(kept, device=device), [active[i] for i in kept]
+                index, active = copy_to(kept, device), [active[i] for i in kept]
                 tokens, valid, position, rows = tokens[index], valid[index], position[index], rows[index]
                 cache.batch_select_indices(index)
         position = position + 1
