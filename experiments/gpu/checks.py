@@ -347,7 +347,7 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="tiny sizes, also on a CPU")
     options = parser.parse_args()
     if not CUDA and not options.dry:
-        raise SystemExit("There is no CUDA device. DRY=1 checks that the script runs through.")
+        raise SystemExit("No CUDA device was found. DRY=1 checks that the script runs through.")
     warnings.filterwarnings("ignore", message=".*lr_scheduler.*")
     found = Findings(options.folder)
     name = torch.cuda.get_device_name() if CUDA else "cpu"

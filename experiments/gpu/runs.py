@@ -205,7 +205,7 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="tiny sizes, also on a CPU")
     options = parser.parse_args()
     if not CUDA and not options.dry:
-        raise SystemExit("There is no CUDA device. DRY=1 checks that the script runs through.")
+        raise SystemExit("No CUDA device was found. DRY=1 checks that the script runs through.")
     found = Findings(options.folder)
     for check, item in CHECKS.items():
         found.run(check, item, options.dry)

@@ -461,7 +461,7 @@ def test_gpu_kernels_get_boundaries_and_a_prompt_per_branch(kind: str):
 
 @pytest.mark.skipif(not hasattr(torch.nn.functional, "linear_cross_entropy"), reason="needs torch 2.13")
 def test_values_and_gradients_equal_torchs_fused_loss_to_the_last_bit():
-    """On a CPU, over two chunks of which the second is short."""
+    """Compute on a CPU, in a complete and a short chunk."""
     torch.manual_seed(0)
     values = torch.randn(HEAD_CHUNK + 44, 16), torch.randn(999, 16)
     target = torch.randint(999, (HEAD_CHUNK + 44,))

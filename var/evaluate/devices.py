@@ -9,7 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from var.utils.distributed import Ranks
+from var.utils.distributed import Ranks, bind_device
 from var.utils.errors import Problems
 
 # The first process may judge, or run benchmarks' programs, for hours while the others wait.
@@ -68,13 +68,7 @@ def join_processes() -> Ranks:
 
     The processes exchange texts and numbers through the CPU only, so gloo connects them on any device.
     """
-    if (gpus := torch.cuda.device_count()) > 1:  # a scheduler may show each process only its own GPU
-        index = int(os.environ.get("LOCAL_RANK", 0))
-        if index >= gpus:
-            problems = Problems("these devices cannot be used")
-            problems.add("torchrun", f"started process {index + 1} on a machine with {gpus} GPUs")
-            problems.check()
-        torch.cuda.set_device(index)
+    bind_device()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", timeout=TIMEOUT)
     return Ranks.current()

@@ -19,8 +19,9 @@ def show(run: Run) -> None:
     with console.capture() as report:  # printed below the verdict
         unavailable, missing = prepare(run)
     plan = run.memory or plan_memory(run.cfg, run.settings)
-    show_verdict(run, plan, unavailable)
-    show_memory(run, plan)
+    model = MemoryModel.of(run.cfg, run.settings)
+    show_verdict(run, plan, model, unavailable)
+    show_memory(run, plan, model)
     show_requirements(run)
     say("Data:")
     say(report.get().rstrip() or "  not read")
@@ -53,7 +54,7 @@ def prepare(run: Run) -> tuple[list[str], MissingAnnotations | None]:
     return unavailable, None
 
 
-def show_verdict(run: Run, plan: MemoryPlan, unavailable: list[str]) -> None:
+def show_verdict(run: Run, plan: MemoryPlan, model: MemoryModel, unavailable: list[str]) -> None:
     """Print whether the run fits and can start, and what it trains on."""
     cfg, settings = run.cfg, run.settings
     stage = max(plan.stages, key=lambda name: sum(plan.stages[name].values()))
@@ -62,7 +63,7 @@ def show_verdict(run: Run, plan: MemoryPlan, unavailable: list[str]) -> None:
     fits = "fits" if plan.fits else "does not fit"
     verdict = f"{fits} on {cards} with strategy={plan.strategy}" if plan.memory else f"runs on {cards}"
     say(f"Verdict: {verdict}; it needs {needs}.")
-    checkpoint, export = MemoryModel.of(cfg, settings).disk()
+    checkpoint, export = model.disk()
     if (needed := 2 * checkpoint + export) > (free := free_bytes(run.folder)):
         say(
             f"  Disk: the run needs up to {needed / GIB:.1f} GiB; runs={cfg.runs} has {free / GIB:.1f} GiB free. "
@@ -107,10 +108,9 @@ def count_work(run: Run) -> tuple[str, str, str]:
     return counted, f"{about}{steps:,} optimizer steps in {epochs} epochs", tokens
 
 
-def show_memory(run: Run, plan: MemoryPlan) -> None:
+def show_memory(run: Run, plan: MemoryPlan, model: MemoryModel) -> None:
     """Print memory per device and stage, and disk."""
     settings, cfg = run.settings, run.cfg
-    model = MemoryModel.of(cfg, settings)
     checkpoint, export = model.disk()
     say(
         f"Disk: a checkpoint of {checkpoint / GIB:.2f} GiB, next to the previous one while it is written, and a model "
