@@ -173,8 +173,8 @@ def test_empty_earlier_turn_is_valid(tmp_path: Path):
 def test_row_is_decoded_once_for_all_its_responses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Rows are accessed once per response and per pair of rows."""
     rows = read(ListSource([record(str(i), *"abcd") for i in range(8)]), tmp_path)
-    decoded, real = list[str](), rows_module.parse_row
-    monkeypatch.setattr(rows_module, "parse_row", lambda record: decoded.append(record["id"]) or real(record))
+    decoded, real = list[str](), rows_module._load_row
+    monkeypatch.setattr(rows_module, "_load_row", lambda record: decoded.append(record["id"]) or real(record))
     for i in range(8):
         for j in range(8):
             for k in range(4):

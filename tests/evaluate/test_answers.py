@@ -5,15 +5,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose
 
 from tests.helpers.models import pretrained
+from tests.helpers.runs import write_lines
 from var.data.chat import Chat
-from var.data.rows import FEATURES, Rows
+from var.data.rows import Rows, read
+from var.data.sources.files import Files
 from var.evaluate.answers import compute_logps, divergence, pack_answers, samples, score_answers, win_rate
 from var.models.attention import use_attention
 from var.models.policy import Policy
@@ -26,13 +27,10 @@ TEXTS = [[("3", True), ("it is 44", False)], [("", True), ("4.", True)]]
 
 
 @pytest.fixture(scope="module")
-def rows() -> Rows:
-    rest = {"responses": [], "ordered": False, "subset": None, "sampling": None}
-    records = [
-        {"id": f"r{i}", "prompt": [{"role": "user", "content": text}], "answer": answer, **rest}
-        for i, (text, answer) in enumerate((("1 + 2", "3"), ("2 + 2", "4")))
-    ]
-    return Rows(datasets.Dataset.from_list(records, features=FEATURES), np.array([b"a", b"b"], dtype="S16"))
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    folder = tmp_path_factory.mktemp("rows")
+    records = [{"prompt": "1 + 2", "answer": "3"}, {"prompt": "2 + 2", "answer": "4"}]
+    return read(Files(path=str(write_lines(folder / "r.jsonl", records))), folder)
 
 
 @pytest.fixture
@@ -103,7 +101,7 @@ def test_samples_hold_answers_before_and_after(rows, tokenizer):
     after = score_answers(rows, [[("3", True), ("3", True)]] * 2, Score(), Scale(), Chat(tokenizer))
     found = json.loads(json.dumps(samples(rows, before, after)))
     assert found[1] == {
-        "id": "r1", "prompt": [{"role": "user", "content": "2 + 2"}], "answer": "4",
+        "id": "r.jsonl:2", "prompt": [{"role": "user", "content": "2 + 2"}], "answer": "4",
         "before": {"texts": ["", "4."], "rewards": [0.0, 1.0], "lengths": [0, 2]},
         "after": {"texts": ["3", "3"], "rewards": None, "lengths": [1, 1]},
     }  # fmt: skip

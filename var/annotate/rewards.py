@@ -11,6 +11,7 @@ from var.annotate.annotator import Annotator
 from var.annotate.base import Provider, TrainingSet
 from var.annotate.cache import as_keys
 from var.annotate.responses import sample_responses
+from var.data.messages import prompt_content, texts_in
 from var.data.rows import Rows
 from var.data.sequences import Sequences
 from var.requirements import Rewards
@@ -64,8 +65,8 @@ class ProvideRewards(Provider[Rewards]):
 def score(annotator: Annotator, triples: Sequence[Triple], title: str = "Scoring") -> np.ndarray:
     """Return [n] raw rewards of (prompt, response, answer) in any pairing."""
     table = annotator.annotations.table("rewards", {"reward": annotator.reward.fingerprint}, pa.float64())
-    keys = as_keys([hash_content(*triple) for triple in triples])
-    cost = np.array([len(text) + sum(len(turn["content"]) for turn in prompt) for prompt, text, _ in triples])
+    keys = as_keys([hash_content(prompt_content(prompt), *rest) for prompt, *rest in triples])
+    cost = np.array([len(text) + sum(map(len, texts_in(list(prompt)))) for prompt, text, _ in triples])
 
     def compute(indices: np.ndarray, advance: Callable[[int], None]) -> list[float]:
         rewards: list[float] = []

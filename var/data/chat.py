@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from var.data.rows import Message
+from var.data.messages import Message
 from var.utils.errors import UserError
 
 PROBE = "probe"  # a response that every template renders unchanged

@@ -4,20 +4,19 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import datasets
 import numpy as np
 
+from var.data.messages import Prompt, last_text, parse_prompt, prompt_content, restore_prompt, texts_in
 from var.utils.errors import Problems
 from var.utils.files import atomic, replacing
 from var.utils.provenance import hash_content
 
-Message = dict[str, str]  # keys "role" and "content"
-
-FORMAT = 4  # increase it when an adapter or Row changes the rows of an unchanged source
+FORMAT = 5  # increase it when an adapter or Row changes the rows of an unchanged source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +28,8 @@ class Response:
     weight: float | None = None  # for loss=weighted, without a unit
     source: str | None = None  # the model or person that wrote it
     finished: bool = True  # False: sampling was truncated, so the response is trained without an end token
+    ids: tuple[int, ...] | None = None  # the sampled tokens, with the end token, which are trained as they are
+    message: Mapping[str, Any] = field(default_factory=dict)  # further keys of the message, such as tool_calls
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ class Row:
     """A prompt and its responses."""
 
     id: str  # unique in the data set
-    prompt: tuple[Message, ...]  # the last message is not the assistant's
+    prompt: Prompt  # the last message is not the assistant's
     responses: tuple[Response, ...] = ()  # empty: the prompt is to be sampled
     ordered: bool = False  # the responses are in order of preference, best first
     answer: str | None = None  # the reference answer of a programmatic reward
@@ -45,11 +46,14 @@ class Row:
 
 
 TEXT, NUMBER, FLAG = datasets.Value("string"), datasets.Value("float64"), datasets.Value("bool")
-RESPONSE = {"text": TEXT, "score": NUMBER, "weight": NUMBER, "source": TEXT, "finished": FLAG}
+RESPONSE = {
+    "text": TEXT, "score": NUMBER, "weight": NUMBER, "source": TEXT, "finished": FLAG,
+    "ids": datasets.List(datasets.Value("int32")), "message": TEXT,
+}  # fmt: skip
 FEATURES = datasets.Features(
     {
         "id": TEXT,
-        "prompt": datasets.List({"role": TEXT, "content": TEXT}),
+        "prompt": TEXT,
         "responses": datasets.List(RESPONSE),
         "ordered": FLAG,
         "answer": TEXT,
@@ -79,7 +83,7 @@ class Source(Protocol):
 class Rows:
     """The rows of a data set, on disk."""
 
-    table: datasets.Dataset  # columns as in FEATURES
+    table: datasets.Dataset  # columns as in FEATURES; prompts and further keys of messages as JSON
     keys: np.ndarray  # [n] S16, a hash of each row's prompt
     left_out: int = 0  # number of records that the adapter skipped
     _decoded: dict[int, Row] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -92,11 +96,11 @@ class Rows:
         if (row := self._decoded.get(int(index))) is None:
             if len(self._decoded) >= 16:
                 self._decoded.clear()
-            row = self._decoded[int(index)] = parse_row(self.table[int(index)])
+            row = self._decoded[int(index)] = _load_row(self.table[int(index)])
         return row
 
     def __iter__(self) -> Iterator[Row]:
-        return (parse_row(record) for record in self.table)
+        return (_load_row(record) for record in self.table)
 
     def select(self, indices: Any) -> "Rows":
         """Return the rows at these indices."""
@@ -117,18 +121,21 @@ def concatenate(parts: Sequence[Rows]) -> Rows:
     )  # fmt: skip
 
 
+KEYS = (*FEATURES, "tools", "chat_template_kwargs")  # of a record
+
+
 def parse_row(record: Any) -> Row:
-    """Return the row in a record of a table or a line of JSON. Raise a ValueError for unknown keys and wrong types."""
+    """Return the row in a record of a file. Raise a ValueError for unknown keys and wrong types."""
     if not isinstance(record, Mapping):
         raise ValueError(f"a row must be an object with id, prompt and responses, got {type(record).__name__}")
-    if unknown := set(record) - set(FEATURES):
-        raise ValueError(f"unknown keys {sorted(unknown)}; a row has {sorted(FEATURES)}")
+    if unknown := set(record) - set(KEYS):
+        raise ValueError(f"unknown keys {sorted(unknown)}; a row has {sorted(KEYS)}")
     if not isinstance(record.get("id"), str):
         raise ValueError(f"'id' must be a string, got {record.get('id')!r}")
     sampling = record.get("sampling")
     return Row(
         id=record["id"],
-        prompt=parse_prompt(record.get("prompt")),
+        prompt=parse_prompt(record.get("prompt"), record.get("tools"), record.get("chat_template_kwargs")),
         responses=tuple(map(_parse_response, _get(record, "responses", list | tuple, "a list") or ())),
         ordered=bool(_get(record, "ordered", bool, "true or false")),
         answer=_get_text(record, "answer"),
@@ -137,18 +144,24 @@ def parse_row(record: Any) -> Row:
     )
 
 
-def parse_prompt(value: Any) -> tuple[Message, ...]:
-    """Return the messages of a prompt, which is a text (one user turn) or a list of messages."""
-    if isinstance(value, str):
-        return ({"role": "user", "content": value},)
-    if not isinstance(value, list | tuple) or not value:
-        raise ValueError(f"'prompt' must be text or a non-empty list of messages, got {value!r}")
-    for message in value:
-        if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise ValueError(f"a message must have 'role' and 'content', both text, got {message!r}")
-    if value[-1]["role"] == "assistant":
-        raise ValueError("the prompt ends with an assistant's message; put the answer into 'responses'")
-    return tuple({"role": m["role"], "content": m["content"]} for m in value)
+def _dump_row(row: Row) -> dict[str, Any]:
+    """Return a row as a record of a table."""
+    record = {name: getattr(row, name) for name in ("id", "ordered", "answer", "subset", "sampling")}
+    responses = [{**vars(response), "message": _dump(dict(response.message))} for response in row.responses]
+    return {**record, "prompt": _dump(prompt_content(row.prompt)), "responses": responses}
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _load_row(record: Mapping[str, Any]) -> Row:
+    """Return the row of `_dump_row`."""
+    responses = []
+    for values in record["responses"]:
+        ids, message = values["ids"], json.loads(values["message"])
+        responses.append(Response(**{**values, "ids": None if ids is None else tuple(ids), "message": message}))
+    return Row(**{**record, "prompt": restore_prompt(json.loads(record["prompt"])), "responses": tuple(responses)})
 
 
 def _parse_response(value: Any) -> Response:
@@ -156,6 +169,12 @@ def _parse_response(value: Any) -> Response:
         return Response(text=value)
     if not isinstance(value, Mapping) or not isinstance(value.get("text"), str):
         raise ValueError(f"a response must be text or an object with 'text', got {value!r}")
+    message = _get(value, "message", Mapping, "an object") or {}
+    if {"role", "content"} & set(message):
+        raise ValueError("'message' has the further keys of a response, not its role or its content, which is 'text'")
+    ids = _get(value, "ids", list | tuple, "a list of token ids")
+    if ids is not None and not (ids and all(type(token) is int and token >= 0 for token in ids)):
+        raise ValueError(f"'ids' must be a list of token ids, got {ids!r}")
     if unknown := set(value) - set(RESPONSE):
         raise ValueError(f"unknown keys {sorted(unknown)} in a response; it has {sorted(RESPONSE)}")
     numbers = {}
@@ -166,7 +185,10 @@ def _parse_response(value: Any) -> Response:
         numbers[key] = None if number is None else float(number)
     finished = _get(value, "finished", bool, "true or false")
     source = _get(value, "source", str, "text")
-    return Response(text=value["text"], source=source, finished=finished is not False, **numbers)
+    return Response(
+        text=value["text"], source=source, finished=finished is not False, message=message,
+        ids=None if ids is None else tuple(ids), **numbers,
+    )  # fmt: skip
 
 
 def _get(record: Mapping[str, Any], key: str, kind: Any, expected: str) -> Any:
@@ -189,15 +211,15 @@ def find_faults(row: Row) -> list[str]:
     """Return what makes a row unusable for any loss: empty or unencodable text, invalid scores or weights."""
     faults = []
     texts = [row.id, row.answer, row.subset, row.sampling, *(r.source for r in row.responses)]
-    texts += [*(text for m in row.prompt for text in m.values()), *(r.text for r in row.responses)]
+    texts += texts_in([prompt_content(row.prompt), *([r.text, r.message] for r in row.responses)])
     try:
         "".join(filter(None, texts)).encode()
     except UnicodeEncodeError as error:
         faults.append(f"its text cannot be written as UTF-8: unpaired surrogate {error.object[error.start]!r}")
-    if not row.prompt[-1]["content"].strip():
+    if not last_text(row.prompt).strip():
         faults.append("its prompt is empty")
     for k, response in enumerate(row.responses):
-        if not response.text.strip():
+        if not response.text.strip() and not response.message:
             faults.append(f"response {k} is empty")
         if response.score is not None and not math.isfinite(response.score):
             faults.append(f"the score of response {k} is {response.score}; scores must be finite")
@@ -236,8 +258,8 @@ def write(rows: Iterable[Row], target: Path, problems: Problems) -> None:
     with replacing(target / "rows.arrow", shared=True) as partial:
         with ArrowWriter(path=str(partial), features=FEATURES) as writer:
             for row in rows:
-                keys.append(hash_content(row.prompt))
-                writer.write(asdict(row))
+                keys.append(hash_content(prompt_content(row.prompt)))
+                writer.write(_dump_row(row))
             writer.finalize()
         if not keys and not problems:
             problems.add("source", "it has no rows")

@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 
 from var.data.chat import Chat
+from var.data.messages import prompt_content
 from var.data.rows import Rows, finish
 from var.utils.errors import Problems, UserError
 from var.utils.files import replacing
@@ -193,7 +194,7 @@ def _write(rows: Rows, choice: Choice, chat: Chat, max_length: int, overlong: st
             "response": k,
             "start": encoded.start,
             "ids": encoded.ids[:max_length],  # a truncated response has no end token: it must not teach to stop
-            "prompt_key": hash_content(row.prompt),
+            "prompt_key": hash_content(prompt_content(row.prompt)),
             "score": response.score,
             "weight": response.weight,
             "name": name,

@@ -12,7 +12,8 @@ from var.annotate.annotator import Annotator
 from var.annotate.reference_logps import reference_logps
 from var.annotate.responses import sample_responses
 from var.annotate.rewards import score
-from var.data.rows import Message, Row, Rows
+from var.data.messages import Message
+from var.data.rows import Row, Rows
 from var.evaluate.answers import tokenize_response
 from var.models.frozen import FrozenModel
 from var.rewards.base import Reward

@@ -5,7 +5,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from var.data.rows import Message, Rows
+from var.data.messages import Message
+from var.data.rows import Rows
 from var.utils.errors import Problems, UserError, brief
 
 Prompts = Sequence[Sequence[Message]]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from var.data.chat import hash_tokenizer, read_template, render_messages
-from var.data.rows import Message
+from var.data.messages import Message
 from var.models.frozen import free_memory
 from var.models.packing import whole
 from var.models.pretrained import ADAPTER, Pretrained

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from var.data.rows import Message
+from var.data.messages import Message, render_message
 from var.rewards.base import Answers, Prompts
 from var.utils.errors import Problems, UserError
 from var.utils.http_client import Client, Failure
@@ -76,7 +76,7 @@ class Endpoint:
 
     def _render(self, messages: Sequence[Any], add_generation_prompt: bool) -> str:
         if self.chat_template is None:
-            return "\n\n".join(message["content"] for message in messages) + "\n\n" * add_generation_prompt
+            return "\n\n".join(render_message(message) for message in messages) + "\n\n" * add_generation_prompt
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:

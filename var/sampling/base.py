@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from var.data.chat import Chat
-from var.data.rows import Message
+from var.data.messages import Message
 from var.utils.errors import UserError
 
 Prompts = Sequence[Sequence[Message]]

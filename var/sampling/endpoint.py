@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from var.data.rows import Message
+from var.data.messages import Message
 from var.sampling.base import Advance, Prompts, Sampling, Texts, derive_server_seed, ignore_progress
 from var.utils.errors import Problems
 from var.utils.http_client import Client, Failure, count_items, find_missing_text, get_text

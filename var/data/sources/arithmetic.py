@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from itertools import combinations, combinations_with_replacement, zip_longest
 from typing import Any, NamedTuple
 
-from var.data.rows import Row, parse_prompt
+from var.data.messages import parse_prompt
+from var.data.rows import Row
 from var.data.sources.local import describe_source
 from var.utils.errors import UserError
 

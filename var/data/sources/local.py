@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from var.data.messages import without_padding
 from var.utils.errors import UserError
 
 LINES = (".jsonl", ".jsonl.gz")
@@ -82,7 +83,7 @@ def _read_parquet(file: Path, batch: int) -> Iterator[tuple[str, Any]]:
             for part in table.iter_batches(batch_size=batch):
                 for record in part.to_pylist():
                     number += 1
-                    yield f"{file.name}:row {number}", record
+                    yield f"{file.name}:row {number}", without_padding(record)
     except (pa.ArrowException, OSError, ValueError, LookupError, ArithmeticError) as error:
         raise UserError(f"{file}: not readable as Parquet after row {number} ({error}). Download it again") from error
 

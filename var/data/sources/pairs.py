@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from var.data.rows import Response, Row, parse_prompt
+from var.data.messages import last_text, parse_prompt
+from var.data.rows import Response, Row
 
 
 def make_pair(
@@ -19,7 +20,7 @@ def make_pair(
     if not chosen.strip() or not rejected.strip():
         return None
     messages = parse_prompt(prompt)
-    if not messages[-1]["content"].strip():
+    if not last_text(messages).strip():
         return None
     responses = tuple(Response(text=text, score=score) for text, score in zip((chosen, rejected), scores, strict=True))
     return Row(id=id, prompt=messages, responses=responses, ordered=True)

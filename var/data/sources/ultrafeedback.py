@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from var.data.rows import Response, Row, parse_prompt
+from var.data.messages import last_text, parse_prompt
+from var.data.rows import Response, Row
 from var.data.sources import local
 from var.data.sources.hub import HubSource, Part
 from var.utils.errors import UserError
@@ -49,7 +50,7 @@ class UltraFeedback(HubSource):
         ]
         ranked = sorted(((mean, c) for mean, c in rated if mean is not None), key=lambda item: -item[0])
         prompt = parse_prompt(record["instruction"])
-        if len(ranked) < 2 or not prompt[-1]["content"].strip():
+        if len(ranked) < 2 or not last_text(prompt).strip():
             return None
         differ = ranked[0][0] > ranked[-1][0]
         if self.keep == "best_worst" and not differ:

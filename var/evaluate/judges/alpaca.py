@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from var.data.messages import last_text
 from var.evaluate.judges.base import Judgement, Outcome, Pair, decide_outcome
 from var.evaluate.judges.endpoint import EndpointJudge, Game, UnreadableReply
 from var.evaluate.judges.length_control import (
@@ -125,7 +126,7 @@ class AlpacaEval(EndpointJudge):
         for pair in pairs:
             if pair.id in difficulties:
                 continue
-            text, place = pair.prompt[-1]["content"].strip(), None
+            text, place = last_text(pair.prompt).strip(), None
             if self._reference is None:
                 place = int(pair.id) if pair.id.isdecimal() else None
             elif places := self._reference.get(text):

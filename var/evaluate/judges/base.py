@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from var.data.rows import Message
+from var.data.messages import Message
 from var.rewards.base import Reward, compute_scores
 from var.utils.errors import Problems, UserError
 from var.utils.statistics import Estimate, estimate_mean

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 import yaml
 
-from var.data.rows import Message
+from var.data.messages import Message, prompt_content, render_message
 from var.evaluate.judges.base import Judgement, Outcome, Pair, explain_errors
 from var.utils.errors import Problems, UserError
 from var.utils.files import replace_surrogates
@@ -133,7 +133,8 @@ class EndpointJudge:
         """Return (pair, whether its answer is shown first) for each game; the games of a pair are adjacent."""
         if self.orders == "both":
             return [(pair, first) for pair in pairs for first in (True, False)]
-        return [(pair, hash_content(pair.prompt, pair.answer, pair.opponent)[0] % 2 == 0) for pair in pairs]
+        contents = [(prompt_content(pair.prompt), pair.answer, pair.opponent) for pair in pairs]
+        return [(pair, hash_content(*content)[0] % 2 == 0) for pair, content in zip(pairs, contents, strict=True)]
 
     def _body(self, pair: Pair, answer_first: bool) -> dict[str, Any]:
         shown = (pair.answer, pair.opponent) if answer_first else (pair.opponent, pair.answer)
@@ -211,8 +212,8 @@ class Template:
 def render_question(prompt: Sequence[Message]) -> str:
     """Return a single message unchanged, and a conversation as a transcript with its roles."""
     if len(prompt) == 1:
-        return prompt[0]["content"]
-    turns = [f"[{message['role'].capitalize()}]\n{message['content']}" for message in prompt]
+        return render_message(prompt[0])
+    turns = [f"[{message['role'].capitalize()}]\n{render_message(message)}" for message in prompt]
     return "\n\n".join(["This is a conversation; the two answers reply to its last message.", *turns])
 
 
