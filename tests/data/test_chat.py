@@ -216,7 +216,8 @@ def test_token_that_cannot_be_split_is_an_error(monkeypatch: pytest.MonkeyPatch)
 def test_end_of_ordinary_text_is_an_error(end: str):
     """Text can contain the end, and a token can span it and the response, as 'x#' does."""
     chat = Chat(merge_bytes(TEMPLATE.replace("'<end>'", repr(end)), "x#"))
-    with pytest.raises(UserError, match=rf"the token {re.escape(repr(end[0]))} of ordinary text.*such as '<end>', or to plain"):
+    named = re.escape(f"the token {end[0]!r} of ordinary text")
+    with pytest.raises(UserError, match=rf"{named}.*such as '<end>', or to plain"):
         chat.encode(ASK, "xy")
 
 
