@@ -163,11 +163,18 @@ class Template:
     def _render(
         self, messages: Sequence[Any], tools: Sequence[Any], kwargs: Mapping[str, Any], add_generation_prompt: bool
     ) -> str:
+        listed = list(tools) or None
         try:
+            if self.reads_clock:
+                from transformers.utils import chat_template_utils
+
+                # A function among the arguments would not reach the template, which is compiled once per process.
+                source = self.tokenizer.get_chat_template(None, listed)
+                chat_template_utils._compile_jinja_template(source).globals[CLOCK] = self._format_date
             return str(
                 self.tokenizer.apply_chat_template(
-                    list(messages), tools=list(tools) or None, tokenize=False,
-                    add_generation_prompt=add_generation_prompt, **{CLOCK: self._format_date, **self.kwargs, **kwargs},
+                    list(messages), tools=listed, tokenize=False, add_generation_prompt=add_generation_prompt,
+                    **{**self.kwargs, **kwargs},
                 )
             )  # fmt: skip
         except Exception as error:  # expressions of a template can raise anything
