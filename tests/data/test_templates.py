@@ -1,21 +1,20 @@
 """Properties of rows as tokens, for all kinds of tokenizers and templates, and any text."""
 
-import json
 import tempfile
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import hypothesis
 import pytest
 from hypothesis import strategies as st
 
 from tests.helpers.templates import FORMS
-from tests.helpers.tokenizers import KINDS, LOSES_SPACES
+from tests.helpers.tokenizers import KINDS, LOSES_SPACES, SENTENCEPIECE
 from var.data.chat import Chat
-from var.data.messages import Prompt
-from var.data.rows import Response
+from var.data.messages import texts_in
 from var.data.template import MARK
 
 hypothesis.configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")
@@ -44,8 +43,8 @@ def texts(name: str, min_size: int = 0) -> st.SearchStrategy[str]:
     tokens = [*form.controls, *form.plain, "<think>", "</think>", "<|im_end|>", "</s>"]
     parts = [token[:-1] for token in tokens] + [token[1:] for token in tokens]
     spaces = ["\n", "\n\n", " ", "  ", "\t", "\r\n", "    ", "\u2009", "\u00a0", "\u3000"]
-    others = ["a", "the tide", "user", "system", "assistant", "s", "\\n", '"', "{}", "[INST]", "</tool_response>",
-              "### Assistant:\n", "é", "e\u0301", "日本", "😀", "\u212b", "\x00", "\ufffd", "▁", "Ġ", "x = 1\n    y"]  # fmt: skip
+    others = ["a", "the tide", "user", "system", "assistant", "s", "\\n", '"', "{}", "[INST]", "### Assistant:\n",
+              "é", "e\u0301", "日本", "😀", "\u212b", "\x00", "\ufffd", "▁", "Ġ", "x = 1\n    y"]  # fmt: skip
     any_text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters=[MARK]), max_size=4)
     piece = st.sampled_from(tokens) | st.sampled_from(parts) | st.sampled_from(spaces) | st.sampled_from(others)
     return st.lists(piece | any_text, min_size=min_size, max_size=6).map("".join)
@@ -73,9 +72,20 @@ def squeeze(text: str) -> str:
     return "".join(text.split())
 
 
-def count_controls(chat: Chat, name: str, ids: list[int]) -> list[str]:
-    """Return the control tokens of a template in some ids."""
-    controls = set(FORMS[name].controls)
+def same(text: str) -> str:
+    """Return a text up to what must not be reported: outer white space and canonical equivalence."""
+    return normalize("NFC", text).strip()
+
+
+def may_lose(kind: str, texts: list[str]) -> bool:
+    """Return whether a kind of tokenizer cannot write these texts: SmolLM2's lacks the bytes of rare characters."""
+    return kind == "smollm2" or (kind in SENTENCEPIECE and "▁" in "".join(texts))
+
+
+def find_controls(chat: Chat, name: str, ids: list[int]) -> list[str]:
+    """Return the control tokens of a template in some ids, without those within turns if these are not special."""
+    form = FORMS[name]
+    controls = set(form.controls) - set(form.inside if chat.path == "added" else ())
     return [token for token in chat.tokenizer.convert_ids_to_tokens(ids) if token in controls]
 
 
@@ -111,16 +121,18 @@ def test_row_trains_the_response_or_reports_the_change(kind: str, name: str, cha
         assert ids[:start] == chat.prompt(prompt)
         assert chat.tokenizer.convert_ids_to_tokens(ids[-1]) == form.end
         assert ids[start:].count(chat.end_token) == 1
-        span = chat.template.decode(ids[start:-1])
-        assert encoded.changes or span.strip() == response.strip()
-        if form.keeps and kind != "qwen":
-            assert not [change for change in encoded.changes if "another place" not in change]
-        rendered, place = chat.template.decode(ids[:start]), 0
+        clean = squeeze if kind in LOSES_SPACES else same
+        span, rendered = clean(chat.template.decode(ids[start:-1])), clean(chat.template.decode(ids[:start]))
+        assert encoded.changes or span == clean(response)
+        if form.keeps:
+            expected = "the tokenizer reads" if may_lose(kind, [response, *texts_in(prompt)]) else "in another place"
+            assert [change for change in encoded.changes if expected not in change] == []
         if not encoded.changes:
+            place = 0
             for message in prompt:
-                place = rendered.find(message["content"].strip(), place)
+                place = rendered.find(clean(message["content"]), place)
                 assert place >= 0
-                assert message.get("name", "") in rendered
+                assert clean(message.get("name", "")) in rendered
         cut = chat.encode(prompt, response, finished=False)
         assert (cut.ids, cut.start, cut.changes) == (ids[:-1], start, encoded.changes)
 
@@ -137,12 +149,12 @@ def test_control_tokens_in_messages_are_inert(kind: str, name: str, chat_of: Any
     def check(prompt: list[dict[str, Any]], response: str) -> None:
         encoded = encode(chat, prompt, response)
         harmless = chat.encode(tame(prompt), tame(response))
-        assert count_controls(chat, name, encoded.ids) == count_controls(chat, name, harmless.ids)
+        assert find_controls(chat, name, encoded.ids) == find_controls(chat, name, harmless.ids)
         full = chat.template.render([*prompt, {"role": "assistant", "content": response}], prompt).replace(MARK, "")
         decoded, expected = chat.template.decode(encoded.ids), full[: full.rindex(FORMS[name].end)] + FORMS[name].end
-        if kind in LOSES_SPACES:
-            assert squeeze(decoded) == squeeze(expected)
-        elif kind != "qwen":
-            assert decoded == expected
+        if may_lose(kind, [response, *texts_in(prompt)]):
+            return
+        clean = squeeze if kind in LOSES_SPACES else same
+        assert clean(decoded) == clean(expected)
 
     check()

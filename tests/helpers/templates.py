@@ -26,6 +26,7 @@ class Form:
     bos: str | None = None
     eos: str = ""  # default: `end`
     plain: tuple[str, ...] = ()  # added tokens that are not special
+    inside: tuple[str, ...] = ()  # control tokens within turns
     system: bool = True  # accepts a system turn
     tools: bool = False  # writes tools, tool calls and their results
     name: bool = False  # writes the key `name` of a message
@@ -35,7 +36,9 @@ class Form:
     def chat(self, kind: str, smollm2: Path, **options: Any) -> Chat:
         """Return the chat of a tokenizer of a kind with this template."""
         tokenizer = build(kind, self.controls, self.plain, self.bos, self.eos or self.end, smollm2)
-        return Chat(tokenizer, self.text, path=kind, **options)
+        stops = [token for token in self.controls if token == "<|endoftext|>"]
+        eos = {"generation_config.json": tokenizer.convert_tokens_to_ids(stops)}
+        return Chat(tokenizer, self.text, path=kind, eos=eos, **options)
 
 
 CHATML = """\
@@ -205,9 +208,7 @@ SYSTEM
 {{- '<start_of_turn>' ~ role ~ '\\n' ~ (first if loop.first else '') ~ m.content | trim ~ '<end_of_turn>\\n' }}
 {%- endfor %}
 {% if add_generation_prompt %}{{- '<start_of_turn>model\\n' }}{% endif %}"""
-GEMMA_MERGES = GEMMA.replace(
-    "SYSTEM", "{% set first = messages[0].content ~ '\\n\\n' %}{% set rest = messages[1:] %}"
-)
+GEMMA_MERGES = GEMMA.replace("SYSTEM", "{% set first = messages[0].content ~ '\\n\\n' %}{% set rest = messages[1:] %}")
 GEMMA_REJECTS = GEMMA.replace("SYSTEM", "{{ raise_exception('a system turn is not supported') }}")
 GEMMA_TOKENS = ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")
 
@@ -236,7 +237,7 @@ FORMS = {
     "qwen3": Form(
         QWEN3, IM, "<|im_end|>", plain=("<think>", "</think>", "<tool_call>", "</tool_call>"), tools=True, keeps=False
     ),
-    "mistral": Form(MISTRAL_TEXT, MISTRAL, "</s>", bos="<s>", tools=True),
+    "mistral": Form(MISTRAL_TEXT, MISTRAL, "</s>", bos="<s>", tools=True, inside=MISTRAL[4:7]),
     "gemma": Form(GEMMA_MERGES, GEMMA_TOKENS, "<end_of_turn>", bos="<bos>", eos="<eos>"),
     "gemma-rejects": Form(GEMMA_REJECTS, GEMMA_TOKENS, "<end_of_turn>", bos="<bos>", eos="<eos>", system=False),
     "r1": Form(

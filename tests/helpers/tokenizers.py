@@ -73,6 +73,7 @@ KINDS: dict[str, Callable[[], Tokenizer]] = {
     "prepend": lambda: train_sentencepiece("normalizer"),
     "gemma": lambda: train_sentencepiece("never"),  # line ends are added tokens
 }
+SENTENCEPIECE = {"first", "always", "prepend", "gemma"}
 LOSES_SPACES = {"strip", "first", "always", "prepend"}  # the decoded text has other spaces around control tokens
 
 
