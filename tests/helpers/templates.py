@@ -20,7 +20,7 @@ PHI = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>")
 class Form:
     """A template with its tokens, and what it does to messages."""
 
-    text: str
+    text: str | None  # None: the tokenizer's own
     controls: tuple[str, ...]  # tokens that open and close turns, BOS and EOS
     end: str  # the token after a response
     bos: str | None = None
@@ -141,7 +141,7 @@ QWEN3 = (
     + QWEN_TOOLS.replace("DEFAULT", "''")
     + """\
 {% set last = namespace(query=0) %}
-{% for m in messages if m.role == 'user' %}{% set last.query = messages.index(m) %}{% endfor %}
+{% for m in messages %}{% if m.role == 'user' %}{% set last.query = loop.index0 %}{% endif %}{% endfor %}
 {% for m in messages %}
 {% if m.role == 'system' and loop.first %}
 {% elif m.role == 'tool' %}{{ write_result(m, loop.index0) }}
@@ -227,9 +227,9 @@ PHI_TEXT = """\
 {% for m in messages %}{{ '<|' ~ m.role ~ '|>\\n' ~ m.content ~ '<|end|>\\n' }}{% endfor %}
 {% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"""
 
-CHATML_FORM = Form(CHATML, IM, "<|im_end|>")
 FORMS = {
-    "chatml": CHATML_FORM,
+    "chatml": Form(CHATML, IM, "<|im_end|>"),
+    "own": Form(None, IM, "<|im_end|>"),  # SmolLM2's
     "named": Form(NAMED, IM, "<|im_end|>", eos="<|endoftext|>", name=True),
     "llama3": Form(LLAMA3_TEXT, LLAMA3, "<|eot_id|>", bos="<|begin_of_text|>", tools=True),
     "llama2": Form(LLAMA2_TEXT, ("<s>", "</s>"), "</s>", bos="<s>"),

@@ -206,12 +206,11 @@ class Chat:
             raise ValueError(f"the template renders the prompt differently once it is answered: {rendered[-40:]!r}")
         tokens, prompt_ids = self.template.tokenize(full), self.template.tokenize(rendered).ids
         ids, offsets, text = tokens.ids, tokens.offsets, tokens.text
-        begin = len(rendered.replace(MARK, ""))
-        start = next((t for t, (low, high) in enumerate(offsets) if high > begin), len(ids))
-        if ids[:start] != prompt_ids:  # not visible in the offsets if the tokenizer trims spaces
+        begin, start = len(rendered.replace(MARK, "")), len(prompt_ids)
+        if ids[:start] != prompt_ids:
             # A token such as "\n    " spans the boundary. Tokenize both sides separately, as in sampling.
             rest = self.template.tokenize(full[len(rendered) :], inside=True)
-            ids, start = prompt_ids + rest.ids, len(prompt_ids)
+            ids = prompt_ids + rest.ids
             offsets = [(0, 0)] * start + [(low + begin, high + begin) for low, high in rest.offsets]
         if further:
             ends = [t for t in range(start, len(ids)) if ids[t] in self.end_tokens]

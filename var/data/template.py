@@ -149,7 +149,7 @@ class Template:
         return _match_any(name for name in names if name.strip())
 
     def _render_scaffolds(self) -> str:
-        """Return what the template writes around turns, and the beginning of a tool's turn."""
+        """Return what the template writes around turns, and the first and last token of a tool's turn."""
         user, answer = ({"role": role, "content": PROBE} for role in ("user", "assistant"))
         call = {"id": "a" * 9, "type": "function", "function": {"name": PROBE, "arguments": {}}}
         calling = [user, {"role": "assistant", "content": "", "tool_calls": [call]}]
@@ -159,8 +159,8 @@ class Template:
             try:
                 text = self._render(turns, (), {}, False)
                 if turns[-1] is result:  # its further tokens, such as <tool_response>, are in data as text
-                    opened = self.added_tokens.search(text.removeprefix(self._render(calling, (), {}, False)))
-                    text = opened[0] if opened else ""
+                    tokens = self.added_tokens.findall(text.removeprefix(self._render(calling, (), {}, False)))
+                    text = MARK.join([*tokens[:1], *tokens[-1:]])
                 scaffolds.append(text)
             except ValueError:  # the template asks for other roles
                 continue
@@ -299,11 +299,12 @@ class Template:
 
     def _tokenize_inside(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Return the tokens of a text that continues another. Some tokenizers put a space before a beginning."""
-        anchor, _ = self._tokenize("\n")
-        ids, offsets = self._tokenize("\n" + text)
-        if ids[: len(anchor)] != anchor:
-            return self._tokenize(text)
-        return ids[len(anchor) :], [(max(0, low - 1), high - 1) for low, high in offsets[len(anchor) :]]
+        for before in ("\n", "a"):  # a token can span the first one and the text
+            anchor, _ = self._tokenize(before)
+            ids, offsets = self._tokenize(before + text)
+            if ids[: len(anchor)] == anchor:
+                return ids[len(anchor) :], [(max(0, low - 1), high - 1) for low, high in offsets[len(anchor) :]]
+        return self._tokenize(text)
 
 
 def _match_any(names: Iterable[str]) -> re.Pattern[str] | None:
