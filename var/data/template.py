@@ -5,11 +5,15 @@ import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import date, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
+
+from transformers.utils import chat_template_utils
 
 from var.data.messages import Message
 from var.utils.errors import UserError
@@ -163,20 +167,24 @@ class Template:
     def _render(
         self, messages: Sequence[Any], tools: Sequence[Any], kwargs: Mapping[str, Any], add_generation_prompt: bool
     ) -> str:
+        clock = patch.object(chat_template_utils, "datetime", self._frozen) if self.reads_clock else nullcontext()
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
+            with clock:
+                text = self.tokenizer.apply_chat_template(
                     list(messages), tools=list(tools) or None, tokenize=False,
-                    add_generation_prompt=add_generation_prompt, **{CLOCK: self._format_date, **self.kwargs, **kwargs},
-                )
-            )  # fmt: skip
+                    add_generation_prompt=add_generation_prompt, **{**self.kwargs, **kwargs},
+                )  # fmt: skip
+            return str(text)
         except Exception as error:  # expressions of a template can raise anything
             raise ValueError(
                 f"the chat template cannot render these messages: {type(error).__name__}: {error}"
             ) from error
 
-    def _format_date(self, form: str) -> str:
-        return datetime(self.today.year, self.today.month, self.today.day).strftime(form)
+    @cached_property
+    def _frozen(self) -> type[datetime]:
+        """A class whose `now` is `today`. transformers gives templates no other clock, and makes data of arguments."""
+        today = datetime(self.today.year, self.today.month, self.today.day)
+        return type("Frozen", (datetime,), {"now": classmethod(lambda cls, tz=None: today)})
 
     def _mark(self, value: Any) -> Any:
         """Return a JSON value with MARK within the control tokens of its texts."""
