@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from transformers.utils import chat_template_utils
-
 from var.data.messages import Message
 from var.utils.errors import UserError
 
@@ -167,7 +165,8 @@ class Template:
     def _render(
         self, messages: Sequence[Any], tools: Sequence[Any], kwargs: Mapping[str, Any], add_generation_prompt: bool
     ) -> str:
-        clock = patch.object(chat_template_utils, "datetime", self._frozen) if self.reads_clock else nullcontext()
+        module = "transformers.utils.chat_template_utils"
+        clock = patch(f"{module}.datetime", self._frozen) if self.reads_clock else nullcontext()
         try:
             with clock:
                 text = self.tokenizer.apply_chat_template(

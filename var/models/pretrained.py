@@ -53,7 +53,7 @@ class Pretrained(ModelFiles):
 
     repository: str | None = None
     chat_template: str | None
-    chat_template_kwargs: Mapping[str, Any] | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     date: str | None = None
     date_file: Path | None = field(default=None, compare=False)
     dtype: str
