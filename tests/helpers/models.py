@@ -53,6 +53,21 @@ def saved(folder: Path, model: Any = None, tokenizer: Any = None) -> Path:
     return folder
 
 
+def save_two_ends(folder: Path) -> Path:
+    """Save a tiny model with a second end token, <stop> (261), as the chat models of several families have.
+
+    The template ends messages with <end> (257). The tokenizer's eos_token is <stop>, and generation_config.json names
+    both.
+    """
+    from transformers import GenerationConfig
+
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "<stop>"})
+    saved(folder, tokenizer=tokenizer)
+    GenerationConfig(eos_token_id=[257, 261]).save_pretrained(folder)
+    return folder
+
+
 def pretrained(path: Path | str, cache: Path, **more: Any) -> Any:
     """Return the Pretrained of a saved tiny model. `more` replaces its fields."""
     from var.models.pretrained import Pretrained

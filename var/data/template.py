@@ -163,17 +163,26 @@ class Template:
     def _render(
         self, messages: Sequence[Any], tools: Sequence[Any], kwargs: Mapping[str, Any], add_generation_prompt: bool
     ) -> str:
+        tools = list(tools) or None
         try:
+            if self.reads_clock:
+                self._set_clock(tools)
             return str(
                 self.tokenizer.apply_chat_template(
-                    list(messages), tools=list(tools) or None, tokenize=False,
-                    add_generation_prompt=add_generation_prompt, **{CLOCK: self._format_date, **self.kwargs, **kwargs},
+                    list(messages), tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt,
+                    **{**self.kwargs, **kwargs},
                 )
             )  # fmt: skip
         except Exception as error:  # expressions of a template can raise anything
             raise ValueError(
                 f"the chat template cannot render these messages: {type(error).__name__}: {error}"
             ) from error
+
+    def _set_clock(self, tools: Sequence[Any] | None) -> None:
+        """Let the template read `today`. It is compiled once per process, and its arguments cannot be functions."""
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        _compile_jinja_template(self.tokenizer.get_chat_template(None, tools)).globals[CLOCK] = self._format_date
 
     def _format_date(self, form: str) -> str:
         return datetime(self.today.year, self.today.month, self.today.day).strftime(form)
