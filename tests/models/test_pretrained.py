@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from notebooks.tiny import TEMPLATE, byte_tokenizer
-from tests.helpers.models import pretrained, saved, tiny_model
+from tests.helpers.models import DATED, pretrained, saved, set_clock, tiny_model
 from var.data.chat import Chat
 from var.data.messages import Prompt
 from var.models.gguf import unpack
@@ -220,19 +220,7 @@ def test_missing_end_tokens_of_files_are_no_end_tokens(tmp_path: Path):
     assert pretrained(folder, tmp_path).chat.end_tokens == {257}
 
 
-DATED = TEMPLATE.replace("{% for", "{{ '<system>' + strftime_now('%d %b %Y') + '<end>' }}{% for", 1)
 ASK = [{"role": "user", "content": "a"}]
-
-
-def set_clock(monkeypatch: pytest.MonkeyPatch, day: date) -> None:
-    """Let the templates' clock show a day."""
-
-    class Clock(date):
-        @classmethod
-        def today(cls) -> date:
-            return day
-
-    monkeypatch.setattr("var.data.template.date", Clock)
 
 
 def test_run_keeps_the_date_of_its_first_start(
