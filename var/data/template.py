@@ -5,11 +5,15 @@ import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import date, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
+
+from transformers.utils import chat_template_utils
 
 from var.data.messages import Message
 from var.utils.errors import UserError
@@ -163,29 +167,24 @@ class Template:
     def _render(
         self, messages: Sequence[Any], tools: Sequence[Any], kwargs: Mapping[str, Any], add_generation_prompt: bool
     ) -> str:
-        tools = list(tools) or None
+        clock = patch.object(chat_template_utils, "datetime", self._frozen) if self.reads_clock else nullcontext()
         try:
-            if self.reads_clock:
-                self._set_clock(tools)
-            return str(
-                self.tokenizer.apply_chat_template(
-                    list(messages), tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt,
-                    **{**self.kwargs, **kwargs},
-                )
-            )  # fmt: skip
+            with clock:
+                text = self.tokenizer.apply_chat_template(
+                    list(messages), tools=list(tools) or None, tokenize=False,
+                    add_generation_prompt=add_generation_prompt, **{**self.kwargs, **kwargs},
+                )  # fmt: skip
+            return str(text)
         except Exception as error:  # expressions of a template can raise anything
             raise ValueError(
                 f"the chat template cannot render these messages: {type(error).__name__}: {error}"
             ) from error
 
-    def _set_clock(self, tools: Sequence[Any] | None) -> None:
-        """Let the template read `today`. It is compiled once per process, and its arguments cannot be functions."""
-        from transformers.utils.chat_template_utils import _compile_jinja_template
-
-        _compile_jinja_template(self.tokenizer.get_chat_template(None, tools)).globals[CLOCK] = self._format_date
-
-    def _format_date(self, form: str) -> str:
-        return datetime(self.today.year, self.today.month, self.today.day).strftime(form)
+    @cached_property
+    def _frozen(self) -> type[datetime]:
+        """A class whose `now` is `today`. transformers gives templates no other clock, and makes data of arguments."""
+        today = datetime(self.today.year, self.today.month, self.today.day)
+        return type("Frozen", (datetime,), {"now": classmethod(lambda cls, tz=None: today)})
 
     def _mark(self, value: Any) -> Any:
         """Return a JSON value with MARK within the control tokens of its texts."""
