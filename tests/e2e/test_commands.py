@@ -145,7 +145,7 @@ def test_commands_of_a_run_read_the_date_of_its_first_start(
 ) -> None:
     """annotate.py starts the run, and train.py resumes it on the next day. Only a dry run before leaves no date."""
     folder = saved(tmp_path / "dated", tokenizer=byte_tokenizer(DATED))
-    own = [*own, f"model.path={folder}", "data.responses=sampled", "generate.responses=2", "generate.max_new_tokens=4"]
+    own = [*own, f"model.path={folder}", "loss=sft", "data.responses=sampled", "generate.max_new_tokens=40"]
     monkeypatch.chdir(tmp_path)
     set_clock(monkeypatch, date(2026, 11, 28))
     check_run("train.py", *own, "debug=dry")
@@ -177,8 +177,8 @@ def test_template_that_changes_rows_is_an_error_or_counted(own: list[str], tmp_p
     assert not shards(tmp_path)
     printed = check_run("train.py", *own, f"model.path={one}", "data.on_template_change=count", "loss=sft")
     assert "changes 16 rows, which train as it writes them" in printed.replace("\n", " ")
-    lines = (run_folder(tmp_path / "runs") / "batches.jsonl").read_text().splitlines()
-    record = json.loads(lines[0])
+    (folder,) = read_summaries(tmp_path / "runs")
+    record = json.loads((folder / "batches.jsonl").read_text().splitlines()[0])
     assert record["trained"]["tokens"] == f"<t></t>{record['response']}<end>"
     assert record["trained"]["after"].endswith("<end><assistant>")
 
