@@ -34,7 +34,7 @@ def main(cfg: DictConfig) -> None:
     from var.utils.console import say
     from var.utils.files import atomic
 
-    run = Run.compose(cfg, Path("."))
+    run = Run.compose(cfg, Path("."), keep_date=False)
     annotator, generate = run.annotator, run.data.training_set.sampling
     annotator.check(out=out.parent)
     rows = read(run.data.source, annotator.cache).head(run.data.settings.limit)
@@ -47,8 +47,7 @@ def main(cfg: DictConfig) -> None:
     with atomic(out) as file:
         for i, (row, several) in enumerate(zip(rows, samples, strict=True)):
             responses = [
-                {"text": sample.text, "finished": sample.finished, "source": cfg.init or cfg.model.path}
-                | ({} if sample.ids is None else {"ids": sample.ids})
+                {**sample.record, "source": cfg.init or cfg.model.path}
                 | ({} if scores is None else {"score": float(scores[i, k])})
                 for k, sample in enumerate(several)
             ]

@@ -23,8 +23,10 @@ COPIES = 0.95  # fraction of these whose answers are all identical, from which s
 
 
 def sampling_fingerprint(annotator: Annotator, sampling: Sampling) -> dict[str, Any]:
-    """Return what the text of sampled responses depends on, besides their prompts."""
-    return {**annotator.sampler.fingerprint(annotator.reference), "sampling": sampling.fingerprint}
+    """Return what the tokens of sampled responses depend on, besides their prompts."""
+    ends = sorted(annotator.chat.end_tokens)  # also of files that are not part of the weights
+    own = annotator.sampler.fingerprint(annotator.reference)
+    return {**own, "end_tokens": ends, "sampling": sampling.fingerprint}
 
 
 def sample_responses(
@@ -105,7 +107,8 @@ def add_responses(rows: Rows, samples: Samples, chat: Chat, cache: Path, report:
         report.truncated_responses += sum(not sample.finished for sample in kept)
         filled.append(replace(row, responses=responses, ordered=False))
     report.sampled_as_text = as_text or None
-    target = cache / "rows" / hash_content(rows.table._fingerprint, samples, chat.fingerprint).hex()
+    answers = [[vars(response) for response in row.responses] for row in filled]
+    target = cache / "rows" / hash_content(rows.table._fingerprint, answers).hex()
     if not (target / "done.json").exists():
         rows_module.write(filled, target, Problems("sampled rows"))
         rows_module.finish(target, {"left_out": 0})

@@ -195,7 +195,7 @@ class Evaluation:
             }
         result["distinct"] = measure_distinct({name: found.texts for name, found in answers.items()})
         result["depends_on"] = self._provenance()
-        self._write_lines("answers.jsonl", self._records(answers, rewards))
+        self._write_lines("answers.jsonl", self._records(sampled, rewards))
         write_json(self.folder / "result.json", result)
         print_result(result, cfg.against)
         say(f"Result: {self.folder}/result.json")
@@ -236,20 +236,20 @@ class Evaluation:
             **collect_environment(),
         }
 
-    def _records(self, answers: dict[str, Answers], rewards: dict[str, dict[str, np.ndarray]]) -> list[dict[str, Any]]:
-        """Return one record per prompt, with all answers and rewards."""
+    def _records(self, sampled: dict[str, Samples], rewards: dict[str, dict[str, np.ndarray]]) -> list[dict[str, Any]]:
+        """Return one record per prompt, with all answers, their tokens and rewards."""
         return [
             {
                 "id": row.id, "subset": str(self.prompts.labels[i]), "prompt": list(row.prompt), "answer": row.answer,
                 **{
                     name: [
                         {
-                            "text": text, "finished": bool(found.finished[i, s]),
+                            **sample.record,
                             **{key: float(scores[i, s]) for key, scores in rewards[name].items()},
                         }
-                        for s, text in enumerate(found.texts[i])
+                        for s, sample in enumerate(samples[i])
                     ]
-                    for name, found in answers.items()
+                    for name, samples in sampled.items()
                 },
             }
             for i, row in enumerate(self.prompts.rows)

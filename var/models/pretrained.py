@@ -161,7 +161,7 @@ class Pretrained(ModelFiles):
         """The tokenizer with its chat template."""
         own = self.tokenizer.chat_template
         today = read_date(self.date, self.date_file)
-        arguments = self.chat_template_kwargs, today, self._read_end_tokens()
+        arguments = self.chat_template_kwargs, today, self._read_end_tokens(), self.config.vocab_size
         chat = Chat(self.tokenizer, self.chat_template, self.path, *arguments)
         if chat.template.reads_clock and self.date is None:
             say(f"The chat template of {self.path} writes the current date; model.date={today} for this run.")

@@ -84,8 +84,11 @@ class Run:
     """The peak memory of the device in each stage."""
 
     @classmethod
-    def compose(cls, cfg: DictConfig, folder: Path) -> "Run":
-        """Check the configuration as a whole and build what is cheap. No model is loaded."""
+    def compose(cls, cfg: DictConfig, folder: Path, keep_date: bool = True) -> "Run":
+        """Check the configuration as a whole and build what is cheap. No model is loaded.
+
+        keep_date: whether the date that a chat template reads is kept in the folder, for the next start.
+        """
         silence_libraries()
         check(cfg, TRAIN)
         settings = choose_devices(cfg, TrainerSettings(**cfg.trainer))
@@ -100,7 +103,9 @@ class Run:
         device = bind_device() if settings.gpu else "cpu"
         if cfg.dry and cfg.annotate == "error":
             raise UserError("annotate=error has no effect with debug=dry, which computes nothing")
-        pretrained = Pretrained(**pick_fields(Pretrained, cfg.model), cache=cfg.cache, date_file=folder / "date.txt")
+        date_file = folder / "date.txt"
+        kept = date_file if keep_date and (not cfg.dry or date_file.exists()) else None
+        pretrained = Pretrained(**pick_fields(Pretrained, cfg.model), cache=cfg.cache, date_file=kept)
         if cfg.init is not None:
             pretrained = replace(pretrained, path=str(find_model(cfg.init)), revision=None, chat_template=None)
         pretrained = pretrained.with_attention_for(settings.gpu, half=PRECISIONS[settings.arithmetic] is not None)
