@@ -6,9 +6,10 @@ from datetime import date
 from functools import cached_property
 from typing import Any
 
+from var.data.changes import describe_change, find_content_changes
 from var.data.messages import Message, Prompt
 from var.data.rows import Response
-from var.data.template import MARK, PROBE, Template, describe_change, hash_tokenizer, read_template
+from var.data.template import MARK, PROBE, Template, hash_tokenizer, read_template
 from var.utils.errors import UserError
 
 
@@ -65,7 +66,7 @@ class Chat:
                 f"the tokenizer of {tokenizer.name_or_path} gives no offsets. Use a model with a fast tokenizer"
             )
         self.tokenizer = tokenizer
-        self.template = Template(tokenizer, kwargs, today)
+        self.template = Template(tokenizer, kwargs, today, ends=self.named_ends.values())
         self.size = len(tokenizer) if size is None else size
 
     @cached_property
@@ -117,18 +118,23 @@ class Chat:
 
         Sampling stops at each of them. Raise a `UserError` if one is ordinary text.
         """
-        found = {"the tokenizer's eos_token": self.tokenizer.eos_token_id, **self.eos}
         ends = {self.end_token}
-        for origin, ids in found.items():
-            for token in ids if isinstance(ids, list | tuple) else [ids]:
-                if token is None or token < 0:  # -1 marks a missing token in some files
-                    continue
+        for origin, ids in self.named_ends.items():
+            for token in ids:
                 if token not in self.added_tokens:
                     text = self.tokenizer.decode([token]) if token < len(self.tokenizer) else None
                     what = "is not in the vocabulary" if text is None else f"is {text!r}, which is ordinary text"
                     raise UserError(f"{self.path}: {origin} names the end token {token}, which {what}. Correct it.")
                 ends.add(int(token))
         return frozenset(ends)
+
+    @property
+    def named_ends(self) -> dict[str, list[int]]:
+        """The end tokens of the tokenizer and of the model's files, by origin."""
+        found = {"the tokenizer's eos_token": self.tokenizer.eos_token_id, **self.eos}
+        lists = {origin: ids if isinstance(ids, list | tuple) else [ids] for origin, ids in found.items()}
+        # -1 marks a missing token in some files
+        return {origin: [i for i in ids if i is not None and i >= 0] for origin, ids in lists.items()}
 
     @cached_property
     def added_tokens(self) -> frozenset[int]:
@@ -158,15 +164,11 @@ class Chat:
 
         Content is compared up to surrounding white space.
         """
-        text, at, changes = rendered.replace(MARK, ""), 0, list[str]()
+        changes = find_content_changes(prompt, self.template.place_contents(prompt, rendered))
         for i, message in enumerate(prompt):
-            content = (message.get("content") or "").strip()
-            found = text.find(content, at)
-            if found < 0:
-                moved = "in another place" if content in text else f"not as written, {content[:60]!r}"
-                changes.append(f"the {message['role']}'s message {i} is {moved}")
-            at = max(at, found + len(content))
             for key in message.keys() - {"role", "content"}:
+                if message[key] in ("", [], {}):
+                    continue
                 rest = {name: value for name, value in message.items() if name != key}
                 if self._is_same(prompt, [*prompt[:i], rest, *prompt[i + 1 :]], rendered):
                     changes.append(f"{key} of the {message['role']}'s message {i} is not written")
@@ -183,8 +185,10 @@ class Chat:
             return False
 
     def check_prompt(self, prompt: Sequence[Message]) -> list[str]:
-        """Return `find_changes` of a prompt."""
-        return self.find_changes(prompt, self.render(prompt))
+        """Return what the template and the tokenizer change of a prompt."""
+        rendered = self.render(prompt)
+        tokens = self.template.tokenize(rendered)
+        return [*self.find_changes(prompt, rendered), *self.template.find_losses(tokens.text, tokens.ids)]
 
     def encode(
         self,
@@ -205,18 +209,12 @@ class Chat:
             raise ValueError(f"the template renders the prompt differently once it is answered: {rendered[-40:]!r}")
         tokens, prompt_ids = self.template.tokenize(full), self.template.tokenize(rendered).ids
         ids, offsets, text = tokens.ids, tokens.offsets, tokens.text
-        begin = len(rendered.replace(MARK, ""))
-        start = next((t for t, (low, high) in enumerate(offsets) if high > begin), len(ids))
-        if ids[:start] != prompt_ids:  # not visible in the offsets if the tokenizer trims spaces
+        begin, start = len(rendered.replace(MARK, "")), len(prompt_ids)
+        if ids[:start] != prompt_ids:
             # A token such as "\n    " spans the boundary. Tokenize both sides separately, as in sampling.
-            rest = self.template.tokenize(full[len(rendered) :])
-            ids, start = prompt_ids + rest.ids, len(prompt_ids)
+            rest = self.template.tokenize(full[len(rendered) :], inside=True)
+            ids = prompt_ids + rest.ids
             offsets = [(0, 0)] * start + [(low + begin, high + begin) for low, high in rest.offsets]
-            if self.template.decode(ids) != text:
-                raise ValueError(
-                    "one token spans the end of the prompt and the start of the response, and tokenizing them "
-                    "separately changes the text"
-                )
         if further:
             ends = [t for t in range(start, len(ids)) if ids[t] in self.end_tokens]
             stop = ends[-1] if ends else None
@@ -233,6 +231,7 @@ class Chat:
             raise ValueError("the response is empty after rendering by the template")
         changes = self.find_changes(prompt, rendered)
         changes += self._find_response_changes(prompt, message, text[begin:end], full)
+        changes += self.template.find_losses(text[:end], ids[:stop])
         return Encoded(self._check_bos(ids[: stop + finished]), start, tuple(changes), MARK in full)
 
     def _find_response_changes(self, prompt: Sequence[Message], message: Message, span: str, full: str) -> list[str]:
@@ -255,8 +254,9 @@ class Chat:
         if response.ids is None or not self.wrote(response.text, response.finished, response.ids):
             return self.encode(prompt, response.text, response.finished, response.message)
         rendered = self.render(prompt)
-        ids = self._check_bos(self.template.tokenize(rendered).ids)
-        changes = self.find_changes(prompt, rendered)
+        tokens = self.template.tokenize(rendered)
+        ids = self._check_bos(tokens.ids)
+        changes = [*self.find_changes(prompt, rendered), *self.template.find_losses(tokens.text, ids)]
         return Encoded([*ids, *response.ids], len(ids), tuple(changes), MARK in rendered)
 
     def wrote(self, text: str, finished: bool, ids: Sequence[int]) -> bool:

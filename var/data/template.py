@@ -4,15 +4,16 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unicodedata import normalize
 
+from var.data.changes import describe_change
 from var.data.messages import Message
 from var.utils.errors import UserError
 
@@ -22,6 +23,10 @@ CLOCK = "strftime_now"  # the function with which a template reads the clock
 # Marks control tokens in the text of messages, after their first character, while a template renders them. It is a
 # noncharacter of Unicode, which is in no text.
 MARK = "\ufdd0"
+
+# Put around the content of each message, with its index, to find it in the rendered text.
+BEGIN, END = "\ufdd1", "\ufdd2"
+PLACE = re.compile(f"(?s){BEGIN}([0-9]+){BEGIN}(.*?){END}")
 
 # The template `plain`, for base models: any tokenizer has these characters and an end-of-sequence token.
 PLAIN = """\
@@ -89,6 +94,7 @@ class Template:
         kwargs: Mapping[str, Any] | None = None,
         today: date | None = None,
         key: str = "model.chat_template",
+        ends: Iterable[Sequence[int]] = (),
     ) -> None:
         """Build the template.
 
@@ -97,8 +103,9 @@ class Template:
             kwargs: arguments of the template, such as enable_thinking.
             today: what the template reads as the current date; None for the clock.
             key: the setting of the template, in messages.
+            ends: tokens that end a response, which are control tokens.
         """
-        self.tokenizer, self.key = tokenizer, key
+        self.tokenizer, self.key, self.ends = tokenizer, key, {token for ids in ends for token in ids}
         self.kwargs = {name: value for name, value in (kwargs or {}).items() if value is not None}
         self.today = today or date.today()
         if reason := self._find_unread(self.kwargs):
@@ -132,19 +139,38 @@ class Template:
     def control_tokens(self) -> re.Pattern[str] | None:
         """Matches tokens that must not be read in the text of messages.
 
-        They are the tokenizer's special tokens and those that the template writes around turns, which some models
-        have as ordinary added tokens.
+        They are the tokenizer's special tokens, and added tokens that end a response or that the template writes
+        around turns. White space is never one: Gemma has added tokens of line ends.
         """
-        added = self.tokenizer.added_tokens_decoder.values()
-        turns = [{"role": role, "content": PROBE} for role in ("user", "assistant", "user")]
-        try:
-            scaffold = self._render(turns, (), {}, False)
-        except ValueError:  # the template asks for other roles
-            scaffold = ""
-        names = {str(token) for token in added if token.special or str(token) in scaffold}
-        names |= set(self.tokenizer.all_special_tokens)
-        longest_first = sorted(filter(None, names), key=lambda name: (-len(name), name))
-        return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+        added = self.tokenizer.added_tokens_decoder.items()
+        written = self._render_scaffolds()
+        names = {str(name) for i, name in added if name.special or i in self.ends or str(name) in written}
+        names |= {*self.tokenizer.all_special_tokens, *(getattr(self.tokenizer, "chat_control_tokens", None) or ())}
+        return _match_any(name for name in names if name.strip())
+
+    def _render_scaffolds(self) -> str:
+        """Return what the template writes around turns, and the first and last token of a tool's turn."""
+        user, answer = ({"role": role, "content": PROBE} for role in ("user", "assistant"))
+        call = {"id": "a" * 9, "type": "function", "function": {"name": PROBE, "arguments": {}}}
+        calling = [user, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        result = {"role": "tool", "name": PROBE, "tool_call_id": call["id"], "content": PROBE}
+        scaffolds = []
+        for turns in ([user, answer, user], [{"role": "system", "content": PROBE}, user], [*calling, result]):
+            try:
+                text = self._render(turns, (), {}, False)
+                if turns[-1] is result:  # its further tokens, such as <tool_response>, are in data as text
+                    tokens = self.added_tokens.findall(text.removeprefix(self._render(calling, (), {}, False)))
+                    text = MARK.join([*tokens[:1], *tokens[-1:]])
+                scaffolds.append(text)
+            except ValueError:  # the template asks for other roles
+                continue
+        return MARK.join(scaffolds)
+
+    @cached_property
+    def added_tokens(self) -> re.Pattern[str]:
+        """Matches tokens that text is never split into, except white space."""
+        names = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if str(token).strip()]
+        return _match_any(names) or re.compile("(?!)")
 
     def render(
         self, messages: Sequence[Message], prompt: Sequence[Message] = (), add_generation_prompt: bool = False
@@ -162,35 +188,58 @@ class Template:
             raise ValueError("the chat template escapes characters, so control tokens in its messages cannot be found")
         return text
 
+    def place_contents(self, prompt: Sequence[Message], rendered: str) -> list[tuple[int, str]]:
+        """Return the contents in a rendered prompt with the indices of their messages, in the order of the text.
+
+        Each is rendered once more between noncharacters, or searched for if the template then writes another text.
+        """
+        contents = [message.get("content") or "" for message in prompt]
+        around = [{**m, "content": f"{BEGIN}{i}{BEGIN}{contents[i]}{END}"} for i, m in enumerate(prompt)]
+        with suppress(ValueError):
+            text = self.render([a if contents[i].strip() else prompt[i] for i, a in enumerate(around)], prompt, True)
+            if _squeeze(PLACE.sub(r"\2", text)) == _squeeze(rendered):
+                return [(int(i), part.replace(MARK, "")) for i, part in PLACE.findall(text)]
+        text, at, places = rendered.replace(MARK, ""), 0, list[tuple[int, int, str]]()
+        for i, content in enumerate(contents):
+            content = content.strip()
+            if (begin := text.find(content, at)) >= 0 or (begin := text.find(content)) >= 0:
+                places.append((begin, i, content))
+                at = max(at, begin + len(content))
+        return [(i, content) for _, i, content in sorted(places)]
+
     def _render(
         self, messages: Sequence[Any], tools: Sequence[Any], kwargs: Mapping[str, Any], add_generation_prompt: bool
     ) -> str:
-        module = "transformers.utils.chat_template_utils"
-        clock = patch(f"{module}.datetime", self._frozen) if self.reads_clock else nullcontext()
+        listed = list(tools) or None
         try:
-            with clock:
-                text = self.tokenizer.apply_chat_template(
-                    list(messages), tools=list(tools) or None, tokenize=False,
-                    add_generation_prompt=add_generation_prompt, **{**self.kwargs, **kwargs},
-                )  # fmt: skip
-            return str(text)
+            if self.reads_clock:
+                from transformers.utils import chat_template_utils
+
+                # A function among the arguments would not reach the template, which is compiled once per process.
+                source = self.tokenizer.get_chat_template(None, listed)
+                chat_template_utils._compile_jinja_template(source).globals[CLOCK] = self._format_date
+            return str(
+                self.tokenizer.apply_chat_template(
+                    list(messages), tools=listed, tokenize=False, add_generation_prompt=add_generation_prompt,
+                    **{**self.kwargs, **kwargs},
+                )
+            )  # fmt: skip
         except Exception as error:  # expressions of a template can raise anything
             raise ValueError(
                 f"the chat template cannot render these messages: {type(error).__name__}: {error}"
             ) from error
 
-    @cached_property
-    def _frozen(self) -> type[datetime]:
-        """A class whose `now` is `today`. transformers gives templates no other clock, and makes data of arguments."""
-        today = datetime(self.today.year, self.today.month, self.today.day)
-        return type("Frozen", (datetime,), {"now": classmethod(lambda cls, tz=None: today)})
+    def _format_date(self, form: str) -> str:
+        return datetime(self.today.year, self.today.month, self.today.day).strftime(form)
 
     def _mark(self, value: Any) -> Any:
         """Return a JSON value with MARK within the control tokens of its texts."""
         if isinstance(value, str):
             if MARK in value:
                 raise ValueError(f"its text contains the noncharacter U+{ord(MARK):X}; remove it")
-            return self.control_tokens.sub(_split, value) if self.control_tokens else value
+            while self.control_tokens and (split := self.control_tokens.sub(_split, value)) != value:
+                value = split  # once more, as the rest of a token can be another one
+            return value
         if isinstance(value, Mapping):
             return {self._mark(key): self._mark(part) for key, part in value.items()}
         return [self._mark(part) for part in value] if isinstance(value, list | tuple) else value
@@ -199,29 +248,46 @@ class Template:
         """Return a text with MARK within its control tokens, as in `render`."""
         return str(self._mark(text))
 
-    def tokenize(self, marked: str) -> Tokens:
+    def tokenize(self, marked: str, inside: bool = False) -> Tokens:
         """Return the tokens of a text of `render`. Control tokens are read only where the template wrote them.
 
-        Raise a ValueError if the tokenizer cannot write one as ordinary text.
+        inside: the text continues another. Raise a ValueError if the tokenizer reads further control tokens.
         """
-        pieces = marked.split(MARK)
-        ids, offsets = self._tokenize(pieces[0])
-        begin = len(pieces[0])
-        for piece in pieces[1:]:
-            more, places = self._tokenize_inside(piece)
+        ids, offsets, begin = list[int](), list[tuple[int, int]](), 0
+        for n, piece in enumerate(marked.split(MARK)):
+            more, places = self._tokenize_inside(piece) if n or inside else self._tokenize(piece)
             ids += more
             offsets += [(low + begin, high + begin) for low, high in places]
             begin += len(piece)
-        text = "".join(pieces)
-        if len(pieces) > 1 and (
-            any(self._is_control(piece) for piece in pieces if len(piece) < 2)
-            or self.decode(ids) not in (text, self.decode(self._tokenize(text)[0]))
-        ):
-            found = sorted(set(re.findall("(?s)(." + MARK + ".{,12})", marked)))
+        if self.control_tokens and len(found := self.find_control(ids)) > len(self.control_tokens.findall(marked)):
             raise ValueError(
-                f"its text contains a control token that this tokenizer cannot write as text: {found[0]!r}. Remove it"
+                f"its text contains a control token that this tokenizer cannot write as text, one of {set(found)}. "
+                "Remove it"
             )
-        return Tokens(ids, offsets, text)
+        return Tokens(ids, offsets, marked.replace(MARK, ""))
+
+    def find_control(self, ids: Sequence[int]) -> list[str]:
+        """Return the control tokens among some ids, without that for unknown characters."""
+        tokens = [self._control_ids[token] for token in ids if token in self._control_ids]
+        return [token for token in tokens if token != self.tokenizer.unk_token]
+
+    @cached_property
+    def _control_ids(self) -> dict[int, str]:
+        added = self.tokenizer.added_tokens_decoder.items()
+        control = self.control_tokens or re.compile("(?!)")
+        return {token: str(name) for token, name in added if control.fullmatch(str(name))}
+
+    def find_losses(self, text: str, ids: Sequence[int]) -> list[str]:
+        """Return how tokens differ from their text: characters that the tokenizer does not have or changes.
+
+        Text is compared up to canonical equivalence, and up to white space around added tokens.
+        """
+        found = self.decode(ids)
+        if found == text:
+            return []
+        around = re.compile(rf"\s*({self.added_tokens.pattern})\s*")
+        found, text = (around.sub(r"\1", normalize("NFC", part)) for part in (found, text))
+        return [] if found.strip() == text.strip() else [f"the tokenizer reads {describe_change(text, found)}"]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return tokens as text, special tokens included."""
@@ -233,31 +299,27 @@ class Template:
 
     def _tokenize_inside(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Return the tokens of a text that continues another. Some tokenizers put a space before a beginning."""
-        anchor, _ = self._tokenize("\n")
-        ids, offsets = self._tokenize("\n" + text)
-        if ids[: len(anchor)] != anchor:
-            return self._tokenize(text)
-        return ids[len(anchor) :], [(max(0, low - 1), high - 1) for low, high in offsets[len(anchor) :]]
+        for before in ("\n", "a"):  # a token can span the first one and the text
+            anchor, _ = self._tokenize(before)
+            ids, offsets = self._tokenize(before + text)
+            if ids[: len(anchor)] == anchor:
+                return ids[len(anchor) :], [(max(0, low - 1), high - 1) for low, high in offsets[len(anchor) :]]
+        return self._tokenize(text)
 
-    def _is_control(self, text: str) -> bool:
-        return bool(self.control_tokens and self.control_tokens.fullmatch(text))
+
+def _match_any(names: Iterable[str]) -> re.Pattern[str] | None:
+    """Return a pattern of texts, the longest first as tokenizers match them, or None if there are none."""
+    longest_first = sorted(names, key=lambda name: (-len(name), name))
+    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+
+def _squeeze(text: str) -> str:
+    return "".join(text.split())
 
 
 def _split(match: re.Match[str]) -> str:
+    if len(match[0]) == 1:
+        raise ValueError(
+            f"its text contains the control token {match[0]!r}, which cannot be written as text. Remove it"
+        )
     return match[0][0] + MARK + match[0][1:]
-
-
-def describe_change(expected: str, found: str) -> str:
-    """Return how a text differs from what was expected: what is missing as [-…-] and what was added as {+…+}."""
-    expected, found = expected.strip(), found.strip()
-    shorter = min(len(expected), len(found))
-    begin = next((i for i in range(shorter) if expected[i] != found[i]), shorter)
-    end = next((i for i in range(shorter - begin) if expected[-1 - i] != found[-1 - i]), shorter - begin)
-    missing, added = expected[begin : len(expected) - end], found[begin : len(found) - end]
-    before, after = expected[max(0, begin - 20) : begin], expected[len(expected) - end :][:20]
-    parts = [f"[-{_shorten(missing)}-]" * bool(missing), f"{{+{_shorten(added)}+}}" * bool(added)]
-    return repr(f"{'…' * (begin > 20)}{before}{''.join(parts)}{after}{'…' * (end > 20)}")[1:-1]
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= 60 else f"{text[:40]}…{text[-15:]}"
