@@ -78,9 +78,9 @@ def check_variety(annotator: Annotator, prompts: Prompts, samples: Samples, samp
     Some servers decode greedily unless a request asks for sampling. No count of copies alone shows that: a model that
     is certain of a short answer, or that repeats a given text, copies too, at any number of prompts. So the reference
     samples some of the same prompts with the same settings, which accounts for temperature, top_p and length. If its
-    responses are identical less than half as often, the sampler is at fault. With equal distributions that happens by
-    chance in at most 2 % of the cases with four prompts, and less often with more. Otherwise a warning is enough: this
-    is what was asked for, as it always is if the reference samples in this process.
+    responses are identical less than half as often, the sampler is at fault. If both are the same distribution, that
+    happens by chance in at most 5 % of the cases with five prompts and 0.5 % with sixteen. Otherwise a warning is
+    enough: this is what was asked for, as it always is if the reference samples in this process.
     """
     answers = [[sample.ids or sample.text.strip() for sample in several] for several in samples]
     if (found := describe_copies(answers, sampling)) is None:
