@@ -26,7 +26,7 @@ def main(cfg: DictConfig) -> None:
         del cfg.out
     check(cfg, TRAIN, imports=False)
 
-    from var.annotate.responses import check_variety, sample_responses, sampling_fingerprint
+    from var.annotate.responses import sample_responses, sampling_fingerprint
     from var.annotate.rewards import score_candidates
     from var.data.rows import read
     from var.rewards.base import check_answers
@@ -40,7 +40,6 @@ def main(cfg: DictConfig) -> None:
     rows = read(run.data.source, annotator.cache).head(run.data.settings.limit)
     check_answers(annotator.reward, rows)
     samples = sample_responses(annotator, rows, generate)
-    check_variety(samples, generate)
     scores = score_candidates(annotator, rows, generate) if annotator.reward.scores_text else None
     sampling = sampling_fingerprint(annotator, generate)
     written = empty = without_response = 0

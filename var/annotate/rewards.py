@@ -10,7 +10,7 @@ import torch
 from var.annotate.annotator import Annotator
 from var.annotate.base import Provider, TrainingSet
 from var.annotate.cache import as_keys
-from var.annotate.responses import check_variety, sample_responses
+from var.annotate.responses import sample_responses
 from var.data.messages import prompt_content, texts_in
 from var.data.rows import Rows
 from var.data.sequences import Sequences
@@ -104,7 +104,6 @@ def score_candidates(annotator: Annotator, rows: Rows, sampling: Sampling) -> np
             "samples. Choose a reward that scores text."
         )
     samples = sample_responses(annotator, rows, sampling, "Sampling candidates")
-    check_variety(samples, sampling)
     triples = [(row.prompt, sample.text, row.answer) for row, own in zip(rows, samples, strict=True) for sample in own]
     return score(annotator, triples, "Scoring candidates").reshape(len(rows), sampling.responses)
 

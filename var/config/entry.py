@@ -29,6 +29,8 @@ RENAMED = {
     "reference=stored": "reference=cached",
 }
 
+FREE = ("chat_template_kwargs", "request", "architecture")  # mappings whose keys the user chooses
+
 
 def run_command(main: Callable[[], Any]) -> None:
     """Run a command. Print an error that the user can fix as one message without a traceback, and exit with 1.
@@ -37,7 +39,7 @@ def run_command(main: Callable[[], Any]) -> None:
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra passes the exception on instead of printing it
     caught: Exception | None = None
-    sys.argv[1:] = map(_expand_home, sys.argv[1:])
+    sys.argv[1:] = (_add_free_keys(_expand_home(word)) for word in sys.argv[1:])
     try:
         check_versions()
         with leaving_on_signals():
@@ -68,6 +70,12 @@ def _expand_home(word: str) -> str:
     """Expand ~ in `key=~/folder`. Shells leave it alone behind a key with a dot, and Hydra's grammar rejects it."""
     key, given, value = word.partition("=")
     return key + given + re.sub(r"(^|,)~(?=/|$)", lambda found: found[1] + str(Path.home()), value)
+
+
+def _add_free_keys(word: str) -> str:
+    """Add the plus signs without which Hydra sets no key that is not in the configuration."""
+    parts = word.partition("=")[0].split(".")
+    return f"++{word}" if any(part in FREE for part in parts[1:]) and parts[0][:1] not in "+~" else word
 
 
 def describe(error: BaseException) -> str | None:

@@ -11,7 +11,7 @@ import torch
 
 from var.annotate.annotator import Annotator
 from var.annotate.base import TrainingSet, make_providers, unit_of
-from var.annotate.responses import add_responses, check_variety, sample_responses
+from var.annotate.responses import add_responses, sample_responses
 from var.annotate.rewards import score_rows
 from var.annotate.rollouts import ProvideRollout
 from var.data.plan import ABSENT, MicroBatch, make_plan
@@ -135,7 +135,6 @@ class AlignmentData(lightning.LightningDataModule):
             )
         if not self.rollout and (settings.responses == "sampled" or not with_responses):
             samples = sample_responses(self.annotator, data.rows, data.sampling)
-            check_variety(samples, data.sampling)
             data.rows = add_responses(data.rows, samples, self.annotator.chat, self.annotator.cache, report)
 
     def _annotate(self) -> None:
