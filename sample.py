@@ -26,7 +26,7 @@ def main(cfg: DictConfig) -> None:
         del cfg.out
     check(cfg, TRAIN, imports=False)
 
-    from var.annotate.responses import sample_responses, sampling_fingerprint
+    from var.annotate.responses import check_variety, sample_responses, sampling_fingerprint
     from var.annotate.rewards import score_candidates
     from var.data.rows import read
     from var.rewards.base import check_answers
@@ -39,16 +39,18 @@ def main(cfg: DictConfig) -> None:
     annotator.check(out=out.parent)
     rows = read(run.data.source, annotator.cache).head(run.data.settings.limit)
     check_answers(annotator.reward, rows)
-    texts = sample_responses(annotator, rows, generate)
+    samples = sample_responses(annotator, rows, generate)
+    check_variety(samples, generate)
     scores = score_candidates(annotator, rows, generate) if annotator.reward.scores_text else None
     sampling = sampling_fingerprint(annotator, generate)
     written = empty = without_response = 0
     with atomic(out) as file:
-        for i, (row, several) in enumerate(zip(rows, texts, strict=True)):
+        for i, (row, several) in enumerate(zip(rows, samples, strict=True)):
             responses = [
-                {"text": text, "finished": finished, "source": cfg.init or cfg.model.path}
+                {"text": sample.text, "finished": sample.finished, "source": cfg.init or cfg.model.path}
+                | ({} if sample.ids is None else {"ids": sample.ids})
                 | ({} if scores is None else {"score": float(scores[i, k])})
-                for k, (text, finished) in enumerate(several)
+                for k, sample in enumerate(several)
             ]
             kept = [response for response in responses if response["text"].strip()]
             empty += len(responses) - len(kept)
@@ -56,7 +58,8 @@ def main(cfg: DictConfig) -> None:
             without_response += not kept
             record = {
                 "id": row.id, "prompt": row.prompt, "responses": kept, "answer": row.answer, "subset": row.subset,
-                "sampling": sampling,
+                "sampling": sampling, "tools": row.prompt.tools or None,
+                "chat_template_kwargs": row.prompt.template_kwargs or None,
             }  # fmt: skip
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
     say(f"{written} responses to {len(rows) - without_response} prompts in {out}; empty responses skipped: {empty}")

@@ -26,7 +26,7 @@ def main(cfg: DictConfig) -> float | None:
     from var.utils.files import remove
 
     folder = Path(HydraConfig.get().runtime.output_dir)
-    if cfg.resume == "auto" and (folder / "summary.json").exists() and not cfg.dry:
+    if cfg.resume == "auto" and (folder / "summary.json").exists() and not (cfg.dry or cfg.show_rows):
         say(f"Run already finished: {folder}. Use resume=false to start a new one.")
         finished = json.loads((folder / "summary.json").read_text())
         summary.show(finished)
@@ -43,13 +43,15 @@ def main(cfg: DictConfig) -> float | None:
     from var.config.choices import describe_choices
     from var.models.export import write_card
     from var.report.write import plot
-    from var.training import dry_run
+    from var.training import dry_run, show_rows
     from var.training.alternatives import check_memory
     from var.training.outcome import Export, make_card, summarize
     from var.training.run import Run
     from var.utils.files import write_json
 
     run = Run.compose(cfg, folder)
+    if cfg.show_rows:
+        return show_rows.show(run)
     if cfg.dry:
         return dry_run.show(run)
     check_memory(run.cfg, run.settings, run.memory)

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from var.annotate.cache import AnnotationCache, CacheTable, Keys, deal
 from var.data.chat import Chat
+from var.data.settings import OnTemplateChange
 from var.models.frozen import FrozenModel
 from var.rewards.base import Reward
 from var.sampling.base import Sampler
@@ -46,6 +47,8 @@ class Annotator:
     """Whether missing numbers are computed or are an error."""
     command: str = "python annotate.py"
     """The shell command that fills the cache for this configuration."""
+    on_template_change: OnTemplateChange = "error"
+    """What to do with prompts that the chat template changes."""
     ranks: Ranks = field(default_factory=Ranks)
     """The processes that share the work."""
     computed: dict[str, int] = field(default_factory=dict)
@@ -82,7 +85,7 @@ class Annotator:
             if not hasattr(self.reward, name):
                 incomplete.add(f"`{name}`", f"it {meaning}")
         incomplete.check()
-        self.chat.suffix, self.chat.end_token, self.reference.fingerprint, self.reward.fingerprint  # noqa: B018
+        self.chat.end_tokens, self.reference.fingerprint, self.reward.fingerprint  # noqa: B018
         problems = Problems("folders that cannot be written")
         for name, folder in {"annotation_cache": self.annotations.root, "cache": self.cache, **more}.items():
             try:

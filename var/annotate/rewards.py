@@ -10,7 +10,7 @@ import torch
 from var.annotate.annotator import Annotator
 from var.annotate.base import Provider, TrainingSet
 from var.annotate.cache import as_keys
-from var.annotate.responses import sample_responses
+from var.annotate.responses import check_variety, sample_responses
 from var.data.messages import prompt_content, texts_in
 from var.data.rows import Rows
 from var.data.sequences import Sequences
@@ -103,8 +103,9 @@ def score_candidates(annotator: Annotator, rows: Rows, sampling: Sampling) -> np
             "reward=score reads only the data's own scores, and this loss rewards responses that the reference "
             "samples. Choose a reward that scores text."
         )
-    texts = sample_responses(annotator, rows, sampling, "Sampling candidates")
-    triples = [(row.prompt, text, row.answer) for row, several in zip(rows, texts, strict=True) for text, _ in several]
+    samples = sample_responses(annotator, rows, sampling, "Sampling candidates")
+    check_variety(samples, sampling)
+    triples = [(row.prompt, sample.text, row.answer) for row, own in zip(rows, samples, strict=True) for sample in own]
     return score(annotator, triples, "Scoring candidates").reshape(len(rows), sampling.responses)
 
 

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 # Keys that do not change the name: the same training resumes with another logger or evaluation, in another place, on
 # other devices.
-ELSEWHERE = {"hydra", "resume", "logger", "eval", "annotation_cache", "cache", "runs", "annotate", "dry"}
+ELSEWHERE = {"hydra", "resume", "logger", "eval", "annotation_cache", "cache", "runs", "annotate", "dry", "show_rows"}
 DEVICES = ("devices", "num_nodes", "timeout_hours", "keep_checkpoint")  # of trainer
 
 

@@ -39,6 +39,7 @@ class RunSettings:
     runs: str  # parent of the runs' folders
     resume: bool | str  # "auto", False, or the path of a checkpoint
     dry: bool  # print what the run needs, and stop
+    show_rows: int  # print this many rows as tokens, and stop; 0: train
 
 
 @dataclass(frozen=True, kw_only=True)

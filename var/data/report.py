@@ -24,6 +24,8 @@ class DataReport:
     """Rows whose own responses are not used, since responses are sampled."""
     sampled_responses: int | None = None
     """Responses that were sampled."""
+    sampled_as_text: int | None = None
+    """Of these, the ones that the sampler returned as text, so their tokens may not be those that were drawn."""
     empty_responses_skipped: int | None = None
     """Sampled responses without text."""
     truncated_responses: int | None = None

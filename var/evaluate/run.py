@@ -33,7 +33,7 @@ from var.evaluate.table import print_result
 from var.models.frozen import FrozenModel
 from var.models.pretrained import Pretrained, find_model
 from var.rewards.base import Reward, check_answers
-from var.sampling.base import Sampling, Texts
+from var.sampling.base import Samples, Sampling
 from var.utils.console import say, silence_libraries, stage, warn
 from var.utils.distributed import Ranks, bind_device
 from var.utils.errors import UserError
@@ -122,7 +122,7 @@ class Evaluation:
         return read_prompts(self.cfg, self.model.annotator.cache)
 
     @cached_property
-    def file_answers(self) -> Texts | None:
+    def file_answers(self) -> Samples | None:
         """The answers in the file `answers`, if it is set."""
         if self.cfg.answers is None:
             return None
@@ -155,7 +155,7 @@ class Evaluation:
             "title": f"{self.name} on {', '.join(self.prompts.subsets)}", "seeds": list(cfg.seeds),
         }  # fmt: skip
         answers, rewards, logps = dict[str, Answers](), dict[str, dict[str, np.ndarray]](), dict[str, np.ndarray]()
-        sampled = dict[str, Texts]()
+        sampled = dict[str, Samples]()
         for candidate in self.candidates:
             name = candidate.name
             if name == "model" and self.file_answers is not None:

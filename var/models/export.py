@@ -53,7 +53,8 @@ def export(
         save_adapter(model, partial, state)
     else:
         if model.can_generate():
-            model.generation_config.eos_token_id = chat.end_token
+            ends = sorted(chat.end_tokens, key=lambda token: (token != chat.end_token, token))
+            model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
             model.generation_config = valid_generation_config(model.generation_config)
         attention = model.config._attn_implementation
         model.config._attn_implementation = "sdpa"  # only this project knows `packed`

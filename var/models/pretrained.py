@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -15,10 +15,12 @@ import torch
 from safetensors import safe_open
 
 from var.data.chat import Chat
+from var.data.template import read_date
 from var.models.files import ModelFiles
 from var.models.lora import merge_adapter
 from var.utils.console import say
 from var.utils.errors import UserError
+from var.utils.files import atomic
 
 ADAPTER = "adapter_config.json"  # peft's file in a folder with an adapter; it names the base
 # One of these is in each tokenizer. Without any, transformers may build an empty one.
@@ -38,6 +40,9 @@ class Pretrained(ModelFiles):
     Attributes:
         repository: Hub id of the model that `architecture` describes; None if that is `path`.
         chat_template: Jinja template, .jinja file or `plain`; None is the tokenizer's own.
+        chat_template_kwargs: Arguments of the template, such as enable_thinking.
+        date: Date as YYYY-MM-DD that the template reads from the clock; None for the one in `date_file`.
+        date_file: Keeps the date of a run's first start; None to read the clock each time.
         dtype: dtype of the parameters.
         attention: `packed`, or a GPU kernel for bf16: `varlen` or `flash_attention_2`; `auto`: `with_attention_for`.
         compile: Whether to compile each layer with torch.compile.
@@ -48,6 +53,9 @@ class Pretrained(ModelFiles):
 
     repository: str | None = None
     chat_template: str | None
+    chat_template_kwargs: Mapping[str, Any] | None = None
+    date: str | None = None
+    date_file: Path | None = field(default=None, compare=False)
     dtype: str
     attention: str
     compile: bool = False
@@ -113,7 +121,7 @@ class Pretrained(ModelFiles):
         """What the model's results depend on. Raise a UserError if it is not a decoder of text."""
         check_decoder(self.config, self.typed)
         fingerprint = {
-            "weights": self.weights, "dtype": self.dtype, "template": self.chat.tokenizer.chat_template,
+            "weights": self.weights, "dtype": self.dtype, "template": self.chat.template.fingerprint,
             "tokenizer": self.chat.fingerprint,
         }  # fmt: skip
         return {**fingerprint, "quantization": self.quantization} if self.quantization else fingerprint
@@ -152,7 +160,14 @@ class Pretrained(ModelFiles):
     def chat(self) -> Chat:
         """The tokenizer with its chat template."""
         own = self.tokenizer.chat_template
-        chat = Chat(self.tokenizer, self.chat_template, self.path)
+        today = read_date(self.date, self.date_file)
+        arguments = self.chat_template_kwargs, today, self._read_end_tokens()
+        chat = Chat(self.tokenizer, self.chat_template, self.path, *arguments)
+        if chat.template.reads_clock and self.date is None:
+            say(f"The chat template of {self.path} writes the current date; model.date={today} for this run.")
+            if self.date_file is not None and not self.date_file.exists():
+                with atomic(self.date_file, shared=True) as file:
+                    file.write(today.isoformat())
         if own and own != chat.tokenizer.chat_template:
             origin = f"the configuration of {self.repository} or the command line"
             say(
@@ -160,6 +175,12 @@ class Pretrained(ModelFiles):
                 f"template of {self.path}. Set model.chat_template=null to use the model's own."
             )
         return chat
+
+    def _read_end_tokens(self) -> dict[str, Any]:
+        """Return the end tokens that the model's files name: an id, a list of ids or None."""
+        file = (self.base or self).config_folder / "generation_config.json"
+        generation = json.loads(file.read_text()) if file.exists() else {}
+        return {"generation_config.json": generation.get("eos_token_id"), "config.json": self.config.eos_token_id}
 
     def load(self) -> Any:
         """Load the transformers model on the CPU, in evaluation mode and without dropout."""

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from var.data.chat import hash_tokenizer, read_template, render_messages
-from var.data.messages import Message
+from var.data.messages import Message, Prompt
+from var.data.template import Template, hash_tokenizer, read_template
 from var.models.frozen import free_memory
 from var.models.packing import whole
 from var.models.pretrained import ADAPTER, Pretrained
@@ -65,6 +65,10 @@ class Classifier:
                 "Set reward.chat_template to the template it was trained with"
             )
         return tokenizer
+
+    @cached_property
+    def _template(self) -> Template:
+        return Template(self._tokenizer, key="reward.chat_template")
 
     @cached_property
     def _config(self) -> Any:
@@ -158,10 +162,9 @@ class Classifier:
 
     def encode(self, prompt: Sequence[Message], response: str) -> list[int]:
         """Return the tokens that the reward model reads."""
-        messages = [*prompt, {"role": "assistant", "content": response}]
-        text = render_messages(self._tokenizer, messages, add_generation_prompt=False)
+        template, asked = self._template, Prompt(prompt, getattr(prompt, "tools", ()))  # not the policy's arguments
+        ids = template.tokenize(template.render([*asked, {"role": "assistant", "content": response}], asked)).ids
         bos = self._tokenizer.bos_token
-        ids = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
         if bos and ids[:2] == [self._tokenizer.bos_token_id] * 2:
             raise UserError(f"two BOS tokens ({bos}) at the start: the reward model's template writes both")
         return ids

@@ -11,7 +11,7 @@ import torch
 
 from var.annotate.annotator import Annotator
 from var.annotate.base import TrainingSet, make_providers, unit_of
-from var.annotate.responses import add_responses, sample_responses
+from var.annotate.responses import add_responses, check_variety, sample_responses
 from var.annotate.rewards import score_rows
 from var.annotate.rollouts import ProvideRollout
 from var.data.plan import ABSENT, MicroBatch, make_plan
@@ -134,8 +134,9 @@ class AlignmentData(lightning.LightningDataModule):
                 "missing ones, remove those rows, or set data.responses=sampled."
             )
         if not self.rollout and (settings.responses == "sampled" or not with_responses):
-            texts = sample_responses(self.annotator, data.rows, data.sampling)
-            data.rows = add_responses(data.rows, texts, self.annotator.cache, report)
+            samples = sample_responses(self.annotator, data.rows, data.sampling)
+            check_variety(samples, data.sampling)
+            data.rows = add_responses(data.rows, samples, self.annotator.chat, self.annotator.cache, report)
 
     def _annotate(self) -> None:
         """Encode the training responses, make the plan, and provide each requirement."""
@@ -237,6 +238,9 @@ class AlignmentData(lightning.LightningDataModule):
                 record: dict[str, Any] = {"micro_batch": m, "id": row.id, "prompt": list(row.prompt)}
                 if not self.rollout:
                     record["response"] = row.responses[data.sequences.table[i]["response"]].text
+                    ids, start, _ = data.sequences.tokens(i)
+                    decode = self.annotator.chat.template.decode
+                    record["trained"] = {"after": decode(ids[:start]), "tokens": decode(ids[start:])}
                 for name, column in (("weight", data.weights), ("reward", data.rewards)):
                     if column is not None:
                         record[name] = float(column[i])

@@ -100,7 +100,7 @@ class Run:
         device = bind_device() if settings.gpu else "cpu"
         if cfg.dry and cfg.annotate == "error":
             raise UserError("annotate=error has no effect with debug=dry, which computes nothing")
-        pretrained = Pretrained(**pick_fields(Pretrained, cfg.model), cache=cfg.cache)
+        pretrained = Pretrained(**pick_fields(Pretrained, cfg.model), cache=cfg.cache, date_file=folder / "date.txt")
         if cfg.init is not None:
             pretrained = replace(pretrained, path=str(find_model(cfg.init)), revision=None, chat_template=None)
         pretrained = pretrained.with_attention_for(settings.gpu, half=PRECISIONS[settings.arithmetic] is not None)
@@ -112,6 +112,7 @@ class Run:
             cache=Path(cfg.cache).expanduser(),
             sampler=instantiate(cfg.sampler),
             annotate=cfg.annotate,
+            on_template_change=cfg.data.on_template_change,
             command=shlex.join(["python", "annotate.py", *list_overrides()]),
             dry=cfg.dry,
         )
