@@ -97,6 +97,12 @@ class Rows:
     form: str = ""  # what the adapter took the records for
     _decoded: dict[int, Row] = field(default_factory=dict, init=False, repr=False, compare=False)
 
+    @property
+    def description(self) -> str:
+        """What the adapter took the records for, in one line; empty if it did not have to find out."""
+        joined = f", {self.merged} records joined to rows of the same prompt" if self.merged else ""
+        return f"{self.form}; {len(self)} rows{joined}" if self.form else ""
+
     def __len__(self) -> int:
         return len(self.table)
 

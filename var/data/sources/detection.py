@@ -255,7 +255,11 @@ class FormSource(HubSource):
     @property
     def form(self) -> str:
         """The form of the records and its columns, in one line."""
-        return "" if self.reader is None else self.reader.describe()
+        if self.reader is None:
+            return ""
+        names = [file.name for file in self.files()] if self.is_local else [str(self.parts[0])]
+        several = f"{', '.join(names[:3])} and {len(names) - 3} more files" if len(names) > 4 else ", ".join(names)
+        return f"{several}: {self.reader.describe()}"
 
     def explain(self, record: Any) -> str:
         """Return a record next to a valid one."""
