@@ -36,9 +36,13 @@ def main(cfg: DictConfig) -> None:
 
     run = Run.compose(cfg, Path("."), keep_date=False)
     annotator, generate = run.annotator, run.data.training_set.sampling
-    annotator.check(out=out.parent)
-    rows = read(run.data.source, annotator.cache).head(run.data.settings.limit)
+    annotator.check_folders(out=out.parent)
+    rows = read(run.data.source, annotator.cache)
+    if rows.description:
+        say(f"Data: {rows.description}")
+    rows = rows.head(run.data.settings.limit)
     check_answers(annotator.reward, rows)
+    annotator.check()
     samples = sample_responses(annotator, rows, generate)
     scores = score_candidates(annotator, rows, generate) if annotator.reward.scores_text else None
     sampling = sampling_fingerprint(annotator, generate)

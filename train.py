@@ -54,6 +54,7 @@ def main(cfg: DictConfig) -> float | None:
         return show_rows.show(run)
     if cfg.dry:
         return dry_run.show(run)
+    run.data.read_rows()  # their errors come before a model is loaded
     check_memory(run.cfg, run.settings, run.memory)
     say("; ".join(describe_choices()))
 

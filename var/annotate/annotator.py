@@ -85,7 +85,11 @@ class Annotator:
             if not hasattr(self.reward, name):
                 incomplete.add(f"`{name}`", f"it {meaning}")
         incomplete.check()
+        self.check_folders(**more)
         self.chat.end_tokens, self.reference.fingerprint, self.reward.fingerprint  # noqa: B018
+
+    def check_folders(self, **more: Path) -> None:
+        """Raise UserError for folders that are not writable. more: as for `check`."""
         problems = Problems("folders that cannot be written")
         for name, folder in {"annotation_cache": self.annotations.root, "cache": self.cache, **more}.items():
             try:

@@ -17,6 +17,7 @@ from var.data.sequences import Sequences
 from var.requirements import Rewards
 from var.rewards.base import Triple, Triples, check_answers, check_scores, compute_scores
 from var.sampling.base import Sampling
+from var.utils.console import warn
 from var.utils.errors import Problems, UserError
 from var.utils.provenance import hash_content
 from var.weights.groups import within_prompt_std, zero_variance
@@ -48,6 +49,11 @@ class ProvideRewards(Provider[Rewards]):
                 f"{scaled[lowest]:.4g} in row {sequences.tokens(lowest)[2]}. Set reward_scale=sigmoid."
             )
         data.rewards = torch.from_numpy(scaled)
+        if data.unit == "pair":
+            equal = int((scaled[0::2] == scaled[1::2]).sum())
+            data.report.pairs_with_equal_rewards = equal or None
+            if equal > 0.1 * len(scaled) / 2:
+                warn(f"{equal} of {len(scaled) // 2} pairs have equal rewards, so neither response is better.")
         group = torch.from_numpy(sequences.group)
         data.report.reward = {
             "mean": float(raw.mean()), "sd": float(raw.std()), "scale": data.scale.describe(),

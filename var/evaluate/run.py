@@ -27,7 +27,7 @@ from var.evaluate.candidate import CachedReward, Candidate, match_answers
 from var.evaluate.diversity import measure_distinct
 from var.evaluate.judges.base import Judge, Pair, RewardJudge, compute_rates, explain_missing_rate
 from var.evaluate.measures import average_subsets, compare, measure
-from var.evaluate.prompts import Prompts, read_prompts
+from var.evaluate.prompts import Prompts, read_prompts, warn_of_trained_prompts
 from var.evaluate.settings import check_settings
 from var.evaluate.table import print_result
 from var.models.frozen import FrozenModel
@@ -93,6 +93,11 @@ class Evaluation:
 
     def check(self) -> None:
         """Raise a UserError for everything that would fail later."""
+        self.model.annotator.check_folders()
+        self.prompts  # noqa: B018  errors of rows come before the models' files are read
+        if self.cfg.init:
+            config = Path(self.model.model.pretrained.path) / "config.yaml"
+            warn_of_trained_prompts(self.prompts, config, self.model.annotator.cache)
         chats = [candidate.annotator.chat for candidate in self.candidates]
         for candidate in self.candidates:
             candidate.annotator.check()

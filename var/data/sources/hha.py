@@ -41,8 +41,7 @@ class HHA(local.LocalSource):
         bad = self._read_bad_rows()
         for subset, file in self._find_files().items():
             skipped = set(bad.get(f"{subset}.json", ()))
-            for where, line in local.read_records([file]):
-                position = int(where.rpartition(":")[2]) - 1
+            for position, (where, line) in enumerate(local.read_records([file])):
                 yield where, None if position in skipped else (subset, position, line)
 
     def row(self, where: str, record: tuple[str, int, Any] | None) -> Row | None:
