@@ -30,6 +30,10 @@ RENAMED = {
 }
 
 FREE = ("chat_template_kwargs", "request", "architecture")  # mappings whose keys the user chooses
+# Errors of a path that the user chose.
+UNUSABLE = {
+    errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP,
+}  # fmt: skip
 
 
 def run_command(main: Callable[[], Any]) -> None:
@@ -42,6 +46,8 @@ def run_command(main: Callable[[], Any]) -> None:
     sys.argv[1:] = (_add_free_keys(_expand_home(word)) for word in sys.argv[1:])
     try:
         check_versions()
+        if nameless := [word for word in sys.argv[1:] if word.startswith("=")]:
+            raise UserError(f"{nameless[0]}: the key is missing (unset shell variable?). Write key{nameless[0]}")
         with leaving_on_signals():
             main()
     except Exception as error:
@@ -80,7 +86,7 @@ def _add_free_keys(word: str) -> str:
 
 def describe(error: BaseException) -> str | None:
     """Return the message for an error that the user can fix, or None."""
-    from hydra.errors import HydraException
+    from hydra.errors import HydraException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
 
     causes, cause = list[BaseException](), error
@@ -96,8 +102,11 @@ def describe(error: BaseException) -> str | None:
                 f"the disk is full: {cause}. Existing files are intact: free space, and the same command resumes from "
                 "the last checkpoint"
             )
-    if isinstance(error, NotADirectoryError | FileExistsError | PermissionError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}; choose another folder or file"
+    paths = [cause for cause in causes if isinstance(cause, OSError) and cause.filename is not None]
+    if paths and paths[0].errno in UNUSABLE:
+        return f"{paths[0].filename}: {paths[0].strerror}; choose another folder or file"
+    if unread := [cause for cause in causes if isinstance(cause, OverrideParseException)]:
+        return _explain_override(unread[0].override)
     lines = [str(cause) for cause in causes if isinstance(cause, HydraException | OmegaConfBaseException)]
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return None
@@ -116,6 +125,18 @@ def describe(error: BaseException) -> str | None:
         lines = [f"{option[1]}={option[2]}: there is no such option of {option[1]}. It offers: {offered}"]
         suggestions = [f"Did you mean {option[1]}={name}?" for name in near] or suggestions
     return "\n".join(dict.fromkeys((*lines, *suggestions)))
+
+
+def _explain_override(word: str) -> str:
+    """Return what is wrong with a word of the command line that Hydra's grammar does not accept."""
+    key, given, value = word.partition("=")
+    if not given:
+        return f"{word}: expected key=value. See: {_help()}"
+    quoted = value.replace("\\", "\\\\").replace('"', r"\"")
+    return (
+        f"{word}: Hydra cannot read this value. Quote it, for Hydra and for the shell: '{key}=\"{quoted}\"'. "
+        "A list is key=[a,b], and an empty value is null."
+    )
 
 
 def _suggest_renamed() -> list[str]:

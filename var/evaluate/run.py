@@ -37,7 +37,7 @@ from var.sampling.base import Samples, Sampling
 from var.utils.console import say, silence_libraries, stage, warn
 from var.utils.distributed import Ranks, bind_device
 from var.utils.errors import UserError
-from var.utils.files import atomic, write_json
+from var.utils.files import atomic, make_file_name, write_json
 from var.utils.provenance import collect_environment
 
 
@@ -147,7 +147,8 @@ class Evaluation:
         unrelated = ("annotation_cache", "cache", "devices", "out")
         kept = {key: value for key, value in to_dict(self.cfg).items() if key not in unrelated}
         digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:8]
-        return Path(self.cfg.out).expanduser() / f"{self.name}_{'+'.join(self.prompts.subsets)}-{digest}"
+        name = make_file_name(f"{self.name}_{'+'.join(self.prompts.subsets)}")
+        return Path(self.cfg.out).expanduser() / f"{name}-{digest}"
 
     def run(self) -> dict[str, Any]:
         """Sample, score and measure; write answers.jsonl, games.jsonl and result.json, and print a table.

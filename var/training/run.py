@@ -38,6 +38,7 @@ from var.training.alternatives import MemoryPlan, choose_strategy
 from var.training.checkpoints import Checkpoints, DirectCheckpointIO, check_checkpoint, check_disk_space, checkpoints
 from var.training.checks import (
     check_adapter,
+    check_optimizer,
     check_ranks,
     check_strategy,
     choose_devices,
@@ -91,8 +92,10 @@ class Run:
         """
         silence_libraries()
         check(cfg, TRAIN)
+        data_settings = DataSettings(**pick_fields(DataSettings, cfg.data))
         settings = choose_devices(cfg, TrainerSettings(**cfg.trainer))
         EvalSettings(**cfg.eval)
+        check_optimizer(cfg)
         if not 0 <= cfg.seed < 2**32:
             raise UserError(f"seed={cfg.seed}: a seed must be at least 0 and below 2**32")
         if is_multirun():
@@ -123,7 +126,7 @@ class Run:
         )
         data = AlignmentData(
             source=instantiate(cfg.data.source),
-            settings=DataSettings(**pick_fields(DataSettings, cfg.data)),
+            settings=data_settings,
             loss=loss,
             annotator=annotator,
             sampling=Sampling(**cfg.generate),
