@@ -174,8 +174,8 @@ def test_extreme_log_ratios_in_float32_equal_float64(loss, sign, shift):
         fields = {name: getattr(batch, name) - moved.clamp(min=0) for name in ("reference_logps", "old_logps")}
         exact = replace(batch, **fields)
         rounded = exact._with(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
-        expected = value_and_gradient(lambda x: loss(x, exact)[0], logps)
-        found = value_and_gradient(lambda x: loss(x, rounded)[0], logps.float())
+        expected = value_and_gradient(lambda x, batch=exact: loss(x, batch)[0], logps)
+        found = value_and_gradient(lambda x, batch=rounded: loss(x, batch)[0], logps.float())
         metrics = loss(logps.float(), rounded)[1]
         assert all(math.isfinite(mean.total) for mean in metrics.values())
         for single, exact_one in zip(found, expected, strict=True):
