@@ -1,5 +1,6 @@
 """Metrics of training steps, throughput, peak memory, and the budget of seconds."""
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -179,6 +180,8 @@ class Budget(Callback):
         self._step = trainer.global_step
         steps = step_metrics(trainer)
         self._spent = self._before + trainer.datamodule.seconds + steps.seconds + steps.waited  # type: ignore[attr-defined]
+        if self.seconds == math.inf:  # what it has spent counts if it resumes with a budget
+            return
         over = trainer.datamodule.annotator.ranks.any(self._spent >= self.seconds)  # type: ignore[attr-defined]
         trainer.should_stop = trainer.should_stop or over
 
@@ -188,4 +191,4 @@ class Budget(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the seconds spent."""
-        self._before = state_dict["spent"]
+        self._before = self._spent = state_dict["spent"]
