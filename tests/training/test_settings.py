@@ -84,7 +84,8 @@ def set_clipping(trainer: Any, module: Any) -> None:
     ("words", "change", "text"),
     [
         (["optim.optimizer.lr=0.02"], set_rate, "optim.optimizer.lr 0.003 → 0.02"),
-        (["optim.optimizer.betas=[0.5,0.7]"], set_group(betas=(0.5, 0.7)), "optim.optimizer.betas [0.9, 0.95] → [0.5, 0.7]"),
+        (["optim.optimizer.betas=[0.5,0.7]"], set_group(betas=(0.5, 0.7)),
+         "optim.optimizer.betas [0.9, 0.95] → [0.5, 0.7]"),
         (["optim.optimizer.weight_decay=0.5", "optim.optimizer.eps=1e-3"], set_group(weight_decay=0.5, eps=1e-3),
          "optim.optimizer.eps 1e-08 → 0.001, optim.optimizer.weight_decay 0.0 → 0.5"),
         (["optim.schedule.kind=constant"], set_schedule, "optim.schedule.kind cosine → constant"),

@@ -10,7 +10,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 
-from var.training.loggers import Curves, log
+from var.training.loggers import log
 from var.training.module import AlignmentModule
 from var.utils.console import warn
 from var.utils.distributed import Ranks
@@ -41,11 +41,8 @@ class StepMetrics(Callback):
         return self.tokens / max(self.seconds + self.waited, 1e-9)
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        """Remove rows that a killed run logged after the checkpoint."""
+        """Start the clock."""
         self._step = trainer.global_step
-        for logger in trainer.loggers:
-            if isinstance(logger, Curves):
-                logger.forget_after(trainer.global_step)
         self.restart_clock()
 
     def restart_clock(self) -> None:

@@ -198,7 +198,7 @@ class Run:
         elif settings.world > 1:
             strategy = DDPStrategy(timeout=settings.timeout)
         slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
-        curves = Curves(self.folder / "metrics.csv", fresh=self.checkpoint is None)
+        curves = Curves(self.folder / "metrics.csv", self.saved.get("global_step"))
         return lightning.Trainer(
             accelerator="gpu" if settings.gpu else "cpu",
             devices=settings.local,
@@ -211,7 +211,7 @@ class Run:
             accumulate_grad_batches=count_accumulation(cfg, settings),
             gradient_clip_val=settings.gradient_clip or None,
             log_every_n_steps=settings.log_every_n_steps,
-            logger=[curves, *make_loggers(cfg, self.folder)],
+            logger=[curves, *make_loggers(cfg, self.folder, curves, bool(self.recorded.changes))],
             callbacks=callbacks,
             # `Checkpoints` handles SLURM's signals. Lightning's own handler would save in the middle of a step.
             plugins=[DirectCheckpointIO(), *slurm],
