@@ -27,8 +27,9 @@ def main(cfg: DictConfig) -> float | None:
 
     folder = Path(HydraConfig.get().runtime.output_dir)
     if cfg.resume == "auto" and (folder / "summary.json").exists() and not (cfg.dry or cfg.show_rows):
-        say(f"Run already finished: {folder}. Use resume=false to start a new one.")
         finished = json.loads((folder / "summary.json").read_text())
+        summary.check_same_settings(cfg, finished)
+        say(f"Run already finished: {folder}. Use resume=false to start a new one.")
         summary.show(finished)
         summary.warn_of_newer_data(cfg, folder)
         summary.warn_of_other_evaluation(cfg, finished)
@@ -57,6 +58,8 @@ def main(cfg: DictConfig) -> float | None:
     run.data.read_rows()  # their errors come before a model is loaded
     check_memory(run.cfg, run.settings, run.memory)
     say("; ".join(describe_choices()))
+    if run.checkpoint is None and is_first_rank():  # otherwise when training resumes: until then, nothing changes
+        run.recorded.write()
 
     seed_everything(cfg.seed, verbose=False)
     trainer = run.trainer(Export(run))

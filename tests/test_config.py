@@ -19,7 +19,7 @@ from var.config.check import EVAL, FOLDER, TRAIN, check, fits
 from var.config.entry import RENAMED, _expand_home, list_keys, run_command
 from var.config.run_dir import run_dir
 from var.evaluate.run import Evaluation
-from var.training.loggers import make_loggers
+from var.training.loggers import Curves, make_loggers
 from var.training.run import Run
 from var.utils.errors import UserError
 from var.utils.files import make_file_name
@@ -236,11 +236,12 @@ def test_runs_that_differ_only_in_seeds_are_one_group(tmp_path: Path, monkeypatc
     """W&B then draws them as one curve with a band."""
     groups = list[str]()
     monkeypatch.setattr(
-        "lightning.pytorch.loggers.WandbLogger", lambda **options: groups.append(options["group"]) or mock.Mock()
+        "var.training.trackers.Wandb", lambda _, **options: groups.append(options["group"]) or mock.Mock()
     )
     for overrides in ([], ["seed=1"], ["generate.seed=3", "trainer.devices=2"], ["loss.temperature=2"]):
         cfg = composed(f"runs={tmp_path}", "logger=wandb", *overrides)
-        make_loggers(cfg, Path(run_dir(str(tmp_path), "m", "d", "l", _root_=cfg)))
+        folder = Path(run_dir(str(tmp_path), "m", "d", "l", _root_=cfg))
+        make_loggers(cfg, folder, Curves(folder / "metrics.csv", None))
     assert [group.rpartition("-")[0] for group in groups] == ["m_d_l"] * 4
     assert groups[0] == groups[1] == groups[2] != groups[3]
 

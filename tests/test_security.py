@@ -442,14 +442,14 @@ def test_metadata_of_sharded_checkpoint_is_not_unpickled(tmp_path: Path, made: P
     """torch would unpickle it. Metadata that torch wrote is accepted."""
     from torch.distributed import checkpoint
 
-    from var.training.checkpoints import check_checkpoint
+    from var.training.checkpoints import read_checkpoint
 
     state = {"a": torch.ones(3, 2), "b": torch.ones(2, dtype=torch.bfloat16), "step": 3}
     checkpoint.save(state, checkpoint_id=str(tmp_path / "good"), no_dist=True)
-    check_checkpoint(tmp_path / "good")
+    read_checkpoint(tmp_path / "good")
     (tmp_path / "good" / ".metadata").write_bytes(pickle.dumps(Bait(made)))
     with pytest.raises(UserError, match=r"good is not a checkpoint of a run: it is damaged, or a pickle"):
-        check_checkpoint(tmp_path / "good")
+        read_checkpoint(tmp_path / "good")
 
 
 def test_lightning_loads_only_weights() -> None:

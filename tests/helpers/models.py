@@ -15,7 +15,7 @@ DATED = TEMPLATE.replace("{% for", "{{ '<system>' + strftime_now('%d %b %Y') + '
 CARD = {
     "base": "tiny/base", "loss": "var", "name": "tiny-var", "doc": "var.losses.var", "version": "0.1.0",
     "table": "| reward | 0.1 | 0.9 |", "data": "arithmetic", "plan": "0123456789abcdef", "reward": "exact",
-    "steps": 3, "seed": 0,
+    "steps": 3, "seed": 0, "changes": "",
 }  # fmt: skip
 
 

@@ -33,7 +33,7 @@ tags: [alignment, {loss}]
 
 - data: {data}, hash of the plan `{plan}`
 - reward: {reward}
-- trained for {steps} optimizer steps, seed {seed}
+- trained for {steps} optimizer steps, seed {seed}{changes}
 - chat template: in `chat_template.jinja`; use it unchanged, the model was trained with it
 
 The complete configuration is in `config.yaml` next to this card.

@@ -64,6 +64,8 @@ class AlignmentData(lightning.LightningDataModule):
         self.fingerprint = ""
         """A hash of what trains."""
         self._rollouts: RolloutLoader | None = None
+        self.saved: dict[str, Any] | None = None
+        """The state in the checkpoint that the run resumes from."""
         self._start = (0, 0)
         self._have_responses: bool | None = None
         """Whether the rows' own responses train; None before the rows are read."""
@@ -97,11 +99,13 @@ class AlignmentData(lightning.LightningDataModule):
             )
         self.read_rows()
         self.annotator.check()
+        self._check_weights()
         if not self.rollout and not self._have_responses:
             samples = sample_responses(self.annotator, data.rows, data.sampling)
             data.rows = add_responses(data.rows, samples, self.annotator.chat, self.annotator.cache, self.report)
         if self.rollout:
             next(provider for provider in self.providers if isinstance(provider, ProvideRollout)).plan_prompts(data)
+            self._check_plan()
             self.fingerprint = data.plan.fingerprint
         else:
             self._annotate()
@@ -174,6 +178,7 @@ class AlignmentData(lightning.LightningDataModule):
         if data.unit == "group":
             self._count_groups_of_one()
         self._make_plan(train)
+        self._check_plan()
         for provider in self.providers:
             provider.check_plan(data)
         for provider in self.providers:
@@ -299,19 +304,25 @@ class AlignmentData(lightning.LightningDataModule):
         plan = self.training_set.plan.hash
         return {"plan": plan, "weights": weights, "epoch": epoch, "position": progress, "ranks": ranks}
 
+    def _check_weights(self) -> None:
+        """Raise UserError if the checkpoint is of another model."""
+        if self.saved and self.saved["weights"] != (weights := self.annotator.reference.pretrained.weights):
+            raise UserError(
+                f"model.path: the checkpoint was made from weights {self.saved['weights']}, and model.path holds "
+                f"{weights}, so the reference would differ. Restore the model, or start a new run with resume=false."
+            )
+
+    def _check_plan(self) -> None:
+        """Raise UserError if the checkpoint is of another plan."""
+        if self.saved and self.saved["plan"] != (plan := self.training_set.plan.hash):
+            raise UserError(
+                f"the checkpoint was made with plan {self.saved['plan']}, and this configuration makes plan {plan}: "
+                "data, order, micro-batch or length differ. Resume with the same data, or start a new run with "
+                "resume=false."
+            )
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume at the position of `state`. Raise UserError if it is of another plan or model."""
-        if state["plan"] != (plan := self.training_set.plan.hash):
-            raise UserError(
-                f"the checkpoint was made with plan {state['plan']}, and this configuration makes plan {plan}: data, "
-                "order, micro-batch or length differ. Resume with the same data, or start a new run with resume=false."
-            )
-        if state["weights"] != (weights := self.annotator.reference.pretrained.weights):
-            raise UserError(
-                f"the checkpoint was made from weights {state['weights']}, and model.path holds {weights}, so the "
-                "reference would differ. Restore the model, or start a new run with resume=false."
-            )
-        assert self.trainer is not None
+        """Resume at the position of `state`."""
         self._start = (state["epoch"], self.convert_progress(state["position"], state["ranks"]))
 
     def convert_progress(self, count: int, ranks: int) -> int:

@@ -16,6 +16,7 @@ from var.models.lora import merge_adapter
 from var.models.reward_model import RewardModel
 from var.models.sharding import gather_weights
 from var.training.module import AlignmentModule
+from var.training.resume import describe_history
 from var.training.run import Run
 from var.utils.files import atomic
 from var.utils.provenance import collect_environment
@@ -73,6 +74,7 @@ def summarize(run: Run, trainer: lightning.Trainer, seconds: float) -> dict[str,
         "devices": trainer.world_size,
         "precision": run.settings.arithmetic,
         "config": to_dict(cfg),
+        "changes": run.recorded.history,
         **collect_environment(),
     }
 
@@ -136,6 +138,7 @@ def make_card(
         "doc": type(module.loss).__module__, "version": __version__, "table": results_table(validation),
         "data": run.cfg.data.name, "plan": run.data.training_set.plan.hash, "reward": choices.get("reward"),
         "steps": trainer.global_step, "seed": run.cfg.seed,
+        "changes": "".join(f"\n- settings changed {text}" for text in describe_history(run.recorded.history)),
     }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """From a checked configuration to the parts of a run: data, module and trainer."""
 
 import gc
+import math
 import shlex
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -35,7 +36,7 @@ from var.requirements import SequenceScores, TokenValues, find
 from var.rewards.scale import Scale
 from var.sampling.base import Sampling
 from var.training.alternatives import MemoryPlan, choose_strategy
-from var.training.checkpoints import Checkpoints, DirectCheckpointIO, check_checkpoint, check_disk_space, checkpoints
+from var.training.checkpoints import Checkpoints, DirectCheckpointIO, check_disk_space, checkpoints, read_checkpoint
 from var.training.checks import (
     check_adapter,
     check_optimizer,
@@ -49,6 +50,7 @@ from var.training.datamodule import AlignmentData
 from var.training.loggers import Curves, PlanFile, make_loggers
 from var.training.metrics import Budget, PeakMemory, ProgressBar, StepMetrics
 from var.training.module import AlignmentModule
+from var.training.resume import Settings
 from var.training.validation import PairAccuracy, Validation, evaluate_reference
 from var.utils.console import console, say, silence_libraries, warn
 from var.utils.distributed import bind_device
@@ -83,6 +85,8 @@ class Run:
     """What it needs on GPUs; None on CPUs."""
     peaks: PeakMemory = field(default_factory=PeakMemory)
     """The peak memory of the device in each stage."""
+    recorded: Settings = field(init=False)
+    """The settings, those of the checkpoint it resumes from, and what becomes of the difference."""
 
     @classmethod
     def compose(cls, cfg: DictConfig, folder: Path, keep_date: bool = True) -> "Run":
@@ -137,7 +141,10 @@ class Run:
         count_accumulation(cfg, settings)
         cfg, plan = choose_strategy(cfg, settings)
         annotator.reference.shard = cfg.strategy.name == "fsdp" if plan is None else plan.shard_reference
-        return cls(cfg, folder, pretrained, adapter, loss, data, settings, plan)
+        run = cls(cfg, folder, pretrained, adapter, loss, data, settings, plan)
+        data.saved = run.saved.get("AlignmentData")
+        run.recorded = Settings(cfg, settings, folder, run.saved or None)
+        return run
 
     @property
     def annotator(self) -> Annotator:
@@ -184,10 +191,10 @@ class Run:
         cfg, settings = self.cfg, self.settings
         self.validation = self._validation()
         self.steps = StepMetrics(settings.ess_warning)
-        budget = [Budget(settings.max_seconds)] if settings.max_seconds is not None else []
+        budget = Budget(math.inf if settings.max_seconds is None else settings.max_seconds)
         saving = Checkpoints(self.folder / "checkpoints", settings.checkpoint_every_n_steps)
         # A step is saved before it is evaluated, so a run that is stopped during evaluation has it.
-        callbacks: list[Any] = [self.steps, *budget, saving, PlanFile(self.folder), *before_evaluation]
+        callbacks: list[Any] = [self.recorded, self.steps, budget, saving, PlanFile(self.folder), *before_evaluation]
         callbacks += [self.peaks, *([self.validation] if self.validation else [])]
         if console.is_terminal:
             callbacks += [ProgressBar(), RichModelSummary(max_depth=1)]
@@ -200,7 +207,7 @@ class Run:
         elif settings.world > 1:
             strategy = DDPStrategy(timeout=settings.timeout)
         slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
-        curves = Curves(self.folder / "metrics.csv", fresh=self.checkpoint is None)
+        curves = Curves(self.folder / "metrics.csv", self.saved.get("global_step"))
         return lightning.Trainer(
             accelerator="gpu" if settings.gpu else "cpu",
             devices=settings.local,
@@ -213,7 +220,7 @@ class Run:
             accumulate_grad_batches=count_accumulation(cfg, settings),
             gradient_clip_val=settings.gradient_clip or None,
             log_every_n_steps=settings.log_every_n_steps,
-            logger=[curves, *make_loggers(cfg, self.folder)],
+            logger=[curves, *make_loggers(cfg, self.folder, curves, bool(self.recorded.changes))],
             callbacks=callbacks,
             # `Checkpoints` handles SLURM's signals. Lightning's own handler would save in the middle of a step.
             plugins=[DirectCheckpointIO(), *slurm],
@@ -262,15 +269,19 @@ class Run:
             if complete:
                 say(f"Resuming from {complete[-1].resolve()}")
             return str(complete[-1]) if complete else None
-        if resume is True:
-            raise UserError("resume=true: resume must be auto, the path of a checkpoint, or false")
+        if resume is True or resume == "":
+            given = "true" if resume else " is empty (unset shell variable?)"
+            raise UserError(f"resume={given}: resume must be auto, the path of a checkpoint, or false")
         if resume and not Path(resume).exists():
             raise UserError(
                 f"resume={resume}: there is no such checkpoint. Use resume=auto for the run's last one, or false"
             )
-        if resume:
-            check_checkpoint(Path(resume))
         return str(resume) if resume else None
+
+    @cached_property
+    def saved(self) -> dict[str, Any]:
+        """The contents of the checkpoint without its numbers; empty for a run that starts."""
+        return read_checkpoint(Path(self.checkpoint)) if self.checkpoint else {}
 
     def sample_validation(self) -> None:
         """Fill the cache with the reference's responses to the validation prompts and their rewards."""
