@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from var.data.chat import Chat
-from var.models.lora import has_adapter
+from var.models.lora import HEAD, has_adapter
 from var.utils.console import warn
 from var.utils.errors import brief
 from var.utils.files import atomic
@@ -114,6 +114,9 @@ def save_adapter(model: Any, folder: Path, state: Mapping[str, Any] | None = Non
     from safetensors.torch import save_file
 
     weights = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+    if model.peft_config["default"].modules_to_save:  # the head of a reward model
+        complete = model.state_dict() if state is None else state
+        weights |= {name: weight for name, weight in complete.items() if name.startswith(f"{HEAD}.")}
     folder.mkdir(parents=True)
     named = {f"base_model.model.{name}": weight.detach().cpu().contiguous() for name, weight in weights.items()}
     save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -84,8 +84,13 @@ class ModelFiles:
     @property
     def typed(self) -> str:
         """What messages start with: the settings and their values."""
-        revision = f" {self.key.rpartition('.')[0]}.revision={self.revision}" if self.revision else ""
+        revision = f" {self.group}.revision={self.revision}" if self.revision else ""
         return f"{self.key}={self.path}{revision}"
+
+    @property
+    def group(self) -> str:
+        """The group of settings that `key` is in, such as `model` or `reward`."""
+        return self.key.rpartition(".")[0]
 
     def _download(self, patterns: list[str], revision: str | None, local_files_only: bool = False) -> Path:
         """Download the files that match, unless the hub's cache has them, and return their folder."""

@@ -119,9 +119,8 @@ def export_model(run: Run, trainer: lightning.Trainer, module: AlignmentModule) 
     if merge:
         plain = replace(run.pretrained, quantization=None, compile=False)
         scores = isinstance(module.policy, RewardModel)
-        complete = merge_adapter(plain.load_scorer() if scores else plain.load(), run.folder / "adapter")
-        if scores:
-            complete.score.load_state_dict(model.score.state_dict())
+        complete = plain.load_scorer(new_head=True) if scores else plain.load()
+        complete = merge_adapter(complete, run.folder / "adapter")
         export(complete.to(dtype), chat, target, card)
     OmegaConf.save(run.cfg, target / "config.yaml", resolve=True)
 

@@ -124,7 +124,7 @@ class Run:
             scale=Scale(kind=cfg.reward_scale),
             live=cfg.reference == "live",
         )
-        check_adapter(cfg, pretrained, adapter, data.requirements)
+        check_adapter(cfg, pretrained, adapter)
         count_accumulation(cfg, settings)
         cfg, plan = choose_strategy(cfg, settings)
         annotator.reference.shard = cfg.strategy.name == "fsdp" if plan is None else plan.shard_reference
@@ -148,7 +148,7 @@ class Run:
         by_part = cfg.strategy.name == "fsdp" and self.adapter is None and not scores
         model, fill = load_to_shard(pretrained) if by_part else (None, None)
         if model is None:
-            model = pretrained.load_scorer() if scores else pretrained.load()
+            model = pretrained.load_scorer(new_head=True) if scores else pretrained.load()
         if self.adapter is not None:
             model = self.adapter.attach(model, pretrained.path, pretrained.revision)
         policy: Policy | ActorCritic | RewardModel = RewardModel(model.train()) if scores else Policy(model.train())
