@@ -38,6 +38,7 @@ def main(cfg: DictConfig) -> None:
     annotator, generate = run.annotator, run.data.training_set.sampling
     annotator.check(out=out.parent)
     rows = read(run.data.source, annotator.cache).head(run.data.settings.limit)
+    annotator.check_rows(rows)
     check_answers(annotator.reward, rows)
     texts = sample_responses(annotator, rows, generate)
     scores = score_candidates(annotator, rows, generate) if annotator.reward.scores_text else None

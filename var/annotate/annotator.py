@@ -11,6 +11,8 @@ import pyarrow as pa
 
 from var.annotate.cache import AnnotationCache, CacheTable, Keys, deal
 from var.data.chat import Chat
+from var.data.rows import Rows
+from var.models.checks import list_foreign_tokens
 from var.models.frozen import FrozenModel
 from var.rewards.base import Reward
 from var.sampling.base import Sampler
@@ -92,6 +94,18 @@ class Annotator:
             except OSError as error:
                 problems.add(f"{name}={folder}", str(error.strerror))
         problems.check()
+
+    def check_rows(self, rows: Rows) -> None:
+        """Raise UserError for rows with the text of a token that has no embedding in the model."""
+        pretrained = self.reference.pretrained
+        if not (foreign := list_foreign_tokens(self.chat.tokenizer, pretrained.config)):
+            return
+        problems = Problems(f"{pretrained.typed}: rows with tokens for which the model has no embedding")
+        for row in rows:
+            texts = [*(turn["content"] for turn in row.prompt), *(response.text for response in row.responses)]
+            if found := [token for token in foreign if any(token in text for text in texts)]:
+                problems.add(f"row {row.id}", ", ".join(f"{token!r}, id {foreign[token]}" for token in found))
+        problems.check("Remove these texts, or use a model whose embeddings were resized to its tokenizer.")
 
     def fill(
         self,

@@ -14,7 +14,7 @@ from var.annotate.responses import sample_responses
 from var.data.rows import Rows
 from var.data.sequences import Sequences
 from var.requirements import Rewards
-from var.rewards.base import Triple, Triples, check_answers, check_scores, compute_scores
+from var.rewards.base import Triple, Triples, check_answers, check_scores, check_texts, compute_scores
 from var.sampling.base import Sampling
 from var.utils.errors import Problems, UserError
 from var.utils.provenance import hash_content
@@ -65,6 +65,8 @@ def score(annotator: Annotator, triples: Sequence[Triple], title: str = "Scoring
     """Return [n] raw rewards of (prompt, response, answer) in any pairing."""
     table = annotator.annotations.table("rewards", {"reward": annotator.reward.fingerprint}, pa.float64())
     keys = as_keys([hash_content(*triple) for triple in triples])
+    if annotator.annotate == "fill" and not annotator.dry:
+        check_texts(annotator.reward, (triples[i] for i in np.flatnonzero(table.missing(keys)).tolist()))
     cost = np.array([len(text) + sum(len(turn["content"]) for turn in prompt) for prompt, text, _ in triples])
 
     def compute(indices: np.ndarray, advance: Callable[[int], None]) -> list[float]:

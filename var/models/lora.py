@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from var.models.structure import read_weight_names
+from var.models.structure import read_weight_shapes
 from var.utils.errors import UserError, brief
 
 HEAD = "score"  # head of a sequence classifier; all of its weights train
@@ -115,7 +115,7 @@ def merge_adapter(model: Any, folder: Path, keep: bool = False) -> Any:
     before = (model.get_input_embeddings(), model.get_output_embeddings())
     config = PeftConfig.from_pretrained(str(folder))
     misfit = f"the adapter {folder} does not fit its base {config.base_model_name_or_path}"
-    names = read_weight_names(folder, adapter=True) or set()
+    names = read_weight_shapes(folder, adapter=True) or {}
     for part in getattr(config, "modules_to_save", None) or ():  # peft would keep a part of the base in silence
         present = [name for name, _ in model.named_modules() if f".{name}".endswith(f".{part}")]
         if any(not any(name.startswith(f"{place}.") for name in names) for place in present):

@@ -16,7 +16,7 @@ from var.data.chat import Chat
 from var.models.checks import check_decoder, check_vocabulary, is_classifier
 from var.models.files import ModelFiles
 from var.models.lora import HEAD, merge_adapter
-from var.models.structure import blocks, parameters_on_meta, read_weight_names, untied_weights
+from var.models.structure import Shapes, blocks, parameters_on_meta, read_weight_shapes, untied_weights
 from var.utils.console import say
 from var.utils.errors import UserError
 
@@ -199,7 +199,7 @@ class Pretrained(ModelFiles):
 
     def can_fill(self, model: Any) -> bool:
         """Return whether `fill` finds all weights: transformers renames and merges some weights when it loads."""
-        return untied_weights(model).keys() <= (read_weight_names(self.folder) or set())
+        return untied_weights(model).keys() <= (read_weight_shapes(self.folder) or {}).keys()
 
     def load_scorer(self, new_head: bool = False, packed: bool = True) -> Any:
         """Load the model as a sequence classifier with one label. A head that is in no file is an error.
@@ -223,12 +223,12 @@ class Pretrained(ModelFiles):
         return self._prepare(model)
 
     @property
-    def weight_names(self) -> set[str] | None:
-        """The names of the weights in the files, of an adapter with those of its base; None if they are on the hub."""
+    def weight_shapes(self) -> Shapes | None:
+        """The weights in the files, of an adapter with those of its base; None if they are only on the hub."""
         if self.base is None:
-            return read_weight_names(self.config_folder)
-        own, below = read_weight_names(self.config_folder, adapter=True), self.base.weight_names
-        return None if own is None or below is None else own | below
+            return read_weight_shapes(self.config_folder)
+        own, below = read_weight_shapes(self.config_folder, adapter=True), self.base.weight_shapes
+        return None if own is None or below is None else {**below, **own}
 
     def _check_complete(self, missing: set[str]) -> None:
         """Raise a UserError for weights that are in no file. transformers initializes them at random."""
@@ -244,7 +244,7 @@ class Pretrained(ModelFiles):
         if self.base is not None:
             model, missing = self.base._load(kind, packed, **more)
             merged = merge_adapter(model, self.folder, keep=self.quantization is not None)
-            return merged, missing - (read_weight_names(self.folder, adapter=True) or set())
+            return merged, missing - (read_weight_shapes(self.folder, adapter=True) or {}).keys()
         options = self._options
         if not packed:
             del options["attn_implementation"]

@@ -13,6 +13,8 @@ from var.utils.errors import UserError
 
 INDEX = "model.safetensors.index.json"  # lists the weights of a model in several files
 
+Shapes = dict[str, tuple[int, ...] | None]  # the shapes of weights, or None, by name
+
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
@@ -43,18 +45,20 @@ def blocks(model: Any) -> Iterator[torch.nn.Module]:
     return (module for module in model.modules() if type(module).__name__ in names)
 
 
-def read_weight_names(folder: Path, adapter: bool = False) -> set[str] | None:
-    """Return the names of the weights in the files of a folder; None if they are not on this machine.
+def read_weight_shapes(folder: Path, adapter: bool = False) -> Shapes | None:
+    """Return the weights in the files of a folder by name; None if the files are not on this machine.
 
-    adapter: read those of a LoRA adapter, without the prefix that peft adds.
+    A shape is None if only the index is on this machine. adapter: read those of a LoRA adapter, without the prefix that
+    peft adds.
     """
+    shapes: Shapes = {}
     if not adapter and (folder / INDEX).exists():
-        return set(json.loads((folder / INDEX).read_text())["weight_map"])
-    names = set[str]()
+        shapes = dict.fromkeys(json.loads((folder / INDEX).read_text())["weight_map"])
     for file in folder.glob("adapter_model.safetensors" if adapter else "*.safetensors"):
         with safe_open(file, "pt") as weights:
-            names |= {name.removeprefix("base_model.model.") for name in weights.keys()}  # noqa: SIM118
-    return names or None
+            for name in weights.keys():  # noqa: SIM118  it is not a mapping
+                shapes[name.removeprefix("base_model.model.")] = tuple(weights.get_slice(name).get_shape())
+    return shapes or None
 
 
 def build_meta_scorer(config: Any, typed: str) -> Any:
@@ -68,9 +72,10 @@ def build_meta_scorer(config: Any, typed: str) -> Any:
         raise UserError(f"{typed}: transformers has no sequence classifier for {config.model_type}.") from error
 
 
-def list_head(model: Any) -> set[str]:
-    """Return the names of a classifier's weights outside its base model."""
-    return {name for name in model.state_dict() if not name.startswith(f"{model.base_model_prefix}.")}
+def list_head(model: Any) -> Shapes:
+    """Return the weights of a classifier outside its base model, with their shapes."""
+    prefix = f"{model.base_model_prefix}."
+    return {name: tuple(w.shape) for name, w in model.state_dict().items() if not name.startswith(prefix)}
 
 
 def list_positions(model: Any) -> Iterator[tuple[int, str]]:

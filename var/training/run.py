@@ -233,6 +233,8 @@ class Run:
                 raise UserError("eval.judge compares responses, and a reward model gives none. Set eval.judge=null.")
             return PairAccuracy(self.peaks)
         reward = instantiate(cfg.eval.reward) if cfg.eval.reward else None
+        if reward:
+            reward.fingerprint  # noqa: B018  raises errors of its model
         return Validation(
             sampling, cfg.eval.every_n_steps, reward, judge, cfg.eval.judged, self.annotator, self.folder, self.peaks
         )
