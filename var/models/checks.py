@@ -51,7 +51,7 @@ def check_vocabulary(tokenizer: Any, config: Any, render: Callable[[], str], typ
     if not (foreign := list_foreign_tokens(tokenizer, config)):
         return
     rows = config.get_text_config().vocab_size
-    problems = Problems(f"{typed}: the tokenizer has tokens for which the model has no embedding ({rows} in all)", 5)
+    problems = Problems(f"{typed}: the model has {rows} embeddings, too few for its tokenizer", 5)
     added = tokenizer.get_added_vocab()
     for token, number in foreign.items():
         if token not in added:

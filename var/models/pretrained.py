@@ -102,6 +102,16 @@ class Pretrained(ModelFiles):
             )
         return replace(self, path=name, revision=config.get("revision"), key=str(folder / ADAPTER))
 
+    @property
+    def origin(self) -> str:
+        """The weights that are used, in words; of an adapter, with its base."""
+        return super().origin if self.base is None else f"{self.base.origin}, with the adapter {super().origin}"
+
+    @property
+    def license(self) -> str | None:
+        """The license of the weights; of an adapter without a license, that of its base."""
+        return super().license or (None if self.base is None else self.base.license)
+
     @cached_property
     def weights(self) -> str:
         """A hash of the weights and of their config; of an adapter, including its base. No weights are downloaded."""

@@ -136,6 +136,11 @@ class Classifier:
     def _device(self) -> str:
         return bind_device() if self.device == "auto" else self.device
 
+    @property
+    def license(self) -> str | None:
+        """The license of the model, or None if it is not known here."""
+        return self._files.license
+
     def release(self) -> None:
         """Free the loaded model. The next use loads it again."""
         if self.__dict__.pop("_scorer", None) is not None:

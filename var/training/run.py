@@ -150,7 +150,7 @@ class Run:
         if model is None:
             model = pretrained.load_scorer(new_head=True) if scores else pretrained.load()
         if self.adapter is not None:
-            model = self.adapter.attach(model, pretrained.path, pretrained.revision)
+            model = self.adapter.attach(model, *pretrained.location)
         policy: Policy | ActorCritic | RewardModel = RewardModel(model.train()) if scores else Policy(model.train())
         if find(requirements, TokenValues):
             policy = ActorCritic(policy)  # type: ignore[arg-type]

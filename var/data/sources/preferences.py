@@ -9,6 +9,7 @@ from var.data.sources import local
 from var.data.sources.hub import HubSource, Part
 from var.data.sources.pairs import make_pair
 from var.utils.errors import UserError
+from var.utils.hub import download_license
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,11 @@ class Preferences(HubSource):
             raise UserError(f"data.path={self.path} is local: data.source.name and split apply to hub sets only")
         if (self.score_chosen is None) != (self.score_rejected is None):
             raise UserError("data.source: set both score_chosen and score_rejected, or neither")
+
+    @property
+    def license(self) -> str | None:
+        """The license in the card of the hub set, or None if it is not known here."""
+        return None if self.is_local else download_license(self.path, None, "dataset")
 
     @property
     def parts(self) -> Sequence[Part]:
