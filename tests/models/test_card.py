@@ -42,6 +42,10 @@ def test_front_matter_names_base_and_license(tmp_path: Path):
     export(tiny_model(), Chat(byte_tokenizer()), tmp_path / "out", CARD)
     front = yaml.safe_load((tmp_path / "out" / "README.md").read_text().split("---\n")[1])
     assert front["base_model"] == "tiny/base"
+    card = (tmp_path / "out" / "README.md").read_text()
+    for name in CARD.keys() - {"parts", "dtype", "quantization"}:
+        assert str(CARD[name]) in card
+    assert "loss:\n  _target_: var.losses.var.VAR\n  temperature: 0.25\n" in card
     assert front["license"] == read_license(str(tmp_path / "out")) == "apache-2.0"
 
 

@@ -52,12 +52,12 @@ def read_weight_shapes(folder: Path, adapter: bool = False) -> Shapes | None:
     peft adds.
     """
     shapes: Shapes = {}
-    if not adapter and (folder / INDEX).exists():
-        shapes = dict.fromkeys(json.loads((folder / INDEX).read_text())["weight_map"])
     for file in folder.glob("adapter_model.safetensors" if adapter else "*.safetensors"):
         with safe_open(file, "pt") as weights:
             for name in weights.keys():  # noqa: SIM118  it is not a mapping
                 shapes[name.removeprefix("base_model.model.")] = tuple(weights.get_slice(name).get_shape())
+    if not shapes and not adapter and (folder / INDEX).exists():
+        return dict.fromkeys(json.loads((folder / INDEX).read_text())["weight_map"])
     return shapes or None
 
 
