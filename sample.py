@@ -43,6 +43,7 @@ def main(cfg: DictConfig) -> None:
     rows = rows.head(run.data.settings.limit)
     check_answers(annotator.reward, rows)
     annotator.check()
+    annotator.check_rows(rows)
     samples = sample_responses(annotator, rows, generate)
     scores = score_candidates(annotator, rows, generate) if annotator.reward.scores_text else None
     sampling = sampling_fingerprint(annotator, generate)

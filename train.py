@@ -42,7 +42,7 @@ def main(cfg: DictConfig) -> float | None:
     from lightning import seed_everything
 
     from var.config.choices import describe_choices
-    from var.models.export import write_card
+    from var.models.card import write_card
     from var.report.write import plot
     from var.training import dry_run, show_rows
     from var.training.alternatives import check_memory

@@ -13,9 +13,11 @@ DATED = TEMPLATE.replace("{% for", "{{ '<system>' + strftime_now('%d %b %Y') + '
 """A template that begins with the current date, as that of Llama 3.1."""
 
 CARD = {
-    "base": "tiny/base", "loss": "var", "name": "tiny-var", "doc": "var.losses.var", "version": "0.1.0",
-    "table": "| reward | 0.1 | 0.9 |", "data": "arithmetic", "plan": "0123456789abcdef", "reward": "exact",
-    "steps": 3, "seed": 0, "changes": "",
+    "base": "tiny/base", "origin": "tiny/base at commit 3f1", "license": "apache-2.0", "loss": "var",
+    "name": "tiny-var", "version": "0.1.0", "table": "| reward | 0.1 | 0.9 |", "data": "arithmetic",
+    "data_license": "mit", "plan": "0123456789abcdef", "reward": "`exact`", "steps": 3, "seed": 0,
+    "parts": {"loss": {"_target_": "var.losses.var.VAR", "temperature": 0.25}}, "dtype": "float32",
+    "quantization": None, "changes": "",
 }  # fmt: skip
 
 

@@ -99,14 +99,6 @@ def test_contradictory_generation_config_is_not_exported(tmp_path: Path, capsys:
     assert "generation_config contradicts itself and is not exported" in capsys.readouterr().out.replace("\n", " ")
 
 
-def test_model_card_states_how_the_model_was_made(tmp_path: Path):
-    export_tiny(tmp_path / "out")
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert card.startswith("---\nbase_model: tiny/base\n")
-    for value in CARD.values():
-        assert str(value) in card
-
-
 def test_export_replaces_earlier_and_killed_exports(tmp_path: Path):
     for folder in ("out", "out.partial"):
         (tmp_path / folder).mkdir()

@@ -15,7 +15,7 @@ from var.data.messages import prompt_content, texts_in
 from var.data.rows import Rows
 from var.data.sequences import Sequences
 from var.requirements import Rewards
-from var.rewards.base import Triple, Triples, check_answers, check_scores, compute_scores
+from var.rewards.base import Triple, Triples, check_answers, check_scores, check_texts, compute_scores
 from var.sampling.base import Sampling
 from var.utils.console import warn
 from var.utils.errors import Problems, UserError
@@ -72,6 +72,8 @@ def score(annotator: Annotator, triples: Sequence[Triple], title: str = "Scoring
     """Return [n] raw rewards of (prompt, response, answer) in any pairing."""
     table = annotator.annotations.table("rewards", {"reward": annotator.reward.fingerprint}, pa.float64())
     keys = as_keys([hash_content(prompt_content(prompt), *rest) for prompt, *rest in triples])
+    if annotator.annotate == "fill" and not annotator.dry:
+        check_texts(annotator.reward, (triples[i] for i in np.flatnonzero(table.missing(keys)).tolist()))
     cost = np.array([len(text) + sum(map(len, texts_in(list(prompt)))) for prompt, text, _ in triples])
 
     def compute(indices: np.ndarray, advance: Callable[[int], None]) -> list[float]:

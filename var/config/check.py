@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from var.config import signatures
-from var.config.run_dir import model_name, run_dir
+from var.config.run_dir import model_name, own_key, run_dir
 from var.utils.errors import Problems, UserError
 
 FOLDER = str(Path(__file__).parents[2] / "conf")
@@ -48,6 +48,7 @@ PATHS = {
 }  # fmt: skip
 
 OmegaConf.register_new_resolver("run_dir", run_dir, replace=True, use_cache=False)
+OmegaConf.register_new_resolver("own_key", own_key, replace=True, use_cache=False)
 OmegaConf.register_new_resolver("model_name", model_name, replace=True, use_cache=False)
 
 

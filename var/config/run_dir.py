@@ -49,6 +49,11 @@ def model_name(name: str | None, *, _parent_: DictConfig) -> str:
     return re.sub(r"[^a-z0-9._-]+", "-", last.lower())
 
 
+def own_key(*, _parent_: DictConfig) -> str:
+    """Return the key of the part of the configuration that this is written in, such as `second_reward`."""
+    return _parent_._get_full_key(None)
+
+
 def run_dir(root: str, model: str, data: str, loss: str, *, _root_: DictConfig) -> str:
     """Return the folder of a run. The same command finds it again and resumes; resume=false gives a new number."""
     if not _root_["runs"]:  # the run's folder would be in /

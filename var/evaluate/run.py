@@ -101,6 +101,7 @@ class Evaluation:
         chats = [candidate.annotator.chat for candidate in self.candidates]
         for candidate in self.candidates:
             candidate.annotator.check()
+            candidate.annotator.check_rows(self.prompts.rows)
         if any(chat.tokenizer.get_vocab() != chats[0].tokenizer.get_vocab() for chat in chats):
             raise UserError(
                 "reference: its vocabulary differs from the model's, so their KL divergence is "

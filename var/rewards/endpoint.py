@@ -35,15 +35,16 @@ class Endpoint:
     chat_template: str | None = None  # renders the texts of `query`; None: messages are joined by blank lines
     request: Mapping[str, Any] = field(default_factory=dict)  # further fields of the request body
     version: str = ""  # any text that distinguishes versions of the model: no server reports a hash of its weights
+    key: str = field(default="reward", compare=False)  # where these settings are, for messages
 
     scores_text = True
 
     def __post_init__(self) -> None:
         if self.protocol not in PATHS:
-            raise UserError(f"reward.protocol: expected query, pooling or classify, got {self.protocol}")
+            raise UserError(f"{self.key}.protocol: expected query, pooling or classify, got {self.protocol}")
         if self.chat_template is not None and self.protocol != "query":
             raise UserError(
-                f"reward.chat_template: has no effect with protocol={self.protocol}, where the server renders the "
+                f"{self.key}.chat_template: has no effect with protocol={self.protocol}, where the server renders the "
                 "messages. Start the server with its option --chat-template"
             )
 
@@ -88,7 +89,7 @@ class Endpoint:
                 add_generation_prompt=add_generation_prompt, bos_token="", eos_token="",
             )  # fmt: skip
         except Exception as error:  # expressions of a template can raise anything
-            raise UserError(f"reward.chat_template: {type(error).__name__}: {error}") from error
+            raise UserError(f"{self.key}.chat_template: {type(error).__name__}: {error}") from error
         return str(rendered[0][0])
 
     def _find_fault(self, reply: dict[str, Any]) -> str | None:

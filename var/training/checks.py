@@ -12,14 +12,11 @@ from omegaconf import DictConfig
 from var.config.schema import TrainerSettings
 from var.models.lora import LoRA
 from var.models.pretrained import Pretrained
-from var.requirements import Requirement, SequenceScores, find
 from var.utils.console import say
 from var.utils.errors import Problems, UserError, brief
 
 
-def check_adapter(
-    cfg: DictConfig, pretrained: Pretrained, adapter: LoRA | None, requirements: tuple[Requirement, ...]
-) -> None:
+def check_adapter(cfg: DictConfig, pretrained: Pretrained, adapter: LoRA | None) -> None:
     """Raise UserError for what an adapter, or a model without one, cannot do."""
     problems, kind = Problems("the model cannot be trained"), pretrained.quantization
     if kind and adapter is None and not cfg.dry:
@@ -29,8 +26,6 @@ def check_adapter(
             "strategy",
             f"{cfg.strategy.name} does not shard quantized weights; strategy=ddp keeps a copy on each device",
         )
-    if adapter is not None and find(requirements, SequenceScores) and not adapter.merge:
-        problems.add("adapter.merge", "must be true: a reward model's head is not part of its adapter")
     problems.check()
 
 

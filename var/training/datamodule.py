@@ -131,6 +131,7 @@ class AlignmentData(lightning.LightningDataModule):
         if settings.limit is not None and settings.limit < len(rows):
             report.rows_beyond_limit = len(rows) - settings.limit
         rows = rows.head(settings.limit)
+        self.annotator.check_rows(rows)
         for provider in self.providers:
             provider.check_rows(data, rows)
         development = max((provider.development_prompts for provider in self.providers), default=0)

@@ -137,7 +137,7 @@ class Run:
             scale=Scale(kind=cfg.reward_scale),
             live=cfg.reference == "live",
         )
-        check_adapter(cfg, pretrained, adapter, data.requirements)
+        check_adapter(cfg, pretrained, adapter)
         count_accumulation(cfg, settings)
         cfg, plan = choose_strategy(cfg, settings)
         annotator.reference.shard = cfg.strategy.name == "fsdp" if plan is None else plan.shard_reference
@@ -164,9 +164,9 @@ class Run:
         by_part = cfg.strategy.name == "fsdp" and self.adapter is None and not scores
         model, fill = load_to_shard(pretrained) if by_part else (None, None)
         if model is None:
-            model = pretrained.load_scorer() if scores else pretrained.load()
+            model = pretrained.load_scorer(new_head=True) if scores else pretrained.load()
         if self.adapter is not None:
-            model = self.adapter.attach(model, pretrained.path, pretrained.revision)
+            model = self.adapter.attach(model, *pretrained.location)
         policy: Policy | ActorCritic | RewardModel = RewardModel(model.train()) if scores else Policy(model.train())
         if find(requirements, TokenValues):
             policy = ActorCritic(policy)  # type: ignore[arg-type]
@@ -249,6 +249,8 @@ class Run:
                 raise UserError("eval.judge compares responses, and a reward model gives none. Set eval.judge=null.")
             return PairAccuracy(self.peaks)
         reward = instantiate(cfg.eval.reward) if cfg.eval.reward else None
+        if reward:
+            reward.fingerprint  # noqa: B018  raises errors of its model
         return Validation(
             sampling, cfg.eval.every_n_steps, reward, judge, cfg.eval.judged, self.annotator, self.folder, self.peaks
         )

@@ -31,6 +31,8 @@ class HHA(local.LocalSource):
     skipped and counted.
     """
 
+    license = "mit"
+
     folder: str  # holds hha_test_<subset>.jsonl.gz or .jsonl, or is LoL-RL's data/hh_test with <subset>.json
     subsets: tuple[str, ...] | None = None  # None: every test set in the folder; `dev` reads hha_dev
     skip_bad: bool = True  # skip the rows in LoL-RL's list of bad rows, by position from 0

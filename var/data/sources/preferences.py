@@ -8,6 +8,7 @@ from var.data.rows import Row
 from var.data.sources.detection import FormSource
 from var.data.sources.forms import IMPLICIT, PAIRS
 from var.data.sources.pairs import is_empty
+from var.utils.hub import download_license
 
 
 @dataclass(kw_only=True)
@@ -24,6 +25,11 @@ class Preferences(FormSource):
 
     allowed: ClassVar = {form: form.example for form in (PAIRS, IMPLICIT)}
     advice = "Use data=files, or name the columns as in data.columns='{chosen: better, rejected: worse}'."
+
+    @property
+    def license(self) -> str | None:
+        """The license in the card of the hub set, or None if it is not known here."""
+        return None if self.is_local else download_license(self.path, None, "dataset")
 
     def row(self, where: str, record: Any) -> Row | None:
         """Return a pair, the chosen response first."""
