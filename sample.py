@@ -1,5 +1,7 @@
 """Sample and reward a model's responses to the data's prompts: `python sample.py init=runs/… out=rows.jsonl`."""
 
+import var.config.installed  # isort: skip  # noqa: F401  before what may be missing
+
 import hydra
 from omegaconf import DictConfig
 

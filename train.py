@@ -1,5 +1,7 @@
 """Align a language model: sample and annotate what is missing, train, evaluate, export. `python train.py --help`."""
 
+import var.config.installed  # isort: skip  # noqa: F401  before what may be missing
+
 import hydra
 from omegaconf import DictConfig
 
