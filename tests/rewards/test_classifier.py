@@ -191,3 +191,19 @@ def test_classifier_with_two_labels_is_an_error(tmp_path: Path):
     for ask in (lambda one: one.fingerprint, lambda one: score(one, ["x"])):
         with pytest.raises(UserError, match="expected a classifier with one label, got 2"):
             ask(make_classifier(path))
+
+
+def test_messages_name_the_key_of_the_reward():
+    """Each reward knows where it was set: as eval.reward, as a member of an ensemble, or as the reward of a judge."""
+    from hydra.utils import instantiate
+
+    from tests.helpers.runs import composed
+
+    cfg = composed(
+        "reward=ensemble", "+reward@reward.members.a=classifier", "reward.members.a.path=x", "+judge@eval.judge=reward",
+        "+reward@eval.reward=classifier", "eval.reward.path=y",
+    )  # fmt: skip
+    assert instantiate(cfg.eval.reward).key == "eval.reward"
+    assert instantiate(cfg.reward).members["a"].key == "reward.members.a"
+    assert instantiate(cfg.eval.judge).reward.members["a"].key == "reward.members.a"
+    assert Classifier(path="z").key == "reward"
