@@ -13,6 +13,7 @@ from tests.helpers.runs import Killed, Result, assert_identical, column, compose
 from var.training.checkpoints import checkpoints
 from var.training.module import AlignmentModule
 from var.training.run import Run
+from var.training.summary import check_same_settings
 from var.utils.errors import UserError
 
 MORE = ("data.global_batch=4", "data.micro_batch=2", "trainer.precision=32-true", "trainer.checkpoint_every_n_steps=1")
@@ -169,7 +170,7 @@ def test_saved_configuration_states_what_runs(saved, options, tmp_path):
 
 
 def test_places_loggers_and_devices_may_differ_silently(saved, options, tmp_path, capsys):
-    words = (f"runs={tmp_path}/elsewhere", "logger=tensorboard", "trainer.keep_checkpoint=true")
+    words = (f"runs={tmp_path}/elsewhere", "logger=tensorboard", "trainer.keep_checkpoint=true", "strategy=ddp")
     run = Run.compose(composed(*options, *MORE, *words, f"resume={saved}"), tmp_path / "other")
     assert run.recorded.changes == []
     assert "resume:" not in capsys.readouterr().out
@@ -178,3 +179,26 @@ def test_places_loggers_and_devices_may_differ_silently(saved, options, tmp_path
 def test_empty_resume_is_an_error(options, tmp_path):
     with pytest.raises(UserError, match=r"resume= is empty"):
         Run.compose(composed(*options, "resume="), tmp_path)
+
+
+def test_other_form_of_checkpoint_is_rejected(saved, options, tmp_path):
+    with pytest.raises(UserError, match="strategy: auto → fsdp; the checkpoint is stored in the form"):
+        Run.compose(composed(*options, *MORE, "strategy=fsdp", f"resume={saved}"), tmp_path / "other")
+
+
+def test_checkpoint_of_an_earlier_version_is_not_compared(saved, options, tmp_path, capsys):
+    state = torch.load(saved, weights_only=True)
+    del state["settings"]
+    torch.save(state, tmp_path / "old.ckpt")
+    fit(options, tmp_path / "other", *MORE, "optim.optimizer.lr=0.5", f"resume={tmp_path}/old.ckpt")
+    assert "they are not compared" in " ".join(capsys.readouterr().out.split())
+
+
+def test_finished_run_with_other_settings_is_an_error(tmp_path):
+    """It can only be in a folder that the user names."""
+    cfg = {"optim": {"optimizer": {"lr": 0.1}}, "eval": {"enabled": True}, "runs": "a"}
+    finished = {"folder": "runs/mine", "config": {**cfg, "runs": "b", "eval": {"enabled": False}}}
+    check_same_settings(OmegaConf.create(cfg), finished)
+    finished["config"]["optim"] = {"optimizer": {"lr": 0.2}}
+    with pytest.raises(UserError, match=r"runs/mine holds a finished run .*\n  optim\.optimizer\.lr: 0\.2 → 0\.1"):
+        check_same_settings(OmegaConf.create(cfg), finished)

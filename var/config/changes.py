@@ -1,6 +1,6 @@
 """What differs between the settings of a checkpoint and those of the command that resumes from it.
 
-docs/settings.md has the same table for readers.
+docs/gpus.md has the same table for readers.
 """
 
 import re
@@ -22,7 +22,10 @@ APPLIED = (
     "model.compile", "model.attention", "model.trust_remote_code", r"generate\.batch(_tokens)?",
     r".+\.client\.(base_url|api_key_env|concurrency|timeout|retries|price_in|price_out|max_cost)",
     r"reward\.(tokens|timeout|architecture)(\..+)?", r"sampler\.(gpu_memory_utilization|tensor_parallel_size)",
+    r"strategy\.(gradient_as_bucket_view|save_distributed_checkpoint)",
 )  # fmt: skip
+# Strategies whose checkpoints hold complete states, for any number of devices.
+COMPLETE = {"auto", "ddp"}
 # They may have moved. The data module compares the plan and the weights with those of the checkpoint.
 PLACES = ("data.source.path", "model.path", "model.revision", "init")
 # Why a part of the configuration cannot change, by the start of its keys.
@@ -68,7 +71,9 @@ class Change:
 
 def list_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
     """Return the settings that differ and that a run depends on, in the order of the configuration."""
-    return [change for change in _compare("", before, after) if not _matches(change.key, SILENT)]
+    changes = [change for change in _compare("", before, after) if not _matches(change.key, SILENT)]
+    names = {settings.get("strategy", {}).get("name") for settings in (before, after)}
+    return [change for change in changes if change.key != "strategy" or not names <= COMPLETE]
 
 
 def _compare(path: str, before: Any, after: Any) -> Iterator[Change]:
@@ -86,5 +91,5 @@ def _matches(key: str, patterns: tuple[str, ...]) -> bool:
 
 def _show(value: Any) -> str:
     if isinstance(value, Mapping):
-        return str(value.get("_target_") or value.get("name") or dict(value)).rpartition(".")[2]
+        return str(value.get("name") or value.get("_target_") or dict(value)).rpartition(".")[2]
     return "null" if value is None else str(value)

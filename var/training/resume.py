@@ -19,7 +19,6 @@ from var.utils.errors import Problems
 from var.utils.files import atomic, write_json
 
 OPTIMIZER = "optim.optimizer."
-COMPLETE = ("auto", "ddp")  # strategies whose checkpoints are complete, on any number of devices
 
 
 class Settings(Callback):
@@ -43,14 +42,15 @@ class Settings(Callback):
         self.cfg, self.folder = cfg, folder
         self.config = to_dict(cfg)
         self.config["trainer"]["precision"] = settings.arithmetic
-        if cfg.strategy.name in COMPLETE:
-            self.config["strategy"] = {"name": "complete"}
         self.changes = list[Change]()
         """The settings that differ from those of the checkpoint."""
         self.history = list[dict[str, Any]]()
         """For each resume that changed settings: the step after which they hold, and values before and after by key."""
         if saved is None:
             return
+        optimizer = instantiate(cfg.optim.optimizer, _convert_="all")([torch.nn.Parameter(torch.zeros(2, 2))])
+        group = optimizer.param_groups[0]
+        self._numbers = {str(name) for name in cfg.optim.optimizer if _is_numeric(group.get(name))}
         if (own := saved.get("settings")) is None:
             warn("resume: the checkpoint does not say with which settings it was made, so they are not compared.")
             return
@@ -64,8 +64,6 @@ class Settings(Callback):
 
     def _check(self, steps_per_epoch: int, step: int) -> None:
         problems = Problems("resume: these settings cannot differ from those of the checkpoint")
-        group = instantiate(self.cfg.optim.optimizer, _convert_="all")([torch.nn.Parameter(torch.zeros(2, 2))])
-        self.adjustable = {name for name, value in group.param_groups[0].items() if _is_numeric(value)}
         for change in self.changes:
             if not change.is_applied and not self._is_hyperparameter(change):
                 problems.add(change.key, f"{change.show_values()}; {change.reason}")
@@ -84,15 +82,14 @@ class Settings(Callback):
         """Whether a change is of a number that the optimizer reads in each step."""
         name = change.key.removeprefix(OPTIMIZER)
         values = _is_numeric(change.before) and _is_numeric(change.after)
-        return change.key.startswith(OPTIMIZER) and name in self.adjustable and values
+        return change.key.startswith(OPTIMIZER) and name in self._numbers and values
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Apply the changes, after everything is restored, and record them."""
         assert isinstance(module, TrainingHooks)
         if trainer.ckpt_path is None:
             return
-        names = [change.key.removeprefix(OPTIMIZER) for change in self.changes if change.key.startswith(OPTIMIZER)]
-        module.apply_hyperparameters(names)
+        module.apply_hyperparameters(self._numbers)
         if trainer.is_global_zero:
             self.write()
 
