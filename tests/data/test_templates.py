@@ -22,7 +22,7 @@ from var.data.template import MARK
 hypothesis.configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")
 # What a row may be rejected for. Everything else has to be encoded.
 REASONS = ("the response is empty after rendering", "no é", "escapes characters")
-PAIRS = [(kind, name) for kind in KINDS for name in FORMS if name != "own"]
+PAIRS = [(kind, name) for kind in KINDS for name in FORMS if kind != "split" and name != "own"]
 PAIRS += [("smollm2", name) for name in ("own", "llama3", "qwen3", "mistral", "plain")]
 TOOL_PAIRS = [(kind, name) for kind, name in PAIRS if FORMS[name].tools]
 
@@ -57,7 +57,7 @@ def texts(name: str, min_size: int = 0) -> st.SearchStrategy[str]:
     spaces = ["\n", "\n\n", " ", "  ", "\t", "\r\n", "    ", "\u2009", "\u00a0", "\u3000"]
     others = [
         "a", "the tide", "user", "system", "assistant", "s", "\\n", '"', "{}", "[INST]", "### Assistant:\n", "é",
-        "e\u0301", "日本", "😀", "\u212b", "\x00", "\ufffd", "▁", "Ġ", "x = 1\n    y", "{{ m }}", "\\u00e9",
+        "e\u0301", "日本", "😀", "\u212b", "\x00", "\ufffd", "\ufdd1", "▁", "Ġ", "x = 1\n    y", "{{ m }}", "\\u00e9",
     ]  # fmt: skip
     characters = st.characters(exclude_categories=["Cs"], exclude_characters=[MARK])
     pieces = [st.sampled_from(choices) for choices in (tokens, parts, spaces, others)]
@@ -317,7 +317,8 @@ def test_reasoning_is_reported_and_turned_off_by_row(chat_of: Any, smollm2: Path
     assert off.prompt(Prompt(user, (), {"enable_thinking": True})) == chat.prompt(user)
     assert chat.encode(user, f"{block}4").changes == ()
     earlier = [*user, {"role": "assistant", "content": "<think>\nhm\n</think>\n\n4"}, *user]
-    assert chat.check_prompt(earlier) == [r"the assistant's message 1 is [-<think>\nhm\n</think>\n\n-]4"]
+    written = r"the assistant's message 1 is not as written, '<think>\nhm\n</think>\n\n4'"
+    assert chat.check_prompt(earlier) == [written]
     with pytest.raises(ValueError, match="does not read sing"):
         chat.prompt(Prompt(user, (), {"sing": True}))
 

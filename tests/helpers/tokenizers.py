@@ -66,6 +66,7 @@ KINDS: dict[str, Callable[[], Tokenizer]] = {
     "bytes": lambda: byte_tokenizer(None).backend_tokenizer,  # no merges
     "gpt2": lambda: train_bytes(trim=True),
     "qwen": lambda: train_bytes(normalizer=normalizers.NFC(), split=True),
+    "split": lambda: train_bytes(split=True),  # as Llama 3's
     "strip": train_bytes,  # its control tokens swallow the spaces around them, as Phi-3's
     "added": train_bytes,  # its control tokens are not special
     "first": lambda: train_sentencepiece("first"),

@@ -197,7 +197,7 @@ class Template:
         around = [{**m, "content": f"{BEGIN}{i}{BEGIN}{contents[i]}{END}"} for i, m in enumerate(prompt)]
         with suppress(ValueError):
             text = self.render([a if contents[i].strip() else prompt[i] for i, a in enumerate(around)], prompt, True)
-            if _squeeze(PLACE.sub(r"\2", text)) == _squeeze(rendered):
+            if not {BEGIN, END} & set(rendered) and _squeeze(PLACE.sub(r"\2", text)) == _squeeze(rendered):
                 return [(int(i), part.replace(MARK, "")) for i, part in PLACE.findall(text)]
         text, at, places = rendered.replace(MARK, ""), 0, list[tuple[int, int, str]]()
         for i, content in enumerate(contents):
@@ -267,9 +267,9 @@ class Template:
         return Tokens(ids, offsets, marked.replace(MARK, ""))
 
     def find_control(self, ids: Sequence[int]) -> list[str]:
-        """Return the control tokens among some ids, without that for unknown characters."""
-        tokens = [self._control_ids[token] for token in ids if token in self._control_ids]
-        return [token for token in tokens if token != self.tokenizer.unk_token]
+        """Return the control tokens among some ids, without that for unknown characters unless it ends a response."""
+        unknown = {self.tokenizer.unk_token_id} - self.ends
+        return [self._control_ids[token] for token in ids if token in self._control_ids and token not in unknown]
 
     @cached_property
     def _control_ids(self) -> dict[int, str]:
