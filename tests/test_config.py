@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from tests.helpers.runs import ROOT, composed
 from var.config.check import EVAL, FOLDER, TRAIN, check, fits
-from var.config.entry import RENAMED, _expand_home, list_keys, run_command
+from var.config.entry import RENAMED, _add_free_keys, _expand_home, list_keys, run_command
 from var.config.run_dir import run_dir
 from var.evaluate.run import Evaluation
 from var.training.loggers import Curves, make_loggers
@@ -393,3 +393,22 @@ def test_home_folder_is_expanded_in_values() -> None:
     assert _expand_home("data.path=~/a.jsonl,~/b.jsonl") == f"data.path={home}/a.jsonl,{home}/b.jsonl"
     for word in ("~data.limit", "model.path=a~/b", "-m"):
         assert _expand_home(word) == word
+
+
+def test_mappings_with_keys_of_the_user_need_no_plus_sign():
+    """Hydra sets no key that is not in the configuration without it."""
+    for word in (
+        "model.chat_template_kwargs={thinking: false}",
+        "sampler.request.top_k=-1",
+        "eval.judge.request={a: 1}",
+    ):
+        assert _add_free_keys(word) == f"++{word}"
+    for word in (
+        "+sampler.request.top_k=-1",
+        "~reward.request",
+        "data=files",
+        "--help",
+        "request=1",
+        "x.y=a.request=1",
+    ):
+        assert _add_free_keys(word) == word
