@@ -1,5 +1,7 @@
 """Sample and reward a model's responses to the data's prompts: `python sample.py init=runs/… out=rows.jsonl`."""
 
+import var.config.installed  # isort: skip  # noqa: F401  before what may be missing
+
 import hydra
 from omegaconf import DictConfig
 
@@ -26,7 +28,7 @@ def main(cfg: DictConfig) -> None:
         del cfg.out
     check(cfg, TRAIN, imports=False)
 
-    from var.annotate.responses import check_variety, sample_responses, sampling_fingerprint
+    from var.annotate.responses import sample_responses, sampling_fingerprint
     from var.annotate.rewards import score_candidates
     from var.data.rows import read
     from var.rewards.base import check_answers
@@ -34,21 +36,24 @@ def main(cfg: DictConfig) -> None:
     from var.utils.console import say
     from var.utils.files import atomic
 
-    run = Run.compose(cfg, Path("."))
+    run = Run.compose(cfg, Path("."), keep_date=False)
     annotator, generate = run.annotator, run.data.training_set.sampling
-    annotator.check(out=out.parent)
-    rows = read(run.data.source, annotator.cache).head(run.data.settings.limit)
+    annotator.check_folders(out=out.parent)
+    rows = read(run.data.source, annotator.cache)
+    if rows.description:
+        say(f"Data: {rows.description}")
+    rows = rows.head(run.data.settings.limit)
     check_answers(annotator.reward, rows)
+    annotator.check()
+    annotator.check_rows(rows)
     samples = sample_responses(annotator, rows, generate)
-    check_variety(samples, generate)
     scores = score_candidates(annotator, rows, generate) if annotator.reward.scores_text else None
     sampling = sampling_fingerprint(annotator, generate)
     written = empty = without_response = 0
     with atomic(out) as file:
         for i, (row, several) in enumerate(zip(rows, samples, strict=True)):
             responses = [
-                {"text": sample.text, "finished": sample.finished, "source": cfg.init or cfg.model.path}
-                | ({} if sample.ids is None else {"ids": sample.ids})
+                {**sample.record, "source": cfg.init or cfg.model.path}
                 | ({} if scores is None else {"score": float(scores[i, k])})
                 for k, sample in enumerate(several)
             ]

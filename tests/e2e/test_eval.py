@@ -15,7 +15,6 @@ from tests.helpers.models import saved, tiny_model
 from tests.helpers.runs import ROOT
 from tests.helpers.servers import Broken, completion, served
 from var.data.chat import Chat
-from var.evaluate.answers import tokenize_response
 from var.models.packing import pack
 from var.models.policy import Policy
 from var.report.read import EvaluationRecord
@@ -70,7 +69,7 @@ def test_kl_to_another_model_is_its_log_ratio(base: list[str], tiny_folder: Path
     chat, ids, starts = Chat(byte_tokenizer()), [], []
     for record in map(json.loads, (place / "answers.jsonl").read_text().splitlines()):
         for one in record["model"]:
-            ids.append([*chat.prompt(record["prompt"]), *tokenize_response(chat, one["text"], one["finished"])])
+            ids.append([*chat.prompt(record["prompt"]), *one["ids"]])
             starts.append(len(chat.prompt(record["prompt"])))
     batch = pack(ids, starts)
     with torch.no_grad():

@@ -11,6 +11,7 @@ import torch
 from numpy.testing import assert_allclose
 
 from tests.helpers.models import pretrained
+from tests.helpers.packing import unpack_sequences
 from tests.helpers.runs import write_lines
 from var.data.chat import Chat
 from var.data.rows import Rows, read
@@ -21,9 +22,10 @@ from var.models.policy import Policy
 from var.rewards.dataset_score import Score
 from var.rewards.programmatic import ExactNumber
 from var.rewards.scale import Scale
+from var.sampling.base import Sample
 from var.utils.errors import UserError
 
-TEXTS = [[("3", True), ("it is 44", False)], [("", True), ("4.", True)]]
+TEXTS = [[Sample("3", True), Sample("it is 44", False)], [Sample("", True), Sample("4.", True)]]
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +49,23 @@ def test_answers_are_scored_against_the_row_on_the_given_scale(rows, tokenizer):
     assert found.lengths.tolist() == [[1, 8], [0, 2]]
     assert found.finished.tolist() == [[True, False], [True, True]]
     assert found.texts == [["3", "it is 44"], ["", "4."]]
+
+
+def test_drawn_tokens_are_counted_and_scored(rows, tokenizer):
+    """A byte that is not text and a special token are one token each. Encoded again, their texts are 3 and 1."""
+    chat = Chat(tokenizer)
+    byte, user, three = 187, 258, tokenizer("3")["input_ids"][0]
+    drawn = [[[byte, three, 257], [three, user]], [[257], [byte]]]
+    texts = [[Sample.of(chat, ids) for ids in several] for several in drawn]
+    found = score_answers(rows, texts, ExactNumber(), Scale(), chat)
+    assert found.texts == [["\ufffd3", "3<user>"], ["", ""]]
+    assert found.lengths.tolist() == [[2, 2], [0, 1]]
+    assert found.finished.tolist() == [[True, False], [True, False]]
+    for batch, row, several in zip(pack_answers(chat, rows, texts), rows, drawn, strict=True):
+        ids, starts = unpack_sequences(batch)
+        assert ids == [[*chat.prompt(row.prompt), *one] for one in several]
+        assert starts == [len(chat.prompt(row.prompt))] * 2
+    assert [len(chat.tokenize_answer(text, False)) for text in found.texts[0]] == [4, 7]
 
 
 def test_without_a_reward_of_text_there_are_lengths_only(rows, tokenizer):
@@ -98,7 +117,7 @@ def test_divergence_is_the_difference_of_log_probabilities(rows, tokenizer, load
 
 def test_samples_hold_answers_before_and_after(rows, tokenizer):
     before = score_answers(rows, TEXTS, ExactNumber(), Scale(), Chat(tokenizer))
-    after = score_answers(rows, [[("3", True), ("3", True)]] * 2, Score(), Scale(), Chat(tokenizer))
+    after = score_answers(rows, [[Sample("3", True)] * 2] * 2, Score(), Scale(), Chat(tokenizer))
     found = json.loads(json.dumps(samples(rows, before, after)))
     assert found[1] == {
         "id": "r.jsonl:2", "prompt": [{"role": "user", "content": "2 + 2"}], "answer": "4",

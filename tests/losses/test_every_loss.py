@@ -1,6 +1,7 @@
 """Checks that all losses, or the losses of one family, share: divisors, requirements, settings and shared errors."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -53,6 +54,11 @@ LOSSES = [
     KTO(beta=0.5, desirable_weight=1.5), InfoNCA(beta=0.5, temperature=0.5), NCA(beta=0.5, temperature=0.5),
     GRPO(beta=0.2), GRPO(beta=0.2, normalize="token"), GRPO(beta=0.2, normalize="constant", length=7),
     RLOO(beta=0.5), PPO(beta=0.5, gamma=0.9), VAROnline(temperature=2.0, drop_zero_variance=False),
+]  # fmt: skip
+
+UNCLIPPED = [
+    RLoL(clip=None), RLoL(ratio="token", clip=None), ALoL(value=VALUE_FIT, clip=None, clamp=False, draw="all"),
+    GRPO(beta=30.0, clip_high=1e6), PPO(clip_value=math.inf), APO(beta=2.0), IPO(beta=2.0),
 ]  # fmt: skip
 
 # Three pairs, or a group of four and a group of two. Every field that a loss may require is present. The mean of
@@ -153,6 +159,30 @@ def test_large_margin_has_the_exact_loss_and_gradient_in_float32(loss, logps, va
     batch = make_batch([1, 1], reference_logps=[0.0, 0.0])
     found = value_and_gradient(lambda x: loss(x, batch)[0], torch.tensor(logps))
     assert_close(found, (torch.tensor(value), torch.tensor(gradient)))
+
+
+@pytest.mark.parametrize("shift", [30.0, 89.0, 1e4])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("loss", [*LOSSES, *UNCLIPPED], ids=lambda loss: type(loss).__name__)
+def test_extreme_log_ratios_in_float32_equal_float64(loss, sign, shift):
+    """Each token of a pair's better or of its worse responses is `shift` nats more or less likely than under the
+    reference and the sampling policy. What exceeds float32 is finite and huge, with the right sign."""
+    for part in ([1, 0, 1, 0, 1, 0], [0, 1, 0, 1, 0, 1], [1, 1, 1, 1, 1, 1]):
+        logps, batch = make_parts(0, 6, [0, 0, 0, 0, 1, 1])
+        moved = sign * shift * torch.tensor(part)[batch.sequence]
+        logps = logps + moved.clamp(max=0)
+        fields = {name: getattr(batch, name) - moved.clamp(min=0) for name in ("reference_logps", "old_logps")}
+        exact = replace(batch, **fields)
+        rounded = exact._with(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
+        expected = value_and_gradient(lambda x, batch=exact: loss(x, batch)[0], logps)
+        found = value_and_gradient(lambda x, batch=rounded: loss(x, batch)[0], logps.float())
+        metrics = loss(logps.float(), rounded)[1]
+        assert all(math.isfinite(mean.total) for mean in metrics.values())
+        for single, exact_one in zip(found, expected, strict=True):
+            assert bool(single.isfinite().all())
+            huge = exact_one.abs() > 1e34
+            assert bool(((single[huge] * exact_one[huge].sign()) > 1e33).all())
+            assert_close(single[~huge].double(), exact_one[~huge], rtol=2e-5, atol=1e-6 * shift)
 
 
 ROLLOUT = "Rollout Rewards OldLogps"

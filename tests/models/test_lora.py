@@ -187,21 +187,26 @@ def test_exported_model_is_the_trained_one(train: Any, tiny_folder: Path, tmp_pa
 
 
 def test_reward_model_trains_with_an_adapter(options: list[str], tmp_path: Path) -> None:
-    """All weights of its head train; reward=classifier reads the exported model."""
+    """All weights of its head train and are saved with it; reward=classifier reads every form to the same scores."""
     from var.rewards.classifier import Classifier
 
     more = [o for o in options if not o.startswith("trainer.precision")]
     done = command("train.py", *more, *MORE, "loss=bradley_terry", "trainer.max_steps=3")
     assert done.returncode == 0, done.stderr
-    (folder,) = (tmp_path / "runs").iterdir()
-    head = load_file(folder / "model" / "model.safetensors")["score.weight"]
+    (merged,) = (tmp_path / "runs").iterdir()
+    head = load_file(merged / "model" / "model.safetensors")["score.weight"]
     assert bool(head.any())
-    reward = Classifier(path=str(folder), cache=str(tmp_path / "cache"))
+    done = command("train.py", *more, *MORE, "loss=bradley_terry", "trainer.max_steps=3", "adapter.merge=false")
+    assert done.returncode == 0, done.stderr
+    (apart,) = set((tmp_path / "runs").iterdir()) - {merged}
+    assert torch.equal(load_file(apart / "model" / "adapter_model.safetensors")["base_model.model.score.weight"], head)
     prompt = [{"role": "user", "content": "question 1?"}]
-    scores = reward([prompt, prompt], ["abz", "a longer onez"], [None, None])
-    assert len(set(scores)) == 2
-    done = command("train.py", *more, *MORE, "loss=bradley_terry", "adapter.merge=false")
-    assert "a reward model's head is not part of its adapter" in done.stderr
+    rewards = [
+        Classifier(path=str(path), cache=str(tmp_path / "cache")) for path in (merged, merged / "adapter", apart)
+    ]
+    first, second, third = (reward([prompt] * 2, ["abz", "a longer onez"], [None] * 2) for reward in rewards)
+    assert len(set(first)) == 2
+    assert second == third == pytest.approx(first, abs=1e-6)
 
 
 @pytest.mark.long

@@ -128,3 +128,11 @@ def test_lists_of_different_lengths_raise():
 def test_light_modules_do_not_import_heavy_libraries(module: str, heavy: list[str]):
     code = f"import sys, {module}; sys.exit(str([name for name in {heavy} if name in sys.modules] or ''))"
     assert run([sys.executable, "-c", code], capture_output=True, text=True).stderr.strip() == ""
+
+
+def test_sums_over_many_tokens_are_accurate_in_float32():
+    """4,000 tokens of −1.1 nats. Added up one by one in float32, the sum would be off by hundredths of a nat."""
+    batch = pack([[0, *[1] * 4000]], [1])
+    values = torch.full((4000,), -1.1)
+    assert batch.sum_by_sequence(values).tolist() == [pytest.approx(float(values[0]) * 4000, rel=6e-8)]
+    assert batch.sum_by_sequence(values).dtype == torch.float32

@@ -23,17 +23,16 @@ from var.utils.statistics import estimate_mean
 
 def test_curves_take_new_columns_and_continue_after_a_resume(tmp_path):
     path = tmp_path / "metrics.csv"
-    first = Curves(path, fresh=True)
+    first = Curves(path, None)
     first.log_metrics({"loss": 3.0}, 1)
     first.log_metrics({"loss": 2.0, "reward": 0.5}, 2)
     first.log_metrics({"loss": 1.5}, 3)
-    second = Curves(path, fresh=False)
-    second.forget_after(2)  # the checkpoint was written at step 2
+    second = Curves(path, 2)  # the checkpoint was written at step 2
     second.log_metrics({"loss": 1.4}, 3)
     with path.open(newline="") as file:
         rows = [(row["step"], row["loss"], row["reward"]) for row in csv.DictReader(file)]
     assert rows == [("1", "3.0", ""), ("2", "2.0", "0.5"), ("3", "1.4", "")]
-    Curves(path, fresh=True)
+    Curves(path, None)
     assert not path.exists()
 
 

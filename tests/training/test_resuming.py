@@ -111,6 +111,18 @@ def test_signal_during_evaluation_ends_a_run_at_once(method, call, step, more, r
     assert_resumed(runs.run(*JUDGED, *more), expected)
 
 
+def test_evaluated_step_is_not_evaluated_again_within_the_next_one(runs):
+    """An evaluation after the first micro-batch of a step would drop the gradient of that micro-batch."""
+    more = (*JUDGED, "eval.every_n_steps=4", "trainer.max_steps=6")
+    expected = runs.straight(*more)
+    with interrupted(AlignmentModule, "training_step", 11, kill), pytest.raises(Killed):
+        runs.run(*more)
+    assert runs.steps() == ["step-4"]
+    resumed = runs.run(*more)
+    assert_resumed(resumed, expected)
+    assert column(resumed[2], "step") == column(expected[2], "step")
+
+
 @pytest.mark.parametrize("end", [[], ["trainer.max_steps=8"], ["trainer.max_steps=7"]])
 def test_run_killed_after_training_is_evaluated_when_it_resumes(end, runs, monkeypatch):
     """With max_steps too, at which Lightning's loop would return before its hooks."""

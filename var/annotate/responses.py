@@ -1,6 +1,6 @@
 """Responses that the reference samples."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,22 @@ from var.data.changes import TemplateChanges
 from var.data.chat import Chat
 from var.data.report import DataReport
 from var.data.rows import Response, Row, Rows
-from var.sampling.base import Sample, Samples, Sampling
+from var.sampling.base import Prompts, Sample, Samples, Sampling
+from var.sampling.local import Transformers
+from var.utils.console import warn
 from var.utils.errors import Problems, UserError
 from var.utils.provenance import hash_content
 
-ENOUGH = 8  # prompts with several answers from which their variety is judged
-COPIES = 0.95  # fraction of these whose answers are all identical, from which sampling is taken for greedy decoding
+ENOUGH = 4  # prompts from which the variety of their responses is judged
+COPIED = 0.8  # fraction of prompts with identical responses, from which the reference is asked for a comparison
+COMPARED = 16  # prompts of the comparison
 
 
 def sampling_fingerprint(annotator: Annotator, sampling: Sampling) -> dict[str, Any]:
-    """Return what the text of sampled responses depends on, besides their prompts."""
-    return {**annotator.sampler.fingerprint(annotator.reference), "sampling": sampling.fingerprint}
+    """Return what the tokens of sampled responses depend on, besides their prompts."""
+    ends = sorted(annotator.chat.end_tokens)  # also of files that are not part of the weights
+    own = annotator.sampler.fingerprint(annotator.reference)
+    return {**own, "end_tokens": ends, "sampling": sampling.fingerprint}
 
 
 def sample_responses(
@@ -43,6 +48,7 @@ def sample_responses(
         check_prompts(annotator, rows, indices)
         prompts = [rows[i].prompt for i in indices]
         samples = annotator.sampler(annotator.reference, prompts, sampling, advance)
+        check_variety(annotator, prompts, samples, sampling)
         return [[sample._asdict() for sample in several] for several in samples]
 
     values = annotator.fill(table, title, "prompts", rows.keys, compute, shard=256).to_pylist()
@@ -68,21 +74,58 @@ def check_prompts(annotator: Annotator, rows: Rows, indices: np.ndarray) -> None
     changes.settle(annotator.on_template_change)
 
 
-def check_variety(samples: Samples, sampling: Sampling) -> None:
-    """Raise a UserError if responses that should be draws are copies of each other for nearly every prompt.
+def check_variety(annotator: Annotator, prompts: Prompts, samples: Samples, sampling: Sampling) -> None:
+    """Raise a UserError if a sampler returns copies of one response per prompt where the reference itself varies.
 
-    Some servers decode greedily unless a request asks for sampling.
+    Some servers decode greedily unless a request asks for sampling. No count of copies alone shows that: a model that
+    is certain of a short answer, or that repeats a given text, copies too, at any number of prompts. So the reference
+    samples some of the same prompts with the same settings, which accounts for temperature, top_p and length. If its
+    responses are identical less than half as often, the sampler is at fault. If both are the same distribution, that
+    happens by chance in at most 5 % of the cases with five prompts and 0.5 % with sixteen. Otherwise a warning is
+    enough: this is what was asked for, as it always is if the reference samples in this process.
     """
-    several = [answers for answers in samples if len(answers) > 1 and any(answer.text.strip() for answer in answers)]
-    copies = sum(len({answer.text for answer in answers}) == 1 for answers in several)
-    if sampling.temperature > 0 and len(several) >= ENOUGH and copies >= COPIES * len(several):
-        raise UserError(
-            f"the {sampling.responses} responses to a prompt are identical for {copies} of {len(several)} prompts, "
-            f"although they were to be sampled at temperature={sampling.temperature}, so there is nothing to learn "
-            "from comparing them. A server may decode greedily unless the request asks for sampling: see the table of "
-            "servers in docs/sampling.md, and set sampler.request. If the model itself is that certain, raise "
-            "generate.temperature or set generate.responses=1."
-        )
+    answers = [[sample.ids or sample.text.strip() for sample in several] for several in samples]
+    if (found := describe_copies(answers, sampling)) is None:
+        return
+    if not isinstance(annotator.sampler, Transformers):
+        annotator.sampler.release()  # so that the reference has room
+        tried = [i for i, several in enumerate(answers) if any(several)][:COMPARED]
+        own = Transformers()(annotator.reference, [prompts[i] for i in tried], sampling)
+        repeated, _ = count_copied([[sample.ids for sample in several] for several in own])
+        expected, _ = count_copied([answers[i] for i in tried])
+        if repeated < expected / 2:
+            raise UserError(
+                f"{found}. For the first {len(tried)} prompts, the reference itself repeats its response {repeated} "
+                f"times and the sampler {expected} times, so the sampler does not sample. Servers may decode greedily "
+                "unless the request asks for sampling: for transformers serve, set "
+                "'sampler.request={generation_config: {do_sample: true, top_k: 0}}'. Others are in the table of "
+                "servers in docs/sampling.md. If you change the server instead, set sampler.version to a new value, so "
+                "that it is asked again."
+            )
+    warn(f"{found}. The model is that certain, and a loss that compares the responses to a prompt learns little.")
+
+
+def describe_copies(answers: Sequence[Sequence[Any]], sampling: Sampling) -> str | None:
+    """Return for how many prompts the responses are copies, or None if that is not the case for nearly all of them.
+
+    answers: for each prompt its responses.
+    """
+    copied, several = count_copied(answers)
+    if several < ENOUGH or copied < COPIED * several:
+        return None
+    return (
+        f"the {sampling.responses} responses to a prompt are identical for {copied} of {several} prompts, at "
+        f"temperature={sampling.temperature} and top_p={sampling.top_p}"
+    )
+
+
+def count_copied(answers: Sequence[Sequence[Any]]) -> tuple[int, int]:
+    """Return the number of prompts whose responses are all equal, and the number with several responses.
+
+    Prompts with only empty responses are not counted.
+    """
+    several = [responses for responses in answers if len(responses) > 1 and any(responses)]
+    return sum(all(other == responses[0] for other in responses) for responses in several), len(several)
 
 
 def add_responses(rows: Rows, samples: Samples, chat: Chat, cache: Path, report: DataReport | None = None) -> Rows:
@@ -105,7 +148,8 @@ def add_responses(rows: Rows, samples: Samples, chat: Chat, cache: Path, report:
         report.truncated_responses += sum(not sample.finished for sample in kept)
         filled.append(replace(row, responses=responses, ordered=False))
     report.sampled_as_text = as_text or None
-    target = cache / "rows" / hash_content(rows.table._fingerprint, samples, chat.fingerprint).hex()
+    answers = [[vars(response) for response in row.responses] for row in filled]
+    target = cache / "rows" / hash_content(rows.table._fingerprint, answers).hex()
     if not (target / "done.json").exists():
         rows_module.write(filled, target, Problems("sampled rows"))
         rows_module.finish(target, {"left_out": 0})

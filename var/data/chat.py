@@ -37,6 +37,7 @@ class Chat:
         kwargs: Mapping[str, Any] | None = None,
         today: date | None = None,
         eos: Mapping[str, Any] | None = None,
+        size: int | None = None,
     ) -> None:
         """Build the chat.
 
@@ -47,6 +48,7 @@ class Chat:
             kwargs: arguments of the template.
             today: the date that the template reads.
             eos: end tokens of the model by the file that names them: an id, a list of ids or None.
+            size: number of tokens that the model can draw, which can be more than the tokenizer has; None for those.
         """
         path = path or tokenizer.name_or_path
         self.path, self.eos = path, dict(eos or {})
@@ -65,6 +67,7 @@ class Chat:
             )
         self.tokenizer = tokenizer
         self.template = Template(tokenizer, kwargs, today, ends=self.named_ends.values())
+        self.size = len(tokenizer) if size is None else size
 
     @cached_property
     def fingerprint(self) -> str:
@@ -248,7 +251,7 @@ class Chat:
 
         They are read as text if they are another tokenizer's, or if the text was edited.
         """
-        if response.ids is None or not self.wrote(response.text, response.ids):
+        if response.ids is None or not self.wrote(response.text, response.finished, response.ids):
             return self.encode(prompt, response.text, response.finished, response.message)
         rendered = self.render(prompt)
         tokens = self.template.tokenize(rendered)
@@ -256,9 +259,9 @@ class Chat:
         changes = [*self.find_changes(prompt, rendered), *self.template.find_losses(tokens.text, ids)]
         return Encoded([*ids, *response.ids], len(ids), tuple(changes), MARK in rendered)
 
-    def wrote(self, text: str, ids: Sequence[int]) -> bool:
-        """Return whether the tokens of a sampled response are its text with this tokenizer."""
-        return all(token < len(self.tokenizer) for token in ids) and self.decode(ids) == text
+    def wrote(self, text: str, finished: bool, ids: Sequence[int]) -> bool:
+        """Return whether the tokens of a sampled response are this model's, and are its text."""
+        return all(token < self.size for token in ids) and (self.decode(ids), self.is_finished(ids)) == (text, finished)
 
     def is_finished(self, ids: Sequence[int]) -> bool:
         """Return whether sampled tokens end with an end token."""

@@ -114,6 +114,22 @@ def parse_message(value: Any) -> Message:
     return message
 
 
+def split_answer(value: Any, name: str) -> tuple[list[Message], str, dict[str, Any]]:
+    """Return the messages before an answer, its text, and the further keys of its message, such as tool_calls.
+
+    An answer is a text, an assistant's message, or a list of messages that ends with one. Raise a ValueError otherwise.
+    """
+    if isinstance(value, str):
+        return [], value, {}
+    messages = [value] if isinstance(value, Mapping) else value
+    if not isinstance(messages, list | tuple) or not messages:
+        raise ValueError(f"{name!r} must be text, or messages that end with the assistant's, got {value!r}")
+    *before, last = map(parse_message, messages)
+    if last["role"] != "assistant":
+        raise ValueError(f"{name!r} must end with an assistant's message")
+    return before, last.get("content") or "", {k: part for k, part in last.items() if k not in ("role", "content")}
+
+
 def _parse_part(part: Any) -> str:
     if isinstance(part, str):
         return part

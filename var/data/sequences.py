@@ -146,7 +146,7 @@ def encode(
         rows.table._fingerprint,
         chat.template.fingerprint,
         chat.fingerprint,
-        ends,
+        [ends, chat.size],
         hashlib.sha256(choice.row.tobytes() + choice.response.tobytes()).hexdigest(),
         [max_length, overlong, pairs],
     ).hex()

@@ -59,13 +59,14 @@ def importance_weighted_nll(
     weights = coefficients.detach().to(logps.dtype)[batch.sequence]
     if ratio != "none":
         log_ratio = token_log_ratios(logps, batch).detach()
-        raw = (batch.sum_by_sequence(log_ratio) if ratio == "sequence" else log_ratio).exp()
+        log_ratio = batch.sum_by_sequence(log_ratio) if ratio == "sequence" else log_ratio
+        largest = weights.abs().max() * logps.detach().abs().max().clamp(min=1) * len(logps)
+        raw = cap_exponents(log_ratio, largest).exp()
         rho = raw if clip is None else raw.clamp(1 - clip, 1 + clip)
         metrics["ratio/mean"] = Mean(rho.sum(), float(len(rho)))
         metrics["ratio/clipped"] = Mean((rho != raw).to(rho).sum(), float(len(rho)))
         rho = rho[batch.sequence] if ratio == "sequence" else rho
-        largest = torch.finfo(rho.dtype).max  # an unclipped ratio can be infinite, and ∞ · 0 is NaN
-        weights = torch.where(weights == 0, 0.0, (weights * rho).clamp(-largest, largest))
+        weights = weights * rho
     return -(weights * logps).sum() / batch.global_sequences, metrics
 
 
@@ -160,7 +161,7 @@ def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, low: float, high: f
         low: the ratio is clipped at 1 − low.
         high: the ratio is clipped at 1 + high.
     """
-    ratio = finite_exp(log_ratio)
+    ratio = cap_exponents(log_ratio, advantages).exp()
     free, bounded = ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages
     count = float(len(ratio))
     return -torch.minimum(free, bounded), {
@@ -169,22 +170,33 @@ def clipped_surrogate(log_ratio: Tensor, advantages: Tensor, low: float, high: f
     }
 
 
-def finite_exp(values: Tensor) -> Tensor:
-    """Return exp(values) with the largest finite number in place of an overflow.
+def cap_exponents(values: Tensor, factors: Tensor | float = 1.0) -> Tensor:
+    """Return the values, lowered so that `factors` times exp(values) is finite, with the gradient of the values.
 
-    The values are finite. An infinite ratio would give NaN where it is multiplied by 0: by an advantage of 0, or by the
-    gradient 0 of a clip.
+    An infinite ratio would give NaN where it is multiplied by 0: by an advantage of 0, or by the gradient 0 of a clip.
+    The products are so far below the largest number that a sum of several products per value is finite too.
+
+    Args:
+        values: the exponents, which are finite.
+        factors: what the exponentials are multiplied by, in the shape of the values or one number.
     """
-    number = values.detach()
-    limit = math.log(torch.finfo(values.dtype).max) * (1 - torch.finfo(values.dtype).eps)  # its rounding stays finite
-    return torch.where(number > limit, limit + (values - number), values).exp()  # limit, with the gradient of values
+    number, precision = values.detach(), torch.finfo(values.dtype)
+    sizes = torch.as_tensor(factors, device=values.device).detach().abs().clamp(min=1).double()
+    limits = math.log(precision.max) - math.log(4 * max(1, len(values))) - sizes.log()
+    limits = (limits * (1 - precision.eps)).to(values.dtype)  # its rounding stays finite
+    return torch.where(number > limits, limits + (values - number), values)
 
 
-def kl_estimate(logps: Tensor, batch: Packed) -> Tensor:
-    """Return [N] e^d − d − 1 ≥ 0, d = log π_ref − log π_θ, unbiased for KL(π_θ ‖ π_ref) if π_θ samples (k3)."""
+def kl_estimate(logps: Tensor, batch: Packed, factor: float = 1.0) -> Tensor:
+    """Return [N] e^d − d − 1 ≥ 0, d = log π_ref − log π_θ, unbiased for KL(π_θ ‖ π_ref) if π_θ samples (k3).
+
+    `factor` is what the loss multiplies it by; see `cap_exponents`.
+    """
     assert batch.reference_logps is not None
     d = batch.reference_logps.to(logps.dtype) - logps
-    return d.expm1() - d  # exp(d) − 1 − d would be all rounding while the policy is close to the reference
+    return (
+        cap_exponents(d, factor).expm1() - d
+    )  # exp(d) − 1 − d would be all rounding while the policy is close to the reference
 
 
 def rollout_metrics(logps: Tensor, batch: Packed) -> Metrics:

@@ -81,7 +81,7 @@ class GRPO:
         log_ratio = logps - batch.old_logps.to(logps.dtype)
         losses, ratios = clipped_surrogate(log_ratio, advantages, self.clip_low, self.clip_high)
         if self.beta:
-            losses = losses + self.beta * kl_estimate(logps, batch)
+            losses = losses + self.beta * kl_estimate(logps, batch, self.beta)
         metrics = {**rollout_metrics(logps, batch), **groups, **ratios}
         if self.normalize == "sequence":
             return (batch.sum_by_sequence(losses) / batch.length).sum() / batch.global_sequences, metrics

@@ -98,6 +98,8 @@ class RunRecord:
         """Read summary.json. Raises an error of UNREADABLE if it is not the summary of a run."""
         summary = read_json(folder / "summary.json")
         settings = {key: value for key, value in flatten(summary["config"]) if affects_result(key)}
+        if summary.get("changes"):  # such a run is not one of several that differ in seeds only
+            settings["changes"] = json.dumps(summary["changes"], sort_keys=True)
         summary["title"], summary["steps"], (summary.get("hashes") or {}).keys()
         return cls(folder, summary, settings, read_measures(summary))
 

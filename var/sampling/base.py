@@ -27,9 +27,14 @@ class Sample(NamedTuple):
 
     def tokens(self, chat: Chat) -> list[int]:
         """Return its tokens; those of its text if it came as text, or from a model with another tokenizer."""
-        if self.ids is not None and chat.wrote(self.text, self.ids):
+        if self.ids is not None and chat.wrote(self.text, self.finished, self.ids):
             return list(self.ids)
         return chat.tokenize_answer(self.text, self.finished)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The sample as JSON values, without ids if it came as text."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
 
     @classmethod
     def of(cls, chat: Chat, ids: Sequence[int]) -> "Sample":

@@ -148,22 +148,25 @@ def rescale_progress(loops: dict[str, Any], convert: Callable[[int], int]) -> No
         progress["completed"] = progress["processed"] - behind
 
 
-def check_checkpoint(checkpoint: Path) -> None:
-    """Raise UserError if a checkpoint is damaged or a pickle of anything but tensors and plain values.
+def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
+    """Return the contents of a checkpoint, with its tensors on the meta device.
 
-    Nothing that it names is run. torch would unpickle the `.metadata` of a sharded checkpoint without a check.
+    Raise UserError if it is damaged or a pickle of anything but tensors and plain values. Nothing that it names is run.
+    torch would unpickle the `.metadata` of a sharded checkpoint without a check.
     """
     try:
         if checkpoint.is_dir():
             with (checkpoint / ".metadata").open("rb") as file:
                 Metadata(file).load()
-        else:  # only its structure, without the numbers
-            torch.load(checkpoint, map_location="meta", weights_only=True)
+            checkpoint /= "meta.pt"  # where Lightning stores what is not sharded
+        content: dict[str, Any] = torch.load(checkpoint, map_location="meta", weights_only=True)
+        content["loops"], content["global_step"]
     except Exception as error:  # torch and pickle raise many kinds
         raise UserError(
             f"resume={checkpoint} is not a checkpoint of a run: it is damaged, or a pickle that names objects other "
             "than tensors and plain values. No code in it was executed."
         ) from error
+    return content
 
 
 class Metadata(pickle.Unpickler):

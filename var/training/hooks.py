@@ -60,9 +60,26 @@ class TrainingHooks(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         """Return the optimizer of the trained parameters, and its schedule per optimizer step."""
         optimizer = self.optimizer([p for p in self.policy.parameters() if p.requires_grad])
+        self._hyperparameters = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         steps = int(self.trainer.estimated_stepping_batches)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule.factor(step, steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def apply_hyperparameters(self, names: Iterable[str]) -> None:
+        """Replace what a checkpoint restored by the optimizer's settings `names`, and by the schedule as it is now.
+
+        The scheduler keeps its position. It would otherwise keep its peak rate too, and the first step would have the
+        rate that the earlier schedule gave it, which is 0 after its end.
+        """
+        groups = self.trainer.optimizers[0].param_groups
+        scheduler: Any = self.trainer.lr_scheduler_configs[0].scheduler
+        for group, wanted in zip(groups, self._hyperparameters, strict=True):
+            group.update({name: wanted[name] for name in names}, initial_lr=wanted["lr"])
+        scheduler.base_lrs = [wanted["lr"] for wanted in self._hyperparameters]
+        factor = scheduler.lr_lambdas[0](scheduler.last_epoch)
+        scheduler._last_lr = [peak * factor for peak in scheduler.base_lrs]
+        for group, rate in zip(groups, scheduler._last_lr, strict=True):
+            group["lr"] = rate
 
     def on_fit_start(self) -> None:
         """Load a live reference, for the complete training."""

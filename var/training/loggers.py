@@ -28,20 +28,23 @@ class Curves(Logger):
     name = "curves"
     version = ""
 
-    def __init__(self, path: Path, fresh: bool) -> None:
+    def __init__(self, path: Path, step: int | None) -> None:
         """Open the file.
 
         Args:
             path: of metrics.csv.
-            fresh: whether to remove what a run left that was killed before its first checkpoint.
+            step: of the checkpoint from which the run resumes. What an earlier attempt logged after it is removed, or
+                everything if there is no checkpoint.
         """
         super().__init__()
         self.path, self.columns = path, list[str]()
-        if fresh:
+        self.step = -1 if step is None else step
+        if step is None:
             self._remove()
         if path.exists():
             with path.open(newline="") as file:
                 self.columns = list(csv.DictReader(file).fieldnames or ())
+            self._rewrite([row for row in self._rows() if int(row["step"] or 0) <= self.step])
 
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
         """Do nothing: the resolved configuration is in .hydra/ and config.yaml."""
@@ -64,10 +67,12 @@ class Curves(Logger):
     def _remove(self) -> None:
         self.path.unlink(missing_ok=True)
 
-    @rank_zero_only
-    def forget_after(self, step: int) -> None:
-        """Remove the rows after the checkpoint from which a killed run resumes."""
-        self._rewrite([row for row in self._rows() if int(row["step"] or 0) <= step])
+    def rows(self) -> list[tuple[int, dict[str, float]]]:
+        """Return the step and the metrics of each row."""
+        return [
+            (int(row["step"] or 0), {name: float(text) for name, text in row.items() if text and name != "step"})
+            for row in self._rows()
+        ]
 
     def _rows(self) -> list[dict[str, str]]:
         if not self.path.exists():
@@ -75,6 +80,7 @@ class Curves(Logger):
         with self.path.open(newline="") as file:
             return list(csv.DictReader(line for line in file if line.endswith("\n")))  # the last line may be incomplete
 
+    @rank_zero_only
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
         with atomic(self.path, newline="") as file:
             writer = csv.DictWriter(file, self.columns)
@@ -119,13 +125,21 @@ class PlanFile(Callback):
                     file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def make_loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
-    """Return the loggers besides metrics.csv. Raise UserError for a missing key or package."""
+def make_loggers(cfg: DictConfig, folder: Path, curves: Curves, changed: bool = False) -> list[Logger]:
+    """Return the loggers besides metrics.csv, which continue it. Raise UserError for a missing key or package.
+
+    Args:
+        cfg: the configuration.
+        folder: the run's folder.
+        curves: metrics.csv.
+        changed: whether the settings differ from those of the checkpoint that the run resumes from.
+    """
     loggers: list[Logger] = []
     problems = Problems("loggers")
     if cfg.logger.wandb:
         import wandb
-        from lightning.pytorch.loggers import WandbLogger
+
+        from var.training.trackers import Wandb
 
         has_key = bool(os.environ.get("WANDB_API_KEY")) or _netrc_has_wandb()
         offline = not has_key if cfg.logger.wandb.offline == "auto" else cfg.logger.wandb.offline
@@ -135,15 +149,16 @@ def make_loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
             )
         else:
             configuration = re.sub("-[0-9a-f]{8}(-[0-9]+)?$", "", folder.name)
-            logger = WandbLogger(
+            logger = Wandb(
+                folder,
                 name=cfg.logger.wandb.name or folder.name,
                 project=cfg.logger.wandb.project,
                 group=f"{configuration}-{hash_config(cfg, seeds=False)}",  # all seeds of a configuration
                 offline=offline,
-                save_dir=folder,
             )
             try:
                 logger.log_hyperparams(to_dict(cfg))
+                logger.replay(curves.rows(), curves.step, changed)
             except wandb.errors.CommError as error:
                 problems.add(
                     "logger.wandb", f"the server does not answer ({brief(error)}); set logger.wandb.offline=true and "
@@ -152,9 +167,11 @@ def make_loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
             loggers.append(logger)
     if cfg.logger.tensorboard:
         try:
-            from lightning.pytorch.loggers import TensorBoardLogger
+            from var.training.trackers import TensorBoard
 
-            loggers.append(TensorBoardLogger(folder, name="tensorboard", version=cfg.logger.tensorboard.name))
+            tensorboard = TensorBoard(folder, cfg.logger.tensorboard.name)
+            tensorboard.replay(curves.rows())
+            loggers.append(tensorboard)
         except ModuleNotFoundError:
             problems.add("logger.tensorboard", "tensorboard is not installed: pip install -e '.[tensorboard]'")
     problems.check()

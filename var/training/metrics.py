@@ -1,5 +1,6 @@
 """Metrics of training steps, throughput, peak memory, and the budget of seconds."""
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 
-from var.training.loggers import Curves, log
+from var.training.loggers import log
 from var.training.module import AlignmentModule
 from var.utils.console import warn
 from var.utils.distributed import Ranks
@@ -40,11 +41,8 @@ class StepMetrics(Callback):
         return self.tokens / max(self.seconds + self.waited, 1e-9)
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        """Remove rows that a killed run logged after the checkpoint."""
+        """Start the clock."""
         self._step = trainer.global_step
-        for logger in trainer.loggers:
-            if isinstance(logger, Curves):
-                logger.forget_after(trainer.global_step)
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -179,6 +177,8 @@ class Budget(Callback):
         self._step = trainer.global_step
         steps = step_metrics(trainer)
         self._spent = self._before + trainer.datamodule.seconds + steps.seconds + steps.waited  # type: ignore[attr-defined]
+        if self.seconds == math.inf:  # what it has spent counts if it resumes with a budget
+            return
         over = trainer.datamodule.annotator.ranks.any(self._spent >= self.seconds)  # type: ignore[attr-defined]
         trainer.should_stop = trainer.should_stop or over
 
@@ -188,4 +188,4 @@ class Budget(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the seconds spent."""
-        self._before = state_dict["spent"]
+        self._before = self._spent = state_dict["spent"]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from var.annotate.base import Provider, TrainingSet
+from var.annotate.responses import describe_copies
 from var.data.chat import Chat
 from var.data.plan import MicroBatch
 from var.data.rows import Row
@@ -18,7 +19,7 @@ from var.models.packing import Packed, pack
 from var.requirements import Rollout
 from var.rewards.base import compute_scores
 from var.sampling.base import Sampling
-from var.utils.console import timed
+from var.utils.console import timed, warn
 from var.utils.distributed import Ranks
 from var.utils.errors import UserError
 
@@ -111,6 +112,8 @@ class RolloutLoader:
         sampling = replace(data.sampling, seed=data.sampling.seed + seed)
         with annotator.reference.precision(), timed(seconds, "Sampling"):
             responses = module.generate(annotator.chat, prompts, sampling)
+        if not self.seconds and (found := describe_copies(responses, sampling)):  # later, a policy may become certain
+            warn(f"the first rollout: {found}. Prompts with equal responses have no advantages, so they train nothing.")
         with timed(seconds, "Scoring"):
             rewards = self._rewards(rows, responses)
         ends = np.cumsum([0, *map(len, members)]).tolist()

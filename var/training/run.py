@@ -1,6 +1,7 @@
 """From a checked configuration to the parts of a run: data, module and trainer."""
 
 import gc
+import math
 import shlex
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -35,9 +36,10 @@ from var.requirements import SequenceScores, TokenValues, find
 from var.rewards.scale import Scale
 from var.sampling.base import Sampling
 from var.training.alternatives import MemoryPlan, choose_strategy
-from var.training.checkpoints import Checkpoints, DirectCheckpointIO, check_checkpoint, check_disk_space, checkpoints
+from var.training.checkpoints import Checkpoints, DirectCheckpointIO, check_disk_space, checkpoints, read_checkpoint
 from var.training.checks import (
     check_adapter,
+    check_optimizer,
     check_ranks,
     check_strategy,
     choose_devices,
@@ -48,6 +50,7 @@ from var.training.datamodule import AlignmentData
 from var.training.loggers import Curves, PlanFile, make_loggers
 from var.training.metrics import Budget, PeakMemory, ProgressBar, StepMetrics
 from var.training.module import AlignmentModule
+from var.training.resume import Settings
 from var.training.validation import PairAccuracy, Validation, evaluate_reference
 from var.utils.console import console, say, silence_libraries, warn
 from var.utils.distributed import bind_device
@@ -82,14 +85,21 @@ class Run:
     """What it needs on GPUs; None on CPUs."""
     peaks: PeakMemory = field(default_factory=PeakMemory)
     """The peak memory of the device in each stage."""
+    recorded: Settings = field(init=False)
+    """The settings, those of the checkpoint it resumes from, and what becomes of the difference."""
 
     @classmethod
-    def compose(cls, cfg: DictConfig, folder: Path) -> "Run":
-        """Check the configuration as a whole and build what is cheap. No model is loaded."""
+    def compose(cls, cfg: DictConfig, folder: Path, keep_date: bool = True) -> "Run":
+        """Check the configuration as a whole and build what is cheap. No model is loaded.
+
+        keep_date: whether the date that a chat template reads is kept in the folder, for the next start.
+        """
         silence_libraries()
         check(cfg, TRAIN)
+        data_settings = DataSettings(**pick_fields(DataSettings, cfg.data))
         settings = choose_devices(cfg, TrainerSettings(**cfg.trainer))
         EvalSettings(**cfg.eval)
+        check_optimizer(cfg)
         if not 0 <= cfg.seed < 2**32:
             raise UserError(f"seed={cfg.seed}: a seed must be at least 0 and below 2**32")
         if is_multirun():
@@ -100,7 +110,9 @@ class Run:
         device = bind_device() if settings.gpu else "cpu"
         if cfg.dry and cfg.annotate == "error":
             raise UserError("annotate=error has no effect with debug=dry, which computes nothing")
-        pretrained = Pretrained(**pick_fields(Pretrained, cfg.model), cache=cfg.cache, date_file=folder / "date.txt")
+        date_file = folder / "date.txt"
+        kept = date_file if keep_date and (not cfg.dry or date_file.exists()) else None
+        pretrained = Pretrained(**pick_fields(Pretrained, cfg.model), cache=cfg.cache, date_file=kept)
         if cfg.init is not None:
             pretrained = replace(pretrained, path=str(find_model(cfg.init)), revision=None, chat_template=None)
         pretrained = pretrained.with_attention_for(settings.gpu, half=PRECISIONS[settings.arithmetic] is not None)
@@ -118,18 +130,21 @@ class Run:
         )
         data = AlignmentData(
             source=instantiate(cfg.data.source),
-            settings=DataSettings(**pick_fields(DataSettings, cfg.data)),
+            settings=data_settings,
             loss=loss,
             annotator=annotator,
             sampling=Sampling(**cfg.generate),
             scale=Scale(kind=cfg.reward_scale),
             live=cfg.reference == "live",
         )
-        check_adapter(cfg, pretrained, adapter, data.requirements)
+        check_adapter(cfg, pretrained, adapter)
         count_accumulation(cfg, settings)
         cfg, plan = choose_strategy(cfg, settings)
         annotator.reference.shard = cfg.strategy.name == "fsdp" if plan is None else plan.shard_reference
-        return cls(cfg, folder, pretrained, adapter, loss, data, settings, plan)
+        run = cls(cfg, folder, pretrained, adapter, loss, data, settings, plan)
+        data.saved = run.saved.get("AlignmentData")
+        run.recorded = Settings(cfg, settings, folder, run.saved or None)
+        return run
 
     @property
     def annotator(self) -> Annotator:
@@ -149,9 +164,9 @@ class Run:
         by_part = cfg.strategy.name == "fsdp" and self.adapter is None and not scores
         model, fill = load_to_shard(pretrained) if by_part else (None, None)
         if model is None:
-            model = pretrained.load_scorer() if scores else pretrained.load()
+            model = pretrained.load_scorer(new_head=True) if scores else pretrained.load()
         if self.adapter is not None:
-            model = self.adapter.attach(model, pretrained.path, pretrained.revision)
+            model = self.adapter.attach(model, *pretrained.location)
         policy: Policy | ActorCritic | RewardModel = RewardModel(model.train()) if scores else Policy(model.train())
         if find(requirements, TokenValues):
             policy = ActorCritic(policy)  # type: ignore[arg-type]
@@ -176,10 +191,10 @@ class Run:
         cfg, settings = self.cfg, self.settings
         self.validation = self._validation()
         self.steps = StepMetrics(settings.ess_warning)
-        budget = [Budget(settings.max_seconds)] if settings.max_seconds is not None else []
+        budget = Budget(math.inf if settings.max_seconds is None else settings.max_seconds)
         saving = Checkpoints(self.folder / "checkpoints", settings.checkpoint_every_n_steps)
         # A step is saved before it is evaluated, so a run that is stopped during evaluation has it.
-        callbacks: list[Any] = [self.steps, *budget, saving, PlanFile(self.folder), *before_evaluation]
+        callbacks: list[Any] = [self.recorded, self.steps, budget, saving, PlanFile(self.folder), *before_evaluation]
         callbacks += [self.peaks, *([self.validation] if self.validation else [])]
         if console.is_terminal:
             callbacks += [ProgressBar(), RichModelSummary(max_depth=1)]
@@ -192,7 +207,7 @@ class Run:
         elif settings.world > 1:
             strategy = DDPStrategy(timeout=settings.timeout)
         slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
-        curves = Curves(self.folder / "metrics.csv", fresh=self.checkpoint is None)
+        curves = Curves(self.folder / "metrics.csv", self.saved.get("global_step"))
         return lightning.Trainer(
             accelerator="gpu" if settings.gpu else "cpu",
             devices=settings.local,
@@ -205,7 +220,7 @@ class Run:
             accumulate_grad_batches=count_accumulation(cfg, settings),
             gradient_clip_val=settings.gradient_clip or None,
             log_every_n_steps=settings.log_every_n_steps,
-            logger=[curves, *make_loggers(cfg, self.folder)],
+            logger=[curves, *make_loggers(cfg, self.folder, curves, bool(self.recorded.changes))],
             callbacks=callbacks,
             # `Checkpoints` handles SLURM's signals. Lightning's own handler would save in the middle of a step.
             plugins=[DirectCheckpointIO(), *slurm],
@@ -234,6 +249,8 @@ class Run:
                 raise UserError("eval.judge compares responses, and a reward model gives none. Set eval.judge=null.")
             return PairAccuracy(self.peaks)
         reward = instantiate(cfg.eval.reward) if cfg.eval.reward else None
+        if reward:
+            reward.fingerprint  # noqa: B018  raises errors of its model
         return Validation(
             sampling, cfg.eval.every_n_steps, reward, judge, cfg.eval.judged, self.annotator, self.folder, self.peaks
         )
@@ -254,15 +271,19 @@ class Run:
             if complete:
                 say(f"Resuming from {complete[-1].resolve()}")
             return str(complete[-1]) if complete else None
-        if resume is True:
-            raise UserError("resume=true: resume must be auto, the path of a checkpoint, or false")
+        if resume is True or resume == "":
+            given = "true" if resume else " is empty (unset shell variable?)"
+            raise UserError(f"resume={given}: resume must be auto, the path of a checkpoint, or false")
         if resume and not Path(resume).exists():
             raise UserError(
                 f"resume={resume}: there is no such checkpoint. Use resume=auto for the run's last one, or false"
             )
-        if resume:
-            check_checkpoint(Path(resume))
         return str(resume) if resume else None
+
+    @cached_property
+    def saved(self) -> dict[str, Any]:
+        """The contents of the checkpoint without its numbers; empty for a run that starts."""
+        return read_checkpoint(Path(self.checkpoint)) if self.checkpoint else {}
 
     def sample_validation(self) -> None:
         """Fill the cache with the reference's responses to the validation prompts and their rewards."""

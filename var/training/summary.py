@@ -8,10 +8,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.table import Table
 
+from var.config.changes import list_changes
 from var.config.schema import to_dict
 from var.report.warnings import validation_warnings
 from var.utils.console import console, say, warn
-from var.utils.errors import UserError
+from var.utils.errors import Problems, UserError
 from var.utils.statistics import Estimate
 
 
@@ -70,6 +71,18 @@ def facts(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     stages = {name.lower(): time for name, time in summary.get("seconds_of_stages", {}).items() if time >= 0.5}
     for name, time in sorted(stages.items(), key=lambda item: -item[1]):
         yield f"  of which {name}", f"{time:.0f} s, {time / sum(seconds.values()):.0%}"
+
+
+def check_same_settings(cfg: DictConfig, finished: dict[str, Any]) -> None:
+    """Raise UserError if a finished run had other settings. Only a folder that the user names can hold such a run."""
+    problems = Problems(f"{finished['folder']} holds a finished run with other settings")
+    for change in list_changes(finished["config"], to_dict(cfg)):
+        if change.key.partition(".")[0] not in ("eval", "strategy"):  # the first has a message, the second is resolved
+            problems.add(change.key, change.show_values())
+    problems.check(
+        "Choose another folder, set resume=false to replace the run, or, if it kept its checkpoint, continue from it "
+        "with resume=<folder>/checkpoints/last.ckpt."
+    )
 
 
 def warn_of_other_evaluation(cfg: DictConfig, finished: dict[str, Any]) -> None:

@@ -99,6 +99,7 @@ class Validation(Callback):
         """Evaluate now, if the run was stopped after its checkpoint and before its evaluation."""
         if trainer.global_step and not is_logged(trainer, "validation/length", trainer.global_step):
             self._evaluate_if_due(trainer, module)
+        self._done = trainer.global_step  # not again within the next step, whose gradients it would drop
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -54,6 +54,8 @@ class Arithmetic:
     The kinds alternate until one is exhausted. The first n problems of a seed do not depend on `problems`.
     """
 
+    license = "none, since the problems are generated"
+
     problems: int = 224  # number of problems
     seed: int = 0
     kinds: tuple[str, ...] = tuple(KINDS)

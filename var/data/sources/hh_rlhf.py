@@ -32,6 +32,8 @@ class HHRLHF(HubSource):
     `path` is a clone of the hub's repository (`<subset>/<split>.jsonl.gz`), or a single file, read completely.
     """
 
+    license = "mit"
+
     subsets: tuple[str, ...] = SUBSETS
     split: str = "train"  # train or test
     path: str | None = None  # see above; None: read the hub

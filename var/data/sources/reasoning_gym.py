@@ -26,6 +26,8 @@ class ReasoningGym:
     A problem whose question came before is skipped and counted, since narrow options allow few questions.
     """
 
+    license = "apache-2.0"
+
     task: str = "chain_sum"  # name of a task of the package
     size: int = 500  # number of generated problems, with repeated questions
     seed: int = 0

@@ -26,6 +26,8 @@ class UltraFeedback(HubSource):
     with keep=best_worst, prompts whose completions all have the same rating are skipped and counted.
     """
 
+    license = "mit"
+
     keep: str = "all"  # the completions of a row: all, best_worst (a pair) or best
     ratings_as_score: bool = False  # use the mean rating as the score; else the reward comes from a model
     path: str | None = None  # a local copy, read instead of the hub

@@ -13,11 +13,12 @@ import numpy as np
 import yaml
 
 from var.data.messages import Message, prompt_content, render_message
-from var.evaluate.judges.base import Judgement, Outcome, Pair, explain_errors
+from var.evaluate.judges.base import UNFINISHED, Judgement, Outcome, Pair, explain_errors
 from var.utils.errors import Problems, UserError
 from var.utils.files import replace_surrogates
 from var.utils.http_client import Client, Failure, count_items, find_missing_text, get_text
 from var.utils.provenance import hash_content
+from var.utils.reasoning import UnfinishedReasoning, read_answer
 
 PROMPTS = Path(__file__).parent / "prompts"  # our own wordings
 
@@ -84,7 +85,7 @@ class EndpointJudge:
     def fingerprint(self) -> dict[str, Any]:
         """The settings that verdicts depend on."""
         return {
-            "protocol": self.protocol, "version": 1, **self.client.fingerprint, "request": dict(self.request),
+            "protocol": self.protocol, "version": 2, **self.client.fingerprint, "request": dict(self.request),
             "template": self._wording.hash, **{name: getattr(self, name) for name in self.settings},
         }  # fmt: skip
 
@@ -161,6 +162,8 @@ class EndpointJudge:
                     record["verdict"] = self._read(reply)
                 except UnreadableReply as kind:
                     record["error"] = str(kind)
+                except UnfinishedReasoning:
+                    record["error"] = UNFINISHED
             records.append(record)
         return records
 
@@ -171,12 +174,19 @@ def _explain_useless(reply: Mapping[str, Any]) -> str | None:
         graded = bool(reply["choices"][0]["logprobs"])
     except (LookupError, TypeError):
         graded = False
-    return None if graded else find_missing_text(reply)
+    try:
+        return None if graded or read_answer(reply) is not None else find_missing_text(reply)
+    except UnfinishedReasoning:
+        return None  # the same request would end there again
 
 
 def find_verdict(reply: Mapping[str, Any], pattern: re.Pattern[str]) -> str:
-    """Return the verdict in a reply. Raise UnreadableReply if there is none, or if there are two different ones."""
-    text = get_text(reply)
+    """Return the verdict in a reply, after its reasoning.
+
+    Raise UnreadableReply if there is none or if there are two different ones, and UnfinishedReasoning if the reply ends
+    before its answer.
+    """
+    text = read_answer(reply)
     if text is None:
         raise UnreadableReply("no text")
     verdicts = set(pattern.findall(text))

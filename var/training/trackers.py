@@ -1,0 +1,90 @@
+"""W&B and TensorBoard over several attempts of one run: each step once, and none missing.
+
+metrics.csv has the steps up to the checkpoint that a run resumes from. What a killed attempt passed to a tracker can be
+more, and what the tracker has stored can be less: W&B writes its offline file in large blocks. So a resumed run starts
+new files with the contents of metrics.csv, and sends W&B's server only what it lacks. Points from before the resume get
+its time.
+"""
+
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from var.utils.console import warn
+from var.utils.files import atomic, remove
+
+Row = tuple[int, Mapping[str, float]]
+"""An optimizer step and metrics of it."""
+
+
+class Wandb(WandbLogger):
+    """A W&B run whose id is kept in the run's folder, so that a resumed run continues it, online and offline."""
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        """Read or draw the id, and remove the offline files of earlier attempts. `options` are WandbLogger's."""
+        super().__init__(save_dir=folder, id=self._prepare(folder / "wandb"), **options)
+        self._last, self._sent = -1, dict[str, Any]()
+
+    @staticmethod
+    @rank_zero_only
+    def _prepare(folder: Path) -> str:
+        path = folder / "id"
+        if not path.exists():
+            folder.mkdir(exist_ok=True)
+            with atomic(path) as file:
+                file.write(secrets.token_hex(4))
+        name = path.read_text()
+        for earlier in folder.glob(f"offline-run-*-{name}"):  # `replay` writes their metrics again
+            remove(earlier)
+        return name
+
+    @rank_zero_only
+    def replay(self, rows: Sequence[Row], step: int, changed: bool) -> None:
+        """Log the rows of metrics.csv that the server lacks; all of them if it is not asked (offline).
+
+        Args:
+            rows: of metrics.csv, up to `step`.
+            step: of the checkpoint that the run resumes from.
+            changed: whether its settings differ from those of the earlier attempt.
+        """
+        self._sent = dict(self.experiment.summary)
+        self._last = int(self._sent.get("trainer/global_step", -1))
+        if changed and self._last > step:
+            warn(
+                f"logger.wandb: the points of steps {step + 1} to {self._last} are from before the settings changed. "
+                "W&B does not replace points; metrics.csv has the new ones."
+            )
+        for number, metrics in rows:
+            self.log_metrics(metrics, number)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:  # type: ignore[override]
+        """Log metrics that the server does not have. Of its last step it may have some of them."""
+        if step is not None and step <= self._last:
+            metrics = {k: v for k, v in metrics.items() if step == self._last and self._sent.get(k) != v}
+        if metrics:
+            super().log_metrics(metrics, step)
+
+
+class TensorBoard(TensorBoardLogger):
+    """TensorBoard's events of a run, in one file."""
+
+    def __init__(self, folder: Path, version: str) -> None:
+        """Remove the files of earlier attempts. A TensorBoard that has read them discards their points."""
+        super().__init__(folder, name="tensorboard", version=version, purge_step=0)
+        self._clear()
+
+    @rank_zero_only
+    def _clear(self) -> None:
+        for earlier in Path(self.log_dir).glob("events.out.tfevents.*"):
+            remove(earlier)
+
+    @rank_zero_only
+    def replay(self, rows: Sequence[Row]) -> None:
+        """Log the rows of metrics.csv."""
+        for number, metrics in rows:
+            self.log_metrics(metrics, number)
