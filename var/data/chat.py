@@ -66,8 +66,8 @@ class Chat:
                 f"the tokenizer of {tokenizer.name_or_path} gives no offsets. Use a model with a fast tokenizer"
             )
         self.tokenizer = tokenizer
-        self.template = Template(tokenizer, kwargs, today, ends=self.named_ends.values())
         self.size = len(tokenizer) if size is None else size
+        self.template = Template(tokenizer, kwargs, today, ends=self.named_ends.values())
 
     @cached_property
     def fingerprint(self) -> str:
@@ -121,10 +121,11 @@ class Chat:
         ends = {self.end_token}
         for origin, ids in self.named_ends.items():
             for token in ids:
-                if token not in self.added_tokens:
-                    text = self.tokenizer.decode([token]) if token < len(self.tokenizer) else None
-                    what = "is not in the vocabulary" if text is None else f"is {text!r}, which is ordinary text"
-                    raise UserError(f"{self.path}: {origin} names the end token {token}, which {what}. Correct it.")
+                if token not in self.added_tokens and token < len(self.tokenizer):
+                    raise UserError(
+                        f"{self.path}: {origin} names the end token {token}, which is {self.tokenizer.decode([token])!r}, "
+                        "so ordinary text. Correct it."
+                    )
                 ends.add(int(token))
         return frozenset(ends)
 
@@ -133,8 +134,8 @@ class Chat:
         """The end tokens of the tokenizer and of the model's files, by origin."""
         found = {"the tokenizer's eos_token": self.tokenizer.eos_token_id, **self.eos}
         lists = {origin: ids if isinstance(ids, list | tuple) else [ids] for origin, ids in found.items()}
-        # -1 marks a missing token in some files
-        return {origin: [i for i in ids if i is not None and i >= 0] for origin, ids in lists.items()}
+        # Some files mark a missing token by -1, or name one that the model does not have.
+        return {origin: [i for i in ids if i is not None and 0 <= i < self.size] for origin, ids in lists.items()}
 
     @cached_property
     def added_tokens(self) -> frozenset[int]:

@@ -30,8 +30,9 @@ from var.evaluate.measures import average_subsets, compare, measure
 from var.evaluate.prompts import Prompts, read_prompts, warn_of_trained_prompts
 from var.evaluate.settings import check_settings
 from var.evaluate.table import print_result
+from var.models.files import find_model
 from var.models.frozen import FrozenModel
-from var.models.pretrained import Pretrained, find_model
+from var.models.pretrained import Pretrained
 from var.rewards.base import Reward, check_answers
 from var.sampling.base import Samples, Sampling
 from var.utils.console import say, silence_libraries, stage, warn

@@ -16,6 +16,7 @@ from var.utils.errors import UserError, brief
 from var.utils.files import atomic
 from var.utils.hub import download_license, explain_failure, read_license
 
+ADAPTER = "adapter_config.json"  # peft's file in a folder with an adapter; it names the base
 SMALL = ["*.json", "*.jinja", "*.model", "vocab.txt", "merges.txt"]  # config and tokenizer, as the hub names them
 COPIES = ["consolidated*", "original/*"]  # the same weights again, in their author's format
 
@@ -227,3 +228,25 @@ def has_weights(folder: Path) -> bool:
     if not (index := folder / "model.safetensors.index.json").exists():
         return any(folder.glob("*.safetensors"))
     return all((folder / name).exists() for name in set(json.loads(index.read_text())["weight_map"].values()))
+
+
+def find_model(run: str, key: str = "init") -> Path:
+    """Return the folder of the model that a run exported; `run` may also be the folder of a model or a LoRA adapter.
+
+    key is the setting in messages. Raises a UserError if there is no model, or if it is a reward model.
+    """
+    if not run:
+        raise UserError(f"{key} is empty (unset shell variable?). Use {key}=null for none.")
+    for folder in (Path(run).expanduser() / "model", Path(run).expanduser()):
+        if (folder / ADAPTER).exists():
+            if json.loads((folder / ADAPTER).read_text()).get("task_type") == "SEQ_CLS":
+                raise UserError(f"{key}={run} is the adapter of a reward model. Use that of a language model.")
+            return folder
+        if (folder / "config.json").exists():
+            kind = (json.loads((folder / "config.json").read_text()).get("architectures") or [""])[0]
+            if kind.endswith("ForSequenceClassification"):
+                raise UserError(
+                    f"{key}={run} is a reward model. To score with it, use reward=classifier reward.path={folder}."
+                )
+            return folder
+    raise UserError(f"{key}={run} is neither a finished run (its folder has no model/) nor the folder of a model.")

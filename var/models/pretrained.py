@@ -15,14 +15,13 @@ import torch
 from var.data.chat import Chat
 from var.data.template import read_date
 from var.models.checks import check_decoder, check_vocabulary, is_classifier
-from var.models.files import ModelFiles
+from var.models.files import ADAPTER, ModelFiles
 from var.models.lora import HEAD, merge_adapter
 from var.models.structure import Shapes, blocks, parameters_on_meta, read_weight_shapes, untied_weights
 from var.utils.console import say
 from var.utils.errors import UserError
 from var.utils.files import atomic
 
-ADAPTER = "adapter_config.json"  # peft's file in a folder with an adapter; it names the base
 # One of these is in each tokenizer. Without any, transformers may build an empty one.
 TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "tokenizer_config.json")
 
@@ -349,25 +348,3 @@ class Pretrained(ModelFiles):
         check_decoder(config, self.typed)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, self.dtype))
-
-
-def find_model(run: str, key: str = "init") -> Path:
-    """Return the folder of the model that a run exported; `run` may also be the folder of a model or a LoRA adapter.
-
-    key is the setting in messages. Raises a UserError if there is no model, or if it is a reward model.
-    """
-    if not run:
-        raise UserError(f"{key} is empty (unset shell variable?). Use {key}=null for none.")
-    for folder in (Path(run).expanduser() / "model", Path(run).expanduser()):
-        if (folder / ADAPTER).exists():
-            if json.loads((folder / ADAPTER).read_text()).get("task_type") == "SEQ_CLS":
-                raise UserError(f"{key}={run} is the adapter of a reward model. Use that of a language model.")
-            return folder
-        if (folder / "config.json").exists():
-            kind = (json.loads((folder / "config.json").read_text()).get("architectures") or [""])[0]
-            if kind.endswith("ForSequenceClassification"):
-                raise UserError(
-                    f"{key}={run} is a reward model. To score with it, use reward=classifier reward.path={folder}."
-                )
-            return folder
-    raise UserError(f"{key}={run} is neither a finished run (its folder has no model/) nor the folder of a model.")

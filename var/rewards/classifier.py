@@ -14,9 +14,10 @@ from var.data.messages import Message, Prompt
 from var.data.template import Template, hash_tokenizer, read_template
 from var.models.attention import list_lengths
 from var.models.checks import check_vocabulary
+from var.models.files import ADAPTER
 from var.models.frozen import free_memory
 from var.models.packing import whole
-from var.models.pretrained import ADAPTER, Pretrained
+from var.models.pretrained import Pretrained
 from var.models.reward_model import RewardModel
 from var.models.simulate import measure_activations
 from var.models.structure import build_meta_scorer, list_head, list_positions

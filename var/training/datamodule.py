@@ -128,8 +128,7 @@ class AlignmentData(lightning.LightningDataModule):
             say(f"Data: {rows.description}")
         report.rows, report.rows_skipped_by_adapter = len(rows), rows.left_out or None
         report.records_joined = rows.merged or None
-        if settings.limit is not None and settings.limit < len(rows):
-            report.rows_beyond_limit = len(rows) - settings.limit
+        report.rows_beyond_limit = max(0, len(rows) - (settings.limit or len(rows))) or None
         rows = rows.head(settings.limit)
         self.annotator.check_rows(rows)
         for provider in self.providers:

@@ -28,7 +28,8 @@ from var.models.export import read_dtype
 from var.models.frozen import FrozenModel
 from var.models.lora import LoRA
 from var.models.policy import Policy
-from var.models.pretrained import Pretrained, find_model
+from var.models.files import find_model
+from var.models.pretrained import Pretrained
 from var.models.reward_model import RewardModel
 from var.models.sharding import load_to_shard
 from var.models.value_head import ActorCritic
