@@ -91,6 +91,7 @@ def test_report_reads_a_real_run(own: list[str], tmp_path: Path) -> None:
     assert (tmp_path / "curves.png").stat().st_size
 
 
+@pytest.mark.long
 def test_later_runs_sample_and_score_nothing(base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another λ, learning rate, estimator or loss reads the annotations of the first run (huggingface/trl #3985)."""
     more = [*base, "data.source.problems=12", "generate.max_new_tokens=4"]
@@ -118,6 +119,7 @@ def test_annotate_samples_nothing_for_a_reward_model(own: list[str]) -> None:
     assert "Evaluating the reference" not in printed
 
 
+@pytest.mark.long
 def test_ranks_of_annotate_share_the_work(own: list[str], tmp_path: Path) -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "annotate.py"))
     process = spawn(*launcher, *own, "loss=dpo", "trainer.devices=2", "data.global_batch=8")
@@ -140,6 +142,7 @@ def test_debug_presets(own: list[str], tmp_path: Path) -> None:
     assert min(summary["steps"] for summary in read_summaries(tmp_path / "runs").values()) == 1
 
 
+@pytest.mark.long
 def test_commands_of_a_run_read_the_date_of_its_first_start(
     own: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,6 +186,7 @@ def test_template_that_changes_rows_is_an_error_or_counted(own: list[str], tmp_p
     assert record["trained"]["after"].endswith("<end><assistant>")
 
 
+@pytest.mark.long
 def test_each_job_of_a_sweep_has_its_folder(own: list[str], tiny_folder: Path, tmp_path: Path) -> None:
     check_run("train.py", "-m", *own, "loss=sft,var_grouped", "logger=wandb")
     names = [folder.name.rsplit("-", 1)[0] for folder in read_summaries(tmp_path / "runs")]

@@ -191,6 +191,7 @@ def check_outcome(job: Job, straight: Job, attempts: list[Attempt], every: int =
 
 
 @every_place
+@pytest.mark.long
 def test_run_resumes_wherever_it_is_killed(every: bool, straight: Any, tmp_path: Path) -> None:
     """One run is killed at every place in turn, or at some of them."""
     unbroken, _ = straight("var_grouped")

@@ -238,6 +238,7 @@ def test_quantized_model_is_another_reference(kind: str, most: float, wide_folde
     assert torch.equal(logps(attach(files)), logps(files.load()))
 
 
+@pytest.mark.long
 def test_adapter_trains_on_a_4_bit_model(train: Any, wide_folder: Path, tmp_path: Path) -> None:
     """Through annotation, training and evaluation. The adapter is merged into the unquantized weights."""
     pytest.importorskip("bitsandbytes")
@@ -278,6 +279,7 @@ def test_quantized_model_rejects_full_training_and_fsdp(wide_folder: Path, tmp_p
     assert "expected nf4 or fp4 or int8 or null, got 'int4'" in done.stderr
 
 
+@pytest.mark.long
 def test_32b_in_4_bit_passes_the_dry_run(tmp_path: Path) -> None:
     """31.2 of 32.8 billion weights are in 4 bits, with a copy on each of 32 devices. Nothing is downloaded."""
     cfg = composed(
