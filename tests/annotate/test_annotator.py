@@ -146,7 +146,8 @@ class Elsewhere:
 
     def __call__(self, reference: Any, prompts: Any, sampling: Any, advance: Any) -> Any:
         self.calls.append(f"sample {len(prompts)}")
-        return [[Sample(prompt[-1]["content"][-2:], True)] * sampling.responses for prompt in prompts]
+        answers = [f"{number}?" for number in range(sampling.responses)]
+        return [[Sample(answer, True) for answer in answers] for _ in prompts]
 
     def release(self) -> None:
         self.calls.append("release")
@@ -157,7 +158,7 @@ def test_each_sampler_has_its_own_table_and_is_released(make):
     one = make(sampler=Elsewhere())
     rows, _ = make_sequences(one)
     texts = sample_responses(one, rows, SAMPLING)
-    assert texts[0] == [Sample(" ?", True)] * 2
+    assert texts[0] == [Sample("0?", True), Sample("1?", True)]
     assert one.sampler.calls == ["check", "sample 6", "release"]
     local = sample_responses(one.with_local_sampler, rows, SAMPLING)
     assert local == sample_responses(make(), rows, SAMPLING) != texts

@@ -13,9 +13,9 @@ from torch.testing import assert_close
 from notebooks.tiny import TEMPLATE, byte_tokenizer
 from tests.helpers.models import CARD, pretrained, save_lora, tiny_model
 from var.models.export import export
+from var.models.files import find_model
 from var.models.packing import pack
 from var.models.policy import Policy
-from var.models.files import find_model
 from var.rewards.classifier import Classifier
 from var.utils.errors import UserError
 

@@ -122,9 +122,10 @@ class Chat:
         for origin, ids in self.named_ends.items():
             for token in ids:
                 if token not in self.added_tokens and token < len(self.tokenizer):
+                    text = self.tokenizer.decode([token])
                     raise UserError(
-                        f"{self.path}: {origin} names the end token {token}, which is {self.tokenizer.decode([token])!r}, "
-                        "so ordinary text. Correct it."
+                        f"{self.path}: {origin} names the end token {token}, which is {text!r}, so ordinary text. "
+                        "Correct it."
                     )
                 ends.add(int(token))
         return frozenset(ends)

@@ -25,10 +25,10 @@ from var.config.sweep import is_multirun
 from var.data.settings import DataSettings
 from var.losses.base import Loss
 from var.models.export import read_dtype
+from var.models.files import find_model
 from var.models.frozen import FrozenModel
 from var.models.lora import LoRA
 from var.models.policy import Policy
-from var.models.files import find_model
 from var.models.pretrained import Pretrained
 from var.models.reward_model import RewardModel
 from var.models.sharding import load_to_shard
