@@ -169,7 +169,7 @@ def test_exported_model_is_the_trained_one(train: Any, tiny_folder: Path, tmp_pa
     assert not (merged / "model" / "adapter_config.json").exists()
     config = json.loads((apart / "model" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tiny_folder.resolve())
-    assert "LoRA" not in (merged / "model" / "README.md").read_text()
+    assert "PeftModel" not in (merged / "model" / "README.md").read_text()
     a, b = (logps(pretrained(folder / "model", tmp_path).load()) for folder in (merged, apart))
     c = logps(pretrained(merged / "adapter", tmp_path).load())
     assert_close(a, b, rtol=0, atol=1e-5)
