@@ -48,7 +48,7 @@ def find_content_changes(prompt: Sequence[Message], places: Sequence[tuple[int, 
 
     places: the written contents with the indices of their messages, in the order of the text.
     """
-    changes, order = [], [i for i, _ in places]
+    changes, order = list[str](), [i for i, _ in places]
     for i, message in enumerate(prompt):
         content = (message.get("content") or "").strip()
         as_json = {json.dumps(content, ensure_ascii=escape)[1:-1] for escape in (True, False)}

@@ -150,12 +150,12 @@ class Template:
 
     def _render_scaffolds(self) -> str:
         """Return what the template writes around turns, and the first and last token of a tool's turn."""
-        user, answer = ({"role": role, "content": PROBE} for role in ("user", "assistant"))
+        user, answer, system = (Message(role=role, content=PROBE) for role in ("user", "assistant", "system"))
         call = {"id": "a" * 9, "type": "function", "function": {"name": PROBE, "arguments": {}}}
-        calling = [user, {"role": "assistant", "content": "", "tool_calls": [call]}]
-        result = {"role": "tool", "name": PROBE, "tool_call_id": call["id"], "content": PROBE}
-        scaffolds = []
-        for turns in ([user, answer, user], [{"role": "system", "content": PROBE}, user], [*calling, result]):
+        calling = [user, Message(role="assistant", content="", tool_calls=[call])]
+        result = Message(role="tool", name=PROBE, tool_call_id=call["id"], content=PROBE)
+        scaffolds = list[str]()
+        for turns in ([user, answer, user], [system, user], [*calling, result]):
             try:
                 text = self._render(turns, (), {}, False)
                 if turns[-1] is result:  # its further tokens, such as <tool_response>, are in data as text
