@@ -192,13 +192,8 @@ def test_compiled_layers_match_and_compile_once(tiny_folder: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("file", "token", "message"),
     [
-        (
-            "generation_config.json",
-            64,
-            "generation_config.json names the end token 64, which is 'a', which is",
-        ),
+        ("generation_config.json", 64, "generation_config.json names the end token 64, which is 'a', so ordinary text"),
         ("generation_config.json", [257, 64], "generation_config.json names the end token 64, which is 'a'"),
-        ("generation_config.json", 262, "generation_config.json names the end token 262, which is not in the vocab"),
         ("config.json", 64, "config.json names the end token 64, which is 'a'"),
     ],
 )
@@ -213,7 +208,7 @@ def test_end_token_of_ordinary_text_is_an_error(file: str, token: Any, message: 
 
 def test_missing_end_tokens_of_files_are_no_end_tokens(tmp_path: Path):
     folder = saved(tmp_path / "m")
-    for value in (None, -1, []):
+    for value in (None, -1, [], 50_256):  # the last one is GPT-2's, as in the config of a smaller model of its kind
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
         assert pretrained(folder, tmp_path).chat.end_tokens == {257}
     (folder / "generation_config.json").unlink()

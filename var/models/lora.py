@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from var.models.structure import read_weight_shapes
 from var.utils.errors import UserError, brief
 
 HEAD = "score"  # head of a sequence classifier; all of its weights train
@@ -109,6 +108,8 @@ def merge_adapter(model: Any, folder: Path, keep: bool = False) -> Any:
     """
     from peft import PeftConfig, PeftModel
     from peft.utils import ModulesToSaveWrapper
+
+    from var.models.structure import read_weight_shapes
 
     if not (folder / "adapter_model.safetensors").exists():  # peft would read a pickled file
         raise UserError(f"{folder} contains no .safetensors file, and pickled weights are not read.")
