@@ -176,7 +176,7 @@ def test_template_that_changes_rows_is_an_error_or_counted(own: list[str], tmp_p
     sampled = [*own, f"model.path={two}", "data.responses=sampled"]
     error = check_error("the chat template does not write these rows as they are", *sampled)
     assert "row r1: the user's message 0 is 1[-?-]{+!+}" in error
-    assert "the user's message 0 is not as written" in check_error("does not write these", *sampled, "loss=grpo")
+    assert "the user's message 0 is 1[-?-]{+!+}" in check_error("does not write these", *sampled, "loss=grpo")
     assert not shards(tmp_path)
     printed = check_run("train.py", *own, f"model.path={one}", "data.on_template_change=count", "loss=sft")
     assert "changes 16 rows, which train as it writes them" in printed.replace("\n", " ")
