@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from tests.helpers.runs import ROOT, composed
 from var.config.check import EVAL, FOLDER, TRAIN, check, fits
-from var.config.entry import RENAMED, _add_free_keys, _expand_home, list_keys, run_command
+from var.config.entry import RENAMED, _expand_home, add_free_keys, list_keys, run_command
 from var.config.run_dir import run_dir
 from var.evaluate.run import Evaluation
 from var.training.loggers import Curves, make_loggers
@@ -402,7 +402,7 @@ def test_mappings_with_keys_of_the_user_need_no_plus_sign():
         "sampler.request.top_k=-1",
         "eval.judge.request={a: 1}",
     ):
-        assert _add_free_keys(word) == f"++{word}"
+        assert add_free_keys(word) == f"++{word}"
     for word in (
         "+sampler.request.top_k=-1",
         "~reward.request",
@@ -411,4 +411,4 @@ def test_mappings_with_keys_of_the_user_need_no_plus_sign():
         "request=1",
         "x.y=a.request=1",
     ):
-        assert _add_free_keys(word) == word
+        assert add_free_keys(word) == word

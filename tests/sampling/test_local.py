@@ -71,10 +71,8 @@ def test_text_does_not_depend_on_the_batch(model: Any, chat: Chat, batch: int):
     assert len({sample.text for responses in texts for sample in responses}) == 10
 
 
-RECORDED = {  # by version 0.1.0, with transformers' DynamicCache and a check after each token
-    ("plain", False): "b7b9e958be47", ("plain", True): "ea8de95cd838", ("top_p", False): "76612145b6fa",
-    ("top_p", True): "5402a423ebea", ("cold", False): "bff5e318415d", ("greedy", False): "275d3cd7a02f",
-}  # fmt: skip
+# By version 0.1.0, with transformers' DynamicCache and a check after each token.
+RECORDED = {"plain": "b7b9e958be47", "top_p": "76612145b6fa", "cold": "bff5e318415d", "greedy": "275d3cd7a02f"}
 LONG = replace(SAMPLING, responses=3, max_new_tokens=24, batch=9, seed=5)
 VARIANTS = {
     "plain": LONG, "top_p": replace(LONG, top_p=0.8), "cold": replace(LONG, temperature=0.7),
@@ -83,17 +81,29 @@ VARIANTS = {
 WORDS = ask("ab", "a longer one", "c", "the longest of all of them by far", "de")
 
 
-@pytest.mark.parametrize(("variant", "autocast"), RECORDED)
+@pytest.mark.parametrize("variant", RECORDED)
 @pytest.mark.parametrize("every", [1, 5, 16])
 def test_tokens_equal_the_recorded_ones(
-    model: Any, chat: Chat, variant: str, autocast: bool, every: int, monkeypatch: pytest.MonkeyPatch
+    model: Any, chat: Chat, variant: str, every: int, monkeypatch: pytest.MonkeyPatch
 ):
     """Also if finished responses leave the batch later than at once, as on a GPU."""
     monkeypatch.setitem(local.CHECK_EVERY, "cpu", every)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        tokens = sample_tokens(model, chat, [chat.prompt(prompt) for prompt in WORDS], VARIANTS[variant])
+    tokens = sample_tokens(model, chat, [chat.prompt(prompt) for prompt in WORDS], VARIANTS[variant])
     recorded = [[(ids[:-1], True) if ids[-1] == 257 else (ids, False) for ids in several] for several in tokens]
-    assert hashlib.sha256(json.dumps(recorded).encode()).hexdigest()[:12] == RECORDED[variant, autocast]
+    assert hashlib.sha256(json.dumps(recorded).encode()).hexdigest()[:12] == RECORDED[variant]
+
+
+@pytest.mark.parametrize("variant", ["plain", "top_p"])
+def test_tokens_in_bfloat16_do_not_depend_on_the_checks(
+    model: Any, chat: Chat, variant: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Processors differ in how they round bfloat16, so no tokens are recorded."""
+    found = []
+    for every in (1, 5, 16):
+        monkeypatch.setitem(local.CHECK_EVERY, "cpu", every)
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(sample_tokens(model, chat, [chat.prompt(prompt) for prompt in WORDS], VARIANTS[variant]))
+    assert found[0] == found[1] == found[2]
 
 
 WAITING = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select"}

@@ -43,7 +43,7 @@ def run_command(main: Callable[[], Any]) -> None:
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra passes the exception on instead of printing it
     caught: Exception | None = None
-    sys.argv[1:] = (_add_free_keys(_expand_home(word)) for word in sys.argv[1:])
+    sys.argv[1:] = (add_free_keys(_expand_home(word)) for word in sys.argv[1:])
     try:
         check_versions()
         if nameless := [word for word in sys.argv[1:] if word.startswith("=")]:
@@ -78,7 +78,7 @@ def _expand_home(word: str) -> str:
     return key + given + re.sub(r"(^|,)~(?=/|$)", lambda found: found[1] + str(Path.home()), value)
 
 
-def _add_free_keys(word: str) -> str:
+def add_free_keys(word: str) -> str:
     """Add the plus signs without which Hydra sets no key that is not in the configuration."""
     parts = word.partition("=")[0].split(".")
     return f"++{word}" if any(part in FREE for part in parts[1:]) and parts[0][:1] not in "+~" else word
