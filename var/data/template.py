@@ -225,7 +225,7 @@ class Template:
                 )
             )  # fmt: skip
         except Exception as error:  # expressions of a template can raise anything
-            raise ValueError(
+            raise UserError(
                 f"the chat template cannot render these messages: {type(error).__name__}: {error}"
             ) from error
 
