@@ -60,10 +60,10 @@ LLAMA3_TEXT = """\
 {% macro turn(role, text) %}
 {{ '<|start_header_id|>' ~ role ~ '<|end_header_id|>\\n\\n' ~ text ~ '<|eot_id|>' }}
 {%- endmacro %}
-{% set told = '' %}
+{% set system = '' %}
 {% set rest = messages %}
 {% if messages[0].role == 'system' %}
-{% set told = messages[0].content | trim %}
+{% set system = messages[0].content | trim %}
 {% set rest = messages[1:] %}
 {% endif %}
 {% set listed = namespace(text='') %}
@@ -71,7 +71,7 @@ LLAMA3_TEXT = """\
 {% set listed.text = listed.text ~ tool | tojson(indent=2) ~ '\\n\\n' %}
 {% endfor %}
 {{- bos_token }}
-{{- turn('system', 'Today is ' ~ strftime_now('%d %b %Y') ~ '\\n\\n' ~ listed.text ~ told) }}
+{{- turn('system', 'Today is ' ~ strftime_now('%d %b %Y') ~ '\\n\\n' ~ listed.text ~ system) }}
 {%- for m in rest %}
 {% if m.role == 'tool' %}
 {{- turn('ipython', m.content | tojson) }}
@@ -165,8 +165,8 @@ QWEN3 = (
 # Turns alternate, the system's text is in the last user turn, and ids of tool calls have nine characters.
 MISTRAL_TEXT = """\
 {{- bos_token }}
-{%- set told = messages[0].content ~ '\\n\\n' if messages[0].role == 'system' else '' %}
-{% set rest = messages[1:] if told else messages %}
+{%- set system = messages[0].content ~ '\\n\\n' if messages[0].role == 'system' else '' %}
+{% set rest = messages[1:] if system else messages %}
 {% set last = namespace(user=0, expect='user') %}
 {% for m in rest %}
 {% if m.role == 'user' %}{% set last.user = loop.index0 %}{% endif %}
@@ -178,7 +178,7 @@ MISTRAL_TEXT = """\
 {% for m in rest %}
 {% if m.role == 'user' %}
 {% if loop.index0 == last.user and tools %}{{ '[AVAILABLE_TOOLS]' ~ tools | tojson ~ '[/AVAILABLE_TOOLS]' }}{% endif %}
-{{- '[INST]' ~ (told if loop.index0 == last.user else '') ~ m.content ~ '[/INST]' }}
+{{- '[INST]' ~ (system if loop.index0 == last.user else '') ~ m.content ~ '[/INST]' }}
 {%- elif m.tool_calls %}
 {{- '[TOOL_CALLS][' }}
 {%- for call in m.tool_calls %}

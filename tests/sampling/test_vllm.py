@@ -132,7 +132,7 @@ def test_vllm_gets_weights_tokens_and_settings(reference: FrozenModel):
 def test_tokens_end_at_the_first_end_token(reference: FrozenModel):
     """By hand: the first response is truncated after 8 tokens, the second is one token and the first end token.
 
-    Both tokens are bytes that are no text. At the end of a truncated response they may begin a character.
+    Neither of the two bytes is a character. At the end of a truncated response they may begin a character.
     """
     reference.pretrained.chat.__dict__["end_tokens"] = frozenset({257, 99})
     expected = [Sample("", False, (98,) * 8), Sample("\ufffd", True, (97, 99))]

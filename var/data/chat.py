@@ -106,8 +106,8 @@ class Chat:
         if end is None:
             raise UserError(
                 f"the chat template ends an assistant's message with {self.suffix!r}, which begins with the token "
-                f"{self.tokenizer.decode([tokens[0]])!r} of ordinary text, so sampling could not tell the end from "
-                "text. Set model.chat_template to one that ends a message with a special token, such as "
+                f"{self.tokenizer.decode([tokens[0]])!r} of ordinary text, which an answer "
+                "can contain. Set model.chat_template to one that ends a message with a special token, such as "
                 f"{self.tokenizer.eos_token or 'the end-of-sequence token'!r}, or to plain."
             )
         return int(end)

@@ -4,8 +4,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-# Keys "role" and "content", and others that templates read: tool_calls, name, tool_call_id, reasoning_content. Beside
-# tool calls the content may be None or missing.
+# Keys "role" and "content", and others that templates read: tool_calls, name, tool_call_id, reasoning_content. The
+# content may be None or missing if a message has tool calls.
 Message = dict[str, Any]
 
 

@@ -23,7 +23,7 @@ class DataSettings:
     overlong: Overlong
     """What to do with a longer sequence."""
     on_template_change: OnTemplateChange
-    """What to do with rows of which the chat template does not write everything as it is."""
+    """What to do with rows that the chat template does not write as they are."""
     validation_prompts: int
     """Prompts on which the policy is evaluated and never trained."""
     limit: int | None
