@@ -167,7 +167,7 @@ def test_run_starts_from_a_run(base: list[str], tmp_path: Path) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
     hashes = [read_summary(folder)["hashes"]["weights"] for folder in (first, dpo, grpo)]
     assert hashes[0] != hashes[1] == hashes[2]
-    assert f"base_model: {first}" in (grpo / "model" / "README.md").read_text()
+    assert f"Made from {first}" in (grpo / "model" / "README.md").read_text()
     train(base, "loss=sft", f"init={first}/model", runs=tmp_path / "folder")
 
 
