@@ -30,7 +30,7 @@ pytestmark = pytest.mark.e2e
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a file of 12 prompts with three responses each, the last of them truncated."""
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", prompts=12, responses=3, seed=2)
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", prompts=12, responses=3, seed=2, before="")
 
 
 @pytest.fixture(scope="module")

@@ -61,12 +61,15 @@ def write_to(folder: Path) -> list[str]:
     return [f"annotation_cache={folder}/store", f"cache={folder}/cache", f"runs={folder}/runs"]
 
 
-def write_rows(path: Path, prompts: int, responses: int = 2, seed: int = 0) -> Path:
-    """Write prompts with an answer and random responses, which have a score and a weight. Every third is truncated."""
+def write_rows(path: Path, prompts: int, responses: int = 2, seed: int = 0, before: str = " ") -> Path:
+    """Write prompts with an answer and random responses, which have a score and a weight. Every third is truncated.
+
+    before: what separates the number at the end of a response from its letters.
+    """
     draw = random.Random(seed)
 
     def response(k: int) -> dict[str, Any]:
-        text = "".join(draw.choices("abcdefgh", k=draw.randint(1, 6))) + f" {k}"
+        text = "".join(draw.choices("abcdefgh", k=draw.randint(1, 6))) + f"{before}{k}"
         return {"text": text, "score": draw.gauss(0, 1), "weight": draw.uniform(0.5, 1.5), "finished": k != 2}
 
     records = [
