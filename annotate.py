@@ -1,5 +1,7 @@
 """Fill the annotation cache before training, with train.py's configuration: `python annotate.py loss=var data=…`."""
 
+import var.config.installed  # isort: skip  # noqa: F401  before what may be missing
+
 import hydra
 from omegaconf import DictConfig
 

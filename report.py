@@ -1,5 +1,7 @@
 """Compare runs and evaluations in tables, figures and one page per run: `python report.py runs/a runs/b …`."""
 
+import var.config.installed  # isort: skip  # noqa: F401  before what may be missing
+
 import argparse
 from pathlib import Path
 

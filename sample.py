@@ -1,5 +1,7 @@
 """Sample and reward a model's responses to the data's prompts: `python sample.py init=runs/… out=rows.jsonl`."""
 
+import var.config.installed  # isort: skip  # noqa: F401  before what may be missing
+
 import hydra
 from omegaconf import DictConfig
 
@@ -34,21 +36,26 @@ def main(cfg: DictConfig) -> None:
     from var.utils.console import say
     from var.utils.files import atomic
 
-    run = Run.compose(cfg, Path("."))
+    run = Run.compose(cfg, Path("."), keep_date=False)
     annotator, generate = run.annotator, run.data.training_set.sampling
-    annotator.check(out=out.parent)
-    rows = read(run.data.source, annotator.cache).head(run.data.settings.limit)
+    annotator.check_folders(out=out.parent)
+    rows = read(run.data.source, annotator.cache)
+    if rows.description:
+        say(f"Data: {rows.description}")
+    rows = rows.head(run.data.settings.limit)
     check_answers(annotator.reward, rows)
-    texts = sample_responses(annotator, rows, generate)
+    annotator.check()
+    annotator.check_rows(rows)
+    samples = sample_responses(annotator, rows, generate)
     scores = score_candidates(annotator, rows, generate) if annotator.reward.scores_text else None
     sampling = sampling_fingerprint(annotator, generate)
     written = empty = without_response = 0
     with atomic(out) as file:
-        for i, (row, several) in enumerate(zip(rows, texts, strict=True)):
+        for i, (row, several) in enumerate(zip(rows, samples, strict=True)):
             responses = [
-                {"text": text, "finished": finished, "source": cfg.init or cfg.model.path}
+                {**sample.record, "source": cfg.init or cfg.model.path}
                 | ({} if scores is None else {"score": float(scores[i, k])})
-                for k, (text, finished) in enumerate(several)
+                for k, sample in enumerate(several)
             ]
             kept = [response for response in responses if response["text"].strip()]
             empty += len(responses) - len(kept)
@@ -56,7 +63,8 @@ def main(cfg: DictConfig) -> None:
             without_response += not kept
             record = {
                 "id": row.id, "prompt": row.prompt, "responses": kept, "answer": row.answer, "subset": row.subset,
-                "sampling": sampling,
+                "sampling": sampling, "tools": row.prompt.tools or None,
+                "chat_template_kwargs": row.prompt.template_kwargs or None,
             }  # fmt: skip
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
     say(f"{written} responses to {len(rows) - without_response} prompts in {out}; empty responses skipped: {empty}")

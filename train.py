@@ -1,5 +1,7 @@
 """Align a language model: sample and annotate what is missing, train, evaluate, export. `python train.py --help`."""
 
+import var.config.installed  # isort: skip  # noqa: F401  before what may be missing
+
 import hydra
 from omegaconf import DictConfig
 
@@ -26,7 +28,7 @@ def main(cfg: DictConfig) -> float | None:
     from var.utils.files import remove
 
     folder = Path(HydraConfig.get().runtime.output_dir)
-    if cfg.resume == "auto" and (folder / "summary.json").exists() and not cfg.dry:
+    if cfg.resume == "auto" and (folder / "summary.json").exists() and not (cfg.dry or cfg.show_rows):
         finished = json.loads((folder / "summary.json").read_text())
         summary.check_same_settings(cfg, finished)
         say(f"Run already finished: {folder}. Use resume=false to start a new one.")
@@ -42,17 +44,20 @@ def main(cfg: DictConfig) -> float | None:
     from lightning import seed_everything
 
     from var.config.choices import describe_choices
-    from var.models.export import write_card
+    from var.models.card import write_card
     from var.report.write import plot
-    from var.training import dry_run
+    from var.training import dry_run, show_rows
     from var.training.alternatives import check_memory
     from var.training.outcome import Export, make_card, summarize
     from var.training.run import Run
     from var.utils.files import write_json
 
     run = Run.compose(cfg, folder)
+    if cfg.show_rows:
+        return show_rows.show(run)
     if cfg.dry:
         return dry_run.show(run)
+    run.data.read_rows()  # their errors come before a model is loaded
     check_memory(run.cfg, run.settings, run.memory)
     say("; ".join(describe_choices()))
     if run.checkpoint is None and is_first_rank():  # otherwise when training resumes: until then, nothing changes

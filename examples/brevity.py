@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from var.data.rows import Message
+from var.data.messages import Message
 from var.utils.errors import UserError
 
 

@@ -6,7 +6,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from var.data.rows import Response, Row, parse_prompt
+from var.data.messages import parse_prompt
+from var.data.rows import Response, Row
 from var.utils.errors import UserError
 
 

@@ -104,8 +104,8 @@ def test_devices_of_commands_are_read() -> None:
 
 
 def is_long(page: str) -> bool:
-    """Return whether only the long suite checks the page: all experiments except one with several machines."""
-    return page.startswith("experiments/") and "table2" not in page
+    """Return whether only the long suite checks the page: those with many commands, and most experiments."""
+    return page in ("README.md", "docs/gpus.md") or (page.startswith("experiments/") and "table2" not in page)
 
 
 @pytest.mark.parametrize(

@@ -29,13 +29,14 @@ VARIANTS = {
     "losses.alol.ALoL": {"ratio", "clip", "beta"},
     "losses.grpo.GRPO": {"beta", "clip_high", "normalize", "scale", "length"},
     "models.pretrained.Pretrained": {"quantization", "repository"},
-    "rewards.classifier.Classifier": {"dtype", "architecture"},
+    "rewards.classifier.Classifier": {"dtype", "architecture", "repository"},
     "training.optim.MasterAdamW": {"betas"},  # torch's in Python
     "utils.http_client.Client": {"api_key_env", "price_in", "price_out"},
     "weights.estimators.InBatch": {"reduction", "reference"},
 }
 NOT_IN_YAML = {  # set by code
     ("models.pretrained.Pretrained", "cache"), ("models.pretrained.Pretrained", "key"),
+    ("models.pretrained.Pretrained", "date_file"),
     ("rewards.classifier.Classifier", "device"),
 }  # fmt: skip
 

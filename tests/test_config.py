@@ -1,5 +1,6 @@
 """The configuration is checked before anything is loaded, and every error says what to write instead."""
 
+import hashlib
 import re
 import shlex
 import subprocess
@@ -15,12 +16,13 @@ from omegaconf import OmegaConf
 
 from tests.helpers.runs import ROOT, composed
 from var.config.check import EVAL, FOLDER, TRAIN, check, fits
-from var.config.entry import RENAMED, _expand_home, list_keys, run_command
+from var.config.entry import RENAMED, _expand_home, add_free_keys, list_keys, run_command
 from var.config.run_dir import run_dir
 from var.evaluate.run import Evaluation
 from var.training.loggers import Curves, make_loggers
 from var.training.run import Run
 from var.utils.errors import UserError
+from var.utils.files import make_file_name
 
 OPTIONS = [path.relative_to(FOLDER) for path in sorted(Path(FOLDER).glob("*/*.yaml")) if path.name[0] != "_"]
 REQUIRED = {  # settings that a user must give
@@ -171,6 +173,11 @@ def test_values_fit_types(value: object, hint: object, good: bool) -> None:
         ("+experiment=table1", "Write experiment=…, without the plus sign."),
         *((old if "=" in old else f"{old}=1", f"{old} was renamed: write {new}.") for old, new in RENAMED.items()),
         ("loss=custom", "loss._target_: must be given: loss._target_=…"),
+        ("data.path=a=b", "Hydra cannot read this value. Quote it, for Hydra and for the shell: 'data.path=\"a=b\"'."),
+        ("data.path=/x/(1)", "Error: data.path=/x/(1): Hydra cannot read this value"),
+        ("data.path=[1", "Error: data.path=[1: Hydra cannot read this value"),
+        ("loss", "Error: loss: expected key=value"),
+        ("=3", "Error: =3: the key is missing (unset shell variable?). Write key=3"),
     ],
 )
 def test_errors_say_what_to_write(given: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -269,12 +276,45 @@ def test_number_of_processes_must_match_the_trainer(tmp_path: Path, monkeypatch:
         (["seed=-1"], ["seed=-1: a seed must be at least 0 and below 2**32"]),
         (["seed=4294967296"], ["seed=4294967296: a seed"]),
         (["init="], ["init is empty (unset shell variable?). Use init=null"]),
+        (["cache=", "model.path="], ["cache: is empty (unset shell variable?)", "model.path: is empty"]),
+        (["data.micro_batch=0"], ["data.micro_batch: must be at least 1, got 0"]),
+        (["trainer.max_steps=-3", "trainer.log_every_n_steps=0"], [
+            "trainer.max_steps: must be at least -1, got -3", "trainer.log_every_n_steps: must be at least 1, got 0",
+        ]),
+        (["optim.optimizer.lr=-1"], ["optim.optimizer cannot be built: Invalid learning rate: -1"]),
+        (["reward._target_=var.rewards"], ["_target_=var.rewards is not a class or a function"]),
     ],
 )  # fmt: skip
 def test_invalid_values_are_reported_before_loading(overrides: list[str], lines: list[str], tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         Run.compose(composed(*overrides), tmp_path)
     assert [line for line in lines if line not in str(error.value)] == []
+
+
+def test_long_names_are_shortened_with_a_hash(tmp_path: Path) -> None:
+    """The names of runs that differ only after the limit differ, and every file system can hold them."""
+    cfg = composed(f"runs={tmp_path}")
+    names = {run_dir("r", "m" * 300 + end, data, "d", _root_=cfg) for end in "xy" for data in ("a/b", "ä" * 200)}
+    assert len(names) == 4
+    assert all(len(name.removeprefix("r/").encode()) <= 200 and name.count("/") == 1 for name in names)
+    assert run_dir("r", "m", "a/b", "l", _root_=cfg).startswith("r/m_a-b_l-")
+    assert make_file_name("ä" * 100, 32) == f"{'ä' * 11}-{hashlib.sha256(('ä' * 100).encode()).hexdigest()[:8]}"
+    assert make_file_name("a" * 32, 32) == "a" * 32
+
+
+def test_runs_without_a_folder_is_an_error(tmp_path: Path) -> None:
+    """With `runs=` of an unset variable the run's folder would be in /."""
+    cfg = composed(f"runs={tmp_path}")
+    cfg.runs = ""
+    with pytest.raises(UserError, match=r"runs: is empty \(unset shell variable\?\)"):
+        run_dir("", "m", "d", "l", _root_=cfg)
+
+
+def test_path_that_is_too_long_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_command((Path("x" * 300) / "config.json").exists)
+    path = f"{'x' * 300}/config.json"
+    assert capsys.readouterr().err == f"Error: {path}: File name too long; choose another folder or file\n"
 
 
 def test_file_in_place_of_a_folder_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -353,3 +393,22 @@ def test_home_folder_is_expanded_in_values() -> None:
     assert _expand_home("data.path=~/a.jsonl,~/b.jsonl") == f"data.path={home}/a.jsonl,{home}/b.jsonl"
     for word in ("~data.limit", "model.path=a~/b", "-m"):
         assert _expand_home(word) == word
+
+
+def test_mappings_with_keys_of_the_user_need_no_plus_sign():
+    """Hydra sets no key that is not in the configuration without it."""
+    for word in (
+        "model.chat_template_kwargs={thinking: false}",
+        "sampler.request.top_k=-1",
+        "eval.judge.request={a: 1}",
+    ):
+        assert add_free_keys(word) == f"++{word}"
+    for word in (
+        "+sampler.request.top_k=-1",
+        "~reward.request",
+        "data=files",
+        "--help",
+        "request=1",
+        "x.y=a.request=1",
+    ):
+        assert add_free_keys(word) == word

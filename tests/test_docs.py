@@ -18,6 +18,7 @@ from tests.helpers.cli import run
 from tests.helpers.rewards import OWN_REWARD
 from tests.helpers.runs import ROOT, composed
 from var.config.check import FOLDER
+from var.config.entry import add_free_keys
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [*DOCS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "examples" / "README.md"]
@@ -70,7 +71,8 @@ def test_command_is_valid(page: str, command: str) -> None:
     if "--config-dir" in overrides:
         at = overrides.index("--config-dir")
         overrides[at : at + 2] = [f"hydra.searchpath=[file://{ROOT / overrides[at + 1]}]"]
-    composed(*(re.split(r",(?![^\[({]*[\])}])", word)[0] for word in overrides if word != "-m"), root=root)
+    words = [re.split(r",(?![^\[({]*[\])}])", word)[0] for word in overrides if word != "-m"]
+    composed(*map(add_free_keys, words), root=root)
 
 
 @functools.cache
@@ -97,7 +99,7 @@ def keys(path: Path, package: str) -> Iterator[str]:
 
 def leaves(node: Any, path: str = "") -> Iterator[str]:
     """Yield the dotted keys of a YAML's content."""
-    if not isinstance(node, dict):
+    if not isinstance(node, dict) or not node:  # the keys of an empty mapping are the user's
         yield path
         return
     for key, child in node.items():

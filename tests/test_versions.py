@@ -43,6 +43,14 @@ def test_all_packages_outside_the_bounds_are_reported(tmp_path: Path, monkeypatc
     )
 
 
+@pytest.mark.parametrize("command", ["train.py", "annotate.py", "eval.py", "sample.py", "report.py"])
+def test_command_in_an_environment_without_packages_prints_one_line(command: str) -> None:
+    """-S hides all installed packages."""
+    done = subprocess.run([sys.executable, "-S", command], cwd=ROOT, capture_output=True, text=True)
+    error = f"Error: hydra, omegaconf, packaging: not installed. Run: pip install -e {ROOT}\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", error)
+
+
 def test_missing_packages_are_reported_with_the_folder_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a checkout that was never installed."""
     monkeypatch.setattr(sys, "path", [])

@@ -66,7 +66,7 @@ def main() -> None:
                 with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
                     if who == "ours":
                         found = sample_tokens(model, chat, prompts, sampling)
-                        count = sum(len(tokens) + ended for responses in found for tokens, ended in responses)
+                        count = sum(len(tokens) for responses in found for tokens in responses)
                     else:
                         count = count_generated(model, chat, prompts, sampling)
                 if number >= 0:

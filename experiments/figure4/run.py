@@ -24,6 +24,7 @@ from var.config.check import FOLDER
 from var.config.entry import run_command
 from var.data.rows import Rows, read
 from var.data.sequences import choose, encode
+from var.sampling.base import Samples
 from var.training.run import Run
 from var.utils.console import say
 from var.utils.statistics import estimate_mean
@@ -33,13 +34,13 @@ SIZES = (2, 4, 8, 16, 32)
 DEFAULTS = ["loss=var", "reward=near_number", f"data.source.problems={PROMPTS}", f"generate.responses={CANDIDATES}"]
 
 
-def score_pairs(run: Run, rows: Rows, texts: list[list[tuple[str, bool]]], k: int) -> tuple[np.ndarray, np.ndarray]:
+def score_pairs(run: Run, rows: Rows, samples: Samples, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Return log-probabilities [P, P] in nats per token and raw rewards [P, P].
 
     A column is the k-th response of a prompt, a row the prompt under which it is scored.
     """
     annotator = run.annotator
-    answered = add_responses(rows, [[responses[k]] for responses in texts], annotator.cache)
+    answered = add_responses(rows, [[several[k]] for several in samples], annotator.chat, annotator.cache)
     chosen = choose(answered, "all")
     sequences = encode(answered, chosen, annotator.chat, 1024, "error", False, annotator.cache)
     micro = np.arange(len(sequences))[None]
@@ -99,16 +100,16 @@ def main() -> None:
         run = Run.compose(compose("train", [*DEFAULTS, *overrides]), options.folder)
     run.annotator.check()
     rows, sampling = read(run.data.source, run.annotator.cache).head(PROMPTS), run.data.training_set.sampling
-    texts = sample_responses(run.annotator, rows, sampling)
+    samples = sample_responses(run.annotator, rows, sampling)
     raw = score_candidates(run.annotator, rows, sampling)
-    kept = [i for i, responses in enumerate(texts) if all(text.strip() for text, _ in responses[:ANSWERS])]
+    kept = [i for i, several in enumerate(samples) if all(sample.text.strip() for sample in several[:ANSWERS])]
     say(f"{len(kept)} of {len(rows)} prompts. The others have an empty response among the first {ANSWERS}.")
-    rows, texts, raw = rows.select(np.array(kept)), [texts[i] for i in kept], raw[kept]
+    rows, samples, raw = rows.select(np.array(kept)), [samples[i] for i in kept], raw[kept]
     temperature = float(np.sqrt(raw.var(1, ddof=1).mean()))
     say(f"λ = {temperature:.3f}, the reward's standard deviation within a prompt")
     found, world = list[dict[str, Any]](), f"{run.cfg.model.name}, {run.cfg.data.name}"
     for k in range(ANSWERS):
-        logps, rewards = score_pairs(run, rows, texts, k)
+        logps, rewards = score_pairs(run, rows, samples, k)
         found += [{"world": world, **record} for record in measure(logps, rewards / temperature, raw / temperature, k)]
     (options.folder / "tables.json").write_text(json.dumps({"partition": found}, indent=1, ensure_ascii=False))
     columns = ("variance", "relative_variance", "log_bias_spread")

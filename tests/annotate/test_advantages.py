@@ -27,8 +27,8 @@ VALUE = ValueFit(
     development_prompts=2, epochs=3, learning_rate=1e-2, heads=4, batch=2, lowest=0.0, largest=200.0, seed=0
 )
 SETTINGS = DataSettings(
-    responses="all", max_length=128, overlong="error", validation_prompts=0, limit=None, micro_batch=1,
-    global_batch=1, last_micro_batch="keep", last_step="keep", seed=0,
+    responses="all", max_length=128, overlong="error", on_template_change="error", validation_prompts=0, limit=None,
+    micro_batch=1, global_batch=1, last_micro_batch="keep", last_step="keep", seed=0,
 )  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def test_values_are_those_of_a_head_fitted_on_the_mean_rewards(make, alone):
     assert annotator.computed == {"Sampling candidates": 2, "Scoring candidates": 4, "Values": 4}
     texts = sample_responses(annotator, read(RowSource(ROWS[:2]), annotator.cache), SAMPLING)
     raw = np.array([
-        annotator.reward([row.prompt] * 2, [text for text, _ in several], [row.answer] * 2)
+        annotator.reward([row.prompt] * 2, [sample.text for sample in several], [row.answer] * 2)
         for row, several in zip(ROWS, texts, strict=False)
     ])  # fmt: skip
     _, sequences = make_sequences(annotator, ROWS[2:])

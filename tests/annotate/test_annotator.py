@@ -19,6 +19,7 @@ from var.annotate.rewards import cross_rewards, score_rows
 from var.data.report import DataReport
 from var.data.rows import Response
 from var.models.frozen import FrozenModel
+from var.sampling.base import Sample
 from var.utils.distributed import Ranks
 from var.utils.errors import UserError
 
@@ -145,7 +146,8 @@ class Elsewhere:
 
     def __call__(self, reference: Any, prompts: Any, sampling: Any, advance: Any) -> Any:
         self.calls.append(f"sample {len(prompts)}")
-        return [[(prompt[-1]["content"][-2:], True)] * sampling.responses for prompt in prompts]
+        answers = [f"{number}?" for number in range(sampling.responses)]
+        return [[Sample(answer, True) for answer in answers] for _ in prompts]
 
     def release(self) -> None:
         self.calls.append("release")
@@ -156,24 +158,35 @@ def test_each_sampler_has_its_own_table_and_is_released(make):
     one = make(sampler=Elsewhere())
     rows, _ = make_sequences(one)
     texts = sample_responses(one, rows, SAMPLING)
-    assert texts[0] == [(" ?", True)] * 2
+    assert texts[0] == [Sample("0?", True), Sample("1?", True)]
     assert one.sampler.calls == ["check", "sample 6", "release"]
     local = sample_responses(one.with_local_sampler, rows, SAMPLING)
     assert local == sample_responses(make(), rows, SAMPLING) != texts
     again = make(sampler=Elsewhere())
     assert sample_responses(again, rows, SAMPLING) == texts
     assert again.sampler.calls == ["release"]
-    assert sampling_fingerprint(one, SAMPLING) == {"sampler": "elsewhere", "sampling": SAMPLING.fingerprint}
+    assert sampling_fingerprint(one, SAMPLING) == {
+        "sampler": "elsewhere", "end_tokens": [257], "sampling": SAMPLING.fingerprint
+    }  # fmt: skip
 
 
 def test_sampled_responses_become_rows_and_are_counted(make, tmp_path):
-    rows, _ = make_sequences(make())
-    texts = [[("yes", True), (" \n", True)], [("no", False), ("no", True)], *[[("a", True), ("b", True)]] * 4]
+    """A sampler that returns text gives the tokens of the text, and is counted."""
+    one = make()
+    (rows, _), chat = make_sequences(one), one.chat
+    n, o = chat.tokenizer("no", add_special_tokens=False)["input_ids"]
+    samples = [
+        [Sample("yes", True), Sample(" \n", True)], [Sample.of(chat, [n, o]), Sample.of(chat, [n, o, 257])],
+        *[[Sample("a", True), Sample("b", True)]] * 4,
+    ]  # fmt: skip
     report = DataReport()
-    sampled = add_responses(rows, texts, tmp_path, report)
-    assert report == DataReport(sampled_responses=12, empty_responses_skipped=1, truncated_responses=1)
-    assert sampled[0].responses == (Response(text="yes", source="sampled"),)
-    assert [r.finished for r in sampled[1].responses] == [False, True]
+    sampled = add_responses(rows, samples, chat, tmp_path, report)
+    assert report == DataReport(
+        sampled_responses=12, sampled_as_text=9, empty_responses_skipped=1, truncated_responses=1
+    )
+    ids = (*chat.tokenizer("yes", add_special_tokens=False)["input_ids"], 257)
+    assert sampled[0].responses == (Response(text="yes", source="sampled", ids=ids),)
+    assert [(r.finished, r.ids) for r in sampled[1].responses] == [(False, (n, o)), (True, (n, o, 257))]
     assert sampled[1].prompt == ROWS[1].prompt
     assert sampled[1].answer == "1"
 

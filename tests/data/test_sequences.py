@@ -30,12 +30,14 @@ def row(name: str, *texts: str | Response, prompt: str = "ab", ordered: bool = F
 
 
 def encode_rows(
-    tmp_path: Path, *rows: Row, max_length: int = 64, overlong: Any = "drop", pairs: bool = False, **chat: Any
-) -> Sequences:
+    tmp_path: Path, *rows: Row, max_length: int = 64, overlong: Any = "drop", pairs: bool = False,
+    on_template_change: Any = "error", **chat: Any
+) -> Sequences:  # fmt: skip
     """Encode all responses (with pairs the first and the last) with the byte tokenizer."""
     table = make_rows(tmp_path / hash_content([r.id for r in rows]).hex(), *rows)
     choice = choose(table, "both" if pairs else "all")
-    return encode(table, choice, Chat(byte_tokenizer(**chat)), max_length, overlong, pairs, tmp_path / "cache")
+    limits = max_length, overlong, pairs, tmp_path / "cache", on_template_change
+    return encode(table, choice, Chat(byte_tokenizer(**chat)), *limits)
 
 
 def choose_indices(rows: Rows, switch: Any, rewards: list[list[float]] | None = None) -> list[tuple[int, int]]:
@@ -124,6 +126,21 @@ def test_pair_is_dropped_together(tmp_path: Path):
     assert dict(sequences.counts) == {"sequences dropped as overlong": 3, "sequences dropped with their pair": 1}
 
 
+def test_pair_of_equal_tokens_is_left_out(tmp_path: Path):
+    """The responses can be equal in the data, and after truncation. Such a pair would count as a wrong preference."""
+    rows = (
+        row("a", "wxyzv", "wxyzw", ordered=True), row("b", "x", "x", ordered=True), row("c", "x", "y", ordered=True),
+        row("d", "wxyz", "w", ordered=True),
+    )  # fmt: skip
+    sequences = encode_rows(tmp_path, *rows, max_length=PROMPT + 3, overlong="truncate", pairs=True)
+    assert [sequences.tokens(i)[2] for i in range(len(sequences))] == ["c#0", "c#1", "d#0", "d#1"]
+    assert dict(sequences.counts) == {
+        "sequences truncated": 3, "pairs left out: both responses are the same tokens": 2
+    }  # fmt: skip
+    alone = encode_rows(tmp_path, rows[0], max_length=PROMPT + 6, pairs=True)
+    assert len(alone) == 2
+
+
 def test_prompt_that_fills_the_limit_is_dropped_or_an_error(tmp_path: Path):
     """Truncation to an empty response would give 0/0: huggingface/trl #3382."""
     rows = (row("a", "x"), row("long", "x", prompt="abcd"), row("longer", "x", prompt="abcde"))
@@ -166,6 +183,31 @@ def test_rows_whose_prompt_renders_differently_are_named(tmp_path: Path):
     template = TEMPLATE.replace("m['content']", "(m['content'] if loop.last else m['content'] | replace('#', ''))")
     with pytest.raises(UserError, match=r"\(1\):\n  row b#0: the template renders the prompt differently"):
         encode_rows(tmp_path, row("a", "x"), row("b", "y", prompt="#c"), template=template)
+
+
+@pytest.mark.parametrize("begin", ["<t></t>", "<t>"])
+def test_text_that_the_template_adds_is_an_error_or_counted(
+    begin: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """A template that adds an empty reasoning block, as several do. Both are also found if the tokens are cached."""
+    content = f"(m['content'] if m.role != 'assistant' or '</t>' in m.content else '{begin}' + m['content'])"
+    template = TEMPLATE.replace("m['content']", content)
+    rows = (row("a", "x", "<t>y</t>z"), row("b", "w"))
+    for _ in range(2):
+        with pytest.raises(UserError, match="on_template_change=count trains on what it writes") as error:
+            encode_rows(tmp_path, *rows, template=template)
+        assert str(error.value).splitlines()[1:3] == [
+            f"  row a#0: the response is {{+{begin}+}}x", f"  row b#0: the response is {{+{begin}+}}w"
+        ]  # fmt: skip
+    for _ in range(2):
+        sequences = encode_rows(tmp_path, *rows, template=template, on_template_change="count")
+        assert sequences.counts == {"sequences changed by the template": 2}
+        ids, start, _ = sequences.tokens(0)
+        assert byte_tokenizer().decode(ids[start:]) == f"{begin}x<end>"
+        printed = capsys.readouterr().out.replace("\n", " ")
+        assert f"changes 2 rows, which train as it writes them. row a#0: the response is {{+{begin}+}}x" in printed
+    with pytest.raises(UserError, match=r"row a#0: the response is"):
+        encode_rows(tmp_path, *rows, template=template)
 
 
 def test_all_responses_truncated_is_an_error(tmp_path: Path):

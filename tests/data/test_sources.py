@@ -33,6 +33,11 @@ REAL = ROOT.parent / "shared" / "data"
 CONF = sorted(file for file in (ROOT / "conf" / "data").glob("*.yaml") if file.name[0] != "_" and file.stem != "custom")
 real = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real data: {REAL} is absent")
 
+VALID = {
+    Files: '{"prompt": "How do tides work?", "responses": [{"text": "The moon …", "score": 1.5}, "They come …"]}',
+    Prompts: '{"prompt": "What is 2 + 2?", "answer": "4"}',
+}
+
 
 def write_lines(file: Path, *records: object) -> str:
     """Write JSON lines (a str is a line), gzipped if the name ends with .gz. Return the path as text."""
@@ -135,10 +140,12 @@ def test_one_error_lists_all_invalid_lines(tmp_path):
         assert str(error.value).splitlines() == [
             f"{type(source).__name__}: invalid rows (5):",
             "  a.jsonl:2: not JSON: Expecting ',' delimiter at column 1",
-            "  a.jsonl:3: expected one JSON object per line, got list",
+            "  a.jsonl:3: expected a JSON object, got list",
             "  a.jsonl:4: its text cannot be written as UTF-8: unpaired surrogate '\\ud83d' (row 9)",
             "  a.jsonl:5: its prompt is empty (row a.jsonl:5)",
             "  a.jsonl:6: not UTF-8 text: byte 0xff at 12",
+            'Found: {"prompt": "x"',
+            f"Valid: {VALID[type(source)]}",
         ]
 
 
@@ -188,7 +195,7 @@ def test_prompts_are_read_from_text_and_json_lines(tmp_path):
     rows = read(Prompts(path=path), tmp_path / "cache")
     assert [(row.id, row.answer) for row in rows] == [("q", "2"), ("p.jsonl:2", None)]
     path = write_lines(tmp_path / "q.jsonl", {"prompt": "x", "responses": ["y"]})
-    with pytest.raises(UserError, match=r"q\.jsonl:1: unknown keys \['responses'\]; a prompt has .*data=files"):
+    with pytest.raises(UserError, match=r"q\.jsonl:1: it has responses. Use data=files"):
         read(Prompts(path=path), tmp_path / "cache")
 
 
@@ -309,7 +316,8 @@ def test_preferences_are_read_as_text_and_as_messages(tmp_path):
         {"question": "x", "chosen": "good", "rejected": "", "s": 1, "t": 0},
         {"question": " ", "chosen": "good", "rejected": "bad", "s": 1, "t": 0},
     )
-    source = Preferences(path=path, prompt="question", score_chosen="s", score_rejected="t")
+    columns = {"prompt": "question", "score_chosen": "s", "score_rejected": "t"}
+    source = Preferences(path=path, columns=columns)
     rows = read(source, tmp_path / "cache")
     assert (len(rows), rows.left_out) == (3, 2)
     assert [row.prompt for row in rows] == [(user("x"),), tuple(history), (user("y"),)]
@@ -327,7 +335,7 @@ def test_preferences_with_different_prompts_are_errors(tmp_path):
     )
     with pytest.raises(UserError) as error:
         read(Preferences(path=path), tmp_path / "cache")
-    assert str(error.value).splitlines()[1:] == [
+    assert str(error.value).splitlines()[1:4] == [
         "  p.jsonl:1: 'chosen' and 'rejected' differ before their last message",
         "  p.jsonl:2: 'chosen' must end with an assistant's message",
         "  p.jsonl:3: missing 'rejected'",
@@ -338,8 +346,6 @@ def test_settings_without_effect_are_errors(tmp_path):
     path = write_lines(tmp_path / "p.jsonl", {"prompt": "x", "chosen": "a", "rejected": "b"})
     with pytest.raises(UserError, match=r"is local: data.source.name and split apply to hub sets only"):
         Preferences(path=path, split="test")
-    with pytest.raises(UserError, match="set both score_chosen and score_rejected, or neither"):
-        Preferences(path=path, score_chosen="s")
 
 
 # --- HHA
@@ -505,7 +511,9 @@ def test_fingerprint_depends_on_settings_and_files(tmp_path):
     before = Files(path=path).fingerprint()
     file = tmp_path / "a.jsonl"
     stat = file.stat()
-    assert before == {"source": "Files", "path": path, "files": [[path, 16, stat.st_mtime_ns, stat.st_ctime_ns]]}
+    settings = {"path": path, "columns": None, "name": None, "split": "train"}
+    assert before == {"source": "Files", **settings, "files": [[path, 16, stat.st_mtime_ns, stat.st_ctime_ns]]}
+    assert Files(path=path, columns={"prompt": "q"}).fingerprint() != before
     write_lines(file, {"prompt": "xy"})
     assert Files(path=path).fingerprint() != before
     assert Arithmetic(seed=1).fingerprint() != Arithmetic().fingerprint()
@@ -533,9 +541,9 @@ def test_every_adapter_has_a_yaml_with_all_its_fields():
         config: DictConfig = OmegaConf.create(OmegaConf.to_container(composed(f"data={file.stem}").data))
         target = get_class(config.source._target_)
         assert {str(key) for key in config.source} - {"_target_"} == {field.name for field in fields(target)}
-        shortcuts = {"path", "folder"} & set(config)
+        shortcuts = {"path", "folder", "columns"} & set(config)
         assert set(config) - set(OmegaConf.load(file.parent / "_base.yaml")) == {"name", "source"} | shortcuts
-        for key in shortcuts:
+        for key in shortcuts - {"columns"}:
             config[key] = "org/set"
         source = instantiate(OmegaConf.create({"data": config}).data.source)
         assert type(source) is target

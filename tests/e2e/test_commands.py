@@ -1,13 +1,14 @@
 """The commands on a tiny random model, as a user runs them: what they print, write and reject."""
 
 import json
+from datetime import date
 from pathlib import Path
 
 import pytest
 
-from notebooks.tiny import byte_tokenizer
+from notebooks.tiny import TEMPLATE, byte_tokenizer
 from tests.helpers.cli import check_error, check_run, read_summaries, read_summary, spawn, write_rows, write_to
-from tests.helpers.models import saved, tiny_config
+from tests.helpers.models import DATED, saved, set_clock, tiny_config
 from tests.helpers.rewards import OWN_REWARD
 from tests.helpers.runs import ROOT, run_folder, write_lines
 from var.report.read import find_records
@@ -90,6 +91,7 @@ def test_report_reads_a_real_run(own: list[str], tmp_path: Path) -> None:
     assert (tmp_path / "curves.png").stat().st_size
 
 
+@pytest.mark.long
 def test_later_runs_sample_and_score_nothing(base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another λ, learning rate, estimator or loss reads the annotations of the first run (huggingface/trl #3985)."""
     more = [*base, "data.source.problems=12", "generate.max_new_tokens=4"]
@@ -117,6 +119,7 @@ def test_annotate_samples_nothing_for_a_reward_model(own: list[str]) -> None:
     assert "Evaluating the reference" not in printed
 
 
+@pytest.mark.long
 def test_ranks_of_annotate_share_the_work(own: list[str], tmp_path: Path) -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "annotate.py"))
     process = spawn(*launcher, *own, "loss=dpo", "trainer.devices=2", "data.global_batch=8")
@@ -139,6 +142,51 @@ def test_debug_presets(own: list[str], tmp_path: Path) -> None:
     assert min(summary["steps"] for summary in read_summaries(tmp_path / "runs").values()) == 1
 
 
+@pytest.mark.long
+def test_commands_of_a_run_read_the_date_of_its_first_start(
+    own: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """annotate.py starts the run, and train.py resumes it on the next day. Only a dry run before leaves no date."""
+    folder = saved(tmp_path / "dated", tokenizer=byte_tokenizer(DATED))
+    own = [*own, f"model.path={folder}", "loss=sft", "data.responses=sampled", "generate.max_new_tokens=40"]
+    monkeypatch.chdir(tmp_path)
+    set_clock(monkeypatch, date(2026, 11, 28))
+    check_run("train.py", *own, "debug=dry")
+    check_run("sample.py", *own, f"out={tmp_path}/rows.jsonl")
+    assert not list(tmp_path.rglob("date.txt"))
+    sampling = json.loads((tmp_path / "rows.jsonl").read_text().splitlines()[0])["sampling"]
+    assert sampling["reference"]["template"] == [DATED, {}, "2026-11-28"]
+    set_clock(monkeypatch, date(2026, 11, 29))
+    check_run("annotate.py", *own)
+    assert (run_folder(tmp_path / "runs") / "date.txt").read_text() == "2026-11-29"
+    set_clock(monkeypatch, date(2026, 11, 30))
+    assert "model.date=2026-11-29 for this run" in check_run("train.py", *own, "annotate=error").replace("\n", " ")
+    prompts = (run_folder(tmp_path / "runs") / "batches.jsonl").read_text()
+    assert prompts.count("<system>29 Nov 2026<end>") == len(prompts.splitlines()) > 0
+    check_error("annotate=error", *own, "annotate=error", "resume=false")
+
+
+def test_template_that_changes_rows_is_an_error_or_counted(own: list[str], tmp_path: Path) -> None:
+    """In the data's responses, and in the prompts that are sampled, before anything is computed."""
+    added = TEMPLATE.replace("m['content']", "('<t></t>' if m.role == 'assistant' else '') + m['content']")
+    lost = TEMPLATE.replace("m['content']", "(m['content'] | replace('?', '!'))")
+    one, two = (saved(tmp_path / str(i), tokenizer=byte_tokenizer(text)) for i, text in enumerate((added, lost)))
+    error = check_error("the chat template does not write these rows as they are", *own, f"model.path={one}")
+    assert "row r1#0: the response is {+<t></t>+}" in error
+    sampled = [*own, f"model.path={two}", "data.responses=sampled"]
+    error = check_error("the chat template does not write these rows as they are", *sampled)
+    assert "row r1: the user's message 0 is 1[-?-]{+!+}" in error
+    assert "the user's message 0 is 1[-?-]{+!+}" in check_error("does not write these", *sampled, "loss=grpo")
+    assert not shards(tmp_path)
+    printed = check_run("train.py", *own, f"model.path={one}", "data.on_template_change=count", "loss=sft")
+    assert "changes 16 rows, which train as it writes them" in printed.replace("\n", " ")
+    (folder,) = read_summaries(tmp_path / "runs")
+    record = json.loads((folder / "batches.jsonl").read_text().splitlines()[0])
+    assert record["trained"]["tokens"] == f"<t></t>{record['response']}<end>"
+    assert record["trained"]["after"].endswith("<end><assistant>")
+
+
+@pytest.mark.long
 def test_each_job_of_a_sweep_has_its_folder(own: list[str], tiny_folder: Path, tmp_path: Path) -> None:
     check_run("train.py", "-m", *own, "loss=sft,var_grouped", "logger=wandb")
     names = [folder.name.rsplit("-", 1)[0] for folder in read_summaries(tmp_path / "runs")]

@@ -93,6 +93,7 @@ def assert_same(found: Any, expected: Any) -> None:
     "words",
     [[str(ROOT / "eval.py"), "devices=2"], pytest.param([*TORCHRUN, str(ROOT / "eval.py")], marks=pytest.mark.long)],
 )
+@pytest.mark.long
 def test_two_processes_give_the_result_of_one(
     words: list[str], options: list[str], single: Path, tmp_path: Path
 ) -> None:

@@ -95,6 +95,7 @@ def test_model_is_exported_in_the_dtype_of_its_base(command, tmp_path):
         assert torch.equal(found["base"][name], weight.bfloat16())
 
 
+@pytest.mark.long
 def test_sharded_model_is_exported_in_the_dtype_of_its_base(command, tmp_path):
     """Two processes, in float32 and in bf16-mixed, which gathers bf16 weights; the export is of the float32 shards."""
     base = saved(tmp_path / "half", tiny_model(dtype=torch.bfloat16))

@@ -44,6 +44,7 @@ def train(hub: Hub, home: Path, *overrides: str, status: int = 0, **environment:
     return done.stdout + done.stderr
 
 
+@pytest.mark.long
 def test_dry_run_downloads_no_weights(hub: Hub, tmp_path: Path) -> None:
     printed = train(hub, tmp_path, *GROUPS, *write_to(tmp_path), "debug=dry")
     assert "7,615,616,512" in printed

@@ -191,6 +191,7 @@ def check_outcome(job: Job, straight: Job, attempts: list[Attempt], every: int =
 
 
 @every_place
+@pytest.mark.long
 def test_run_resumes_wherever_it_is_killed(every: bool, straight: Any, tmp_path: Path) -> None:
     """One run is killed at every place in turn, or at some of them."""
     unbroken, _ = straight("var_grouped")
@@ -214,6 +215,7 @@ LEAVE = [
 
 
 @every_place
+@pytest.mark.long
 def test_signal_ends_a_run_in_every_stage(every: bool, straight: Any, tmp_path: Path) -> None:
     """The status is 128 plus the signal, the next event does not happen, and the same command resumes."""
     unbroken, _ = straight("var_grouped")
@@ -258,6 +260,7 @@ def kill_run(loss: str, seed: int, kills: int, straight: Any, folder: Path, *mor
     check_outcome(job, unbroken, kill_randomly(job, complete.events, seed, kills), every=3 if more else 1)
 
 
+@pytest.mark.long
 def test_online_run_is_killed_repeatedly(straight: Any, tmp_path: Path) -> None:
     """Metrics and checkpoints are written at different steps."""
     kill_run("grpo", 0, 2, straight, tmp_path, *SELDOM)
@@ -320,6 +323,7 @@ COMMANDS = {
         *(pytest.param(command, seed, 10, marks=pytest.mark.long) for command in COMMANDS for seed in (1, 2, 3)),
     ],
 )
+@pytest.mark.long
 def test_other_commands_resume(
     command: str, seed: int, kills: int, driver: Driver, base: list[str], tmp_path: Path
 ) -> None:

@@ -152,6 +152,7 @@ class Slow:
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
+@pytest.mark.long
 def test_all_ranks_leave_on_a_signal_while_they_annotate(number: int, options: list[str], tmp_path: Path) -> None:
     """The first rank waits for the second one. Both end with 128 plus the signal; what the first computed is kept."""
     (tmp_path / "slow_reward.py").write_text(SLOW_REWARD)

@@ -19,6 +19,7 @@ from var.annotate.advantages import ProvideAdvantages
 from var.data.chat import Chat
 from var.models.packing import whole
 from var.rewards.classifier import Classifier
+from var.sampling.base import Sample
 from var.training.datamodule import AlignmentData
 from var.training.validation import PairAccuracy
 
@@ -185,10 +186,10 @@ def test_second_round_trains_on_samples_of_the_first(
     sample_responses, counts = responses.sample_responses, list[int]()
 
     def sample_an_empty_one(*arguments: Any) -> Any:
-        texts = sample_responses(*arguments)
-        texts = [[(" ", True), *texts[0][1:]], *texts[1:]]
-        counts[:] = [sum(bool(text.strip()) for text, _ in several) for several in texts]
-        return texts
+        samples = sample_responses(*arguments)
+        samples = [[Sample(" ", True), *samples[0][1:]], *samples[1:]]
+        counts[:] = [sum(bool(sample.text.strip()) for sample in several) for several in samples]
+        return samples
 
     validation = "data.validation_prompts=3"
     more = [validation, "generate.max_new_tokens=40"]  # long enough for some responses of a random model to end

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from hydra.core.hydra_config import HydraConfig
 
 from tests.helpers.cli import check_error, check_run, read_summaries, read_summary, run, spawn, write_to
 from tests.helpers.rewards import OWN_REWARD
@@ -137,11 +138,21 @@ def test_failed_trials_do_not_stop_optuna(options: list[str]) -> None:
     assert done.stderr.endswith("Error: ValueError: No trials are completed yet.\n")
 
 
-def test_job_after_a_failed_one_has_its_own_tracker_run(own: list[str], tmp_path: Path) -> None:
+def test_job_after_a_failed_one_has_its_own_tracker_run(
+    own: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Otherwise it would log to the W&B run of the failed job (wandb #1314)."""
-    done = run("train.py", "-m", *own, "logger=wandb", "optim.optimizer.lr=-1,3e-2")
+    configure = AlignmentModule.configure_optimizers
+
+    def fail_once(self: AlignmentModule) -> Any:
+        if HydraConfig.get().job.num == 0:
+            raise ValueError("a fault in the code")
+        return configure(self)
+
+    monkeypatch.setattr(AlignmentModule, "configure_optimizers", fail_once)
+    done = run("train.py", "-m", *own, "logger=wandb", "seed=0,1")
     assert done.returncode == 1
-    assert list_failed(done.stderr) == {"0 optim.optimizer.lr=-1": "ValueError: Invalid learning rate: -1"}
+    assert list_failed(done.stderr) == {"0 seed=0": "ValueError: a fault in the code"}
     assert "Traceback" in done.stderr, "the user cannot fix this error"
     assert len(finished(tmp_path)) == 1
     assert len({path.parents[1] for path in (tmp_path / "runs").glob("*/wandb/offline-run-*")}) == 2
@@ -203,6 +214,25 @@ def test_failed_jobs_do_not_stop_the_others(options: list[str], tmp_path: Path) 
     assert done.stdout.count("Run already finished") == 2
     assert len(read_summaries(tmp_path / "runs")) == 4
     assert not list((tmp_path / "runs").glob(".failures*"))
+
+
+@pytest.mark.long
+def test_all_failed_jobs_of_joblib_are_listed(options: list[str], tmp_path: Path) -> None:
+    """The workers are other processes, and both fail."""
+    require("hydra_joblib_launcher")
+    command = [
+        str(ROOT / "train.py"), "-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", *options, "loss=var_grouped",
+        "trainer.max_steps=1", "loss.temperature=-1,1,-2",
+    ]  # fmt: skip
+    process = spawn(*command)
+    _, err = process.communicate(timeout=1800)
+    assert process.returncode == 1
+    assert list_failed(err) == {
+        f"{job} loss.temperature={value}": f"loss.temperature must be above 0, got {value}. For λ → ∞ use loss=sft."
+        for job, value in ((0, -1), (2, -2))
+    }
+    assert err.endswith("Error: failed jobs: 2. The same command runs them again and skips finished jobs.\n")
+    assert len(read_summaries(tmp_path / "runs")) == 1
 
 
 def test_each_job_of_a_sweep_runs_on_two_processes(options: list[str], tmp_path: Path) -> None:

@@ -5,34 +5,34 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose
 
 from tests.helpers.models import pretrained
+from tests.helpers.packing import unpack_sequences
+from tests.helpers.runs import write_lines
 from var.data.chat import Chat
-from var.data.rows import FEATURES, Rows
+from var.data.rows import Rows, read
+from var.data.sources.files import Files
 from var.evaluate.answers import compute_logps, divergence, pack_answers, samples, score_answers, win_rate
 from var.models.attention import use_attention
 from var.models.policy import Policy
 from var.rewards.dataset_score import Score
 from var.rewards.programmatic import ExactNumber
 from var.rewards.scale import Scale
+from var.sampling.base import Sample
 from var.utils.errors import UserError
 
-TEXTS = [[("3", True), ("it is 44", False)], [("", True), ("4.", True)]]
+TEXTS = [[Sample("3", True), Sample("it is 44", False)], [Sample("", True), Sample("4.", True)]]
 
 
 @pytest.fixture(scope="module")
-def rows() -> Rows:
-    rest = {"responses": [], "ordered": False, "subset": None, "sampling": None}
-    records = [
-        {"id": f"r{i}", "prompt": [{"role": "user", "content": text}], "answer": answer, **rest}
-        for i, (text, answer) in enumerate((("1 + 2", "3"), ("2 + 2", "4")))
-    ]
-    return Rows(datasets.Dataset.from_list(records, features=FEATURES), np.array([b"a", b"b"], dtype="S16"))
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    folder = tmp_path_factory.mktemp("rows")
+    records = [{"prompt": "1 + 2", "answer": "3"}, {"prompt": "2 + 2", "answer": "4"}]
+    return read(Files(path=str(write_lines(folder / "r.jsonl", records))), folder)
 
 
 @pytest.fixture
@@ -49,6 +49,23 @@ def test_answers_are_scored_against_the_row_on_the_given_scale(rows, tokenizer):
     assert found.lengths.tolist() == [[1, 8], [0, 2]]
     assert found.finished.tolist() == [[True, False], [True, True]]
     assert found.texts == [["3", "it is 44"], ["", "4."]]
+
+
+def test_drawn_tokens_are_counted_and_scored(rows, tokenizer):
+    """A byte that is not text and a special token are one token each. Encoded again, their texts are 3 and 1."""
+    chat = Chat(tokenizer)
+    byte, user, three = 187, 258, tokenizer("3")["input_ids"][0]
+    drawn = [[[byte, three, 257], [three, user]], [[257], [byte]]]
+    texts = [[Sample.of(chat, ids) for ids in several] for several in drawn]
+    found = score_answers(rows, texts, ExactNumber(), Scale(), chat)
+    assert found.texts == [["\ufffd3", "3<user>"], ["", ""]]
+    assert found.lengths.tolist() == [[2, 2], [0, 1]]
+    assert found.finished.tolist() == [[True, False], [True, False]]
+    for batch, row, several in zip(pack_answers(chat, rows, texts), rows, drawn, strict=True):
+        ids, starts = unpack_sequences(batch)
+        assert ids == [[*chat.prompt(row.prompt), *one] for one in several]
+        assert starts == [len(chat.prompt(row.prompt))] * 2
+    assert [len(chat.tokenize_answer(text, False)) for text in found.texts[0]] == [4, 7]
 
 
 def test_without_a_reward_of_text_there_are_lengths_only(rows, tokenizer):
@@ -100,10 +117,10 @@ def test_divergence_is_the_difference_of_log_probabilities(rows, tokenizer, load
 
 def test_samples_hold_answers_before_and_after(rows, tokenizer):
     before = score_answers(rows, TEXTS, ExactNumber(), Scale(), Chat(tokenizer))
-    after = score_answers(rows, [[("3", True), ("3", True)]] * 2, Score(), Scale(), Chat(tokenizer))
+    after = score_answers(rows, [[Sample("3", True)] * 2] * 2, Score(), Scale(), Chat(tokenizer))
     found = json.loads(json.dumps(samples(rows, before, after)))
     assert found[1] == {
-        "id": "r1", "prompt": [{"role": "user", "content": "2 + 2"}], "answer": "4",
+        "id": "r.jsonl:2", "prompt": [{"role": "user", "content": "2 + 2"}], "answer": "4",
         "before": {"texts": ["", "4."], "rewards": [0.0, 1.0], "lengths": [0, 2]},
         "after": {"texts": ["3", "3"], "rewards": None, "lengths": [1, 1]},
     }  # fmt: skip

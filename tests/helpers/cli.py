@@ -66,7 +66,7 @@ def write_rows(path: Path, prompts: int, responses: int = 2, seed: int = 0) -> P
     draw = random.Random(seed)
 
     def response(k: int) -> dict[str, Any]:
-        text = "".join(draw.choices("abcdefgh", k=draw.randint(1, 6))) + str(k)
+        text = "".join(draw.choices("abcdefgh", k=draw.randint(1, 6))) + f" {k}"
         return {"text": text, "score": draw.gauss(0, 1), "weight": draw.uniform(0.5, 1.5), "finished": k != 2}
 
     records = [

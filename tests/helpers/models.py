@@ -1,16 +1,23 @@
 """Tiny models that several test files need: language models, LoRA adapters, reward models, and a model card."""
 
+from datetime import date
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
-from notebooks.tiny import SIZES, byte_tokenizer
+from notebooks.tiny import SIZES, TEMPLATE, byte_tokenizer
+
+DATED = TEMPLATE.replace("{% for", "{{ '<system>' + strftime_now('%d %b %Y') + '<end>' }}{% for", 1)
+"""A template that begins with the current date, as that of Llama 3.1."""
 
 CARD = {
-    "base": "tiny/base", "loss": "var", "name": "tiny-var", "doc": "var.losses.var", "version": "0.1.0",
-    "table": "| reward | 0.1 | 0.9 |", "data": "arithmetic", "plan": "0123456789abcdef", "reward": "exact",
-    "steps": 3, "seed": 0, "changes": "",
+    "base": "tiny/base", "origin": "tiny/base at commit 3f1", "license": "apache-2.0", "loss": "var",
+    "name": "tiny-var", "version": "0.1.0", "table": "| reward | 0.1 | 0.9 |", "data": "arithmetic",
+    "data_license": "mit", "plan": "0123456789abcdef", "reward": "`exact`", "steps": 3, "seed": 0,
+    "parts": {"loss": {"_target_": "var.losses.var.VAR", "temperature": 0.25}}, "dtype": "float32",
+    "quantization": None, "changes": "",
 }  # fmt: skip
 
 
@@ -50,6 +57,32 @@ def saved(folder: Path, model: Any = None, tokenizer: Any = None) -> Path:
     """Save a model (default: the tiny one) with the byte tokenizer in Hugging Face form; return its folder."""
     (model or tiny_model()).save_pretrained(folder)
     (tokenizer or byte_tokenizer()).save_pretrained(folder)
+    return folder
+
+
+def set_clock(monkeypatch: pytest.MonkeyPatch, day: date) -> None:
+    """Let templates read a day as the current date."""
+
+    class Clock(date):
+        @classmethod
+        def today(cls) -> date:
+            return day
+
+    monkeypatch.setattr("var.data.template.date", Clock)
+
+
+def save_two_ends(folder: Path) -> Path:
+    """Save a tiny model with a second end token, <stop> (261), as the chat models of several families have.
+
+    The template ends messages with <end> (257). The tokenizer's eos_token is <stop>, and generation_config.json names
+    both.
+    """
+    from transformers import GenerationConfig
+
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "<stop>"})
+    saved(folder, tokenizer=tokenizer)
+    GenerationConfig(eos_token_id=[257, 261]).save_pretrained(folder)
     return folder
 
 

@@ -106,9 +106,12 @@ def client(url: str, folder: Path, **options: Any) -> Client:
     return Client(base_url=url, **settings)
 
 
-def completion(text: str | None, finish: str = "stop", **choice: Any) -> dict[str, Any]:
-    """Return a chat completion with 10 prompt tokens and 5 completion tokens. `choice` holds keys such as logprobs."""
-    message = {"role": "assistant", "content": text}
+def completion(text: Any, finish: str = "stop", reasoning: dict[str, Any] | None = None, **choice: Any) -> Any:
+    """Return a chat completion with 10 prompt tokens and 5 completion tokens.
+
+    reasoning: further fields of the message, such as reasoning_content. choice: further keys, such as logprobs.
+    """
+    message = {"role": "assistant", "content": text, **(reasoning or {})}
     return {
         "choices": [{"index": 0, "message": message, "finish_reason": finish, **choice}],
         "usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15},

@@ -13,9 +13,9 @@ from torch.testing import assert_close
 from notebooks.tiny import TEMPLATE, byte_tokenizer
 from tests.helpers.models import CARD, pretrained, save_lora, tiny_model
 from var.models.export import export
+from var.models.files import find_model
 from var.models.packing import pack
 from var.models.policy import Policy
-from var.models.pretrained import find_model
 from var.rewards.classifier import Classifier
 from var.utils.errors import UserError
 
@@ -107,7 +107,7 @@ def test_meta_model_is_the_bases(folder: Path, tmp_path: Path):
 
 
 def test_scorer_on_a_language_models_adapter_starts_at_zero(folder: Path, tmp_path: Path):
-    scorer = pretrained(folder, tmp_path).load_scorer()
+    scorer = pretrained(folder, tmp_path).load_scorer(new_head=True)
     policy = pretrained(folder, tmp_path).load()
     assert torch.count_nonzero(scorer.score.weight) == 0
     for name, value in scorer.model.state_dict().items():

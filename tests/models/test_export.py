@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from notebooks.tiny import TEMPLATE, byte_tokenizer
-from tests.helpers.models import CARD, pretrained, saved, tiny_model
+from tests.helpers.models import CARD, pretrained, save_two_ends, saved, tiny_model
 from var.data.chat import Chat
 from var.models.export import export
 from var.models.lora import LoRA
@@ -74,11 +74,19 @@ def test_chat_template_of_training_is_exported(tmp_path: Path):
     assert len(again.load().state_dict()) == len(tiny_model().state_dict())
 
 
-@pytest.mark.parametrize(("end", "token"), [("<end>", 257), ("<system>", 260)])
-def test_exported_model_stops_at_the_templates_end_token(end: str, token: int, tmp_path: Path):
+@pytest.mark.parametrize(("end", "tokens"), [("<end>", 257), ("<system>", [260, 257])])
+def test_exported_model_stops_at_the_templates_end_token(end: str, tokens: int | list[int], tmp_path: Path):
     """The end token of the template can differ from the tokenizer's eos, as for the base models of Llama 3."""
     export_tiny(tmp_path / "out", template=TEMPLATE.replace("'<end>'", f"'{end}'"))
-    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == token
+    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == tokens
+
+
+def test_all_end_tokens_are_exported(tmp_path: Path):
+    """Those of the generation config and of the tokenizer, the template's first."""
+    files = pretrained(save_two_ends(tmp_path / "m"), tmp_path)
+    export(files.load(), files.chat, tmp_path / "out", CARD)
+    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [257, 261]
+    assert pretrained(tmp_path / "out", tmp_path).chat.end_tokens == {257, 261}
 
 
 def test_contradictory_generation_config_is_not_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -89,14 +97,6 @@ def test_contradictory_generation_config_is_not_exported(tmp_path: Path, capsys:
     found = GenerationConfig.from_pretrained(tmp_path / "out")
     assert (found.eos_token_id, found.temperature, found.pad_token_id) == (257, None, None)
     assert "generation_config contradicts itself and is not exported" in capsys.readouterr().out.replace("\n", " ")
-
-
-def test_model_card_states_how_the_model_was_made(tmp_path: Path):
-    export_tiny(tmp_path / "out")
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert card.startswith("---\nbase_model: tiny/base\n")
-    for value in CARD.values():
-        assert str(value) in card
 
 
 def test_export_replaces_earlier_and_killed_exports(tmp_path: Path):

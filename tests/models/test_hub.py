@@ -58,6 +58,7 @@ def ask(hub: Hub, home: Path, *lines: str, **environment: str) -> list[Any]:
     return [json.loads(line.removeprefix("RESULT ")) for line in done.stdout.splitlines() if line.startswith("RESULT")]
 
 
+@pytest.mark.long
 def test_sizes_and_cache_keys_need_no_weights(hub: Hub, repositories: Any, tmp_path: Path) -> None:
     """The hub lists the checksums of large files, from which the hash of the weights is made."""
     folder = repositories[0]["Qwen/Qwen2.5-7B"].folder
@@ -109,6 +110,7 @@ def test_failed_download_raises_and_completes_later(hub: Hub, repositories: Any,
     assert not hub.requests
 
 
+@pytest.mark.long
 def test_errors_of_the_hub_say_what_to_do(hub: Hub, tmp_path: Path) -> None:
     gated, reward, absent, revision, malformed, pairs, no_set, split = ask(
         hub, tmp_path, "model('gated/llama').weights", "reward('gated/rm').fingerprint", "model('Qwen/Qwen9').weights",
@@ -133,6 +135,7 @@ def test_errors_of_the_hub_say_what_to_do(hub: Hub, tmp_path: Path) -> None:
     assert allowed == 1
 
 
+@pytest.mark.long
 def test_without_a_hub_the_error_says_why(hub: Hub, tmp_path: Path) -> None:
     lines = "model('Qwen/Qwen2.5-7B').weights", "len(read(OffsetBias(), cache))"
     for error in ask(hub, tmp_path, *lines, HF_HUB_OFFLINE="1"):
@@ -144,6 +147,7 @@ def test_without_a_hub_the_error_says_why(hub: Hub, tmp_path: Path) -> None:
     assert not hub.requests
 
 
+@pytest.mark.long
 def test_base_model_without_template_is_offered_one(hub: Hub, tmp_path: Path) -> None:
     error, end, text = ask(
         hub, tmp_path, "model('someone/llama').chat.end_token",

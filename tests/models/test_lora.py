@@ -169,7 +169,7 @@ def test_exported_model_is_the_trained_one(train: Any, tiny_folder: Path, tmp_pa
     assert not (merged / "model" / "adapter_config.json").exists()
     config = json.loads((apart / "model" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tiny_folder.resolve())
-    assert "LoRA" not in (merged / "model" / "README.md").read_text()
+    assert "PeftModel" not in (merged / "model" / "README.md").read_text()
     a, b = (logps(pretrained(folder / "model", tmp_path).load()) for folder in (merged, apart))
     c = logps(pretrained(merged / "adapter", tmp_path).load())
     assert_close(a, b, rtol=0, atol=1e-5)
@@ -187,21 +187,26 @@ def test_exported_model_is_the_trained_one(train: Any, tiny_folder: Path, tmp_pa
 
 
 def test_reward_model_trains_with_an_adapter(options: list[str], tmp_path: Path) -> None:
-    """All weights of its head train; reward=classifier reads the exported model."""
+    """All weights of its head train and are saved with it; reward=classifier reads every form to the same scores."""
     from var.rewards.classifier import Classifier
 
     more = [o for o in options if not o.startswith("trainer.precision")]
     done = command("train.py", *more, *MORE, "loss=bradley_terry", "trainer.max_steps=3")
     assert done.returncode == 0, done.stderr
-    (folder,) = (tmp_path / "runs").iterdir()
-    head = load_file(folder / "model" / "model.safetensors")["score.weight"]
+    (merged,) = (tmp_path / "runs").iterdir()
+    head = load_file(merged / "model" / "model.safetensors")["score.weight"]
     assert bool(head.any())
-    reward = Classifier(path=str(folder), cache=str(tmp_path / "cache"))
+    done = command("train.py", *more, *MORE, "loss=bradley_terry", "trainer.max_steps=3", "adapter.merge=false")
+    assert done.returncode == 0, done.stderr
+    (apart,) = set((tmp_path / "runs").iterdir()) - {merged}
+    assert torch.equal(load_file(apart / "model" / "adapter_model.safetensors")["base_model.model.score.weight"], head)
     prompt = [{"role": "user", "content": "question 1?"}]
-    scores = reward([prompt, prompt], ["abz", "a longer onez"], [None, None])
-    assert len(set(scores)) == 2
-    done = command("train.py", *more, *MORE, "loss=bradley_terry", "adapter.merge=false")
-    assert "a reward model's head is not part of its adapter" in done.stderr
+    rewards = [
+        Classifier(path=str(path), cache=str(tmp_path / "cache")) for path in (merged, merged / "adapter", apart)
+    ]
+    first, second, third = (reward([prompt] * 2, ["abz", "a longer onez"], [None] * 2) for reward in rewards)
+    assert len(set(first)) == 2
+    assert second == third == pytest.approx(first, abs=1e-6)
 
 
 @pytest.mark.long
@@ -233,6 +238,7 @@ def test_quantized_model_is_another_reference(kind: str, most: float, wide_folde
     assert torch.equal(logps(attach(files)), logps(files.load()))
 
 
+@pytest.mark.long
 def test_adapter_trains_on_a_4_bit_model(train: Any, wide_folder: Path, tmp_path: Path) -> None:
     """Through annotation, training and evaluation. The adapter is merged into the unquantized weights."""
     pytest.importorskip("bitsandbytes")
@@ -273,6 +279,7 @@ def test_quantized_model_rejects_full_training_and_fsdp(wide_folder: Path, tmp_p
     assert "expected nf4 or fp4 or int8 or null, got 'int4'" in done.stderr
 
 
+@pytest.mark.long
 def test_32b_in_4_bit_passes_the_dry_run(tmp_path: Path) -> None:
     """31.2 of 32.8 billion weights are in 4 bits, with a copy on each of 32 devices. Nothing is downloaded."""
     cfg = composed(

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from notebooks.tiny import TEMPLATE, byte_tokenizer
-from tests.helpers.models import pretrained, saved, tiny_model
+from tests.helpers.models import DATED, pretrained, saved, set_clock, tiny_model
 from var.data.chat import Chat
+from var.data.messages import Prompt
 from var.models.gguf import unpack
 from var.models.packing import pack, pack_tree
 from var.models.policy import Policy
@@ -182,6 +184,85 @@ def test_compiled_layers_match_and_compile_once(tiny_folder: Path, tmp_path: Pat
     assert texts == sample_tokens(pretrained(tiny_folder, tmp_path).load(), chat, [[256, 1, 2], [256, 5]], sampling)
     assert counters["stats"]["unique_graphs"] == graphs[-1]
     assert model.state_dict().keys() == tiny_model().state_dict().keys()
+
+
+# --- end tokens, template arguments and the date
+
+
+@pytest.mark.parametrize(
+    ("file", "token", "message"),
+    [
+        ("generation_config.json", 64, "generation_config.json names the end token 64, which is 'a', so ordinary text"),
+        ("generation_config.json", [257, 64], "generation_config.json names the end token 64, which is 'a'"),
+        ("config.json", 64, "config.json names the end token 64, which is 'a'"),
+    ],
+)
+def test_end_token_of_ordinary_text_is_an_error(file: str, token: Any, message: str, tmp_path: Path):
+    """Sampling would stop at a letter. It is named before the model is loaded."""
+    folder = saved(tmp_path / "m")
+    content = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**content, "eos_token_id": token}))
+    with pytest.raises(UserError, match=message):
+        _ = pretrained(folder, tmp_path).chat.end_tokens
+
+
+def test_missing_end_tokens_of_files_are_no_end_tokens(tmp_path: Path):
+    folder = saved(tmp_path / "m")
+    for value in (None, -1, [], 50_256):  # the last one is GPT-2's, as in the config of a smaller model of its kind
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+        assert pretrained(folder, tmp_path).chat.end_tokens == {257}
+    (folder / "generation_config.json").unlink()
+    assert pretrained(folder, tmp_path).chat.end_tokens == {257}
+
+
+ASK = [{"role": "user", "content": "a"}]
+
+
+def test_run_keeps_the_date_of_its_first_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """A run that resumes on the next day reads the same prompts. Another run reads that day's."""
+    folder, run = saved(tmp_path / "m", tokenizer=byte_tokenizer(DATED)), tmp_path / "run"
+    run.mkdir()
+    first, second = (date(2026, 11, day) for day in (29, 30))
+    set_clock(monkeypatch, first)
+    chat = pretrained(folder, tmp_path, date_file=run / "date.txt").chat
+    assert "29 Nov 2026" in chat.render(ASK)
+    assert "writes the current date; model.date=2026-11-29 for this run" in capsys.readouterr().out.replace("\n", " ")
+    set_clock(monkeypatch, second)
+    again = pretrained(folder, tmp_path, date_file=run / "date.txt")
+    assert again.chat.prompt(ASK) == chat.prompt(ASK)
+    other = pretrained(folder, tmp_path)
+    assert "30 Nov 2026" in other.chat.render(ASK)
+    assert other.fingerprint != again.fingerprint
+    fixed = pretrained(folder, tmp_path, date="2026-11-29")
+    assert fixed.fingerprint == again.fingerprint
+    with pytest.raises(UserError, match=r"model\.date: expected a date such as .*, got 'yesterday'"):
+        _ = pretrained(folder, tmp_path, date="yesterday").chat
+
+
+def test_date_is_kept_only_if_the_template_reads_it(tmp_path: Path):
+    files = pretrained(saved(tmp_path / "m"), tmp_path, date_file=tmp_path / "date.txt")
+    assert files.fingerprint == pretrained(tmp_path / "m", tmp_path, date="2020-01-01").fingerprint
+    assert not (tmp_path / "date.txt").exists()
+
+
+def test_template_arguments_are_part_of_the_fingerprint(tmp_path: Path):
+    """A row's own arguments take precedence. An argument that the template does not read is an error."""
+    template = TEMPLATE.replace("'<assistant>'", "'<assistant>' + ('' if enable_thinking | default(true) else '()')")
+    folder = saved(tmp_path / "m", tokenizer=byte_tokenizer(template))
+    plain, set_false = (
+        pretrained(folder, tmp_path, chat_template_kwargs=k) for k in (None, {"enable_thinking": False})
+    )
+    assert plain.fingerprint != set_false.fingerprint
+    assert plain.fingerprint == pretrained(folder, tmp_path, chat_template_kwargs={"enable_thinking": None}).fingerprint
+    assert plain.chat.render(ASK).endswith("<assistant>")
+    assert set_false.chat.render(ASK).endswith("<assistant>()")
+    assert set_false.chat.render(Prompt(ASK, (), {"enable_thinking": True})).endswith("<assistant>")
+    with pytest.raises(
+        UserError, match=r"model\.chat_template_kwargs: the chat template does not read enable_thinkin\."
+    ):
+        _ = pretrained(folder, tmp_path, chat_template_kwargs={"enable_thinkin": False}).chat
 
 
 def test_meta_model_has_the_sizes_and_no_storage(tmp_path: Path):

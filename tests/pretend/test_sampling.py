@@ -11,7 +11,7 @@ from var.sampling.local import sample_tokens
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
-CHAT: Any = SimpleNamespace(end_token=257)
+CHAT: Any = SimpleNamespace(end_tokens={257})
 
 
 def make_sampling(tokens: int) -> Sampling:
@@ -25,7 +25,7 @@ def count_waits(tokens: int) -> int:
         model = tiny_model().to(DEVICE)
         syncs.clear()
         responses = sample_tokens(model, CHAT, PROMPTS, make_sampling(tokens))
-        assert max(len(ids) for several in responses for ids, _ in several) == tokens
+        assert max(len(ids) for several in responses for ids in several) == tokens
         return len(syncs)
 
 

@@ -387,6 +387,15 @@ def test_page_omits_sections_whose_files_are_missing(tmp_path: Path) -> None:
         assert find_records([tmp_path]).runs[0].plan == {}
 
 
+def test_page_of_a_run_with_a_long_name_is_written(tmp_path: Path) -> None:
+    """The name of a folder may have 255 bytes, which leaves none for .html."""
+    write_run(tmp_path / ("r" * 255), "loss=x")
+    notes: list[str] = []
+    ((_, page),) = write_pages(find_records([tmp_path]).runs, tmp_path / "pages", notes)
+    assert page.is_file()
+    assert (page.stem[:151], len(page.stem), notes) == ("r" * 151, 160, [])
+
+
 def test_pages_of_equally_named_runs_are_numbered(tmp_path: Path) -> None:
     for place in ("x", "y", "z"):
         write_run(tmp_path / place / "a", f"loss.place={place}", **({"data": "none"} if place == "z" else {}))

@@ -145,7 +145,7 @@ def test_tokenizer_that_adds_bos_does_not_duplicate_it(tmp_path: Path):
 def test_overlong_responses_are_an_error(tmp_path: Path):
     reward = make_classifier(saved(tmp_path / "rm", decoder()), max_length=9)
     assert len(score(reward, ["xy"])) == 1  # 6 of the prompt, 2 and the end token
-    with pytest.raises(UserError, match=r"reward\.max_length=9: 2 responses are longer"):
+    with pytest.raises(UserError, match=r"cannot score \(2\):\n.*more than reward\.max_length=9"):
         score(reward, ["xyz", "xy", "wxyz"])
 
 
@@ -193,13 +193,17 @@ def test_classifier_with_two_labels_is_an_error(tmp_path: Path):
             ask(make_classifier(path))
 
 
-def test_missing_head_is_an_error(tmp_path: Path):
-    """transformers would initialize it at random, with a warning."""
-    from safetensors.torch import load_file, save_file
+def test_messages_name_the_key_of_the_reward():
+    """Each reward knows where it was set: as eval.reward, as a member of an ensemble, or as the reward of a judge."""
+    from hydra.utils import instantiate
 
-    path = saved(tmp_path / "rm", decoder())
-    weights = load_file(path / "model.safetensors")
-    del weights["score.weight"]
-    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"lacks weights: score\.weight"):
-        score(make_classifier(path), ["x"])
+    from tests.helpers.runs import composed
+
+    cfg = composed(
+        "reward=ensemble", "+reward@reward.members.a=classifier", "reward.members.a.path=x", "+judge@eval.judge=reward",
+        "+reward@eval.reward=classifier", "eval.reward.path=y",
+    )  # fmt: skip
+    assert instantiate(cfg.eval.reward).key == "eval.reward"
+    assert instantiate(cfg.reward).members["a"].key == "reward.members.a"
+    assert instantiate(cfg.eval.judge).reward.members["a"].key == "reward.members.a"
+    assert Classifier(path="z").key == "reward"

@@ -92,6 +92,34 @@ def test_number_is_read_at_any_nesting(protocol: str, reply: Any, tmp_path: Path
 
 
 @pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("0.75", 0.75),
+        ("Rating: 8", 8.0),
+        ("<think>9?</think>\nI rate it **7.5**", 7.5),
+        ("9?</think> -1", -1.0),
+    ],
+)
+def test_rating_in_a_text_follows_the_reasoning(text: str, number: float, tmp_path: Path):
+    """A server of the query protocol may pass on what a language model wrote."""
+    with served(lambda body, before: {"rewards": [text]}) as server:
+        assert score(make_reward(server.base_url, tmp_path, "query"), "x") == [number]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("<think>9?", "reasoning without an end in the reply"),
+        ("good", "a text without a number"),
+        ("7-8", "a text without"),
+    ],
+)
+def test_text_without_a_rating_is_an_error(text: str, words: str, tmp_path: Path):
+    with served(lambda body, before: {"rewards": [text]}) as server, pytest.raises(UserError, match=words):
+        score(make_reward(server.base_url, tmp_path, "query"), "x")
+
+
+@pytest.mark.parametrize(
     ("reply", "words"),
     [
         ({"data": [{"probs": [0.25, 0.75]}]}, "2 numbers instead of one in the reply"),

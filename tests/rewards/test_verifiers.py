@@ -11,6 +11,7 @@ import pytest
 from tests.helpers.runs import ROOT
 from var.data.sources.reasoning_gym import ReasoningGym as Source
 from var.data.sources.reasoning_gym import read_problem, write_problem
+from var.rewards.numbers import READER_VERSION
 from var.rewards.verifiers import EVALUATE, MathVerify, ReasoningGym
 from var.utils.errors import UserError
 
@@ -95,6 +96,7 @@ def test_identities_have_settings_and_package_versions():
     assert ReasoningGym(extract="none").fingerprint == {
         "program": "reasoning_gym", "package": version("reasoning-gym"), "extract": "none",
     }  # fmt: skip
+    assert ReasoningGym().fingerprint["reader"] == READER_VERSION
 
 
 # --- reasoning-gym

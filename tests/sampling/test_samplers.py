@@ -13,7 +13,7 @@ from tests.helpers.runs import composed
 from tests.helpers.servers import Broken, client, completion, served
 from var.config.check import check
 from var.models.frozen import FrozenModel
-from var.sampling.base import Sampling
+from var.sampling.base import Sample, Sampling
 from var.sampling.endpoint import Endpoint
 from var.sampling.local import Transformers, sample
 from var.utils.errors import UserError
@@ -41,7 +41,7 @@ def test_transformers_samples_in_the_references_precision(reference: FrozenModel
     texts = sampler(reference, PROMPTS, SAMPLING, done.append)
     assert texts == sample(reference.policy.model, reference.pretrained.chat, PROMPTS, SAMPLING)
     assert sum(done) == 3
-    assert sampler.fingerprint(reference) == {"reference": reference.fingerprint, "version": 2}
+    assert sampler.fingerprint(reference) == {"reference": reference.fingerprint, "version": 3}
     half = FrozenModel(reference.pretrained, "cpu", torch.bfloat16)
     seen: list[torch.dtype] = []
     half.policy.model.model.layers[0].mlp.up_proj.register_forward_hook(
@@ -73,12 +73,12 @@ def test_endpoint_gets_one_request_and_seed_per_response(reference: FrozenModel,
     assert sum(done) == 3
     assert texts == again[::-1] != other
     assert [len(responses) for responses in texts] == [4, 4, 4]
-    said = [{text.rsplit(" ", 1)[0] for text, _ in responses} for responses in texts]
+    said = [{sample.text.rsplit(" ", 1)[0] for sample in responses} for responses in texts]
     assert said == [{"ab"}, {"a longer one"}, {"c"}]
-    seeds = [int(text.rsplit(" ", 1)[1]) for responses in texts for text, _ in responses]
+    seeds = [int(sample.text.rsplit(" ", 1)[1]) for responses in texts for sample in responses]
     assert len(set(seeds)) == 12
     assert all(0 <= seed < 2**31 for seed in seeds)
-    ends = [finished for responses in texts for _, finished in responses]
+    ends = [sample.finished for responses in texts for sample in responses]
     assert ends == [seed % 2 == 0 for seed in seeds]
     assert len(set(ends)) == 2
     assert server.bodies[0] == {
@@ -98,7 +98,7 @@ def test_request_fields_can_be_added_and_removed(reference: FrozenModel, tmp_pat
 
 def test_empty_text_is_a_response_and_missing_text_a_failure(reference: FrozenModel, tmp_path: Path):
     with served(lambda body, before: completion("")) as server:
-        assert endpoint(server.base_url, tmp_path)(reference, PROMPTS[:1], SAMPLING) == [[("", True), ("", True)]]
+        assert endpoint(server.base_url, tmp_path)(reference, PROMPTS[:1], SAMPLING) == [[Sample("", True)] * 2]
     for reply in (completion(None), {"choices": []}, {"data": 1}):
         with served(lambda body, before, reply=reply: reply) as server, pytest.raises(UserError, match="no text in"):
             endpoint(server.base_url, tmp_path / "none")(reference, PROMPTS[:1], SAMPLING)
@@ -122,7 +122,7 @@ def test_missing_responses_are_reported_and_requested_again(reference: FrozenMod
         down, before = False, len(server.bodies)
         texts = endpoint(server.base_url, tmp_path)(reference, PROMPTS, SAMPLING)
         assert len(server.bodies) - before == 2
-    assert [responses[0][0].split(" ")[0] for responses in texts] == ["ab", "a", "c"]
+    assert [responses[0].text.split(" ")[0] for responses in texts] == ["ab", "a", "c"]
 
 
 def test_endpoints_fingerprint_is_address_model_request_and_version(reference: FrozenModel, tmp_path: Path):

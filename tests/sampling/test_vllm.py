@@ -21,7 +21,7 @@ import torch
 from tests.helpers.models import pretrained
 from var.models.frozen import FrozenModel
 from var.sampling import vllm as vllm_module
-from var.sampling.base import Sampling
+from var.sampling.base import Sample, Sampling
 from var.sampling.local import Transformers
 from var.sampling.vllm import DTYPES, VLLM, engine_environment
 from var.utils.errors import UserError
@@ -129,12 +129,15 @@ def test_vllm_gets_weights_tokens_and_settings(reference: FrozenModel):
     }  # fmt: skip
 
 
-def test_text_excludes_the_end_token(reference: FrozenModel):
-    """By hand: the first response is truncated after 8 tokens, the second is one token and the end token."""
-    reference.pretrained.chat.__dict__["end_token"] = 99  # decoding would remove a special token in any case
-    texts = VLLM()(reference, PROMPTS, SAMPLING)
-    decode = reference.pretrained.chat.tokenizer.decode
-    assert texts == [[(decode([98] * 8), False), (decode([97]), True)]] * 3
+def test_tokens_end_at_the_first_end_token(reference: FrozenModel):
+    """By hand: the first response is truncated after 8 tokens, the second is one token and the first end token.
+
+    Neither of the two bytes is a character. At the end of a truncated response they may begin a character.
+    """
+    reference.pretrained.chat.__dict__["end_tokens"] = frozenset({257, 99})
+    expected = [Sample("", False, (98,) * 8), Sample("\ufffd", True, (97, 99))]
+    assert VLLM()(reference, PROMPTS, SAMPLING) == [expected] * 3
+    assert Engine.asked[0][1].stop_token_ids == [99, 257]
 
 
 def test_seed_depends_on_the_prompt_and_not_on_its_place(reference: FrozenModel):

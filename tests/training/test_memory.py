@@ -219,6 +219,7 @@ def test_the_literal_command_fits_on_four_cards(tmp_path: Path) -> None:
 
 
 @pytest.mark.e2e
+@pytest.mark.long
 def test_every_alternative_passes_the_dry_run(tmp_path: Path) -> None:
     done = dry(tmp_path, "trainer.devices=1")
     assert done.returncode == 1

@@ -75,10 +75,10 @@ def make(tiny_folder: Path, tmp_path: Path) -> Callable[..., Made]:
 class Sampler:
     """Wraps sample_tokens. Records each call's seed and prompts, and the responses; these can also be given."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, given: list[tuple[list[int], bool]] | None = None) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, given: list[list[int]] | None = None) -> None:
         self.seeds: list[int] = []
         self.prompts: list[list[list[int]]] = []
-        self.out: list[list[tuple[list[int], bool]]] = []
+        self.out: list[list[list[int]]] = []
         real = module_module.sample_tokens
 
         def sample_tokens(model: Any, chat: Any, encoded: Any, sampling: Any, advance: Any) -> Any:
@@ -131,10 +131,10 @@ def test_tokens_are_those_that_were_sampled(make, monkeypatch):
     made = make("generate.responses=3")
     tokenizer = made[0].annotator.chat.tokenizer
     assert tokenizer(tokenizer.decode([BYTE]), add_special_tokens=False)["input_ids"] != [BYTE]
-    Sampler(monkeypatch, [([BYTE, 258, 65], True), ([], True), ([65, 66, 67, 68, 69], False)])
+    expected = [[BYTE, 258, 65, END], [END], [65, 66, 67, 68, 69]]
+    Sampler(monkeypatch, expected)
     batches = epoch(made)
     for batch in batches:
-        expected = [[BYTE, 258, 65, END], [END], [65, 66, 67, 68, 69]]
         assert responses(batch) == expected * (len(batch) // 3)
         assert batch.length.tolist() == [4, 1, 5] * (len(batch) // 3)
     assert sum(len(batch) for batch in batches) == 3 * PROMPTS
@@ -150,11 +150,11 @@ def test_names_groups_rewards_and_tokens_match_their_prompts(make, monkeypatch):
         for row, start, name, reward in zip(ids, starts, batch.ids, batch.rewards.tolist(), strict=True):
             prompt, answer = "?" * (int(name[1:]) + 1), name[1:]
             assert row[:start] == chat.prompt([{"role": "user", "content": prompt}])
-            assert reward == Telling.of(prompt, chat.tokenizer.decode(row[start:], skip_special_tokens=True), answer)
+            assert reward == Telling.of(prompt, chat.decode(row[start:]), answer)
             seen.append(name)
     assert sorted(seen) == sorted(f"r{i}" for i in range(PROMPTS) for _ in range(2))
     trained = [response for batch in batches for response in responses(batch)]
-    assert trained == [tokens + [END] * finished for several in sampler.out for tokens, finished in several]
+    assert trained == [tokens for several in sampler.out for tokens in several]
 
 
 def test_rewards_are_on_the_scale_of_the_run(make):
@@ -173,7 +173,7 @@ def test_rewards_are_on_the_scale_of_the_run(make):
 def test_nonfinite_or_missing_reward_is_an_error(make, monkeypatch, returned, message):
     made = make()
     a, b = made[0].annotator.chat.tokenizer("AB", add_special_tokens=False)["input_ids"]
-    Sampler(monkeypatch, [([a], True), ([b], True)])
+    Sampler(monkeypatch, [[a, END], [b, END]])
     monkeypatch.setattr(Telling, "__call__", lambda *_: returned)
     with pytest.raises(UserError, match=message):
         epoch(made)

@@ -11,6 +11,10 @@ import pyarrow as pa
 
 from var.annotate.cache import AnnotationCache, CacheTable, Keys, deal
 from var.data.chat import Chat
+from var.data.messages import prompt_content, texts_in
+from var.data.rows import Rows
+from var.data.settings import OnTemplateChange
+from var.models.checks import list_foreign_tokens
 from var.models.frozen import FrozenModel
 from var.rewards.base import Reward
 from var.sampling.base import Sampler
@@ -46,6 +50,8 @@ class Annotator:
     """Whether missing numbers are computed or are an error."""
     command: str = "python annotate.py"
     """The shell command that fills the cache for this configuration."""
+    on_template_change: OnTemplateChange = "error"
+    """What to do with prompts that the chat template changes."""
     ranks: Ranks = field(default_factory=Ranks)
     """The processes that share the work."""
     computed: dict[str, int] = field(default_factory=dict)
@@ -82,7 +88,11 @@ class Annotator:
             if not hasattr(self.reward, name):
                 incomplete.add(f"`{name}`", f"it {meaning}")
         incomplete.check()
-        self.chat.suffix, self.chat.end_token, self.reference.fingerprint, self.reward.fingerprint  # noqa: B018
+        self.check_folders(**more)
+        self.chat.end_tokens, self.reference.fingerprint, self.reward.fingerprint  # noqa: B018
+
+    def check_folders(self, **more: Path) -> None:
+        """Raise UserError for folders that are not writable. more: as for `check`."""
         problems = Problems("folders that cannot be written")
         for name, folder in {"annotation_cache": self.annotations.root, "cache": self.cache, **more}.items():
             try:
@@ -92,6 +102,18 @@ class Annotator:
             except OSError as error:
                 problems.add(f"{name}={folder}", str(error.strerror))
         problems.check()
+
+    def check_rows(self, rows: Rows) -> None:
+        """Raise UserError for rows with the text of a token that has no embedding in the model."""
+        pretrained = self.reference.pretrained
+        if not (foreign := list_foreign_tokens(self.chat.tokenizer, pretrained.config)):
+            return
+        problems = Problems(f"{pretrained.typed}: rows with tokens for which the model has no embedding")
+        for row in rows:
+            texts = list(texts_in([prompt_content(row.prompt), *([r.text, r.message] for r in row.responses)]))
+            if found := [token for token in foreign if any(token in text for text in texts)]:
+                problems.add(f"row {row.id}", ", ".join(f"{token!r}, id {foreign[token]}" for token in found))
+        problems.check("Remove these texts, or use a model whose embeddings were resized to its tokenizer.")
 
     def fill(
         self,

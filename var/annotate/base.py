@@ -88,7 +88,10 @@ class TrainingSet:
     def encode(self, rows: Rows, choice: Choice, pairs: bool) -> Sequences:
         """Return the chosen responses as tokens, with this run's template and limits."""
         settings, annotator = self.settings, self.annotator
-        return encode(rows, choice, annotator.chat, settings.max_length, settings.overlong, pairs, annotator.cache)
+        return encode(
+            rows, choice, annotator.chat, settings.max_length, settings.overlong, pairs, annotator.cache,
+            settings.on_template_change,
+        )  # fmt: skip
 
     @property
     def shares_prompts(self) -> bool:

@@ -7,6 +7,7 @@ import torch
 
 from var.annotate.base import Provider, TrainingSet
 from var.requirements import Desirable, Groups, Pairs
+from var.utils.console import warn
 from var.utils.errors import UserError
 
 
@@ -51,7 +52,13 @@ class ProvideDesirable(Provider[Desirable]):
             better = set(zip(data.choice.row[0::2].tolist(), data.choice.response[0::2].tolist(), strict=True))
             both = zip(data.sequences.row.tolist(), data.sequences.table["response"], strict=True)
             self.desirable = torch.tensor([pair in better for pair in both])
-        data.report.desirable_sequences = int(self.desirable.sum())
+        data.report.desirable_sequences = count = int(self.desirable.sum())
+        if count in (0, len(self.desirable)):
+            kind = "desirable" if count else "undesirable"
+            warn(
+                f"all {len(self.desirable)} responses are {kind}, and this loss learns from the difference between "
+                "desirable and undesirable ones. Check the scores or labels and loss.threshold, or use loss=sft."
+            )
 
     def batch_fields(self, data: TrainingSet, micro_batch: int, members: np.ndarray) -> dict[str, Any]:
         """Return the labels, [B] bool."""

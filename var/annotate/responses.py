@@ -1,6 +1,6 @@
 """Responses that the reference samples."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,53 +10,146 @@ import pyarrow as pa
 
 from var.annotate.annotator import Annotator
 from var.data import rows as rows_module
+from var.data.changes import TemplateChanges
+from var.data.chat import Chat
 from var.data.report import DataReport
 from var.data.rows import Response, Row, Rows
-from var.sampling.base import Sampling, Texts
-from var.utils.errors import Problems
+from var.sampling.base import Prompts, Sample, Samples, Sampling
+from var.sampling.local import Transformers
+from var.utils.console import warn
+from var.utils.errors import Problems, UserError
 from var.utils.provenance import hash_content
+
+ENOUGH = 4  # prompts from which the variety of their responses is judged
+COPIED = 0.8  # fraction of prompts with identical responses, from which the reference is asked for a comparison
+COMPARED = 16  # prompts of the comparison
 
 
 def sampling_fingerprint(annotator: Annotator, sampling: Sampling) -> dict[str, Any]:
-    """Return what the text of sampled responses depends on, besides their prompts."""
-    return {**annotator.sampler.fingerprint(annotator.reference), "sampling": sampling.fingerprint}
+    """Return what the tokens of sampled responses depend on, besides their prompts."""
+    ends = sorted(annotator.chat.end_tokens)  # also of files that are not part of the weights
+    own = annotator.sampler.fingerprint(annotator.reference)
+    return {**own, "end_tokens": ends, "sampling": sampling.fingerprint}
 
 
 def sample_responses(
     annotator: Annotator, rows: Rows, sampling: Sampling, title: str = "Sampling", release: bool = True
-) -> Texts:
-    """Return K (text, finished) for each row's prompt, sampled from the reference or read from the cache.
+) -> Samples:
+    """Return K samples for each row's prompt, from the reference or the cache.
 
     release: whether the sampler frees what it loaded. If not, the caller releases it.
     """
-    response = pa.struct([("text", pa.string()), ("finished", pa.bool_())])
+    response = pa.struct([("text", pa.string()), ("finished", pa.bool_()), ("ids", pa.list_(pa.int32()))])
     fingerprint = sampling_fingerprint(annotator, sampling)
     table = annotator.annotations.table("responses", fingerprint, pa.list_(response))
 
     def compute(indices: np.ndarray, advance: Callable[[int], None]) -> list[list[dict[str, Any]]]:
         annotator.sampler.check()  # only here: cached responses need no sampler
+        check_prompts(annotator, rows, indices)
         prompts = [rows[i].prompt for i in indices]
-        texts = annotator.sampler(annotator.reference, prompts, sampling, advance)
-        return [[{"text": t, "finished": f} for t, f in several] for several in texts]
+        samples = annotator.sampler(annotator.reference, prompts, sampling, advance)
+        check_variety(annotator, prompts, samples, sampling)
+        return [[sample._asdict() for sample in several] for several in samples]
 
     values = annotator.fill(table, title, "prompts", rows.keys, compute, shard=256).to_pylist()
     if release:
         annotator.sampler.release()
-    return [[(response["text"], response["finished"]) for response in several] for several in values]
+    return [[_restore(response) for response in several] for several in values]
 
 
-def add_responses(rows: Rows, texts: Texts, cache: Path, report: DataReport | None = None) -> Rows:
-    """Return the rows with their sampled responses. Empty responses are skipped and counted in the report."""
+def _restore(value: dict[str, Any]) -> Sample:
+    return Sample(value["text"], value["finished"], None if value["ids"] is None else tuple(value["ids"]))
+
+
+def check_prompts(annotator: Annotator, rows: Rows, indices: np.ndarray) -> None:
+    """Raise one UserError for all prompts that the template cannot render or, if that is an error, changes."""
+    problems, changes = Problems("prompts that the chat template cannot write as they are"), TemplateChanges()
+    for i in indices.tolist():
+        row = rows[i]
+        try:
+            changes.add(f"row {row.id}", annotator.chat.check_prompt(row.prompt))
+        except ValueError as error:
+            problems.add(f"row {row.id}", str(error))
+    problems.check()
+    changes.settle(annotator.on_template_change)
+
+
+def check_variety(annotator: Annotator, prompts: Prompts, samples: Samples, sampling: Sampling) -> None:
+    """Raise a UserError if a sampler returns copies of one response per prompt where the reference itself varies.
+
+    Some servers decode greedily unless a request asks for sampling. No count of copies alone shows that: a model that
+    is certain of a short answer, or that repeats a given text, copies too, at any number of prompts. So the reference
+    samples some of the same prompts with the same settings, which accounts for temperature, top_p and length. If its
+    responses are identical less than half as often, the sampler is at fault. If both are the same distribution, that
+    happens by chance in at most 5 % of the cases with five prompts and 0.5 % with sixteen. Otherwise a warning is
+    enough: this is what was asked for, as it always is if the reference samples in this process.
+    """
+    answers = [[sample.ids or sample.text.strip() for sample in several] for several in samples]
+    if (found := describe_copies(answers, sampling)) is None:
+        return
+    if not isinstance(annotator.sampler, Transformers):
+        annotator.sampler.release()  # so that the reference has room
+        tried = [i for i, several in enumerate(answers) if any(several)][:COMPARED]
+        own = Transformers()(annotator.reference, [prompts[i] for i in tried], sampling)
+        repeated, _ = count_copied([[sample.ids for sample in several] for several in own])
+        expected, _ = count_copied([answers[i] for i in tried])
+        if repeated < expected / 2:
+            raise UserError(
+                f"{found}. For the first {len(tried)} prompts, the reference itself repeats its response {repeated} "
+                f"times and the sampler {expected} times, so the sampler does not sample. Servers may decode greedily "
+                "unless the request asks for sampling: for transformers serve, set "
+                "'sampler.request={generation_config: {do_sample: true, top_k: 0}}'. Others are in the table of "
+                "servers in docs/sampling.md. If you change the server instead, set sampler.version to a new value, so "
+                "that it is asked again."
+            )
+    warn(f"{found}. The model is that certain, and a loss that compares the responses to a prompt learns little.")
+
+
+def describe_copies(answers: Sequence[Sequence[Any]], sampling: Sampling) -> str | None:
+    """Return for how many prompts the responses are copies, or None if that is not the case for nearly all of them.
+
+    answers: for each prompt its responses.
+    """
+    copied, several = count_copied(answers)
+    if several < ENOUGH or copied < COPIED * several:
+        return None
+    return (
+        f"the {sampling.responses} responses to a prompt are identical for {copied} of {several} prompts, at "
+        f"temperature={sampling.temperature} and top_p={sampling.top_p}"
+    )
+
+
+def count_copied(answers: Sequence[Sequence[Any]]) -> tuple[int, int]:
+    """Return the number of prompts whose responses are all equal, and the number with several responses.
+
+    Prompts with only empty responses are not counted.
+    """
+    several = [responses for responses in answers if len(responses) > 1 and any(responses)]
+    return sum(all(other == responses[0] for other in responses) for responses in several), len(several)
+
+
+def add_responses(rows: Rows, samples: Samples, chat: Chat, cache: Path, report: DataReport | None = None) -> Rows:
+    """Return the rows with their sampled responses as tokens. Empty responses are skipped and counted in the report.
+
+    A sample that came as text is tokenized, and counted.
+    """
     report = report or DataReport()
     report.sampled_responses = report.empty_responses_skipped = report.truncated_responses = 0
-    filled = list[Row]()
-    for row, several in zip(rows, texts, strict=True):
-        responses = [Response(text=t, finished=f, source="sampled") for t, f in several if t.strip()]
+    filled, as_text = list[Row](), 0
+    for row, several in zip(rows, samples, strict=True):
+        kept = [sample for sample in several if sample.text.strip()]
+        as_text += sum(sample.ids is None for sample in kept)
+        responses = tuple(
+            Response(text=sample.text, finished=sample.finished, source="sampled", ids=tuple(sample.tokens(chat)))
+            for sample in kept
+        )
         report.sampled_responses += len(several)
-        report.empty_responses_skipped += len(several) - len(responses)
-        report.truncated_responses += sum(not r.finished for r in responses)
-        filled.append(replace(row, responses=tuple(responses), ordered=False))
-    target = cache / "rows" / hash_content(rows.table._fingerprint, texts).hex()
+        report.empty_responses_skipped += len(several) - len(kept)
+        report.truncated_responses += sum(not sample.finished for sample in kept)
+        filled.append(replace(row, responses=responses, ordered=False))
+    report.sampled_as_text = as_text or None
+    answers = [[vars(response) for response in row.responses] for row in filled]
+    target = cache / "rows" / hash_content(rows.table._fingerprint, answers).hex()
     if not (target / "done.json").exists():
         rows_module.write(filled, target, Problems("sampled rows"))
         rows_module.finish(target, {"left_out": 0})

@@ -11,11 +11,13 @@ from var.annotate.annotator import Annotator
 from var.annotate.base import Provider, TrainingSet
 from var.annotate.cache import as_keys
 from var.annotate.responses import sample_responses
+from var.data.messages import prompt_content, texts_in
 from var.data.rows import Rows
 from var.data.sequences import Sequences
 from var.requirements import Rewards
-from var.rewards.base import Triple, Triples, check_answers, check_scores, compute_scores
+from var.rewards.base import Triple, Triples, check_answers, check_scores, check_texts, compute_scores
 from var.sampling.base import Sampling
+from var.utils.console import warn
 from var.utils.errors import Problems, UserError
 from var.utils.provenance import hash_content
 from var.weights.groups import within_prompt_std, zero_variance
@@ -47,6 +49,11 @@ class ProvideRewards(Provider[Rewards]):
                 f"{scaled[lowest]:.4g} in row {sequences.tokens(lowest)[2]}. Set reward_scale=sigmoid."
             )
         data.rewards = torch.from_numpy(scaled)
+        if data.unit == "pair":
+            equal = int((scaled[0::2] == scaled[1::2]).sum())
+            data.report.pairs_with_equal_rewards = equal or None
+            if equal > 0.1 * len(scaled) / 2:
+                warn(f"{equal} of {len(scaled) // 2} pairs have equal rewards, so neither response is better.")
         group = torch.from_numpy(sequences.group)
         data.report.reward = {
             "mean": float(raw.mean()), "sd": float(raw.std()), "scale": data.scale.describe(),
@@ -64,8 +71,10 @@ class ProvideRewards(Provider[Rewards]):
 def score(annotator: Annotator, triples: Sequence[Triple], title: str = "Scoring") -> np.ndarray:
     """Return [n] raw rewards of (prompt, response, answer) in any pairing."""
     table = annotator.annotations.table("rewards", {"reward": annotator.reward.fingerprint}, pa.float64())
-    keys = as_keys([hash_content(*triple) for triple in triples])
-    cost = np.array([len(text) + sum(len(turn["content"]) for turn in prompt) for prompt, text, _ in triples])
+    keys = as_keys([hash_content(prompt_content(prompt), *rest) for prompt, *rest in triples])
+    if annotator.annotate == "fill" and not annotator.dry:
+        check_texts(annotator.reward, (triples[i] for i in np.flatnonzero(table.missing(keys)).tolist()))
+    cost = np.array([len(text) + sum(map(len, texts_in(list(prompt)))) for prompt, text, _ in triples])
 
     def compute(indices: np.ndarray, advance: Callable[[int], None]) -> list[float]:
         rewards: list[float] = []
@@ -102,8 +111,8 @@ def score_candidates(annotator: Annotator, rows: Rows, sampling: Sampling) -> np
             "reward=score reads only the data's own scores, and this loss rewards responses that the reference "
             "samples. Choose a reward that scores text."
         )
-    texts = sample_responses(annotator, rows, sampling, "Sampling candidates")
-    triples = [(row.prompt, text, row.answer) for row, several in zip(rows, texts, strict=True) for text, _ in several]
+    samples = sample_responses(annotator, rows, sampling, "Sampling candidates")
+    triples = [(row.prompt, sample.text, row.answer) for row, own in zip(rows, samples, strict=True) for sample in own]
     return score(annotator, triples, "Scoring candidates").reshape(len(rows), sampling.responses)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from var.annotate.base import Provider, TrainingSet
+from var.annotate.responses import check_prompts
 from var.data.plan import ABSENT, make_plan
 from var.models.packing import Packed
 from var.requirements import OldLogps, Rollout, TokenValues
@@ -61,6 +62,7 @@ class ProvideRollout(Provider[Rollout]):
     def _fitting_prompts(self, data: TrainingSet, prompts: np.ndarray) -> np.ndarray:
         """Return the rows whose prompt leaves room for a complete response. Others are skipped or an error."""
         chat, settings, room = data.annotator.chat, data.settings, data.sampling.max_new_tokens
+        check_prompts(data.annotator, data.rows, prompts)
         length = np.array([len(chat.prompt(data.rows[i].prompt)) for i in prompts.tolist()])
         fits = length + room <= settings.max_length
         if settings.overlong != "drop":  # a prompt is never truncated

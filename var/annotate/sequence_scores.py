@@ -19,7 +19,8 @@ class ProvideSequenceScores(Provider[SequenceScores]):
         if not len(rows):
             return
         if not len(rows[0].responses):
-            rows = add_responses(rows, sample_responses(annotator, rows, data.sampling), annotator.cache)
+            samples = sample_responses(annotator, rows, data.sampling)
+            rows = add_responses(rows, samples, annotator.chat, annotator.cache)
         rewards = score_rows(annotator, rows) if needs_rewards(rows, "both") else None
         choice = choose(rows, "both", rewards)
         if len(choice.row):

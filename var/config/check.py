@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from var.config import signatures
-from var.config.run_dir import model_name, run_dir
+from var.config.run_dir import model_name, own_key, run_dir
 from var.utils.errors import Problems, UserError
 
 FOLDER = str(Path(__file__).parents[2] / "conf")
@@ -41,7 +41,14 @@ EVAL = {
     "generate": "var.sampling.base.Sampling",
 }
 
+# Keys of paths and addresses. An empty one is mostly an unset variable of the shell, and would be the current folder.
+PATHS = {
+    "annotation_cache", "base_url", "cache", "chat_template", "difficulty", "folder", "gamed", "out", "path", "resume",
+    "revision", "template",
+}  # fmt: skip
+
 OmegaConf.register_new_resolver("run_dir", run_dir, replace=True, use_cache=False)
+OmegaConf.register_new_resolver("own_key", own_key, replace=True, use_cache=False)
 OmegaConf.register_new_resolver("model_name", model_name, replace=True, use_cache=False)
 
 
@@ -55,6 +62,9 @@ def check(cfg: DictConfig, schemas: Mapping[str, Any], imports: bool = True) -> 
     problems = Problems("invalid configuration")
     referenced = set(_find_references(OmegaConf.to_container(cfg, resolve=False), ()))
     for path, node in _parts(cfg):
+        for key in PATHS & set(map(str, node)):
+            if not OmegaConf.is_interpolation(node, key) and not OmegaConf.is_missing(node, key) and node[key] == "":
+                problems.add(".".join(filter(None, (path, key))), "is empty (unset shell variable?)")
         if OmegaConf.is_missing(node, "_target_"):
             continue
         target = node.get("_target_") or schemas.get(path) or schemas.get(f"{path.rpartition('.')[0]}.*")
@@ -91,13 +101,16 @@ def _import(name: str) -> Any:
     from hydra.utils import get_object
 
     try:
-        return get_object(name)
+        found = get_object(name)
     except Exception as error:
         reason = str(error.__cause__ or error).splitlines()[-1]
         raise UserError(
             f"_target_={name} cannot be imported ({reason}). If it is your own, put the folder of its module on "
             "PYTHONPATH (examples/README.md)."
         ) from error
+    if not callable(found):
+        raise UserError(f"_target_={name} is not a class or a function. Write module.Class.")
+    return found
 
 
 def _check_part(

@@ -29,6 +29,12 @@ RENAMED = {
     "reference=stored": "reference=cached",
 }
 
+FREE = ("chat_template_kwargs", "request", "architecture")  # mappings whose keys the user chooses
+# Errors of a path that the user chose.
+UNUSABLE = {
+    errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP,
+}  # fmt: skip
+
 
 def run_command(main: Callable[[], Any]) -> None:
     """Run a command. Print an error that the user can fix as one message without a traceback, and exit with 1.
@@ -37,9 +43,11 @@ def run_command(main: Callable[[], Any]) -> None:
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra passes the exception on instead of printing it
     caught: Exception | None = None
-    sys.argv[1:] = map(_expand_home, sys.argv[1:])
+    sys.argv[1:] = (add_free_keys(_expand_home(word)) for word in sys.argv[1:])
     try:
         check_versions()
+        if nameless := [word for word in sys.argv[1:] if word.startswith("=")]:
+            raise UserError(f"{nameless[0]}: the key is missing (unset shell variable?). Write key{nameless[0]}")
         with leaving_on_signals():
             main()
     except Exception as error:
@@ -70,9 +78,15 @@ def _expand_home(word: str) -> str:
     return key + given + re.sub(r"(^|,)~(?=/|$)", lambda found: found[1] + str(Path.home()), value)
 
 
+def add_free_keys(word: str) -> str:
+    """Add the plus signs without which Hydra sets no key that is not in the configuration."""
+    parts = word.partition("=")[0].split(".")
+    return f"++{word}" if any(part in FREE for part in parts[1:]) and parts[0][:1] not in "+~" else word
+
+
 def describe(error: BaseException) -> str | None:
     """Return the message for an error that the user can fix, or None."""
-    from hydra.errors import HydraException
+    from hydra.errors import HydraException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
 
     causes, cause = list[BaseException](), error
@@ -88,8 +102,11 @@ def describe(error: BaseException) -> str | None:
                 f"the disk is full: {cause}. Existing files are intact: free space, and the same command resumes from "
                 "the last checkpoint"
             )
-    if isinstance(error, NotADirectoryError | FileExistsError | PermissionError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}; choose another folder or file"
+    paths = [cause for cause in causes if isinstance(cause, OSError) and cause.filename is not None]
+    if paths and paths[0].errno in UNUSABLE:
+        return f"{paths[0].filename}: {paths[0].strerror}; choose another folder or file"
+    if unread := [cause for cause in causes if isinstance(cause, OverrideParseException)]:
+        return _explain_override(unread[0].override)
     lines = [str(cause) for cause in causes if isinstance(cause, HydraException | OmegaConfBaseException)]
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return None
@@ -108,6 +125,18 @@ def describe(error: BaseException) -> str | None:
         lines = [f"{option[1]}={option[2]}: there is no such option of {option[1]}. It offers: {offered}"]
         suggestions = [f"Did you mean {option[1]}={name}?" for name in near] or suggestions
     return "\n".join(dict.fromkeys((*lines, *suggestions)))
+
+
+def _explain_override(word: str) -> str:
+    """Return what is wrong with a word of the command line that Hydra's grammar does not accept."""
+    key, given, value = word.partition("=")
+    if not given:
+        return f"{word}: expected key=value. See: {_help()}"
+    quoted = value.replace("\\", "\\\\").replace('"', r"\"")
+    return (
+        f"{word}: Hydra cannot read this value. Quote it, for Hydra and for the shell: '{key}=\"{quoted}\"'. "
+        "A list is key=[a,b], and an empty value is null."
+    )
 
 
 def _suggest_renamed() -> list[str]:

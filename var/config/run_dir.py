@@ -9,9 +9,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from var.utils.errors import UserError
+from var.utils.files import make_file_name
+
 # Keys that do not change the name: the same training resumes with another logger or evaluation, in another place, on
 # other devices.
-ELSEWHERE = {"hydra", "resume", "logger", "eval", "annotation_cache", "cache", "runs", "annotate", "dry"}
+ELSEWHERE = {"hydra", "resume", "logger", "eval", "annotation_cache", "cache", "runs", "annotate", "dry", "show_rows"}
 DEVICES = ("devices", "num_nodes", "timeout_hours", "keep_checkpoint")  # of trainer
 
 
@@ -46,9 +49,16 @@ def model_name(name: str | None, *, _parent_: DictConfig) -> str:
     return re.sub(r"[^a-z0-9._-]+", "-", last.lower())
 
 
+def own_key(*, _parent_: DictConfig) -> str:
+    """Return the key of the part of the configuration that this is written in, such as `second_reward`."""
+    return _parent_._get_full_key(None)
+
+
 def run_dir(root: str, model: str, data: str, loss: str, *, _root_: DictConfig) -> str:
     """Return the folder of a run. The same command finds it again and resumes; resume=false gives a new number."""
-    name = f"{model}_{data}_{loss}-{hash_config(_root_)}"
+    if not _root_["runs"]:  # the run's folder would be in /
+        raise UserError("runs: is empty (unset shell variable?). Set it to the parent of the runs' folders.")
+    name = f"{make_file_name(f'{model}_{data}_{loss}')}-{hash_config(_root_)}"
     if _root_.get("resume") is not False:
         return f"{root}/{name}"
     variables = ("SLURM_JOB_ID", "SUBMITIT_LOCAL_JOB_ID", "TORCHELASTIC_RUN_ID")  # the same for every rank of a job

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
-from var.utils.errors import Problems, UserError
+from var.utils.errors import Problems
 
 MEMORY = re.compile(r"([0-9.]+) ?(GiB|GB)")
 
@@ -39,6 +39,7 @@ class RunSettings:
     runs: str  # parent of the runs' folders
     resume: bool | str  # "auto", False, or the path of a checkpoint
     dry: bool  # print what the run needs, and stop
+    show_rows: int  # print this many rows as tokens, and stop; 0: train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +71,18 @@ class TrainerSettings:
         return timedelta(hours=self.timeout_hours)
 
     def __post_init__(self) -> None:
+        problems = Problems("invalid trainer settings")
         if self.device_memory is not None and not MEMORY.fullmatch(str(self.device_memory)):
-            raise UserError(f"trainer.device_memory: expected a size such as 80GiB, got {self.device_memory!r}.")
+            problems.add("trainer.device_memory", f"expected a size such as 80GiB, got {self.device_memory!r}")
+        least = {
+            "epochs": 1, "max_steps": -1, "devices": 1, "num_nodes": 1, "gradient_clip": 0, "log_every_n_steps": 1,
+            "checkpoint_every_n_steps": 1, "ess_warning": 0, "timeout_hours": 0,
+        }  # fmt: skip
+        for name, least_value in least.items():
+            value = getattr(self, name)
+            if value != "auto" and not value >= least_value:
+                problems.add(f"trainer.{name}", f"must be at least {least_value}, got {value}")
+        problems.check()
 
     @property
     def device_bytes(self) -> float | None:

@@ -1,27 +1,16 @@
-"""Chat templates: messages to token ids, and the position of the response in them."""
+"""Chat: a prompt and a response as tokens, the position of the response in them, and the tokens that end it."""
 
-import hashlib
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from var.data.rows import Message
+from var.data.changes import describe_change, find_content_changes
+from var.data.messages import Message, Prompt
+from var.data.rows import Response
+from var.data.template import MARK, PROBE, Template, hash_tokenizer, read_template
 from var.utils.errors import UserError
-
-PROBE = "probe"  # a response that every template renders unchanged
-
-# The template `plain`, for base models: any tokenizer has these characters and an end-of-sequence token.
-PLAIN = """\
-{%- if bos_token %}{{ bos_token }}{% endif %}
-{%- for message in messages %}
-  {{- '### ' + message['role'] | capitalize + ':\n' + message['content'] }}
-  {{- eos_token if message['role'] == 'assistant' else '' }}
-  {{- '\n\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '### Assistant:\n' }}{% endif %}"""
 
 
 @dataclass(frozen=True)
@@ -30,50 +19,39 @@ class Encoded:
 
     ids: list[int]  # the prompt, the response and its end token
     start: int  # index of the first token of the response
-
-
-def hash_tokenizer(tokenizer: Any) -> str:
-    """Return a hash of how a tokenizer maps text to ids, without its padding and truncation settings."""
-    if tokenizer.is_fast:
-        state: Any = json.loads(tokenizer.backend_tokenizer.to_str())
-        state = {name: part for name, part in state.items() if name not in ("padding", "truncation")}
-        text = json.dumps(state, sort_keys=True)
-    else:
-        text = json.dumps(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def read_template(value: str, key: str = "model.chat_template") -> str:
-    """Return a chat template: `value` itself, the text of a .jinja file, or the template `plain`."""
-    if value == "plain":
-        return PLAIN
-    if not value.endswith(".jinja"):
-        return value
-    file = Path(value).expanduser()
-    if not file.is_file():
-        raise UserError(f"{key}={value}: there is no such file. Set it to a Jinja template, a .jinja file or plain.")
-    return file.read_text()
-
-
-def render_messages(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-    """Return messages as text, rendered by the tokenizer's chat template in Jinja's sandbox."""
-    try:
-        return str(
-            tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
-        )
-    except Exception as error:  # expressions of a template can raise anything
-        raise UserError(f"the chat template cannot render these messages: {type(error).__name__}: {error}") from error
+    changes: tuple[str, ...] = ()  # what the template changed of the messages
+    control: bool = False  # the messages contain control tokens, which are encoded as ordinary text
 
 
 class Chat:
     """Render messages with a chat template and find the response in the tokens.
 
-    The template writes the only BOS: tokens come from the rendered text with add_special_tokens=False. The response
-    and the end token after it are trained. Text that the template writes after the end token is dropped.
+    The response and the end token after it are trained. Text that the template writes after the end token is dropped.
     """
 
-    def __init__(self, tokenizer: Any, template: str | None = None, path: str | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: str | None = None,
+        path: str | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        today: date | None = None,
+        eos: Mapping[str, Any] | None = None,
+        size: int | None = None,
+    ) -> None:
+        """Build the chat.
+
+        Args:
+            tokenizer: of the model.
+            template: replaces the tokenizer's.
+            path: of the model, in messages.
+            kwargs: arguments of the template.
+            today: the date that the template reads.
+            eos: end tokens of the model by the file that names them: an id, a list of ids or None.
+            size: number of tokens that the model can draw, which can be more than the tokenizer has; None for those.
+        """
         path = path or tokenizer.name_or_path
+        self.path, self.eos = path, dict(eos or {})
         self.origin = f"the tokenizer of {path}" if template is None else "model.chat_template"
         if template is not None:
             tokenizer.chat_template = read_template(template)
@@ -88,6 +66,8 @@ class Chat:
                 f"the tokenizer of {tokenizer.name_or_path} gives no offsets. Use a model with a fast tokenizer"
             )
         self.tokenizer = tokenizer
+        self.size = len(tokenizer) if size is None else size
+        self.template = Template(tokenizer, kwargs, today, ends=self.named_ends.values())
 
     @cached_property
     def fingerprint(self) -> str:
@@ -98,8 +78,11 @@ class Chat:
     def suffix(self) -> str:
         """The text that the template writes after an assistant's message."""
         user = {"role": "user", "content": PROBE}
-        prompt = self.render([user])
-        full = render_messages(self.tokenizer, [user, {"role": "assistant", "content": PROBE}], False)
+        try:
+            prompt = self.render([user])
+            full = self.template.render([user, {"role": "assistant", "content": PROBE}])
+        except ValueError as error:
+            raise UserError(f"{error}. Set model.chat_template") from error
         if not full.startswith(prompt) or PROBE not in full[len(prompt) :]:
             raise UserError(
                 "the chat template's generation prompt is not a prefix of a rendered answer, so the response cannot be "
@@ -109,73 +92,196 @@ class Chat:
 
     @cached_property
     def end_token(self) -> int:
-        """The token that ends a response. It is trained, and sampling stops at it.
+        """The token that the template writes at the end of a response. It is trained.
 
-        It is the first special token that the template writes after the response (Llama 2's writes a space before it).
+        It is the first added token after the response (Llama 2's writes a space before it).
         """
-        tokens = self._tokenize(self.suffix)["input_ids"] if self.suffix else []
+        tokens = self.template.tokenize(self.suffix).ids
         if not tokens:
             raise UserError(
                 "the chat template writes nothing after an assistant's message, so the model would never learn to "
                 "stop. Set model.chat_template to one that ends a message with the end-of-sequence token"
             )
-        special = set(self.tokenizer.all_special_ids)
-        return int(next((token for token in tokens if token in special), tokens[0]))
+        end = next((token for token in tokens if token in self.added_tokens), None)
+        if end is None:
+            raise UserError(
+                f"the chat template ends an assistant's message with {self.suffix!r}, which begins with the token "
+                f"{self.tokenizer.decode([tokens[0]])!r} of ordinary text, which an answer "
+                "can contain. Set model.chat_template to one that ends a message with a special token, such as "
+                f"{self.tokenizer.eos_token or 'the end-of-sequence token'!r}, or to plain."
+            )
+        return int(end)
+
+    @cached_property
+    def end_tokens(self) -> frozenset[int]:
+        """All tokens that end a response: the template's, the tokenizer's and those of the model's files.
+
+        Sampling stops at each of them. Raise a `UserError` if one is ordinary text.
+        """
+        ends = {self.end_token}
+        for origin, ids in self.named_ends.items():
+            for token in ids:
+                if token not in self.added_tokens and token < len(self.tokenizer):
+                    text = self.tokenizer.decode([token])
+                    raise UserError(
+                        f"{self.path}: {origin} names the end token {token}, which is {text!r}, so ordinary text. "
+                        "Correct it."
+                    )
+                ends.add(int(token))
+        return frozenset(ends)
+
+    @property
+    def named_ends(self) -> dict[str, list[int]]:
+        """The end tokens of the tokenizer and of the model's files, by origin."""
+        found = {"the tokenizer's eos_token": self.tokenizer.eos_token_id, **self.eos}
+        lists = {origin: ids if isinstance(ids, list | tuple) else [ids] for origin, ids in found.items()}
+        # Some files mark a missing token by -1, or name one that the model does not have.
+        return {origin: [i for i in ids if i is not None and 0 <= i < self.size] for origin, ids in lists.items()}
+
+    @cached_property
+    def added_tokens(self) -> frozenset[int]:
+        """Tokens that text is never split into: special tokens and others that were added to the vocabulary."""
+        return frozenset([*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder])
 
     @cached_property
     def tail(self) -> list[int]:
         """The tokens that the template writes after the end token. A reward model reads them too."""
-        tokens = list(self._tokenize(self.suffix)["input_ids"])
+        tokens = self.template.tokenize(self.suffix).ids
         return tokens[tokens.index(self.end_token) + 1 :]
 
     def complete(self, ids: list[int]) -> list[int]:
         """Return the ids of `encode` with the end token and the tail, as a reward model reads them."""
-        return [*ids, *([] if ids[-1] == self.end_token else [self.end_token]), *self.tail]
+        return [*ids, *([] if ids[-1] in self.end_tokens else [self.end_token]), *self.tail]
 
     def render(self, prompt: Sequence[Message]) -> str:
-        """Return the prompt as text, up to the first character of the response."""
-        return render_messages(self.tokenizer, prompt, add_generation_prompt=True)
+        """Return the prompt as text, up to the first character of the response; see `Template.render`."""
+        return self.template.render(prompt, prompt, add_generation_prompt=True)
 
     def prompt(self, prompt: Sequence[Message]) -> list[int]:
-        """Return the prompt as tokens, up to the first token of the response."""
-        return self._check_bos(list(self._tokenize(self.render(prompt))["input_ids"]))
+        """Return the prompt as tokens, up to the first token of the response. Raise a ValueError as `encode` does."""
+        return self._check_bos(self.template.tokenize(self.render(prompt)).ids)
 
-    def encode(self, prompt: Sequence[Message], response: str, finished: bool = True) -> Encoded:
+    def find_changes(self, prompt: Sequence[Message], rendered: str) -> list[str]:
+        """Return what a rendered prompt lacks of its messages: content, further keys, tools and arguments.
+
+        Content is compared up to surrounding white space.
+        """
+        changes = find_content_changes(prompt, self.template.place_contents(prompt, rendered))
+        for i, message in enumerate(prompt):
+            for key in message.keys() - {"role", "content"}:
+                if message[key] in ("", [], {}):
+                    continue
+                rest = {name: value for name, value in message.items() if name != key}
+                if self._is_same(prompt, [*prompt[:i], rest, *prompt[i + 1 :]], rendered):
+                    changes.append(f"{key} of the {message['role']}'s message {i} is not written")
+        if isinstance(prompt, Prompt) and prompt.tools:
+            without = Prompt(prompt, (), prompt.template_kwargs)
+            if self._is_same(without, without, rendered):
+                changes.append("its tools are not written")
+        return changes
+
+    def _is_same(self, prompt: Sequence[Message], messages: Sequence[Message], rendered: str) -> bool:
+        try:
+            return self.template.render(messages, prompt, True) == rendered
+        except ValueError:  # the template needs what is missing
+            return False
+
+    def check_prompt(self, prompt: Sequence[Message]) -> list[str]:
+        """Return what the template and the tokenizer change of a prompt."""
+        rendered = self.render(prompt)
+        tokens = self.template.tokenize(rendered)
+        return [*self.find_changes(prompt, rendered), *self.template.find_losses(tokens.text, tokens.ids)]
+
+    def encode(
+        self,
+        prompt: Sequence[Message],
+        response: str,
+        finished: bool = True,
+        further: Mapping[str, Any] | None = None,
+    ) -> Encoded:
         """Return the tokens of a prompt and a response. An unfinished response has no end token.
 
-        Raise a ValueError if the response cannot be located in the tokens.
+        further: further keys of the assistant's message. Raise a ValueError if the response cannot be located in the
+        tokens.
         """
         rendered = self.render(prompt)
-        full = render_messages(self.tokenizer, [*prompt, {"role": "assistant", "content": response}], False)
-        if not (full.startswith(rendered) and full.endswith(self.suffix)):
+        message = {"role": "assistant", "content": response, **(further or {})}
+        full = self.template.render([*prompt, message], prompt)
+        if not full.startswith(rendered) or (not further and not full.endswith(self.suffix)):
             raise ValueError(f"the template renders the prompt differently once it is answered: {rendered[-40:]!r}")
-        tokens = self._tokenize(full, return_offsets_mapping=True)
-        ids, offsets = list(tokens["input_ids"]), list(tokens["offset_mapping"])
-        begin, end = len(rendered), len(full) - len(self.suffix)
-        start = next((t for t, (low, high) in enumerate(offsets) if high > begin), len(ids))
-        prompt_ids = list(self._tokenize(rendered)["input_ids"])
-        if ids[:start] != prompt_ids:  # not visible in the offsets if the tokenizer trims spaces
+        tokens, prompt_ids = self.template.tokenize(full), self.template.tokenize(rendered).ids
+        ids, offsets, text = tokens.ids, tokens.offsets, tokens.text
+        begin, start = len(rendered.replace(MARK, "")), len(prompt_ids)
+        if ids[:start] != prompt_ids:
             # A token such as "\n    " spans the boundary. Tokenize both sides separately, as in sampling.
-            rest = self._tokenize(full[begin:], return_offsets_mapping=True)
-            ids, start = prompt_ids + list(rest["input_ids"]), len(prompt_ids)
-            offsets = [(0, 0)] * start + [(low + begin, high + begin) for low, high in rest["offset_mapping"]]
-            if self.tokenizer.decode(ids, clean_up_tokenization_spaces=False) != full:
-                raise ValueError(
-                    "one token spans the end of the prompt and the start of the response, and tokenizing them "
-                    "separately changes the text"
-                )
-        after = [t for t, (_, high) in enumerate(offsets) if high > end and t >= start]
-        stop = next((t for t in after if ids[t] == self.end_token), None)
+            rest = self.template.tokenize(full[len(rendered) :], inside=True)
+            ids = prompt_ids + rest.ids
+            offsets = [(0, 0)] * start + [(low + begin, high + begin) for low, high in rest.offsets]
+        if further:
+            ends = [t for t in range(start, len(ids)) if ids[t] in self.end_tokens]
+            stop = ends[-1] if ends else None
+            end = len(text) if stop is None else offsets[stop][0]
+        else:
+            end = len(text) - len(self.suffix)
+            after = [t for t, (_, high) in enumerate(offsets) if high > end and t >= start]
+            stop = next((t for t in after if ids[t] == self.end_token), None)
         if stop is None:
             raise ValueError(
                 f"the response's end token cannot be found in the rendered row. Its chat template is from {self.origin}"
             )
-        if after[0] == start:
+        if not text[begin:end].strip() and (response.strip() or stop == start):
             raise ValueError("the response is empty after rendering by the template")
-        return Encoded(ids=self._check_bos(ids[: stop + finished]), start=start)
+        changes = self.find_changes(prompt, rendered)
+        changes += self._find_response_changes(prompt, message, text[begin:end], full)
+        changes += self.template.find_losses(text[:end], ids[:stop])
+        return Encoded(self._check_bos(ids[: stop + finished]), start, tuple(changes), MARK in full)
 
-    def _tokenize(self, text: str, **options: Any) -> Any:
-        return self.tokenizer(text, add_special_tokens=False, **options)
+    def _find_response_changes(self, prompt: Sequence[Message], message: Message, span: str, full: str) -> list[str]:
+        """Return how the rendered response differs from the message."""
+        further, response = message.keys() - {"role", "content"}, message["content"]
+        if not further:
+            return [] if span.strip() == response.strip() else [f"the response is {describe_change(response, span)}"]
+        changes = [] if response.strip() in span else [f"the response is not as written, {response[:60]!r}"]
+        for key in further:
+            rest = {name: value for name, value in message.items() if name != key}
+            if self.template.render([*prompt, rest], prompt) == full:
+                changes.append(f"{key} of the response is not written")
+        return changes
+
+    def encode_response(self, prompt: Sequence[Message], response: Response) -> Encoded:
+        """Return the tokens of a prompt and a row's response. Sampled tokens are taken as they are.
+
+        They are read as text if they are another tokenizer's, or if the text was edited.
+        """
+        if response.ids is None or not self.wrote(response.text, response.finished, response.ids):
+            return self.encode(prompt, response.text, response.finished, response.message)
+        rendered = self.render(prompt)
+        tokens = self.template.tokenize(rendered)
+        ids = self._check_bos(tokens.ids)
+        changes = [*self.find_changes(prompt, rendered), *self.template.find_losses(tokens.text, ids)]
+        return Encoded([*ids, *response.ids], len(ids), tuple(changes), MARK in rendered)
+
+    def wrote(self, text: str, finished: bool, ids: Sequence[int]) -> bool:
+        """Return whether the tokens of a sampled response are this model's, and are its text."""
+        return all(token < self.size for token in ids) and (self.decode(ids), self.is_finished(ids)) == (text, finished)
+
+    def is_finished(self, ids: Sequence[int]) -> bool:
+        """Return whether sampled tokens end with an end token."""
+        return bool(ids) and ids[-1] in self.end_tokens
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of sampled tokens, without their end token.
+
+        Other special tokens are kept. If sampling ended within a character, the text ends before it.
+        """
+        if self.is_finished(ids):
+            return self.template.decode(ids[:-1])
+        return self.template.decode(ids).rstrip("\ufffd")
+
+    def tokenize_answer(self, text: str, finished: bool) -> list[int]:
+        """Return the tokens of an answer that came as text, with the end token if it is finished or empty."""
+        ids = self.template.tokenize(self.template.mark(text)).ids
+        return [*ids, self.end_token] if finished or not ids else ids
 
     def _check_bos(self, ids: list[int]) -> list[int]:
         bos = self.tokenizer.bos_token_id

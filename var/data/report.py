@@ -14,6 +14,10 @@ class DataReport:
     """Rows of the data set."""
     rows_skipped_by_adapter: int | None = None
     """Records that the data set's adapter skipped."""
+    records_joined: int | None = None
+    """Records with one response that were joined to an earlier record's row, since their prompts are equal."""
+    degenerate: Counter[str] = field(default_factory=Counter)
+    """Training rows that are likely a mistake, by kind (`var.data.degenerate`)."""
     rows_beyond_limit: int | None = None
     """Rows after the first data.limit."""
     development_prompts: int | None = None
@@ -24,6 +28,8 @@ class DataReport:
     """Rows whose own responses are not used, since responses are sampled."""
     sampled_responses: int | None = None
     """Responses that were sampled."""
+    sampled_as_text: int | None = None
+    """Of these, the ones that the sampler returned as text, so their tokens may not be those that were drawn."""
     empty_responses_skipped: int | None = None
     """Sampled responses without text."""
     truncated_responses: int | None = None
@@ -44,6 +50,10 @@ class DataReport:
     """mean and sd, raw; the scale; within_prompt_sd on that scale."""
     groups: int | None = None
     """Distinct prompts."""
+    groups_of_one: int | None = None
+    """Of these, the ones with a single response, if the loss compares the responses to a prompt."""
+    pairs_with_equal_rewards: int | None = None
+    """Training pairs whose responses have the same reward."""
     zero_variance_groups: int | None = None
     """Prompts whose responses have equal rewards."""
     zero_variance_groups_skipped: int | None = None

@@ -2,22 +2,23 @@
 
 import json
 import math
+import re
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import datasets
 import numpy as np
 
+from var.data.messages import Prompt, last_text, prompt_content, restore_prompt, texts_in
 from var.utils.errors import Problems
 from var.utils.files import atomic, replacing
 from var.utils.provenance import hash_content
 
-Message = dict[str, str]  # keys "role" and "content"
-
-FORMAT = 4  # increase it when an adapter or Row changes the rows of an unchanged source
+FORMAT = 6  # increase it when an adapter or Row changes the rows of an unchanged source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,8 @@ class Response:
     weight: float | None = None  # for loss=weighted, without a unit
     source: str | None = None  # the model or person that wrote it
     finished: bool = True  # False: sampling was truncated, so the response is trained without an end token
+    ids: tuple[int, ...] | None = None  # the sampled tokens, with the end token, which are trained as they are
+    message: Mapping[str, Any] = field(default_factory=dict)  # further keys of the message, such as tool_calls
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +39,7 @@ class Row:
     """A prompt and its responses."""
 
     id: str  # unique in the data set
-    prompt: tuple[Message, ...]  # the last message is not the assistant's
+    prompt: Prompt  # the last message is not the assistant's
     responses: tuple[Response, ...] = ()  # empty: the prompt is to be sampled
     ordered: bool = False  # the responses are in order of preference, best first
     answer: str | None = None  # the reference answer of a programmatic reward
@@ -45,11 +48,14 @@ class Row:
 
 
 TEXT, NUMBER, FLAG = datasets.Value("string"), datasets.Value("float64"), datasets.Value("bool")
-RESPONSE = {"text": TEXT, "score": NUMBER, "weight": NUMBER, "source": TEXT, "finished": FLAG}
+RESPONSE = {
+    "text": TEXT, "score": NUMBER, "weight": NUMBER, "source": TEXT, "finished": FLAG,
+    "ids": datasets.List(datasets.Value("int32")), "message": TEXT,
+}  # fmt: skip
 FEATURES = datasets.Features(
     {
         "id": TEXT,
-        "prompt": datasets.List({"role": TEXT, "content": TEXT}),
+        "prompt": TEXT,
         "responses": datasets.List(RESPONSE),
         "ordered": FLAG,
         "answer": TEXT,
@@ -74,15 +80,28 @@ class Source(Protocol):
         """Return what the rows depend on as JSON values: names, settings, files with size and time."""
         ...
 
+    # Two members are optional. Both are read when all records have been:
+    #     form: What the records were taken for, and which of their columns are not used, in one line.
+    #     single: True if a record has one response, so that records with equal prompts become one row.
+    # A third one, explain(record), describes a record next to a valid one, for the error message about it.
+
 
 @dataclass(frozen=True)
 class Rows:
     """The rows of a data set, on disk."""
 
-    table: datasets.Dataset  # columns as in FEATURES
+    table: datasets.Dataset  # columns as in FEATURES; prompts and further keys of messages as JSON
     keys: np.ndarray  # [n] S16, a hash of each row's prompt
     left_out: int = 0  # number of records that the adapter skipped
+    merged: int = 0  # number of records that became a further response of an earlier record's row
+    form: str = ""  # what the adapter took the records for
     _decoded: dict[int, Row] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def description(self) -> str:
+        """What the adapter took the records for, in one line; empty if it did not have to find out."""
+        joined = f", {self.merged} records joined to rows of the same prompt" if self.merged else ""
+        return f"{self.form}; {len(self)} rows{joined}" if self.form else ""
 
     def __len__(self) -> int:
         return len(self.table)
@@ -92,11 +111,11 @@ class Rows:
         if (row := self._decoded.get(int(index))) is None:
             if len(self._decoded) >= 16:
                 self._decoded.clear()
-            row = self._decoded[int(index)] = parse_row(self.table[int(index)])
+            row = self._decoded[int(index)] = _load_row(self.table[int(index)])
         return row
 
     def __iter__(self) -> Iterator[Row]:
-        return (parse_row(record) for record in self.table)
+        return (_load_row(record) for record in self.table)
 
     def select(self, indices: Any) -> "Rows":
         """Return the rows at these indices."""
@@ -117,87 +136,39 @@ def concatenate(parts: Sequence[Rows]) -> Rows:
     )  # fmt: skip
 
 
-def parse_row(record: Any) -> Row:
-    """Return the row in a record of a table or a line of JSON. Raise a ValueError for unknown keys and wrong types."""
-    if not isinstance(record, Mapping):
-        raise ValueError(f"a row must be an object with id, prompt and responses, got {type(record).__name__}")
-    if unknown := set(record) - set(FEATURES):
-        raise ValueError(f"unknown keys {sorted(unknown)}; a row has {sorted(FEATURES)}")
-    if not isinstance(record.get("id"), str):
-        raise ValueError(f"'id' must be a string, got {record.get('id')!r}")
-    sampling = record.get("sampling")
-    return Row(
-        id=record["id"],
-        prompt=parse_prompt(record.get("prompt")),
-        responses=tuple(map(_parse_response, _get(record, "responses", list | tuple, "a list") or ())),
-        ordered=bool(_get(record, "ordered", bool, "true or false")),
-        answer=_get_text(record, "answer"),
-        subset=_get_text(record, "subset"),
-        sampling=sampling if isinstance(sampling, str | None) else json.dumps(sampling, ensure_ascii=False),
-    )
+def _dump_row(row: Row) -> dict[str, Any]:
+    """Return a row as a record of a table."""
+    record = {name: getattr(row, name) for name in ("id", "ordered", "answer", "subset", "sampling")}
+    responses = [{**vars(response), "message": _dump(dict(response.message))} for response in row.responses]
+    return {**record, "prompt": _dump(prompt_content(row.prompt)), "responses": responses}
 
 
-def parse_prompt(value: Any) -> tuple[Message, ...]:
-    """Return the messages of a prompt, which is a text (one user turn) or a list of messages."""
-    if isinstance(value, str):
-        return ({"role": "user", "content": value},)
-    if not isinstance(value, list | tuple) or not value:
-        raise ValueError(f"'prompt' must be text or a non-empty list of messages, got {value!r}")
-    for message in value:
-        if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise ValueError(f"a message must have 'role' and 'content', both text, got {message!r}")
-    if value[-1]["role"] == "assistant":
-        raise ValueError("the prompt ends with an assistant's message; put the answer into 'responses'")
-    return tuple({"role": m["role"], "content": m["content"]} for m in value)
+def _dump(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
-def _parse_response(value: Any) -> Response:
-    if isinstance(value, str):
-        return Response(text=value)
-    if not isinstance(value, Mapping) or not isinstance(value.get("text"), str):
-        raise ValueError(f"a response must be text or an object with 'text', got {value!r}")
-    if unknown := set(value) - set(RESPONSE):
-        raise ValueError(f"unknown keys {sorted(unknown)} in a response; it has {sorted(RESPONSE)}")
-    numbers = {}
-    for key in ("score", "weight"):
-        number = _get(value, key, int | float, "a number")
-        if isinstance(number, bool):
-            raise ValueError(f"'{key}' must be a number, got {number!r}")
-        numbers[key] = None if number is None else float(number)
-    finished = _get(value, "finished", bool, "true or false")
-    source = _get(value, "source", str, "text")
-    return Response(text=value["text"], source=source, finished=finished is not False, **numbers)
-
-
-def _get(record: Mapping[str, Any], key: str, kind: Any, expected: str) -> Any:
-    """Return the value of a key, or None if it is missing. Raise a ValueError if it has another type."""
-    value = record.get(key)
-    if not isinstance(value, kind | None):
-        raise ValueError(f"'{key}' must be {expected}, got {value!r}")
-    return value
-
-
-def _get_text(record: Mapping[str, Any], key: str) -> str | None:
-    """Return a text, or a number as text. NaN often marks a missing number, so it is an error, not the text `nan`."""
-    value = record.get(key)
-    if isinstance(value, Mapping | list | tuple | bytes) or (isinstance(value, float) and not math.isfinite(value)):
-        raise ValueError(f"'{key}' must be text, a finite number or null, got {value!r}")
-    return None if value is None else str(value)
+def _load_row(record: Mapping[str, Any]) -> Row:
+    """Return the row of `_dump_row`."""
+    responses = []
+    for values in record["responses"]:
+        ids, message = values["ids"], json.loads(values["message"])
+        responses.append(Response(**{**values, "ids": None if ids is None else tuple(ids), "message": message}))
+    return Row(**{**record, "prompt": restore_prompt(json.loads(record["prompt"])), "responses": tuple(responses)})
 
 
 def find_faults(row: Row) -> list[str]:
     """Return what makes a row unusable for any loss: empty or unencodable text, invalid scores or weights."""
     faults = []
     texts = [row.id, row.answer, row.subset, row.sampling, *(r.source for r in row.responses)]
-    texts += [*(text for m in row.prompt for text in m.values()), *(r.text for r in row.responses)]
+    texts += texts_in([prompt_content(row.prompt), *([r.text, r.message] for r in row.responses)])
     try:
         "".join(filter(None, texts)).encode()
     except UnicodeEncodeError as error:
         faults.append(f"its text cannot be written as UTF-8: unpaired surrogate {error.object[error.start]!r}")
-    if not row.prompt[-1]["content"].strip():
+    if not last_text(row.prompt).strip():
         faults.append("its prompt is empty")
     for k, response in enumerate(row.responses):
-        if not response.text.strip():
+        if not response.text.strip() and not response.message:
             faults.append(f"response {k} is empty")
         if response.score is not None and not math.isfinite(response.score):
             faults.append(f"the score of response {k} is {response.score}; scores must be finite")
@@ -213,18 +184,82 @@ def read(source: Source, cache: Path) -> Rows:
     """
     target = cache / "rows" / hash_content(FORMAT, source.fingerprint()).hex()
     if not (target / "done.json").exists():
-        problems = Problems(f"{type(source).__name__}: invalid rows")
-        left_out: Counter[str] = Counter()
-        write(_check_rows(source, problems, left_out), target, problems)
-        finish(target, {"left_out": left_out["rows"]})
+        problems = RowProblems(f"{type(source).__name__}: invalid rows")
+        left_out, merged = Counter[str](), 0
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target) as folder:
+            write(_check_rows(source, problems, left_out), Path(folder), problems)
+            groups = _group_records(load_table(Path(folder))) if getattr(source, "single", False) else []
+            if merged := sum(len(group) - 1 for group in groups):
+                write(_merge(load_table(Path(folder)), groups), target, problems)
+            else:
+                for name in ("rows.arrow", "prompts.npy"):
+                    (Path(folder) / name).replace(target / name)
+        counts = {"left_out": left_out["rows"], "merged": merged, "form": getattr(source, "form", "")}
+        finish(target, counts)
     return load(target)
+
+
+def _group_records(rows: Rows) -> list[np.ndarray]:
+    """Return the indices of records with equal prompts, answers and subsets, in the order of the first of each."""
+    keys = [
+        hash_content(*map(str, key)) for key in zip(rows.keys, rows.table["answer"], rows.table["subset"], strict=True)
+    ]
+    _, first, group, count = np.unique(
+        np.array(keys, dtype="S16"), return_index=True, return_inverse=True, return_counts=True
+    )
+    groups = np.split(np.argsort(group, kind="stable"), np.cumsum(count)[:-1])
+    return [groups[i] for i in np.argsort(first)]
+
+
+def _merge(rows: Rows, groups: list[np.ndarray]) -> Iterator[Row]:
+    """Yield one row per group, the first with the responses of all."""
+    for group in groups:
+        parts = [rows[i] for i in group]
+        yield replace(parts[0], responses=tuple(response for part in parts for response in part.responses))
+
+
+VALUES = re.compile(r"\(row .*\)$|got .*|id '.*' is also.*|\d+", re.DOTALL)  # what differs in problems of one kind
+
+
+class RowProblems(Problems):
+    """Problems of rows. Those that differ only in values are listed once, with the first rows that have them."""
+
+    def __init__(self, title: str) -> None:
+        super().__init__(title)
+        self.kinds: dict[str, list[str]] = {}
+        self.example = ""
+        """The first invalid record next to a valid one."""
+
+    @property
+    def count(self) -> int:
+        """The number of problems."""
+        return sum(map(len, self.kinds.values()))
+
+    def add(self, where: str, what: str) -> None:
+        """Add a problem."""
+        rows = self.kinds.setdefault(VALUES.sub("", what), [])
+        if not rows:
+            super().add(where, what)
+        rows.append(where)
+
+    def check(self, advice: str = "") -> None:
+        """Raise a `UserError` if there are problems."""
+        for i, (_, *others) in enumerate(self.kinds.values()):
+            if others:
+                more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+                self.found[i] += f"; also {', '.join(others[:3])}{more}"
+        super().check("\n".join(filter(None, [advice, self.example])))
 
 
 def load(target: Path) -> Rows:
     """Return the rows that `write` and `finish` left in a folder."""
-    counts = json.loads((target / "done.json").read_text())
-    table = datasets.Dataset.from_file(str(target / "rows.arrow"))
-    return Rows(table, np.load(target / "prompts.npy"), left_out=counts["left_out"])
+    return replace(load_table(target), **json.loads((target / "done.json").read_text()))
+
+
+def load_table(target: Path) -> Rows:
+    """Return the rows that `write` left in a folder."""
+    return Rows(datasets.Dataset.from_file(str(target / "rows.arrow")), np.load(target / "prompts.npy"))
 
 
 def write(rows: Iterable[Row], target: Path, problems: Problems) -> None:
@@ -236,8 +271,8 @@ def write(rows: Iterable[Row], target: Path, problems: Problems) -> None:
     with replacing(target / "rows.arrow", shared=True) as partial:
         with ArrowWriter(path=str(partial), features=FEATURES) as writer:
             for row in rows:
-                keys.append(hash_content(row.prompt))
-                writer.write(asdict(row))
+                keys.append(hash_content(prompt_content(row.prompt)))
+                writer.write(_dump_row(row))
             writer.finalize()
         if not keys and not problems:
             problems.add("source", "it has no rows")
@@ -252,23 +287,27 @@ def finish(target: Path, counts: Mapping[str, Any]) -> None:
         json.dump(counts, file)
 
 
-def _check_rows(source: Source, problems: Problems, left_out: Counter[str]) -> Iterator[Row]:
+def _check_rows(source: Source, problems: RowProblems, left_out: Counter[str]) -> Iterator[Row]:
     """Yield the rows of a source until the first problem; collect all problems and count skipped records."""
-    seen: dict[bytes, str] = {}
+    seen: dict[bytes, tuple[str, bytes]] = {}
+    explain = getattr(source, "explain", lambda record: "")
     for where, record in source.records():
         try:
             row = source.row(where, record)
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+            problems.example = problems.example or explain(record)
             problems.add(where, f"missing {error}" if isinstance(error, KeyError) else str(error))
             continue
         if row is None:
             left_out["rows"] += 1
             continue
         for fault in find_faults(row):
+            problems.example = problems.example or explain(record)
             problems.add(where, f"{fault} (row {row.id})")
-        key = hash_content(row.id)
-        if key in seen:
-            problems.add(where, f"id {row.id!r} is also the id of {seen[key]}")
-        seen[key] = where
+        id, prompt = hash_content(row.id), hash_content(prompt_content(row.prompt))
+        other, its_prompt = seen.setdefault(id, (where, prompt))
+        if other != where and not (getattr(source, "single", False) and prompt == its_prompt):
+            remedy = ". data.columns='{id: null}' names rows by their positions" if hasattr(source, "columns") else ""
+            problems.add(where, f"id {row.id!r} is also the id of {other}{remedy}")
         if not problems:  # after a problem nothing is kept, and some faulty rows cannot be written
             yield row

@@ -10,12 +10,16 @@ from typing import Any, Literal
 import datasets
 import numpy as np
 
+from var.data.changes import TemplateChanges
 from var.data.chat import Chat
+from var.data.messages import prompt_content
 from var.data.rows import Rows, finish
+from var.data.settings import OnTemplateChange
 from var.utils.errors import Problems, UserError
 from var.utils.files import replacing
 from var.utils.provenance import hash_content
 
+FORMAT = 2  # increase it when the tokens of unchanged rows change
 Selection = Literal["chosen", "both", "best", "all"]
 FEATURES = datasets.Features(
     {
@@ -128,25 +132,30 @@ def encode(
     overlong: Literal["drop", "truncate", "error"],
     pairs: bool,
     cache: Path,
+    on_template_change: OnTemplateChange = "error",
 ) -> Sequences:
     """Return the chosen responses as tokens. They are cached by content and read by memory map.
 
     If a sequence is longer than max_length, it is dropped (with its pair), truncated, or an error. If a prompt leaves
-    no room for a response, its row is dropped or an error. All of these are counted.
+    no room for a response, its row is dropped or an error. Pairs that are one sequence, as after truncation, are left
+    out. All of these are counted, as are rows that the template changes, if that is not an error.
     """
-    chat.suffix, chat.end_token  # noqa: B018  raise errors of the template before the first row
+    ends = sorted(chat.end_tokens)  # raises errors of the template before the first row
     key = hash_content(
+        FORMAT,
         rows.table._fingerprint,
-        chat.tokenizer.chat_template,
+        chat.template.fingerprint,
         chat.fingerprint,
+        [ends, chat.size],
         hashlib.sha256(choice.row.tobytes() + choice.response.tobytes()).hexdigest(),
         [max_length, overlong, pairs],
     ).hex()
     target = cache / "sequences" / key
     if not (target / "done.json").exists():
         target.mkdir(parents=True, exist_ok=True)
-        _write(rows, choice, chat, max_length, overlong, pairs, target)
+        _write(rows, choice, chat, max_length, overlong, pairs, on_template_change, target)
     done = json.loads((target / "done.json").read_text())
+    TemplateChanges(done["changes"], done["changed_rows"]).settle(on_template_change)
     counts = Counter(done["counts"]) + choice.counts
     table = datasets.Dataset.from_file(str(target / "sequences.arrow"))
     if not len(table):
@@ -160,11 +169,20 @@ def encode(
     return Sequences(table, row, start, total - start, group, counts, done["content"], done["ended"])
 
 
-def _write(rows: Rows, choice: Choice, chat: Chat, max_length: int, overlong: str, pairs: bool, target: Path) -> None:
+def _write(
+    rows: Rows,
+    choice: Choice,
+    chat: Chat,
+    max_length: int,
+    overlong: str,
+    pairs: bool,
+    on_template_change: OnTemplateChange,
+    target: Path,
+) -> None:
     """Tokenize the chosen responses into the folder `target`, or raise one error for all invalid rows."""
     from datasets.arrow_writer import ArrowWriter
 
-    problems, counts = Problems("rows that cannot be tokenized"), Counter[str]()
+    problems, counts, changes = Problems("rows that cannot be tokenized"), Counter[str](), TemplateChanges()
     size, ended, total = 2 if pairs else 1, 0, 0
     content = hashlib.sha256()
 
@@ -173,10 +191,15 @@ def _write(rows: Rows, choice: Choice, chat: Chat, max_length: int, overlong: st
         row, response = rows[index], rows[index].responses[k]
         name = f"{row.id}#{k}"
         try:
-            encoded = chat.encode(row.prompt, response.text, response.finished)
+            encoded = chat.encode_response(row.prompt, response)
         except ValueError as error:
             problems.add(f"row {name}", str(error))
             return None
+        changes.add(f"row {name}", encoded.changes)
+        counts["sequences changed by the template"] += bool(encoded.changes)
+        counts["sequences with control tokens, encoded as text"] += encoded.control
+        if response.ids is not None and encoded.ids[encoded.start :] != list(response.ids):
+            counts["sampled by another tokenizer, so read as text"] += 1
         full = encoded.start >= max_length  # no room for a response
         if len(encoded.ids) > max_length:
             if overlong == "drop":
@@ -193,7 +216,7 @@ def _write(rows: Rows, choice: Choice, chat: Chat, max_length: int, overlong: st
             "response": k,
             "start": encoded.start,
             "ids": encoded.ids[:max_length],  # a truncated response has no end token: it must not teach to stop
-            "prompt_key": hash_content(row.prompt),
+            "prompt_key": hash_content(prompt_content(row.prompt)),
             "score": response.score,
             "weight": response.weight,
             "name": name,
@@ -210,8 +233,11 @@ def _write(rows: Rows, choice: Choice, chat: Chat, max_length: int, overlong: st
             if len(records) < len(unit):
                 counts["sequences dropped with their pair"] += len(records)
                 continue
+            if pairs and records[0]["ids"] == records[1]["ids"]:
+                counts["pairs left out: both responses are the same tokens"] += 1
+                continue
             for record in records:
-                ended += record["ids"][-1] == chat.end_token
+                ended += record["ids"][-1] in chat.end_tokens
                 total += 1
                 content.update(repr((record["start"], record["ids"])).encode())
                 writer.write(record)
@@ -224,5 +250,9 @@ def _write(rows: Rows, choice: Choice, chat: Chat, max_length: int, overlong: st
             )
         advice = "Set data.overlong=drop to drop overlong rows, or increase data.max_length."
         problems.check(advice if counts["sequences that are errors"] else "")
-    done = {"counts": {k: v for k, v in counts.items() if v}, "content": content.hexdigest()[:16], "ended": int(ended)}
+        changes.settle(on_template_change)
+    done = {
+        "counts": {k: v for k, v in counts.items() if v}, "content": content.hexdigest()[:16], "ended": int(ended),
+        "changes": changes.found[:20], "changed_rows": changes.rows,
+    }  # fmt: skip
     finish(target, done)

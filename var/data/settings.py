@@ -9,6 +9,7 @@ Responses = Literal["auto", "chosen", "both", "best", "all", "sampled"]
 Overlong = Literal["drop", "truncate", "error"]
 LastMicroBatch = Literal["drop", "keep", "error"]
 LastStep = Literal["keep", "drop"]
+OnTemplateChange = Literal["error", "count"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,8 @@ class DataSettings:
     """Tokens of prompt and response together."""
     overlong: Overlong
     """What to do with a longer sequence."""
+    on_template_change: OnTemplateChange
+    """What to do with rows that the chat template does not write as they are."""
     validation_prompts: int
     """Prompts on which the policy is evaluated and never trained."""
     limit: int | None
@@ -40,6 +43,7 @@ class DataSettings:
         problems = Problems("invalid data settings")
         choices = {
             "responses": Responses, "overlong": Overlong, "last_micro_batch": LastMicroBatch, "last_step": LastStep,
+            "on_template_change": OnTemplateChange,
         }  # fmt: skip
         for name, allowed in choices.items():
             if getattr(self, name) not in get_args(allowed):

@@ -13,7 +13,7 @@ from var.data.rows import Rows
 from var.models.packing import Packed, pack_tree
 from var.rewards.base import Reward, compute_scores
 from var.rewards.scale import Scale
-from var.sampling.base import Texts
+from var.sampling.base import Sample, Samples
 from var.utils.distributed import Ranks
 
 ALONE = Ranks()
@@ -33,27 +33,33 @@ class Answers:
     """[P, K] scaled rewards; None if the reward cannot score new text."""
 
 
-def describe_answers(texts: Texts, chat: Chat) -> Answers:
+def describe_answers(samples: Samples, chat: Chat) -> Answers:
     """Return the answers with their lengths, without rewards."""
     return Answers(
-        texts=[[text for text, _ in answers] for answers in texts],
-        finished=np.array([[finished for _, finished in answers] for answers in texts]),
-        lengths=np.array([[len(tokenize_response(chat, text, True)) - 1 for text, _ in answers] for answers in texts]),
+        texts=[[sample.text for sample in several] for several in samples],
+        finished=np.array([[sample.finished for sample in several] for several in samples]),
+        lengths=np.array([[count_tokens(chat, sample) for sample in several] for several in samples]),
     )
 
 
+def count_tokens(chat: Chat, sample: Sample) -> int:
+    """Return the tokens of an answer, without its end token."""
+    tokens = sample.tokens(chat)
+    return len(tokens) - chat.is_finished(tokens)
+
+
 def score_answers(
-    rows: Rows, texts: Texts, reward: Reward | None, scale: Scale, chat: Chat, ranks: Ranks = ALONE
+    rows: Rows, samples: Samples, reward: Reward | None, scale: Scale, chat: Chat, ranks: Ranks = ALONE
 ) -> Answers:
     """Return the answers with their lengths and, if the reward can score text, their scaled rewards.
 
     `ranks` score the answers together, and each gets all rewards.
     """
-    answers = describe_answers(texts, chat)
+    answers = describe_answers(samples, chat)
     if reward is None or not reward.scores_text:
         return answers
     own = ranks.deal(len(rows))
-    triples = [(rows[i].prompt, text, rows[i].answer) for i in own for text, _ in texts[i]]
+    triples = [(rows[i].prompt, sample.text, rows[i].answer) for i in own for sample in samples[i]]
     scores = compute_scores(reward, *map(list, zip(*triples, strict=True))) if triples else np.zeros(0)
     rewards = ranks.collect(np.split(scores, len(own)) if own else [])
     return replace(answers, rewards=scale(np.stack(rewards)))
@@ -68,11 +74,11 @@ def win_rate(after: np.ndarray, before: np.ndarray) -> np.ndarray:
     return ((gain > 0) + 0.5 * (gain == 0)).mean(axis=(1, 2))
 
 
-def pack_answers(chat: Chat, rows: Rows, texts: Texts) -> list[Packed]:
+def pack_answers(chat: Chat, rows: Rows, samples: Samples) -> list[Packed]:
     """Return a batch per prompt: the prompt once, and its K answers. An empty answer consists of its end token."""
     return [
-        pack_tree([chat.prompt(row.prompt)], [[tokenize_response(chat, text, finished) for text, finished in answers]])
-        for row, answers in zip(rows, texts, strict=True)
+        pack_tree([chat.prompt(row.prompt)], [[sample.tokens(chat) for sample in several]])
+        for row, several in zip(rows, samples, strict=True)
     ]
 
 
@@ -105,12 +111,6 @@ def divergence(batches: Sequence[Packed], ours: Sequence[Tensor], reference: Seq
         batch.sum_by_sequence(own - other).float().numpy()
         for batch, own, other in zip(batches, ours, reference, strict=True)
     ]
-
-
-def tokenize_response(chat: Chat, text: str, finished: bool) -> list[int]:
-    """Return an answer's tokens, with the end token if it is finished; an empty answer is its end token."""
-    ids = list(chat.tokenizer(text, add_special_tokens=False)["input_ids"])
-    return [*ids, chat.end_token] if finished or not ids else ids
 
 
 def samples(rows: Rows, before: Answers | None, after: Answers) -> Sequence[dict[str, Any]]:

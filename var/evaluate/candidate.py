@@ -12,11 +12,11 @@ from var.annotate.annotator import Annotator
 from var.annotate.reference_logps import reference_logps
 from var.annotate.responses import sample_responses
 from var.annotate.rewards import score
-from var.data.rows import Message, Row, Rows
-from var.evaluate.answers import tokenize_response
+from var.data.messages import Message
+from var.data.rows import Row, Rows
 from var.models.frozen import FrozenModel
 from var.rewards.base import Reward
-from var.sampling.base import Sampling, Texts
+from var.sampling.base import Sample, Samples, Sampling
 from var.utils.console import say
 from var.utils.errors import Problems
 
@@ -32,7 +32,7 @@ class Candidate:
     annotator: Annotator
     """An annotator whose frozen model is this one."""
 
-    def sample(self, rows: Rows, sampling: Sampling, seeds: Sequence[int]) -> Texts:
+    def sample(self, rows: Rows, sampling: Sampling, seeds: Sequence[int]) -> Samples:
         """Sample one answer per prompt and seed."""
         drawn = [
             sample_responses(
@@ -43,22 +43,21 @@ class Candidate:
         self.annotator.sampler.release()
         return [[answers[i][0] for answers in drawn] for i in range(len(rows))]
 
-    def score(self, name: str, reward: Reward, rows: Rows, texts: Texts) -> np.ndarray:
+    def score(self, name: str, reward: Reward, rows: Rows, samples: Samples) -> np.ndarray:
         """Return raw rewards [P, S]."""
-        triples = [(row.prompt, text, row.answer) for row, own in zip(rows, texts, strict=True) for text, _ in own]
+        triples = [
+            (row.prompt, sample.text, row.answer) for row, own in zip(rows, samples, strict=True) for sample in own
+        ]
         scores = score(replace(self.annotator, reward=reward), triples, f"{name} of the {self.name}")
-        return scores.reshape(len(texts), -1)
+        return scores.reshape(len(samples), -1)
 
-    def sum_logps(self, rows: Rows, texts: Texts) -> np.ndarray:
-        """Return this model's log-probability of each answer [P, S], summed over tokens, in nats.
-
-        The texts are tokenized again, which may differ from the tokens that were sampled.
-        """
+    def sum_logps(self, rows: Rows, samples: Samples) -> np.ndarray:
+        """Return this model's log-probability of each answer [P, S], summed over its tokens, in nats."""
         chat, ids, start = self.annotator.chat, [], []
-        for row, answers in zip(rows, texts, strict=True):
+        for row, several in zip(rows, samples, strict=True):
             prompt = chat.prompt(row.prompt)
-            ids += [[*prompt, *tokenize_response(chat, text, finished)] for text, finished in answers]
-            start += [len(prompt)] * len(answers)
+            ids += [[*prompt, *sample.tokens(chat)] for sample in several]
+            start += [len(prompt)] * len(several)
         sequences = _Sequences(ids, np.array(start), np.array(list(map(len, ids))) - np.array(start))
         logps = reference_logps(self.annotator, sequences)  # type: ignore[arg-type]
         return np.array([sum(tokens) for tokens in logps.to_pylist()]).reshape(len(rows), -1)
@@ -100,7 +99,7 @@ class CachedReward:
         return score(replace(self.annotator, reward=self.reward), triples, "Judging").tolist()
 
 
-def match_answers(file: Rows, rows: Rows, seeds: int, name: str) -> Texts:
+def match_answers(file: Rows, rows: Rows, seeds: int, name: str) -> Samples:
     """Return the file's answers to each row's prompt, one per seed. Raise one UserError for all missing answers.
 
     name: the value of answers=. Rows of sample.py say how many answers were sampled; those that it dropped as empty
@@ -109,22 +108,22 @@ def match_answers(file: Rows, rows: Rows, seeds: int, name: str) -> Texts:
     positions: dict[bytes, list[int]] = defaultdict(list)
     for i, key in enumerate(file.keys):
         positions[bytes(key)].append(i)
-    problems, texts = Problems(f"answers={name} does not answer these prompts", shown=5), []
+    problems, samples = Problems(f"answers={name} does not answer these prompts", shown=5), []
     for row, key in zip(rows, rows.keys, strict=True):
-        answers: list[tuple[str, bool]] = []
+        answers = list[Sample]()
         for found in (file[i] for i in positions.get(bytes(key), ())):
-            answers += [(response.text, response.finished) for response in found.responses]
-            answers += [("", True)] * (_count_sampled(found) - len(found.responses))
+            answers += [Sample(response.text, response.finished, response.ids) for response in found.responses]
+            answers += [Sample("", True)] * (_count_sampled(found) - len(found.responses))
         if len(answers) != seeds:
             problems.add(f"row {row.id}", f"has {len(answers) or 'no'} answers, but seeds has {seeds} numbers")
-        texts.append(answers)
+        samples.append(answers)
     problems.check(
         "Set seeds to as many numbers as there are answers per prompt. The prompts are those of data=; to use the "
         f"file's own: data=files data.path={name} held_out=false."
     )
     if unused := len(file) - sum(len(positions[key]) for key in {bytes(key) for key in rows.keys}):
         say(f"{unused} of {len(file)} rows of {name} answer other prompts")
-    return texts
+    return samples
 
 
 def _count_sampled(row: Row) -> int:

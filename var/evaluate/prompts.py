@@ -7,14 +7,15 @@ from pathlib import Path
 
 import numpy as np
 from hydra.utils import instantiate
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from var.config.schema import pick_fields
+from var.data.degenerate import normalize
 from var.data.rows import Rows, concatenate, read
 from var.data.settings import DataSettings
 from var.data.split import split
-from var.utils.console import say
-from var.utils.errors import Problems
+from var.utils.console import say, warn
+from var.utils.errors import Problems, brief
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,10 @@ def read_prompts(cfg: DictConfig, cache: Path) -> Prompts:
     parts, labels = dict[str, Rows](), dict[str, np.ndarray]()
     for part in (cfg.data, *cfg.more.values()):
         settings = DataSettings(**pick_fields(DataSettings, part))
-        rows = read(instantiate(part.source), cache).head(settings.limit)
+        rows = read(instantiate(part.source), cache)
+        if rows.description:
+            say(f"{part.name}: {rows.description}")
+        rows = rows.head(settings.limit)
         held_out = part.name in cfg.held_out if isinstance(cfg.held_out, ListConfig) else cfg.held_out
         if held_out:
             rows = split(rows, settings)[0]
@@ -57,6 +61,27 @@ def read_prompts(cfg: DictConfig, cache: Path) -> Prompts:
         np.concatenate(list(labels.values())),
         {name: np.unique(subsets).tolist() for name, subsets in labels.items()},
     )
+
+
+def warn_of_trained_prompts(prompts: Prompts, config: Path, cache: Path) -> None:
+    """Warn if prompts are also training prompts of the run with this config.yaml, but for case and spaces."""
+    if not config.exists():
+        return
+    trained = OmegaConf.select(OmegaConf.load(config), "data")
+    try:
+        settings = DataSettings(**pick_fields(DataSettings, trained))
+        rows = read(instantiate(trained.source), cache).head(settings.limit)
+        rows = split(rows, settings)[2]
+    except Exception as error:  # of another version's configuration, or of data that has moved
+        say(f"Not compared with the run's training prompts, which cannot be read: {brief(error)}")
+        return
+    texts = {normalize(row.prompt) for row in prompts.rows}
+    shared = texts & {normalize(row.prompt) for row in rows}
+    if shared:
+        warn(
+            f"{len(shared)} of {len(texts)} prompts are also training prompts of this run, but for case and spaces. "
+            "held_out=true evaluates only the validation split."
+        )
 
 
 def draw_prompts(rows: Rows, labels: np.ndarray, prompts: int | None, seed: int) -> np.ndarray:

@@ -27,17 +27,18 @@ from var.evaluate.candidate import CachedReward, Candidate, match_answers
 from var.evaluate.diversity import measure_distinct
 from var.evaluate.judges.base import Judge, Pair, RewardJudge, compute_rates, explain_missing_rate
 from var.evaluate.measures import average_subsets, compare, measure
-from var.evaluate.prompts import Prompts, read_prompts
+from var.evaluate.prompts import Prompts, read_prompts, warn_of_trained_prompts
 from var.evaluate.settings import check_settings
 from var.evaluate.table import print_result
+from var.models.files import find_model
 from var.models.frozen import FrozenModel
-from var.models.pretrained import Pretrained, find_model
+from var.models.pretrained import Pretrained
 from var.rewards.base import Reward, check_answers
-from var.sampling.base import Sampling, Texts
+from var.sampling.base import Samples, Sampling
 from var.utils.console import say, silence_libraries, stage, warn
 from var.utils.distributed import Ranks, bind_device
 from var.utils.errors import UserError
-from var.utils.files import atomic, write_json
+from var.utils.files import atomic, make_file_name, write_json
 from var.utils.provenance import collect_environment
 
 
@@ -93,9 +94,15 @@ class Evaluation:
 
     def check(self) -> None:
         """Raise a UserError for everything that would fail later."""
+        self.model.annotator.check_folders()
+        self.prompts  # noqa: B018  errors of rows come before the models' files are read
+        if self.cfg.init:
+            config = Path(self.model.model.pretrained.path) / "config.yaml"
+            warn_of_trained_prompts(self.prompts, config, self.model.annotator.cache)
         chats = [candidate.annotator.chat for candidate in self.candidates]
         for candidate in self.candidates:
             candidate.annotator.check()
+            candidate.annotator.check_rows(self.prompts.rows)
         if any(chat.tokenizer.get_vocab() != chats[0].tokenizer.get_vocab() for chat in chats):
             raise UserError(
                 "reference: its vocabulary differs from the model's, so their KL divergence is "
@@ -122,7 +129,7 @@ class Evaluation:
         return read_prompts(self.cfg, self.model.annotator.cache)
 
     @cached_property
-    def file_answers(self) -> Texts | None:
+    def file_answers(self) -> Samples | None:
         """The answers in the file `answers`, if it is set."""
         if self.cfg.answers is None:
             return None
@@ -142,7 +149,8 @@ class Evaluation:
         unrelated = ("annotation_cache", "cache", "devices", "out")
         kept = {key: value for key, value in to_dict(self.cfg).items() if key not in unrelated}
         digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:8]
-        return Path(self.cfg.out).expanduser() / f"{self.name}_{'+'.join(self.prompts.subsets)}-{digest}"
+        name = make_file_name(f"{self.name}_{'+'.join(self.prompts.subsets)}")
+        return Path(self.cfg.out).expanduser() / f"{name}-{digest}"
 
     def run(self) -> dict[str, Any]:
         """Sample, score and measure; write answers.jsonl, games.jsonl and result.json, and print a table.
@@ -155,7 +163,7 @@ class Evaluation:
             "title": f"{self.name} on {', '.join(self.prompts.subsets)}", "seeds": list(cfg.seeds),
         }  # fmt: skip
         answers, rewards, logps = dict[str, Answers](), dict[str, dict[str, np.ndarray]](), dict[str, np.ndarray]()
-        sampled = dict[str, Texts]()
+        sampled = dict[str, Samples]()
         for candidate in self.candidates:
             name = candidate.name
             if name == "model" and self.file_answers is not None:
@@ -195,7 +203,7 @@ class Evaluation:
             }
         result["distinct"] = measure_distinct({name: found.texts for name, found in answers.items()})
         result["depends_on"] = self._provenance()
-        self._write_lines("answers.jsonl", self._records(answers, rewards))
+        self._write_lines("answers.jsonl", self._records(sampled, rewards))
         write_json(self.folder / "result.json", result)
         print_result(result, cfg.against)
         say(f"Result: {self.folder}/result.json")
@@ -236,20 +244,20 @@ class Evaluation:
             **collect_environment(),
         }
 
-    def _records(self, answers: dict[str, Answers], rewards: dict[str, dict[str, np.ndarray]]) -> list[dict[str, Any]]:
-        """Return one record per prompt, with all answers and rewards."""
+    def _records(self, sampled: dict[str, Samples], rewards: dict[str, dict[str, np.ndarray]]) -> list[dict[str, Any]]:
+        """Return one record per prompt, with all answers, their tokens and rewards."""
         return [
             {
                 "id": row.id, "subset": str(self.prompts.labels[i]), "prompt": list(row.prompt), "answer": row.answer,
                 **{
                     name: [
                         {
-                            "text": text, "finished": bool(found.finished[i, s]),
+                            **sample.record,
                             **{key: float(scores[i, s]) for key, scores in rewards[name].items()},
                         }
-                        for s, text in enumerate(found.texts[i])
+                        for s, sample in enumerate(samples[i])
                     ]
-                    for name, found in answers.items()
+                    for name, samples in sampled.items()
                 },
             }
             for i, row in enumerate(self.prompts.rows)

@@ -181,9 +181,13 @@ def cap_exponents(values: Tensor, factors: Tensor | float = 1.0) -> Tensor:
         factors: what the exponentials are multiplied by, in the shape of the values or one number.
     """
     number, precision = values.detach(), torch.finfo(values.dtype)
-    sizes = torch.as_tensor(factors, device=values.device).detach().abs().clamp(min=1).double()
-    limits = math.log(precision.max) - math.log(4 * max(1, len(values))) - sizes.log()
-    limits = (limits * (1 - precision.eps)).to(values.dtype)  # its rounding stays finite
+    room = math.log(precision.max) - math.log(4 * max(1, len(values)))
+    limits: Tensor | float
+    if isinstance(factors, Tensor):
+        limits = room - factors.detach().abs().clamp(min=1).double().log()
+        limits = (limits * (1 - precision.eps)).to(values.dtype)  # its rounding stays finite
+    else:  # a number is not copied to the device, for which the host would wait
+        limits = (room - math.log(max(1.0, abs(factors)))) * (1 - precision.eps)
     return torch.where(number > limits, limits + (values - number), values)
 
 

@@ -173,18 +173,24 @@ def check_lengths(config: Any, attention: str, longest: int, what: str = "sequen
 
     longest is in tokens; `what` names the sequence in the message.
     """
-    advice = f"but the longest {what} has {longest} tokens. Lower data.max_length."
+    for most, reason in list_lengths(config, attention):
+        if longest > most:
+            raise UserError(
+                f"{config.model_type} {reason}, but the longest {what} has {longest} tokens. Lower data.max_length."
+            )
+
+
+def list_lengths(config: Any, attention: str) -> Iterator[tuple[int, str]]:
+    """Yield each limit on the tokens of a sequence that a model computes correctly, with its reason."""
     window, layers = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
     slides = getattr(config, "use_sliding_window", True) and (layers is None or "sliding_attention" in layers)
-    if window and slides and attention == "packed" and longest > window:
-        raise UserError(f"{config.model_type} has a sliding window of {window} tokens, {advice}")
+    if window and slides and attention == "packed":
+        yield window, f"has a sliding window of {window} tokens"
     rope, table = getattr(config, "rope_parameters", None), getattr(config, "max_position_embeddings", None)
-    if table and not rope and longest > table:
-        raise UserError(f"{config.model_type} has {table} positions, {advice}")
+    if table and not rope:
+        yield table, f"has {table} positions"
     if rope and rope.get("rope_type") in ("dynamic", "longrope"):
         trained = rope.get("original_max_position_embeddings") or table
-        if trained and longest > trained:
-            raise UserError(
-                f"{config.model_type} rescales the positions of a packed row by its longest sequence if that exceeds "
-                f"{trained} tokens (rope_type={rope['rope_type']}), {advice}"
-            )
+        if trained:
+            what = f"rope_type={rope['rope_type']}"
+            yield trained, f"rescales the positions of a packed row if its longest sequence exceeds {trained} ({what})"

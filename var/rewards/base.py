@@ -5,7 +5,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from var.data.rows import Message, Rows
+from var.data.messages import Message
+from var.data.rows import Rows
 from var.utils.errors import Problems, UserError, brief
 
 Prompts = Sequence[Sequence[Message]]
@@ -34,9 +35,11 @@ class Triples(Sequence[Triple]):
 class Reward(Protocol):
     """A reward of texts.
 
-    Three members are optional:
+    Four members are optional:
         reads_answers: True if the reward compares with a row's `answer`. Rows without one are then an error before
             anything is sampled.
+        text_fault(prompt, response): Return why the reward cannot score a text, or None. All such texts are reported
+            before any is scored.
         answer_fault(answer): Return why the reward cannot use an answer, or None. Such rows are an error too.
         release(): Free the memory of the reward's model, which the next use loads again.
     """
@@ -92,3 +95,15 @@ def check_answers(reward: Reward, rows: Rows) -> None:
         "Fix these rows, or choose a reward that needs no answers, such as reward=classifier. reward=score reads the "
         "data set's own scores, and leaves validation without a reward unless you set +reward@eval.reward=…."
     )
+
+
+def check_texts(reward: Reward, triples: Iterable[Triple]) -> None:
+    """Raise a `UserError` with all texts that the reward cannot score, if it says so. Nothing is scored."""
+    if (find_fault := getattr(reward, "text_fault", None)) is None:
+        return
+    problems, texts = Problems(f"texts that the reward ({type(reward).__name__}) cannot score", shown=5), 0
+    for prompt, response, _ in triples:
+        texts += 1
+        if fault := find_fault(prompt, response):
+            problems.add(f"response {response[:60]!r}", fault)
+    problems.check(f"They are {len(problems.found)} of {texts}. Leave them out, or choose a reward that reads them.")

@@ -5,10 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from var.data.rows import Message
+from var.data.messages import Message, render_message
 from var.rewards.base import Answers, Prompts
+from var.rewards.numbers import find_last_number
 from var.utils.errors import Problems, UserError
 from var.utils.http_client import Client, Failure
+from var.utils.reasoning import UnfinishedReasoning, strip_reasoning
 
 PATHS = {"query": "", "pooling": "/pooling", "classify": "/classify"}
 
@@ -21,7 +23,8 @@ class Endpoint:
 
     Protocols:
         query: Send {"query": [prompt and response], "prompts": [prompt], "labels": [the row's answer]} to base_url,
-            which replies {"rewards": [score]} (OpenRLHF's --remote_rm_url). The server adds BOS and end tokens.
+            which replies {"rewards": [score]} (OpenRLHF's --remote_rm_url). The server adds BOS and end tokens. If the
+            score is a text, as of a model that writes its rating, it is the last number after the reasoning.
         pooling, classify: Send the conversation as `messages` to vLLM's /pooling or /classify. The server renders them
             with its own chat template. The request has use_activation=false, so that the score is not squashed.
             Servers before vLLM 0.11 call this field `activation` or `softmax`.
@@ -32,15 +35,16 @@ class Endpoint:
     chat_template: str | None = None  # renders the texts of `query`; None: messages are joined by blank lines
     request: Mapping[str, Any] = field(default_factory=dict)  # further fields of the request body
     version: str = ""  # any text that distinguishes versions of the model: no server reports a hash of its weights
+    key: str = field(default="reward", compare=False)  # where these settings are, for messages
 
     scores_text = True
 
     def __post_init__(self) -> None:
         if self.protocol not in PATHS:
-            raise UserError(f"reward.protocol: expected query, pooling or classify, got {self.protocol}")
+            raise UserError(f"{self.key}.protocol: expected query, pooling or classify, got {self.protocol}")
         if self.chat_template is not None and self.protocol != "query":
             raise UserError(
-                f"reward.chat_template: has no effect with protocol={self.protocol}, where the server renders the "
+                f"{self.key}.chat_template: has no effect with protocol={self.protocol}, where the server renders the "
                 "messages. Start the server with its option --chat-template"
             )
 
@@ -76,7 +80,7 @@ class Endpoint:
 
     def _render(self, messages: Sequence[Any], add_generation_prompt: bool) -> str:
         if self.chat_template is None:
-            return "\n\n".join(message["content"] for message in messages) + "\n\n" * add_generation_prompt
+            return "\n\n".join(render_message(message) for message in messages) + "\n\n" * add_generation_prompt
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
@@ -85,7 +89,7 @@ class Endpoint:
                 add_generation_prompt=add_generation_prompt, bos_token="", eos_token="",
             )  # fmt: skip
         except Exception as error:  # expressions of a template can raise anything
-            raise UserError(f"reward.chat_template: {type(error).__name__}: {error}") from error
+            raise UserError(f"{self.key}.chat_template: {type(error).__name__}: {error}") from error
         return str(rendered[0][0])
 
     def _find_fault(self, reply: dict[str, Any]) -> str | None:
@@ -106,8 +110,21 @@ class Endpoint:
             if len(found) != 1:
                 raise ValueError(f"{len(found)} numbers instead of one")
             found = found[0]
+        if isinstance(found, str) and self.protocol == "query":
+            found = _read_rating(found)
         if isinstance(found, bool) or not isinstance(found, int | float):
             raise TypeError(found)
         if not math.isfinite(found):
             raise ValueError("a score that is not finite")
         return float(found)
+
+
+def _read_rating(text: str) -> float:
+    """Return the last number of a text after its reasoning. Raise a ValueError if it has none."""
+    try:
+        number = find_last_number(strip_reasoning(text))
+    except UnfinishedReasoning:
+        raise ValueError("reasoning without an end") from None
+    if number is None:
+        raise ValueError("a text without a number")
+    return float(number.value)

@@ -1,16 +1,17 @@
 """Ensembles of rewards: their mean or their minimum (Coste et al., arXiv 2310.02743)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
+from var.data.messages import Message
 from var.rewards.base import Answers, Prompts, Reward, compute_scores, release
 from var.rewards.scale import Scale
 from var.utils.errors import UserError
 
-ADD = "+reward@reward.members.NAME=classifier reward.members.NAME.path=…"
+ADD = "+reward@{key}.members.NAME=classifier {key}.members.NAME.path=…"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,7 @@ class Ensemble:
     how: Literal["mean", "min"] = "mean"
     scale: Literal["raw", "sigmoid"] = "raw"  # applied to each member's raw reward
     weights: Mapping[str, float] | None = None  # of the mean, by member, divided by their sum; None: equal weights
+    key: str = field(default="reward", compare=False)  # where these settings are, for messages
 
     scores_text = True
 
@@ -33,26 +35,29 @@ class Ensemble:
         object.__setattr__(self, "members", dict(self.members))
         object.__setattr__(self, "weights", None if self.weights is None else dict(self.weights))
         if not self.members:
-            raise UserError(f"reward.members: an ensemble needs members. Add some: {ADD}")
+            raise UserError(f"{self.key}.members: an ensemble needs members. Add some: {ADD.format(key=self.key)}")
         if self.how not in ("mean", "min") or self.scale not in ("raw", "sigmoid"):
             raise UserError(
-                f"reward: expected how=mean or min and scale=raw or sigmoid, got how={self.how} scale={self.scale}"
+                f"{self.key}: expected how=mean or min and scale=raw or sigmoid, got how={self.how} scale={self.scale}"
             )
         for name, member in self.members.items():
             if not hasattr(member, "scores_text"):
-                raise UserError(f"reward.members.{name}: not a reward, got {type(member).__name__}. Add members: {ADD}")
+                raise UserError(
+                    f"{self.key}.members.{name}: not a reward, got {type(member).__name__}. Add members: "
+                    f"{ADD.format(key=self.key)}"
+                )
             if not member.scores_text:
                 raise UserError(
-                    f"reward.members.{name}: {type(member).__name__} reads the data set's own scores and cannot score "
-                    "text. Choose a reward that can"
+                    f"{self.key}.members.{name}: {type(member).__name__} reads the data set's own scores and "
+                    "cannot score text. Choose a reward that can"
                 )
         if self.weights is None:
             return
         if self.how == "min":
-            raise UserError("reward.weights: has no effect with reward.how=min. Set it to null")
+            raise UserError(f"{self.key}.weights: has no effect with {self.key}.how=min. Set it to null")
         if set(self.weights) != set(self.members) or not all(weight > 0 for weight in self.weights.values()):
             got = ", ".join(f"{name}: {weight}" for name, weight in self.weights.items())
-            raise UserError(f"reward.weights: expected positive numbers for {', '.join(self.members)}, got {got}")
+            raise UserError(f"{self.key}.weights: expected positive numbers for {', '.join(self.members)}, got {got}")
 
     def release(self) -> None:
         """Free the memory of all members."""
@@ -67,6 +72,11 @@ class Ensemble:
     def answer_fault(self, answer: str) -> str | None:
         """Return the reason of the first member that cannot use the answer, or None."""
         faults = (getattr(member, "answer_fault", lambda answer: None)(answer) for member in self.members.values())
+        return next(filter(None, faults), None)
+
+    def text_fault(self, prompt: Sequence[Message], response: str) -> str | None:
+        """Return the reason of the first member that cannot score a text, or None."""
+        faults = (getattr(member, "text_fault", lambda *_: None)(prompt, response) for member in self.members.values())
         return next(filter(None, faults), None)
 
     @property

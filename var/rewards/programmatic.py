@@ -1,52 +1,45 @@
 """Rewards computed by small programs, without a model."""
 
-import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
 from var.rewards.base import Answers, Prompts
+from var.rewards.numbers import READER_VERSION, find_last_number, read_number
 from var.utils.errors import UserError
 from var.utils.extras import import_extra
 
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-
 
 class NumberReward:
-    """Base of rewards that compare the last number of the response with the row's answer."""
+    """Base of rewards that compare the number that a response ends with (see `var.rewards.numbers`) with the answer."""
 
     program: str
     scores_text = True
     reads_answers = True
 
-    def _grade(self, found: float | None, answer: float) -> float:
-        """Return the reward of a response from its last number, None if it has none."""
+    def _grade(self, found: Fraction | None, answer: Fraction) -> float:
+        """Return the reward of a response from its number, None if it has none."""
         raise NotImplementedError
 
     def answer_fault(self, answer: str) -> str | None:
-        """Return a reason if the answer is not a finite number, else None."""
-        try:
-            if math.isfinite(float(answer.replace(",", ""))):
-                return None
-        except ValueError:
-            pass
-        return f"its answer {answer[:60]!r} is not a finite number"
+        """Return a reason if the answer is not one finite number, else None."""
+        return None if read_number(answer) else f"its answer {answer[:60]!r} is not a finite number"
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """The name and version of the program."""
-        return {"program": self.program, "version": 1}
+        """The name of the program and the version of its reader."""
+        return {"program": self.program, "version": READER_VERSION}
 
     def __call__(self, prompts: Prompts, responses: Sequence[str], answers: Answers) -> list[float]:
         """Return one reward per response."""
         rewards = []
         for text, answer in zip(responses, require_answers(answers), strict=True):
-            if self.answer_fault(answer):
+            if (right := read_number(answer)) is None:
                 raise UserError(f"this reward compares with a number, but a row's `answer` is {answer[:60]!r}")
-            number = find_last_number(text)
-            rewards.append(self._grade(None if number is None else float(number), float(answer.replace(",", ""))))
+            found = find_last_number(text)
+            rewards.append(self._grade(None if found is None else found.value, right.value))
         return rewards
 
 
@@ -56,7 +49,7 @@ class ExactNumber(NumberReward):
 
     program = "exact_number"
 
-    def _grade(self, found: float | None, answer: float) -> float:
+    def _grade(self, found: Fraction | None, answer: Fraction) -> float:
         return float(found == answer)
 
 
@@ -69,8 +62,8 @@ class NearNumber(NumberReward):
 
     program = "near_number"
 
-    def _grade(self, found: float | None, answer: float) -> float:
-        return 0.0 if found is None else max(0.0, 1 - abs(found - answer) / (1 + abs(answer)))
+    def _grade(self, found: Fraction | None, answer: Fraction) -> float:
+        return 0.0 if found is None else max(0.0, 1 - abs(float(found) - float(answer)) / (1 + abs(float(answer))))
 
 
 def require_answers(answers: Answers) -> list[str]:
@@ -78,12 +71,6 @@ def require_answers(answers: Answers) -> list[str]:
     if any(answer is None for answer in answers):
         raise UserError("this reward compares with a row's `answer`, but these rows have none")
     return list(answers)  # type: ignore[arg-type]
-
-
-def find_last_number(text: str) -> str | None:
-    """Return the last number of a text without its commas, or None."""
-    found = NUMBER.findall(text)
-    return found[-1].replace(",", "") if found else None
 
 
 @dataclass(frozen=True, kw_only=True)

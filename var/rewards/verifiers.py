@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from var.data.sources.reasoning_gym import make_dataset, read_problem
 from var.rewards.base import Answers, Prompts
-from var.rewards.programmatic import find_last_number, require_answers
+from var.rewards.numbers import READER_VERSION, find_last_number
+from var.rewards.programmatic import require_answers
 from var.utils.errors import UserError
 from var.utils.extras import import_extra
 
@@ -91,9 +92,10 @@ class ReasoningGym:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """The version of the package and `extract`. Raise a `UserError` if the package is missing."""
+        """The version of the package, `extract` and its version. Raise a `UserError` if the package is missing."""
         import_extra("reasoning_gym", "verifiers", "reward=reasoning_gym")
-        return {"program": "reasoning_gym", "package": version("reasoning-gym"), "extract": self.extract}
+        reader = {"reader": READER_VERSION} if self.extract == "last_number" else {}
+        return {"program": "reasoning_gym", "package": version("reasoning-gym"), "extract": self.extract, **reader}
 
     def __call__(self, prompts: Prompts, responses: Sequence[str], answers: Answers) -> list[float]:
         """Return one score per response."""
@@ -127,7 +129,7 @@ class ReasoningGym:
         if self.extract == "none":
             return response.strip() or None
         if self.extract == "last_number":
-            return find_last_number(response)
+            return None if (number := find_last_number(response)) is None else number.text
         return next((word for word in (word.strip(EDGES) for word in reversed(response.split())) if word), None)
 
 

@@ -3,19 +3,43 @@
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from var.data.chat import Chat
-from var.data.rows import Message
+from var.data.messages import Message
 from var.utils.errors import UserError
 
 Prompts = Sequence[Sequence[Message]]
-Texts = list[list[tuple[str, bool]]]  # per prompt K texts, each with whether it finished; the end token is not included
+Samples = list[list["Sample"]]  # per prompt K
 Advance = Callable[[int], None]  # reports how many more prompts are done
 
 
 def ignore_progress(done: int) -> None:
     """Report nothing."""
+
+
+class Sample(NamedTuple):
+    """One sampled response."""
+
+    text: str  # without the end token, and without an incomplete last character; it may be empty
+    finished: bool  # False: it was truncated
+    ids: tuple[int, ...] | None = None  # the tokens as drawn, with the end token; None if the sampler returns only text
+
+    def tokens(self, chat: Chat) -> list[int]:
+        """Return its tokens; those of its text if it came as text, or from a model with another tokenizer."""
+        if self.ids is not None and chat.wrote(self.text, self.finished, self.ids):
+            return list(self.ids)
+        return chat.tokenize_answer(self.text, self.finished)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The sample as JSON values, without ids if it came as text."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
+
+    @classmethod
+    def of(cls, chat: Chat, ids: Sequence[int]) -> "Sample":
+        """Return the sample of drawn tokens."""
+        return cls(chat.decode(ids), chat.is_finished(ids), tuple(ids))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +113,8 @@ class Sampler(Protocol):
 
     def __call__(
         self, reference: Any, prompts: Prompts, sampling: Sampling, advance: Advance = ignore_progress
-    ) -> Texts:
-        """Return K texts per prompt, in order. A text may be empty; one that is not finished was truncated."""
+    ) -> Samples:
+        """Return K samples per prompt, in order."""
         ...
 
     def release(self) -> None:
@@ -106,8 +130,3 @@ def derive_seed(seed: int, content: Any) -> int:
 def derive_server_seed(seed: int, content: Any) -> int:
     """Return `derive_seed` as a signed 32-bit integer, the type that servers read."""
     return derive_seed(seed, content) % 2**31
-
-
-def decode(chat: Chat, ids: list[int]) -> str:
-    """Return the text of a response's tokens, without special tokens."""
-    return str(chat.tokenizer.decode(ids, skip_special_tokens=True))

@@ -18,7 +18,7 @@ from var.data.chat import Chat
 from var.models.attention import use_attention
 from var.models.logprobs import choose_head_dtype, copy_to, multiply
 from var.models.lora import adapter_off
-from var.sampling.base import Advance, Prompts, Sampling, Texts, decode, derive_seed, ignore_progress
+from var.sampling.base import Advance, Prompts, Sample, Samples, Sampling, derive_seed, ignore_progress
 from var.sampling.kv_cache import count_rows, free_memory, make_cache, reserve
 from var.utils.console import warn
 from var.utils.errors import UserError
@@ -30,20 +30,18 @@ CACHE_NAMES = ("cache", "past_key_values")  # of a model's argument: in recent v
 CHECK_EVERY = {"cpu": 1, "default": 16}
 
 
-def sample(model: Any, chat: Chat, prompts: Prompts, sampling: Sampling, advance: Advance = ignore_progress) -> Texts:
-    """Return K texts per prompt, in order. A text may be empty; one that is not finished was truncated."""
+def sample(model: Any, chat: Chat, prompts: Prompts, sampling: Sampling, advance: Advance = ignore_progress) -> Samples:
+    """Return K samples per prompt, in order."""
     encoded = [chat.prompt(prompt) for prompt in prompts]
-    return [
-        [(decode(chat, ids), finished) for ids, finished in responses]
-        for responses in sample_tokens(model, chat, encoded, sampling, advance)
-    ]
+    tokens = sample_tokens(model, chat, encoded, sampling, advance)
+    return [[Sample.of(chat, ids) for ids in responses] for responses in tokens]
 
 
 @torch.no_grad()  # FSDP keeps tensors between runs, and inference mode would make them unfit for training
 def sample_tokens(
     model: Any, chat: Chat, encoded: Sequence[list[int]], sampling: Sampling, advance: Advance = ignore_progress
-) -> list[list[tuple[list[int], bool]]]:
-    """Return K (tokens, finished) per encoded prompt, in order, without the end token.
+) -> list[list[list[int]]]:
+    """Return the tokens of K responses per encoded prompt, in order. Those of a finished one include its end token.
 
     Prompts are batched by length to limit padding. Each is encoded once for its K responses, and finished responses
     leave the batch. The random numbers of a response depend on seed, prompt and its number among the K, so other
@@ -52,7 +50,7 @@ def sample_tokens(
     """
     k, device = sampling.responses, model.device
     pending = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), encoded[i]))
-    responses: list[list[tuple[list[int], bool]]] = [[] for _ in encoded]
+    responses: list[list[list[int]]] = [[] for _ in encoded]
     training = model.training
     model.eval()
     with use_attention(model, "sdpa"):
@@ -64,7 +62,7 @@ def sample_tokens(
                 size = max(1, min(size, count_rows(model.config, model.dtype.itemsize, longest, memory) // k))
             batch = pending[:size]
             try:
-                sampled = _generate(model, [encoded[i] for i in batch], sampling, chat.end_token)
+                sampled = _generate(model, [encoded[i] for i in batch], sampling, sorted(chat.end_tokens))
             except torch.OutOfMemoryError as error:
                 if size == 1:
                     raise UserError(
@@ -85,8 +83,8 @@ def sample_tokens(
     return responses
 
 
-def _generate(model: Any, prompts: list[list[int]], sampling: Sampling, end: int) -> list[tuple[list[int], bool]]:
-    """Return K (tokens, finished) per prompt, prompt by prompt, from one batch that is padded on the left."""
+def _generate(model: Any, prompts: list[list[int]], sampling: Sampling, ends: list[int]) -> list[list[int]]:
+    """Return the tokens of K responses per prompt, prompt by prompt, from one batch that is padded on the left."""
     k, steps, width, device = sampling.responses, sampling.max_new_tokens, max(map(len, prompts)), model.device
     numbers = [np.random.default_rng(derive_seed(sampling.seed, prompt)).random((k, steps)) for prompt in prompts]
     draws = torch.from_numpy(np.concatenate(numbers)).to(device)  # [B·K, steps] float64
@@ -101,7 +99,7 @@ def _generate(model: Any, prompts: list[list[int]], sampling: Sampling, end: int
 
     padding = [width - len(ids) for ids in prompts]
     valid = torch.tensor([[0] * n + [1] * (width - n + steps) for n in padding], device=device)  # [B, width + steps]
-    padded = torch.tensor([[end] * n + ids for n, ids in zip(padding, prompts, strict=True)], device=device)
+    padded = torch.tensor([ends[:1] * n + ids for n, ids in zip(padding, prompts, strict=True)], device=device)
     mask = make_mask(model.config, valid[:, :width], width, steps) if any(padding) else None
     positions = (valid[:, :width].cumsum(1) - 1).clamp(min=0)
     logits = next_logits(padded, mask, positions).repeat_interleave(k, 0)
@@ -109,7 +107,8 @@ def _generate(model: Any, prompts: list[list[int]], sampling: Sampling, end: int
     valid, position = valid.repeat_interleave(k, 0), positions[:, -1:].repeat_interleave(k, 0)
     active = list(range(len(prompts) * k))
     rows = torch.arange(len(active), device=device)
-    found = torch.full((len(active), steps), end, device=device)
+    found = torch.full((len(active), steps), ends[0], device=device)
+    stop = torch.tensor(ends, device=device)
     every = CHECK_EVERY.get(device.type, CHECK_EVERY["default"])
     for step in range(steps):
         tokens = choose_tokens(logits, draws[rows, step], sampling)
@@ -117,7 +116,7 @@ def _generate(model: Any, prompts: list[list[int]], sampling: Sampling, end: int
         if step + 1 == steps:
             break
         if (step + 1) % every == 0:
-            unfinished = (found[rows, step + 1 - every : step + 1] != end).all(1).tolist()
+            unfinished = (found[rows, step + 1 - every : step + 1, None] != stop).all(2).all(1).tolist()
             if not all(unfinished):
                 kept = [i for i, more in enumerate(unfinished) if more]
                 if not kept:
@@ -129,7 +128,7 @@ def _generate(model: Any, prompts: list[list[int]], sampling: Sampling, end: int
         padded_rows = any(padding[row // k] for row in active)
         mask = make_mask(model.config, valid[:, : width + step + 1], width, steps, 1) if padded_rows else None
         logits = next_logits(tokens[:, None], mask, position)
-    return [(ids[: ids.index(end)], True) if end in ids else (ids, False) for ids in found.tolist()]
+    return [ids[: next((n for n, token in enumerate(ids, 1) if token in ends), steps)] for ids in found.tolist()]
 
 
 def make_mask(config: Any, valid: Tensor, width: int, steps: int, queries: int | None = None) -> Tensor:
@@ -194,15 +193,15 @@ class Transformers:
 
     def fingerprint(self, reference: Any) -> dict[str, Any]:
         """Return what the text depends on."""
-        return {"reference": reference.fingerprint, "version": 2}
+        return {"reference": reference.fingerprint, "version": 3}
 
     def check(self) -> None:
         """Do nothing: this sampler always runs."""
 
     def __call__(
         self, reference: Any, prompts: Prompts, sampling: Sampling, advance: Advance = ignore_progress
-    ) -> Texts:
-        """Return K texts per prompt, in order."""
+    ) -> Samples:
+        """Return K samples per prompt, in order."""
         model = reference.policy.model
         with reference.precision(), adapter_off(model):
             return sample(model, reference.pretrained.chat, prompts, sampling, advance)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from var.data.chat import Chat
-from var.sampling.base import Advance, Prompts, Sampling, Texts, decode, derive_server_seed, ignore_progress
+from var.sampling.base import Advance, Prompts, Sample, Samples, Sampling, derive_server_seed, ignore_progress
 from var.utils.errors import Problems, UserError
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -61,7 +61,7 @@ class VLLM:
             )
         if self._dtype(reference) not in DTYPES:
             raise UserError(f"sampler=vllm: vLLM does not compute in model.dtype={pretrained.dtype}. {advice}")
-        return {"reference": reference.fingerprint, "sampler": "vllm"}
+        return {"reference": reference.fingerprint, "sampler": "vllm", "version": 2}
 
     def check(self) -> None:
         """Raise a UserError if vLLM is not installed, or cannot have the processes and GPUs that it would need."""
@@ -80,8 +80,8 @@ class VLLM:
 
     def __call__(
         self, reference: Any, prompts: Prompts, sampling: Sampling, advance: Advance = ignore_progress
-    ) -> Texts:
-        """Return K texts per prompt, in order."""
+    ) -> Samples:
+        """Return K samples per prompt, in order."""
         from vllm import SamplingParams
 
         chat, encoded = reference.pretrained.chat, [reference.pretrained.chat.prompt(prompt) for prompt in prompts]
@@ -90,8 +90,8 @@ class VLLM:
             SamplingParams(
                 n=sampling.responses, temperature=sampling.temperature, top_p=sampling.top_p,
                 max_tokens=sampling.max_new_tokens, seed=derive_server_seed(sampling.seed, [ids]),
-                stop_token_ids=[chat.end_token], ignore_eos=True, detokenize=False,
-            )  # only the template's end token ends a response, as in `sample`
+                stop_token_ids=sorted(chat.end_tokens), ignore_eos=True, detokenize=False,
+            )  # the same end tokens as in `sample`
             for ids in encoded
         ]  # fmt: skip
         outputs = self._load(reference).generate([{"prompt_token_ids": ids} for ids in encoded], params, use_tqdm=False)
@@ -172,7 +172,7 @@ def _set_variables(values: dict[str, str | None]) -> None:
             os.environ[name] = value
 
 
-def read_response(chat: Chat, ids: list[int]) -> tuple[str, bool]:
-    """Return the text of sampled tokens before the end token, and whether there is an end token."""
-    finished = chat.end_token in ids
-    return decode(chat, ids[: ids.index(chat.end_token)] if finished else ids), finished
+def read_response(chat: Chat, ids: list[int]) -> Sample:
+    """Return the sample of an engine's tokens, up to the first end token."""
+    length = next((n for n, token in enumerate(ids, 1) if token in chat.end_tokens), len(ids))
+    return Sample.of(chat, ids[:length])

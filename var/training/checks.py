@@ -4,20 +4,19 @@ import importlib.util
 import os
 from dataclasses import replace
 
+import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from var.config.schema import TrainerSettings
 from var.models.lora import LoRA
 from var.models.pretrained import Pretrained
-from var.requirements import Requirement, SequenceScores, find
 from var.utils.console import say
-from var.utils.errors import Problems, UserError
+from var.utils.errors import Problems, UserError, brief
 
 
-def check_adapter(
-    cfg: DictConfig, pretrained: Pretrained, adapter: LoRA | None, requirements: tuple[Requirement, ...]
-) -> None:
+def check_adapter(cfg: DictConfig, pretrained: Pretrained, adapter: LoRA | None) -> None:
     """Raise UserError for what an adapter, or a model without one, cannot do."""
     problems, kind = Problems("the model cannot be trained"), pretrained.quantization
     if kind and adapter is None and not cfg.dry:
@@ -27,8 +26,6 @@ def check_adapter(
             "strategy",
             f"{cfg.strategy.name} does not shard quantized weights; strategy=ddp keeps a copy on each device",
         )
-    if adapter is not None and find(requirements, SequenceScores) and not adapter.merge:
-        problems.add("adapter.merge", "must be true: a reward model's head is not part of its adapter")
     problems.check()
 
 
@@ -48,6 +45,14 @@ def check_strategy(cfg: DictConfig, settings: TrainerSettings) -> None:
         if cfg.strategy.stage not in (1, 2):
             problems.add("strategy.stage", f"must be 1 or 2, got {cfg.strategy.stage}; strategy=fsdp shards parameters")
     problems.check()
+
+
+def check_optimizer(cfg: DictConfig) -> None:
+    """Raise UserError for arguments that the optimizer rejects, such as a negative learning rate."""
+    try:
+        instantiate(cfg.optim.optimizer, _convert_="all")([torch.nn.Parameter(torch.zeros(1))])
+    except (TypeError, ValueError) as error:
+        raise UserError(f"optim.optimizer cannot be built: {brief(error)}. Check its settings.") from error
 
 
 def choose_devices(cfg: DictConfig, settings: TrainerSettings) -> TrainerSettings:

@@ -14,6 +14,7 @@ from var.annotate.base import TrainingSet, make_providers, unit_of
 from var.annotate.responses import add_responses, sample_responses
 from var.annotate.rewards import score_rows
 from var.annotate.rollouts import ProvideRollout
+from var.data.degenerate import count_degenerate, warn_of_degenerate
 from var.data.plan import ABSENT, MicroBatch, make_plan
 from var.data.rows import Source, read
 from var.data.sequences import choose, needs_rewards
@@ -21,13 +22,13 @@ from var.data.settings import DataSettings
 from var.data.split import split
 from var.losses.base import Loss
 from var.models.packing import Packed, pack, whole
-from var.requirements import Rewards, Rollout, SequenceScores, find
+from var.requirements import Rewards, Rollout, SequenceScores, TokenValues, find
 from var.rewards.base import release
 from var.rewards.scale import Scale
 from var.sampling.base import Sampling
 from var.training.loader import PlanLoader
 from var.training.rollout import RolloutLoader
-from var.utils.console import say
+from var.utils.console import say, warn
 from var.utils.distributed import Ranks
 from var.utils.errors import UserError
 from var.weights.health import weight_health
@@ -66,6 +67,8 @@ class AlignmentData(lightning.LightningDataModule):
         self.saved: dict[str, Any] | None = None
         """The state in the checkpoint that the run resumes from."""
         self._start = (0, 0)
+        self._have_responses: bool | None = None
+        """Whether the rows' own responses train; None before the rows are read."""
         self._ready = False
 
     @property
@@ -94,9 +97,12 @@ class AlignmentData(lightning.LightningDataModule):
                 "reward_scale=zscore is fitted to rewards of the training responses before training, and this loss has "
                 "none then. Set reward_scale=raw or sigmoid."
             )
+        self.read_rows()
         self.annotator.check()
         self._check_weights()
-        self._read_rows()
+        if not self.rollout and not self._have_responses:
+            samples = sample_responses(self.annotator, data.rows, data.sampling)
+            data.rows = add_responses(data.rows, samples, self.annotator.chat, self.annotator.cache, self.report)
         if self.rollout:
             next(provider for provider in self.providers if isinstance(provider, ProvideRollout)).plan_prompts(data)
             self._check_plan()
@@ -111,14 +117,20 @@ class AlignmentData(lightning.LightningDataModule):
         self.seconds = time.perf_counter() - started
         self._ready = True
 
-    def _read_rows(self) -> None:
-        """Read and split the rows, and sample responses if the data has none."""
+    def read_rows(self) -> None:
+        """Read, check and split the rows. Commands call it before they load a model."""
+        if self._have_responses is not None:
+            return
         data, settings, report = self.training_set, self.settings, self.report
+        self.annotator.check_folders()
         rows = read(self.source, self.annotator.cache)
+        if rows.description:
+            say(f"Data: {rows.description}")
         report.rows, report.rows_skipped_by_adapter = len(rows), rows.left_out or None
-        if settings.limit is not None and settings.limit < len(rows):
-            report.rows_beyond_limit = len(rows) - settings.limit
+        report.records_joined = rows.merged or None
+        report.rows_beyond_limit = max(0, len(rows) - (settings.limit or len(rows))) or None
         rows = rows.head(settings.limit)
+        self.annotator.check_rows(rows)
         for provider in self.providers:
             provider.check_rows(data, rows)
         development = max((provider.development_prompts for provider in self.providers), default=0)
@@ -137,9 +149,15 @@ class AlignmentData(lightning.LightningDataModule):
                 f"{with_responses} of {len(data.rows)} training rows have responses and the others have none. Add the "
                 "missing ones, remove those rows, or set data.responses=sampled."
             )
-        if not self.rollout and (settings.responses == "sampled" or not with_responses):
-            texts = sample_responses(self.annotator, data.rows, data.sampling)
-            data.rows = add_responses(data.rows, texts, self.annotator.cache, report)
+        self._have_responses = settings.responses != "sampled" and with_responses > 0
+        special = self.annotator.reference.pretrained.tokenizer.all_special_tokens
+        report.degenerate = count_degenerate(data.rows, data.validation, special)
+        warn_of_degenerate(report.degenerate, len(data.rows))
+        if self.rollout and data.sampling.responses == 1 and not find(self.requirements, TokenValues):
+            warn(
+                "generate.responses=1: without a value head, a response is compared with the others to its prompt, so "
+                "one response teaches nothing. Set generate.responses=4 or more."
+            )
 
     def _annotate(self) -> None:
         """Encode the training responses, make the plan, and provide each requirement."""
@@ -157,6 +175,8 @@ class AlignmentData(lightning.LightningDataModule):
         report.sequences, report.sequences_with_end_token = len(sequences), sequences.ended
         report.sequences_selected = len(train) if len(train) != len(sequences) else None
         report.encoding = sequences.counts
+        if data.unit == "group":
+            self._count_groups_of_one()
         self._make_plan(train)
         self._check_plan()
         for provider in self.providers:
@@ -167,6 +187,16 @@ class AlignmentData(lightning.LightningDataModule):
             used = np.unique(data.members[data.members >= 0])
             length = torch.from_numpy(sequences.length[used])
             report.weights = weight_health(data.weights[used], length)._asdict()
+
+    def _count_groups_of_one(self) -> None:
+        """Count prompts with one response, and warn if they are many: nothing can be compared in them."""
+        size = np.bincount(self.training_set.sequences.group)
+        self.report.groups, self.report.groups_of_one = len(size), int((size == 1).sum()) or None
+        if (size == 1).mean() > 0.1:
+            warn(
+                f"{(size == 1).sum()} of {len(size)} prompts have one response, and this loss compares the responses "
+                "to a prompt. Add responses, set data.responses=sampled, or use a loss for single responses."
+            )
 
     def _choose_responses(self) -> None:
         """Decide which responses to train on."""
@@ -242,6 +272,9 @@ class AlignmentData(lightning.LightningDataModule):
                 record: dict[str, Any] = {"micro_batch": m, "id": row.id, "prompt": list(row.prompt)}
                 if not self.rollout:
                     record["response"] = row.responses[data.sequences.table[i]["response"]].text
+                    ids, start, _ = data.sequences.tokens(i)
+                    decode = self.annotator.chat.template.decode
+                    record["trained"] = {"after": decode(ids[:start]), "tokens": decode(ids[start:])}
                 for name, column in (("weight", data.weights), ("reward", data.rewards)):
                     if column is not None:
                         record[name] = float(column[i])

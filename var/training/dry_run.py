@@ -153,4 +153,4 @@ def show_row(run: Run) -> None:
         say(f"{tokenizer.decode(ids[:start])}⟦{tokenizer.decode(ids[start:])}⟧")
         return
     prompt = read(run.data.source, run.annotator.cache)[0].prompt
-    say(f"{run.annotator.chat.render(prompt)}⟦… the response is not available yet …⟧")
+    say(f"{tokenizer.decode(run.annotator.chat.prompt(prompt))}⟦… the response is not available yet …⟧")

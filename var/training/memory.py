@@ -17,8 +17,9 @@ from var.annotate.annotator import TOKENS
 from var.annotate.base import make_providers, unit_of
 from var.config.schema import TrainerSettings, pick_fields
 from var.models.lora import LoRA
-from var.models.pretrained import Pretrained, blocks
+from var.models.pretrained import Pretrained
 from var.models.simulate import Peaks, measure_activations
+from var.models.structure import blocks
 from var.requirements import ReferenceLogps, Rollout, find
 from var.training.optim import MasterAdamW, state_size
 

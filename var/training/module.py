@@ -110,8 +110,8 @@ class AlignmentModule(TrainingHooks):
         prompts: Sequence[list[int]],
         sampling: Sampling,
         advance: Callable[[int], None] = lambda done: None,
-    ) -> list[list[tuple[list[int], bool]]]:
-        """Return K (tokens, finished) for each encoded prompt, sampled from the policy as it is now.
+    ) -> list[list[list[int]]]:
+        """Return the tokens of K responses to each encoded prompt, sampled from the policy as it is now.
 
         All ranks of a sharded policy call this together, each with its own prompts.
         """

@@ -1,15 +1,16 @@
 """What a run leaves behind: the contents of summary.json, and the exported model with its card."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import lightning
-from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.callbacks import Callback
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch.distributed.fsdp import FSDPModule
 
 from var import __version__
+from var.config.choices import describe_part, name_part
 from var.config.schema import to_dict
 from var.models.export import export
 from var.models.lora import merge_adapter
@@ -43,10 +44,9 @@ def summarize(run: Run, trainer: lightning.Trainer, seconds: float) -> dict[str,
             validation["judge"] = result.get("judge")
     outcome = validation.get("reward") or validation.get("accuracy")
     training = run.steps.seconds + run.steps.waited - data.seconds_of_rollouts
-    loss = HydraConfig.get().runtime.choices.get("loss")
     report = data.report.to_json()
     return {
-        "title": f"{cfg.model.name}, {cfg.data.name}, {loss}",
+        "title": f"{cfg.model.name}, {cfg.data.name}, {name_part(cfg, 'loss')}",
         "folder": str(run.folder),
         "reward": outcome["after"]["mean"] if outcome and outcome["after"] else None,
         "validation": validation,
@@ -73,6 +73,7 @@ def summarize(run: Run, trainer: lightning.Trainer, seconds: float) -> dict[str,
         "seeds": {"run": cfg.seed, "data": cfg.data.seed, "sampling": cfg.generate.seed},
         "devices": trainer.world_size,
         "precision": run.settings.arithmetic,
+        "ran": {"weights": run.pretrained.origin, **describe_parts(cfg)},
         "config": to_dict(cfg),
         "changes": run.recorded.history,
         **collect_environment(),
@@ -121,9 +122,8 @@ def export_model(run: Run, trainer: lightning.Trainer, module: AlignmentModule) 
     if merge:
         plain = replace(run.pretrained, quantization=None, compile=False)
         scores = isinstance(module.policy, RewardModel)
-        complete = merge_adapter(plain.load_scorer() if scores else plain.load(), run.folder / "adapter")
-        if scores:
-            complete.score.load_state_dict(model.score.state_dict())
+        complete = plain.load_scorer(new_head=True) if scores else plain.load()
+        complete = merge_adapter(complete, run.folder / "adapter")
         export(complete.to(dtype), chat, target, card)
     OmegaConf.save(run.cfg, target / "config.yaml", resolve=True)
 
@@ -132,14 +132,25 @@ def make_card(
     run: Run, trainer: lightning.Trainer, module: AlignmentModule, validation: dict[str, Any]
 ) -> dict[str, Any]:
     """Return the contents of the model card. validation: the results in summary.json; empty before an evaluation."""
-    choices = HydraConfig.get().runtime.choices
+    pretrained, source, reward = run.pretrained, run.data.source, run.annotator.reward
+    text = f"`{name_part(run.cfg, 'reward')}`"
+    if terms := getattr(reward, "license", None):
+        text += f", license: {terms}"
     return {
-        "base": run.cfg.init or run.cfg.model.path, "name": run.folder.name, "loss": choices.get("loss"),
-        "doc": type(module.loss).__module__, "version": __version__, "table": results_table(validation),
-        "data": run.cfg.data.name, "plan": run.data.training_set.plan.hash, "reward": choices.get("reward"),
-        "steps": trainer.global_step, "seed": run.cfg.seed,
+        "base": None if Path(pretrained.path).is_dir() else pretrained.path, "origin": pretrained.origin,
+        "license": pretrained.license, "name": run.folder.name, "loss": name_part(run.cfg, "loss"),
+        "version": __version__, "table": results_table(validation), "data": run.cfg.data.name,
+        "data_license": getattr(source, "license", None), "plan": run.data.training_set.plan.hash, "reward": text,
+        "steps": trainer.global_step, "seed": run.cfg.seed, "parts": describe_parts(run.cfg),
+        "dtype": pretrained.dtype, "quantization": pretrained.quantization,
         "changes": "".join(f"\n- settings changed {text}" for text in describe_history(run.recorded.history)),
     }  # fmt: skip
+
+
+def describe_parts(cfg: DictConfig) -> dict[str, Any]:
+    """Return the classes of loss and reward with their arguments, as they ran."""
+    parts = {"loss": cfg.loss, "reward": cfg.reward, "eval.reward": cfg.eval.reward, "adapter": cfg.adapter}
+    return {name: describe_part(part) for name, part in parts.items() if part}
 
 
 def results_table(validation: dict[str, Any]) -> str:

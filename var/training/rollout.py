@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from var.annotate.base import Provider, TrainingSet
+from var.annotate.responses import describe_copies
 from var.data.chat import Chat
 from var.data.plan import MicroBatch
 from var.data.rows import Row
@@ -18,11 +19,11 @@ from var.models.packing import Packed, pack
 from var.requirements import Rollout
 from var.rewards.base import compute_scores
 from var.sampling.base import Sampling
-from var.utils.console import timed
+from var.utils.console import timed, warn
 from var.utils.distributed import Ranks
 from var.utils.errors import UserError
 
-SampledTokens = Sequence[Sequence[tuple[list[int], bool]]]  # for each prompt K (tokens, whether it is finished)
+SampledTokens = Sequence[Sequence[list[int]]]  # for each prompt the tokens of K responses, with end tokens
 
 
 class PolicyModule(Protocol):
@@ -34,7 +35,7 @@ class PolicyModule(Protocol):
     """Its device."""
 
     def generate(self, chat: Chat, prompts: Sequence[list[int]], sampling: Sampling) -> SampledTokens:
-        """Return K (tokens, finished) for each encoded prompt, sampled from the policy as it is now."""
+        """Return the tokens of K responses to each encoded prompt, sampled from the policy as it is now."""
         ...
 
     def record(self, metrics: Mapping[str, Mean]) -> None:
@@ -111,6 +112,8 @@ class RolloutLoader:
         sampling = replace(data.sampling, seed=data.sampling.seed + seed)
         with annotator.reference.precision(), timed(seconds, "Sampling"):
             responses = module.generate(annotator.chat, prompts, sampling)
+        if not self.seconds and (found := describe_copies(responses, sampling)):  # later, a policy may become certain
+            warn(f"the first rollout: {found}. Prompts with equal responses have no advantages, so they train nothing.")
         with timed(seconds, "Scoring"):
             rewards = self._rewards(rows, responses)
         ends = np.cumsum([0, *map(len, members)]).tolist()
@@ -118,7 +121,7 @@ class RolloutLoader:
         for micro_batch, begin, end in zip(micro_batches, ends, ends[1:], strict=False):
             ids, starts = [], []
             for prompt, several in zip(prompts[begin:end], responses[begin:end], strict=True):
-                ids += [prompt + tokens + [annotator.chat.end_token] * finished for tokens, finished in several]
+                ids += [prompt + tokens for tokens in several]
                 starts += [len(prompt)] * len(several)
             group = np.repeat(np.arange(end - begin), sampling.responses).tolist()
             names = [rows[begin + g].id for g in group]
@@ -134,11 +137,11 @@ class RolloutLoader:
     def _rewards(self, rows: Sequence[Row], responses: SampledTokens) -> torch.Tensor:
         """Return [P, K] rewards on the run's scale."""
         data = self.data
-        decode = data.annotator.chat.tokenizer.decode
+        decode = data.annotator.chat.decode
         triples = [
-            (row.prompt, decode(tokens, skip_special_tokens=True), row.answer)
+            (row.prompt, decode(tokens), row.answer)
             for row, several in zip(rows, responses, strict=True)
-            for tokens, _ in several
+            for tokens in several
         ]
         raw = compute_scores(data.annotator.reward, *map(list, zip(*triples, strict=True)))
         if not np.isfinite(raw).all():
@@ -171,13 +174,12 @@ class RolloutLoader:
         self, micro_batches: Sequence[MicroBatch], ends: list[int], rewards: torch.Tensor, responses: SampledTokens
     ) -> None:
         """Record reward, length and truncation of the rollout. Padding is not counted: another rank trains on it."""
+        is_finished = self.data.annotator.chat.is_finished
         measured = [
-            (reward, len(tokens), finished)
+            (reward, len(tokens) - is_finished(tokens), is_finished(tokens))
             for micro_batch, begin, end in zip(micro_batches, ends, ends[1:], strict=False)
             if not micro_batch.padding
-            for reward, (tokens, finished) in zip(
-                rewards[begin:end].flatten().tolist(), chain(*responses[begin:end]), strict=True
-            )
+            for reward, tokens in zip(rewards[begin:end].flatten().tolist(), chain(*responses[begin:end]), strict=True)
         ]
         reward, length, finished = torch.tensor(measured, dtype=torch.float64).view(-1, 3).sum(0).tolist()
         count = float(len(measured))

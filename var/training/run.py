@@ -25,10 +25,11 @@ from var.config.sweep import is_multirun
 from var.data.settings import DataSettings
 from var.losses.base import Loss
 from var.models.export import read_dtype
+from var.models.files import find_model
 from var.models.frozen import FrozenModel
 from var.models.lora import LoRA
 from var.models.policy import Policy
-from var.models.pretrained import Pretrained, find_model
+from var.models.pretrained import Pretrained
 from var.models.reward_model import RewardModel
 from var.models.sharding import load_to_shard
 from var.models.value_head import ActorCritic
@@ -39,6 +40,7 @@ from var.training.alternatives import MemoryPlan, choose_strategy
 from var.training.checkpoints import Checkpoints, DirectCheckpointIO, check_disk_space, checkpoints, read_checkpoint
 from var.training.checks import (
     check_adapter,
+    check_optimizer,
     check_ranks,
     check_strategy,
     choose_devices,
@@ -88,12 +90,17 @@ class Run:
     """The settings, those of the checkpoint it resumes from, and what becomes of the difference."""
 
     @classmethod
-    def compose(cls, cfg: DictConfig, folder: Path) -> "Run":
-        """Check the configuration as a whole and build what is cheap. No model is loaded."""
+    def compose(cls, cfg: DictConfig, folder: Path, keep_date: bool = True) -> "Run":
+        """Check the configuration as a whole and build what is cheap. No model is loaded.
+
+        keep_date: whether the date that a chat template reads is kept in the folder, for the next start.
+        """
         silence_libraries()
         check(cfg, TRAIN)
+        data_settings = DataSettings(**pick_fields(DataSettings, cfg.data))
         settings = choose_devices(cfg, TrainerSettings(**cfg.trainer))
         EvalSettings(**cfg.eval)
+        check_optimizer(cfg)
         if not 0 <= cfg.seed < 2**32:
             raise UserError(f"seed={cfg.seed}: a seed must be at least 0 and below 2**32")
         if is_multirun():
@@ -104,7 +111,9 @@ class Run:
         device = bind_device() if settings.gpu else "cpu"
         if cfg.dry and cfg.annotate == "error":
             raise UserError("annotate=error has no effect with debug=dry, which computes nothing")
-        pretrained = Pretrained(**pick_fields(Pretrained, cfg.model), cache=cfg.cache)
+        date_file = folder / "date.txt"
+        kept = date_file if keep_date and (not cfg.dry or date_file.exists()) else None
+        pretrained = Pretrained(**pick_fields(Pretrained, cfg.model), cache=cfg.cache, date_file=kept)
         if cfg.init is not None:
             pretrained = replace(pretrained, path=str(find_model(cfg.init)), revision=None, chat_template=None)
         pretrained = pretrained.with_attention_for(settings.gpu, half=PRECISIONS[settings.arithmetic] is not None)
@@ -116,19 +125,20 @@ class Run:
             cache=Path(cfg.cache).expanduser(),
             sampler=instantiate(cfg.sampler),
             annotate=cfg.annotate,
+            on_template_change=cfg.data.on_template_change,
             command=shlex.join(["python", "annotate.py", *list_overrides()]),
             dry=cfg.dry,
         )
         data = AlignmentData(
             source=instantiate(cfg.data.source),
-            settings=DataSettings(**pick_fields(DataSettings, cfg.data)),
+            settings=data_settings,
             loss=loss,
             annotator=annotator,
             sampling=Sampling(**cfg.generate),
             scale=Scale(kind=cfg.reward_scale),
             live=cfg.reference == "live",
         )
-        check_adapter(cfg, pretrained, adapter, data.requirements)
+        check_adapter(cfg, pretrained, adapter)
         count_accumulation(cfg, settings)
         cfg, plan = choose_strategy(cfg, settings)
         annotator.reference.shard = cfg.strategy.name == "fsdp" if plan is None else plan.shard_reference
@@ -155,9 +165,9 @@ class Run:
         by_part = cfg.strategy.name == "fsdp" and self.adapter is None and not scores
         model, fill = load_to_shard(pretrained) if by_part else (None, None)
         if model is None:
-            model = pretrained.load_scorer() if scores else pretrained.load()
+            model = pretrained.load_scorer(new_head=True) if scores else pretrained.load()
         if self.adapter is not None:
-            model = self.adapter.attach(model, pretrained.path, pretrained.revision)
+            model = self.adapter.attach(model, *pretrained.location)
         policy: Policy | ActorCritic | RewardModel = RewardModel(model.train()) if scores else Policy(model.train())
         if find(requirements, TokenValues):
             policy = ActorCritic(policy)  # type: ignore[arg-type]
@@ -240,6 +250,8 @@ class Run:
                 raise UserError("eval.judge compares responses, and a reward model gives none. Set eval.judge=null.")
             return PairAccuracy(self.peaks)
         reward = instantiate(cfg.eval.reward) if cfg.eval.reward else None
+        if reward:
+            reward.fingerprint  # noqa: B018  raises errors of its model
         return Validation(
             sampling, cfg.eval.every_n_steps, reward, judge, cfg.eval.judged, self.annotator, self.folder, self.peaks
         )

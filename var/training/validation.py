@@ -33,7 +33,7 @@ from var.models.sharding import use_sharded
 from var.models.value_head import unwrap_value_head
 from var.rewards.base import Reward, check_answers, release
 from var.rewards.scale import Scale
-from var.sampling.base import Sampling, Texts, decode
+from var.sampling.base import Sample, Samples, Sampling
 from var.training.datamodule import AlignmentData
 from var.training.loggers import is_logged, log
 from var.training.metrics import PeakMemory, step_metrics
@@ -87,9 +87,9 @@ class Validation(Callback):
         rows = data.training_set.validation
         if not len(rows):
             return
-        texts, rewards = evaluate_reference(self.annotator, rows, self.sampling, self.reward)
+        samples, rewards = evaluate_reference(self.annotator, rows, self.sampling, self.reward)
         scale = data.training_set.scale if self.reward is None else Scale()
-        answers = describe_answers(texts, self.annotator.chat)
+        answers = describe_answers(samples, self.annotator.chat)
         self.before = answers if rewards is None else replace(answers, rewards=scale(rewards))
         self.result["before"] = _summarize(self.before)
         if not is_logged(trainer, "validation/length", 0):
@@ -157,20 +157,20 @@ class Validation(Callback):
         free_memory()
         with stage(title, len(prompts), "prompts") as advance, precision():
             tokens = module.generate(chat, prompts, self.sampling, advance)
-        texts = [[(decode(chat, ids), finished) for ids, finished in several] for several in tokens]
-        kl = np.stack(ranks.collect(self._divergence(module, own, texts)))
+        samples = [[Sample.of(chat, ids) for ids in several] for several in tokens]
+        kl = np.stack(ranks.collect(self._divergence(module, own, samples)))
         reward, scale = (self.reward, Scale()) if self.reward else (self.annotator.reward, data.training_set.scale)
-        after = score_answers(rows, ranks.collect(texts), reward, scale, chat, ranks)
+        after = score_answers(rows, ranks.collect(samples), reward, scale, chat, ranks)
         release(reward)
         return after, kl, self._judge(trainer, data, after)
 
-    def _divergence(self, module: AlignmentModule, rows: Rows, texts: Texts) -> list[np.ndarray]:
+    def _divergence(self, module: AlignmentModule, rows: Rows, samples: Samples) -> list[np.ndarray]:
         """Return [K] nats of the policy's responses to each of this rank's prompts.
 
         The policy is never gathered next to the reference. It is left in the mode it was in.
         """
         reference, training = self.annotator.reference, module.policy.training
-        policy, batches = unwrap_value_head(module.policy), pack_answers(self.annotator.chat, rows, texts)  # type: ignore[arg-type]
+        policy, batches = unwrap_value_head(module.policy), pack_answers(self.annotator.chat, rows, samples)  # type: ignore[arg-type]
         module.policy.eval()
         with stage("KL from the reference", 2 * len(batches), "passes") as advance, reference.precision():
             with use_sharded(module.policy, gather=False):
@@ -271,7 +271,7 @@ class PairAccuracy(Callback):
 
 def evaluate_reference(
     annotator: Annotator, rows: Rows, sampling: Sampling, reward: Reward | None
-) -> tuple[Texts, np.ndarray | None]:
+) -> tuple[Samples, np.ndarray | None]:
     """Return the reference's answers and their raw rewards [P, K], computed or read from the cache.
 
     Args:
@@ -282,14 +282,14 @@ def evaluate_reference(
     """
     annotator = replace(annotator.with_local_sampler, reward=reward or annotator.reward)
     check_answers(annotator.reward, rows)
-    texts = sample_responses(annotator, rows, sampling, "Evaluating the reference")
+    samples = sample_responses(annotator, rows, sampling, "Evaluating the reference")
     annotator.reference.release()
     if not annotator.reward.scores_text:
-        return texts, None
-    triples = [(row.prompt, text, row.answer) for row, several in zip(rows, texts, strict=True) for text, _ in several]
+        return samples, None
+    triples = [(row.prompt, sample.text, row.answer) for row, own in zip(rows, samples, strict=True) for sample in own]
     rewards = score(annotator, triples, "Rewards of the reference's answers")
     release(annotator.reward)
-    return texts, rewards.reshape(len(rows), -1)
+    return samples, rewards.reshape(len(rows), -1)
 
 
 def _summarize(answers: Answers) -> dict[str, Any]:

@@ -23,6 +23,11 @@ class Problems:
     def __bool__(self) -> bool:
         return bool(self.found)
 
+    @property
+    def count(self) -> int:
+        """The number of problems."""
+        return len(self.found)
+
     def add(self, where: str, what: str) -> None:
         """Add a problem. `where` names the key, file or row."""
         self.found.append(f"{where}: {what}")
@@ -31,7 +36,7 @@ class Problems:
         """Raise a `UserError` if there are problems. `advice` becomes the last line of its message."""
         if not self.found:
             return
-        lines = [f"{self.title} ({len(self.found)}):", *(f"  {line}" for line in self.found[: self.shown])]
+        lines = [f"{self.title} ({self.count}):", *(f"  {line}" for line in self.found[: self.shown])]
         if len(self.found) > self.shown:
             lines.append(f"  … and {len(self.found) - self.shown} more")
         if advice:

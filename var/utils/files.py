@@ -1,7 +1,9 @@
 """Write files that are either complete or absent, even if the process is killed."""
 
+import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -13,6 +15,18 @@ from typing import IO, Any
 def replace_surrogates(text: str) -> str:
     """Replace unpaired surrogates, which JSON can hold and UTF-8 cannot, by question marks."""
     return text.encode("utf-8", "replace").decode()
+
+
+def make_file_name(name: str, limit: int = 160) -> str:
+    """Return `name` as the name of a file or folder: without slashes, and at most `limit` bytes long.
+
+    A longer name keeps its beginning and gets a hash. File systems allow 255 bytes, and files get endings.
+    """
+    name = re.sub(r"[/\\\x00-\x1f]+", "-", replace_surrogates(name))
+    if len(name.encode()) <= limit:
+        return name
+    ending = f"-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return name.encode()[: limit - len(ending)].decode(errors="ignore") + ending
 
 
 @contextmanager

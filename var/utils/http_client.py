@@ -233,7 +233,7 @@ class Client:
 
     def _add_usage(self, reply: Reply) -> None:
         """Add the tokens that the server reports to `usage`."""
-        tokens_in, tokens_out = _count_tokens(reply, "prompt_tokens"), _count_tokens(reply, "completion_tokens")
+        tokens_in, tokens_out = count_tokens(reply, "prompt_tokens"), count_tokens(reply, "completion_tokens")
         self.usage.tokens_in += tokens_in
         self.usage.tokens_out += tokens_out
         self.usage.cost += self._compute_cost(tokens_in, tokens_out)
@@ -309,7 +309,7 @@ def _read_reply(cache: sqlite3.Connection, key: bytes) -> str | None:
     return None if row is None else str(row[0])
 
 
-def _count_tokens(reply: Mapping[str, Any], name: str) -> int:
+def count_tokens(reply: Mapping[str, Any], name: str) -> int:
     """Return a count of the reply's `usage`, or 0 if it is missing. Some servers write it as text."""
     try:
         return int(reply["usage"][name])

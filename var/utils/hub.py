@@ -1,7 +1,11 @@
-"""Explain why a model or data set could not be read from the Hugging Face hub, and what to do."""
+"""The Hugging Face hub: explain why a model or data set could not be read, and read licenses from cards."""
 
 import errno
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 from var.utils.errors import UnavailableError, brief
 
@@ -69,3 +73,24 @@ def _list_causes(error: BaseException | None) -> Iterator[BaseException]:
         seen.add(id(error))
         yield error
         error = error.__cause__ or error.__context__
+
+
+def read_license(folder: str) -> str | None:
+    """Return the license that the card of a model or data set in a folder states; None if it states none."""
+    try:
+        _, front, _ = (Path(folder) / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+        facts: dict[str, Any] = yaml.safe_load(front)
+        named = facts.get("license_name") if facts.get("license") == "other" else None
+        return named or facts.get("license")
+    except (OSError, ValueError, AttributeError, yaml.YAMLError):  # no card, or not in the hub's form
+        return None
+
+
+def download_license(repo: str, revision: str | None, kind: str = "model") -> str | None:
+    """Return the license that a repository's card states; None if it states none or cannot be downloaded."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return read_license(str(Path(hf_hub_download(repo, "README.md", revision=revision, repo_type=kind)).parent))
+    except Exception:  # the hub's client raises many types, and a license is never needed
+        return None

@@ -27,6 +27,7 @@ from tests.helpers.runs import ROOT, composed
 from var.config.check import FOLDER, check
 from var.evaluate.benchmarks import harness, sandbox
 from var.evaluate.benchmarks.harness import Benchmarks, format_command, run_benchmarks
+from var.evaluate.benchmarks.tasks.gsm8k import last_numbers
 from var.evaluate.benchmarks.tasks.humaneval import pass_at_1
 from var.models.attention import use_attention
 from var.utils.errors import UserError
@@ -115,11 +116,26 @@ def summed(prompt: str) -> str:
     return [f"#### {2 * number}", f"#### {2 * number}", f"It makes {2 * number}", "#### 7"][(number - 10) % 4]
 
 
-def test_gsm8k_has_both_extractions_with_errors(sums: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("response", "answer", "number"),
+    [
+        ("It is 1,234.0 dollars", "2+2=4\n#### 1,234", "1,234"),
+        ("It is 5.", "#### 1,234", "5"),
+        ("2,3,5", "#### 235", "[none]"),
+        ("So 10-7", "#### -7", "7"),
+        ("\\frac{1}{2}", "#### .5", ".5"),
+    ],
+)
+def test_last_number_of_gsm8k(response: str, answer: str, number: str) -> None:
+    assert last_numbers([[response]], [{"answer": answer}]) == [number]
+
+
+def test_gsm8k_has_all_extractions_with_errors(sums: Path, tmp_path: Path) -> None:
     """Of 8 rows 4 have the right form, 6 the right last number: 0.5 and 0.75; se √(p(1 − p)/(n − 1))."""
     result = run(tmp_path, {"gsm8k": 4}, sums)
     strict, flexible = scores(result)["gsm8k", "strict-match"], scores(result)["gsm8k", "flexible-extract"]
     assert (strict["value"], flexible["value"]) == (0.5, 0.75)
+    assert scores(result)["gsm8k", "last-number"]["value"] == 0.75
     assert strict["se"] == pytest.approx(math.sqrt(0.25 / 7))
     assert flexible["se"] == pytest.approx(math.sqrt(0.1875 / 7))
     assert strict | {"value": 0, "se": 0} == {
@@ -128,11 +144,12 @@ def test_gsm8k_has_both_extractions_with_errors(sums: Path, tmp_path: Path) -> N
     }  # fmt: skip
     assert json.loads(json.dumps(result)) == result
     rows = samples(tmp_path)
-    assert len(rows) == 16
+    assert len(rows) == 24
     assert {(r["document"], r["extraction"], r["score"]) for r in rows if r["document"] < 4} == {
         (0, "strict-match", 1.0), (1, "strict-match", 1.0), (2, "strict-match", 0.0), (3, "strict-match", 0.0),
         (0, "flexible-extract", 1.0), (1, "flexible-extract", 1.0), (2, "flexible-extract", 1.0),
         (3, "flexible-extract", 0.0),
+        (0, "last-number", 1.0), (1, "last-number", 1.0), (2, "last-number", 1.0), (3, "last-number", 0.0),
     }  # fmt: skip
     assert rows[0]["response"] == "#### 20"
     assert json.loads(rows[0]["doc"])["question"] == "What is 10 + 10?"
@@ -152,7 +169,7 @@ def test_result_has_its_provenance(sums: Path, tmp_path: Path) -> None:
     assert result["chat_template"] is None
     assert result["model_generation_config"]["repetition_penalty"] == 1.5
     assert (result["limit"], result["batch"]) == (2, 4)
-    assert [(s["n"], s["of"]) for s in result["scores"]] == [(2, 11)] * 2
+    assert [(s["n"], s["of"]) for s in result["scores"]] == [(2, 11)] * 3
 
 
 def test_without_training_file_last_rows_are_the_shots(real_data: Path, tmp_path: Path) -> None:

@@ -243,6 +243,30 @@ def test_request_follows_the_protocol(play):
     assert body["messages"][1]["content"].endswith("m or M.")
 
 
+def thinking(p: float, text: str = "m", **fields) -> dict:
+    """A reply that considers M with certainty, and then gives "m" the probability p."""
+    tops = [{"M": 0.99}, {"M": 0.99}, {"M": 0.99}, {"\n\n": 0.9}, {"m": p, "M": 1 - p}]
+    content = [
+        {"token": token, "top_logprobs": [{"token": name, "logprob": math.log(value)} for name, value in top.items()]}
+        for token, top in zip(["<think>", "M", "</think>", "\n\n", "m"], tops, strict=True)
+    ]
+    return completion(text, logprobs={"content": content}, **fields)
+
+
+def test_preference_is_that_of_the_first_token_after_the_reasoning(play):
+    assert read_preference(thinking(0.7, "<think>M</think>\n\nm")) == pytest.approx(0.7)
+    assert read_preference(thinking(0.7, reasoning={"reasoning_content": "M"})) == pytest.approx(0.7)
+    found = play(lambda body, before: thinking(0.5, "<think>M</think>\n\nm"), [sized("a", 5, 6)])[0]
+    assert found.outcomes == ["tie"]
+
+
+def test_one_token_of_reasoning_is_not_a_preference(play):
+    """With max_tokens=1 a judge that thinks aloud never answers."""
+    logprobs = {"content": [{"token": "<think>", "top_logprobs": [{"token": "m", "logprob": -0.1}]}]}
+    found = play(lambda body, before: completion("<think>", "length", logprobs=logprobs), [sized("a", 5, 6)])[0]
+    assert (found.outcomes, found.facts["errors"]) == (["error"], {"unfinished reasoning": 1})
+
+
 def test_judge_without_log_probabilities_gives_errors(play):
     found = play(lambda body, before: completion("m"), [sized("a", 5, 6)])[0]
     assert (found.outcomes, found.facts["errors"]) == (["error"], {"no log-probabilities": 1})

@@ -78,6 +78,15 @@ def test_labels_are_symmetric():
     assert sorted(map(len, COUNTS.values())) == [1] * 6 + [3] * 4
 
 
+def test_verdict_after_the_reasoning_counts(play):
+    def reply(body, before):
+        verdict = "[[A>>B]]" if shown(body)[0] == "<answer ours>" else "[[B>A]]"
+        return completion(f"<think>[[A=B]] at first, [[B>>A]] then</think>{verdict}")
+
+    found = play(reply, [pair("a")])[0]
+    assert (found.scores.tolist(), found.counts) == ([1.0], [[1.0] * 4])
+
+
 @pytest.mark.parametrize(
     ("text", "kind"),
     [

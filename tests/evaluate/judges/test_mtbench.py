@@ -11,7 +11,7 @@ import pytest
 from tests.helpers import judges
 from tests.helpers.judges import ignore, pair
 from tests.helpers.servers import Broken, client, completion, served, shown
-from var.evaluate.judges.base import compute_rates
+from var.evaluate.judges.base import compute_rates, explain_missing_rate
 from var.evaluate.judges.mtbench import MTBench, combine_games
 from var.utils.errors import UserError
 
@@ -122,6 +122,38 @@ def test_request_fields_can_be_replaced(play):
     request = {"temperature": None, "max_tokens": None, "max_completion_tokens": 9}
     _, bodies = play(fair, [quality("a")], request=request)
     assert set(bodies[0]) == {"model", "max_completion_tokens", "messages"}
+
+
+@pytest.mark.parametrize(
+    "think",
+    [
+        lambda verdict: completion(f"<think>[[A]]? No, [[B]]? Or [[C]]</think>\n\n{verdict}"),
+        lambda verdict: completion(f"[[A]] or [[B]]</think>{verdict}"),
+        lambda verdict: completion(verdict, reasoning={"reasoning_content": "[[A]] or [[B]]"}),
+    ],
+)
+def test_verdict_after_the_reasoning_counts(play, think):
+    found = play(lambda body, before: think(fair(body)["choices"][0]["message"]["content"]), [quality("a")])[0]
+    assert (found.outcomes, found.facts["errors"]) == (["win"], {})
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        completion("<think>They differ. [[A]]", finish="length"),
+        completion(None, finish="length", reasoning={"reasoning_content": "They differ. [[A]]"}),
+    ],
+)
+def test_reply_that_ends_inside_its_reasoning_has_no_verdict(mtbench, reply):
+    """The second judgement reads it from the cache."""
+    with served(lambda body, before: reply) as server:
+        for _ in range(2):
+            found = mtbench(server.base_url)([quality("a")], ignore)
+            assert (found.outcomes, found.facts["errors"]) == (["error"], {"unfinished reasoning": 2})
+        assert len(server.bodies) == 2
+    reason = explain_missing_rate(compute_rates(found, [quality("a")])["all"], found.facts)
+    assert "Games in error: 2 unfinished reasoning" in reason
+    assert "Raise judge.request.max_tokens" in reason
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from itertools import combinations, combinations_with_replacement, zip_longest
 from typing import Any, NamedTuple
 
-from var.data.rows import Row, parse_prompt
+from var.data.messages import parse_prompt
+from var.data.rows import Row
 from var.data.sources.local import describe_source
 from var.utils.errors import UserError
 
@@ -52,6 +53,8 @@ class Arithmetic:
 
     The kinds alternate until one is exhausted. The first n problems of a seed do not depend on `problems`.
     """
+
+    license = "none, since the problems are generated"
 
     problems: int = 224  # number of problems
     seed: int = 0

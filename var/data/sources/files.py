@@ -1,22 +1,45 @@
-"""The user's own rows as JSON lines (.jsonl, .jsonl.gz) or Parquet, in one file or a folder."""
+"""The user's own rows, in any of the known forms: a file, a folder of files, or a data set of the hub."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
-from var.data.rows import Row, parse_row
-from var.data.sources import local
+from var.data.parse import KEYS
+from var.data.sources.detection import FormSource, Reader
+from var.data.sources.forms import FORMS, PROMPT, ROWS
+from var.utils.errors import UserError
 
 
-@dataclass(frozen=True, kw_only=True)
-class Files(local.LocalSource):
-    """Read records that have the fields of a `Row`, one by one: the data set may be larger than memory.
+@dataclass(kw_only=True)
+class Files(FormSource):
+    """Read records one by one, so the data set may be larger than memory.
 
-    A record without `id` is named after its position, such as `file.jsonl:12`.
+    A record without `id` is named after its position, such as `file.jsonl:12`. Records with one response each and
+    equal prompts become one row.
     """
 
-    path: str  # a file or a folder
+    path: str  # a file, a folder or a hub id
+    columns: Mapping[str, str | None] | None = None  # our names of columns and the data set's
+    name: str | None = None  # configuration of a hub set
+    split: str = "train"  # split of a hub set
 
-    def row(self, where: str, record: Any) -> Row:
-        """Return the row in a record."""
-        record = local.parse_record(record)
-        return parse_row(record if record.get("id") is not None else {**record, "id": where})
+    allowed: ClassVar = {form: form.example for form in FORMS}
+    advice = ""
+
+    def check_form(self, reader: Reader) -> None:
+        """Reject records without responses in which another column may have them."""
+        columns = set(reader.present)
+        if reader.form is not ROWS or "responses" in columns:
+            return
+        name = next(name for name in PROMPT if name in columns)
+        if name != "prompt" and "answer" in columns:
+            raise UserError(
+                f"{self.path}: 'answer' may be a response or the reference answer of a reward. Set "
+                f"data.columns='{{prompt: {name}, response: answer}}' to train on it, or data=prompts to compare "
+                "sampled responses with it"
+            )
+        if unknown := [column for column in reader.present if column not in (*KEYS, name)]:
+            raise UserError(
+                f"{self.path}: no known column has responses; the columns are {', '.join(reader.present)}. Name it, as "
+                f"in data.columns='{{response: {unknown[-1]}}}', or set data=prompts to sample responses"
+            )

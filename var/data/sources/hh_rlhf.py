@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from var.data.rows import Message, Row
+from var.data.messages import Message
+from var.data.rows import Row
 from var.data.sources import local
 from var.data.sources.hub import HubSource, Part
 from var.data.sources.pairs import make_pair
@@ -30,6 +31,8 @@ class HHRLHF(HubSource):
     do not alternate, or end in an empty question or answer (13 of 2,312 in the test split of harmless-base).
     `path` is a clone of the hub's repository (`<subset>/<split>.jsonl.gz`), or a single file, read completely.
     """
+
+    license = "mit"
 
     subsets: tuple[str, ...] = SUBSETS
     split: str = "train"  # train or test

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from var.data.rows import Message, Row
+from var.data.messages import Message
+from var.data.rows import Row
 from var.data.sources import local
 from var.data.sources.pairs import make_pair
 from var.utils.errors import UserError
@@ -30,6 +31,8 @@ class HHA(local.LocalSource):
     skipped and counted.
     """
 
+    license = "mit"
+
     folder: str  # holds hha_test_<subset>.jsonl.gz or .jsonl, or is LoL-RL's data/hh_test with <subset>.json
     subsets: tuple[str, ...] | None = None  # None: every test set in the folder; `dev` reads hha_dev
     skip_bad: bool = True  # skip the rows in LoL-RL's list of bad rows, by position from 0
@@ -40,8 +43,7 @@ class HHA(local.LocalSource):
         bad = self._read_bad_rows()
         for subset, file in self._find_files().items():
             skipped = set(bad.get(f"{subset}.json", ()))
-            for where, line in local.read_records([file]):
-                position = int(where.rpartition(":")[2]) - 1
+            for position, (where, line) in enumerate(local.read_records([file])):
                 yield where, None if position in skipped else (subset, position, line)
 
     def row(self, where: str, record: tuple[str, int, Any] | None) -> Row | None:

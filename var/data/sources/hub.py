@@ -10,6 +10,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from var.data.messages import without_padding
 from var.data.sources import local
 from var.utils.errors import UserError, brief
 from var.utils.hub import explain_failure
@@ -75,7 +76,7 @@ class HubSource(local.LocalSource):
         if self.is_local:
             return super().records()
         return chain.from_iterable(
-            ((f"{part}:row {number}", record) for number, record in enumerate(load(part), start=1))
+            ((f"{part}:row {number}", without_padding(record)) for number, record in enumerate(load(part), start=1))
             for part in self.parts
         )
 

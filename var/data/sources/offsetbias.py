@@ -16,6 +16,8 @@ from var.data.sources.pairs import make_pair
 class OffsetBias(HubSource):
     """Read `instruction`, `output_1`, `output_2` and `label`, 1 or 2, which is the better output."""
 
+    license = "bsd-3-clause"
+
     path: str | None = None  # a local copy, read instead of the hub
 
     parts = (Part("NCSOFT/offsetbias"),)

@@ -1,33 +1,44 @@
-"""Prompts without responses, which the model samples: a text file with one prompt per line, or JSON lines."""
+"""Prompts without responses, which the model samples: a text file with one prompt per line, or records."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
-from var.data.rows import Row, parse_row
+from var.data.rows import Row
 from var.data.sources import local
+from var.data.sources.detection import FormSource
+from var.data.sources.forms import MESSAGES, ROWS
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prompts(local.LocalSource):
-    """Read prompts. A JSON object has `prompt` (text or messages) and optionally `answer` and `id`."""
+@dataclass(kw_only=True)
+class Prompts(FormSource):
+    """Read prompts. A record has `prompt` (text or messages) or `messages`, and optionally `answer` and `id`."""
 
-    path: str  # a .txt, .jsonl or .jsonl.gz, or a folder of these
+    path: str  # a .txt, a file of records, a folder of these, or a hub id
+    columns: Mapping[str, str | None] | None = None  # our names of columns and the data set's
+    name: str | None = None  # configuration of a hub set
+    split: str = "train"  # split of a hub set
 
-    suffixes = (".txt", *local.LINES)
+    suffixes = (".txt", *local.SUFFIXES)
+    allowed: ClassVar = {
+        ROWS: {"prompt": "What is 2 + 2?", "answer": "4"},
+        MESSAGES: {"messages": [{"role": "user", "content": "What is 2 + 2?"}], "answer": "4"},
+    }
+    advice = "Use data=files; data.responses=sampled ignores its responses."
 
-    def records(self) -> Iterator[tuple[str, Any]]:
-        """Yield (where, (line, whether it is plain text))."""
-        for file in self.files():
-            for where, line in local.read_records([file]):
-                yield where, (line, file.name.endswith(".txt"))
+    def read(self, files: list[Path]) -> Iterator[tuple[str, Any]]:
+        """Yield (where, record) of all files. A line of a text file is a prompt."""
+        for file in files:
+            if not file.name.endswith(".txt"):
+                yield from local.read_records([file])
+                continue
+            for where, line in local.read_lines(file):
+                yield where, {"prompt": line.decode(errors="surrogateescape").strip()}
 
-    def row(self, where: str, record: tuple[bytes, bool]) -> Row:
+    def row(self, where: str, record: Any) -> Row | None:
         """Return a row without responses."""
-        line, is_text = record
-        value = {"prompt": line.decode("utf-8-sig").strip()} if is_text else local.parse_record(line)
-        if unknown := set(value) - {"id", "prompt", "answer"}:
-            raise ValueError(
-                f"unknown keys {sorted(unknown)}; a prompt has prompt, answer, id. Use data=files for rows"
-            )
-        return parse_row(value if value.get("id") is not None else {**value, "id": where})
+        row = super().row(where, record)
+        if row is not None and row.responses:
+            raise ValueError(f"it has responses. {self.advice}")
+        return row

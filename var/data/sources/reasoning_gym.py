@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from var.data.rows import Row, parse_prompt
+from var.data.messages import parse_prompt
+from var.data.rows import Row
 from var.data.sources import local
 from var.utils.errors import UserError
 from var.utils.extras import import_extra
@@ -24,6 +25,8 @@ class ReasoningGym:
 
     A problem whose question came before is skipped and counted, since narrow options allow few questions.
     """
+
+    license = "apache-2.0"
 
     task: str = "chain_sum"  # name of a task of the package
     size: int = 500  # number of generated problems, with repeated questions

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from var.data.rows import Response, Row, parse_prompt
+from var.data.messages import last_text, parse_prompt
+from var.data.rows import Response, Row
 from var.data.sources import local
 from var.data.sources.hub import HubSource, Part
 from var.utils.errors import UserError
@@ -24,6 +25,8 @@ class UltraFeedback(HubSource):
     (OpenBMB/UltraFeedback #8). Empty prompts, prompts with fewer than two rated completions and,
     with keep=best_worst, prompts whose completions all have the same rating are skipped and counted.
     """
+
+    license = "mit"
 
     keep: str = "all"  # the completions of a row: all, best_worst (a pair) or best
     ratings_as_score: bool = False  # use the mean rating as the score; else the reward comes from a model
@@ -49,7 +52,7 @@ class UltraFeedback(HubSource):
         ]
         ranked = sorted(((mean, c) for mean, c in rated if mean is not None), key=lambda item: -item[0])
         prompt = parse_prompt(record["instruction"])
-        if len(ranked) < 2 or not prompt[-1]["content"].strip():
+        if len(ranked) < 2 or not last_text(prompt).strip():
             return None
         differ = ranked[0][0] > ranked[-1][0]
         if self.keep == "best_worst" and not differ:

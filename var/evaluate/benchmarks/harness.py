@@ -11,6 +11,7 @@ mmlu/SUBJECT.jsonl      question, choices (four), answer (0 to 3); SUBJECT.dev.j
 """
 
 import importlib.util
+import re
 import shlex
 from collections.abc import Mapping
 from copy import deepcopy
@@ -31,6 +32,7 @@ from var.utils.errors import Problems, UserError
 OWN_TASKS = Path(__file__).parent / "tasks"
 HUMANEVAL = ("humaneval", "humaneval_instruct")
 METRIC = "!function var.evaluate.benchmarks.tasks.humaneval.pass_at_1"
+LAST_NUMBERS = "!function var.evaluate.benchmarks.tasks.gsm8k.last_numbers"
 BBH_SHOTS = 3
 GSM8K_SHOTS = 5  # lm-eval's default
 SEED = 1234  # lm-eval's default, for tasks that draw their shots
@@ -114,6 +116,9 @@ class Benchmarks:
         if task in HUMANEVAL:
             limits = {"seconds": self.seconds, "memory": self.memory}
             config["metric_list"] = [{"metric": METRIC, "aggregation": "mean", "higher_is_better": True, **limits}]
+        if task == "gsm8k":
+            own = {"name": "last-number", "filter": [{"function": "custom", "filter_fn": LAST_NUMBERS}]}
+            config["filter_list"] = [*yaml.safe_load(path.read_text())["filter_list"], own]
         shots_from = "written in the task" if task.startswith("bbh") else "drawn from the data set's other split"
         if self.folder is None:
             return Source(task, config, {}, shots_from)
@@ -200,7 +205,7 @@ def write_tasks(settings: Benchmarks, folder: Path) -> dict[str, Source]:
     }
     for name, source in sources.items():
         text = yaml.safe_dump({**source.config, "task": name}, sort_keys=False, width=1000)
-        (folder / f"{name}.yaml").write_text(text.replace(f"'{METRIC}'", METRIC))  # a tag, not a string
+        (folder / f"{name}.yaml").write_text(re.sub(r"'(!function [\w.]+)'", r"\1", text))  # a tag, not a string
     groups = {"bbh": "bbh/cot_fewshot/_bbh.yaml", "mmlu": "mmlu/default/_mmlu*.yaml"}
     for name in set(groups) & set(settings.tasks):
         for path in _packaged_folder().glob(groups[name]):

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from var.data.messages import last_text
 from var.evaluate.judges.base import Judgement, Outcome, Pair, decide_outcome
 from var.evaluate.judges.endpoint import EndpointJudge, Game, UnreadableReply
 from var.evaluate.judges.length_control import (
@@ -26,6 +27,7 @@ from var.evaluate.judges.length_control import (
     read_reference,
 )
 from var.utils.errors import Problems, UserError
+from var.utils.reasoning import UnfinishedReasoning, find_answer
 from var.utils.statistics import Estimate, estimate_mean
 
 TOLERANCE = 10  # percent
@@ -35,6 +37,8 @@ MATCHED = f"win rate among pairs of lengths within ±{TOLERANCE} %"
 @dataclass(frozen=True, kw_only=True)
 class AlpacaEval(EndpointJudge):
     """One game per pair; the score is the answer's part of the probability of the first token, "m" against "M".
+
+    If the judge thinks aloud, the first token after its reasoning counts, and `request` needs a larger max_tokens.
 
     As in the package, tokens with a space before the letter do not count. The win rate is the mean score. If `gamed` is
     given, there is a length-controlled win rate too.
@@ -125,7 +129,7 @@ class AlpacaEval(EndpointJudge):
         for pair in pairs:
             if pair.id in difficulties:
                 continue
-            text, place = pair.prompt[-1]["content"].strip(), None
+            text, place = last_text(pair.prompt).strip(), None
             if self._reference is None:
                 place = int(pair.id) if pair.id.isdecimal() else None
             elif places := self._reference.get(text):
@@ -167,10 +171,13 @@ class AlpacaEval(EndpointJudge):
 
 
 def read_preference(reply: Mapping[str, Any]) -> float:
-    """Return p(m) / (p(m) + p(M)) of the first token, in [0, 1]."""
+    """Return p(m) / (p(m) + p(M)) of the first token after the judge's reasoning, in [0, 1]."""
     try:
-        top = reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        tokens = reply["choices"][0]["logprobs"]["content"]
+        top = tokens[find_answer(reply, [entry.get("token", "") for entry in tokens])]["top_logprobs"]
         logps = {entry["token"]: float(entry["logprob"]) for entry in top}
+    except UnfinishedReasoning:
+        raise
     except (LookupError, TypeError, ValueError):
         raise UnreadableReply("no log-probabilities") from None
     m, other = logps.get("m", -math.inf), logps.get("M", -math.inf)

@@ -8,12 +8,19 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from var.data.rows import Message
+from var.data.messages import Message
 from var.rewards.base import Reward, compute_scores
 from var.utils.errors import Problems, UserError
 from var.utils.statistics import Estimate, estimate_mean
 
 Outcome = Literal["win", "tie", "loss", "error"]
+
+UNFINISHED = "unfinished reasoning"
+"""The error of a game whose reply ends inside the judge's reasoning."""
+ADVICE = (
+    "The judge's replies end inside its reasoning. Raise judge.request.max_tokens, or turn the reasoning off, for "
+    "example with +judge.request.chat_template_kwargs.enable_thinking=false"
+)
 
 
 @dataclass(frozen=True)
@@ -160,6 +167,7 @@ def explain_missing_rate(rate: Mapping[str, Any], facts: Mapping[str, Any]) -> s
         f"no win rate by the judge: {rate['reason'] or 'no pair was judged'}"
         + (f". Games in error: {kinds}" if kinds else "")
         + (f". First failure: {failure}" if failure else "")
+        + (f". {ADVICE}" if UNFINISHED in facts.get("errors", {}) else "")
     )
 
 

@@ -12,12 +12,13 @@ from typing import Any, ClassVar
 import numpy as np
 import yaml
 
-from var.data.rows import Message
-from var.evaluate.judges.base import Judgement, Outcome, Pair, explain_errors
+from var.data.messages import Message, prompt_content, render_message
+from var.evaluate.judges.base import UNFINISHED, Judgement, Outcome, Pair, explain_errors
 from var.utils.errors import Problems, UserError
 from var.utils.files import replace_surrogates
 from var.utils.http_client import Client, Failure, count_items, find_missing_text, get_text
 from var.utils.provenance import hash_content
+from var.utils.reasoning import UnfinishedReasoning, read_answer
 
 PROMPTS = Path(__file__).parent / "prompts"  # our own wordings
 
@@ -84,7 +85,7 @@ class EndpointJudge:
     def fingerprint(self) -> dict[str, Any]:
         """The settings that verdicts depend on."""
         return {
-            "protocol": self.protocol, "version": 1, **self.client.fingerprint, "request": dict(self.request),
+            "protocol": self.protocol, "version": 2, **self.client.fingerprint, "request": dict(self.request),
             "template": self._wording.hash, **{name: getattr(self, name) for name in self.settings},
         }  # fmt: skip
 
@@ -133,7 +134,8 @@ class EndpointJudge:
         """Return (pair, whether its answer is shown first) for each game; the games of a pair are adjacent."""
         if self.orders == "both":
             return [(pair, first) for pair in pairs for first in (True, False)]
-        return [(pair, hash_content(pair.prompt, pair.answer, pair.opponent)[0] % 2 == 0) for pair in pairs]
+        contents = [(prompt_content(pair.prompt), pair.answer, pair.opponent) for pair in pairs]
+        return [(pair, hash_content(*content)[0] % 2 == 0) for pair, content in zip(pairs, contents, strict=True)]
 
     def _body(self, pair: Pair, answer_first: bool) -> dict[str, Any]:
         shown = (pair.answer, pair.opponent) if answer_first else (pair.opponent, pair.answer)
@@ -160,6 +162,8 @@ class EndpointJudge:
                     record["verdict"] = self._read(reply)
                 except UnreadableReply as kind:
                     record["error"] = str(kind)
+                except UnfinishedReasoning:
+                    record["error"] = UNFINISHED
             records.append(record)
         return records
 
@@ -170,12 +174,19 @@ def _explain_useless(reply: Mapping[str, Any]) -> str | None:
         graded = bool(reply["choices"][0]["logprobs"])
     except (LookupError, TypeError):
         graded = False
-    return None if graded else find_missing_text(reply)
+    try:
+        return None if graded or read_answer(reply) is not None else find_missing_text(reply)
+    except UnfinishedReasoning:
+        return None  # the same request would end there again
 
 
 def find_verdict(reply: Mapping[str, Any], pattern: re.Pattern[str]) -> str:
-    """Return the verdict in a reply. Raise UnreadableReply if there is none, or if there are two different ones."""
-    text = get_text(reply)
+    """Return the verdict in a reply, after its reasoning.
+
+    Raise UnreadableReply if there is none or if there are two different ones, and UnfinishedReasoning if the reply ends
+    before its answer.
+    """
+    text = read_answer(reply)
     if text is None:
         raise UnreadableReply("no text")
     verdicts = set(pattern.findall(text))
@@ -211,8 +222,8 @@ class Template:
 def render_question(prompt: Sequence[Message]) -> str:
     """Return a single message unchanged, and a conversation as a transcript with its roles."""
     if len(prompt) == 1:
-        return prompt[0]["content"]
-    turns = [f"[{message['role'].capitalize()}]\n{message['content']}" for message in prompt]
+        return render_message(prompt[0])
+    turns = [f"[{message['role'].capitalize()}]\n{render_message(message)}" for message in prompt]
     return "\n\n".join(["This is a conversation; the two answers reply to its last message.", *turns])
 
 

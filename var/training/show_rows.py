@@ -1,0 +1,97 @@
+"""debug=rows: how rows become tokens, with those that train marked, and what encoding changes in all rows."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from rich.text import Text
+
+from var.data.changes import TemplateChanges
+from var.data.chat import Chat
+from var.data.rows import Row, Rows, read
+from var.training.run import Run
+from var.utils.console import console, is_first_rank, say
+from var.utils.errors import Problems
+
+PROMPT, TRAINED, CONTROL = ("dim", "dim underline"), ("green", "green underline"), "bold magenta"
+
+
+def show(run: Run) -> None:
+    """Print the first rows as tokens, and count what encoding changes in all of them. Load no model.
+
+    On a terminal, neighboring tokens differ by an underline. Trained tokens are between ⟦ and ⟧.
+    """
+    rows, chat = read(run.data.source, run.annotator.cache).head(run.data.settings.limit), run.annotator.chat
+    show_template(chat)
+    for i in range(min(run.cfg.show_rows, len(rows))):
+        show_row(chat, rows[i])
+    count_changes(chat, rows, run.data.settings.max_length)
+
+
+def show_template(chat: Chat) -> None:
+    """Print where the template is from, its arguments, and the tokens that end a response."""
+    names = [chat.tokenizer.convert_ids_to_tokens(token) for token in sorted(chat.end_tokens)]
+    say(f"Chat template: from {chat.origin}; arguments: {chat.template.kwargs or 'none'}")
+    if chat.template.reads_clock:
+        say(f"It writes the date {chat.template.today} (model.date).")
+    trained = chat.tokenizer.convert_ids_to_tokens(chat.end_token)
+    say(f"A finished response trains the end token {trained}; sampling stops at {', '.join(names)}.")
+
+
+def show_row(chat: Chat, row: Row) -> None:
+    """Print one row: its prompt, and each response with the tokens that train."""
+    try:
+        if not row.responses:
+            ids = chat.prompt(row.prompt)
+            say(f"\nrow {row.id}: {len(ids)} prompt tokens; the response is sampled after them")
+            show_tokens(chat, ids, len(ids))
+        for k, response in enumerate(row.responses):
+            encoded = chat.encode_response(row.prompt, response)
+            length = len(encoded.ids) - encoded.start
+            say(f"\nrow {row.id}#{k}: {encoded.start} prompt tokens, which are read, and {length} that train")
+            show_tokens(chat, encoded.ids, encoded.start)
+            say(f"trained tokens: {encoded.ids[encoded.start :]}")
+            for change in encoded.changes:
+                say(f"The template changes it: {change}")
+    except ValueError as error:
+        say(f"\nrow {row.id}: {error}")
+
+
+def show_tokens(chat: Chat, ids: Sequence[int], start: int) -> None:
+    """Print tokens as text, with those from `start` on between ⟦ and ⟧. Tokens within a character are one piece."""
+    text, piece = Text(), list[int]()
+    for i, token in enumerate(ids):
+        if i == start:
+            text.append("⟦", TRAINED[0])
+        piece.append(token)
+        decoded = chat.template.decode(piece)
+        if decoded.endswith("\ufffd") and i + 1 not in (start, len(ids)):
+            continue
+        style = (TRAINED if i >= start else PROMPT)[i % 2]
+        text.append(decoded, f"{style} {CONTROL}" if token in chat.added_tokens else style)
+        piece.clear()
+    if start < len(ids):
+        text.append("⟧", TRAINED[0])
+    if is_first_rank():
+        console.print(text)
+
+
+def count_changes(chat: Chat, rows: Rows, max_length: int) -> None:
+    """Print how many responses of all rows change, cannot be encoded or are too long."""
+    changes, problems, counts = TemplateChanges(), Problems("rows that cannot be tokenized"), Counter[str]()
+    for row in rows:
+        for k, response in enumerate(row.responses):
+            name = f"row {row.id}#{k}"
+            try:
+                encoded = chat.encode_response(row.prompt, response)
+            except ValueError as error:
+                problems.add(name, str(error))
+                continue
+            changes.add(name, encoded.changes)
+            counts["responses"] += 1
+            counts["trained tokens"] += len(encoded.ids) - encoded.start
+            counts["with control tokens, encoded as text"] += encoded.control
+            counts["longer than data.max_length"] += len(encoded.ids) > max_length
+    say(f"\nAll {len(rows)} rows: " + ", ".join(f"{name}: {count:,}" for name, count in counts.items()))
+    say(f"responses changed by the template: {changes.rows}, that cannot be tokenized: {len(problems.found)}")
+    problems.check()
+    changes.settle("error")
