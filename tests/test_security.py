@@ -443,8 +443,8 @@ def test_metadata_of_sharded_checkpoint_is_not_unpickled(tmp_path: Path, made: P
 
     state = {"a": torch.ones(3, 2), "b": torch.ones(2, dtype=torch.bfloat16), "step": 3}
     checkpoint.save(state, checkpoint_id=str(tmp_path / "good"), no_dist=True)
-    torch.save({"global_step": 3, "loops": {}}, tmp_path / "good" / "meta.pt")  # as Lightning does
-    read_checkpoint(tmp_path / "good")
+    torch.save({"global_step": 3, "loops": {}}, tmp_path / "good" / "meta.pt")
+    assert read_checkpoint(tmp_path / "good")["global_step"] == 3
     (tmp_path / "good" / ".metadata").write_bytes(pickle.dumps(Bait(made)))
     with pytest.raises(UserError, match=r"good is not a checkpoint of a run: it is damaged, or a pickle"):
         read_checkpoint(tmp_path / "good")

@@ -158,8 +158,8 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
         if checkpoint.is_dir():
             with (checkpoint / ".metadata").open("rb") as file:
                 Metadata(file).load()
-            checkpoint /= "meta.pt"  # where Lightning stores what is not sharded
-        content: dict[str, Any] = torch.load(checkpoint, map_location="meta", weights_only=True)
+        plain = checkpoint / "meta.pt" if checkpoint.is_dir() else checkpoint  # what Lightning does not shard
+        content: dict[str, Any] = torch.load(plain, map_location="meta", weights_only=True)
         content["loops"], content["global_step"]
     except Exception as error:  # torch and pickle raise many kinds
         raise UserError(
