@@ -272,9 +272,8 @@ class Run:
             if complete:
                 say(f"Resuming from {complete[-1].resolve()}")
             return str(complete[-1]) if complete else None
-        if resume is True or resume == "":
-            given = "true" if resume else " is empty (unset shell variable?)"
-            raise UserError(f"resume={given}: resume must be auto, the path of a checkpoint, or false")
+        if resume is True:
+            raise UserError("resume=true: resume must be auto, the path of a checkpoint, or false")
         if resume and not Path(resume).exists():
             raise UserError(
                 f"resume={resume}: there is no such checkpoint. Use resume=auto for the run's last one, or false"
