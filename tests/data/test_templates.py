@@ -12,8 +12,8 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
+from tests.helpers.small_tokenizers import KINDS, LOSES_SPACES, SENTENCEPIECE
 from tests.helpers.templates import CHATML, FORMS
-from tests.helpers.tokenizers import KINDS, LOSES_SPACES, SENTENCEPIECE
 from var.data.chat import Chat
 from var.data.messages import Prompt, texts_in
 from var.data.rows import Response

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from tests.helpers.models import tiny_config
 from tests.helpers.runs import ROOT
-from tests.helpers.tokenizers import build
+from tests.helpers.small_tokenizers import build
 from var.data.chat import Chat
 from var.data.rows import read
 from var.data.sources.hh_rlhf import HHRLHF

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.helpers.tokenizers import build
+from tests.helpers.small_tokenizers import build
 from var.data.chat import Chat
 
 IM = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")

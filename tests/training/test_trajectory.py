@@ -181,7 +181,7 @@ def test_resuming_with_other_data_is_an_error(options, tmp_path):
     """Otherwise the first rows of the other data would be skipped silently (NVIDIA-NeMo/RL #2519)."""
     more = ("trainer.checkpoint_every_n_steps=2", "data.micro_batch=4", "data.global_batch=4")
     fit(options, tmp_path / "run", *more, "trainer.max_steps=2")
-    with pytest.raises(ValueError, match=r"the checkpoint was made with plan .* Resume with the same data"):
+    with pytest.raises(UserError, match=r"these settings cannot differ .*\n  data\.limit: null → 9;"):
         fit(options, tmp_path / "run", *more, "data.limit=9")
 
 

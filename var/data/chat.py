@@ -1,7 +1,7 @@
 """Chat: a prompt and a response as tokens, the position of the response in them, and the tokens that end it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import cached_property
 from typing import Any
@@ -188,9 +188,14 @@ class Chat:
 
     def check_prompt(self, prompt: Sequence[Message]) -> list[str]:
         """Return what the template and the tokenizer change of a prompt."""
+        return list(self._encode_alone(prompt).changes)
+
+    def _encode_alone(self, prompt: Sequence[Message]) -> Encoded:
+        """Return a prompt without a response."""
         rendered = self.render(prompt)
         tokens = self.template.tokenize(rendered)
-        return [*self.find_changes(prompt, rendered), *self.template.find_losses(tokens.text, tokens.ids)]
+        changes = [*self.find_changes(prompt, rendered), *self.template.find_losses(tokens.text, tokens.ids)]
+        return Encoded(self._check_bos(tokens.ids), len(tokens.ids), tuple(changes), MARK in rendered)
 
     def encode(
         self,
@@ -255,11 +260,8 @@ class Chat:
         """
         if response.ids is None or not self.wrote(response.text, response.finished, response.ids):
             return self.encode(prompt, response.text, response.finished, response.message)
-        rendered = self.render(prompt)
-        tokens = self.template.tokenize(rendered)
-        ids = self._check_bos(tokens.ids)
-        changes = [*self.find_changes(prompt, rendered), *self.template.find_losses(tokens.text, ids)]
-        return Encoded([*ids, *response.ids], len(ids), tuple(changes), MARK in rendered)
+        asked = self._encode_alone(prompt)
+        return replace(asked, ids=[*asked.ids, *response.ids])
 
     def wrote(self, text: str, finished: bool, ids: Sequence[int]) -> bool:
         """Return whether the tokens of a sampled response are this model's, and are its text."""

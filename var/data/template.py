@@ -159,7 +159,7 @@ class Template:
             try:
                 text = self._render(turns, (), {}, False)
                 if turns[-1] is result:  # its further tokens, such as <tool_response>, are in data as text
-                    tokens = self.added_tokens.findall(text.removeprefix(self._render(calling, (), {}, False)))
+                    tokens = self.added_pattern.findall(text.removeprefix(self._render(calling, (), {}, False)))
                     text = MARK.join([*tokens[:1], *tokens[-1:]])
                 scaffolds.append(text)
             except ValueError:  # the template asks for other roles
@@ -167,7 +167,7 @@ class Template:
         return MARK.join(scaffolds)
 
     @cached_property
-    def added_tokens(self) -> re.Pattern[str]:
+    def added_pattern(self) -> re.Pattern[str]:
         """Matches tokens that text is never split into, except white space."""
         names = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if str(token).strip()]
         return _match_any(names) or re.compile("(?!)")
@@ -285,7 +285,7 @@ class Template:
         found = self.decode(ids)
         if found == text:
             return []
-        around = re.compile(rf"\s*({self.added_tokens.pattern})\s*")
+        around = re.compile(rf"\s*({self.added_pattern.pattern})\s*")
         found, text = (around.sub(r"\1", normalize("NFC", part)) for part in (found, text))
         return [] if found.strip() == text.strip() else [f"the tokenizer reads {describe_change(text, found)}"]
 

@@ -198,9 +198,8 @@ def kl_estimate(logps: Tensor, batch: Packed, factor: float = 1.0) -> Tensor:
     """
     assert batch.reference_logps is not None
     d = batch.reference_logps.to(logps.dtype) - logps
-    return (
-        cap_exponents(d, factor).expm1() - d
-    )  # exp(d) − 1 − d would be all rounding while the policy is close to the reference
+    # exp(d) − 1 − d would be all rounding while the policy is close to the reference
+    return cap_exponents(d, factor).expm1() - d
 
 
 def rollout_metrics(logps: Tensor, batch: Packed) -> Metrics:

@@ -233,7 +233,7 @@ def has_weights(folder: Path) -> bool:
 def find_model(run: str, key: str = "init") -> Path:
     """Return the folder of the model that a run exported; `run` may also be the folder of a model or a LoRA adapter.
 
-    key is the setting in messages. Raises a UserError if there is no model, or if it is a reward model.
+    key is the setting in messages. Raises a UserError for a folder without a model, and for a reward model.
     """
     if not run:
         raise UserError(f"{key} is empty (unset shell variable?). Use {key}=null for none.")

@@ -33,8 +33,8 @@ class Curves(Logger):
 
         Args:
             path: of metrics.csv.
-            step: of the checkpoint from which the run resumes. What an earlier attempt logged after it is removed, or
-                everything if there is no checkpoint.
+            step: of the checkpoint from which the run resumes. What an earlier attempt logged after it is removed. None
+                for a run without a checkpoint, which removes everything.
         """
         super().__init__()
         self.path, self.columns = path, list[str]()

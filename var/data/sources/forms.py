@@ -25,7 +25,7 @@ class Form:
     needs: tuple[tuple[str, ...], ...]
     """The columns that each record has. The first name of each tuple that is a column is used."""
     options: tuple[str, ...]
-    """Columns that it may have, beside `COMMON`."""
+    """Columns that it may have, in addition to `COMMON`."""
     example: Mapping[str, Any]
     convert: Callable[[Mapping[str, Any]], dict[str, Any]]
     """Return what it adds to the common columns. Columns have the first names of `needs`."""
