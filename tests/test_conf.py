@@ -36,7 +36,6 @@ VARIANTS = {
 }
 NOT_IN_YAML = {  # set by code
     ("models.pretrained.Pretrained", "cache"), ("models.pretrained.Pretrained", "key"),
-    ("models.pretrained.Pretrained", "date_file"),
     ("rewards.classifier.Classifier", "device"),
 }  # fmt: skip
 

@@ -160,7 +160,7 @@ def test_commands_of_a_run_read_the_date_of_its_first_start(
     check_run("annotate.py", *own)
     assert (run_folder(tmp_path / "runs") / "date.txt").read_text() == "2026-11-29"
     set_clock(monkeypatch, date(2026, 11, 30))
-    assert "model.date=2026-11-29 for this run" in check_run("train.py", *own, "annotate=error").replace("\n", " ")
+    assert "model.date=2026-11-29." in check_run("train.py", *own, "annotate=error").replace("\n", " ")
     prompts = (run_folder(tmp_path / "runs") / "batches.jsonl").read_text()
     assert prompts.count("<system>29 Nov 2026<end>") == len(prompts.splitlines()) > 0
     check_error("annotate=error", *own, "annotate=error", "resume=false")

@@ -69,6 +69,7 @@ def set_clock(monkeypatch: pytest.MonkeyPatch, day: date) -> None:
             return day
 
     monkeypatch.setattr("var.data.template.date", Clock)
+    monkeypatch.setattr("var.data.template._today", None)
 
 
 def save_two_ends(folder: Path) -> Path:

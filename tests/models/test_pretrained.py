@@ -15,6 +15,7 @@ from notebooks.tiny import TEMPLATE, byte_tokenizer
 from tests.helpers.models import DATED, pretrained, saved, set_clock, tiny_model
 from var.data.chat import Chat
 from var.data.messages import Prompt
+from var.data.template import fix_today
 from var.models.gguf import unpack
 from var.models.packing import pack, pack_tree
 from var.models.policy import Policy
@@ -222,16 +223,17 @@ def test_run_keeps_the_date_of_its_first_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     """A run that resumes on the next day reads the same prompts. Another run reads that day's."""
-    folder, run = saved(tmp_path / "m", tokenizer=byte_tokenizer(DATED)), tmp_path / "run"
-    run.mkdir()
-    first, second = (date(2026, 11, day) for day in (29, 30))
-    set_clock(monkeypatch, first)
-    chat = pretrained(folder, tmp_path, date_file=run / "date.txt").chat
+    folder, kept = saved(tmp_path / "m", tokenizer=byte_tokenizer(DATED)), tmp_path / "date.txt"
+    set_clock(monkeypatch, date(2026, 11, 29))
+    kept.write_text(fix_today(kept).isoformat())
+    chat = pretrained(folder, tmp_path).chat
     assert "29 Nov 2026" in chat.render(ASK)
-    assert "writes the current date; model.date=2026-11-29 for this run" in capsys.readouterr().out.replace("\n", " ")
-    set_clock(monkeypatch, second)
-    again = pretrained(folder, tmp_path, date_file=run / "date.txt")
+    assert "writes the current date: model.date=2026-11-29." in capsys.readouterr().out.replace("\n", " ")
+    set_clock(monkeypatch, date(2026, 11, 30))
+    fix_today(kept)
+    again = pretrained(folder, tmp_path)
     assert again.chat.prompt(ASK) == chat.prompt(ASK)
+    fix_today(tmp_path / "none.txt")
     other = pretrained(folder, tmp_path)
     assert "30 Nov 2026" in other.chat.render(ASK)
     assert other.fingerprint != again.fingerprint
@@ -239,12 +241,14 @@ def test_run_keeps_the_date_of_its_first_start(
     assert fixed.fingerprint == again.fingerprint
     with pytest.raises(UserError, match=r"model\.date: expected a date such as .*, got 'yesterday'"):
         _ = pretrained(folder, tmp_path, date="yesterday").chat
+    kept.write_text("")
+    with pytest.raises(UserError, match=r"date\.txt: expected a date such as"):
+        fix_today(kept)
 
 
-def test_date_is_kept_only_if_the_template_reads_it(tmp_path: Path):
-    files = pretrained(saved(tmp_path / "m"), tmp_path, date_file=tmp_path / "date.txt")
+def test_date_changes_the_fingerprint_only_if_the_template_reads_it(tmp_path: Path):
+    files = pretrained(saved(tmp_path / "m"), tmp_path, date="2026-11-29")
     assert files.fingerprint == pretrained(tmp_path / "m", tmp_path, date="2020-01-01").fingerprint
-    assert not (tmp_path / "date.txt").exists()
 
 
 def test_template_arguments_are_part_of_the_fingerprint(tmp_path: Path):

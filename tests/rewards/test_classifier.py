@@ -1,6 +1,7 @@
 """Classifiers as reward models: batching, the recipe of OffsetBias-RM, and invalid models."""
 
 import random
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 from torch.testing import assert_close
 
 from notebooks.tiny import TEMPLATE, byte_tokenizer
-from tests.helpers.models import decoder, encoder, saved, score_alone, spread
-from var.rewards.classifier import Classifier
+from tests.helpers.models import DATED, decoder, encoder, saved, score_alone, set_clock, spread
+from var.data.template import fix_today
+from var.rewards.classifier import PROBE, Classifier
 from var.utils.errors import UserError
 
 ASK = [{"role": "user", "content": "ab"}]
@@ -171,6 +173,22 @@ def test_folder_of_a_run_is_its_model(tmp_path: Path):
     run, model = (make_classifier(folder) for folder in (path.parent, path))
     assert run.fingerprint == model.fingerprint
     assert torch.equal(score(run, ["x", "yz"]), score(model, ["x", "yz"]))
+
+
+def test_template_reads_the_date_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It is part of the fingerprint: otherwise scores of different days would be mixed in the cache."""
+    folder = saved(tmp_path / "rm", make_roberta(), byte_tokenizer(DATED))
+    kept = tmp_path / "date.txt"
+    kept.write_text("2026-11-29")
+    set_clock(monkeypatch, date(2026, 11, 30))
+    other = make_classifier(folder)
+    assert "30 Nov 2026" in other._render(PROBE, "a")
+    fix_today(kept)
+    resumed, fixed = make_classifier(folder), make_classifier(folder, date="2026-11-29")
+    assert "29 Nov 2026" in resumed._render(PROBE, "a")
+    assert resumed.fingerprint == fixed.fingerprint != other.fingerprint
+    with pytest.raises(UserError, match=r"^reward\.date: expected a date"):
+        _ = make_classifier(folder, date="today").fingerprint
 
 
 @pytest.mark.parametrize("inside", ["", "model"])

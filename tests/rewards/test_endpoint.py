@@ -2,6 +2,7 @@
 
 import math
 import re
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from hydra.utils import instantiate
 
 from notebooks.tiny import TEMPLATE
+from tests.helpers.models import set_clock
 from tests.helpers.runs import composed
 from tests.helpers.servers import Broken, client, served
 from var.config.check import check
@@ -173,6 +175,18 @@ def test_fingerprint_depends_on_server_model_and_settings(tmp_path: Path):
     assert all(reward.scores_text for reward in variants)
 
 
+def test_template_reads_the_date_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    set_clock(monkeypatch, date(2026, 11, 30))
+    template = "{{ strftime_now('%d %b %Y') }}: {{ messages[0].content }}"
+    rewards = [
+        make_reward("http://127.0.0.1:1", tmp_path, "query", chat_template=template, date=day)
+        for day in (None, "2026-11-29")
+    ]
+    texts = [reward._make_body([{"role": "user", "content": "a"}], "b", None)["prompts"] for reward in rewards]
+    assert texts == [["30 Nov 2026: a"], ["29 Nov 2026: a"]]
+    assert [reward.fingerprint["date"] for reward in rewards] == ["2026-11-30", "2026-11-29"]
+
+
 def test_another_version_is_requested_again(tmp_path: Path):
     with served(score_length) as server:
         score(make_reward(server.base_url, tmp_path), "x")
@@ -197,7 +211,9 @@ def test_invalid_settings_are_errors(tmp_path: Path):
 
 
 def test_yaml_states_every_setting(tmp_path: Path):
-    cfg = composed(f"+cache={tmp_path}", "reward.client.base_url=http://127.0.0.1:9", root="reward/endpoint")
+    cfg = composed(
+        "+model.date=null", f"+cache={tmp_path}", "reward.client.base_url=http://127.0.0.1:9", root="reward/endpoint"
+    )
     check(cfg, {})
     reward = instantiate(cfg.reward)
     assert reward == Endpoint(client=reward.client, protocol="classify")

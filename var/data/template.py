@@ -51,14 +51,36 @@ def read_template(value: str, key: str = "model.chat_template") -> str:
     return file.read_text()
 
 
-def read_date(value: str | None, file: Path | None = None) -> date:
-    """Return the date in the setting model.date or, if it is None, in a file that may exist, or today's."""
+_today: date | None = None  # what `fix_today` sets
+
+
+def fix_today(file: Path | None) -> date:
+    """Set what templates of this process read as the current date, and return it: the date in a file, or today's."""
+    global _today
     try:
-        if value is None and file is not None and file.exists():
-            return date.fromisoformat(file.read_text())
-        return date.today() if value is None else date.fromisoformat(str(value))
+        _today = date.fromisoformat(file.read_text()) if file is not None and file.exists() else date.today()
     except ValueError as error:
-        raise UserError(f"model.date: expected a date such as 2024-07-26, got {value!r}") from error
+        raise UserError(f"{file}: expected a date such as 2024-07-26. Remove the file to use today's.") from error
+    return _today
+
+
+def read_date(value: str | None, key: str = "model.date") -> date:
+    """Return the date in a setting or, if it is None, the current one (`fix_today`)."""
+    try:
+        return (_today or date.today()) if value is None else date.fromisoformat(str(value))
+    except ValueError as error:
+        raise UserError(f"{key}: expected a date such as 2024-07-26, got {value!r}") from error
+
+
+def set_clock(source: str, today: date) -> None:
+    """Set the date that a template reads.
+
+    A function among its arguments would not reach the template, which transformers compiles once per process.
+    """
+    from transformers.utils import chat_template_utils
+
+    clock = datetime(today.year, today.month, today.day).strftime
+    chat_template_utils._compile_jinja_template(source).globals[CLOCK] = clock
 
 
 def hash_tokenizer(tokenizer: Any) -> str:
@@ -213,11 +235,7 @@ class Template:
         listed = list(tools) or None
         try:
             if self.reads_clock:
-                from transformers.utils import chat_template_utils
-
-                # A function among the arguments would not reach the template, which is compiled once per process.
-                source = self.tokenizer.get_chat_template(None, listed)
-                chat_template_utils._compile_jinja_template(source).globals[CLOCK] = self._format_date
+                set_clock(self.tokenizer.get_chat_template(None, listed), self.today)
             return str(
                 self.tokenizer.apply_chat_template(
                     list(messages), tools=listed, tokenize=False, add_generation_prompt=add_generation_prompt,
@@ -228,9 +246,6 @@ class Template:
             raise UserError(
                 f"the chat template cannot render these messages: {type(error).__name__}: {error}"
             ) from error
-
-    def _format_date(self, form: str) -> str:
-        return datetime(self.today.year, self.today.month, self.today.day).strftime(form)
 
     def _mark(self, value: Any) -> Any:
         """Return a JSON value with MARK within the control tokens of its texts."""

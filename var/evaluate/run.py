@@ -21,6 +21,7 @@ from var.config.schema import pick_fields, to_dict
 from var.data.rows import Rows, read
 from var.data.sources.files import Files
 from var.data.sources.local import list_files
+from var.data.template import fix_today
 from var.evaluate.answers import Answers, describe_answers
 from var.evaluate.benchmarks.harness import Benchmarks, run_benchmarks
 from var.evaluate.candidate import CachedReward, Candidate, match_answers
@@ -64,6 +65,7 @@ class Evaluation:
         silence_libraries()
         check(cfg, EVAL)
         check_settings(cfg)
+        fix_today(Path(cfg.init) / "date.txt" if cfg.init else None)
         sampling = Sampling(**cfg.generate)
         model, reference = locate_models(cfg)
         rewards = {key: instantiate(cfg[key]) for key in ("reward", "second_reward") if cfg[key]}

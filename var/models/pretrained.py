@@ -20,7 +20,6 @@ from var.models.lora import HEAD, merge_adapter
 from var.models.structure import Shapes, blocks, parameters_on_meta, read_weight_shapes, untied_weights
 from var.utils.console import say
 from var.utils.errors import UserError
-from var.utils.files import atomic
 
 # One of these is in each tokenizer. Without any, transformers may build an empty one.
 TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "tokenizer_config.json")
@@ -42,8 +41,7 @@ class Pretrained(ModelFiles):
         repository: Hub id of the model that `architecture` describes; None if that is `path`.
         chat_template: Jinja template, .jinja file or `plain`; None is the tokenizer's own.
         chat_template_kwargs: Arguments of the template, such as enable_thinking.
-        date: Date as YYYY-MM-DD that the template reads from the clock; None for the one in `date_file`.
-        date_file: Keeps the date of a run's first start; None to read the clock each time.
+        date: Date as YYYY-MM-DD that the template reads from the clock; None for today's.
         dtype: dtype of the parameters.
         attention: `packed`, or a GPU kernel for bf16: `varlen` or `flash_attention_2`; `auto`: `with_attention_for`.
         compile: Whether to compile each layer with torch.compile.
@@ -56,7 +54,6 @@ class Pretrained(ModelFiles):
     chat_template: str | None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     date: str | None = None
-    date_file: Path | None = field(default=None, compare=False)
     dtype: str
     attention: str
     compile: bool = False
@@ -175,14 +172,11 @@ class Pretrained(ModelFiles):
     def chat(self) -> Chat:
         """The tokenizer with its chat template."""
         own = self.tokenizer.chat_template
-        today = read_date(self.date, self.date_file)
+        today = read_date(self.date)
         arguments = self.chat_template_kwargs, today, self._read_end_tokens(), self.config.vocab_size
         chat = Chat(self.tokenizer, self.chat_template, self.path, *arguments)
-        if chat.template.reads_clock and self.date is None:
-            say(f"The chat template of {self.path} writes the current date; model.date={today} for this run.")
-            if self.date_file is not None and not self.date_file.exists():
-                with atomic(self.date_file, shared=True) as file:
-                    file.write(today.isoformat())
+        if chat.template.reads_clock:
+            say(f"The chat template of {self.path} writes the current date: model.date={today}.")
         if own and own != chat.tokenizer.chat_template:
             origin = f"the configuration of {self.repository} or the command line"
             say(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from var.data.messages import Message, Prompt
-from var.data.template import Template, hash_tokenizer, read_template
+from var.data.template import Template, hash_tokenizer, read_date, read_template
 from var.models.attention import list_lengths
 from var.models.checks import check_vocabulary
 from var.models.files import ADAPTER
@@ -42,6 +42,7 @@ class Classifier:
     path: str  # hub id, folder with safetensors, folder of a PEFT adapter, or folder of a finished run
     revision: str | None = None  # commit or tag of the hub
     chat_template: str | None = None  # replaces the tokenizer's
+    date: str | None = None  # YYYY-MM-DD, which the template reads from the clock; None: today's
     dtype: str = "float32"  # of the weights; part of the cache key
     max_length: int | None = None  # tokens; a longer text is an error. None: the model's positions, at most 4096
     tokens: int = 8192  # tokens per forward pass, in packed rows
@@ -81,7 +82,8 @@ class Classifier:
 
     @cached_property
     def _template(self) -> Template:
-        return Template(self._tokenizer, key="reward.chat_template")
+        today = read_date(self.date, f"{self.key}.date")
+        return Template(self._tokenizer, today=today, key=f"{self.key}.chat_template")
 
     @cached_property
     def _config(self) -> Any:
@@ -156,7 +158,7 @@ class Classifier:
         """Hashes of weights, tokenizer and template, and the settings. Raise an error if the model cannot score."""
         self._check()
         return {
-            "weights": self._files.weights, "dtype": self.dtype, "template": self._tokenizer.chat_template,
+            "weights": self._files.weights, "dtype": self.dtype, "template": self._template.fingerprint,
             "tokenizer": hash_tokenizer(self._tokenizer), "max_length": self._limit,
         }  # fmt: skip
 

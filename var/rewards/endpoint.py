@@ -1,11 +1,13 @@
 """A reward model behind HTTP: OpenRLHF's remote reward models, and vLLM's servers of reward models and classifiers."""
 
+import datetime
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from var.data.messages import Message, render_message
+from var.data.template import CLOCK, read_date, set_clock
 from var.rewards.base import Answers, Prompts
 from var.rewards.numbers import find_last_number
 from var.utils.errors import Problems, UserError
@@ -33,6 +35,7 @@ class Endpoint:
     client: Client
     protocol: Literal["query", "pooling", "classify"]
     chat_template: str | None = None  # renders the texts of `query`; None: messages are joined by blank lines
+    date: str | None = None  # YYYY-MM-DD, which the template reads from the clock; None: today's
     request: Mapping[str, Any] = field(default_factory=dict)  # further fields of the request body
     version: str = ""  # any text that distinguishes versions of the model: no server reports a hash of its weights
     key: str = field(default="reward", compare=False)  # where these settings are, for messages
@@ -55,7 +58,12 @@ class Endpoint:
         return {
             "program": "endpoint", **self.client.fingerprint, "protocol": self.protocol, "version": self.version,
             "request": dict(self.request), "chat_template": self.chat_template,
+            **({"date": self._today.isoformat()} if CLOCK in (self.chat_template or "") else {}),
         }  # fmt: skip
+
+    @property
+    def _today(self) -> datetime.date:
+        return read_date(self.date, f"{self.key}.date")
 
     def __call__(self, prompts: Prompts, responses: Sequence[str], answers: Answers) -> list[float]:
         """Return one score per response. Raise a `UserError` with all responses without a score."""
@@ -84,6 +92,7 @@ class Endpoint:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
+            set_clock(self.chat_template, self._today)
             rendered = render_jinja_template(
                 conversations=[list(messages)], chat_template=self.chat_template,
                 add_generation_prompt=add_generation_prompt, bos_token="", eos_token="",

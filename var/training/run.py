@@ -23,6 +23,7 @@ from var.config.check import TRAIN, check
 from var.config.schema import EvalSettings, TrainerSettings, pick_fields
 from var.config.sweep import is_multirun
 from var.data.settings import DataSettings
+from var.data.template import fix_today
 from var.losses.base import Loss
 from var.models.export import read_dtype
 from var.models.files import find_model
@@ -53,15 +54,24 @@ from var.training.metrics import Budget, PeakMemory, ProgressBar, StepMetrics
 from var.training.module import AlignmentModule
 from var.training.resume import Settings
 from var.training.validation import PairAccuracy, Validation, evaluate_reference
-from var.utils.console import console, say, silence_libraries, warn
+from var.utils.console import console, is_first_rank, say, silence_libraries, warn
 from var.utils.distributed import bind_device
 from var.utils.errors import UserError
+from var.utils.files import atomic
 
 PROFILERS: dict[str, Any] = {
     "simple": lambda folder: SimpleProfiler(folder, "profile"),
     "pytorch": lambda folder: PyTorchProfiler(folder, "profile"),
 }
 PRECISIONS = {"32-true": None, "64-true": None, "bf16-mixed": torch.bfloat16}
+
+
+def keep_today(cfg: DictConfig, file: Path) -> None:
+    """Let chat templates read the date of the run's first start. The file keeps it, unless the run is only shown."""
+    today = fix_today(file)
+    if not file.exists() and is_first_rank() and not (cfg.dry or cfg.show_rows):
+        with atomic(file, shared=True) as content:
+            content.write(today.isoformat())
 
 
 @dataclass
@@ -93,7 +103,7 @@ class Run:
     def compose(cls, cfg: DictConfig, folder: Path, keep_date: bool = True) -> "Run":
         """Check the configuration as a whole and build what is cheap. No model is loaded.
 
-        keep_date: whether the date that a chat template reads is kept in the folder, for the next start.
+        keep_date: whether the folder keeps the date that chat templates read, for the next start.
         """
         silence_libraries()
         check(cfg, TRAIN)
@@ -111,9 +121,8 @@ class Run:
         device = bind_device() if settings.gpu else "cpu"
         if cfg.dry and cfg.annotate == "error":
             raise UserError("annotate=error has no effect with debug=dry, which computes nothing")
-        date_file = folder / "date.txt"
-        kept = date_file if keep_date and (not cfg.dry or date_file.exists()) else None
-        pretrained = Pretrained(**pick_fields(Pretrained, cfg.model), cache=cfg.cache, date_file=kept)
+        keep_today(cfg, folder / "date.txt") if keep_date else fix_today(None)
+        pretrained = Pretrained(**pick_fields(Pretrained, cfg.model), cache=cfg.cache)
         if cfg.init is not None:
             pretrained = replace(pretrained, path=str(find_model(cfg.init)), revision=None, chat_template=None)
         pretrained = pretrained.with_attention_for(settings.gpu, half=PRECISIONS[settings.arithmetic] is not None)
