@@ -322,11 +322,13 @@ def test_file_in_place_of_a_folder_is_one_message(tmp_path: Path, capsys: pytest
     for fails in (
         lambda: (tmp_path / "file" / "deeper").mkdir(parents=True, exist_ok=True),
         lambda: (tmp_path / "file").mkdir(exist_ok=True),
+        lambda: Path("/proc/x").mkdir(parents=True),
     ):
         with pytest.raises(SystemExit):
             run_command(fails)
         assert re.fullmatch(
-            rf"Error: {tmp_path}/file(/deeper)?: (Not a directory|File exists); choose another folder or file\n",
+            rf"Error: (/proc/x|{tmp_path}/file(/deeper)?): (Not a directory|File exists|No such file or directory); "
+            r"choose another folder or file\n",
             capsys.readouterr().err,
         )
     with pytest.raises(FileNotFoundError):  # not caused by a setting

@@ -484,3 +484,21 @@ def test_documented_forms_are_read(tmp_path):
         rows = read_text(tmp_path / str(i), name, content)
         assert len(rows)
         assert all(row.responses for row in rows)
+
+
+def test_sharegpt_messages_are_read(tmp_path):
+    """As a column of conversations, and in pairs. A turn of another kind is not guessed."""
+    ask, reply = {"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": None}
+    system = {"from": "system", "value": "s"}
+    (row,) = read_text(tmp_path, "a.jsonl", lines({"conversations": [system, ask, reply]}))
+    assert list(row.prompt) == [{"role": "system", "content": "s"}, user("a")]
+    assert shorten(row) == ("a", [("b", None)])
+    pair = {"prompt": [ask], "chosen": [reply], "rejected": [{"from": "gpt", "value": "c"}]}
+    (row,) = read_text(tmp_path, "b.jsonl", lines(pair), Preferences)
+    assert shorten(row) == ("a", [("b", None), ("c", None)])
+    table = io.StringIO()
+    csv.writer(table).writerows([["conversations"], [json.dumps([ask, reply])]])
+    (row,) = read_text(tmp_path, "c.csv", table.getvalue())
+    assert shorten(row) == ("a", [("b", None)])
+    message = problem(tmp_path, "d.jsonl", lines({"conversations": [ask, {"from": "function_call", "value": "{}"}]}))
+    assert "d.jsonl:1: 'from' must be one of human, user, gpt, assistant, system, tool, got 'function_call'" in message

@@ -119,10 +119,11 @@ def test_samples_hold_answers_before_and_after(rows, tokenizer):
     before = score_answers(rows, TEXTS, ExactNumber(), Scale(), Chat(tokenizer))
     after = score_answers(rows, [[Sample("3", True)] * 2] * 2, Score(), Scale(), Chat(tokenizer))
     found = json.loads(json.dumps(samples(rows, before, after)))
+    empty, four, three = ([tokenizer.convert_tokens_to_ids(c) for c in text] + [257] for text in ("", "4.", "3"))
     assert found[1] == {
         "id": "r.jsonl:2", "prompt": [{"role": "user", "content": "2 + 2"}], "answer": "4",
-        "before": {"texts": ["", "4."], "rewards": [0.0, 1.0], "lengths": [0, 2]},
-        "after": {"texts": ["3", "3"], "rewards": None, "lengths": [1, 1]},
+        "before": {"texts": ["", "4."], "ids": [empty, four], "rewards": [0.0, 1.0], "lengths": [0, 2]},
+        "after": {"texts": ["3", "3"], "ids": [three, three], "rewards": None, "lengths": [1, 1]},
     }  # fmt: skip
     assert set(samples(rows, None, after)[0]) == {"id", "prompt", "answer", "after"}
 

@@ -32,6 +32,7 @@ from var.utils.errors import UserError
         (["averages=null"], ["averages: expected lists of subsets by name, got None"]),
         (["generate.seed=5"], ["generate.seed: has no effect here. Set seeds."]),
         (["generate.temperature=0"], ["seeds: at temperature 0 all seeds give the same answers"]),
+        (["seeds=[0,-1]"], ["seeds: expected numbers of at least 0, got [0, -1]"]),
         (["seeds=[0,0]"], ["seeds: expected one or more different numbers, got [0, 0]"]),
         (["generate.responses=2"], ["generate.responses: one answer is sampled per prompt and seed"]),
         (["held_out=[other]"], ["held_out: there is no data set ['other']"]),

@@ -82,7 +82,7 @@ def test_judge_that_always_fails_is_reported_with_its_first_failure(capsys):
     rows: Any = [SimpleNamespace(id="a", prompt=(), answer=None)]
     validation = SimpleNamespace(head=lambda n: rows[:n])
     data: Any = SimpleNamespace(training_set=SimpleNamespace(validation=validation))
-    answers = Answers([["x"]], np.array([[True]]), np.array([[1]]), None)
+    answers = Answers([["x"]], [[[1]]], np.array([[True]]), np.array([[1]]), None)
     facts = {"max_errors": 0.05, "errors": {"failed": 2}, "first_failure": "400: no model"}
     judge: Any = lambda pairs, advance: Judgement(["error"], np.array([np.nan]), [], facts)  # noqa: E731
     callback = Validation(None, None, None, judge, None, None, Path(), PeakMemory())  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ import errno
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,7 @@ def describe(error: BaseException) -> str | None:
                 "the last checkpoint"
             )
     paths = [cause for cause in causes if isinstance(cause, OSError) and cause.filename is not None]
-    if paths and paths[0].errno in UNUSABLE:
+    if paths and (paths[0].errno in UNUSABLE or _is_of_mkdir(paths[0])):
         return f"{paths[0].filename}: {paths[0].strerror}; choose another folder or file"
     if unread := [cause for cause in causes if isinstance(cause, OverrideParseException)]:
         return _explain_override(unread[0].override)
@@ -125,6 +126,12 @@ def describe(error: BaseException) -> str | None:
         lines = [f"{option[1]}={option[2]}: there is no such option of {option[1]}. It offers: {offered}"]
         suggestions = [f"Did you mean {option[1]}={name}?" for name in near] or suggestions
     return "\n".join(dict.fromkeys((*lines, *suggestions)))
+
+
+def _is_of_mkdir(error: BaseException) -> bool:
+    """Return whether an error is of the creation of a folder, which /proc reports as a missing file."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and frames[-1].name in ("mkdir", "makedirs")
 
 
 def _explain_override(word: str) -> str:

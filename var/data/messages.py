@@ -7,6 +7,10 @@ from typing import Any
 # Keys "role" and "content", and others that templates read: tool_calls, name, tool_call_id, reasoning_content. The
 # content may be None or missing if a message has tool calls.
 Message = dict[str, Any]
+# Names of roles in ShareGPT's form of a message, {"from": "human", "value": "…"}.
+SHAREGPT = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system", "tool": "tool",
+}  # fmt: skip
 
 
 class Prompt(tuple[Message, ...]):
@@ -101,8 +105,15 @@ def parse_prompt(value: Any, tools: Any = None, template_kwargs: Any = None, nam
 def parse_message(value: Any) -> Message:
     """Return a message with all its keys, except those that are null.
 
-    Content that is a list of text parts becomes one text. Raise a ValueError for other parts, such as images.
+    Content that is a list of text parts becomes one text. Raise a ValueError for other parts, such as images. A message
+    in ShareGPT's form gets the usual keys.
     """
+    if isinstance(value, Mapping) and "role" not in value and {"from", "value"} <= set(value):
+        role, content = SHAREGPT.get(str(value["from"])), value["value"]
+        if role is None:
+            raise ValueError(f"'from' must be one of {', '.join(SHAREGPT)}, got {value['from']!r}")
+        rest = {key: part for key, part in value.items() if key not in ("from", "value")}
+        value = {"role": role, "content": content, **rest}
     if not isinstance(value, Mapping) or not isinstance(value.get("role"), str):
         raise ValueError(f"a message must have 'role' and 'content', both text, got {value!r}")
     message = {key: part for key, part in value.items() if part is not None or key == "content"}

@@ -13,7 +13,7 @@ from var.data.rows import Rows
 from var.models.packing import Packed, pack_tree
 from var.rewards.base import Reward, compute_scores
 from var.rewards.scale import Scale
-from var.sampling.base import Sample, Samples
+from var.sampling.base import Samples
 from var.utils.distributed import Ranks
 
 ALONE = Ranks()
@@ -25,6 +25,8 @@ class Answers:
 
     texts: list[list[str]]
     """Texts, K for each prompt."""
+    ids: list[list[list[int]]]
+    """Their tokens with the end token, as drawn."""
     finished: np.ndarray
     """[P, K] whether an answer ended before the token limit."""
     lengths: np.ndarray
@@ -37,15 +39,10 @@ def describe_answers(samples: Samples, chat: Chat) -> Answers:
     """Return the answers with their lengths, without rewards."""
     return Answers(
         texts=[[sample.text for sample in several] for several in samples],
+        ids=(ids := [[sample.tokens(chat) for sample in several] for several in samples]),
         finished=np.array([[sample.finished for sample in several] for several in samples]),
-        lengths=np.array([[count_tokens(chat, sample) for sample in several] for several in samples]),
+        lengths=np.array([[len(one) - chat.is_finished(one) for one in several] for several in ids]),
     )
-
-
-def count_tokens(chat: Chat, sample: Sample) -> int:
-    """Return the tokens of an answer, without its end token."""
-    tokens = sample.tokens(chat)
-    return len(tokens) - chat.is_finished(tokens)
 
 
 def score_answers(
@@ -121,6 +118,9 @@ def samples(rows: Rows, before: Answers | None, after: Answers) -> Sequence[dict
         for name, answers in (("before", before), ("after", after)):
             if answers is not None:
                 rewards = None if answers.rewards is None else answers.rewards[i].tolist()
-                record[name] = {"texts": answers.texts[i], "rewards": rewards, "lengths": answers.lengths[i].tolist()}
+                lengths = answers.lengths[i].tolist()
+                record[name] = {
+                    "texts": answers.texts[i], "ids": answers.ids[i], "rewards": rewards, "lengths": lengths,
+                }  # fmt: skip
         records.append(record)
     return records

@@ -96,7 +96,7 @@ class Evaluation:
 
     def check(self) -> None:
         """Raise a UserError for everything that would fail later."""
-        self.model.annotator.check_folders()
+        self.model.annotator.check_folders(out=Path(self.cfg.out).expanduser())
         self.prompts  # noqa: B018  errors of rows come before the models' files are read
         if self.cfg.init:
             config = Path(self.model.model.pretrained.path) / "config.yaml"

@@ -19,6 +19,7 @@ def check_settings(cfg: DictConfig) -> None:
         *((key, cfg[key] != "", f"is empty (unset shell variable?). Use {key}=null for none.")
           for key in ("init", "answers", "reference")),
         ("seed", cfg.seed >= 0, f"expected at least 0, got {cfg.seed}"),
+        ("seeds", all(seed >= 0 for seed in seeds), f"expected numbers of at least 0, got {seeds}"),
         ("seeds", seeds and len(set(seeds)) == len(seeds), f"expected one or more different numbers, got {seeds}"),
         ("seeds", sampling.temperature != 0 or len(seeds) < 2 or cfg.answers,
          "at temperature 0 all seeds give the same answers. Set seeds=[0]."),

@@ -4,7 +4,7 @@ import ast
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import version
 from types import SimpleNamespace
@@ -39,23 +39,24 @@ class MathVerify:
     # Seconds for one parsing or comparison; an answer that takes longer scores 0. The package uses a signal, which
     # works only in the main thread: in other threads there is no limit.
     timeout: int = 5
+    key: str = field(default="reward", compare=False)  # where these settings are, for messages
 
     scores_text = True
     reads_answers = True
 
     def __post_init__(self) -> None:
         if self.timeout < 1:
-            raise UserError(f"reward.timeout={self.timeout}: must be at least 1 second")
+            raise UserError(f"{self.key}.timeout={self.timeout}: must be at least 1 second")
 
     @property
     def fingerprint(self) -> dict[str, Any]:
         """The version of the package and the timeout. Raise a `UserError` if the package is missing."""
-        import_extra("math_verify", "verifiers", "reward=math")
+        import_extra("math_verify", "verifiers", f"{self.key}=math")
         return {"program": "math_verify", "package": version("math-verify"), "timeout": self.timeout}
 
     def __call__(self, prompts: Prompts, responses: Sequence[str], answers: Answers) -> list[float]:
         """Return 1 or 0 per response."""
-        package = import_extra("math_verify", "verifiers", "reward=math")
+        package = import_extra("math_verify", "verifiers", f"{self.key}=math")
         seconds = self.timeout if threading.current_thread() is threading.main_thread() else None
         required = require_answers(answers)
         parsed = {answer: self._parse_answer(package.parse, answer, seconds) for answer in set(required)}
@@ -68,7 +69,9 @@ class MathVerify:
         """Return the expressions of a row's answer. LaTeX is recognized without its $ signs too."""
         latex = answer if "$" in answer or "\\boxed" in answer else f"${answer}$"
         if not (found := parse(latex, parsing_timeout=seconds)):
-            raise UserError(f"reward=math compares with a mathematical answer, but a row's `answer` is {answer[:60]!r}")
+            raise UserError(
+                f"{self.key}=math compares with a mathematical answer, but a row's `answer` is {answer[:60]!r}"
+            )
         return found
 
 
@@ -82,18 +85,19 @@ class ReasoningGym:
 
     # last_number, last_word, or none: the complete response, as a grid of several lines needs.
     extract: Literal["last_number", "last_word", "none"] = "last_number"
+    key: str = field(default="reward", compare=False)  # where these settings are, for messages
 
     scores_text = True
     reads_answers = True
 
     def __post_init__(self) -> None:
         if self.extract not in ("last_number", "last_word", "none"):
-            raise UserError(f"reward.extract: expected last_number, last_word or none, got {self.extract}")
+            raise UserError(f"{self.key}.extract: expected last_number, last_word or none, got {self.extract}")
 
     @property
     def fingerprint(self) -> dict[str, Any]:
         """The version of the package, `extract` and its version. Raise a `UserError` if the package is missing."""
-        import_extra("reasoning_gym", "verifiers", "reward=reasoning_gym")
+        import_extra("reasoning_gym", "verifiers", f"{self.key}=reasoning_gym")
         reader = {"reader": READER_VERSION} if self.extract == "last_number" else {}
         return {"program": "reasoning_gym", "package": version("reasoning-gym"), "extract": self.extract, **reader}
 
@@ -114,7 +118,7 @@ class ReasoningGym:
             problem = read_problem(answer)
         except ValueError as error:
             raise UserError(
-                f"reward=reasoning_gym scores rows of data=reasoning_gym, but a row's `answer` {error}"
+                f"{self.key}=reasoning_gym scores rows of data=reasoning_gym, but a row's `answer` {error}"
             ) from None
         scorer = _make_scorer(problem["task"], repr(problem["options"]))
         if (found := self._extract(response)) is None:

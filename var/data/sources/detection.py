@@ -16,7 +16,7 @@ from var.data.sources.hub import HubSource, Part
 from var.data.sources.local import Cells, parse_record
 from var.utils.errors import UserError
 
-JSON = ("responses", "messages", "tools", "chat_template_kwargs")  # columns that may have JSON as text
+JSON = ("responses", "messages", "conversations", "tools", "chat_template_kwargs")  # columns that may have JSON as text
 HEAD = 64  # records that show which columns exist
 PYTHON = re.compile(r"\s*\[\s*\{\s*'")  # how pandas writes a list of messages to a CSV file
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import chain, takewhile
 from typing import Any
 
-from var.data.messages import split_answer
+from var.data.messages import parse_message, split_answer
 from var.data.parse import FLAGS, KEYS
 
 PROMPT = ("prompt", "instruction", "question")
@@ -60,7 +60,7 @@ def _convert_messages(record: Mapping[str, Any]) -> dict[str, Any]:
     messages = record["messages"]
     if not isinstance(messages, list | tuple) or not messages:
         raise ValueError(f"'messages' must be a list of messages, got {messages!r}")
-    if not isinstance(messages[-1], Mapping) or messages[-1].get("role") != "assistant":
+    if parse_message(messages[-1])["role"] != "assistant":
         return {"prompt": messages}
     before, text, message = split_answer(messages, "messages")
     if not before:
@@ -145,7 +145,7 @@ SINGLE = Form(
     {"prompt": "How do tides work?", "response": "The moon …", "score": 1.5}, _convert_single, single=True,
 )  # fmt: skip
 MESSAGES = Form(
-    "conversations, whose last message is the response", (("messages",),), ("score", "weight"),
+    "conversations, whose last message is the response", (("messages", "conversations"),), ("score", "weight"),
     {"messages": TURNS}, _convert_messages, single=True,
 )  # fmt: skip
 FORMS = (PAIRS, IMPLICIT, SINGLE, MESSAGES, ROWS)
