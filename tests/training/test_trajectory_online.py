@@ -170,7 +170,7 @@ def test_every_loss_gives_the_same_curve_on_any_number_of_processes(options, tmp
             for way, loss in jobs if ways[way][0] == processes
         ]  # fmt: skip
         (tmp_path / "jobs.json").write_text(json.dumps(commands))
-        launch(processes, str(tmp_path / "jobs.json"), script="tests/helpers/ranks.py", timeout=None)
+        launch(processes, str(tmp_path / "jobs.json"), script="tests/helpers/ranks.py", timeout=900)
     different = []
     for way, loss in jobs:
         expected, found = (
