@@ -3,6 +3,7 @@
 import var.config.installed  # isort: skip  # noqa: F401  before what may be missing
 
 import argparse
+import gc
 from pathlib import Path
 
 from var.config.entry import run_command
@@ -52,6 +53,7 @@ def main() -> None:
         from var.report.read import find_records
         from var.report.write import write_report
 
+        gc.enable()  # see run_command
         found = find_records(arguments.folders)
         say(write_report(found, arguments.out, arguments.format, arguments.shown, arguments.pages))
         for problem in found.problems[:10]:

@@ -1,5 +1,6 @@
 """Fixtures that many test files use: tiny models and rows, a run's overrides, the default model and public data."""
 
+import gc
 import importlib.util
 import os
 import random
@@ -19,6 +20,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # a second thread slows tiny mode
 torch.set_num_threads(1)
 
 SHARED = ROOT.parent / "shared" / "data"
+
+
+def pytest_collection_finish() -> None:
+    """Take what was imported out of garbage collections, of which a run makes several."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

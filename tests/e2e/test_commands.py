@@ -45,7 +45,8 @@ def shards(folder: Path, kind: str = "*") -> list[Path]:
 
 
 def test_run_writes_its_folder(own: list[str], tmp_path: Path) -> None:
-    printed = check_run("train.py", *own)
+    printed, errors = (process := spawn(str(ROOT / "train.py"), *own)).communicate(timeout=300)
+    assert process.returncode == 0, printed + errors
     folder = run_folder(tmp_path / "runs")
     for name in (".hydra/config.yaml", "summary.json", "metrics.csv", "samples.jsonl", "plots/curves.png",
                  "model/README.md"):  # fmt: skip

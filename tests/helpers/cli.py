@@ -18,11 +18,14 @@ from tests.helpers.runs import ROOT, write_lines
 
 
 def run(command: str, *overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `python command overrides` in this process, so that imports are paid once."""
+    """Run `python command overrides` in this process, so that imports are paid once.
+
+    The curves of a run are not drawn, which would take a third of a tiny run's time.
+    """
     out, err, code = io.StringIO(), io.StringIO(), 0
     arguments = [str(ROOT / command), *overrides]
     patched = mock.patch.object(sys, "argv", arguments), mock.patch.dict(os.environ, environment)
-    with patched[0], patched[1], redirect_stdout(out), redirect_stderr(err):
+    with patched[0], patched[1], mock.patch("var.report.write.plot"), redirect_stdout(out), redirect_stderr(err):
         try:
             runpy.run_path(arguments[0], run_name="__main__")
         except SystemExit as stop:

@@ -151,6 +151,7 @@ def test_model_loads_in_evaluation_mode_with_dtype_and_attention(tiny_folder: Pa
     assert not pretrained(tiny_folder, tmp_path).load().is_gradient_checkpointing
 
 
+@pytest.mark.long
 def test_compiled_layers_match_and_compile_once(tiny_folder: Path, tmp_path: Path):
     """They compile once for any lengths, number of sequences and shared prompts. Sampling runs uncompiled."""
     from torch._dynamo.utils import counters

@@ -1,5 +1,6 @@
 """One evaluation: composed from eval.py's configuration, run, and written to its folder."""
 
+import gc
 import hashlib
 import json
 from collections.abc import Sequence
@@ -62,6 +63,7 @@ class Evaluation:
     @classmethod
     def compose(cls, cfg: DictConfig) -> "Evaluation":
         """Check the configuration and build the parts; no model is loaded."""
+        gc.enable()  # see run_command
         silence_libraries()
         check(cfg, EVAL)
         check_settings(cfg)

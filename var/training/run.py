@@ -105,6 +105,7 @@ class Run:
 
         keep_date: whether the folder keeps the date that chat templates read, for the next start.
         """
+        gc.enable()  # see run_command
         silence_libraries()
         check(cfg, TRAIN)
         data_settings = DataSettings(**pick_fields(DataSettings, cfg.data))
