@@ -276,6 +276,81 @@ def test_keys_and_tools_are_reported_if_the_template_does_not_write_them(name: s
     assert reasoned.changes == (() if name == "qwen3" else ("reasoning_content of the response is not written",))
 
 
+CALLS = [
+    {"id": f"c{i}", "type": "function", "function": {"name": name, "arguments": {"at": 10 + i, "note": 'so "on"'}}}
+    for i, name in enumerate(["wall", "tide"])
+]  # fmt: skip
+
+
+def write_content(chat: Chat, content: str) -> Chat:
+    """Let a template write an expression in place of a message's content, and macros for what it has further."""
+    calls = "{% macro each(m) %}{% for c in m.tool_calls or [] %}{{ CALL }}{% endfor %}{% endmacro %}"
+    call, _, body = content.rpartition(" in ")
+    chat.tokenizer.chat_template = calls.replace("CALL", call or "''") + CHATML.replace("m.content", f"({body})")
+    return chat
+
+
+@pytest.mark.parametrize(
+    ("call", "changes"),
+    [
+        ("c.function | tojson", ()),
+        ("c.function.name ~ c.function.arguments", ()),
+        ("c.function.name", ("tool_calls of the response is written without '10'",)),
+        ("(c.function | tojson) if loop.first else ''", ("tool_calls of the response is written without 'tide'",)),
+    ],
+)
+def test_parts_of_tool_calls_that_are_not_written_are_reported(call: str, changes: Any, smollm2: Path) -> None:
+    """Of the response and of a prompt; ids and types of calls are not expected."""
+    chat = write_content(FORMS["chatml"].chat("gpt2", smollm2), f"{call} in each(m) ~ m.content")
+    user = {"role": "user", "content": "a"}
+    assert chat.encode([user], "b", further={"tool_calls": CALLS}).changes == changes
+    earlier = [user, {"role": "assistant", "content": "b", "tool_calls": CALLS}, user]
+    assert chat.check_prompt(earlier) == [c.replace("response", "assistant's message 1") for c in changes]
+
+
+@pytest.mark.parametrize(
+    ("content", "changes"),
+    [
+        ("('<think>' ~ m.thought ~ '</think>' if m.thought else '') ~ m.content", ()),
+        ("(m.thought or '')[:3] ~ m.content", ("thought of the response is written without 'two and two'",)),
+        ("(m.thought ~ m.content if m.thought else '') ~ m.content", ("the response is written 2 times",)),
+    ],
+)
+def test_reasoning_that_is_cut_and_text_that_is_doubled_are_reported(content: str, changes: Any, smollm2: Path) -> None:
+    chat = write_content(FORMS["chatml"].chat("gpt2", smollm2), content)
+    encoded = chat.encode([{"role": "user", "content": "a"}], "four", further={"thought": "two and two"})
+    assert encoded.changes == changes
+
+
+def test_tool_that_is_not_written_is_reported(smollm2: Path) -> None:
+    chat = FORMS["chatml"].chat("gpt2", smollm2)
+    chat.tokenizer.chat_template = "{{ tools[0] | tojson if tools else '' }}" + CHATML
+    tools = [{"type": "function", "function": {"name": name, "parameters": {}}} for name in ("wall", "tide")]
+    assert chat.check_prompt(Prompt([{"role": "user", "content": "a"}], tools)) == ["its tool 'tide' is not written"]
+
+
+def test_block_that_the_generation_prompt_has_opened_is_reported(smollm2: Path) -> None:
+    """The response would train a second <think>."""
+    chat = FORMS["chatml"].chat("gpt2", smollm2)
+    opened = CHATML.replace("<|im_start|>assistant\\n", "<|im_start|>assistant\\n<think>\\n")
+    chat.tokenizer.chat_template = opened.replace(
+        "~ m.content", "~ ('<think>\\n' if m.role == 'assistant' else '') ~ m.content"
+    )
+    user = [{"role": "user", "content": "a"}]
+    assert chat.encode(user, "hm</think>4").changes == ()
+    doubled = "the response begins with <think>, which the generation prompt has written"
+    assert chat.encode(user, "<think>hm</think>4").changes == (doubled,)
+
+
+@pytest.mark.parametrize("name", ["role", "m", "mood", "bos_token", "messages"])
+def test_name_that_is_no_argument_of_the_template_is_an_error(name: str, smollm2: Path) -> None:
+    """Names of attributes, of loops and in comments are not arguments, and special tokens are the tokenizer's."""
+    chat = FORMS["chatml"].chat("gpt2", smollm2)
+    chat.tokenizer.chat_template = "{# mood #}{{ bos_token or '' }}" + CHATML
+    with pytest.raises(ValueError, match=f"does not read {name}"):
+        chat.prompt(Prompt([{"role": "user", "content": "a"}], (), {name: "x"}))
+
+
 @pytest.mark.parametrize("content", ["s", "user", "system", "a long text of the system", "\n"])
 def test_dropped_content_is_reported_if_its_text_is_elsewhere(content: str, chat_of: Any) -> None:
     """The text `s` is also in the header of a turn."""

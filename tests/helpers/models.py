@@ -68,8 +68,8 @@ def set_clock(monkeypatch: pytest.MonkeyPatch, day: date) -> None:
         def today(cls) -> date:
             return day
 
-    monkeypatch.setattr("var.data.template.date", Clock)
-    monkeypatch.setattr("var.data.template._today", None)
+    monkeypatch.setattr("var.data.clock.date", Clock)
+    monkeypatch.setattr("var.data.clock._today", None)
 
 
 def save_two_ends(folder: Path) -> Path:

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from notebooks.tiny import TEMPLATE, byte_tokenizer
 from tests.helpers.models import DATED, pretrained, saved, set_clock, tiny_model
 from var.data.chat import Chat
+from var.data.clock import fix_today
 from var.data.messages import Prompt
-from var.data.template import fix_today
 from var.models.gguf import unpack
 from var.models.packing import pack, pack_tree
 from var.models.policy import Policy

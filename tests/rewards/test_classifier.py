@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from notebooks.tiny import TEMPLATE, byte_tokenizer
 from tests.helpers.models import DATED, decoder, encoder, saved, score_alone, set_clock, spread
-from var.data.template import fix_today
+from var.data.clock import fix_today
 from var.rewards.classifier import PROBE, Classifier
 from var.utils.errors import UserError
 

@@ -1,8 +1,9 @@
 """What chat templates change of rows: counted, listed with examples, and an error unless it is accepted."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from var.data.messages import Message
 from var.data.settings import OnTemplateChange
@@ -34,7 +35,7 @@ class TemplateChanges:
     def settle(self, setting: OnTemplateChange) -> None:
         """Raise one UserError for all changes, or warn with the first ones if they are accepted."""
         if setting == "error":
-            problems = Problems("the chat template does not write these rows as they are")
+            problems = Problems(f"the chat template does not write {self.rows} rows as they are; differences")
             for where, change in self.found:
                 problems.add(where, change)
             problems.check(ADVICE)
@@ -62,6 +63,22 @@ def find_content_changes(prompt: Sequence[Message], places: Sequence[tuple[int, 
         elif any(number > i for number in order[: order.index(i)]):
             changes.append(f"the {message['role']}'s message {i} is in another place")
     return changes
+
+
+def list_unwritten(value: Any, text: str) -> list[str]:
+    """Return the texts and numbers in a further key of a message that a rendered text lacks.
+
+    They may be escaped as in JSON. The ids and types of tool calls are left out, which few templates write.
+    """
+    if isinstance(value, Mapping):
+        return [leaf for key in value if key not in ("id", "type") for leaf in list_unwritten(value[key], text)]
+    if isinstance(value, list | tuple):
+        return [leaf for part in value for leaf in list_unwritten(part, text)]
+    if value is None or isinstance(value, bool):
+        return []
+    leaf = str(value).strip()
+    forms = (leaf, *(json.dumps(leaf, ensure_ascii=escape)[1:-1] for escape in (True, False)))
+    return [] if any(form in text for form in forms) else [leaf]
 
 
 def describe_change(expected: str, found: str) -> str:

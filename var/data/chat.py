@@ -1,16 +1,19 @@
 """Chat: a prompt and a response as tokens, the position of the response in them, and the tokens that end it."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import cached_property
 from typing import Any
 
-from var.data.changes import describe_change, find_content_changes
+from var.data.changes import describe_change, find_content_changes, list_unwritten
 from var.data.messages import Message, Prompt
 from var.data.rows import Response
 from var.data.template import MARK, PROBE, Template, hash_tokenizer, read_template
 from var.utils.errors import UserError
+
+OPENED = re.compile(r"(<\w+>)\s*$")  # a tag at the end of a generation prompt, such as <think>
 
 
 @dataclass(frozen=True)
@@ -82,11 +85,16 @@ class Chat:
             prompt = self.render([user])
             full = self.template.render([user, {"role": "assistant", "content": PROBE}])
         except ValueError as error:
-            raise UserError(f"{error}. Set model.chat_template") from error
+            raise UserError(f"{error}. Set model.chat_template to another one.") from error
+        if PROBE not in full:
+            raise UserError(
+                f"the chat template does not write the text of messages as it is: it renders the text {PROBE!r} as "
+                f"{full!r}. Set model.chat_template to another one."
+            )
         if not full.startswith(prompt) or PROBE not in full[len(prompt) :]:
             raise UserError(
                 "the chat template's generation prompt is not a prefix of a rendered answer, so the response cannot be "
-                f"separated from the prompt: it renders {prompt!r} and {full!r}. Set model.chat_template"
+                f"separated from the prompt: it renders {prompt!r} and {full!r}. Set model.chat_template to another."
             )
         return full[full.rindex(PROBE) + len(PROBE) :]
 
@@ -167,22 +175,29 @@ class Chat:
         Content is compared up to surrounding white space.
         """
         changes = find_content_changes(prompt, self.template.place_contents(prompt, rendered))
+        text = rendered.replace(MARK, "")
         for i, message in enumerate(prompt):
-            for key in message.keys() - {"role", "content"}:
+            for key in sorted(message.keys() - {"role", "content"}):
                 if message[key] in ("", [], {}):
                     continue
                 rest = {name: value for name, value in message.items() if name != key}
+                name = f"{key} of the {message['role']}'s message {i}"
                 if self._is_same(prompt, [*prompt[:i], rest, *prompt[i + 1 :]], rendered):
-                    changes.append(f"{key} of the {message['role']}'s message {i} is not written")
+                    changes.append(f"{name} is not written")
+                elif missing := list_unwritten(message[key], text):
+                    changes.append(f"{name} is written without {missing[0][:60]!r}")
         if isinstance(prompt, Prompt) and prompt.tools:
             without = Prompt(prompt, (), prompt.template_kwargs)
+            names = [tool.get("function", tool).get("name") for tool in prompt.tools]
             if self._is_same(without, without, rendered):
                 changes.append("its tools are not written")
+            elif missing := list_unwritten(names, text):
+                changes.append(f"its tool {missing[0]!r} is not written")
         return changes
 
-    def _is_same(self, prompt: Sequence[Message], messages: Sequence[Message], rendered: str) -> bool:
+    def _is_same(self, prompt: Sequence[Message], messages: Sequence[Message], rendered: str, ask: bool = True) -> bool:
         try:
-            return self.template.render(messages, prompt, True) == rendered
+            return self.template.render(messages, prompt, add_generation_prompt=ask) == rendered
         except ValueError:  # the template needs what is missing
             return False
 
@@ -230,6 +245,7 @@ class Chat:
             end = len(text) - len(self.suffix)
             after = [t for t, (_, high) in enumerate(offsets) if high > end and t >= start]
             stop = next((t for t in after if ids[t] == self.end_token), None)
+            end = end if stop is None else max(end, offsets[stop][0])  # it may write text before the end token
         if stop is None:
             raise ValueError(
                 f"the response's end token cannot be found in the rendered row. Its chat template is from {self.origin}"
@@ -238,6 +254,10 @@ class Chat:
             raise ValueError("the response is empty after rendering by the template")
         changes = self.find_changes(prompt, rendered)
         changes += self._find_response_changes(prompt, message, text[begin:end], full)
+        opened = OPENED.search(text[:begin])
+        special = opened and opened[1] in self.tokenizer.all_special_tokens
+        if opened and not special and text[begin:end].lstrip().startswith(opened[1]):
+            changes.append(f"the response begins with {opened[1]}, which the generation prompt has written")
         changes += self.template.find_losses(text[:end], ids[:stop])
         return Encoded(self._check_bos(ids[: stop + finished]), start, tuple(changes), MARK in full)
 
@@ -246,11 +266,20 @@ class Chat:
         further, response = message.keys() - {"role", "content"}, message["content"]
         if not further:
             return [] if span.strip() == response.strip() else [f"the response is {describe_change(response, span)}"]
-        changes = [] if response.strip() in span else [f"the response is not as written, {response[:60]!r}"]
-        for key in further:
+        written = self.template.find_content([*prompt, message], prompt, full)
+        if written is None:
+            changes = [] if response.strip() in span else [f"the response is not as written, {response[:60]!r}"]
+        elif response.strip() and len(written) != 1:
+            changes = [f"the response is written {len(written)} times"]
+        else:
+            others = [part for part in written if part.strip() != response.strip()]
+            changes = [f"the response is {describe_change(response, part)}" for part in others]
+        for key in sorted(further):
             rest = {name: value for name, value in message.items() if name != key}
-            if self.template.render([*prompt, rest], prompt) == full:
+            if message[key] not in ("", [], {}) and self._is_same(prompt, [*prompt, rest], full, False):
                 changes.append(f"{key} of the response is not written")
+            elif missing := list_unwritten(message[key], span):
+                changes.append(f"{key} of the response is written without {missing[0][:60]!r}")
         return changes
 
     def encode_response(self, prompt: Sequence[Message], response: Response) -> Encoded:

@@ -7,18 +7,20 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import date, datetime
+from datetime import date
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize
 
+from jinja2 import TemplateError, meta
+
 from var.data.changes import describe_change
+from var.data.clock import CLOCK, read_date, set_clock
 from var.data.messages import Message
 from var.utils.errors import UserError
 
 PROBE = "probe"  # text that every template renders unchanged
-CLOCK = "strftime_now"  # the function with which a template reads the clock
 
 # Marks control tokens in the text of messages, after their first character, while a template renders them. It is a
 # noncharacter of Unicode, which is in no text.
@@ -43,44 +45,16 @@ def read_template(value: str, key: str = "model.chat_template") -> str:
     """Return a chat template: `value` itself, the text of a .jinja file, or the template `plain`."""
     if value == "plain":
         return PLAIN
+    if not value.endswith(".jinja") and "{" not in value:
+        raise UserError(f"{key}={value}: expected plain, a .jinja file or a Jinja template, which has {{{{ … }}}}.")
     if not value.endswith(".jinja"):
         return value
     file = Path(value).expanduser()
     if not file.is_file():
         raise UserError(f"{key}={value} is not a file. Set it to a Jinja template, a .jinja file or plain.")
-    return file.read_text()
-
-
-_today: date | None = None  # what `fix_today` sets
-
-
-def fix_today(file: Path | None) -> date:
-    """Set what templates of this process read as the current date, and return it: the date in a file, or today's."""
-    global _today
-    try:
-        _today = date.fromisoformat(file.read_text()) if file is not None and file.exists() else date.today()
-    except ValueError as error:
-        raise UserError(f"{file}: expected a date such as 2024-07-26. Remove the file to use today's.") from error
-    return _today
-
-
-def read_date(value: str | None, key: str = "model.date") -> date:
-    """Return the date in a setting or, if it is None, the current one (`fix_today`)."""
-    try:
-        return (_today or date.today()) if value is None else date.fromisoformat(str(value))
-    except ValueError as error:
-        raise UserError(f"{key}: expected a date such as 2024-07-26, got {value!r}") from error
-
-
-def set_clock(source: str, today: date) -> None:
-    """Set the date that a template reads.
-
-    A function among its arguments would not reach the template, which transformers compiles once per process.
-    """
-    from transformers.utils import chat_template_utils
-
-    clock = datetime(today.year, today.month, today.day).strftime
-    chat_template_utils._compile_jinja_template(source).globals[CLOCK] = clock
+    if not (text := file.read_text()).strip():
+        raise UserError(f"{key}={value} is empty.")
+    return text
 
 
 def hash_tokenizer(tokenizer: Any) -> str:
@@ -129,7 +103,7 @@ class Template:
         """
         self.tokenizer, self.key, self.ends = tokenizer, key, {token for ids in ends for token in ids}
         self.kwargs = {name: value for name, value in (kwargs or {}).items() if value is not None}
-        self.today = today or date.today()
+        self.today = today or read_date(None)
         if reason := self._find_unread(self.kwargs):
             raise UserError(f"{key}_kwargs: {reason}, or set {key} to a template that does.")
 
@@ -154,8 +128,23 @@ class Template:
     def _find_unread(self, kwargs: Mapping[str, Any]) -> str:
         """Return which arguments the template does not read, or an empty text."""
         reserved = set(inspect.signature(self.tokenizer.apply_chat_template).parameters) | {CLOCK}
-        unknown = [name for name in kwargs if name in reserved or not re.search(rf"\b{re.escape(name)}\b", self.source)]
+        reserved |= {"messages", "bos_token", "eos_token", "pad_token", "unk_token"}
+        unknown = [name for name in kwargs if name in reserved or name not in self._variables]
         return f"the chat template does not read {', '.join(sorted(unknown))}. Remove this" if unknown else ""
+
+    @cached_property
+    def _variables(self) -> set[str]:
+        """The names that the template, or one of its variants, reads from its arguments."""
+        from transformers.utils import chat_template_utils
+
+        found = self.tokenizer.chat_template
+        try:
+            sources = [found] if isinstance(found, str) else list(found.values())
+            environments = [chat_template_utils._compile_jinja_template(source).environment for source in sources]
+            parsed = [environment.parse(source) for environment, source in zip(environments, sources, strict=True)]
+        except TemplateError as error:
+            raise UserError(f"{self.key}: {type(error).__name__}: {error}") from error
+        return set().union(*map(meta.find_undeclared_variables, parsed))
 
     @cached_property
     def control_tokens(self) -> re.Pattern[str] | None:
@@ -228,6 +217,19 @@ class Template:
                 places.append((begin, i, content))
                 at = max(at, begin + len(content))
         return [(i, content) for _, i, content in sorted(places)]
+
+    def find_content(self, messages: Sequence[Message], prompt: Sequence[Message], full: str) -> list[str] | None:
+        """Return what the template writes of the last message's content, once for each place.
+
+        None if it writes another text when the content is marked.
+        """
+        *before, last = messages
+        marked = [*before, {**last, "content": f"{BEGIN}0{BEGIN}{last['content']}{END}"}]
+        with suppress(ValueError):
+            text = self.render(marked, prompt)
+            if _squeeze(PLACE.sub(r"\2", text)) == _squeeze(full):
+                return [part.replace(MARK, "") for _, part in PLACE.findall(text)]
+        return None
 
     def _render(
         self, messages: Sequence[Any], tools: Sequence[Any], kwargs: Mapping[str, Any], add_generation_prompt: bool

@@ -19,10 +19,10 @@ from var.annotate.cache import AnnotationCache
 from var.annotate.responses import sampling_fingerprint
 from var.config.check import EVAL, check
 from var.config.schema import pick_fields, to_dict
+from var.data.clock import fix_today
 from var.data.rows import Rows, read
 from var.data.sources.files import Files
 from var.data.sources.local import list_files
-from var.data.template import fix_today
 from var.evaluate.answers import Answers, describe_answers
 from var.evaluate.benchmarks.harness import Benchmarks, run_benchmarks
 from var.evaluate.candidate import CachedReward, Candidate, match_answers

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from var.data.chat import Chat
-from var.data.template import read_date
+from var.data.clock import read_date
 from var.models.checks import check_decoder, check_vocabulary, is_classifier
 from var.models.files import ADAPTER, ModelFiles
 from var.models.lora import HEAD, merge_adapter

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from var.data.clock import read_date
 from var.data.messages import Message, Prompt
-from var.data.template import Template, hash_tokenizer, read_date, read_template
+from var.data.template import Template, hash_tokenizer, read_template
 from var.models.attention import list_lengths
 from var.models.checks import check_vocabulary
 from var.models.files import ADAPTER

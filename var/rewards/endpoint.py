@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from var.data.clock import CLOCK, read_date, set_clock
 from var.data.messages import Message, render_message
-from var.data.template import CLOCK, read_date, set_clock
 from var.rewards.base import Answers, Prompts
 from var.rewards.numbers import find_last_number
 from var.utils.errors import Problems, UserError

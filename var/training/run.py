@@ -22,8 +22,8 @@ from var.annotate.cache import AnnotationCache
 from var.config.check import TRAIN, check
 from var.config.schema import EvalSettings, TrainerSettings, pick_fields
 from var.config.sweep import is_multirun
+from var.data.clock import fix_today
 from var.data.settings import DataSettings
-from var.data.template import fix_today
 from var.losses.base import Loss
 from var.models.export import read_dtype
 from var.models.files import find_model

@@ -8,6 +8,7 @@ from rich.text import Text
 from var.data.changes import TemplateChanges
 from var.data.chat import Chat
 from var.data.rows import Row, Rows, read
+from var.data.settings import OnTemplateChange
 from var.training.run import Run
 from var.utils.console import console, is_first_rank, say
 from var.utils.errors import Problems
@@ -24,7 +25,8 @@ def show(run: Run) -> None:
     show_template(chat)
     for i in range(min(run.cfg.show_rows, len(rows))):
         show_row(chat, rows[i])
-    count_changes(chat, rows, run.data.settings.max_length)
+    settings = run.data.settings
+    count_changes(chat, rows, settings.max_length, settings.on_template_change)
 
 
 def show_template(chat: Chat) -> None:
@@ -75,7 +77,7 @@ def show_tokens(chat: Chat, ids: Sequence[int], start: int) -> None:
         console.print(text)
 
 
-def count_changes(chat: Chat, rows: Rows, max_length: int) -> None:
+def count_changes(chat: Chat, rows: Rows, max_length: int, on_template_change: OnTemplateChange) -> None:
     """Print how many responses of all rows change, cannot be encoded or are too long."""
     changes, problems, counts = TemplateChanges(), Problems("rows that cannot be tokenized"), Counter[str]()
     for row in rows:
@@ -94,4 +96,4 @@ def count_changes(chat: Chat, rows: Rows, max_length: int) -> None:
     say(f"\nAll {len(rows)} rows: " + ", ".join(f"{name}: {count:,}" for name, count in counts.items()))
     say(f"responses changed by the template: {changes.rows}, that cannot be tokenized: {len(problems.found)}")
     problems.check()
-    changes.settle("error")
+    changes.settle(on_template_change)
