@@ -2,6 +2,9 @@
 
 import var.config.installed  # isort: skip  # noqa: F401  before what may be missing
 
+import json
+from pathlib import Path
+
 import hydra
 from omegaconf import DictConfig
 
@@ -9,12 +12,28 @@ from var.config.check import FOLDER, TRAIN, check
 from var.config.entry import run_command
 
 
+def check_target(out: Path, cfg: DictConfig) -> None:
+    """Raise UserError if the file is the data, or exists and is not of this command."""
+    from var.utils.errors import UserError
+
+    if not out.exists():
+        return
+    target, data = out.resolve(), Path(cfg.data.get("path") or "").expanduser().resolve()
+    if cfg.data.get("path") and (target == data or data in target.parents):
+        raise UserError(f"out={out} is the data that is read. Choose another file.")
+    with out.open(errors="replace") as file:
+        first = file.readline()
+    try:
+        own = not first or "sampling" in json.loads(first)
+    except (ValueError, TypeError):
+        own = False
+    if not own:
+        raise UserError(f"out={out} exists, and sample.py did not write it. Choose another file, or remove it.")
+
+
 @hydra.main(version_base="1.3", config_path=FOLDER, config_name="sample")
 def main(cfg: DictConfig) -> None:
     """Write K responses to every prompt, validation prompts included; the same data.seed selects these again."""
-    import json
-    from pathlib import Path
-
     from omegaconf import OmegaConf, open_dict
 
     from var.utils.errors import UserError
@@ -24,6 +43,7 @@ def main(cfg: DictConfig) -> None:
     out = Path(cfg.out)
     if out.is_dir():
         raise UserError(f"out={out} is a folder. Name a file in it: out={out / 'rows.jsonl'}.")
+    check_target(out, cfg)
     with open_dict(cfg):
         del cfg.out
     check(cfg, TRAIN, imports=False)

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from var.data.plan import ABSENT, MicroBatch, Plan, draw, make_plan
-from var.training.datamodule import stack_by_group
+from var.data.plan import ABSENT, MicroBatch, Plan, draw, make_plan, stack_by_group
 from var.utils.errors import UserError
 
 

@@ -39,6 +39,9 @@ class ProvideRewards(Provider[Rewards]):
         else:
             raw = sequences.column("score")
             check_scores(sequences.tokens(i)[2] for i in np.flatnonzero(np.isnan(raw)).tolist())
+        with np.errstate(over="ignore"):
+            if not np.isfinite(raw.std()):
+                raise UserError(f"the rewards, up to {np.abs(raw).max():.3g}, are too large: their spread overflows")
         data.scale = data.scale.fit(raw)
         scaled = np.array(data.scale(raw))
         negative = np.flatnonzero(scaled < 0)

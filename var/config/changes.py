@@ -19,7 +19,8 @@ SILENT = (
 # Each is used from the first step after the checkpoint.
 APPLIED = (
     r"trainer\..+", "optim.schedule", r"optim\.schedule\..+", "eval", r"eval\..+", "model.gradient_checkpointing",
-    "model.compile", "model.attention", "model.trust_remote_code", r"generate\.batch(_tokens)?",
+    "data.on_template_change", "model.compile", "model.attention", "model.trust_remote_code",
+    r"generate\.batch(_tokens)?",
     r".+\.client\.(base_url|api_key_env|concurrency|timeout|retries|price_in|price_out|max_cost)",
     r"reward\.(tokens|timeout|architecture)(\..+)?", r"sampler\.(gpu_memory_utilization|tensor_parallel_size)",
     r"strategy\.(gradient_as_bucket_view|save_distributed_checkpoint)",

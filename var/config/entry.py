@@ -115,6 +115,8 @@ def describe(error: BaseException) -> str | None:
     lines = [str(cause) for cause in causes if isinstance(cause, HydraException | OmegaConfBaseException)]
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return None
+    if missing := re.search(r"Missing mandatory value: ([\w.]+)", lines[-1]):
+        return f"{missing[1]} must be given: {missing[1]}=…"
     if group := re.match(r"Multiple values for ([\w/]+)\.", lines[0]):
         return f"+{group[1]}=…: the configuration has this group. Write {group[1]}=…, without the plus sign."
     suggestions = _suggest_renamed()

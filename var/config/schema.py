@@ -78,6 +78,8 @@ class TrainerSettings:
             "epochs": 1, "max_steps": -1, "devices": 1, "num_nodes": 1, "gradient_clip": 0, "log_every_n_steps": 1,
             "checkpoint_every_n_steps": 1, "ess_warning": 0, "timeout_hours": 0,
         }  # fmt: skip
+        if self.max_steps == 0:
+            problems.add("trainer.max_steps", "0 steps train nothing; -1 trains for all epochs")
         for name, least_value in least.items():
             value = getattr(self, name)
             if value != "auto" and not value >= least_value:

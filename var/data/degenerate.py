@@ -5,6 +5,8 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 
+import numpy as np
+
 from var.data.messages import Message, texts_in
 from var.data.rows import Row, Rows
 from var.utils.console import warn
@@ -17,6 +19,7 @@ EQUAL_PAIRS = "pairs of equal responses"
 EQUAL_SCORES = "pairs with equal scores"
 REVERSED_SCORES = "pairs whose rejected response has the higher score"
 ONLY_END = "rows with a response of control tokens only"
+SAME_PROMPT = "rows with the prompt of an earlier row"
 SHARED = "validation prompts that also train, but for case and spaces"
 
 WARNINGS: dict[str, tuple[float, str]] = {
@@ -25,24 +28,27 @@ WARNINGS: dict[str, tuple[float, str]] = {
     EQUAL_SCORES: (0.1, "Their order is not that of the scores."),
     REVERSED_SCORES: (0.5, "Check which column is the better response; data.columns can exchange them."),
     ONLY_END: (0, "They teach the model to answer with nothing."),
+    SAME_PROMPT: (0, "Their sampled responses are the same."),
     SHARED: (0, "Validation does not measure generalization on them."),
 }
 """The fraction of rows above which a count is printed as a warning, and why it matters."""
 
 
-def count_degenerate(rows: Rows, validation: Rows, special: Collection[str]) -> Counter[str]:
+def count_degenerate(rows: Rows, validation: Rows, special: Collection[str], sampled: bool) -> Counter[str]:
     """Return how many training rows are degenerate, by kind.
 
     Args:
         rows: the training rows.
         validation: rows of the validation prompts.
         special: the tokenizer's special tokens.
+        sampled: whether responses to the prompts are sampled, with random numbers that depend on the prompt.
     """
     held_out = {normalize(row.prompt) for row in validation}
     counts, shared = Counter[str](), set[str]()
     for row in rows:
         counts.update(find_degenerate(row, special))
         shared |= {normalize(row.prompt)} & held_out
+    counts[SAME_PROMPT] = len(rows) - len(np.unique(rows.keys)) if sampled else 0
     counts[SHARED] = len(shared)
     return +counts
 

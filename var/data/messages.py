@@ -7,6 +7,8 @@ from typing import Any
 # Keys "role" and "content", and others that templates read: tool_calls, name, tool_call_id, reasoning_content. The
 # content may be None or missing if a message has tool calls.
 Message = dict[str, Any]
+ROLES = ("system", "user", "assistant", "tool")
+ANSWERING = ("model", "bot", "gpt", "chatgpt", "ai")  # names that some data sets give the assistant
 # Names of roles in ShareGPT's form of a message, {"from": "human", "value": "…"}.
 SHAREGPT = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system", "tool": "tool",
@@ -92,8 +94,10 @@ def parse_prompt(value: Any, tools: Any = None, template_kwargs: Any = None, nam
         messages = [parse_message(message) for message in value]
     else:
         raise ValueError(f"{name!r} must be text or a non-empty list of messages, got {value!r}")
-    if messages[-1]["role"] == "assistant":
+    if (role := messages[-1]["role"]) == "assistant":
         raise ValueError("the prompt ends with an assistant's message; put the answer into 'responses'")
+    if role in ANSWERING:
+        raise ValueError(f"the last message has the role {role!r}. If it is the answer, its role must be 'assistant'")
     if not isinstance(tools, list | tuple | None) or not all(isinstance(tool, Mapping) for tool in tools or ()):
         raise ValueError(f"'tools' must be a list of objects, each the JSON schema of a tool, got {tools!r}")
     if not isinstance(template_kwargs, Mapping | None):
@@ -116,6 +120,8 @@ def parse_message(value: Any) -> Message:
         value = {"role": role, "content": content, **rest}
     if not isinstance(value, Mapping) or not isinstance(value.get("role"), str):
         raise ValueError(f"a message must have 'role' and 'content', both text, got {value!r}")
+    if (role := value["role"]) not in ROLES and role.strip().lower() in ROLES:
+        raise ValueError(f"the role {role!r} must be written {role.strip().lower()!r}")
     message = {key: part for key, part in value.items() if part is not None or key == "content"}
     content = message.get("content")
     if isinstance(content, list | tuple):

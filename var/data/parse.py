@@ -50,18 +50,18 @@ def _parse_response(value: Any) -> Response:
     if {"role", "content"} & set(message):
         raise ValueError("'message' has the further keys of a response, not its role or its content, which is 'text'")
     ids = _get(value, "ids", list | tuple, "a list of token ids")
-    if ids is not None and not (ids and all(type(token) is int and token >= 0 for token in ids)):
+    if ids is not None and not (ids and all(type(token) is int and 0 <= token < 2**31 for token in ids)):
         raise ValueError(f"'ids' must be a list of token ids, got {ids!r}")
     if unknown := set(value) - set(RESPONSE):
         raise ValueError(f"unknown keys {sorted(unknown)} in a response; it has {sorted(RESPONSE)}")
     return Response(
         text=value["text"], source=_get(value, "source", str, "text"), message=message,
-        score=_get_number(value, "score"), weight=_get_number(value, "weight"),
+        score=get_number(value, "score"), weight=get_number(value, "weight"),
         finished=_get_flag(value, "finished") is not False, ids=None if ids is None else tuple(ids),
     )  # fmt: skip
 
 
-def _get_number(record: Mapping[str, Any], key: str) -> float | None:
+def get_number(record: Mapping[str, Any], key: str) -> float | None:
     """Return a number, also one that is written as text, as all values of a CSV file are."""
     value = record.get(key)
     if isinstance(value, str) and NUMERAL.fullmatch(value.strip()):

@@ -209,3 +209,13 @@ def draw(advantages: np.ndarray, kind: Literal["all", "uniform", "priority"], se
     odds = np.asarray(advantages[positive], dtype=np.float64)
     # [seed, 0, 1] is neither the stream of the plan's first order, [seed], nor that of an epoch, [seed, epoch].
     return np.random.default_rng([seed, 0, 1]).choice(positive, size=len(positive), p=odds / odds.sum())
+
+
+def stack_by_group(group: np.ndarray, members: np.ndarray) -> np.ndarray:
+    """Return [G, K] the members of each group, ABSENT where a group has fewer than the largest."""
+    order = np.argsort(group, kind="stable")
+    _, start, count = np.unique(group[order], return_index=True, return_counts=True)
+    stacked = np.full((len(count), count.max()), ABSENT)
+    place = np.arange(len(order)) - np.repeat(start, count)
+    stacked[np.repeat(np.arange(len(count)), count), place] = members[order]
+    return stacked

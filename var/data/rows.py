@@ -1,5 +1,6 @@
 """Rows: prompts with their responses, checked once, stored as an Arrow file and read by memory map."""
 
+import hashlib
 import json
 import math
 import re
@@ -7,18 +8,20 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 
 from var.data.messages import Prompt, last_text, prompt_content, restore_prompt, texts_in
 from var.utils.errors import Problems
 from var.utils.files import atomic, replacing
 from var.utils.provenance import hash_content
 
-FORMAT = 6  # increase it when an adapter or Row changes the rows of an unchanged source
+FORMAT = 7  # increase it when an adapter or Row changes the rows of an unchanged source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +106,18 @@ class Rows:
         joined = f", {self.merged} records joined to rows of the same prompt" if self.merged else ""
         return f"{self.form}; {len(self)} rows{joined}" if self.form else ""
 
+    @cached_property
+    def labels(self) -> str:
+        """A hash of what training reads of the rows besides text: scores, weights, pairs' orders, answers."""
+        digest = hashlib.sha256()
+        for part in self.table.select_columns(["responses", "ordered", "answer"]).with_format("arrow").iter(10_000):
+            responses = pc.list_flatten(part["responses"])
+            for name in ("score", "weight"):
+                numbers = pc.fill_null(pc.struct_field(responses, name), math.nan)
+                digest.update(numbers.to_numpy().tobytes())
+            digest.update(repr([part["ordered"].to_pylist(), part["answer"].to_pylist()]).encode())
+        return digest.hexdigest()[:16]
+
     def __len__(self) -> int:
         return len(self.table)
 
@@ -184,7 +199,7 @@ def read(source: Source, cache: Path) -> Rows:
     """
     target = cache / "rows" / hash_content(FORMAT, source.fingerprint()).hex()
     if not (target / "done.json").exists():
-        problems = RowProblems(f"{type(source).__name__}: invalid rows")
+        problems = RowProblems(f"{type(source).__name__}: invalid rows", str(getattr(source, "path", "source")))
         left_out, merged = Counter[str](), 0
         target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target) as folder:
@@ -225,8 +240,10 @@ VALUES = re.compile(r"\(row .*\)$|got .*|id '.*' is also.*|\d+", re.DOTALL)  # w
 class RowProblems(Problems):
     """Problems of rows. Those that differ only in values are listed once, with the first rows that have them."""
 
-    def __init__(self, title: str) -> None:
+    def __init__(self, title: str, source: str = "source") -> None:
         super().__init__(title)
+        self.source = source
+        """The data set, in the message that it has no rows."""
         self.kinds: dict[str, list[str]] = {}
         self.example = ""
         """The first invalid record next to a valid one."""
@@ -275,7 +292,7 @@ def write(rows: Iterable[Row], target: Path, problems: Problems) -> None:
                 writer.write(_dump_row(row))
             writer.finalize()
         if not keys and not problems:
-            problems.add("source", "it has no rows")
+            problems.add(getattr(problems, "source", "source"), "it has no rows")
         problems.check()
         with atomic(target / "prompts.npy", "wb", shared=True) as file:
             np.save(file, np.array(keys, dtype="S16"))

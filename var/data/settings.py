@@ -53,6 +53,8 @@ class DataSettings:
         for name in ("max_length", "micro_batch", "global_batch"):
             if getattr(self, name) < 1:
                 problems.add(f"data.{name}", f"must be at least 1, got {getattr(self, name)}")
+        if self.limit is not None and self.limit < 1:
+            problems.add("data.limit", f"must be at least 1, or null for all rows, got {self.limit}")
         if self.validation_prompts < 0:
             problems.add("data.validation_prompts", f"must be at least 0, got {self.validation_prompts}")
         problems.check()

@@ -55,6 +55,11 @@ class Classifier:
 
     scores_text = True
 
+    def __post_init__(self) -> None:
+        for name in ("max_length", "tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"{self.key}.{name}={value}: must be at least 1")
+
     @cached_property
     def _files(self) -> Pretrained:
         model = Path(self.path).expanduser() / "model"  # in the folder of a finished run

@@ -154,6 +154,8 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
     Raise UserError if it is damaged or a pickle of anything but tensors and plain values. Nothing that it names is run.
     torch would unpickle the `.metadata` of a sharded checkpoint without a check.
     """
+    if (last := checkpoint / "checkpoints" / "last.ckpt").exists():
+        raise UserError(f"resume={checkpoint} is the folder of a run. Write resume={last}.")
     try:
         if checkpoint.is_dir():
             with (checkpoint / ".metadata").open("rb") as file:

@@ -1,6 +1,7 @@
 """Checks of a configuration as a whole, before anything is loaded."""
 
 import importlib.util
+import math
 import os
 from dataclasses import replace
 
@@ -49,6 +50,11 @@ def check_strategy(cfg: DictConfig, settings: TrainerSettings) -> None:
 
 def check_optimizer(cfg: DictConfig) -> None:
     """Raise UserError for arguments that the optimizer rejects, such as a negative learning rate."""
+    rate = cfg.optim.optimizer.get("lr", 0.0)
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not math.isfinite(rate):
+        raise UserError(
+            f"optim.optimizer.lr, which is model.learning_rate unless it is set: expected a number, got {rate}"
+        )
     try:
         instantiate(cfg.optim.optimizer, _convert_="all")([torch.nn.Parameter(torch.zeros(1))])
     except (TypeError, ValueError) as error:

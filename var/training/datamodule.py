@@ -15,7 +15,7 @@ from var.annotate.responses import add_responses, sample_responses
 from var.annotate.rewards import score_rows
 from var.annotate.rollouts import ProvideRollout
 from var.data.degenerate import count_degenerate, warn_of_degenerate
-from var.data.plan import ABSENT, MicroBatch, make_plan
+from var.data.plan import ABSENT, MicroBatch, make_plan, stack_by_group
 from var.data.rows import Source, read
 from var.data.sequences import choose, needs_rewards
 from var.data.settings import DataSettings
@@ -151,7 +151,7 @@ class AlignmentData(lightning.LightningDataModule):
             )
         self._have_responses = settings.responses != "sampled" and with_responses > 0
         special = self.annotator.reference.pretrained.tokenizer.all_special_tokens
-        report.degenerate = count_degenerate(data.rows, data.validation, special)
+        report.degenerate = count_degenerate(data.rows, data.validation, special, not self._have_responses)
         warn_of_degenerate(report.degenerate, len(data.rows))
         if self.rollout and data.sampling.responses == 1 and not find(self.requirements, TokenValues):
             warn(
@@ -185,6 +185,8 @@ class AlignmentData(lightning.LightningDataModule):
             provider.compute(data)
         if data.weights is not None:
             used = np.unique(data.members[data.members >= 0])
+            if not data.weights[used].any():
+                raise UserError("the weights of all responses are 0, so nothing would train")
             length = torch.from_numpy(sequences.length[used])
             report.weights = weight_health(data.weights[used], length)._asdict()
 
@@ -296,13 +298,15 @@ class AlignmentData(lightning.LightningDataModule):
         return batch.to(device, non_blocking=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the plan's hash and the position in it, in this rank's micro-batches."""
+        """Return hashes of what trains, and the position in the plan, in this rank's micro-batches."""
         assert self.trainer is not None
         progress = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
         weights = self.annotator.reference.pretrained.weights
         epoch, ranks = self.trainer.current_epoch, self.trainer.world_size
-        plan = self.training_set.plan.hash
-        return {"plan": plan, "weights": weights, "epoch": epoch, "position": progress, "ranks": ranks}
+        plan, labels = self.training_set.plan.hash, self.training_set.rows.labels
+        return {
+            "plan": plan, "labels": labels, "weights": weights, "epoch": epoch, "position": progress, "ranks": ranks,
+        }  # fmt: skip
 
     def _check_weights(self) -> None:
         """Raise UserError if the checkpoint is of another model."""
@@ -313,12 +317,18 @@ class AlignmentData(lightning.LightningDataModule):
             )
 
     def _check_plan(self) -> None:
-        """Raise UserError if the checkpoint is of another plan."""
-        if self.saved and self.saved["plan"] != (plan := self.training_set.plan.hash):
+        """Raise UserError if the checkpoint is of another plan, or of other scores, weights or answers."""
+        saved, data = self.saved or {}, self.training_set
+        if (plan := saved.get("plan", data.plan.hash)) != data.plan.hash:
             raise UserError(
-                f"the checkpoint was made with plan {self.saved['plan']}, and this configuration makes plan {plan}: "
+                f"the checkpoint was made with plan {plan}, and this configuration makes plan {data.plan.hash}: "
                 "data, order, micro-batch or length differ. Resume with the same data, or start a new run with "
                 "resume=false."
+            )
+        if saved.get("labels", data.rows.labels) != data.rows.labels:
+            raise UserError(
+                "the checkpoint was made with other scores, weights or answers of the same responses. Resume with the "
+                "same data, or start a new run with resume=false."
             )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -338,13 +348,3 @@ class AlignmentData(lightning.LightningDataModule):
         at, position = self._start
         self._start = (0, 0)
         return epoch, position if at == epoch and position < length else 0
-
-
-def stack_by_group(group: np.ndarray, members: np.ndarray) -> np.ndarray:
-    """Return [G, K] the members of each group, ABSENT where a group has fewer than the largest."""
-    order = np.argsort(group, kind="stable")
-    _, start, count = np.unique(group[order], return_index=True, return_counts=True)
-    stacked = np.full((len(count), count.max()), ABSENT)
-    place = np.arange(len(order)) - np.repeat(start, count)
-    stacked[np.repeat(np.arange(len(count)), count), place] = members[order]
-    return stacked

@@ -231,6 +231,11 @@ class FormSource(HubSource):
 
     def records(self) -> Iterator[tuple[str, Any]]:
         """Yield (where, record)."""
+        if self.columns is not None and not isinstance(self.columns, Mapping):
+            raise UserError(
+                f"data.columns={self.columns}: expected our names of columns with the data's, as in "
+                "data.columns='{prompt: question, response: reply}'"
+            )
         columns = dict(self.columns or {})
         self.reader, records = detect(super().records(), columns, self.allowed, self.advice)
         if self.reader is not None:

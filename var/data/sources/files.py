@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from var.data.parse import KEYS
 from var.data.sources.detection import FormSource, Reader
-from var.data.sources.forms import FORMS, PROMPT, ROWS
+from var.data.sources.forms import FORMS, PROMPT, RESPONSE, ROWS
 from var.utils.errors import UserError
 
 
@@ -32,6 +32,8 @@ class Files(FormSource):
         if reader.form is not ROWS or "responses" in columns:
             return
         name = next(name for name in PROMPT if name in columns)
+        if empty := [column for column in RESPONSE if column in columns]:
+            raise UserError(f"{self.path}: {empty[0]!r} has no value in any of the first records")
         if name != "prompt" and "answer" in columns:
             raise UserError(
                 f"{self.path}: 'answer' may be a response or the reference answer of a reward. Set "

@@ -10,7 +10,7 @@ from itertools import chain, takewhile
 from typing import Any
 
 from var.data.messages import parse_message, split_answer
-from var.data.parse import FLAGS, KEYS
+from var.data.parse import FLAGS, KEYS, get_number
 
 PROMPT = ("prompt", "instruction", "question")
 RESPONSE = ("response", "completion", "output")
@@ -45,15 +45,12 @@ def _convert_single(record: Mapping[str, Any]) -> dict[str, Any]:
     before, text, message = split_answer(_filled(record["response"]), "response")
     if before:
         raise ValueError("'response' has several messages, and only one can be trained. Put the others into the prompt")
-    response = {key: record[key] for key in ("score", "weight", "source", "finished") if key in record}
-    if "label" in record and "score" not in record:
-        response["score"] = _parse_label(record["label"])
     prompt = record["prompt"]
     if more := record.get("input"):
         if not isinstance(prompt, str) or not isinstance(more, str):
             raise ValueError(f"'input' must be text that follows a text, got {more!r}")
         prompt = f"{prompt}\n\n{more}"
-    return {"prompt": prompt, "responses": [{**response, "text": text, "message": message}]}
+    return {"prompt": prompt, "responses": [{**_get_scores(record), "text": text, "message": message}]}
 
 
 def _convert_messages(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,8 +62,15 @@ def _convert_messages(record: Mapping[str, Any]) -> dict[str, Any]:
     before, text, message = split_answer(messages, "messages")
     if not before:
         raise ValueError("'messages' has no message before the assistant's")
-    score = {key: record[key] for key in ("score", "weight") if key in record}
-    return {"prompt": before, "responses": [{**score, "text": text, "message": message}]}
+    return {"prompt": before, "responses": [{**_get_scores(record), "text": text, "message": message}]}
+
+
+def _get_scores(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a record with one response says of it."""
+    found = {key: record[key] for key in ("score", "weight", "source", "finished") if key in record}
+    if "label" in record and "score" not in record:
+        found["score"] = _parse_label(record["label"])
+    return found
 
 
 def _convert_pair(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,9 +85,13 @@ def _convert_pair(record: Mapping[str, Any]) -> dict[str, Any]:
     if before:
         if isinstance(prompt, list) and prompt != before:
             raise ValueError("'chosen' and 'rejected' have other messages before the answer than 'prompt'")
+        if isinstance(prompt, str) and prompt.strip() not in {(m.get("content") or "").strip() for m in before} | {""}:
+            raise ValueError("'prompt' is not among the messages before the answer in 'chosen' and 'rejected'")
         prompt = before
     if prompt is None:
         raise ValueError("missing 'prompt'")
+    for name in PAIR_OPTIONS:
+        get_number(record, name)  # an error names this key
     responses = [
         {"text": text, "message": message, "score": record.get(f"score_{name}")}
         for name, (text, message) in (("chosen", best), ("rejected", worst))
@@ -120,7 +128,7 @@ def _filled(value: Any) -> Any:
 
 def _parse_label(value: Any) -> float | None:
     """Return 1 for a desirable response and 0 for an undesirable one."""
-    flag = {**FLAGS, "1": True, "0": False}.get(str(value).strip().lower())
+    flag = {**FLAGS, "1": True, "0": False, "1.0": True, "0.0": False}.get(str(value).strip().lower())
     if flag is None:
         raise ValueError(f"'label' must be true or false, got {value!r}")
     return float(flag)
@@ -145,7 +153,7 @@ SINGLE = Form(
     {"prompt": "How do tides work?", "response": "The moon …", "score": 1.5}, _convert_single, single=True,
 )  # fmt: skip
 MESSAGES = Form(
-    "conversations, whose last message is the response", (("messages", "conversations"),), ("score", "weight"),
+    "conversations, whose last message is the response", (("messages", "conversations"),), ("score", "weight", "label"),
     {"messages": TURNS}, _convert_messages, single=True,
 )  # fmt: skip
 FORMS = (PAIRS, IMPLICIT, SINGLE, MESSAGES, ROWS)
