@@ -205,7 +205,8 @@ def test_text_that_the_template_adds_is_an_error_or_counted(
         ids, start, _ = sequences.tokens(0)
         assert byte_tokenizer().decode(ids[start:]) == f"{begin}x<end>"
         printed = capsys.readouterr().out.replace("\n", " ")
-        assert f"changes 2 rows, which train as it writes them. row a#0: the response is {{+{begin}+}}x" in printed
+        warning = f"changes 2 rows, which train as it writes them. row a#0: the response is {{+{begin}+}}x"
+        assert printed.count(warning) == printed.count("Warning") == 1
     with pytest.raises(UserError, match=r"row a#0: the response is"):
         encode_rows(tmp_path, *rows, template=template)
 

@@ -186,6 +186,34 @@ def test_template_that_changes_rows_is_an_error_or_counted(own: list[str], tmp_p
     assert record["trained"]["after"].endswith("<end><assistant>")
 
 
+def test_debug_rows_shows_what_trains(base: list[str], tmp_path: Path) -> None:
+    """Long responses are truncated or dropped as in training, which can make the responses of a pair equal."""
+    records = [
+        {"id": "a", "prompt": "q", "chosen": "abcde", "rejected": "abcdf"},
+        {"id": "b", "prompt": "q", "chosen": "x<end>", "rejected": "y"},
+    ]
+    file = write_lines(tmp_path / "pairs.jsonl", records)
+    rows = [*base, "debug=rows", "data=preferences", f"data.path={file}", "reward=score", "loss=dpo"]
+    rows = [*rows, "data.max_length=9"]  # 5 tokens of the prompt
+    printed = check_run("train.py", *rows, "data.overlong=truncate").replace("\n", " ")
+    for text in ("<bos><user>q<end><assistant>⟦abcd⟧ trained tokens: [64, 65, 66, 67]", "truncated from 11 tokens",
+                 "row a#0: 5 prompt tokens, which are read, and 4 that train", "⟦x<en⟧", "⟦y<end>⟧",
+                 "responses: 4, longer than data.max_length (truncate): 3, trained tokens: 14, with control tokens, "
+                 "encoded as text: 1, the same tokens as another response of the row: 1"):  # fmt: skip
+        assert text in printed, printed
+    printed = check_run("train.py", *rows).replace("\n", " ")
+    assert "row a#1: dropped, since it has 11 tokens; data.max_length=9" in printed
+    assert "longer than data.max_length (drop): 3, trained tokens: 2," in printed
+    error = check_error("row b#0: it has 12 tokens; data.max_length=9", *rows, "data.overlong=error")
+    assert "rows that cannot be tokenized (3)" in error
+    added = TEMPLATE.replace("m['content']", "('<t></t>' if m.role == 'assistant' else '') + m['content']")
+    rows += ["data.max_length=99", f"model.chat_template={added!r}"]
+    assert "row b#1: the response is {+<t></t>+}y" in check_error("does not write these rows as they are", *rows)
+    printed = check_run("train.py", *rows, "data.on_template_change=count").replace("\n", " ")
+    assert "⟦<t></t>y<end>⟧" in printed
+    assert "changes 4 rows, which train as it writes them" in printed
+
+
 @pytest.mark.long
 def test_each_job_of_a_sweep_has_its_folder(own: list[str], tiny_folder: Path, tmp_path: Path) -> None:
     check_run("train.py", "-m", *own, "loss=sft,var_grouped", "logger=wandb")
