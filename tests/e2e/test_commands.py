@@ -146,12 +146,13 @@ def test_debug_presets(own: list[str], tmp_path: Path) -> None:
 def test_commands_of_a_run_read_the_date_of_its_first_start(
     own: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """annotate.py starts the run, and train.py resumes it on the next day. Only a dry run before leaves no date."""
+    """annotate.py starts the run, and train.py resumes it on the next day. A run that only shows leaves no date."""
     folder = saved(tmp_path / "dated", tokenizer=byte_tokenizer(DATED))
     own = [*own, f"model.path={folder}", "loss=sft", "data.responses=sampled", "generate.max_new_tokens=40"]
     monkeypatch.chdir(tmp_path)
     set_clock(monkeypatch, date(2026, 11, 28))
     check_run("train.py", *own, "debug=dry")
+    check_run("train.py", *own, "debug=rows")
     check_run("sample.py", *own, f"out={tmp_path}/rows.jsonl")
     assert not list(tmp_path.rglob("date.txt"))
     sampling = json.loads((tmp_path / "rows.jsonl").read_text().splitlines()[0])["sampling"]
@@ -163,6 +164,8 @@ def test_commands_of_a_run_read_the_date_of_its_first_start(
     assert "model.date=2026-11-29 for this run" in check_run("train.py", *own, "annotate=error").replace("\n", " ")
     prompts = (run_folder(tmp_path / "runs") / "batches.jsonl").read_text()
     assert prompts.count("<system>29 Nov 2026<end>") == len(prompts.splitlines()) > 0
+    config = (run_folder(tmp_path / "runs") / "model" / "config.yaml").read_text()
+    assert "\n  date: '2026-11-29'\n" in config  # read by eval.py
     check_error("annotate=error", *own, "annotate=error", "resume=false")
 
 

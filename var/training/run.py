@@ -112,7 +112,8 @@ class Run:
         if cfg.dry and cfg.annotate == "error":
             raise UserError("annotate=error has no effect with debug=dry, which computes nothing")
         date_file = folder / "date.txt"
-        kept = date_file if keep_date and (not cfg.dry or date_file.exists()) else None
+        starts = not (cfg.dry or cfg.show_rows)
+        kept = date_file if keep_date and (starts or date_file.exists()) else None
         pretrained = Pretrained(**pick_fields(Pretrained, cfg.model), cache=cfg.cache, date_file=kept)
         if cfg.init is not None:
             pretrained = replace(pretrained, path=str(find_model(cfg.init)), revision=None, chat_template=None)
