@@ -217,6 +217,20 @@ def test_debug_rows_shows_what_trains(base: list[str], tmp_path: Path) -> None:
     assert "changes 4 rows, which train as it writes them" in printed
 
 
+def test_debug_rows_checks_prompts_without_responses(base: list[str], tmp_path: Path) -> None:
+    """The template changes one of them, and it cannot write another."""
+    file = write_lines(tmp_path / "prompts.jsonl", [{"id": text, "prompt": text, "answer": "1"} for text in "a?!"])
+    changed = "(raise_exception('loud') if m.content == '!' else m.content | replace('?', '.'))"
+    template = TEMPLATE.replace("m['content']", changed)
+    (tmp_path / "own.jinja").write_text(template)
+    rows = [*base, "debug=rows", "data=prompts", f"data.path={file}", "reward=exact_number"]
+    error = check_error("rows that cannot be tokenized (1)", *rows, f"model.chat_template={tmp_path}/own.jinja")
+    assert "row !: the chat template cannot render these messages: TemplateError: loud" in error
+    (tmp_path / "own.jinja").write_text(template.replace("'!'", "'no'"))
+    error = check_error("does not write these rows as they are (1)", *rows, f"model.chat_template={tmp_path}/own.jinja")
+    assert "row ?: the user's message 0 is [-?-]{+.+}" in error
+
+
 @pytest.mark.long
 def test_each_job_of_a_sweep_has_its_folder(own: list[str], tiny_folder: Path, tmp_path: Path) -> None:
     check_run("train.py", "-m", *own, "loss=sft,var_grouped", "logger=wandb")

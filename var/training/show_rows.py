@@ -85,10 +85,16 @@ def show_tokens(chat: Chat, ids: Sequence[int], start: int) -> None:
 
 
 def count_changes(chat: Chat, rows: Rows, settings: DataSettings) -> None:
-    """Print how many responses of all rows change, cannot be encoded, are too long or are equal."""
+    """Print how many responses of all rows, or prompts, change, cannot be encoded, are too long or are equal."""
     changes, problems, counts = TemplateChanges(), Problems("rows that cannot be tokenized"), Counter[str]()
     for row in rows:
         found = set[tuple[int, ...]]()
+        if not row.responses:
+            counts["prompts without a response"] += 1
+            try:
+                changes.add(f"row {row.id}", chat.check_prompt(row.prompt))
+            except ValueError as error:
+                problems.add(f"row {row.id}", str(error))
         for k, response in enumerate(row.responses):
             name = f"row {row.id}#{k}"
             counts["responses"] += 1
@@ -106,6 +112,6 @@ def count_changes(chat: Chat, rows: Rows, settings: DataSettings) -> None:
             counts["the same tokens as another response of the row"] += tuple(ids) in found
             found |= {tuple(ids)} if ids else set()
     say(f"\nAll {len(rows)} rows: " + ", ".join(f"{name}: {count:,}" for name, count in counts.items()))
-    say(f"responses changed by the template: {changes.rows}, that cannot be tokenized: {len(problems.found)}")
+    say(f"rows changed by the template: {changes.rows}, that cannot be tokenized: {len(problems.found)}")
     problems.check()
     changes.settle(settings.on_template_change)
