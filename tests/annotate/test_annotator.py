@@ -9,15 +9,24 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.helpers.annotators import ROWS, SAMPLING, make_annotator, make_micro, make_sequences, policy_is_loaded
-from tests.helpers.models import pretrained
+from notebooks.tiny import TEMPLATE, byte_tokenizer
+from tests.helpers.annotators import (
+    ROWS,
+    SAMPLING,
+    RowSource,
+    make_annotator,
+    make_micro,
+    make_sequences,
+    policy_is_loaded,
+)
+from tests.helpers.models import pretrained, saved, tiny_model
 from var.annotate.annotator import Annotator, MissingAnnotations
 from var.annotate.prompt_features import prompt_features
 from var.annotate.reference_logps import cached_cross_logps, reference_logps
 from var.annotate.responses import add_responses, sample_responses, sampling_fingerprint
 from var.annotate.rewards import cross_rewards, score_rows
 from var.data.report import DataReport
-from var.data.rows import Response
+from var.data.rows import Response, Row, read
 from var.models.frozen import FrozenModel
 from var.sampling.base import Sample
 from var.utils.distributed import Ranks
@@ -192,6 +201,41 @@ def test_sampled_responses_become_rows_and_are_counted(make, tmp_path):
 
 
 # --- missing numbers, and several ranks
+
+
+def test_text_of_a_token_without_embedding_is_an_error(tmp_path):
+    """In a prompt, a response or a tool call. The token itself may be in the tokenizer."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<tool>"])
+    folder = saved(tmp_path / "model", tiny_model(vocab_size=len(tokenizer) - 1), tokenizer)
+    annotator = make_annotator(folder, tmp_path)
+    call = {"tool_calls": [{"type": "function", "function": {"name": "<tool>", "arguments": {}}}]}
+    texts = [("a", "b", {}), ("a <tool>", "b", {}), ("a", "<tool>b", {}), ("a", "", call)]
+    rows = tuple(
+        Row(id=str(i), prompt=({"role": "user", "content": asked},), responses=(Response(text=text, message=message),))
+        for i, (asked, text, message) in enumerate(texts)
+    )
+    annotator.check_rows(read(RowSource(rows[:1]), annotator.cache))
+    with pytest.raises(UserError) as error:
+        annotator.check_rows(read(RowSource(rows), annotator.cache))
+    lines = str(error.value).splitlines()
+    assert lines[0].endswith("rows with tokens for which the model has no embedding (3):")
+    assert lines[1:4] == [f"  row {i}: '<tool>', id {len(tokenizer) - 1}" for i in (1, 2, 3)]
+
+
+def test_prompts_that_the_template_rejects_are_named_before_sampling(tmp_path):
+    rejects = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+    folder = saved(tmp_path / "model", tokenizer=byte_tokenizer(rejects + TEMPLATE))
+    annotator = make_annotator(folder, tmp_path)
+    system = {"role": "system", "content": "s"}
+    rows = [replace(row, prompt=(system, *row.prompt)) if i % 2 else row for i, row in enumerate(ROWS[:4])]
+    with pytest.raises(UserError) as error:
+        sample_responses(annotator, read(RowSource(tuple(rows)), annotator.cache), SAMPLING)
+    reason = "the chat template cannot render these messages: TemplateError: no system turn"
+    lines = str(error.value).splitlines()
+    assert lines[1:3] == [f"  row row-1: {reason}", f"  row row-3: {reason}"]
+    assert "set model.chat_template" in lines[3]
+    assert not policy_is_loaded(annotator)
 
 
 def test_missing_numbers_are_an_error_with_the_command_that_computes_them(make):

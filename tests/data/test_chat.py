@@ -213,6 +213,13 @@ def test_end_of_ordinary_text_is_an_error(end: str):
         chat.encode(ASK, "xy")
 
 
+def test_plain_template_needs_an_end_token():
+    tokenizer = byte_tokenizer(template=None)
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match=r"a special token\. The tokenizer has no eos_token, which plain needs"):
+        Chat(tokenizer, "plain").encode(ASK, "xy")
+
+
 @pytest.mark.parametrize("response", ["x  ", "  ", " x", "x \n"])
 def test_spaces_are_kept_if_offsets_exclude_them(response: str):
     """With GPT-2's trimmed offsets, a token of spaces has an empty span at the end of the response."""

@@ -205,9 +205,24 @@ def test_text_that_the_template_adds_is_an_error_or_counted(
         ids, start, _ = sequences.tokens(0)
         assert byte_tokenizer().decode(ids[start:]) == f"{begin}x<end>"
         printed = capsys.readouterr().out.replace("\n", " ")
-        assert f"changes 2 rows, which train as it writes them. row a#0: the response is {{+{begin}+}}x" in printed
+        warning = f"changes 2 rows, which train as it writes them. row a#0: the response is {{+{begin}+}}x"
+        assert printed.count(warning) == printed.count("Warning") == 1
     with pytest.raises(UserError, match=r"row a#0: the response is"):
         encode_rows(tmp_path, *rows, template=template)
+
+
+def test_control_tokens_in_text_are_counted_and_do_not_end_a_turn(tmp_path: Path):
+    """The end token trains once, and no turn begins within a response or a prompt."""
+    sequences = encode_rows(
+        tmp_path, row("a", "x<end>", "y"), row("b", "x<end><user>y<end><assistant>z"), row("c", "v", prompt="<end>")
+    )
+    assert sequences.counts == {"sequences with control tokens, encoded as text": 3}
+    tokenizer = byte_tokenizer()
+    names = [tokenizer.convert_ids_to_tokens(sequences.tokens(i)[0]) for i in range(4)]
+    special = ["<bos>", "<user>", "<end>", "<assistant>", "<end>"]
+    assert [[name for name in each if name in tokenizer.all_special_tokens] for each in names] == [special] * 4
+    assert "".join(names[1]) == "<bos><user>ab<end><assistant>y<end>"
+    assert "".join(names[2]) == "<bos><user>ab<end><assistant>x<end><user>y<end><assistant>z<end>"
 
 
 def test_all_responses_truncated_is_an_error(tmp_path: Path):

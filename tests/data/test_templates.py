@@ -398,6 +398,24 @@ def test_reasoning_is_reported_and_turned_off_by_row(chat_of: Any, smollm2: Path
         chat.prompt(Prompt(user, (), {"sing": True}))
 
 
+@pytest.mark.parametrize(
+    ("response", "finished", "trained", "change"),
+    [
+        ("<think>\ntwo and tw", False, "<think>\n\n</think>\n\n<think>\ntwo and tw",
+         r"<think>\n{+\n</think>\n\n<think>\n+}two and tw"),
+        ("<think>2+2</think>4", True, "<think>\n2+2\n</think>\n\n4<|im_end|>",
+         r"<think>[-2+2</think>-]{+\n2+2\n</think>\n\n+}4"),
+        ("<think>\n2+2\n</think>\n\n4", True, "<think>\n2+2\n</think>\n\n4<|im_end|>", ""),
+    ],
+)  # fmt: skip
+def test_reasoning_that_the_template_rewrites_is_reported(response, finished, trained, change, chat_of: Any) -> None:
+    """A truncated answer gets an empty block before its own, and a block gets line ends."""
+    chat = chat_of("gpt2", "qwen3")
+    encoded = chat.encode([{"role": "user", "content": "2 + 2?"}], response, finished)
+    assert chat.template.decode(encoded.ids[encoded.start :]) == trained
+    assert encoded.changes == ((f"the response is {change}",) if change else ())
+
+
 def test_text_in_arguments_of_a_row_is_inert(smollm2: Path) -> None:
     chat = FORMS["chatml"].chat("added", smollm2)
     chat.tokenizer.chat_template = "{{ persona }}" + CHATML

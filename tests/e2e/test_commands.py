@@ -147,12 +147,13 @@ def test_debug_presets(own: list[str], tmp_path: Path) -> None:
 def test_commands_of_a_run_read_the_date_of_its_first_start(
     own: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """annotate.py starts the run, and train.py resumes it on the next day. Only a dry run before leaves no date."""
+    """annotate.py starts the run, and train.py resumes it on the next day. A run that only shows leaves no date."""
     folder = saved(tmp_path / "dated", tokenizer=byte_tokenizer(DATED))
     own = [*own, f"model.path={folder}", "loss=sft", "data.responses=sampled", "generate.max_new_tokens=40"]
     monkeypatch.chdir(tmp_path)
     set_clock(monkeypatch, date(2026, 11, 28))
     check_run("train.py", *own, "debug=dry")
+    check_run("train.py", *own, "debug=rows")
     check_run("sample.py", *own, f"out={tmp_path}/rows.jsonl")
     assert not list(tmp_path.rglob("date.txt"))
     sampling = json.loads((tmp_path / "rows.jsonl").read_text().splitlines()[0])["sampling"]
@@ -164,6 +165,8 @@ def test_commands_of_a_run_read_the_date_of_its_first_start(
     assert "model.date=2026-11-29." in check_run("train.py", *own, "annotate=error").replace("\n", " ")
     prompts = (run_folder(tmp_path / "runs") / "batches.jsonl").read_text()
     assert prompts.count("<system>29 Nov 2026<end>") == len(prompts.splitlines()) > 0
+    config = (run_folder(tmp_path / "runs") / "model" / "config.yaml").read_text()
+    assert "\n  date: '2026-11-29'\n" in config  # read by eval.py
     check_error("annotate=error", *own, "annotate=error", "resume=false")
 
 
@@ -185,6 +188,48 @@ def test_template_that_changes_rows_is_an_error_or_counted(own: list[str], tmp_p
     record = json.loads((folder / "batches.jsonl").read_text().splitlines()[0])
     assert record["trained"]["tokens"] == f"<t></t>{record['response']}<end>"
     assert record["trained"]["after"].endswith("<end><assistant>")
+
+
+def test_debug_rows_shows_what_trains(base: list[str], tmp_path: Path) -> None:
+    """Long responses are truncated or dropped as in training, which can make the responses of a pair equal."""
+    records = [
+        {"id": "a", "prompt": "q", "chosen": "abcde", "rejected": "abcdf"},
+        {"id": "b", "prompt": "q", "chosen": "x<end>", "rejected": "y"},
+    ]
+    file = write_lines(tmp_path / "pairs.jsonl", records)
+    rows = [*base, "debug=rows", "data=preferences", f"data.path={file}", "reward=score", "loss=dpo"]
+    rows = [*rows, "data.max_length=9"]  # 5 tokens of the prompt
+    printed = check_run("train.py", *rows, "data.overlong=truncate").replace("\n", " ")
+    for text in ("<bos><user>q<end><assistant>⟦abcd⟧ trained tokens: [64, 65, 66, 67]", "truncated from 11 tokens",
+                 "row a#0: 5 prompt tokens, which are read, and 4 that train", "⟦x<en⟧", "⟦y<end>⟧",
+                 "responses: 4, longer than data.max_length (truncate): 3, trained tokens: 14, with control tokens, "
+                 "encoded as text: 1, the same tokens as another response of the row: 1"):  # fmt: skip
+        assert text in printed, printed
+    printed = check_run("train.py", *rows).replace("\n", " ")
+    assert "row a#1: dropped, since it has 11 tokens; data.max_length=9" in printed
+    assert "longer than data.max_length (drop): 3, trained tokens: 2," in printed
+    error = check_error("row b#0: it has 12 tokens; data.max_length=9", *rows, "data.overlong=error")
+    assert "rows that cannot be tokenized (3)" in error
+    added = TEMPLATE.replace("m['content']", "('<t></t>' if m.role == 'assistant' else '') + m['content']")
+    rows += ["data.max_length=99", f"model.chat_template={added!r}"]
+    assert "row b#1: the response is {+<t></t>+}y" in check_error("does not write these rows as they are", *rows)
+    printed = check_run("train.py", *rows, "data.on_template_change=count").replace("\n", " ")
+    assert "⟦<t></t>y<end>⟧" in printed
+    assert "changes 4 rows, which train as it writes them" in printed
+
+
+def test_debug_rows_checks_prompts_without_responses(base: list[str], tmp_path: Path) -> None:
+    """The template changes one of them, and it cannot write another."""
+    file = write_lines(tmp_path / "prompts.jsonl", [{"id": text, "prompt": text, "answer": "1"} for text in "a?!"])
+    changed = "(raise_exception('loud') if m.content == '!' else m.content | replace('?', '.'))"
+    template = TEMPLATE.replace("m['content']", changed)
+    (tmp_path / "own.jinja").write_text(template)
+    rows = [*base, "debug=rows", "data=prompts", f"data.path={file}", "reward=exact_number"]
+    error = check_error("rows that cannot be tokenized (1)", *rows, f"model.chat_template={tmp_path}/own.jinja")
+    assert "row !: the chat template cannot render these messages: TemplateError: loud" in error
+    (tmp_path / "own.jinja").write_text(template.replace("'!'", "'no'"))
+    error = check_error("does not write these rows as they are (1)", *rows, f"model.chat_template={tmp_path}/own.jinja")
+    assert "row ?: the user's message 0 is [-?-]{+.+}" in error
 
 
 @pytest.mark.long

@@ -7,11 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
+from notebooks.tiny import byte_tokenizer
 from tests.helpers.judges import pair
+from tests.helpers.models import DATED, saved
 from tests.helpers.runs import composed
 from var.evaluate.judges.base import Judgement
-from var.evaluate.run import Evaluation, judge_pairs
+from var.evaluate.run import Evaluation, judge_pairs, locate_models
 from var.evaluate.table import print_result
 from var.utils.errors import UserError
 
@@ -53,6 +56,25 @@ def test_settings_that_cannot_be_used_are_rejected(tmp_path: Path, overrides: li
 def test_seed_also_sets_the_sampling_seed(tmp_path: Path) -> None:
     options = f"annotation_cache={tmp_path}/s", f"cache={tmp_path}/c", "seed=3", "prompts=1"
     Evaluation.compose(composed(*options, root="eval"))
+
+
+def test_prompts_have_the_date_and_the_template_arguments_of_the_run(tmp_path: Path) -> None:
+    """For the model and the reference. The command line has priority, and a model without a run has neither."""
+    template = DATED.replace("'<assistant>'", "'<assistant>' + ('' if enable_thinking | default(true) else '()')")
+    folder = saved(tmp_path / "run" / "model", tokenizer=byte_tokenizer(template))
+    options = ["model=hub", f"model.path={folder}", f"init={tmp_path}/run", f"cache={tmp_path}/c"]
+
+    def render(*more: str) -> list[str]:
+        models = locate_models(composed(*options, *more, root="eval"))
+        return [model.chat.render([{"role": "user", "content": "a"}]) for model in models if model]
+
+    plain = "<user>a<end><assistant>"
+    fixed = f"<bos><system>02 Jan 2025<end>{plain}"
+    assert render("model.date=2025-01-02") == [fixed] * 2
+    model = {"date": "2024-07-26", "chat_template_kwargs": {"enable_thinking": False}}
+    OmegaConf.save({"model": model, "init": None}, folder / "config.yaml")
+    assert render() == [f"<bos><system>26 Jul 2024<end>{plain}()"] * 2
+    assert render("model.date=2025-01-02", "+model.chat_template_kwargs.enable_thinking=true") == [fixed] * 2
 
 
 class Judge(SimpleNamespace):

@@ -242,8 +242,9 @@ def test_token_beyond_the_embeddings_is_rejected(special: bool, tmp_path: Path):
     what = rf"token '<turn>', id {size}: the chat template writes it\nSet %s\.chat_template"
     with pytest.raises(UserError, match=rf"^reward\.path=.*has {size} embeddings[^\n]*\n  {what % 'reward'}"):
         reward(tmp_path / "written" / "rm").fingerprint  # noqa: B018
-    with pytest.raises(UserError, match=what % "model"):
-        pretrained(tmp_path / "written" / "lm", tmp_path).fingerprint  # noqa: B018
+    for name in ("fingerprint", "chat"):
+        with pytest.raises(UserError, match=what % "model"):
+            getattr(pretrained(tmp_path / "written" / "lm", tmp_path), name)
     assert pretrained(tmp_path / "unused" / "lm", tmp_path).fingerprint
     scorer = reward(tmp_path / "unused" / "rm")
     assert score(scorer).std() > 0

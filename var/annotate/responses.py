@@ -70,7 +70,7 @@ def check_prompts(annotator: Annotator, rows: Rows, indices: np.ndarray) -> None
             changes.add(f"row {row.id}", annotator.chat.check_prompt(row.prompt))
         except ValueError as error:
             problems.add(f"row {row.id}", str(error))
-    problems.check()
+    problems.check("Change these rows, or set model.chat_template to a template that can write them.")
     changes.settle(annotator.on_template_change)
 
 

@@ -112,11 +112,12 @@ class Chat:
             )
         end = next((token for token in tokens if token in self.added_tokens), None)
         if end is None:
+            eos = self.tokenizer.eos_token
+            advice = f", such as {eos!r}, or to plain" if eos else ". The tokenizer has no eos_token, which plain needs"
             raise UserError(
                 f"the chat template ends an assistant's message with {self.suffix!r}, which begins with the token "
                 f"{self.tokenizer.decode([tokens[0]])!r} of ordinary text, which an answer "
-                "can contain. Set model.chat_template to one that ends a message with a special token, such as "
-                f"{self.tokenizer.eos_token or 'the end-of-sequence token'!r}, or to plain."
+                f"can contain. Set model.chat_template to one that ends a message with a special token{advice}."
             )
         return int(end)
 

@@ -11,10 +11,10 @@ import datasets
 import numpy as np
 
 from var.data.changes import TemplateChanges
-from var.data.chat import Chat
+from var.data.chat import Chat, Encoded
 from var.data.messages import prompt_content
 from var.data.rows import Rows, finish
-from var.data.settings import OnTemplateChange
+from var.data.settings import OnTemplateChange, Overlong
 from var.utils.errors import Problems, UserError
 from var.utils.files import replacing
 from var.utils.provenance import hash_content
@@ -124,12 +124,29 @@ def needs_rewards(rows: Rows, responses: Selection) -> bool:
     return responses == "best" or (responses == "both" and not all(rows.table["ordered"]))
 
 
+def fit(encoded: Encoded, max_length: int, overlong: Overlong) -> list[int]:
+    """Return the tokens of a sequence that train and those of its prompt, or an empty list if it is dropped.
+
+    A truncated response has no end token, so that it does not teach to stop. Raise a ValueError if the sequence is too
+    long to be used.
+    """
+    if len(encoded.ids) <= max_length:
+        return encoded.ids
+    if overlong == "drop":
+        return []
+    full = encoded.start >= max_length  # no room for a response
+    if overlong == "error" or full:
+        what = f"its prompt alone has {encoded.start} tokens" if full else f"it has {len(encoded.ids)} tokens"
+        raise ValueError(f"{what}; data.max_length={max_length}")
+    return encoded.ids[:max_length]
+
+
 def encode(
     rows: Rows,
     choice: Choice,
     chat: Chat,
     max_length: int,
-    overlong: Literal["drop", "truncate", "error"],
+    overlong: Overlong,
     pairs: bool,
     cache: Path,
     on_template_change: OnTemplateChange = "error",
@@ -174,7 +191,7 @@ def _write(
     choice: Choice,
     chat: Chat,
     max_length: int,
-    overlong: str,
+    overlong: Overlong,
     pairs: bool,
     on_template_change: OnTemplateChange,
     target: Path,
@@ -200,22 +217,22 @@ def _write(
         counts["sequences with control tokens, encoded as text"] += encoded.control
         if response.ids is not None and encoded.ids[encoded.start :] != list(response.ids):
             counts["sampled by another tokenizer, so read as text"] += 1
-        full = encoded.start >= max_length  # no room for a response
-        if len(encoded.ids) > max_length:
-            if overlong == "drop":
-                counts["sequences whose prompt fills the limit" if full else "sequences dropped as overlong"] += 1
-                return None
-            if overlong == "error" or full:
-                what = f"its prompt alone has {encoded.start} tokens" if full else f"it has {len(encoded.ids)} tokens"
-                problems.add(f"row {name}", f"{what}; data.max_length={max_length}")
-                counts["sequences that are errors"] += 1
-                return None
-            counts["sequences truncated"] += 1
+        try:
+            ids = fit(encoded, max_length, overlong)
+        except ValueError as error:
+            problems.add(f"row {name}", str(error))
+            counts["sequences that are errors"] += 1
+            return None
+        if not ids:
+            full = encoded.start >= max_length  # no room for a response
+            counts["sequences whose prompt fills the limit" if full else "sequences dropped as overlong"] += 1
+            return None
+        counts["sequences truncated"] += len(ids) < len(encoded.ids)
         return {
             "row": index,
             "response": k,
             "start": encoded.start,
-            "ids": encoded.ids[:max_length],  # a truncated response has no end token: it must not teach to stop
+            "ids": ids,
             "prompt_key": hash_content(prompt_content(row.prompt)),
             "score": response.score,
             "weight": response.weight,
@@ -250,7 +267,8 @@ def _write(
             )
         advice = "Set data.overlong=drop to drop overlong rows, or increase data.max_length."
         problems.check(advice if counts["sequences that are errors"] else "")
-        changes.settle(on_template_change)
+        if on_template_change == "error":
+            changes.settle("error")
     done = {
         "counts": {k: v for k, v in counts.items() if v}, "content": content.hexdigest()[:16], "ended": int(ended),
         "changes": changes.found[:20], "changed_rows": changes.rows,

@@ -3,7 +3,7 @@
 import gc
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -277,16 +277,27 @@ def locate_models(cfg: DictConfig) -> tuple[Pretrained, Pretrained | None]:
     base = Pretrained(**pick_fields(Pretrained, cfg.model), cache=cfg.cache)
     model, reference = base, None
     if cfg.init:
-        model = replace(base, path=str(find_model(cfg.init)), revision=None, chat_template=None)
-        config = Path(model.path) / "config.yaml"
-        reference = base
-        if cfg.reference == "auto" and config.exists() and (parent := OmegaConf.select(OmegaConf.load(config), "init")):
+        path = find_model(cfg.init)
+        config = path / "config.yaml"
+        trained: Any = OmegaConf.to_container(OmegaConf.load(config)) if config.exists() else {}
+        reference = base = use_prompts_of(trained.get("model", {}), base)
+        model = replace(base, path=str(path), revision=None, chat_template=None)
+        if cfg.reference == "auto" and (parent := trained.get("init")):
             reference = replace(model, path=str(find_model(parent)))
     if cfg.reference is None:
         return model, None
     if cfg.reference != "auto":
         reference = replace(model, path=str(find_model(cfg.reference, "reference")), revision=None)
     return model, reference
+
+
+def use_prompts_of(trained: Mapping[str, Any], model: Pretrained) -> Pretrained:
+    """Return a model that reads prompts with the date and the template arguments of a run, unless it has its own.
+
+    trained: the run's settings of its model.
+    """
+    kwargs = {**(trained.get("chat_template_kwargs") or {}), **(model.chat_template_kwargs or {})}
+    return replace(model, date=model.date or trained.get("date"), chat_template_kwargs=kwargs)
 
 
 def make_pairs(

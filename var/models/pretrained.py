@@ -128,10 +128,6 @@ class Pretrained(ModelFiles):
     def fingerprint(self) -> dict[str, Any]:
         """What the model's results depend on. Raise a UserError if it is not a decoder of text with its tokenizer."""
         check_decoder(self.config, self.typed)
-        check_vocabulary(
-            self.chat.tokenizer, self.config, lambda: self.chat.render(ASK) + self.chat.suffix, self.typed,
-            f"{self.group}.chat_template",
-        )  # fmt: skip
         fingerprint = {
             "weights": self.weights, "dtype": self.dtype, "template": self.chat.template.fingerprint,
             "tokenizer": self.chat.fingerprint,
@@ -170,11 +166,15 @@ class Pretrained(ModelFiles):
 
     @cached_property
     def chat(self) -> Chat:
-        """The tokenizer with its chat template."""
+        """The tokenizer with its chat template. Raise a UserError if the model lacks embeddings for them."""
         own = self.tokenizer.chat_template
         today = read_date(self.date)
         arguments = self.chat_template_kwargs, today, self._read_end_tokens(), self.config.vocab_size
         chat = Chat(self.tokenizer, self.chat_template, self.path, *arguments)
+        check_vocabulary(
+            chat.tokenizer, self.config, lambda: chat.render(ASK) + chat.suffix, self.typed,
+            f"{self.group}.chat_template",
+        )  # fmt: skip
         if chat.template.reads_clock:
             say(f"The chat template of {self.path} writes the current date: model.date={today}.")
         if own and own != chat.tokenizer.chat_template:

@@ -125,7 +125,8 @@ def export_model(run: Run, trainer: lightning.Trainer, module: AlignmentModule) 
         complete = plain.load_scorer(new_head=True) if scores else plain.load()
         complete = merge_adapter(complete, run.folder / "adapter")
         export(complete.to(dtype), chat, target, card)
-    OmegaConf.save(run.cfg, target / "config.yaml", resolve=True)
+    date = {"date": chat.template.today.isoformat()} if chat.template.reads_clock else {}
+    OmegaConf.save(OmegaConf.merge(run.cfg, {"model": date}), target / "config.yaml", resolve=True)
 
 
 def make_card(

@@ -8,7 +8,8 @@ from rich.text import Text
 from var.data.changes import TemplateChanges
 from var.data.chat import Chat
 from var.data.rows import Row, Rows, read
-from var.data.settings import OnTemplateChange
+from var.data.sequences import fit
+from var.data.settings import DataSettings
 from var.training.run import Run
 from var.utils.console import console, is_first_rank, say
 from var.utils.errors import Problems
@@ -22,11 +23,11 @@ def show(run: Run) -> None:
     On a terminal, neighboring tokens differ by an underline. Trained tokens are between ⟦ and ⟧.
     """
     rows, chat = read(run.data.source, run.annotator.cache).head(run.data.settings.limit), run.annotator.chat
+    run.annotator.check_rows(rows)
     show_template(chat)
     for i in range(min(run.cfg.show_rows, len(rows))):
-        show_row(chat, rows[i])
-    settings = run.data.settings
-    count_changes(chat, rows, settings.max_length, settings.on_template_change)
+        show_row(chat, rows[i], run.data.settings)
+    count_changes(chat, rows, run.data.settings)
 
 
 def show_template(chat: Chat) -> None:
@@ -39,7 +40,7 @@ def show_template(chat: Chat) -> None:
     say(f"A finished response trains the end token {trained}; sampling stops at {', '.join(names)}.")
 
 
-def show_row(chat: Chat, row: Row) -> None:
+def show_row(chat: Chat, row: Row, settings: DataSettings) -> None:
     """Print one row: its prompt, and each response with the tokens that train."""
     try:
         if not row.responses:
@@ -48,10 +49,16 @@ def show_row(chat: Chat, row: Row) -> None:
             show_tokens(chat, ids, len(ids))
         for k, response in enumerate(row.responses):
             encoded = chat.encode_response(row.prompt, response)
-            length = len(encoded.ids) - encoded.start
+            ids, total = fit(encoded, settings.max_length, settings.overlong), len(encoded.ids)
+            if not ids:
+                say(f"\nrow {row.id}#{k}: dropped, since it has {total} tokens; data.max_length={settings.max_length}")
+                continue
+            length = len(ids) - encoded.start
             say(f"\nrow {row.id}#{k}: {encoded.start} prompt tokens, which are read, and {length} that train")
-            show_tokens(chat, encoded.ids, encoded.start)
-            say(f"trained tokens: {encoded.ids[encoded.start :]}")
+            show_tokens(chat, ids, encoded.start)
+            say(f"trained tokens: {ids[encoded.start :]}")
+            if len(ids) < total:
+                say(f"It is truncated from {total} tokens; data.max_length={settings.max_length}")
             for change in encoded.changes:
                 say(f"The template changes it: {change}")
     except ValueError as error:
@@ -77,23 +84,34 @@ def show_tokens(chat: Chat, ids: Sequence[int], start: int) -> None:
         console.print(text)
 
 
-def count_changes(chat: Chat, rows: Rows, max_length: int, on_template_change: OnTemplateChange) -> None:
-    """Print how many responses of all rows change, cannot be encoded or are too long."""
+def count_changes(chat: Chat, rows: Rows, settings: DataSettings) -> None:
+    """Print how many responses of all rows, or prompts, change, cannot be encoded, are too long or are equal."""
     changes, problems, counts = TemplateChanges(), Problems("rows that cannot be tokenized"), Counter[str]()
     for row in rows:
+        found = set[tuple[int, ...]]()
+        if not row.responses:
+            counts["prompts without a response"] += 1
+            try:
+                changes.add(f"row {row.id}", chat.check_prompt(row.prompt))
+            except ValueError as error:
+                problems.add(f"row {row.id}", str(error))
         for k, response in enumerate(row.responses):
             name = f"row {row.id}#{k}"
+            counts["responses"] += 1
             try:
                 encoded = chat.encode_response(row.prompt, response)
+                overlong = len(encoded.ids) > settings.max_length
+                counts[f"longer than data.max_length ({settings.overlong})"] += overlong
+                ids = fit(encoded, settings.max_length, settings.overlong)
             except ValueError as error:
                 problems.add(name, str(error))
                 continue
             changes.add(name, encoded.changes)
-            counts["responses"] += 1
-            counts["trained tokens"] += len(encoded.ids) - encoded.start
+            counts["trained tokens"] += max(0, len(ids) - encoded.start)
             counts["with control tokens, encoded as text"] += encoded.control
-            counts["longer than data.max_length"] += len(encoded.ids) > max_length
+            counts["the same tokens as another response of the row"] += tuple(ids) in found
+            found |= {tuple(ids)} if ids else set()
     say(f"\nAll {len(rows)} rows: " + ", ".join(f"{name}: {count:,}" for name, count in counts.items()))
-    say(f"responses changed by the template: {changes.rows}, that cannot be tokenized: {len(problems.found)}")
+    say(f"rows changed by the template: {changes.rows}, that cannot be tokenized: {len(problems.found)}")
     problems.check()
-    changes.settle(on_template_change)
+    changes.settle(settings.on_template_change)
