@@ -142,6 +142,7 @@ TABLE = [
     ("10^-3", "0.001", "a power of ten alone"),
     ("2^10", "1024", "another power"),
     ("2 ^ 10", "1024", "with spaces"),
+    ("2 ^ {10}", "1024", "with spaces and braces"),
     ("2^{1/2}", None, "not a rational number"),
     ("2^0.5", None, "also as a decimal"),
     ("2**-0.5", None, "in Python, with a sign"),

@@ -203,7 +203,7 @@ def _evaluate(kind: str, text: str) -> Fraction:
         return Fraction(text.replace(" ", ""))
     if kind in ("decimal", "scientific", "power"):
         base, exponent = re.split(rf"[eE]|{TIMES}{H}*10{H}?(?:\^|\*\*)|\^|\*\*", text, maxsplit=1)
-        power = int(exponent.strip("{}()"))
+        power = int(exponent.strip(f"{{}}() \t{THIN}"))
         if abs(power) > MAX_DIGITS:
             raise OverflowError
         number = Fraction(re.sub(rf"[ {THIN}]", "", base))
