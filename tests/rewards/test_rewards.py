@@ -31,7 +31,7 @@ def test_exact_number_compares_the_last_number():
 
 
 def test_near_number_decreases_with_relative_distance():
-    texts, answers = ["7", "it is 5", "9 or 8", "-3", "none", "99"], ["7", "7", "7", "0", "0", "7"]
+    texts, answers = ["7", "it is 5", "not 9 but 8", "-3", "none", "99"], ["7", "7", "7", "0", "0", "7"]
     assert NearNumber()([PROMPT] * 6, texts, answers) == [1.0, 0.75, 0.875, 0.0, 0.0, 0.0]
 
 
