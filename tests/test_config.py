@@ -281,6 +281,10 @@ def test_number_of_processes_must_match_the_trainer(tmp_path: Path, monkeypatch:
         (["trainer.max_steps=-3", "trainer.log_every_n_steps=0"], [
             "trainer.max_steps: must be at least -1, got -3", "trainer.log_every_n_steps: must be at least 1, got 0",
         ]),
+        (["model.learning_rate=null"], ["optim.optimizer.lr, which is model.learning_rate unless it is set: expected"]),
+        (["model.learning_rate=.nan"], ["expected a number, got .nan"]),
+        (["data.limit=0"], ["data.limit: must be at least 1, or null for all rows, got 0"]),
+        (["trainer.max_steps=0"], ["trainer.max_steps: 0 steps train nothing; -1 trains for all epochs"]),
         (["optim.optimizer.lr=-1"], ["optim.optimizer cannot be built: Invalid learning rate: -1"]),
         (["reward._target_=var.rewards"], ["_target_=var.rewards is not a class or a function"]),
     ],

@@ -54,7 +54,15 @@ def test_validation_prompts_that_differ_by_case_and_spaces_are_counted(tmp_path:
         read(Files(path=str(write_lines(tmp_path / f"{i}.jsonl", [{"id": k, "prompt": p} for k, p in part]))), tmp_path)
         for i, part in enumerate((train, held_out))
     ]
-    assert count_degenerate(rows[0], rows[1], []) == {"validation prompts that also train, but for case and spaces": 1}
+    assert count_degenerate(rows[0], rows[1], [], True) == {degenerate.SHARED: 1}
+
+
+@pytest.mark.parametrize("sampled", [True, False])
+def test_prompts_of_several_rows_are_counted_if_responses_are_sampled(sampled: bool, tmp_path: Path) -> None:
+    """The random numbers depend on the prompt, so equal prompts have equal samples."""
+    lines = [{"id": k, "prompt": p} for k, p in (("a", "x"), ("b", "y"), ("c", "x"), ("d", "x"))]
+    rows = read(Files(path=str(write_lines(tmp_path / "a.jsonl", lines))), tmp_path)
+    assert count_degenerate(rows, rows.select([]), [], sampled) == ({degenerate.SAME_PROMPT: 2} if sampled else {})
 
 
 def test_warning_is_printed_above_a_fraction(capsys: pytest.CaptureFixture[str]) -> None:

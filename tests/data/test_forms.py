@@ -486,6 +486,52 @@ def test_documented_forms_are_read(tmp_path):
         assert all(row.responses for row in rows)
 
 
+@pytest.mark.parametrize(
+    ("record", "words", "kind"),
+    [
+        ({"messages": [user("a"), {"role": "model", "content": "b"}]}, "the last message has the role 'model'", Files),
+        ({"messages": [user("a"), {"role": "Assistant", "content": "b"}]}, "the role 'Assistant' must be", Files),
+        (
+            {"prompt": [user("a"), {"role": "bot", "content": "b"}], "response": "c"}, "the last message has the role",
+            Files,
+        ),
+        (
+            {"prompt": "c", "chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("d")]},
+            "'prompt' is not among the messages before the answer", Preferences,
+        ),
+        ({"prompt": "a", "responses": [{"text": "b", "ids": [2**40]}]}, "'ids' must be a list of token ids", Files),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": "hi"}, "'score_chosen' must be a number",
+            Preferences,
+        ),
+    ],
+)  # fmt: skip
+def test_answers_under_other_names_and_contradictions_are_errors(record, words, kind, tmp_path):
+    """Otherwise the written answer would be a turn of the prompt, and other answers would be sampled and train."""
+    assert f"a.jsonl:1: {words}" in problem(tmp_path, "a.jsonl", lines(record), kind)
+
+
+def test_result_of_a_tool_may_end_a_prompt(tmp_path):
+    turns = [user("a"), assistant(None, tool_calls=[CALL]), {"role": "tool", "content": "4"}]
+    (row,) = read_text(tmp_path, "a.jsonl", lines({"messages": turns}))
+    assert (row.prompt[-1]["role"], row.responses) == ("tool", ())
+
+
+def test_label_of_a_conversation_is_its_score(tmp_path):
+    record = {"messages": [user("a"), assistant("b")], "label": False}
+    assert shorten(read_text(tmp_path, "a.jsonl", lines(record))[0]) == ("a", [("b", 0.0)])
+    record = {"prompt": "a", "completion": "b", "label": 1.0}  # as pandas writes a column with gaps
+    assert shorten(read_text(tmp_path, "b.jsonl", lines(record))[0]) == ("a", [("b", 1.0)])
+
+
+def test_columns_and_files_without_values_are_named(tmp_path):
+    message = problem(tmp_path, "a.jsonl", lines({"prompt": "a", "response": None, "score": 1}))
+    assert message.endswith("a.jsonl: 'response' has no value in any of the first records")
+    assert problem(tmp_path, "empty.jsonl", "").splitlines()[1] == f"  {tmp_path}/empty.jsonl: it has no rows"
+    message = problem(tmp_path, "a.jsonl", lines({"prompt": "a", "response": "b"}), columns="prompt")
+    assert message.startswith("data.columns=prompt: expected our names of columns with the data's")
+
+
 def test_sharegpt_messages_are_read(tmp_path):
     """As a column of conversations, and in pairs. A turn of another kind is not guessed."""
     ask, reply = {"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": None}

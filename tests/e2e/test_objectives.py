@@ -221,6 +221,17 @@ def test_second_round_trains_on_samples_of_the_first(
     assert len(validation_prompts(first)) == 3
 
 
+def test_sample_overwrites_only_its_own_files(base: list[str], rows: Path, tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_bytes(rows.read_bytes())
+    more = ["data=files", f"data.path={data}", "reward=score"]
+    check_error(f"out={data} is the data that is read", *base, *more, f"out={data}", command="sample.py")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    words = "exists, and sample.py did not write it. Choose another file, or remove it."
+    check_error(words, *base, *more, f"out={tmp_path}/config.json", command="sample.py")
+    assert data.read_bytes() == rows.read_bytes()
+
+
 def test_invalid_init_and_out_are_rejected(base: list[str], tmp_path: Path) -> None:
     message = f"init={tmp_path} is neither a finished run (its folder has no model/) nor the folder of a model"
     check_error(message, *base, f"init={tmp_path}")

@@ -226,9 +226,11 @@ def test_run_keeps_the_date_of_its_first_start(
     """A run that resumes on the next day reads the same prompts. Another run reads that day's."""
     folder, kept = saved(tmp_path / "m", tokenizer=byte_tokenizer(DATED)), tmp_path / "date.txt"
     set_clock(monkeypatch, date(2026, 11, 29))
-    kept.write_text(fix_today(kept).isoformat())
+    fix_today(kept, keep=True)
+    assert not kept.exists()
     chat = pretrained(folder, tmp_path).chat
     assert "29 Nov 2026" in chat.render(ASK)
+    assert kept.read_text() == "2026-11-29"
     assert "writes the current date: model.date=2026-11-29." in capsys.readouterr().out.replace("\n", " ")
     set_clock(monkeypatch, date(2026, 11, 30))
     fix_today(kept)

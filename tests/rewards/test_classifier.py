@@ -175,6 +175,12 @@ def test_folder_of_a_run_is_its_model(tmp_path: Path):
     assert torch.equal(score(run, ["x", "yz"]), score(model, ["x", "yz"]))
 
 
+@pytest.mark.parametrize("name", ["max_length", "tokens"])
+def test_limit_below_one_token_is_an_error(name: str, tmp_path: Path):
+    with pytest.raises(UserError, match=rf"^second_reward\.{name}=0: must be at least 1"):
+        make_classifier(tmp_path, key="second_reward", **{name: 0})
+
+
 def test_template_reads_the_date_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """It is part of the fingerprint: otherwise scores of different days would be mixed in the cache."""
     folder = saved(tmp_path / "rm", make_roberta(), byte_tokenizer(DATED))

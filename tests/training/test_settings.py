@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from omegaconf import OmegaConf
 
-from tests.helpers.runs import Killed, Result, assert_identical, column, composed, curve, fit
+from tests.helpers.runs import Killed, Result, assert_identical, column, composed, curve, fit, write_lines
 from var.training.checkpoints import checkpoints
 from var.training.module import AlignmentModule
 from var.training.run import Run
@@ -145,6 +145,21 @@ def test_moved_data_with_other_content_is_rejected_before_annotation(saved, opti
     fit(options, tmp_path / "moved", *MORE, f"data.path={other}", f"resume={saved}")
     other.write_text(rows.read_text().replace("question", "riddle"))
     with pytest.raises(UserError, match="was made with plan"):
+        fit(options, tmp_path / "changed", *MORE, f"data.path={other}", f"resume={saved}")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("answer", "4"), ("score", -3.0), ("weight", 2.0), ("ordered", True), ("subset", "x")]
+)
+def test_other_labels_of_the_same_responses_are_rejected(key, value, saved, options, rows, tmp_path):
+    """Scores, weights, answers and orders of pairs train too. The subset of a row does not."""
+    records = list(map(json.loads, rows.read_text().splitlines()))
+    (records[-1] if key in ("answer", "ordered", "subset") else records[-1]["responses"][-1])[key] = value
+    other = write_lines(tmp_path / "moved.jsonl", records)
+    if key == "subset":
+        fit(options, tmp_path / "changed", *MORE, f"data.path={other}", f"resume={saved}")
+        return
+    with pytest.raises(UserError, match="was made with other scores, weights or answers of the same responses"):
         fit(options, tmp_path / "changed", *MORE, f"data.path={other}", f"resume={saved}")
 
 

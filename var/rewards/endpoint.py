@@ -9,7 +9,7 @@ from typing import Any, Literal
 from var.data.clock import CLOCK, read_date, set_clock
 from var.data.messages import Message, render_message
 from var.rewards.base import Answers, Prompts
-from var.rewards.numbers import find_last_number
+from var.rewards.numbers import READER_VERSION, find_last_number
 from var.utils.errors import Problems, UserError
 from var.utils.http_client import Client, Failure
 from var.utils.reasoning import UnfinishedReasoning, strip_reasoning
@@ -58,6 +58,7 @@ class Endpoint:
         return {
             "program": "endpoint", **self.client.fingerprint, "protocol": self.protocol, "version": self.version,
             "request": dict(self.request), "chat_template": self.chat_template,
+            **({"reader": READER_VERSION} if self.protocol == "query" else {}),
             **({"date": self._today.isoformat()} if CLOCK in (self.chat_template or "") else {}),
         }  # fmt: skip
 

@@ -54,24 +54,15 @@ from var.training.metrics import Budget, PeakMemory, ProgressBar, StepMetrics
 from var.training.module import AlignmentModule
 from var.training.resume import Settings
 from var.training.validation import PairAccuracy, Validation, evaluate_reference
-from var.utils.console import console, is_first_rank, say, silence_libraries, warn
+from var.utils.console import console, say, silence_libraries, warn
 from var.utils.distributed import bind_device
 from var.utils.errors import UserError
-from var.utils.files import atomic
 
 PROFILERS: dict[str, Any] = {
     "simple": lambda folder: SimpleProfiler(folder, "profile"),
     "pytorch": lambda folder: PyTorchProfiler(folder, "profile"),
 }
 PRECISIONS = {"32-true": None, "64-true": None, "bf16-mixed": torch.bfloat16}
-
-
-def keep_today(cfg: DictConfig, file: Path) -> None:
-    """Let chat templates read the date of the run's first start. The file keeps it, unless the run is only shown."""
-    today = fix_today(file)
-    if not file.exists() and is_first_rank() and not (cfg.dry or cfg.show_rows):
-        with atomic(file, shared=True) as content:
-            content.write(today.isoformat())
 
 
 @dataclass
@@ -122,7 +113,7 @@ class Run:
         device = bind_device() if settings.gpu else "cpu"
         if cfg.dry and cfg.annotate == "error":
             raise UserError("annotate=error has no effect with debug=dry, which computes nothing")
-        keep_today(cfg, folder / "date.txt") if keep_date else fix_today(None)
+        fix_today(folder / "date.txt" if keep_date else None, keep=not (cfg.dry or cfg.show_rows))
         pretrained = Pretrained(**pick_fields(Pretrained, cfg.model), cache=cfg.cache)
         if cfg.init is not None:
             pretrained = replace(pretrained, path=str(find_model(cfg.init)), revision=None, chat_template=None)
