@@ -103,15 +103,13 @@ def test_devices_of_commands_are_read() -> None:
     assert {devices.per_machine for devices in found.values()} >= {1, 2, 4, 8}
 
 
-def is_long(page: str) -> bool:
-    """Return whether only the long suite checks the page: those with many commands, and most experiments."""
-    return page in ("README.md", "docs/gpus.md") or (page.startswith("experiments/") and "table2" not in page)
+SHORT = ("docs/estimators.md", "docs/losses.md", "docs/tutorial.md")  # pages that the default suite checks
 
 
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(page, marks=[pytest.mark.long] * is_long(page))
+        pytest.param(page, marks=[pytest.mark.long] * (page not in SHORT))
         for page in sorted({page for page, _, _ in COMMANDS})
     ],
 )

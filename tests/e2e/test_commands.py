@@ -130,7 +130,7 @@ def test_ranks_of_annotate_share_the_work(own: list[str], tmp_path: Path) -> Non
     assert "All annotations were cached; nothing to do." in check_run("annotate.py", *own, "loss=dpo")
 
 
-def test_debug_presets(own: list[str], tmp_path: Path) -> None:
+def test_dry_run_shows_what_would_train(own: list[str], tmp_path: Path) -> None:
     printed = check_run("train.py", *own, "loss=dpo", "debug=dry", "reward=score")
     for text in ("ReferenceLogps [N] in nats", "Memory per device", "reference log-probabilities: 0 of 16", "⟦",
                  "<end>⟧"):  # fmt: skip
@@ -138,6 +138,10 @@ def test_debug_presets(own: list[str], tmp_path: Path) -> None:
     assert not shards(tmp_path)
     printed = check_run("train.py", *own, "debug=dry", "data.responses=sampled", "data.validation_prompts=0")
     assert "⟦… the response is not available yet …⟧" in printed
+
+
+@pytest.mark.long
+def test_short_presets_train(own: list[str], tmp_path: Path) -> None:
     for preset in ("step", "limit", "overfit", "profile"):
         check_run("train.py", *own, f"debug={preset}", "data.limit=10", "data.validation_prompts=2")
     assert min(summary["steps"] for summary in read_summaries(tmp_path / "runs").values()) == 1

@@ -356,6 +356,7 @@ def test_annotations_are_kept_on_a_signal(number: int, driver: Driver, base: lis
 
 
 @every_place
+@pytest.mark.long
 def test_run_resumes_after_a_full_disk(every: bool, straight: Any, tmp_path: Path) -> None:
     """Whatever does not fit, the run ends with an error that says what to do, and resumes once there is space."""
     unbroken, _ = straight("var_grouped")

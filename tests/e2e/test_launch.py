@@ -123,6 +123,7 @@ def test_two_nodes_equal_one(launch: Callable[..., str], options: list[str], sin
     assert len(re.findall("^Evaluating the reference:", printed, re.M)) == 1, printed
 
 
+@pytest.mark.long
 def test_annotate_runs_on_two_nodes(options: list[str], tmp_path: Path) -> None:
     """The first word names the program. Both nodes compute, and a run with annotate=error finds everything."""
     words = [*options, "loss=var", "reward.mismatch_gap=1", "data.global_batch=8", *write_to(tmp_path)]

@@ -235,6 +235,7 @@ def test_all_failed_jobs_of_joblib_are_listed(options: list[str], tmp_path: Path
     assert len(read_summaries(tmp_path / "runs")) == 1
 
 
+@pytest.mark.long
 def test_each_job_of_a_sweep_runs_on_two_processes(options: list[str], tmp_path: Path) -> None:
     """With the default launcher. The folder's name needs quotes."""
     runs = tmp_path / "the runs, 'mine'"

@@ -1,5 +1,6 @@
 """Train on the pretend device, with the configuration, data module, hooks, callbacks and Trainer of train.py."""
 
+import gc
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,6 +15,13 @@ from tests.helpers.pretend import DEVICE, Pretend, syncs
 from tests.helpers.runs import composed, curve
 from var.training.checkpoints import Checkpoints
 from var.training.run import Run
+
+
+def start() -> None:
+    """Prepare a process that runs tests: what is imported by now is no part of garbage collections."""
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
 
 
 class PretendAccelerator(CPUAccelerator):

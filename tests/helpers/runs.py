@@ -1,6 +1,7 @@
 """Train in this process or in others, and compare what runs leave behind."""
 
 import csv
+import gc
 import json
 import multiprocessing
 import os
@@ -131,6 +132,7 @@ def _run_rank(words: list[str], environment: dict[str, str], log: str) -> None:
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = words
+    gc.freeze()  # what the first process has imported is no part of garbage collections
     runpy.run_path(words[0], run_name="__main__")
 
 

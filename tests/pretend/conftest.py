@@ -8,6 +8,8 @@ import pytest
 import torch
 from packaging.version import Version
 
+from tests.helpers.pretend_runs import start
+
 POOL = pytest.StashKey[ProcessPoolExecutor]()
 
 
@@ -16,7 +18,7 @@ def process(request: pytest.FixtureRequest) -> Iterator[None]:
     """Start the process."""
     if Version(torch.__version__).release < (2, 13):
         pytest.skip("before torch 2.13, the tensors of a device in Python cannot be sliced in inference mode")
-    with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(1, get_context("spawn"), start) as pool:
         request.config.stash[POOL] = pool
         yield
 
