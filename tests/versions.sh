@@ -30,6 +30,6 @@ for set in lowest newest; do
     touch "$environment/installed"
   fi
   echo "$set versions: $("$environment/bin/pip" list --format=freeze | grep -E '^(torch|transformers|lightning|datasets|numpy)==' | tr '\n' ' ')"
-  PATH=$environment/bin:$PATH "$environment/bin/python" -m pytest "${@:2}" || status=1
+  PATH=$environment/bin:$PATH "$environment/bin/python" -m pytest -n 2 "${@:2}" || status=1
 done
 exit $status
