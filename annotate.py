@@ -24,6 +24,8 @@ def main(cfg: DictConfig) -> None:
     from var.utils.console import say
 
     run = Run.compose(cfg, Path(HydraConfig.get().runtime.output_dir))
+    run.data.read_rows()
+    run.check_validation_prompts()
     with process_group(run.settings.timeout):
         run.data.setup()
         run.sample_validation()

@@ -58,6 +58,7 @@ def main(cfg: DictConfig) -> float | None:
     if cfg.dry:
         return dry_run.show(run)
     run.data.read_rows()  # their errors come before a model is loaded
+    run.check_validation_prompts()
     check_memory(run.cfg, run.settings, run.memory)
     say("; ".join(describe_choices()))
     if run.checkpoint is None and is_first_rank():  # otherwise when training resumes: until then, nothing changes

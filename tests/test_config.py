@@ -203,7 +203,9 @@ def test_new_names_exist(old: str) -> None:
     assert old in list_keys(composed(f"loss={loss}"))
 
 
-@pytest.mark.parametrize("command", ["train", "annotate", "sample", "eval"])
+@pytest.mark.parametrize(
+    "command", ["train", *(pytest.param(name, marks=pytest.mark.long) for name in ("annotate", "sample", "eval"))]
+)
 def test_help_names_every_option(command: str) -> None:
     text = composed("hydra.job.name=x", root=command, return_hydra_config=True).hydra.help.template
     options, keys = text.split("key=value")

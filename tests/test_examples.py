@@ -93,6 +93,7 @@ def test_relative_length_compares_with_the_prompt() -> None:
     assert_close(value, torch.tensor((2 * math.exp(1 / 3) + 4 * math.exp(-0.2) + 3) / 9))
 
 
+@pytest.mark.long
 def test_all_three_train_together(tiny_folder: Path, tmp_path: Path) -> None:
     """The README's first command, on a tiny model: the loss falls. An invalid margin is an error."""
     command = ["--config-dir", "examples/conf", "loss=slic", "data=questions", "reward=brevity"]

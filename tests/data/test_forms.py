@@ -121,6 +121,7 @@ def test_table_cells_are_read_exactly(tmp_path):
         ("a.csv", 'prompt,response\na,b\nc,"d\ne\n', "a.csv:3: not readable as a table (unexpected end of data)"),
         ("a.csv", b"prompt,response\na,b\nc,\xe9\n", "a.csv:3: not UTF-8 text: byte 0xe9"),
         ("a.csv", "prompt,prompt\na,b\n", "several columns have the name 'prompt'"),
+        ("a.xlsx", b"PK\x03\x04", "a ZIP file, as Excel and Numbers write. Save it as CSV or Parquet"),
         ("a.csv", "prompt,response\na,b\n".encode("utf-16"), "text in UTF-16. Save it as UTF-8"),
         ("a.csv", "prompt,response\n", "it has no rows"),
         ("a.csv", "a,b\nc,d\n", "none of the known forms has the columns 'a', 'b'"),
@@ -530,6 +531,13 @@ def test_columns_and_files_without_values_are_named(tmp_path):
     assert problem(tmp_path, "empty.jsonl", "").splitlines()[1] == f"  {tmp_path}/empty.jsonl: it has no rows"
     message = problem(tmp_path, "a.jsonl", lines({"prompt": "a", "response": "b"}), columns="prompt")
     assert message.startswith("data.columns=prompt: expected our names of columns with the data's")
+
+
+def test_messages_as_json_text_are_read_in_any_file(tmp_path):
+    record = {"prompt": json.dumps([user("a")]), "response": json.dumps([assistant("b")])}
+    rows = read_text(tmp_path, "a.jsonl", lines(record))
+    assert shorten(rows[0]) == ("a", [("b", None)])
+    assert rows.form.endswith("from the columns prompt as JSON, response as JSON")
 
 
 def test_sharegpt_messages_are_read(tmp_path):

@@ -165,7 +165,7 @@ def test_overlong_error_names_all_rows(tmp_path: Path):
 
 
 def test_no_sequence_left_is_an_error_with_counts(tmp_path: Path):
-    with pytest.raises(UserError, match=r"no sequence is left.*dropped as overlong: 2\).*Increase data.max_length"):
+    with pytest.raises(UserError, match=r"no sequence is left.*dropped as overlong: 2\).*Check data.responses"):
         encode_rows(tmp_path, row("a", "xyz", "wxyz"), max_length=PROMPT + 3)
 
 

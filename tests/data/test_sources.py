@@ -311,7 +311,7 @@ def test_preferences_are_read_as_text_and_as_messages(tmp_path):
     path = write_lines(
         tmp_path / "p.jsonl",
         {"question": "x", "chosen": "good", "rejected": "bad", "s": 2, "t": -1.5},
-        {"question": "?", "chosen": good, "rejected": bad, "s": 1, "t": 0},
+        {"question": "c", "chosen": good, "rejected": bad, "s": 1, "t": 0},
         {"question": [user("y")], "chosen": [assistant("good")], "rejected": [assistant("bad")], "s": 1, "t": 0},
         {"question": "x", "chosen": "good", "rejected": "", "s": 1, "t": 0},
         {"question": " ", "chosen": "good", "rejected": "bad", "s": 1, "t": 0},

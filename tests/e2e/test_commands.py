@@ -1,6 +1,7 @@
 """The commands on a tiny random model, as a user runs them: what they print, write and reject."""
 
 import json
+import re
 from datetime import date
 from pathlib import Path
 
@@ -179,12 +180,13 @@ def test_template_that_changes_rows_is_an_error_or_counted(own: list[str], tmp_p
     added = TEMPLATE.replace("m['content']", "('<t></t>' if m.role == 'assistant' else '') + m['content']")
     lost = TEMPLATE.replace("m['content']", "(m['content'] | replace('?', '!'))")
     one, two = (saved(tmp_path / str(i), tokenizer=byte_tokenizer(text)) for i, text in enumerate((added, lost)))
-    error = check_error("the chat template does not write these rows as they are", *own, f"model.path={one}")
+    error = check_error("rows that the chat template does not write as they are", *own, f"model.path={one}")
     assert "row r1#0: the response is {+<t></t>+}" in error
     sampled = [*own, f"model.path={two}", "data.responses=sampled"]
-    error = check_error("the chat template does not write these rows as they are", *sampled)
-    assert "row r1: the user's message 0 is 1[-?-]{+!+}" in error
-    assert "the user's message 0 is 1[-?-]{+!+}" in check_error("does not write these", *sampled, "loss=grpo")
+    for more in ([], ["loss=grpo"], ["eval=off"]):  # validation prompts first, if there is an evaluation
+        error = check_error("rows that the chat template does not write as they are", *sampled, *more)
+        rows = len(re.findall(r"row r(\d+): the user's message 0 is \1\[-\?-\]\{\+!\+\}", error))
+        assert rows == (8 if "eval=off" in more else 2)
     assert not shards(tmp_path)
     printed = check_run("train.py", *own, f"model.path={one}", "data.on_template_change=count", "loss=sft")
     assert "changes 16 rows, which train as it writes them" in printed.replace("\n", " ")
@@ -216,7 +218,9 @@ def test_debug_rows_shows_what_trains(base: list[str], tmp_path: Path) -> None:
     assert "rows that cannot be tokenized (3)" in error
     added = TEMPLATE.replace("m['content']", "('<t></t>' if m.role == 'assistant' else '') + m['content']")
     rows += ["data.max_length=99", f"model.chat_template={added!r}"]
-    assert "row b#1: the response is {+<t></t>+}y" in check_error("does not write these rows as they are", *rows)
+    assert "row b#1: the response is {+<t></t>+}y" in check_error(
+        "rows that the chat template does not write as they are: 1; differences", *rows
+    )
     printed = check_run("train.py", *rows, "data.on_template_change=count").replace("\n", " ")
     assert "⟦<t></t>y<end>⟧" in printed
     assert "changes 4 rows, which train as it writes them" in printed
@@ -232,7 +236,11 @@ def test_debug_rows_checks_prompts_without_responses(base: list[str], tmp_path: 
     error = check_error("rows that cannot be tokenized (1)", *rows, f"model.chat_template={tmp_path}/own.jinja")
     assert "row !: the chat template cannot render these messages: TemplateError: loud" in error
     (tmp_path / "own.jinja").write_text(template.replace("'!'", "'no'"))
-    error = check_error("does not write these rows as they are (1)", *rows, f"model.chat_template={tmp_path}/own.jinja")
+    error = check_error(
+        "rows that the chat template does not write as they are: 1; differences (1)",
+        *rows,
+        f"model.chat_template={tmp_path}/own.jinja",
+    )
     assert "row ?: the user's message 0 is [-?-]{+.+}" in error
 
 
@@ -353,7 +361,9 @@ def test_default_model_takes_a_step(smollm2: Path, tmp_path: Path) -> None:
     assert list((folder / "tensorboard").glob("events.*"))
 
 
-@pytest.mark.parametrize("loss", ["sft", "var", "var_prompt", "dpo"])
+@pytest.mark.parametrize(
+    "loss", ["var", *(pytest.param(n, marks=pytest.mark.long) for n in ("sft", "var_prompt", "dpo"))]
+)
 def test_real_dialogues_train(loss: str, base: list[str], real_data: Path, tmp_path: Path) -> None:
     """HHA with the rewards that the data contains, through template, plan, annotation cache and loss."""
     printed = check_run(

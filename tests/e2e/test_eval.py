@@ -212,6 +212,7 @@ def test_answers_come_from_the_chosen_sampler(base: list[str], tmp_path: Path):
         assert len(server.bodies) == 12
 
 
+@pytest.mark.long
 def test_killed_evaluation_resumes_by_the_same_command(tiny_folder: Path, base: list[str], tmp_path: Path):
     """SIGKILL during judging, then the same command gives the same numbers and repeats no request."""
     saved(tmp_path / "other", tiny_model(seed=1))

@@ -112,7 +112,8 @@ def launch_with_slurm(folder: Path, *overrides: str) -> str:
     return finish(start(command, PATH=path))
 
 
-@pytest.mark.parametrize("launch", [pytest.param(launch_with_torchrun, marks=pytest.mark.long), launch_with_slurm])
+@pytest.mark.parametrize("launch", [launch_with_torchrun, launch_with_slurm])
+@pytest.mark.long
 def test_two_nodes_equal_one(launch: Callable[..., str], options: list[str], single: Path, tmp_path: Path) -> None:
     """Two nodes give the weights and the curve of one process, one folder, and one closing table."""
     printed = launch(tmp_path, *options, *write_to(tmp_path))

@@ -109,6 +109,7 @@ def test_jobs_run_in_parallel(plugin: str, launcher: list[str], own: list[str], 
         assert (folder / "model" / "model.safetensors").exists()
 
 
+@pytest.mark.long
 def test_optuna_finds_the_highest_reward(own: list[str], tmp_path: Path) -> None:
     require("hydra_optuna_sweeper")
     printed = check_run(
@@ -138,6 +139,7 @@ def test_failed_trials_do_not_stop_optuna(options: list[str]) -> None:
     assert done.stderr.endswith("Error: ValueError: No trials are completed yet.\n")
 
 
+@pytest.mark.long
 def test_job_after_a_failed_one_has_its_own_tracker_run(
     own: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,10 +25,8 @@ def test_page_has_every_configuration() -> None:
     assert Path(FOLDER, "model", "qwen2.5-7b.yaml").stem in list_models()
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[] if name == "llama3.2-1b" else [pytest.mark.long]) for name in list_models()],
-)
+@pytest.mark.parametrize("name", list_models())
+@pytest.mark.long
 def test_page_has_the_memory_models_numbers(name: str) -> None:
     """Up to 2 %: PyTorch's temporary tensors differ between versions."""
     with initialize_config_dir(FOLDER, version_base="1.3"):

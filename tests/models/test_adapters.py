@@ -95,7 +95,8 @@ def test_fingerprint_covers_adapter_settings_and_base(folder: Path, tiny_folder:
 
 def test_tokenizer_of_the_adapter_takes_precedence(folder: Path, tmp_path: Path):
     assert pretrained(folder, tmp_path).chat.tokenizer.chat_template == TEMPLATE
-    assert pretrained(folder, tmp_path, chat_template="x").chat.tokenizer.chat_template == "x"
+    other = TEMPLATE + "{# other #}"
+    assert pretrained(folder, tmp_path, chat_template=other).chat.tokenizer.chat_template == other
     byte_tokenizer(TEMPLATE + " ").save_pretrained(folder)
     assert pretrained(folder, tmp_path).chat.tokenizer.chat_template == TEMPLATE + " "
 

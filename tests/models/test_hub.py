@@ -84,6 +84,7 @@ def test_sizes_need_only_config_json(hub: Hub, tmp_path: Path) -> None:
     assert hub.downloads() == ["gated/llama/config.json"]
 
 
+@pytest.mark.long
 def test_broken_download_continues_where_it_broke(hub: Hub, repositories: Any, tmp_path: Path) -> None:
     file = repositories[0]["Qwen/Qwen2.5-7B"].folder / "model.safetensors"
     hub.breaks = {"model.safetensors": 1024}

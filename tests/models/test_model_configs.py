@@ -1,6 +1,7 @@
 """conf/model: the sizes are the published ones, and each shipped chat template can be trained on."""
 
 import re
+from functools import cache
 from typing import Any
 
 import pytest
@@ -54,6 +55,7 @@ TEMPLATED = {
 }
 
 
+@cache
 def load(name: str) -> DictConfig:
     config: DictConfig = composed(f"model={name}").model
     return config

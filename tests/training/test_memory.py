@@ -87,7 +87,7 @@ def track_training(model: MemoryModel, world: int) -> float:
     return float(sum(parts["Total"] for parts in tracker.get_tracker_snapshot("peak").values()))
 
 
-@pytest.mark.parametrize("world", [1, 4, 8])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.long), 4, pytest.param(8, marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -129,10 +129,12 @@ def test_parts_of_one_device_are_counts_times_widths() -> None:
     [
         (["model=qwen2.5-7b", "trainer.devices=1"], "single", False),
         (["model=qwen2.5-7b", "trainer.devices=4"], "fsdp", True),
-        (["model=qwen2.5-14b", "trainer.devices=8"], "fsdp", True),
+        pytest.param(["model=qwen2.5-14b", "trainer.devices=8"], "fsdp", True, marks=pytest.mark.long),
         (["model=llama3.2-1b", "trainer.devices=4"], "ddp", True),
-        (["model=qwen2.5-7b", "adapter=lora", "trainer.devices=2"], "ddp", True),
-        (["model=qwen2.5-32b-int4", "adapter=lora", "trainer.devices=2"], "ddp", True),
+        pytest.param(["model=qwen2.5-7b", "adapter=lora", "trainer.devices=2"], "ddp", True, marks=pytest.mark.long),
+        pytest.param(
+            ["model=qwen2.5-32b-int4", "adapter=lora", "trainer.devices=2"], "ddp", True, marks=pytest.mark.long
+        ),
         (["model=qwen2.5-7b", "strategy=ddp", "trainer.devices=4"], "ddp", False),
     ],
 )

@@ -74,6 +74,7 @@ def test_evaluation_is_shared_among_ranks_and_equals_one_process(count, options,
             assert_close(other, one, rtol=0, atol=2e-5)
 
 
+@pytest.mark.long
 def test_annotation_training_and_evaluation_in_bf16_agree_with_one_process(options, tmp_path):
     """A sharded reference annotates, so the policy's first log-ratios are about 0, and all ways have the same curve.
 

@@ -72,7 +72,7 @@ def check_trackers(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("owner", "method", "call", "before"),
     [
-        (Checkpoints, "save", 2, True),  # step 4 is logged and not saved
+        pytest.param(Checkpoints, "save", 2, True, marks=pytest.mark.long),  # step 4 is logged and not saved
         (Checkpoints, "save", 2, False),  # step 4 is saved and not evaluated
         (Curves, "log_metrics", 7, False),  # step 4 is evaluated, and only metrics.csv has it
     ],

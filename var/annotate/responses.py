@@ -61,8 +61,11 @@ def _restore(value: dict[str, Any]) -> Sample:
     return Sample(value["text"], value["finished"], None if value["ids"] is None else tuple(value["ids"]))
 
 
-def check_prompts(annotator: Annotator, rows: Rows, indices: np.ndarray) -> None:
-    """Raise one UserError for all prompts that the template cannot render or, if that is an error, changes."""
+def check_prompts(annotator: Annotator, rows: Rows, indices: np.ndarray, warns: bool = True) -> None:
+    """Raise one UserError for all prompts that the template cannot render or, if that is an error, changes.
+
+    warns: whether to warn of changes that are accepted.
+    """
     problems, changes = Problems("prompts that the chat template cannot write as they are"), TemplateChanges()
     for i in indices.tolist():
         row = rows[i]
@@ -71,7 +74,8 @@ def check_prompts(annotator: Annotator, rows: Rows, indices: np.ndarray) -> None
         except ValueError as error:
             problems.add(f"row {row.id}", str(error))
     problems.check("Change these rows, or set model.chat_template to a template that can write them.")
-    changes.settle(annotator.on_template_change)
+    if warns or annotator.on_template_change == "error":
+        changes.settle(annotator.on_template_change)
 
 
 def check_variety(annotator: Annotator, prompts: Prompts, samples: Samples, sampling: Sampling) -> None:

@@ -35,7 +35,7 @@ class TemplateChanges:
     def settle(self, setting: OnTemplateChange) -> None:
         """Raise one UserError for all changes, or warn with the first ones if they are accepted."""
         if setting == "error":
-            problems = Problems(f"the chat template does not write {self.rows} rows as they are; differences")
+            problems = Problems(f"rows that the chat template does not write as they are: {self.rows}; differences")
             for where, change in self.found:
                 problems.add(where, change)
             problems.check(ADVICE)

@@ -177,7 +177,10 @@ def encode(
     table = datasets.Dataset.from_file(str(target / "sequences.arrow"))
     if not len(table):
         reasons = ", ".join(f"{name}: {count}" for name, count in counts.items())
-        raise UserError(f"no sequence is left to train on ({reasons}). Increase data.max_length or set data.responses")
+        raise UserError(
+            f"no sequence is left to train on ({reasons or 'no row has the responses that this loss needs'}). Check "
+            "data.responses, data.max_length, and whether the loss suits the data."
+        )
     start, ids = np.array(table["start"]), table.data.column("ids")
     total = np.concatenate([chunk.value_lengths().to_numpy() for chunk in ids.chunks])
     keys = np.array([bytes(k) for k in table["prompt_key"]], dtype="S16")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import numpy as np
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, RichModelSummary
@@ -19,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from var.annotate.annotator import Annotator
 from var.annotate.cache import AnnotationCache
+from var.annotate.responses import check_prompts
 from var.config.check import TRAIN, check
 from var.config.schema import EvalSettings, TrainerSettings, pick_fields
 from var.config.sweep import is_multirun
@@ -286,10 +288,21 @@ class Run:
         """The contents of the checkpoint without its numbers; empty for a run that starts."""
         return read_checkpoint(Path(self.checkpoint)) if self.checkpoint else {}
 
+    @property
+    def _samples_validation(self) -> bool:
+        """Whether an evaluation samples responses to validation prompts."""
+        return self.cfg.eval.enabled and not find(self.data.requirements, SequenceScores)
+
+    def check_validation_prompts(self) -> None:
+        """Raise UserError for validation prompts that the template cannot write, before training ones are sampled."""
+        rows = self.data.training_set.validation
+        if self._samples_validation:
+            check_prompts(self.annotator, rows, np.arange(len(rows)), warns=False)
+
     def sample_validation(self) -> None:
         """Fill the cache with the reference's responses to the validation prompts and their rewards."""
         data = self.data.training_set
-        if self.cfg.eval.enabled and len(data.validation) and not find(self.data.requirements, SequenceScores):
+        if self._samples_validation and len(data.validation):
             reward = instantiate(self.cfg.eval.reward) if self.cfg.eval.reward else None
             evaluate_reference(self.annotator, data.validation, Sampling(**self.cfg.eval.sampling), reward)
 

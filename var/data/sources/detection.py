@@ -171,9 +171,9 @@ def check_columns(columns: Mapping[str, str | None], present: Collection[str], w
 
 
 def _has_messages(record: Mapping[str, Any], name: str) -> bool:
-    """Return whether a cell is a JSON list of messages."""
+    """Return whether a value is the JSON text of a list of messages."""
     value = record.get(name)
-    if not isinstance(record, Cells) or not isinstance(value, str) or not value.lstrip().startswith("["):
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
         return False
     try:
         messages = json.loads(value)

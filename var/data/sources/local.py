@@ -94,6 +94,8 @@ def _open(file: Path) -> Iterator[Any]:
     with file.open("rb") as raw:
         start = raw.read(2)
         raw.seek(0)
+        if start == b"PK":
+            raise UserError(f"{file}: a ZIP file, as Excel and Numbers write. Save it as CSV or Parquet")
         if start in UTF16:
             raise UserError(f"{file}: text in UTF-16. Save it as UTF-8")
         compressed = start == b"\x1f\x8b" or file.name.endswith(".gz")
