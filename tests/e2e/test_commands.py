@@ -219,7 +219,7 @@ def test_debug_rows_shows_what_trains(base: list[str], tmp_path: Path) -> None:
     added = TEMPLATE.replace("m['content']", "('<t></t>' if m.role == 'assistant' else '') + m['content']")
     rows += ["data.max_length=99", f"model.chat_template={added!r}"]
     assert "row b#1: the response is {+<t></t>+}y" in check_error(
-        "rows that the chat template does not write as they are: 1; differences", *rows
+        "rows that the chat template does not write as they are: 4; differences", *rows
     )
     printed = check_run("train.py", *rows, "data.on_template_change=count").replace("\n", " ")
     assert "⟦<t></t>y<end>⟧" in printed
