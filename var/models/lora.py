@@ -109,18 +109,14 @@ def merge_adapter(model: Any, folder: Path, keep: bool = False) -> Any:
     from peft import PeftConfig, PeftModel
     from peft.utils import ModulesToSaveWrapper
 
-    from var.models.structure import read_weight_shapes
+    from var.models.structure import check_saved_parts
 
     if not (folder / "adapter_model.safetensors").exists():  # peft would read a pickled file
         raise UserError(f"{folder} contains no .safetensors file, and pickled weights are not read.")
     before = (model.get_input_embeddings(), model.get_output_embeddings())
     config = PeftConfig.from_pretrained(str(folder))
     misfit = f"the adapter {folder} does not fit its base {config.base_model_name_or_path}"
-    names = read_weight_shapes(folder, adapter=True) or {}
-    for part in getattr(config, "modules_to_save", None) or ():  # peft would keep a part of the base in silence
-        present = [name for name, _ in model.named_modules() if f".{name}".endswith(f".{part}")]
-        if any(not any(name.startswith(f"{place}.") for name in names) for place in present):
-            raise UserError(f"{misfit}: its modules_to_save list {part}, of which its file has no weights.")
+    check_saved_parts(folder, model)
     try:
         adapted = PeftModel(model, config)  # without the head that peft adds for the adapter's task
         report = adapted.load_adapter(str(folder), "default", torch_device="cpu")

@@ -61,6 +61,22 @@ def read_weight_shapes(folder: Path, adapter: bool = False) -> Shapes | None:
     return shapes or None
 
 
+def check_saved_parts(folder: Path, model: Any) -> None:
+    """Raise a UserError if an adapter lists a part of the model as its own and has no weights of it.
+
+    peft would keep that part of the base in silence.
+    """
+    config = json.loads((folder / "adapter_config.json").read_text())
+    names = read_weight_shapes(folder, adapter=True) or {}
+    for part in config.get("modules_to_save") or ():
+        present = [name for name, _ in model.named_modules() if f".{name}".endswith(f".{part}")]
+        if any(not any(name.startswith(f"{place}.") for name in names) for place in present):
+            raise UserError(
+                f"the adapter {folder} does not fit its base {config.get('base_model_name_or_path')}: its "
+                f"modules_to_save list {part}, of which its file has no weights."
+            )
+
+
 def build_meta_scorer(config: Any, typed: str) -> Any:
     """Build a sequence classifier with one label on the meta device."""
     from transformers import AutoModelForSequenceClassification

@@ -21,7 +21,7 @@ from var.models.packing import whole
 from var.models.pretrained import Pretrained
 from var.models.reward_model import RewardModel
 from var.models.simulate import measure_activations
-from var.models.structure import build_meta_scorer, list_head, list_positions
+from var.models.structure import build_meta_scorer, check_saved_parts, list_head, list_positions
 from var.rewards.base import Answers, Prompts
 from var.utils.distributed import bind_device
 from var.utils.errors import Problems, UserError
@@ -174,6 +174,8 @@ class Classifier:
         check_vocabulary(self._tokenizer, config, lambda: self._render(PROBE, "probe"), self._typed, key)
         self.encode(PROBE, "probe")
         self._limit  # noqa: B018
+        if self._files.base is not None:
+            check_saved_parts(self._files.config_folder, self._meta)
         shapes, head = self._files.weight_shapes, list_head(self._meta)
         if shapes is not None and any(shapes.get(name, ()) not in (None, shape) for name, shape in head.items()):
             self._scorer  # noqa: B018  transformers decides: it may find the head under an earlier name
