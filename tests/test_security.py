@@ -4,6 +4,7 @@ Secrets are not written to disk, and files are written only to configured folder
 """
 
 import ast
+import enum
 import json
 import os
 import pickle
@@ -435,18 +436,30 @@ def test_checkpoint_is_not_unpickled(tiny_folder: Path, tmp_path: Path, made: Pa
     assert f"Error: resume={tmp_path}/evil.ckpt is not a checkpoint of a run: it is damaged, or a pickle" in done.stderr
 
 
-def test_metadata_of_sharded_checkpoint_is_not_unpickled(tmp_path: Path, made: Path) -> None:
-    """torch would unpickle it. Metadata that torch wrote is accepted."""
+@pytest.mark.parametrize("by_name", [False, True])
+def test_metadata_of_sharded_checkpoint_is_not_unpickled(
+    by_name: bool, tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch would unpickle it. Metadata that torch wrote is accepted.
+
+    Python 3.11.2 pickles members of enumerations as getattr(class, name), and 3.11.7 as class(value).
+    """
     from torch.distributed import checkpoint
 
     from var.training.checkpoints import read_checkpoint
 
+    named = lambda self, _: (getattr, (type(self), self.name))  # noqa: E731
+    valued = lambda self, _: (type(self), (self.value,))  # noqa: E731
+    monkeypatch.setattr(enum.Enum, "__reduce_ex__", named if by_name else valued)
     state = {"a": torch.ones(3, 2), "b": torch.ones(2, dtype=torch.bfloat16), "step": 3}
     checkpoint.save(state, checkpoint_id=str(tmp_path / "good"), no_dist=True)
     torch.save({"global_step": 3, "loops": {}}, tmp_path / "good" / "meta.pt")
     assert read_checkpoint(tmp_path / "good")["global_step"] == 3
     (tmp_path / "good" / ".metadata").write_bytes(pickle.dumps(Bait(made)))
     with pytest.raises(UserError, match=r"good is not a checkpoint of a run: it is damaged, or a pickle"):
+        read_checkpoint(tmp_path / "good")
+    (tmp_path / "good" / ".metadata").write_bytes(b"cbuiltins\ngetattr\n(ctorch\nSize\nVmro\ntR.")
+    with pytest.raises(UserError, match=r"good is not a checkpoint of a run"):
         read_checkpoint(tmp_path / "good")
 
 

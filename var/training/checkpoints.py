@@ -3,6 +3,7 @@
 Lightning's own checkpoint callback is not used: it can leave no complete checkpoint when a run is killed while saving.
 """
 
+import enum
 import os
 import pickle
 import shutil
@@ -178,10 +179,19 @@ class Metadata(pickle.Unpickler):
         """Return the class, if it is one that torch.distributed.checkpoint writes."""
         plain = {("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch", "Size"),
                  ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath")}  # fmt: skip
+        if (module, name) == ("builtins", "getattr"):
+            return _get_member
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not (dtype or (module, name) in plain or module == "torch.distributed.checkpoint.metadata"):
             raise pickle.UnpicklingError(f"{module}.{name}")
         return super().find_class(module, name)
+
+
+def _get_member(kind: Any, name: str) -> enum.Enum:
+    """Return a member of an enumeration, as which some versions of Python 3.11 pickle it: getattr(class, name)."""
+    if not (isinstance(kind, enum.EnumType) and isinstance(name, str) and name in kind.__members__):
+        raise pickle.UnpicklingError("builtins.getattr")
+    return kind[name]
 
 
 def check_disk_space(folder: Path, policy: torch.nn.Module, optimizer: Any, dtype: torch.dtype) -> None:
