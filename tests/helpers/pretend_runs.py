@@ -18,7 +18,7 @@ from var.training.run import Run
 
 
 def start() -> None:
-    """Prepare a process that runs tests: what is imported by now is no part of garbage collections."""
+    """Prepare a process that runs tests: leave what is imported by now out of garbage collections."""
     torch.set_num_threads(1)
     gc.collect()
     gc.freeze()

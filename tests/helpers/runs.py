@@ -132,7 +132,7 @@ def _run_rank(words: list[str], environment: dict[str, str], log: str) -> None:
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = words
-    gc.freeze()  # what the first process has imported is no part of garbage collections
+    gc.freeze()  # leave what the first process has imported out of garbage collections
     runpy.run_path(words[0], run_name="__main__")
 
 
