@@ -69,7 +69,8 @@ def test_failure_to_save_a_view_is_one_line(reply: Any, project: str, message: s
 
 def test_view_needs_an_api_key(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a process of its own: wandb 0.21 remembers the key of an earlier test."""
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     process = spawn(str(ROOT / "report.py"), "--wandb", "us/aligned")
     _, errors = process.communicate(timeout=300)
