@@ -58,7 +58,7 @@ def count_tokens(
     make: Callable[..., Annotator], root: Path, world: int, responses: int, compute: Callable[..., Any]
 ) -> list[int]:
     """Return the tokens that each of `world` ranks, which are threads, processes in `compute(annotator, sequences)`."""
-    barrier, found = threading.Barrier(world), [Counting() for _ in range(world)]
+    barrier, found = threading.Barrier(world, timeout=60), [Counting() for _ in range(world)]
     annotators = [make(root=root, ranks=Ranks(r, world, lambda: barrier.wait() and None)) for r in range(world)]
     _, sequences = make_sequences(annotators[0], make_rows(responses), max_length=2048)
     for annotator, counting in zip(annotators, found, strict=True):
