@@ -179,14 +179,9 @@ class Chat:
         text = rendered.replace(MARK, "")
         for i, message in enumerate(prompt):
             for key in sorted(message.keys() - {"role", "content"}):
-                if message[key] in ("", [], {}):
-                    continue
                 rest = {name: value for name, value in message.items() if name != key}
-                name = f"{key} of the {message['role']}'s message {i}"
-                if self._is_same(prompt, [*prompt[:i], rest, *prompt[i + 1 :]], rendered):
-                    changes.append(f"{name} is not written")
-                elif missing := list_unwritten(message[key], text):
-                    changes.append(f"{name} is written without {missing[0][:60]!r}")
+                same = self._is_same(prompt, [*prompt[:i], rest, *prompt[i + 1 :]], rendered)
+                changes += _describe_key(f"{key} of the {message['role']}'s message {i}", message[key], same, text)
         if isinstance(prompt, Prompt) and prompt.tools:
             without = Prompt(prompt, (), prompt.template_kwargs)
             names = [tool.get("function", tool).get("name") for tool in prompt.tools]
@@ -277,10 +272,8 @@ class Chat:
             changes = [f"the response is {describe_change(response, part)}" for part in others]
         for key in sorted(further):
             rest = {name: value for name, value in message.items() if name != key}
-            if message[key] not in ("", [], {}) and self._is_same(prompt, [*prompt, rest], full, False):
-                changes.append(f"{key} of the response is not written")
-            elif missing := list_unwritten(message[key], span):
-                changes.append(f"{key} of the response is written without {missing[0][:60]!r}")
+            same = self._is_same(prompt, [*prompt, rest], full, False)
+            changes += _describe_key(f"{key} of the response", message[key], same, span)
         return changes
 
     def encode_response(self, prompt: Sequence[Message], response: Response) -> Encoded:
@@ -320,3 +313,12 @@ class Chat:
         if len(ids) > 1 and ids[0] == ids[1] == bos:
             raise ValueError(f"two BOS tokens ({self.tokenizer.bos_token}) at the start: the template writes both")
         return ids
+
+
+def _describe_key(name: str, value: Any, same: bool, text: str) -> list[str]:
+    """Return what a rendered text lacks of a further key of a message; same: it is the same without the key."""
+    if value in ("", [], {}):
+        return []
+    if same:
+        return [f"{name} is not written"]
+    return [f"{name} is written without {part[:60]!r}" for part in list_unwritten(value, text)[:1]]

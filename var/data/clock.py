@@ -37,13 +37,15 @@ def read_date(value: str | None, key: str = "model.date") -> date:
 
 
 def set_clock(source: str, today: date) -> None:
-    """Set the date that a template reads.
+    """Set the date that a template reads, if it reads one.
 
     A function among its arguments would not reach the template, which transformers compiles once per process.
     """
     from transformers.utils import chat_template_utils
 
     global _file
+    if CLOCK not in source:
+        return
     if _file is not None and today == _today:
         with atomic(_file, shared=True) as content:
             content.write(today.isoformat())

@@ -319,13 +319,13 @@ class AlignmentData(lightning.LightningDataModule):
     def _check_plan(self) -> None:
         """Raise UserError if the checkpoint is of another plan, or of other scores, weights or answers."""
         saved, data = self.saved or {}, self.training_set
-        if (plan := saved.get("plan", data.plan.hash)) != data.plan.hash:
+        if saved and saved["plan"] != data.plan.hash:
             raise UserError(
-                f"the checkpoint was made with plan {plan}, and this configuration makes plan {data.plan.hash}: "
-                "data, order, micro-batch or length differ. Resume with the same data, or start a new run with "
-                "resume=false."
+                f"the checkpoint was made with plan {saved['plan']}, and this configuration makes plan "
+                f"{data.plan.hash}: data, order, micro-batch or length differ. Resume with the same data, or start a "
+                "new run with resume=false."
             )
-        if saved.get("labels", data.rows.labels) != data.rows.labels:
+        if "labels" in saved and saved["labels"] != data.rows.labels:
             raise UserError(
                 "the checkpoint was made with other scores, weights or answers of the same responses. Resume with the "
                 "same data, or start a new run with resume=false."
