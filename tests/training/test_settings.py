@@ -10,7 +10,10 @@ from lightning.pytorch.callbacks import Callback
 from omegaconf import OmegaConf
 
 from tests.helpers.runs import Killed, Result, assert_identical, column, composed, curve, fit, write_lines
+from var.config.schema import pick_fields
+from var.models.pretrained import Pretrained
 from var.training.checkpoints import checkpoints
+from var.training.checks import warn_of_other_arguments
 from var.training.module import AlignmentModule
 from var.training.run import Run
 from var.training.summary import check_same_settings
@@ -217,3 +220,15 @@ def test_finished_run_with_other_settings_is_an_error(tmp_path):
     finished["config"]["optim"] = {"optimizer": {"lr": 0.2}}
     with pytest.raises(UserError, match=r"runs/mine holds a finished run .*\n  optim\.optimizer\.lr: 0\.2 → 0\.1"):
         check_same_settings(OmegaConf.create(cfg), finished)
+
+
+@pytest.mark.parametrize(("own", "warned"), [({"thinking": False}, False), ({}, True)])
+def test_init_with_other_template_arguments_is_a_warning(
+    own: dict[str, Any], warned: bool, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a run learned with enable_thinking=false is not what a prompt without it asks for."""
+    (tmp_path / "config.yaml").write_text("model: {chat_template_kwargs: {thinking: false}}\n")
+    words = [f"+model.chat_template_kwargs.{name}={value}" for name, value in own.items()]
+    model = composed(f"model.path={tiny_folder}", *words).model
+    warn_of_other_arguments(tmp_path, Pretrained(**pick_fields(Pretrained, model), cache=str(tmp_path)))
+    assert ("model.chat_template_kwargs={'thinking': False}, and" in "".join(capsys.readouterr())) == warned

@@ -98,10 +98,10 @@ class FrozenModel:
         with torch.inference_mode(False):  # FSDP writes to tensors that are made here, in any mode
             if self._sharded:
                 return self._load_sharded()
-            policy = Policy(self.pretrained.load().to(self.device)).eval().requires_grad_(False)
-            if self.autocast is not None:
-                cast_linear_weights(policy.model, self.autocast)
-            return policy
+            model = self.pretrained.load()
+            if self.autocast is not None:  # before the device has to hold it
+                cast_linear_weights(model, self.autocast)
+            return Policy(model.to(self.device)).eval().requires_grad_(False)
 
     def _load_sharded(self) -> Policy:
         """Load this rank's part. No host or device holds the complete model."""

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from var.models.frozen import cast_linear_weights
 from var.models.logprobs import HEAD_CHUNK
 from var.models.packing import Packed, pack
 from var.models.policy import Policy
@@ -93,7 +94,8 @@ def measure_activations(
         autocast: whether the run computes under bfloat16 autocast.
         half_weights: whether the weights arrive in bfloat16, as FSDP gathers them then.
         checkpointing: whether activations are recomputed in the backward pass.
-        train: whether there is a backward pass.
+        train: whether there is a backward pass. Without one, the model is frozen, as `FrozenModel` loads it: under
+            autocast its linear layers are in bfloat16, and its head is not.
         prepare: changes the model, for example by attaching an adapter.
     """
     scored = min(length - 1, -(-2 * HEAD_CHUNK // sequences))  # the head's loop over chunks is the slow part
@@ -153,6 +155,8 @@ def _simulate(
     with torch.device("meta"):
         weights = torch.bfloat16 if half_weights else dtype
         model = prepare(AutoModelForCausalLM.from_config(config, dtype=weights, attn_implementation="packed"))
+    if autocast and not train:
+        cast_linear_weights(model, torch.bfloat16)
     with fake:
         make_fake(model)
     if half_weights:

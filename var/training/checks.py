@@ -4,16 +4,18 @@ import importlib.util
 import math
 import os
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from var.config.schema import TrainerSettings
 from var.models.lora import LoRA
 from var.models.pretrained import Pretrained
-from var.utils.console import say
+from var.utils.console import say, warn
 from var.utils.errors import Problems, UserError, brief
 
 
@@ -28,6 +30,18 @@ def check_adapter(cfg: DictConfig, pretrained: Pretrained, adapter: LoRA | None)
             f"{cfg.strategy.name} does not shard quantized weights; strategy=ddp keeps a copy on each device",
         )
     problems.check()
+
+
+def warn_of_other_arguments(model: Path, pretrained: Pretrained) -> None:
+    """Warn if a run wrote the exported `model` with other arguments of the chat template than `pretrained` has."""
+    config = model / "config.yaml"
+    trained: Any = OmegaConf.to_container(OmegaConf.load(config)) if config.exists() else {}
+    before = trained.get("model", {}).get("chat_template_kwargs") or {}
+    if before != (now := dict(pretrained.chat_template_kwargs or {})):
+        warn(
+            f"init: the model was trained with model.chat_template_kwargs={before}, and this command uses {now}. Give "
+            "the same arguments, unless the prompts are meant to differ."
+        )
 
 
 def check_strategy(cfg: DictConfig, settings: TrainerSettings) -> None:

@@ -29,6 +29,8 @@ GIB = 2**30
 MARGIN = 2 * GIB  # CUDA's context, communication buffers
 FRAGMENTED = 0.05  # of the needed memory: what PyTorch's allocator cannot use
 
+HEAD = "output head in bfloat16"
+
 Parts = dict[str, float]
 """Bytes per device by what they hold."""
 
@@ -141,6 +143,11 @@ class MemoryModel:
         return linear * self.computed_width + (counts.total - adapter - linear) * self.width
 
     @property
+    def head(self) -> float:
+        """Bytes of the output head's copy in bfloat16, which a pass of a frozen model on a GPU makes."""
+        return self.model.get_output_embeddings().weight.numel() * 2.0 if self.half and self.width > 2 else 0.0
+
+    @property
     def gradients(self) -> float:
         """Bytes of the gradients."""
         return self.counts.trained * (max(4, self.width) if self.adapter is not None else self.width)
@@ -182,7 +189,7 @@ class MemoryModel:
             length,
             dtype=torch.bfloat16 if self.pretrained.quantization else getattr(torch, self.pretrained.dtype),
             autocast=self.half,
-            half_weights=self.half and (sharded or not train),
+            half_weights=self.half and sharded,
             checkpointing=self.pretrained.gradient_checkpointing,
             train=train,
             prepare=self._with_adapter if train else lambda model: model,
@@ -219,13 +226,13 @@ class MemoryModel:
         counts, wide = self.counts, self.computed_width
         gathered = counts.root * wide + 2 * counts.block * wide if sharded else 0.0
         held = {"weights": self.weights / shards, "optimizer": self.optimizer[0] / shards}
-        scoring = float(max(self.activations(train=False)))
+        scoring = {"activations": float(max(self.activations(train=False))), HEAD: self.head}
         requirements = instantiate(self.cfg.loss).requires
         stages: dict[str, Parts] = {}
         if self.reward:
             stages["annotation, reward model"] = {"reward model": self.reward}
         alone = self._reference(shards if shard_reference else 1)
-        stages["annotation, reference"] = {"reference": alone or self.frozen, "activations": scoring}
+        stages["annotation, reference"] = {"reference": alone or self.frozen, **scoring}
         training = {**held, "gradients": self.gradients / shards}
         if self.cfg.reference == "live" or (find(requirements, Rollout) and find(requirements, ReferenceLogps)):
             training["reference"] = alone
@@ -240,10 +247,8 @@ class MemoryModel:
             stages["evaluation, sampling"] = sampling
             if self.reward:
                 stages["evaluation, reward model"] = {**held, "reward model": self.reward}
-            stages["evaluation, KL"] = {
-                **held, "weights to score with": gathered if sharded else copies,
-                "reference": alone, "activations": scoring,
-            }  # fmt: skip
+            # first the policy scores, and then the reference, which takes more, or the policy without its adapter
+            stages["evaluation, KL"] = {**held, "weights to score with": alone or gathered or copies, **scoring}
         largest = max(p.numel() for p in self.model.parameters()) * self.width
         stages["export"] = {**held, "largest parameter": float(largest) if sharded else 0.0}
         return stages

@@ -49,6 +49,7 @@ from var.training.checks import (
     choose_devices,
     count_accumulation,
     list_overrides,
+    warn_of_other_arguments,
 )
 from var.training.datamodule import AlignmentData
 from var.training.loggers import Curves, PlanFile, make_loggers
@@ -119,6 +120,7 @@ class Run:
         pretrained = Pretrained(**pick_fields(Pretrained, cfg.model), cache=cfg.cache)
         if cfg.init is not None:
             pretrained = replace(pretrained, path=str(find_model(cfg.init)), revision=None, chat_template=None)
+            warn_of_other_arguments(pretrained.folder, pretrained)
         pretrained = pretrained.with_attention_for(settings.gpu, half=PRECISIONS[settings.arithmetic] is not None)
         adapter, loss = instantiate(cfg.adapter) if cfg.adapter else None, instantiate(cfg.loss)
         annotator = Annotator(
