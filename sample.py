@@ -50,7 +50,7 @@ def main(cfg: DictConfig) -> None:
 
     from var.annotate.responses import sample_responses, sampling_fingerprint
     from var.annotate.rewards import score_candidates
-    from var.data.rows import read
+    from var.data.read import read
     from var.rewards.base import check_answers
     from var.training.run import Run
     from var.utils.console import say

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from var.data.messages import parse_prompt
-from var.data.rows import Response, Row
+from var.data.row import Response, Row
 from var.utils.errors import UserError
 
 

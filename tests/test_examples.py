@@ -18,7 +18,7 @@ from torch.testing import assert_close
 from tests.helpers.cli import run
 from tests.helpers.runs import ROOT
 from tests.helpers.runs import run_folder as only
-from var.data.rows import read
+from var.data.read import read
 from var.models.packing import pack
 
 EXAMPLES = ROOT / "examples"

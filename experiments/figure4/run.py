@@ -22,8 +22,10 @@ from var.annotate.responses import add_responses, sample_responses
 from var.annotate.rewards import cross_rewards, score_candidates
 from var.config.check import FOLDER
 from var.config.entry import run_command
-from var.data.rows import Rows, read
-from var.data.sequences import choose, encode
+from var.data.choice import choose
+from var.data.read import read
+from var.data.rows import Rows
+from var.data.sequences import encode
 from var.sampling.base import Samples
 from var.training.run import Run
 from var.utils.console import say

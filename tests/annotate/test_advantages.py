@@ -15,7 +15,8 @@ from var.annotate.base import TrainingSet
 from var.annotate.prompt_features import prompt_features
 from var.annotate.responses import sample_responses
 from var.annotate.value_fit import fit_value_head, predict_values
-from var.data.rows import Row, read
+from var.data.read import read
+from var.data.row import Row
 from var.data.settings import DataSettings
 from var.requirements import Advantages, ValueFit
 from var.rewards.dataset_score import Score

@@ -25,8 +25,9 @@ from var.annotate.prompt_features import prompt_features
 from var.annotate.reference_logps import cached_cross_logps, reference_logps
 from var.annotate.responses import add_responses, sample_responses, sampling_fingerprint
 from var.annotate.rewards import cross_rewards, score_rows
+from var.data.read import read
 from var.data.report import DataReport
-from var.data.rows import Response, Row, read
+from var.data.row import Response, Row
 from var.models.frozen import FrozenModel
 from var.sampling.base import Sample
 from var.utils.distributed import Ranks
@@ -41,7 +42,7 @@ def annotate_everything(annotator: Annotator) -> list[Any]:
         reference_logps(annotator, sequences).to_pylist(),
         cached_cross_logps(annotator, sequences, micro).tolist(),
         cross_rewards(annotator, rows, sequences, micro).tolist(),
-        [part.tolist() for part in score_rows(annotator, rows)],
+        score_rows(annotator, rows).tolist(),
         prompt_features(annotator, sequences).tolist(),
         sample_responses(annotator, rows, SAMPLING),
     ]

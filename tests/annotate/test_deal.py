@@ -17,7 +17,7 @@ from var.annotate.annotator import Annotator
 from var.annotate.cache import deal
 from var.annotate.reference_logps import cached_cross_logps, cached_mismatched_logps, reference_logps
 from var.annotate.rewards import cross_rewards
-from var.data.rows import Response, Row
+from var.data.row import Response, Row
 from var.data.sequences import Sequences
 from var.models.packing import Packed
 from var.utils.distributed import Ranks

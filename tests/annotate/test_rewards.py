@@ -23,7 +23,7 @@ def test_any_pairing_of_prompt_response_and_answer_is_scored(make):
     annotator = make()
     rows, _ = make_sequences(annotator)
     found = score_rows(annotator, rows)
-    assert [part.tolist() for part in found] == [[len(r.text) + 100.0 for r in row.responses] for row in ROWS]
+    assert found.tolist() == [len(r.text) + 100.0 for row in ROWS for r in row.responses]
     prompt = ROWS[0].prompt
     triples = [(prompt, "it is 0", "0"), (prompt, "it", "0"), (prompt, "it is 0", None)]
     assert score(annotator, triples).tolist() == [107, 2, 7]
@@ -35,7 +35,7 @@ def test_cross_rewards_score_response_j_with_prompt_and_answer_i(make, tmp_path)
     rows, sequences = make_sequences(annotator)
     micro = np.array([[1, 3], [0, -1]])
     found = cross_rewards(annotator, rows, sequences, micro)
-    texts = [rows[row].responses[k].text for row, k in zip(sequences.row, sequences.table["response"], strict=True)]
+    texts = [rows[row].responses[k].text for row, k in zip(sequences.row, sequences.response, strict=True)]
     a, b = texts[1], texts[3]
     assert (sequences.row[1], sequences.row[3]) == (0, 2)
     assert found.tolist() == [[[len(a) + 100, len(b)], [len(a), len(b) + 100]], [[len(texts[0]) + 100, 0], [0, 0]]]
@@ -125,7 +125,7 @@ def test_all_unusable_answers_are_listed(make, reward):
 def test_scores_of_the_data_are_read_and_all_missing_ones_listed(make):
     annotator = make(Score())
     rows, _ = make_sequences(annotator)
-    assert [part.tolist() for part in score_rows(annotator, rows)] == [[r.score for r in row.responses] for row in ROWS]
+    assert score_rows(annotator, rows).tolist() == [r.score for row in ROWS for r in row.responses]
     unscored = tuple(
         replace(row, responses=tuple(replace(r, score=None) for r in row.responses)) if i in (1, 4) else row
         for i, row in enumerate(ROWS)

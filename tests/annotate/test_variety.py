@@ -10,7 +10,8 @@ from var.annotate.annotator import Annotator
 from var.annotate.responses import count_copied, describe_copies, sample_responses
 from var.annotate.rewards import score_candidates
 from var.data.messages import last_text
-from var.data.rows import Rows, read
+from var.data.read import read
+from var.data.rows import Rows
 from var.sampling.base import Sample
 from var.utils.errors import UserError
 

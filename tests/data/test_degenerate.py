@@ -7,9 +7,10 @@ import pytest
 
 from tests.helpers.runs import composed, write_lines
 from var.data import degenerate
-from var.data.degenerate import count_degenerate, find_degenerate, warn_of_degenerate
+from var.data.degenerate import count_degenerate, warn_of_degenerate
 from var.data.parse import parse_row
-from var.data.rows import Row, read
+from var.data.read import read
+from var.data.row import Row, find_degenerate
 from var.data.sources.files import Files
 from var.evaluate.prompts import Prompts, warn_of_trained_prompts
 from var.training.run import Run

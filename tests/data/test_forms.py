@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 
 from tests.data.test_fuzz import fuzz
 from tests.helpers.runs import ROOT
-from var.data.rows import Row, Rows, read
+from var.data.read import read
+from var.data.row import Row
+from var.data.rows import Rows
 from var.data.sources import hub
 from var.data.sources.files import Files
 from var.data.sources.forms import FORMS

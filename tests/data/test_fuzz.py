@@ -18,7 +18,8 @@ from notebooks.tiny import TEMPLATE, byte_tokenizer
 from tests.helpers.cache import keys, open_table
 from var.data.chat import Chat
 from var.data.parse import KEYS, parse_row
-from var.data.rows import Rows, read
+from var.data.read import read
+from var.data.rows import Rows
 from var.data.sources.files import Files
 from var.data.sources.preferences import Preferences
 from var.data.sources.prompts import Prompts

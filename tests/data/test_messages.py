@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers.runs import write_lines
 from var.data.messages import Prompt, parse_prompt, prompt_content, render_message
-from var.data.rows import read
+from var.data.read import read
 from var.data.sources.files import Files
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"place": "Bergen", "unit": None}}}

@@ -9,7 +9,7 @@ import pytest
 from hydra.utils import instantiate
 
 from tests.helpers.runs import composed
-from var.data.rows import read
+from var.data.read import read
 from var.data.sources.reasoning_gym import ReasoningGym, read_problem, write_problem
 from var.utils.errors import UserError
 

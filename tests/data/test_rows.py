@@ -12,7 +12,9 @@ import pytest
 
 from var.data import rows as rows_module
 from var.data.parse import parse_row
-from var.data.rows import Response, Row, load, read, write
+from var.data.read import read
+from var.data.row import Response, Row
+from var.data.rows import load, write
 from var.utils.errors import Problems, UserError
 from var.utils.provenance import hash_content
 
@@ -101,13 +103,13 @@ def test_one_error_lists_all_invalid_records(tmp_path: Path):
     assert lines[0] == "ListSource: invalid rows (18):"
     expected = {
         2: "'id' must be text or an integer", 3: "a row must be an object", 4: "response 0 is empty (row empty)",
-        5: "the score of response 0 is nan", 6: "weights must be finite and ≥ 0", 7: "is also the id of file.jsonl:1",
+        5: "the score of response 0 is nan", 6: "weights must be finite and ≥ 0",
         8: "unknown keys ['respones']", 9: "the prompt ends with an assistant's message",
         10: "unpaired surrogate '\\ud800'", 11: "'score' must be a number, got 'high'",
         12: "its prompt is empty (row blank)",
         13: "or null, got nan; also file.jsonl:14, file.jsonl:15, file.jsonl:16",
         17: "'subset' must be text, a finite number or null, got nan", 18: "'responses' must be a list, got 'yes'",
-        19: "'ordered' must be true or false, got 'no'",
+        19: "'ordered' must be true or false, got 'no'", 7: "is also the id of file.jsonl:1",
     }  # fmt: skip
     for line, (number, text) in zip(lines[1:], expected.items(), strict=True):
         assert line.startswith(f"  file.jsonl:{number}: ")
@@ -129,7 +131,7 @@ def test_failed_read_leaves_no_files(given: list[Any], tmp_path: Path):
     for _ in range(2):
         with pytest.raises(UserError):
             read(ListSource(given), tmp_path)
-        assert not [file for file in tmp_path.rglob("*") if file.is_file()]
+        assert [file.name for file in tmp_path.rglob("*") if file.is_file()] == ["lock"]
 
 
 def test_interrupted_write_leaves_no_files(tmp_path: Path):

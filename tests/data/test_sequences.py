@@ -9,8 +9,10 @@ import pytest
 
 from notebooks.tiny import TEMPLATE, byte_tokenizer
 from var.data.chat import Chat
-from var.data.rows import Response, Row, Rows, load, write
-from var.data.sequences import Sequences, choose, encode, needs_rewards
+from var.data.choice import choose, needs_rewards
+from var.data.row import Response, Row
+from var.data.rows import Rows, load, write
+from var.data.sequences import Sequences, encode
 from var.utils.errors import Problems, UserError
 from var.utils.provenance import hash_content
 
@@ -41,7 +43,7 @@ def encode_rows(
 
 
 def choose_indices(rows: Rows, switch: Any, rewards: list[list[float]] | None = None) -> list[tuple[int, int]]:
-    choice = choose(rows, switch, None if rewards is None else [np.array(r) for r in rewards])
+    choice = choose(rows, switch, None if rewards is None else np.concatenate(rewards))
     return list(zip(choice.row.tolist(), choice.response.tolist(), strict=True))
 
 
@@ -57,7 +59,7 @@ def test_each_setting_chooses_its_responses(tmp_path: Path):
 
 def test_rows_without_a_pair_are_left_out_and_counted(tmp_path: Path):
     rows = make_rows(tmp_path, row("a", "x", "y"), row("b", "x"), row("c", "x", "y"), row("d"))
-    choice = choose(rows, "both", [np.array(r) for r in ([1, 0], [1], [2, 2], [])])
+    choice = choose(rows, "both", np.array([1, 0, 1, 2, 2]))
     assert choice.row.tolist() == [0, 0]
     assert dict(choice.counts) == {
         "rows with fewer than two responses": 1, "rows whose responses all have the same reward": 1,
@@ -69,7 +71,7 @@ def test_rows_without_a_response_are_always_counted(tmp_path: Path):
     """Sampling leaves such rows if all K responses were empty."""
     rows = make_rows(tmp_path, row("a", "x", ordered=True), row("b", ordered=True))
     for switch in ("all", "chosen", "best"):
-        choice = choose(rows, switch, [np.array([1.0]), np.array([])])
+        choice = choose(rows, switch, np.array([1.0]))
         assert (choice.row.tolist(), dict(choice.counts)) == ([0], {"rows without a response": 1})
 
 

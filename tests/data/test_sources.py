@@ -17,7 +17,8 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from tests.helpers.runs import ROOT, composed
-from var.data.rows import Response, read
+from var.data.read import read
+from var.data.row import Response
 from var.data.sources import hub, local
 from var.data.sources.arithmetic import KINDS, Arithmetic
 from var.data.sources.files import Files

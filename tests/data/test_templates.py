@@ -16,7 +16,7 @@ from tests.helpers.small_tokenizers import KINDS, LOSES_SPACES, SENTENCEPIECE
 from tests.helpers.templates import CHATML, FORMS
 from var.data.chat import Chat
 from var.data.messages import Prompt, texts_in
-from var.data.rows import Response
+from var.data.row import Response
 from var.data.template import MARK
 
 hypothesis.configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")

@@ -15,7 +15,7 @@ from tests.helpers.models import tiny_config
 from tests.helpers.runs import ROOT
 from tests.helpers.small_tokenizers import build
 from var.data.chat import Chat
-from var.data.rows import read
+from var.data.read import read
 from var.data.sources.hh_rlhf import HHRLHF
 from var.data.sources.hha import HHA
 

@@ -14,7 +14,8 @@ from tests.helpers.models import pretrained
 from tests.helpers.packing import unpack_sequences
 from tests.helpers.runs import write_lines
 from var.data.chat import Chat
-from var.data.rows import Rows, read
+from var.data.read import read
+from var.data.rows import Rows
 from var.data.sources.files import Files
 from var.evaluate.answers import compute_logps, divergence, pack_answers, samples, score_answers, win_rate
 from var.models.attention import use_attention

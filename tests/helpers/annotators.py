@@ -10,9 +10,12 @@ import numpy as np
 from tests.helpers.models import pretrained
 from var.annotate.annotator import Annotator
 from var.annotate.cache import AnnotationCache
+from var.data.choice import choose
 from var.data.plan import make_plan
-from var.data.rows import Response, Row, Rows, read
-from var.data.sequences import Sequences, choose, encode
+from var.data.read import read
+from var.data.row import Response, Row
+from var.data.rows import Rows
+from var.data.sequences import Sequences, encode
 from var.models.frozen import FrozenModel
 from var.sampling.base import Sampling
 

@@ -18,7 +18,7 @@ CLIENT = """
 import huggingface_hub, json, sys
 from pathlib import Path
 from tests.helpers.models import pretrained
-from var.data.rows import read
+from var.data.read import read
 from var.data.sources.offsetbias import OffsetBias
 from var.data.sources.preferences import Preferences
 from var.rewards.classifier import Classifier

@@ -13,7 +13,7 @@ from tests.helpers.cli import check_run
 from tests.helpers.models import pretrained, save_two_ends
 from tests.helpers.runs import composed, write_lines
 from var.data.chat import Chat
-from var.data.rows import Response
+from var.data.row import Response
 from var.models.packing import pack_tree
 from var.models.policy import Policy
 from var.sampling import local
@@ -153,7 +153,7 @@ def check_drawn_tokens_train(data: AlignmentData) -> None:
     assert len(found.sequences) > 30
     for i in range(len(found.sequences)):
         row = found.rows[found.sequences.row[i]]
-        response = row.responses[found.sequences.table[i]["response"]]
+        response = row.responses[found.sequences.response[i]]
         ids, start, _ = found.sequences.tokens(i)
         assert ids == [*chat.prompt(row.prompt), *response.ids]
         assert ids[start:] == list(response.ids)

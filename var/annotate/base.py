@@ -23,10 +23,11 @@ import numpy as np
 import torch
 
 from var.annotate.annotator import Annotator
+from var.data.choice import Choice
 from var.data.plan import ABSENT, Plan
 from var.data.report import DataReport
 from var.data.rows import Rows
-from var.data.sequences import Choice, Sequences, encode
+from var.data.sequences import Sequences, encode
 from var.data.settings import DataSettings
 from var.models.attention import check_lengths
 from var.models.packing import Packed

@@ -49,9 +49,8 @@ class ProvideDesirable(Provider[Desirable]):
         if self.requirement.threshold is not None:
             self.desirable = data.require_rewards(self.requirement) > self.requirement.threshold
         else:
-            better = set(zip(data.choice.row[0::2].tolist(), data.choice.response[0::2].tolist(), strict=True))
-            both = zip(data.sequences.row.tolist(), data.sequences.table["response"], strict=True)
-            self.desirable = torch.tensor([pair in better for pair in both])
+            better = (data.choice.row << 32 | data.choice.response)[0::2]
+            self.desirable = torch.from_numpy(np.isin(data.sequences.row << 32 | data.sequences.response, better))
         data.report.desirable_sequences = count = int(self.desirable.sum())
         if count in (0, len(self.desirable)):
             kind = "desirable" if count else "undesirable"

@@ -13,7 +13,8 @@ from var.data import rows as rows_module
 from var.data.changes import TemplateChanges
 from var.data.chat import Chat
 from var.data.report import DataReport
-from var.data.rows import Response, Row, Rows
+from var.data.row import Response, Row
+from var.data.rows import Rows
 from var.sampling.base import Prompts, Sample, Samples, Sampling
 from var.sampling.local import Transformers
 from var.utils.console import warn

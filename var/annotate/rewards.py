@@ -34,8 +34,7 @@ class ProvideRewards(Provider[Rewards]):
         """Score all sequences and fit the scale."""
         sequences, reward = data.sequences, data.annotator.reward
         if reward.scores_text:
-            response = np.array(sequences.table["response"])
-            raw = score(data.annotator, Triples(data.rows, sequences.row, sequences.row, response))
+            raw = score(data.annotator, Triples(data.rows, sequences.row, sequences.row, sequences.response))
         else:
             raw = sequences.column("score")
             check_scores(sequences.tokens(i)[2] for i in np.flatnonzero(np.isnan(raw)).tolist())
@@ -95,16 +94,16 @@ def score(annotator: Annotator, triples: Sequence[Triple], title: str = "Scoring
     return annotator.fill(table, title, "responses", keys, compute, cost=cost).to_numpy()  # type: ignore[no-any-return]
 
 
-def score_rows(annotator: Annotator, rows: Rows) -> list[np.ndarray]:
-    """Return the raw rewards of all responses of each row."""
+def score_rows(annotator: Annotator, rows: Rows) -> np.ndarray:
+    """Return [N] raw rewards of all responses, row by row."""
+    size = rows.facts["responses"]
+    index = np.repeat(np.arange(len(rows)), size)
     if not annotator.reward.scores_text:
-        check_scores(row.id for row in rows if any(response.score is None for response in row.responses))
-        return [np.array([response.score for response in row.responses]) for row in rows]
-    sizes = np.array([len(row.responses) for row in rows])
-    index = np.repeat(np.arange(len(rows)), sizes)
-    response = np.concatenate([np.arange(size) for size in sizes])
-    flat = score(annotator, Triples(rows, index, index, response))
-    return np.split(flat, np.cumsum(sizes)[:-1])
+        scores = rows.numbers("score")
+        check_scores(rows[i].id for i in np.unique(index[np.isnan(scores)]).tolist())
+        return scores
+    response = np.arange(len(index)) - np.repeat(np.cumsum(size) - size, size)
+    return score(annotator, Triples(rows, index, index, response))
 
 
 def score_candidates(annotator: Annotator, rows: Rows, sampling: Sampling) -> np.ndarray:
@@ -134,8 +133,8 @@ def cross_rewards(annotator: Annotator, rows: Rows, sequences: Sequences, micro:
         own = sequences.column("score")
         same = sequences.group[pairs[:, 0]] == sequences.group[pairs[:, 1]]
         return fill_matrix(own[pairs[:, 1]] - np.where(same, 0.0, gap), micro, place)
-    row, response = sequences.row, np.array(sequences.table["response"])
-    triples = Triples(rows, row[pairs[:, 0]], row[pairs[:, 1]], response[pairs[:, 1]])
+    row = sequences.row
+    triples = Triples(rows, row[pairs[:, 0]], row[pairs[:, 1]], sequences.response[pairs[:, 1]])
     return fill_matrix(score(annotator, triples, "Cross scoring"), micro, place)
 
 

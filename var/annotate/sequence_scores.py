@@ -3,7 +3,8 @@
 from var.annotate.base import Provider, TrainingSet
 from var.annotate.responses import add_responses, sample_responses
 from var.annotate.rewards import score_rows
-from var.data.sequences import Sequences, choose, needs_rewards
+from var.data.choice import choose, needs_rewards
+from var.data.sequences import Sequences
 from var.requirements import SequenceScores
 
 

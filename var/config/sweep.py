@@ -1,6 +1,5 @@
 """Run the jobs of a sweep: each with its processes and GPUs, and all of them even if some fail."""
 
-import ctypes
 import json
 import os
 import shutil
@@ -28,6 +27,7 @@ from omegaconf import DictConfig
 from var.config.schema import TrainerSettings
 from var.utils.device_locks import claim, name_devices
 from var.utils.errors import UserError
+from var.utils.signals import end_with_parent
 
 LAUNCHERS = {"JoblibLauncher": "joblib", "LocalLauncher": "submitit_local"}
 """Launchers that run several jobs at a time on one machine, and leave its GPUs to the jobs."""
@@ -40,9 +40,6 @@ RANK_VARIABLES = {
 }  # fmt: skip
 RANK_PREFIXES = ("SUBMITIT_", "SLURM_", "TORCHELASTIC_")
 """With these, Lightning would expect that a launcher has started the other ranks."""
-
-PR_SET_PDEATHSIG = 1
-"""An option of Linux's prctl: the signal that a process receives when its parent dies."""
 
 
 class JobFailed(UserError):
@@ -84,8 +81,8 @@ class Sweep(Callback):
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
         """Set the sweep of a job's process. A process that the sweep started ends with it."""
         Sweep.current = self
-        if self.record and "LOCAL_RANK" not in os.environ and sys.platform == "linux":
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if self.record and "LOCAL_RANK" not in os.environ:
+            end_with_parent(signal.SIGTERM)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         """Record the error of a failed job, and print it."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from var.data.changes import describe_change, find_content_changes, list_unwritten
 from var.data.messages import Message, Prompt
-from var.data.rows import Response
+from var.data.row import Response
 from var.data.template import MARK, PROBE, Template, hash_tokenizer, read_template
 from var.utils.errors import UserError
 
@@ -69,6 +69,7 @@ class Chat:
                 f"the tokenizer of {tokenizer.name_or_path} gives no offsets. Use a model with a fast tokenizer"
             )
         self.tokenizer = tokenizer
+        self._prepared: tuple[Prompt, tuple[str, list[int], list[str]]] | None = None
         self.size = len(tokenizer) if size is None else size
         self.template = Template(tokenizer, kwargs, today, ends=self.named_ends.values())
 
@@ -153,6 +154,10 @@ class Chat:
         return frozenset([*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder])
 
     @cached_property
+    def _special_tokens(self) -> frozenset[str]:
+        return frozenset(self.tokenizer.all_special_tokens)
+
+    @cached_property
     def tail(self) -> list[int]:
         """The tokens that the template writes after the end token. A reward model reads them too."""
         tokens = self.template.tokenize(self.suffix).ids
@@ -208,6 +213,16 @@ class Chat:
         changes = [*self.find_changes(prompt, rendered), *self.template.find_losses(tokens.text, tokens.ids)]
         return Encoded(self._check_bos(tokens.ids), len(tokens.ids), tuple(changes), MARK in rendered)
 
+    def _prepare(self, prompt: Sequence[Message]) -> tuple[str, list[int], list[str]]:
+        """Return a prompt as text and as tokens, and what the template changes of it. The last one of a row is kept."""
+        if self._prepared is not None and self._prepared[0] is prompt:
+            return self._prepared[1]
+        rendered = self.render(prompt)
+        found = rendered, self.template.tokenize(rendered).ids, self.find_changes(prompt, rendered)
+        if isinstance(prompt, Prompt):  # which nobody changes
+            self._prepared = prompt, found
+        return found
+
     def encode(
         self,
         prompt: Sequence[Message],
@@ -220,12 +235,12 @@ class Chat:
         further: further keys of the assistant's message. Raise a ValueError if the response cannot be located in the
         tokens.
         """
-        rendered = self.render(prompt)
+        rendered, prompt_ids, prompt_changes = self._prepare(prompt)
         message = {"role": "assistant", "content": response, **(further or {})}
         full = self.template.render([*prompt, message], prompt)
         if not full.startswith(rendered) or (not further and not full.endswith(self.suffix)):
             raise ValueError(f"the template renders the prompt differently once it is answered: {rendered[-40:]!r}")
-        tokens, prompt_ids = self.template.tokenize(full), self.template.tokenize(rendered).ids
+        tokens = self.template.tokenize(full)
         ids, offsets, text = tokens.ids, tokens.offsets, tokens.text
         begin, start = len(rendered.replace(MARK, "")), len(prompt_ids)
         if ids[:start] != prompt_ids:
@@ -248,10 +263,9 @@ class Chat:
             )
         if not text[begin:end].strip() and (response.strip() or stop == start):
             raise ValueError("the response is empty after rendering by the template")
-        changes = self.find_changes(prompt, rendered)
-        changes += self._find_response_changes(prompt, message, text[begin:end], full)
+        changes = [*prompt_changes, *self._find_response_changes(prompt, message, text[begin:end], full)]
         opened = OPENED.search(text[:begin])
-        special = opened and opened[1] in self.tokenizer.all_special_tokens
+        special = opened and opened[1] in self._special_tokens
         if opened and not special and text[begin:end].lstrip().startswith(opened[1]):
             changes.append(f"the response begins with {opened[1]}, which the generation prompt has written")
         changes += self.template.find_losses(text[:end], ids[:stop])

@@ -1,24 +1,22 @@
 """Degenerate rows: they train nothing, or something that nobody meant. Counted before anything is computed."""
 
-import json
-import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection
 
 import numpy as np
 
-from var.data.messages import Message, texts_in
-from var.data.rows import Row, Rows
+from var.data.row import (
+    EQUAL_PAIRS,
+    EQUAL_RESPONSES,
+    EQUAL_SCORES,
+    KINDS,
+    ONLY_END,
+    REVERSED_SCORES,
+    find_degenerate,
+)
+from var.data.rows import Rows
 from var.utils.console import warn
 
-ENDS = re.compile(r"(<\|[^<>|]{1,40}\|>|</s>|<eos>|<end_of_turn>|\s)+")
-"""Control tokens of common models, which may be another model's than the one that trains."""
-
-EQUAL_RESPONSES = "rows with a repeated response"
-EQUAL_PAIRS = "pairs of equal responses"
-EQUAL_SCORES = "pairs with equal scores"
-REVERSED_SCORES = "pairs whose rejected response has the higher score"
-ONLY_END = "rows with a response of control tokens only"
 SAME_PROMPT = "rows with the prompt of an earlier row"
 SHARED = "validation prompts that also train, but for case and spaces"
 
@@ -43,41 +41,13 @@ def count_degenerate(rows: Rows, validation: Rows, special: Collection[str], sam
         special: the tokenizer's special tokens.
         sampled: whether responses to the prompts are sampled, with random numbers that depend on the prompt.
     """
-    held_out = {normalize(row.prompt) for row in validation}
-    counts, shared = Counter[str](), set[str]()
-    for row in rows:
-        counts.update(find_degenerate(row, special))
-        shared |= {normalize(row.prompt)} & held_out
+    facts = rows.facts
+    counts = Counter({kind: int((facts["kinds"] >> n & 1).sum()) for n, kind in enumerate(KINDS)})
+    suspects = (rows[i] for i in np.flatnonzero(facts["suspect"]).tolist())
+    counts[ONLY_END] = sum(ONLY_END in find_degenerate(row, special) for row in suspects)
     counts[SAME_PROMPT] = len(rows) - len(np.unique(rows.keys)) if sampled else 0
-    counts[SHARED] = len(shared)
+    counts[SHARED] = len(np.intersect1d(facts["text"], validation.facts["text"]))
     return +counts
-
-
-def find_degenerate(row: Row, special: Collection[str] = ()) -> Iterator[str]:
-    """Yield the kinds of degenerate rows that a row belongs to."""
-    contents = [(r.text.strip(), json.dumps(dict(r.message), sort_keys=True)) for r in row.responses]
-    if len(set(contents)) < len(contents):
-        yield EQUAL_RESPONSES
-    if any(text and message == "{}" and _has_no_word(text, special) for text, message in contents):
-        yield ONLY_END
-    if not row.ordered or len(contents) < 2:
-        return
-    if contents[0] == contents[-1]:
-        yield EQUAL_PAIRS
-    best, worst = row.responses[0].score, row.responses[-1].score
-    if best is not None and worst is not None and best <= worst:
-        yield EQUAL_SCORES if best == worst else REVERSED_SCORES
-
-
-def _has_no_word(text: str, special: Collection[str]) -> bool:
-    for token in special:
-        text = text.replace(token, "")
-    return not text.strip() or ENDS.fullmatch(text) is not None
-
-
-def normalize(prompt: Sequence[Message]) -> str:
-    """Return the texts of a prompt without case and repeated spaces."""
-    return " ".join(" ".join(texts_in(list(prompt))).casefold().split())
 
 
 def warn_of_degenerate(counts: Counter[str], total: int) -> None:

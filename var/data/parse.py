@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from var.data.messages import parse_prompt, split_answer
-from var.data.rows import FEATURES, RESPONSE, Response, Row
+from var.data.row import Response, Row
+from var.data.rows import FEATURES, RESPONSE
 
 NUMERAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 FLAGS = {"true": True, "false": False}

@@ -57,6 +57,9 @@ def read_template(value: str, key: str = "model.chat_template") -> str:
     return text
 
 
+USUAL = {"role", "content"}  # the keys of most messages
+
+
 def hash_tokenizer(tokenizer: Any) -> str:
     """Return a hash of how a tokenizer maps text to ids, without its padding and truncation settings."""
     if tokenizer.is_fast:
@@ -145,6 +148,17 @@ class Template:
         except TemplateError as error:
             raise UserError(f"{self.key}: {type(error).__name__}: {error}") from error
         return set().union(*map(meta.find_undeclared_variables, parsed))
+
+    @cached_property
+    def _compiled(self) -> Any:
+        """The template for messages without tools."""
+        from transformers.utils import chat_template_utils
+
+        return chat_template_utils._compile_jinja_template(self.tokenizer.get_chat_template(None, None))
+
+    @cached_property
+    def _special_tokens(self) -> dict[str, Any]:
+        return dict(self.tokenizer.special_tokens_map)
 
     @cached_property
     def control_tokens(self) -> re.Pattern[str] | None:
@@ -238,6 +252,13 @@ class Template:
         try:
             if self.reads_clock:
                 set_clock(self.tokenizer.get_chat_template(None, listed), self.today)
+            if not listed and all(m.keys() == USUAL and m["content"] is not None for m in messages):
+                # The same text as from apply_chat_template, which converts values that plain messages do not have, and
+                # takes three times as long.
+                return str(self._compiled.render(
+                    messages=list(messages), tools=None, documents=None, add_generation_prompt=add_generation_prompt,
+                    **{**self._special_tokens, **self.kwargs, **kwargs},
+                ))  # fmt: skip
             return str(
                 self.tokenizer.apply_chat_template(
                     list(messages), tools=listed, tokenize=False, add_generation_prompt=add_generation_prompt,
@@ -308,11 +329,15 @@ class Template:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return tokens as text, special tokens included."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return str(self.tokenizer.backend_tokenizer.decode(list(ids), skip_special_tokens=False))
 
     def _tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        return list(found["input_ids"]), list(found["offset_mapping"])
+        backend = self.tokenizer.backend_tokenizer
+        if backend.truncation or backend.padding or getattr(self.tokenizer, "split_special_tokens", False):
+            found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            return list(found["input_ids"]), list(found["offset_mapping"])
+        encoding = backend.encode(text, add_special_tokens=False)  # the same, in a third of the time
+        return encoding.ids, encoding.offsets
 
     def _tokenize_inside(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Return the tokens of a text that continues another. Some tokenizers put a space before a beginning."""

@@ -13,7 +13,8 @@ from var.annotate.reference_logps import reference_logps
 from var.annotate.responses import sample_responses
 from var.annotate.rewards import score
 from var.data.messages import Message
-from var.data.rows import Row, Rows
+from var.data.row import Row
+from var.data.rows import Rows
 from var.models.frozen import FrozenModel
 from var.rewards.base import Reward
 from var.sampling.base import Sample, Samples, Sampling

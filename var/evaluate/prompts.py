@@ -10,8 +10,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from var.config.schema import pick_fields
-from var.data.degenerate import normalize
-from var.data.rows import Rows, concatenate, read
+from var.data.read import read
+from var.data.row import normalize
+from var.data.rows import Rows, concatenate
 from var.data.settings import DataSettings
 from var.data.split import split
 from var.utils.console import say, warn

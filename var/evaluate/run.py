@@ -20,7 +20,8 @@ from var.annotate.responses import sampling_fingerprint
 from var.config.check import EVAL, check
 from var.config.schema import pick_fields, to_dict
 from var.data.clock import fix_today
-from var.data.rows import Rows, read
+from var.data.read import read
+from var.data.rows import Rows
 from var.data.sources.files import Files
 from var.data.sources.local import list_files
 from var.evaluate.answers import Answers, describe_answers

@@ -14,10 +14,10 @@ from var.annotate.base import TrainingSet, make_providers, unit_of
 from var.annotate.responses import add_responses, sample_responses
 from var.annotate.rewards import score_rows
 from var.annotate.rollouts import ProvideRollout
+from var.data.choice import choose, needs_rewards
 from var.data.degenerate import count_degenerate, warn_of_degenerate
 from var.data.plan import ABSENT, MicroBatch, make_plan, stack_by_group
-from var.data.rows import Source, read
-from var.data.sequences import choose, needs_rewards
+from var.data.read import Source, read
 from var.data.settings import DataSettings
 from var.data.split import split
 from var.losses.base import Loss
@@ -136,10 +136,9 @@ class AlignmentData(lightning.LightningDataModule):
         development = max((provider.development_prompts for provider in self.providers), default=0)
         report.development_prompts = development or None
         data.validation, data.development, data.rows = split(rows, settings, development)
-        with_responses = without_answer = 0
-        for row in data.rows:
-            with_responses += len(row.responses) > 0
-            without_answer += not row.responses and row.sampling is not None  # all its sampled responses were empty
+        empty = data.rows.facts["responses"] == 0
+        with_responses = len(data.rows) - int(empty.sum())
+        without_answer = int((empty & data.rows.facts["sampled"]).sum())  # all its sampled responses were empty
         if without_answer and with_responses:
             report.rows_with_only_empty_responses = without_answer
         if self.rollout or settings.responses == "sampled":
@@ -273,7 +272,7 @@ class AlignmentData(lightning.LightningDataModule):
                 row = data.rows[int(self.rows_of_members[i])]
                 record: dict[str, Any] = {"micro_batch": m, "id": row.id, "prompt": list(row.prompt)}
                 if not self.rollout:
-                    record["response"] = row.responses[data.sequences.table[i]["response"]].text
+                    record["response"] = row.responses[data.sequences.response[i]].text
                     ids, start, _ = data.sequences.tokens(i)
                     decode = self.annotator.chat.template.decode
                     record["trained"] = {"after": decode(ids[:start]), "tokens": decode(ids[start:])}

@@ -4,7 +4,7 @@ from typing import Any
 
 from var.annotate.annotator import MissingAnnotations
 from var.config.choices import describe_choices
-from var.data.rows import read
+from var.data.read import read
 from var.requirements import Rollout, find
 from var.training.alternatives import MemoryPlan, check_memory, describe_stages, plan_memory
 from var.training.checkpoints import free_bytes

@@ -13,7 +13,7 @@ from var.annotate.base import Provider, TrainingSet
 from var.annotate.responses import describe_copies
 from var.data.chat import Chat
 from var.data.plan import MicroBatch
-from var.data.rows import Row
+from var.data.row import Row
 from var.losses.base import Mean
 from var.models.packing import Packed, pack
 from var.requirements import Rollout

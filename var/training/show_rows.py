@@ -7,8 +7,10 @@ from rich.text import Text
 
 from var.data.changes import TemplateChanges
 from var.data.chat import Chat
-from var.data.rows import Row, Rows, read
-from var.data.sequences import fit
+from var.data.encode import fit
+from var.data.read import read
+from var.data.row import Row
+from var.data.rows import Rows
 from var.data.settings import DataSettings
 from var.training.run import Run
 from var.utils.console import console, is_first_rank, say

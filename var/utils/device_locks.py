@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO
 
 from var.utils.console import say
+from var.utils.locks import try_lock
 
 POLL_SECONDS = 0.5
 
@@ -32,7 +33,7 @@ def claim(names: Sequence[str], count: int, folder: Path) -> Iterator[dict[str, 
         waiting = False
         while True:
             fcntl.flock(turn, fcntl.LOCK_EX)
-            free = [name for name in names if _lock(files[name])]
+            free = [name for name in names if try_lock(files[name])]
             claimed = free[:count] if len(free) >= count else []
             for name in free[len(claimed) :]:
                 fcntl.flock(files[name], fcntl.LOCK_UN)
@@ -44,12 +45,3 @@ def claim(names: Sequence[str], count: int, folder: Path) -> Iterator[dict[str, 
             waiting = True
             time.sleep(POLL_SECONDS)
         yield {name: files[name] for name in claimed}
-
-
-def _lock(file: IO[str]) -> bool:
-    """Lock a file, and return whether that was possible."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

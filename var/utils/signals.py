@@ -1,6 +1,8 @@
 """End on SIGTERM or SIGUSR1, which SLURM and others send before they kill a process."""
 
+import ctypes
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,6 +10,14 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what SLURM and others send before they kill; USR1 on request
+
+PR_SET_PDEATHSIG = 1  # an option of Linux's prctl
+
+
+def end_with_parent(number: int) -> None:
+    """Let the kernel send this signal to this process when its parent dies. This needs Linux."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def leave(number: int, frame: FrameType | None = None, *, saved: str = "") -> None:

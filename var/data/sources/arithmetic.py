@@ -8,7 +8,7 @@ from itertools import combinations, combinations_with_replacement, zip_longest
 from typing import Any, NamedTuple
 
 from var.data.messages import parse_prompt
-from var.data.rows import Row
+from var.data.row import Row
 from var.data.sources.local import describe_source
 from var.utils.errors import UserError
 

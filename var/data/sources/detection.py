@@ -9,7 +9,7 @@ from itertools import chain, islice
 from typing import Any, ClassVar
 
 from var.data.parse import parse_row
-from var.data.rows import Row
+from var.data.row import Row
 from var.data.sources import local
 from var.data.sources.forms import COMMON, IMPLICIT, NAMES, PAIRS, PROMPT, RESPONSE, ROWS, Form, find_form
 from var.data.sources.hub import HubSource, Part

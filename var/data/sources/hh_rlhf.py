@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from var.data.messages import Message
-from var.data.rows import Row
+from var.data.row import Row
 from var.data.sources import local
 from var.data.sources.hub import HubSource, Part
 from var.data.sources.pairs import make_pair

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from var.data.messages import Message
-from var.data.rows import Row
+from var.data.row import Row
 from var.data.sources import local
 from var.data.sources.pairs import make_pair
 from var.utils.errors import UserError

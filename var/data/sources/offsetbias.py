@@ -6,7 +6,7 @@ Hub: NCSOFT/offsetbias, 8,504 pairs in one split, license BSD-3-Clause.
 from dataclasses import dataclass
 from typing import Any
 
-from var.data.rows import Row
+from var.data.row import Row
 from var.data.sources import local
 from var.data.sources.hub import HubSource, Part
 from var.data.sources.pairs import make_pair

@@ -3,7 +3,7 @@
 from typing import Any
 
 from var.data.messages import last_text, parse_prompt, split_answer
-from var.data.rows import Response, Row
+from var.data.row import Response, Row
 
 
 def make_pair(

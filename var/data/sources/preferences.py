@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from var.data.rows import Row
+from var.data.row import Row
 from var.data.sources.detection import FormSource
 from var.data.sources.forms import IMPLICIT, PAIRS
 from var.data.sources.pairs import is_empty

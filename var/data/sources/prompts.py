@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from var.data.rows import Row
+from var.data.row import Row
 from var.data.sources import local
 from var.data.sources.detection import FormSource
 from var.data.sources.forms import MESSAGES, ROWS

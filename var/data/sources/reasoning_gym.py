@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from var.data.messages import parse_prompt
-from var.data.rows import Row
+from var.data.row import Row
 from var.data.sources import local
 from var.utils.errors import UserError
 from var.utils.extras import import_extra

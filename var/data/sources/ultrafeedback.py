@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from var.data.messages import last_text, parse_prompt
-from var.data.rows import Response, Row
+from var.data.row import Response, Row
 from var.data.sources import local
 from var.data.sources.hub import HubSource, Part
 from var.utils.errors import UserError

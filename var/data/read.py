@@ -1,0 +1,210 @@
+"""Read a source: check its rows once, and store them. Problems of all records are reported together."""
+
+import math
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from var.data.messages import last_text, prompt_content, texts_in
+from var.data.row import Row
+from var.data.rows import FORMAT, Rows, finish, load, load_table, write
+from var.utils.errors import Problems
+from var.utils.locks import hold
+from var.utils.provenance import hash_content
+
+WAIT = 6 * 3600.0  # seconds for which a process waits for another one that reads or tokenizes the same data
+
+
+class Source(Protocol):
+    """An adapter of one data set."""
+
+    def records(self) -> Iterator[tuple[str, Any]]:
+        """Yield (where, record). `where` names the record in messages, such as `file.jsonl:12`."""
+        ...
+
+    def row(self, where: str, record: Any) -> Row | None:
+        """Convert a record to a row. None skips and counts it; a ValueError describes an invalid record."""
+        ...
+
+    def fingerprint(self) -> Mapping[str, Any]:
+        """Return what the rows depend on as JSON values: names, settings, files with size and time."""
+        ...
+
+    # Two members are optional. Both are read when all records have been:
+    #     form: What the records were taken for, and which of their columns are not used, in one line.
+    #     single: True if a record has one response, so that records with equal prompts become one row.
+    # A third one, explain(record), describes a record next to a valid one, for the error message about it.
+
+
+def read(source: Source, cache: Path) -> Rows:
+    """Return the checked rows of a source, from `cache` if they were read before.
+
+    Raise one `UserError` with all problems: malformed records, empty prompts and responses, NaN scores, duplicate ids.
+    """
+    target = cache / "rows" / hash_content(FORMAT, source.fingerprint()).hex()
+    if not (target / "done.json").exists():
+        target.mkdir(parents=True, exist_ok=True)
+        with hold(target / "lock", f"reads the rows of {getattr(source, 'path', 'the same data')}", WAIT):
+            if not (target / "done.json").exists():  # else another process has read them meanwhile
+                _store(source, target)
+    return load(target)
+
+
+def _store(source: Source, target: Path) -> None:
+    """Write the checked rows of a source to the folder `target`."""
+    problems = RowProblems(f"{type(source).__name__}: invalid rows", str(getattr(source, "path", "source")))
+    left_out, merged = Counter[str](), 0
+    with tempfile.TemporaryDirectory(dir=target) as folder:
+        write(_check_rows(source, problems, left_out), Path(folder), problems)
+        groups = _group_records(load_table(Path(folder))) if getattr(source, "single", False) else []
+        if merged := sum(len(group) - 1 for group in groups):
+            write(_merge(load_table(Path(folder)), groups), target, problems)
+        else:
+            for name in ("rows.arrow", "facts.npy"):
+                (Path(folder) / name).replace(target / name)
+    finish(target, {"left_out": left_out["rows"], "merged": merged, "form": getattr(source, "form", "")})
+
+
+def _group_records(rows: Rows) -> list[np.ndarray]:
+    """Return the indices of records with equal prompts, answers and subsets, in the order of the first of each."""
+    keys = [
+        hash_content(*map(str, key)) for key in zip(rows.keys, rows.table["answer"], rows.table["subset"], strict=True)
+    ]
+    _, first, group, count = np.unique(
+        np.array(keys, dtype="S16"), return_index=True, return_inverse=True, return_counts=True
+    )
+    groups = np.split(np.argsort(group, kind="stable"), np.cumsum(count)[:-1])
+    return [groups[i] for i in np.argsort(first)]
+
+
+def _merge(rows: Rows, groups: list[np.ndarray]) -> Iterator[Row]:
+    """Yield one row per group, the first with the responses of all."""
+    for group in groups:
+        parts = [rows[i] for i in group]
+        yield replace(parts[0], responses=tuple(response for part in parts for response in part.responses))
+
+
+VALUES = re.compile(r"\(row .*\)$|got .*|id '.*' is also.*|\d+", re.DOTALL)  # what differs in problems of one kind
+
+
+class RowProblems(Problems):
+    """Problems of rows. Those that differ only in values are listed once, with the first rows that have them."""
+
+    def __init__(self, title: str, source: str = "source") -> None:
+        super().__init__(title)
+        self.source = source
+        """The data set, in the message that it has no rows."""
+        self.kinds: dict[str, list[str]] = {}
+        self.example = ""
+        """The first invalid record next to a valid one."""
+
+    @property
+    def count(self) -> int:
+        """The number of problems."""
+        return sum(map(len, self.kinds.values()))
+
+    def add(self, where: str, what: str) -> None:
+        """Add a problem."""
+        rows = self.kinds.setdefault(VALUES.sub("", what), [])
+        if not rows:
+            super().add(where, what)
+        rows.append(where)
+
+    def check(self, advice: str = "") -> None:
+        """Raise a `UserError` if there are problems."""
+        for i, (_, *others) in enumerate(self.kinds.values()):
+            if others:
+                more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+                self.found[i] += f"; also {', '.join(others[:3])}{more}"
+        super().check("\n".join(filter(None, [advice, self.example])))
+
+
+def find_faults(row: Row) -> list[str]:
+    """Return what makes a row unusable for any loss: empty or unencodable text, invalid scores or weights."""
+    faults = []
+    texts = [row.id, row.answer, row.subset, row.sampling, *(r.source for r in row.responses)]
+    texts += texts_in([prompt_content(row.prompt), *([r.text, r.message] for r in row.responses)])
+    try:
+        "".join(filter(None, texts)).encode()
+    except UnicodeEncodeError as error:
+        faults.append(f"its text cannot be written as UTF-8: unpaired surrogate {error.object[error.start]!r}")
+    if not last_text(row.prompt).strip():
+        faults.append("its prompt is empty")
+    for k, response in enumerate(row.responses):
+        if not response.text.strip() and not response.message:
+            faults.append(f"response {k} is empty")
+        if response.score is not None and not math.isfinite(response.score):
+            faults.append(f"the score of response {k} is {response.score}; scores must be finite")
+        if response.weight is not None and not (math.isfinite(response.weight) and response.weight >= 0):
+            faults.append(f"the weight of response {k} is {response.weight}; weights must be finite and ≥ 0")
+    return faults
+
+
+def _check_rows(source: Source, problems: RowProblems, left_out: Counter[str]) -> Iterator[Row]:
+    """Yield the rows of a source until the first problem; collect all problems and count skipped records."""
+    ids, prompts = bytearray(), bytearray()  # 16 bytes of hash per row
+    explain = getattr(source, "explain", lambda record: "")
+    for where, record in source.records():
+        try:
+            row = source.row(where, record)
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+            problems.example = problems.example or explain(record)
+            problems.add(where, f"missing {error}" if isinstance(error, KeyError) else str(error))
+            continue
+        if row is None:
+            left_out["rows"] += 1
+            continue
+        for fault in find_faults(row):
+            problems.example = problems.example or explain(record)
+            problems.add(where, f"{fault} (row {row.id})")
+        ids += hash_content(row.id)
+        prompts += hash_content(prompt_content(row.prompt)) if getattr(source, "single", False) else b""
+        if not problems:  # after a problem nothing is kept, and some faulty rows cannot be written
+            yield row
+    if not ids and not problems:
+        problems.add(problems.source, "it has no rows")
+    if repeated := find_repeated(bytes(ids), bytes(prompts)):
+        _report_repeated(source, repeated, problems)
+
+
+def find_repeated(ids: bytes, prompts: bytes) -> dict[int, int]:
+    """Return the rows whose id is an earlier row's, and that row, by their numbers.
+
+    Args:
+        ids: 16 bytes of hash per row.
+        prompts: as ids, if rows with one prompt may share their id; else empty.
+    """
+    keys, found = np.frombuffer(ids, "V16"), dict[int, int]()
+    order = np.argsort(keys, kind="stable")
+    same = np.flatnonzero(keys[order[1:]] == keys[order[:-1]])
+    for at in same.tolist():
+        this, first = int(order[at + 1]), int(order[at])
+        first = found.get(first, first)
+        if prompts[16 * this : 16 * this + 16] != prompts[16 * first : 16 * first + 16] or not prompts:
+            found[this] = first
+    return dict(sorted(found.items()))
+
+
+def _report_repeated(source: Source, repeated: Mapping[int, int], problems: Problems) -> None:
+    """Add a problem for each row with the id of an earlier one. The records are read once more to name them."""
+    remedy = ". data.columns='{id: null}' names rows by their positions" if hasattr(source, "columns") else ""
+    wanted, named = {*repeated, *repeated.values()}, dict[int, tuple[str, str]]()
+    number = 0
+    for where, record in source.records():
+        try:
+            row = source.row(where, record)
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
+            continue
+        if row is not None:
+            if number in wanted:
+                named[number] = where, row.id
+            number += 1
+    for this, first in repeated.items():
+        where, id = named[this]
+        problems.add(where, f"id {id!r} is also the id of {named[first][0]}{remedy}")
