@@ -11,6 +11,7 @@ import pickle
 import random
 import re
 import shutil
+import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -513,3 +514,67 @@ def test_answer_parsed_by_sympy_is_not_run(task: str, tmp_path: Path, monkeypatc
             wrong = {**problem, "answer": call, "metadata": {**problem["metadata"], "integrand": call}}
             reward([row.prompt], [right], [write_problem(wrong)])
     assert not (tmp_path / "made").exists()
+
+
+def test_problem_of_a_row_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitwise_arithmetic evaluates the problem in the row's metadata, which may come from a downloaded data set."""
+    pytest.importorskip("reasoning_gym")
+    from var.data.sources.reasoning_gym import ReasoningGym as Problems
+    from var.data.sources.reasoning_gym import read_problem, write_problem
+    from var.rewards.verifiers import ReasoningGym
+
+    monkeypatch.chdir(tmp_path)
+    source = Problems(task="bitwise_arithmetic", size=3, options={"difficulty": 10})
+    reward = ReasoningGym(extract="none")
+    for row in (source.row(*record) for record in source.records()):
+        assert row is not None
+        problem = read_problem(row.answer or "")
+        assert reward([row.prompt], [problem["answer"]], [row.answer]) == [1.0]
+        for call in [*CALLS, "1 << 10**12", "1 << (1 << 60)", "-" * 10**5 + "1"]:  # the last ones would take forever
+            wrong = write_problem({**problem, "metadata": {**problem["metadata"], "problem": call}})
+            assert reward([row.prompt], [problem["answer"]], [wrong]) == [0.0], call
+    assert not (tmp_path / "made").exists()
+
+
+# Each call in reasoning-gym that runs text, and why it cannot run a row's or a model's.
+RUNS_TEXT = {
+    # scorers, in which var/rewards/verifiers.py replaces the function
+    "algebra/intermediate_integration.py": {"parse_expr": 2}, "algebra/polynomial_multiplication.py": {"parse_expr": 2},
+    "algebra/simple_integration.py": {"parse_expr": 2}, "algorithmic/binary_matrix.py": {"eval": 1},
+    "algorithmic/number_sorting.py": {"eval": 1}, "algorithmic/spiral_matrix.py": {"eval": 1},
+    "algorithmic/string_insertion.py": {"eval": 1}, "arithmetic/bitwise_arithmetic.py": {"eval": 2},
+    "games/countdown.py": {"parse_expr": 1}, "games/n_queens.py": {"eval": 1}, "games/puzzle24.py": {"parse_expr": 1},
+    # generators, which read only the package's own text
+    "arithmetic/basic_arithmetic.py": {"eval": 1}, "arithmetic/gsm_symbolic/generators_00_49.py": {"eval": 1},
+    "arithmetic/gsm_symbolic/generators_50_99.py": {"eval": 1}, "code/codeio.py": {"exec": 1},
+    # functions of the package with such a name, which parse without running
+    "code/bf.py": {"compile": 1}, "code/contrib/bfit/BF-it.py": {"compile": 1},
+    "code/contrib/bfit/Compiler/Compiler.py": {"compile": 1}, "logic/propositional_logic.py": {"parse_expr": 5},
+}  # fmt: skip
+RUNNERS = {
+    "eval", "exec", "compile", "__import__", "import_module", "parse_expr", "sympify", "S", "lambdify", "parse_latex",
+    "run", "Popen", "system", "popen", "loads", "unsafe_load",
+}  # fmt: skip
+HARMLESS = {"json.loads", "re.compile"}
+
+
+def test_every_call_of_reasoning_gym_that_runs_text_is_known() -> None:
+    """If a new version has another one: read it, and handle its task in var/rewards/verifiers.py."""
+    package = pytest.importorskip("reasoning_gym")
+    folder, found = Path(package.__file__).parent, dict[str, dict[str, int]]()
+    for path in folder.rglob("*.py"):
+        calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        names = [ast.unparse(call).split(".")[-1] for call in calls if ast.unparse(call) not in HARMLESS]
+        if counts := {name: names.count(name) for name in RUNNERS & set(names)}:
+            found[path.relative_to(folder).as_posix()] = counts
+    assert found == RUNS_TEXT
+
+
+def test_scorers_without_a_known_eval_cannot_call_it() -> None:
+    """A later version of the package may use it."""
+    pytest.importorskip("reasoning_gym")
+    from var.rewards.verifiers import _make_scorer
+
+    module = sys.modules[type(_make_scorer("chain_sum", "None").__self__).__module__]  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"would run the text '1\+1'"):
+        module.eval("1+1")  # type: ignore[attr-defined]
