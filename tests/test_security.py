@@ -278,12 +278,12 @@ def world(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
             trained = [
                 *common, f"runs={top}/runs", "loss=var_grouped", "data.micro_batch=2", "data.global_batch=4",
                 "eval.sampling.responses=2", "trainer.accelerator=cpu", "trainer.max_steps=2",
-                "+judge@eval.judge=mtbench", f"eval.judge.client.base_url={server.base_url}", "logger=wandb",
-                "logger.wandb.offline=true",
+                "+judge@eval.judge=mtbench", f"eval.judge.client.base_url={server.base_url}",
+                "eval.judge.client.api_key_env=OPENAI_API_KEY", "logger=wandb", "logger.wandb.offline=true",
             ]  # fmt: skip
             evaluated = [
                 f"out={top}/evals", "seeds=[0]", "held_out=false", f"reference={tiny_folder}", "judge=mtbench",
-                f"judge.client.base_url={server.base_url}",
+                f"judge.client.base_url={server.base_url}", "judge.client.api_key_env=OPENAI_API_KEY",
             ]  # fmt: skip
             for command, overrides in (
                 ("annotate.py", trained),

@@ -32,7 +32,7 @@ def claim(names: Sequence[str], count: int, folder: Path) -> Iterator[dict[str, 
         waiting = False
         while True:
             fcntl.flock(turn, fcntl.LOCK_EX)
-            free = [name for name in names if _lock(files[name])]
+            free = [name for name in names if try_lock(files[name])]
             claimed = free[:count] if len(free) >= count else []
             for name in free[len(claimed) :]:
                 fcntl.flock(files[name], fcntl.LOCK_UN)
@@ -46,8 +46,8 @@ def claim(names: Sequence[str], count: int, folder: Path) -> Iterator[dict[str, 
         yield {name: files[name] for name in claimed}
 
 
-def _lock(file: IO[str]) -> bool:
-    """Lock a file, and return whether that was possible."""
+def try_lock(file: IO[str]) -> bool:
+    """Lock a file for this open file, and return whether that was possible. A lock that it has already stays."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
