@@ -47,4 +47,4 @@ def check_address(key: str, url: str) -> None:
             "the files of a run. Put the key into an environment variable, and its name into api_key_env"
         )
     if address.scheme not in ("http", "https") or not address.hostname:
-        raise UserError(f"{key}={url}: expected an address with http:// or https://")
+        raise UserError(f"{key}: expected an address with http:// or https://, got {url}")
