@@ -570,11 +570,17 @@ def test_every_call_of_reasoning_gym_that_runs_text_is_known() -> None:
     assert found == RUNS_TEXT
 
 
-def test_scorers_without_a_known_eval_cannot_call_it() -> None:
-    """A later version of the package may use it."""
+def test_no_other_module_of_reasoning_gym_can_call_eval() -> None:
+    """A later version of the package may use it, or one task the scorer of another, as `composite` does."""
     pytest.importorskip("reasoning_gym")
-    from var.rewards.verifiers import _make_scorer
+    from var.rewards.verifiers import GENERATORS, _make_scorer
 
-    module = sys.modules[type(_make_scorer("chain_sum", "None").__self__).__module__]  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match=r"would run the text '1\+1'"):
-        module.eval("1+1")  # type: ignore[attr-defined]
+    _make_scorer("chain_sum", "None")
+    modules = {name: module for name, module in sys.modules.items() if name.startswith("reasoning_gym.")}
+    assert len(modules) > 100
+    allowed = {name for name, module in modules.items() if getattr(module, "eval", eval) is eval}
+    assert {name.rpartition(".")[2] for name in allowed} <= GENERATORS
+    for name in ("arithmetic.chain_sum", "arithmetic.bitwise_arithmetic", "algorithmic.number_sorting", "composite"):
+        with pytest.raises(ValueError, match=r"open\(|malformed"):
+            modules[f"reasoning_gym.{name}"].eval("open('made', 'w')")  # type: ignore[attr-defined]
+    assert not Path("made").exists()

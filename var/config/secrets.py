@@ -22,14 +22,12 @@ def find_secrets(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
             yield from find_secrets(child, f"{key}.{name}" if key else str(name))
     elif isinstance(value, str):
         for name in SECRET.findall(value):
-            yield (
-                key,
-                (
-                    f"reads {name} from the environment, and its value would be saved in the files of the run. For the key "
-                    "of an endpoint, set api_key_env of its client to the name of the variable. A class of your own can "
-                    "take the name too, and read the variable itself."
-                ),
+            problem = (
+                f"reads {name} from the environment, and its value would be saved in the files of the run. For the key "
+                "of an endpoint, set api_key_env of its client to the name of the variable. A class of your own can "
+                "take the name too, and read the variable itself."
             )
+            yield key, problem
         if key.rpartition(".")[2] == "base_url" and "${" not in value and value not in ("", "???"):
             try:
                 check_address(key, value)

@@ -6,7 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -142,22 +142,30 @@ class ReasoningGym:
 
 @lru_cache(maxsize=256)
 def _make_scorer(task: str, options: str) -> Callable[[str, dict[str, Any]], float]:
-    """Return the scorer of a task, without access to Python's eval: text of a model or of a row is parsed, never run.
-
-    Global names of the task's module shadow the builtin eval and sympy's parse_expr, in every task: a later version of
-    the package may call them in other ones.
-    """
+    """Return the scorer of a task, without access to Python's eval: the text of a model or a row is never run."""
     problems = make_dataset(task, 1, 0, ast.literal_eval(options))
+    _shadow_eval()
+    return problems.score_answer
+
+
+@cache
+def _shadow_eval() -> None:
+    """Shadow the builtin eval and sympy's parse_expr by global names in all modules of reasoning-gym.
+
+    Also where the package does not call them today: a later version may, or one task may use the scorer of another.
+    """
     import sympy  # the package has imported it
 
-    names = vars(sys.modules[type(problems).__module__])
-    names["eval"] = EVALUATE.get(task, _reject_eval)
-    for name, value in list(names.items()):  # the function or the package, under any name
-        if value is sympy.parse_expr:
-            names[name] = _parse_expression
-        elif value is sympy:
-            names[name] = SimpleNamespace(**{**vars(sympy), "parse_expr": _parse_expression})
-    return problems.score_answer
+    safe_sympy = SimpleNamespace(**{**vars(sympy), "parse_expr": _parse_expression})
+    for module in [module for name, module in sys.modules.items() if name.startswith("reasoning_gym.")]:
+        names, last = vars(module), module.__name__.rpartition(".")[2]
+        if last not in GENERATORS:
+            names["eval"] = EVALUATE.get(last, _reject_eval)
+        for name, value in list(names.items()):  # the function or the package, under any name
+            if value is sympy.parse_expr:
+                names[name] = _parse_expression
+            elif value is sympy:
+                names[name] = safe_sympy
 
 
 def _reject_eval(text: str) -> Any:
@@ -183,13 +191,14 @@ def _compute_integer(text: str) -> int:
     return compute(ast.parse(text.strip(), mode="eval").body)
 
 
-# What runs in place of Python's eval in each task that calls it (reasoning-gym 0.1.25). Other tasks have _reject_eval.
+# What runs in place of Python's eval in each module that calls it (reasoning-gym 0.1.25). Others have _reject_eval.
 EVALUATE: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(
         ("binary_matrix", "n_queens", "number_sorting", "spiral_matrix", "string_insertion"), ast.literal_eval
     ),
     **dict.fromkeys(("basic_arithmetic", "bitwise_arithmetic"), _compute_integer),
 }
+GENERATORS = {"generators_00_49", "generators_50_99"}  # of gsm_symbolic: they evaluate only their own text
 
 
 def _parse_expression(text: str, local_dict: dict[str, Any] | None = None) -> Any:

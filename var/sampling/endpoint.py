@@ -8,9 +8,10 @@ from typing import Any
 from var.data.chat import Chat
 from var.data.messages import Message, last_text, prompt_content
 from var.sampling.base import Advance, Prompts, Sample, Samples, Sampling, derive_server_seed, ignore_progress
+from var.utils.completions import count_tokens, find_missing_text, get_text
 from var.utils.console import warn
 from var.utils.errors import Problems, UserError
-from var.utils.http_client import Client, Failure, count_items, count_tokens, find_missing_text, get_text
+from var.utils.http_client import Client, Failure, count_items
 
 ENDED = {"stop", "eos_token", "tool_calls", "function_call"}  # values of finish_reason of complete answers
 

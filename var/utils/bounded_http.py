@@ -25,7 +25,8 @@ class BoundedClient(httpx2.AsyncClient):
     """
 
     def __init__(self, seconds: float, key: str | None, **options: Any) -> None:
-        super().__init__(headers={"Accept-Encoding": "identity"}, follow_redirects=False, **options)
+        limits = httpx2.Limits()  # none: a request that waits for a connection would spend its seconds
+        super().__init__(headers={"Accept-Encoding": "identity"}, follow_redirects=False, limits=limits, **options)
         self._seconds, self._key = seconds, key
 
     async def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:

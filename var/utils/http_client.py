@@ -10,20 +10,20 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from var.utils.api_key import check_address, read_key
+from var.utils.completions import count_tokens
 from var.utils.console import say
 from var.utils.errors import UserError
 from var.utils.extras import import_extra
-from var.utils.files import replace_surrogates
 from var.utils.reply_cache import Reply, ReplyCache, open_cache
 
 CHARACTERS_PER_TOKEN = 4  # roughly, in English
 MAX_UNANSWERED = 32  # consecutive requests without an answer, after which the endpoint is considered down
-MAX_TOKENS = 10**9  # of one reply; a larger count is an error of the server
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Client:
                 "client (judge.client.api_key_env, reward.client.api_key_env, …)"
             ) from None
         if self.api_key_env == "auto" and not self._is_openai and os.environ.get("OPENAI_API_KEY"):
-            say(
+            _say_once(
                 f"{self.base_url}: OPENAI_API_KEY is not sent to this server. If it needs a key, set api_key_env of "
                 "this client to the name of the key's variable."
             )
@@ -296,18 +296,9 @@ class Client:
         return open_cache(Path(self.cache).expanduser())
 
 
-def get_text(reply: Mapping[str, Any]) -> str | None:
-    """Return the text of a chat completion, or None if it has none."""
-    try:
-        content = reply["choices"][0]["message"]["content"]
-    except (LookupError, TypeError):
-        return None
-    return replace_surrogates(content) if isinstance(content, str) else None
-
-
-def find_missing_text(reply: Mapping[str, Any]) -> str | None:
-    """Return a reason if a chat completion has no text, else None. For `Client.ask(find_fault=…)`."""
-    return None if get_text(reply) is not None else f"no text in the reply {str(reply)[:120]}"
+@cache
+def _say_once(text: str) -> None:
+    say(text)
 
 
 def count_items(advance: Callable[[int], None], size: int) -> Callable[[int], None]:
@@ -332,14 +323,6 @@ def _run(coroutine: Coroutine[Any, Any, None]) -> None:
         return
     with ThreadPoolExecutor(1) as pool:
         pool.submit(asyncio.run, coroutine).result()
-
-
-def count_tokens(reply: Mapping[str, Any], name: str) -> int:
-    """Return a count of the reply's `usage`, or 0 if it is missing or negative. Some servers write it as text."""
-    try:
-        return min(max(int(reply["usage"][name]), 0), MAX_TOKENS)
-    except (LookupError, TypeError, ValueError, OverflowError):
-        return 0
 
 
 def _get_message(error: Any) -> str:
