@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -16,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.helpers.runs import ROOT
-from var.evaluate.benchmarks import sandbox
+from var.evaluate.benchmarks import sandbox, seccomp
 from var.evaluate.benchmarks.sandbox import Outcome, check, run
 from var.utils.errors import UserError
 
@@ -184,7 +185,10 @@ def test_time_memory_processes_and_output_are_limited(program: str, reason: tupl
 
 
 SYSCALL = "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
-KEYS = {"x86_64": (250, 29, 425), "aarch64": (219, 194, 425)}.get(os.uname().machine, (0, 0, 0))
+
+
+def number(name: str) -> int:
+    return seccomp.REJECTED[name].get(os.uname().machine, 0)
 
 
 @pytest.mark.parametrize(
@@ -192,11 +196,18 @@ KEYS = {"x86_64": (250, 29, 425), "aarch64": (219, 194, 425)}.get(os.uname().mac
     [
         ("import os\nos.memfd_create('x')", "PermissionError: [Errno 1]"),
         (
-            SYSCALL + f"if libc.syscall({KEYS[1]}, 0, 2**30, 0o1600) < 0: raise OSError(ctypes.get_errno())",
+            SYSCALL + f"if libc.syscall({number('shmget')}, 0, 2**30, 0o1600) < 0: raise OSError(ctypes.get_errno())",
             "OSError: 1",
         ),
-        (SYSCALL + f"if libc.syscall({KEYS[0]}, 0, -3, 0) < 0: raise OSError(ctypes.get_errno())", "OSError: 1"),
-        (SYSCALL + f"if libc.syscall({KEYS[2]}, 8, bytes(200)) < 0: raise OSError(ctypes.get_errno())", "OSError: 1"),
+        (
+            SYSCALL + f"if libc.syscall({number('keyctl')}, 0, -3, 0) < 0: raise OSError(ctypes.get_errno())",
+            "OSError: 1",
+        ),
+        (
+            SYSCALL
+            + f"if libc.syscall({number('io_uring_setup')}, 8, bytes(200)) < 0: raise OSError(ctypes.get_errno())",
+            "OSError: 1",
+        ),
         (SYSCALL + "if libc.syscall(447, 0) < 0: raise OSError(ctypes.get_errno())", "OSError: 38"),  # memfd_secret
         ("import socket\nsocket.socket(40, socket.SOCK_STREAM)", "OSError: [Errno 97]"),  # AF_VSOCK: the host of a VM
         ("import socket\nsocket.socket(38, socket.SOCK_SEQPACKET)", "OSError: [Errno 97]"),  # AF_ALG
@@ -208,6 +219,18 @@ KEYS = {"x86_64": (250, 29, 425), "aarch64": (219, 194, 425)}.get(os.uname().mac
 def test_calls_that_escape_limits_are_rejected(program: str, reason: str) -> None:
     """Memory outside the address space, the keys of the session, and sockets that no network namespace confines."""
     assert run(program).reason.startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("machine", "header"),
+    [("x86_64", "/usr/include/x86_64-linux-gnu/asm/unistd_64.h"), ("aarch64", "/usr/include/asm-generic/unistd.h")],
+)
+def test_numbers_of_rejected_calls_are_the_kernels(machine: str, header: str) -> None:
+    if not Path(header).exists():
+        pytest.skip("needs the kernel's headers")
+    numbers = dict(re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", Path(header).read_text()))
+    for name, call in {**seccomp.REJECTED, **seccomp.SOCKETS}.items():
+        assert call[machine] == int(numbers[name]), name
 
 
 @pytest.mark.parametrize("act", ["os.ftruncate(fd, 0)", "os.lseek(fd, 0, 0), os.write(fd, b'x' * 40)", "os.close(fd)"])
