@@ -25,7 +25,7 @@ from notebooks.tiny import TEMPLATE, byte_tokenizer
 from tests.helpers.cli import run
 from tests.helpers.models import pretrained, saved, tiny_config
 from tests.helpers.runs import ROOT
-from tests.helpers.servers import client, completion, served
+from tests.helpers.servers import Broken, client, completion, served
 from var.data.chat import Chat
 from var.rewards.classifier import Classifier
 from var.rewards.endpoint import Endpoint
@@ -266,9 +266,10 @@ def world(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     ]  # fmt: skip
 
     def reply(body: dict[str, Any], before: int) -> Any:
-        if "query" in body:
-            return {"rewards": [sum(map(ord, body["query"][0])) % 97 / 97]}
-        return completion("[[A]]")
+        if "query" in body:  # some servers repeat the headers of a request
+            return {"rewards": [sum(map(ord, body["query"][0])) % 97 / 97], "you": f"Bearer {SECRETS['REWARD_KEY']}"}
+        text = f"[[A]] Bearer {SECRETS['OPENAI_API_KEY']}"
+        return Broken(400, text) if "2?" in str(body) else completion(text)
 
     before, printed = os.getcwd(), list[str]()
     os.chdir(top / "cwd")
@@ -310,6 +311,17 @@ def test_no_secret_is_written_or_printed(world: tuple[Path, list[str]]) -> None:
         for name, secret in SECRETS.items():
             assert secret.encode() not in content, f"{name} is in {path.relative_to(top)}"
     assert not any(secret in text for text in printed for secret in SECRETS.values())
+
+
+def test_key_with_a_line_break_is_not_written(tiny_folder: Path, tmp_path: Path) -> None:
+    """Mounted secrets end with one. The HTTP library shows such a key in its error."""
+    places = [f"model.path={tiny_folder}", f"annotation_cache={tmp_path}/store", f"cache={tmp_path}/cache"]
+    judge = ["+judge@eval.judge=mtbench", "eval.judge.client.api_key_env=JUDGE_KEY", "trainer.accelerator=cpu"]
+    done = run("train.py", *places, *judge, f"runs={tmp_path}/runs", "loss=sft", JUDGE_KEY="sk-5ec7e75ec7e7judge\n")
+    assert done.returncode == 1
+    assert "JUDGE_KEY in the environment is not an API key: its character 21 of 21" in done.stderr
+    assert "5ec7e7" not in done.stdout + done.stderr
+    assert all(b"5ec7e7" not in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
 
 def test_names_of_secrets_are_written(world: tuple[Path, list[str]]) -> None:

@@ -79,6 +79,14 @@ def test_long_retry_after_is_shortened(tmp_path: Path, monkeypatch: pytest.Monke
         assert 0.4 < server.times[1] - server.times[0] < 5
 
 
+@pytest.mark.parametrize("name", ["Content-Type", "Retry-After", "X-Request-Id"])
+@pytest.mark.parametrize("status", [200, 400])
+def test_headers_may_hold_any_bytes(name: str, status: int, tmp_path: Path) -> None:
+    broken = Broken(status, json.dumps(completion("yes")), headers={name: "\xff\xfe; charset=\xe9"})
+    reply = ask(broken, tmp_path)
+    assert reply == completion("yes") if status == 200 else isinstance(reply, Failure)
+
+
 # --- keys
 
 

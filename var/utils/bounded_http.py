@@ -44,7 +44,10 @@ class BoundedClient(httpx2.AsyncClient):
         text = redact(content.decode("utf-8-sig", errors="replace"), self._key)
         if response.is_success and (reason := _find_invalid_content(text)):
             raise httpx2.DecodingError(reason, request=request)
-        headers = {name: redact(value, self._key) for name, value in response.headers.items()}
+        headers = {
+            name: redact(value, self._key).encode("ascii", "replace").decode()
+            for name, value in response.headers.items()
+        }
         if _read_wait(headers) > MAX_WAIT:
             headers.pop("retry-after-ms", None)
             headers["retry-after"] = f"{MAX_WAIT:g}"
