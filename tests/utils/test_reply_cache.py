@@ -1,18 +1,20 @@
 """Cached replies: checksums, and processes that share them."""
 
+import errno
 import json
 import os
 import sqlite3
 import subprocess
 import sys
 import textwrap
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.helpers.servers import Broken, client, completion, served
+from var.utils.errors import UserError
 
 BODIES = [{"messages": [{"role": "user", "content": str(i)}]} for i in range(6)]
 
@@ -93,3 +95,30 @@ def test_claims_of_a_killed_process_are_released(tmp_path: Path) -> None:
         process.kill()
         process.wait()
         assert client(server.base_url, tmp_path).ask(BODIES[:1]) == [completion("yes")]
+
+
+def test_file_system_without_locks_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", fail)
+    with served(lambda body, before: completion("yes")) as server:
+        assert client(server.base_url, tmp_path).ask(BODIES) == [completion("yes")] * 6
+
+
+def test_damaged_database_gives_right_replies_or_one_message(tmp_path: Path) -> None:
+    """Flip a bit in each of 40 places, and cut the file."""
+    with served(lambda body, before: completion(body["messages"][0]["content"])) as server:
+        right = client(server.base_url, tmp_path / "good").ask(BODIES)
+        stored = (tmp_path / "good" / "replies.sqlite").read_bytes()
+        for i in range(48):
+            data = bytearray(stored)
+            if i < 40:
+                data[i * len(data) // 40 + i] ^= 1 << i % 8
+            else:
+                del data[i * len(data) // 50 :]
+            folder = tmp_path / str(i)
+            folder.mkdir()
+            (folder / "replies.sqlite").write_bytes(data)
+            with suppress(UserError):
+                assert client(server.base_url, folder).ask(BODIES) == right

@@ -104,7 +104,8 @@ def open_cache(folder: Path) -> Iterator[ReplyCache]:
                     warn(f"{file}: removed {cache.damaged} damaged replies, which are requested again")
     except (sqlite3.Error, FileExistsError, NotADirectoryError, PermissionError) as error:
         raise UserError(
-            f"client.cache={folder}: cannot open {file}: {error}. Set client.cache to another folder"
+            f"client.cache={folder}: cannot open {file}: {error}. Set client.cache to another folder, or move a "
+            "damaged file away"
         ) from error
 
 
