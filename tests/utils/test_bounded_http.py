@@ -112,10 +112,11 @@ def test_invalid_key_is_an_error_that_does_not_show_it(
 
 
 def echo(status: int) -> Broken:
-    """Return a reply with the request's header, also as JSON may escape it."""
+    """Return a reply with the request's header, in different forms of JSON."""
     words = {"authorization": f"Bearer {KEY}", "x": 1}
     text = json.dumps({"error": {"message": str(words)}} if status >= 400 else {**completion("a"), "echo": words})
-    return Broken(status, text if status != 500 else text.replace("/", "\\/"), headers={"x-request-id": KEY})
+    escaped = {200: text.replace("sk-", "\\u0073k-"), 400: text, 500: text.replace("/", "\\/")}
+    return Broken(status, escaped.get(status, text), headers={"x-request-id": KEY})
 
 
 @pytest.mark.parametrize("status", [200, 400, 500])

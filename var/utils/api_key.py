@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 from var.utils.errors import UserError
 
-LETTERS = re.compile(r"[!#-&(-\[\]-~]+")  # printable ASCII without quotes and backslashes, which JSON would escape
+ALLOWED = re.compile(r"[!#-&(-\[\]-~]+")  # printable ASCII without quotes and backslashes, which JSON would escape
 SHORTEST_SECRET = 8  # characters; shorter keys are placeholders such as "EMPTY", which also occur in ordinary text
 
 
@@ -18,8 +18,8 @@ def read_key(name: str) -> str:
     """
     if not (key := os.environ.get(name, "")):
         raise UserError(f"{name} is not set in the environment")
-    if not LETTERS.fullmatch(key):
-        found = next(i for i, letter in enumerate(key) if not LETTERS.fullmatch(letter))
+    if not ALLOWED.fullmatch(key):
+        found = next(i for i, character in enumerate(key) if not ALLOWED.fullmatch(character))
         raise UserError(
             f"{name} in the environment is not an API key: its character {found + 1} of {len(key)} is a space, a line "
             f"break, a quote, a backslash or not ASCII. If it comes from a file, remove line breaks: export {name}="
@@ -29,10 +29,8 @@ def read_key(name: str) -> str:
 
 
 def redact(text: str, key: str | None) -> str:
-    """Return `text` with the key replaced by "[API key]", also in the form in which JSON may write its slashes."""
-    if key is None or len(key) < SHORTEST_SECRET:
-        return text
-    return text.replace(key, "[API key]").replace(key.replace("/", "\\/"), "[API key]")
+    """Return `text` with the key replaced by "[API key]". Encoded forms of the key, such as base64, are not found."""
+    return text if key is None or len(key) < SHORTEST_SECRET else text.replace(key, "[API key]")
 
 
 def check_address(key: str, url: str) -> None:

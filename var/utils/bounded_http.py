@@ -41,7 +41,7 @@ class BoundedClient(httpx2.AsyncClient):
         except httpx2.RequestError as error:
             error.args = (redact(str(error), self._key),)
             raise
-        text = redact(content.decode("utf-8-sig", errors="replace"), self._key)
+        text = redact(_normalize(content.decode("utf-8-sig", errors="replace")), self._key)
         if response.is_success and (reason := _find_invalid_content(text)):
             raise httpx2.DecodingError(reason, request=request)
         headers = {
@@ -64,6 +64,14 @@ async def _read(response: httpx2.Response) -> bytes:
         if len(content) > MAX_BYTES:
             raise httpx2.DecodingError(f"the reply is longer than {MAX_BYTES // 2**20} MiB")
     return bytes(content)
+
+
+def _normalize(text: str) -> str:
+    r"""Return JSON without needless escapes, such as \u0073 for s, in which a key would be overlooked."""
+    try:
+        return json.dumps(json.loads(text))
+    except (ValueError, RecursionError):
+        return text
 
 
 def _read_wait(headers: dict[str, str]) -> float:
