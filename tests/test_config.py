@@ -186,6 +186,29 @@ def test_errors_say_what_to_write(given: str, message: str, capsys: pytest.Captu
     assert message in capsys.readouterr().err
 
 
+def test_secrets_in_the_configuration_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their values would be in model/config.yaml, summary.json, W&B and caches. The message has only their names."""
+    monkeypatch.setenv("MY_TOKEN", "5ec7e7")
+    cfg = composed(
+        "reward=endpoint", "reward.protocol=query", "+reward.request.headers.auth='Bearer ${oc.env:MY_TOKEN}'",
+        "+judge@eval.judge=mtbench", "eval.judge.client.base_url='http://user:5ec7e7@host/v1'",
+        "data=files", "data.path='${oc.env:MY_API_KEY2,none}'", "runs='${oc.env:HOME}/runs'",
+        "reward.client.base_url='https://host/score?code=5ec7e7'", "reward.client.model=m",
+    )  # fmt: skip
+    with pytest.raises(UserError) as error:
+        check(cfg, TRAIN)
+    lines = str(error.value).splitlines()
+    assert lines[0] == "invalid configuration (4):"
+    for key, words in (
+        ("reward.request.headers.auth", "reads MY_TOKEN from the environment"),
+        ("data.path", "reads MY_API_KEY2 from the environment"),
+        ("eval.judge.client.base_url", "an address may not have a user name, a password, a query"),
+        ("reward.client.base_url", "an address may not have a user name, a password, a query"),
+    ):  # fmt: skip
+        assert any(line.startswith(f"  {key}: {words}") for line in lines), key
+    assert "5ec7e7" not in str(error.value)
+
+
 def test_all_misspelled_keys_are_reported_together(capsys: pytest.CaptureFixture[str]) -> None:
     given = ["store=x", "loss.temperatur=1", "loss=dpo", "seed=2", "trainr.max_steps=1", "trainer.devices=1"]
     with mock.patch.object(sys, "argv", ["train.py", *given]), pytest.raises(SystemExit):

@@ -11,6 +11,7 @@ import pickle
 import random
 import re
 import shutil
+import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ from notebooks.tiny import TEMPLATE, byte_tokenizer
 from tests.helpers.cli import run
 from tests.helpers.models import pretrained, saved, tiny_config
 from tests.helpers.runs import ROOT
-from tests.helpers.servers import client, completion, served
+from tests.helpers.servers import Broken, client, completion, served
 from var.data.chat import Chat
 from var.rewards.classifier import Classifier
 from var.rewards.endpoint import Endpoint
@@ -265,9 +266,10 @@ def world(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     ]  # fmt: skip
 
     def reply(body: dict[str, Any], before: int) -> Any:
-        if "query" in body:
-            return {"rewards": [sum(map(ord, body["query"][0])) % 97 / 97]}
-        return completion("[[A]]")
+        if "query" in body:  # some servers repeat the headers of a request
+            return {"rewards": [sum(map(ord, body["query"][0])) % 97 / 97], "you": f"Bearer {SECRETS['REWARD_KEY']}"}
+        text = f"[[A]] Bearer {SECRETS['OPENAI_API_KEY']}"
+        return Broken(400, text) if "2?" in str(body) else completion(text)
 
     before, printed = os.getcwd(), list[str]()
     os.chdir(top / "cwd")
@@ -277,12 +279,12 @@ def world(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
             trained = [
                 *common, f"runs={top}/runs", "loss=var_grouped", "data.micro_batch=2", "data.global_batch=4",
                 "eval.sampling.responses=2", "trainer.accelerator=cpu", "trainer.max_steps=2",
-                "+judge@eval.judge=mtbench", f"eval.judge.client.base_url={server.base_url}", "logger=wandb",
-                "logger.wandb.offline=true",
+                "+judge@eval.judge=mtbench", f"eval.judge.client.base_url={server.base_url}",
+                "eval.judge.client.api_key_env=OPENAI_API_KEY", "logger=wandb", "logger.wandb.offline=true",
             ]  # fmt: skip
             evaluated = [
                 f"out={top}/evals", "seeds=[0]", "held_out=false", f"reference={tiny_folder}", "judge=mtbench",
-                f"judge.client.base_url={server.base_url}",
+                f"judge.client.base_url={server.base_url}", "judge.client.api_key_env=OPENAI_API_KEY",
             ]  # fmt: skip
             for command, overrides in (
                 ("annotate.py", trained),
@@ -309,6 +311,17 @@ def test_no_secret_is_written_or_printed(world: tuple[Path, list[str]]) -> None:
         for name, secret in SECRETS.items():
             assert secret.encode() not in content, f"{name} is in {path.relative_to(top)}"
     assert not any(secret in text for text in printed for secret in SECRETS.values())
+
+
+def test_key_with_a_line_break_is_not_written(tiny_folder: Path, tmp_path: Path) -> None:
+    """Mounted secrets end with one. The HTTP library shows such a key in its error."""
+    places = [f"model.path={tiny_folder}", f"annotation_cache={tmp_path}/store", f"cache={tmp_path}/cache"]
+    judge = ["+judge@eval.judge=mtbench", "eval.judge.client.api_key_env=JUDGE_KEY", "trainer.accelerator=cpu"]
+    done = run("train.py", *places, *judge, f"runs={tmp_path}/runs", "loss=sft", JUDGE_KEY="sk-5ec7e75ec7e7judge\n")
+    assert done.returncode == 1
+    assert "JUDGE_KEY in the environment is not an API key: its character 21 of 21" in done.stderr
+    assert "5ec7e7" not in done.stdout + done.stderr
+    assert all(b"5ec7e7" not in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
 
 def test_names_of_secrets_are_written(world: tuple[Path, list[str]]) -> None:
@@ -513,3 +526,73 @@ def test_answer_parsed_by_sympy_is_not_run(task: str, tmp_path: Path, monkeypatc
             wrong = {**problem, "answer": call, "metadata": {**problem["metadata"], "integrand": call}}
             reward([row.prompt], [right], [write_problem(wrong)])
     assert not (tmp_path / "made").exists()
+
+
+def test_problem_of_a_row_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitwise_arithmetic evaluates the problem in the row's metadata, which may come from a downloaded data set."""
+    pytest.importorskip("reasoning_gym")
+    from var.data.sources.reasoning_gym import ReasoningGym as Problems
+    from var.data.sources.reasoning_gym import read_problem, write_problem
+    from var.rewards.verifiers import ReasoningGym
+
+    monkeypatch.chdir(tmp_path)
+    source = Problems(task="bitwise_arithmetic", size=3, options={"difficulty": 10})
+    reward = ReasoningGym(extract="none")
+    for row in (source.row(*record) for record in source.records()):
+        assert row is not None
+        problem = read_problem(row.answer or "")
+        assert reward([row.prompt], [problem["answer"]], [row.answer]) == [1.0]
+        for call in [*CALLS, "1 << 10**12", "1 << (1 << 60)", "-" * 10**5 + "1"]:  # the last ones would take forever
+            wrong = write_problem({**problem, "metadata": {**problem["metadata"], "problem": call}})
+            assert reward([row.prompt], [problem["answer"]], [wrong]) == [0.0], call
+    assert not (tmp_path / "made").exists()
+
+
+# Each call in reasoning-gym that runs text, and why it cannot run a row's or a model's.
+RUNS_TEXT = {
+    # scorers, in which var/rewards/verifiers.py replaces the function
+    "algebra/intermediate_integration.py": {"parse_expr": 2}, "algebra/polynomial_multiplication.py": {"parse_expr": 2},
+    "algebra/simple_integration.py": {"parse_expr": 2}, "algorithmic/binary_matrix.py": {"eval": 1},
+    "algorithmic/number_sorting.py": {"eval": 1}, "algorithmic/spiral_matrix.py": {"eval": 1},
+    "algorithmic/string_insertion.py": {"eval": 1}, "arithmetic/bitwise_arithmetic.py": {"eval": 2},
+    "games/countdown.py": {"parse_expr": 1}, "games/n_queens.py": {"eval": 1}, "games/puzzle24.py": {"parse_expr": 1},
+    # generators, which read only the package's own text
+    "arithmetic/basic_arithmetic.py": {"eval": 1}, "arithmetic/gsm_symbolic/generators_00_49.py": {"eval": 1},
+    "arithmetic/gsm_symbolic/generators_50_99.py": {"eval": 1}, "code/codeio.py": {"exec": 1},
+    # functions of the package with such a name, which parse without running
+    "code/bf.py": {"compile": 1}, "code/contrib/bfit/BF-it.py": {"compile": 1},
+    "code/contrib/bfit/Compiler/Compiler.py": {"compile": 1}, "logic/propositional_logic.py": {"parse_expr": 5},
+}  # fmt: skip
+RUNNERS = {
+    "eval", "exec", "compile", "__import__", "import_module", "parse_expr", "sympify", "S", "lambdify", "parse_latex",
+    "run", "Popen", "system", "popen", "loads", "unsafe_load",
+}  # fmt: skip
+HARMLESS = {"json.loads", "re.compile"}
+
+
+def test_every_call_of_reasoning_gym_that_runs_text_is_known() -> None:
+    """If a new version has another one: read it, and handle its task in var/rewards/verifiers.py."""
+    package = pytest.importorskip("reasoning_gym")
+    folder, found = Path(package.__file__).parent, dict[str, dict[str, int]]()
+    for path in folder.rglob("*.py"):
+        calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        names = [ast.unparse(call).split(".")[-1] for call in calls if ast.unparse(call) not in HARMLESS]
+        if counts := {name: names.count(name) for name in RUNNERS & set(names)}:
+            found[path.relative_to(folder).as_posix()] = counts
+    assert found == RUNS_TEXT
+
+
+def test_no_other_module_of_reasoning_gym_can_call_eval() -> None:
+    """A later version of the package may use it, or one task the scorer of another, as `composite` does."""
+    pytest.importorskip("reasoning_gym")
+    from var.rewards.verifiers import GENERATORS, _make_scorer
+
+    _make_scorer("chain_sum", "None")
+    modules = {name: module for name, module in sys.modules.items() if name.startswith("reasoning_gym.")}
+    assert len(modules) > 100
+    allowed = {name for name, module in modules.items() if getattr(module, "eval", eval) is eval}
+    assert {name.rpartition(".")[2] for name in allowed} <= GENERATORS
+    for name in ("arithmetic.chain_sum", "arithmetic.bitwise_arithmetic", "algorithmic.number_sorting", "composite"):
+        with pytest.raises(ValueError, match=r"open\(|malformed"):
+            modules[f"reasoning_gym.{name}"].eval("open('made', 'w')")  # type: ignore[attr-defined]
+    assert not Path("made").exists()

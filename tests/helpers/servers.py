@@ -5,7 +5,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,7 +24,10 @@ class Broken:
     cut: int = 0  # number of announced bytes that are not sent
     slow: float = 0.0  # seconds before the response
     drop: bool = False  # close the connection without a response
-    retry_after: float = 0.01  # seconds; the openai client waits for them instead of its own 0.4 to 8 seconds
+    retry_after: float | str = 0.01  # seconds; the openai client waits for them instead of its own 0.4 to 8 seconds
+    drip: float = 0.0  # seconds between the bytes of the body
+    headers: Mapping[str, str] = field(default_factory=dict)  # further headers
+    data: bytes = b""  # the body, in place of `text`
 
 
 @dataclass
@@ -35,6 +38,7 @@ class Asked:
     bodies: list[dict[str, Any]] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)  # Authorization headers
+    headers: list[dict[str, str]] = field(default_factory=list)  # with names in lower case
     times: list[float] = field(default_factory=list)  # seconds
     peak: int = 0  # maximum number of pending requests
     now: int = 0  # number of pending requests
@@ -64,6 +68,7 @@ def served(reply: Callable[[dict[str, Any], int], Any]) -> Iterator[Asked]:
                 asked.bodies.append(body)
                 asked.paths.append(self.path)
                 asked.keys.append(self.headers["Authorization"])
+                asked.headers.append({name.lower(): value for name, value in self.headers.items()})
                 asked.times.append(time.monotonic())
                 asked.now += 1
                 asked.peak = max(asked.peak, asked.now)
@@ -76,13 +81,21 @@ def served(reply: Callable[[dict[str, Any], int], Any]) -> Iterator[Asked]:
                 self.connection.shutdown(socket.SHUT_RDWR)
                 self.close_connection = True
                 return
-            data = how.text.encode()
+            data = how.data or how.text.encode()
             self.send_response(how.status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
             self.send_header("Retry-After", str(how.retry_after))
+            for name, text in how.headers.items():
+                self.send_header(name, text)
             self.end_headers()
-            self.wfile.write(data[: len(data) - how.cut])
+            if how.drip:
+                for byte in data:
+                    self.wfile.write(bytes([byte]))
+                    self.wfile.flush()
+                    time.sleep(how.drip)
+            else:
+                self.wfile.write(data[: len(data) - how.cut])
             self.close_connection = how.cut > 0
 
         def log_message(self, *_: Any) -> None:

@@ -128,6 +128,7 @@ def test_text_without_a_rating_is_an_error(text: str, words: str, tmp_path: Path
         ({"data": [{"probs": []}]}, "0 numbers instead of one"),
         ({"data": [{"probs": [math.nan]}]}, "a score that is not finite in the reply"),
         ({"data": [{"probs": [-math.inf]}]}, "a score that is not finite"),
+        ({"data": [{"probs": [10**400]}]}, "no score in the reply"),
         ({"data": [{"probs": ["1"]}]}, "no score in the reply"), ({"data": [{"probs": [True]}]}, "no score"),
         ({"data": [{"probs": [None]}]}, "no score"), ({"data": []}, "no score in the reply {'data': []}"),
         ({"data": [{"data": [1.0]}]}, "no score"), ({"rewards": [1.0]}, "no score"), ({"data": "x"}, "no score"),

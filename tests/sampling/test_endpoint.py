@@ -72,6 +72,20 @@ def test_text_without_tokens_is_finished_if_the_server_says_so(reference, tmp_pa
             draw(reference, tmp_path / "c", completion("hi", finish=reason))
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"token_ids": [H, "<end>"]}, "token_ids is not a list of integers"), ({"token_ids": 3}, "token_ids is not"),
+        ({"prompt_token_ids": [H, {}]}, "prompt_token_ids is not"),
+        ({"prompt_token_ids": "ids"}, "prompt_token_ids is"), ({"message": 7}, "no text in"),
+        ({"message": {"content": 7, "reasoning": "x"}}, "no text in the reply"),
+    ],
+)  # fmt: skip
+def test_reply_with_parts_of_other_types_is_an_error(reference, tmp_path, fields: dict[str, Any], words: str):
+    with pytest.raises(UserError, match=words):
+        draw(reference, tmp_path, completion("hi", **fields))
+
+
 def test_tokens_of_another_tokenizer_are_an_error(reference, tmp_path):
     with pytest.raises(UserError, match="not those of the tokenizer"):
         draw(reference, tmp_path, completion("hi", token_ids=[H, 100_000]))

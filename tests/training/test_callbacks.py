@@ -78,6 +78,20 @@ def test_judge_counts_ties_half_in_the_curves_like_the_reward():
     assert _judge_metrics({"win_rate": None, "mean_score": None}) == _judge_metrics(None) == {}
 
 
+@pytest.mark.parametrize("error", [UnicodeEncodeError("ascii", "ü", 0, 1, "x"), RecursionError("deep"), KeyError("a")])
+def test_any_exception_of_a_judge_is_a_missing_number(error: Exception, capsys):
+    def judge(pairs: Any, advance: Any) -> Any:
+        raise error
+
+    callback = Validation(None, None, None, judge, None, None, Path(), PeakMemory())  # type: ignore[arg-type]
+    callback.before = answers = SimpleNamespace(texts=[["a"]])  # type: ignore[assignment]
+    row = SimpleNamespace(id="1", prompt=(), answer=None)
+    validation = SimpleNamespace(head=lambda limit: [row])
+    data = SimpleNamespace(training_set=SimpleNamespace(validation=validation))
+    assert callback._judge(SimpleNamespace(is_global_zero=True), data, answers) is None  # type: ignore[arg-type]
+    assert f"the judge gave no verdict, training continues: {type(error).__name__}: " in capsys.readouterr().out
+
+
 def test_judge_that_always_fails_is_reported_with_its_first_failure(capsys):
     rows: Any = [SimpleNamespace(id="a", prompt=(), answer=None)]
     validation = SimpleNamespace(head=lambda n: rows[:n])

@@ -220,7 +220,8 @@ def test_cached_replies_need_no_key_and_no_server(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ({"base_url": "127.0.0.1:8000"}, "client.base_url=127"), ({"concurrency": 0}, "concurrency must be at least 1"),
+        ({"base_url": "127.0.0.1:8000"}, "client.base_url: .*got 127"),
+        ({"concurrency": 0}, "concurrency must be at least 1"),
         ({"retries": -1}, "retries at least 0"), ({"timeout": 0.0}, "timeout more than 0"),
         ({"price_in": -1.0}, "at least 0"), ({"max_cost": -1.0, "price_in": 1.0}, "at least 0"),
         ({"max_cost": 1.0}, "Set client.price_in and client.price_out"),
@@ -248,7 +249,9 @@ def test_cost_is_computed_from_reported_tokens(tmp_path: Path):
     ("usage", "tokens"),
     [
         ({"prompt_tokens": "12", "completion_tokens": "3"}, (12, 3)), ({"prompt_tokens": "many"}, (0, 0)), ([], (0, 0)),
-        ([1], (0, 0)), ("12", (0, 0)), ({"prompt_tokens": None, "completion_tokens": 3.0}, (0, 3)), (None, (0, 0)),
+        ([1], (0, 0)), ("12", (0, 0)), ({"prompt_tokens": -12, "completion_tokens": 3}, (0, 3)),
+        ({"prompt_tokens": 10**400, "completion_tokens": -1}, (10**9, 0)),
+        ({"prompt_tokens": None, "completion_tokens": 3.0}, (0, 3)), (None, (0, 0)),
     ],
 )  # fmt: skip
 def test_unusual_token_counts_are_read_or_zero(usage: Any, tokens: tuple[int, int], tmp_path: Path):
@@ -280,6 +283,16 @@ def test_pending_requests_are_awaited_at_max_cost(tmp_path: Path):
         assert len(server.bodies) == 3
         connect(server.base_url, tmp_path).ask(BODIES[:3])
         assert len(server.bodies) == 3
+
+
+def test_negative_usage_does_not_defeat_max_cost(tmp_path: Path):
+    """A reply of −10 tokens in and 10 out would cost nothing. It costs 1."""
+    usage = {"prompt_tokens": -10, "completion_tokens": 10}
+    with served(lambda body, before: {**completion("yes"), "usage": usage}) as server:
+        client = connect(server.base_url, tmp_path, price_in=1e5, price_out=1e5, max_cost=2.0, concurrency=1)
+        with pytest.raises(UserError, match=r"max_cost=2 is reached"):
+            client.ask(BODIES)
+    assert len(server.bodies) == 2
 
 
 def test_max_cost_needs_reported_tokens(tmp_path: Path):

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from var.config import signatures
 from var.config.run_dir import model_name, own_key, run_dir
+from var.config.secrets import find_secrets
 from var.utils.errors import Problems, UserError
 
 FOLDER = str(Path(__file__).parents[2] / "conf")
@@ -53,14 +54,17 @@ OmegaConf.register_new_resolver("model_name", model_name, replace=True, use_cach
 
 
 def check(cfg: DictConfig, schemas: Mapping[str, Any], imports: bool = True) -> None:
-    """Report wrong types, unknown keys and missing keys of all parts in one UserError.
+    """Report wrong types, unknown keys, missing keys and secrets of all parts in one UserError.
 
     schemas: the dataclass, or its dotted name, that takes each part without a `_target_`; `a.*` is any part of `a`.
     imports: if False, read signatures from the source if it is clear enough, in a fraction of a second. Commands check
     in this way first, and with imports=True before they build anything.
     """
     problems = Problems("invalid configuration")
-    referenced = set(_find_references(OmegaConf.to_container(cfg, resolve=False), ()))
+    unresolved = OmegaConf.to_container(cfg, resolve=False)
+    for key, problem in find_secrets(unresolved):
+        problems.add(key, problem)
+    referenced = set(_find_references(unresolved, ()))
     for path, node in _parts(cfg):
         for key in PATHS & set(map(str, node)):
             if not OmegaConf.is_interpolation(node, key) and not OmegaConf.is_missing(node, key) and node[key] == "":

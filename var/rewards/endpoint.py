@@ -106,7 +106,7 @@ class Endpoint:
         """Return why a reply has no valid score, else None."""
         try:
             self._read_score(reply)
-        except (LookupError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, OverflowError) as error:
             return f"{error if isinstance(error, ValueError) else 'no score'} in the reply {str(reply)[:120]}"
         return None
 

@@ -1,11 +1,12 @@
 """Rewards that verify a response with the packages math-verify and reasoning-gym (extra `verifiers`)."""
 
 import ast
+import operator
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -18,13 +19,15 @@ from var.utils.errors import UserError
 from var.utils.extras import import_extra
 
 EDGES = ".,;:!?…\"'`*_()[]{}<>"  # characters around a last word that are not part of it
-# Tasks whose scorer passes the response, or the problem's answer, to Python's eval (reasoning-gym 0.1.25).
-EVALUATE = {"binary_matrix", "n_queens", "number_sorting", "spiral_matrix", "string_insertion"}
-# Tasks whose scorer passes it to sympy's parse_expr, which calls eval too, and the functions that it may call.
-PARSE = {"countdown", "intermediate_integration", "polynomial_multiplication", "puzzle24", "simple_integration"}
+# The functions that sympy's parse_expr, which calls eval, may call in a text.
 FUNCTIONS = {
     "Abs", "Integer", "Rational", "acos", "asin", "atan", "cos", "cosh", "cot", "exp", "ln", "log", "sin", "sinh",
     "sqrt", "tan", "tanh",
+}  # fmt: skip
+INTEGER_BITS = 100_000  # of a result; the package's longest problem has about 20,000
+OPERATIONS: dict[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,
+    ast.LShift: operator.lshift, ast.RShift: operator.rshift,
 }  # fmt: skip
 
 
@@ -139,20 +142,63 @@ class ReasoningGym:
 
 @lru_cache(maxsize=256)
 def _make_scorer(task: str, options: str) -> Callable[[str, dict[str, Any]], float]:
-    """Return the scorer of a task, without access to Python's eval: text that a model wrote is parsed, never run."""
+    """Return the scorer of a task, without access to Python's eval: the text of a model or a row is never run."""
     problems = make_dataset(task, 1, 0, ast.literal_eval(options))
-    names = vars(sys.modules[type(problems).__module__])
-    if task in EVALUATE:  # a global name of the module shadows the builtin
-        names["eval"] = ast.literal_eval
-    if task in PARSE:
-        import sympy
+    _shadow_eval()
+    return problems.score_answer
 
+
+@cache
+def _shadow_eval() -> None:
+    """Shadow the builtin eval and sympy's parse_expr by global names in all modules of reasoning-gym.
+
+    Also where the package does not call them today: a later version may, or one task may use the scorer of another.
+    """
+    import sympy  # the package has imported it
+
+    safe_sympy = SimpleNamespace(**{**vars(sympy), "parse_expr": _parse_expression})
+    for module in [module for name, module in sys.modules.items() if name.startswith("reasoning_gym.")]:
+        names, last = vars(module), module.__name__.rpartition(".")[2]
+        if last not in GENERATORS:
+            names["eval"] = EVALUATE.get(last, _reject_eval)
         for name, value in list(names.items()):  # the function or the package, under any name
             if value is sympy.parse_expr:
                 names[name] = _parse_expression
             elif value is sympy:
-                names[name] = SimpleNamespace(**{**vars(sympy), "parse_expr": _parse_expression})
-    return problems.score_answer
+                names[name] = safe_sympy
+
+
+def _reject_eval(text: str) -> Any:
+    raise ValueError(f"this scorer would run the text {text[:60]!r}")
+
+
+def _compute_integer(text: str) -> int:
+    """Return the value of an expression of integers and OPERATIONS, of at most INTEGER_BITS. Else raise ValueError."""
+
+    def compute(node: ast.expr) -> int:
+        if isinstance(node, ast.Constant) and type(node.value) is int:
+            return node.value
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return -compute(node.operand)
+        if isinstance(node, ast.BinOp) and (operate := OPERATIONS.get(type(node.op))):
+            left, right = compute(node.left), compute(node.right)
+            if not isinstance(node.op, ast.LShift) or right <= INTEGER_BITS:
+                value = operate(left, right)
+                if value.bit_length() <= INTEGER_BITS:
+                    return value
+        raise ValueError(f"{text[:60]!r} has more than integers of {INTEGER_BITS} bits and their operators")
+
+    return compute(ast.parse(text.strip(), mode="eval").body)
+
+
+# What runs in place of Python's eval in each module that calls it (reasoning-gym 0.1.25). Others have _reject_eval.
+EVALUATE: dict[str, Callable[[str], Any]] = {
+    **dict.fromkeys(
+        ("binary_matrix", "n_queens", "number_sorting", "spiral_matrix", "string_insertion"), ast.literal_eval
+    ),
+    **dict.fromkeys(("basic_arithmetic", "bitwise_arithmetic"), _compute_integer),
+}
+GENERATORS = {"generators_00_49", "generators_50_99"}  # of gsm_symbolic: they evaluate only their own text
 
 
 def _parse_expression(text: str, local_dict: dict[str, Any] | None = None) -> Any:

@@ -8,9 +8,10 @@ from typing import Any
 from var.data.chat import Chat
 from var.data.messages import Message, last_text, prompt_content
 from var.sampling.base import Advance, Prompts, Sample, Samples, Sampling, derive_server_seed, ignore_progress
+from var.utils.completions import count_tokens, find_missing_text, get_text
 from var.utils.console import warn
 from var.utils.errors import Problems, UserError
-from var.utils.http_client import Client, Failure, count_items, count_tokens, find_missing_text, get_text
+from var.utils.http_client import Client, Failure, count_items
 
 ENDED = {"stop", "eos_token", "tool_calls", "function_call"}  # values of finish_reason of complete answers
 
@@ -52,6 +53,8 @@ class Endpoint:
         known = set(map(tuple, own))
 
         def find_fault(reply: Mapping[str, Any]) -> str | None:
+            if fault := _find_malformed(reply):
+                return fault
             self._check(chat, known, reply)  # before the reply is cached: all others will have the same fault
             return _find_fault(reply)
 
@@ -141,6 +144,20 @@ class Endpoint:
 def _get_choice(reply: Mapping[str, Any]) -> Mapping[str, Any]:
     choices = reply.get("choices")
     return choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], Mapping) else {}
+
+
+def _find_malformed(reply: Mapping[str, Any]) -> str | None:
+    """Return which part of a reply has another type than the protocol says, or None. A part may be missing."""
+    choice = _get_choice(reply)
+    for where in (choice, reply):
+        for name in ("token_ids", "prompt_token_ids"):
+            ids = where.get(name)
+            if ids is not None and not (isinstance(ids, list) and all(type(token) is int for token in ids)):
+                return f"{name} is not a list of integers in the reply {str(reply)[:120]}"
+    message = choice.get("message") or {}
+    if not isinstance(message, Mapping) or not isinstance(message.get("content") or "", str):
+        return f"no text in the reply {str(reply)[:120]}"
+    return None
 
 
 def _find_fault(reply: Mapping[str, Any]) -> str | None:

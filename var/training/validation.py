@@ -39,7 +39,7 @@ from var.training.loggers import is_logged, log
 from var.training.metrics import PeakMemory, step_metrics
 from var.training.module import AlignmentModule
 from var.utils.console import stage, warn
-from var.utils.errors import UserError
+from var.utils.errors import UserError, brief
 from var.utils.files import atomic
 from var.utils.statistics import Estimate, estimate_mean
 
@@ -196,12 +196,13 @@ class Validation(Callback):
         try:
             with stage("Judging", len(pairs), "pairs") as advance:
                 judgement = self.judge(pairs, advance)
-        except UserError as error:
-            warn(f"the judge gave no verdict, training continues: {error}")
+            rated = compute_rates(judgement, pairs)["all"]
+        except Exception as error:  # replies of a server can cause any; the trained model is worth more
+            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {brief(error)}"
+            warn(f"the judge gave no verdict, training continues: {reason}")
             return None
-        rated = compute_rates(judgement, pairs)["all"]
-        if reason := explain_missing_rate(rated, judgement.facts):
-            warn(reason)
+        if missing := explain_missing_rate(rated, judgement.facts):
+            warn(missing)
         return {**rated, "facts": judgement.facts}
 
     def _log(self, trainer: lightning.Trainer, answers: Answers, step: int, extra: Mapping[str, float] = {}) -> None:

@@ -1,27 +1,29 @@
-"""Send many requests to an HTTP endpoint: concurrency, retries, costs, and a cache of replies on disk."""
+"""Send many requests to an HTTP endpoint: concurrency, retries, costs, and cached replies."""
 
 import asyncio
 import hashlib
 import json
 import logging
 import os
-import sqlite3
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+from var.utils.api_key import check_address, read_key
+from var.utils.completions import count_tokens
+from var.utils.console import say
 from var.utils.errors import UserError
 from var.utils.extras import import_extra
-from var.utils.files import replace_surrogates
+from var.utils.reply_cache import Reply, ReplyCache, open_cache
 
 CHARACTERS_PER_TOKEN = 4  # roughly, in English
 MAX_UNANSWERED = 32  # consecutive requests without an answer, after which the endpoint is considered down
-
-Reply = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -49,14 +51,17 @@ class Client:
     """A client of an OpenAI-compatible endpoint, or of any server that answers a JSON object with a JSON object.
 
     A request is retried after a timeout, a rate limit (429), a server error (5xx), a lost connection, or a reply that
-    is not a JSON object. The wait is the server's Retry-After, or the openai client's exponential back-off.
+    is not a JSON object (see `BoundedClient` for its bounds). The wait is the server's Retry-After of at most 120
+    seconds, or the openai client's exponential back-off. Redirects are errors. Processes that share a cache send the
+    same request once.
     """
 
     base_url: str  # address of the server, to which the path of a request is appended
     model: str  # sent with every request
-    api_key_env: str | None = "OPENAI_API_KEY"  # the environment variable with the key; None: no key is needed
+    # The environment variable with the key. None: no key is sent. auto: OPENAI_API_KEY to OpenAI, and none to others.
+    api_key_env: str | None = "auto"
     concurrency: int = 8  # maximum number of pending requests
-    timeout: float = 120.0  # seconds to wait for a reply
+    timeout: float = 120.0  # seconds for one try of a request, from the connection to the last byte of the reply
     retries: int = 8  # maximum per request
     price_in: float = 0.0  # per million prompt tokens
     price_out: float = 0.0  # per million completion tokens
@@ -65,8 +70,7 @@ class Client:
     usage: Usage = field(default_factory=Usage, compare=False, init=False)
 
     def __post_init__(self) -> None:
-        if not self.base_url.startswith(("http://", "https://")):
-            raise UserError(f"client.base_url={self.base_url}: expected an address with http:// or https://")
+        check_address("client.base_url", self.base_url)
         if self.concurrency < 1 or self.retries < 0 or self.timeout <= 0:
             raise UserError(
                 "client: concurrency must be at least 1, retries at least 0 and timeout more than 0 seconds"
@@ -84,12 +88,34 @@ class Client:
     def check(self) -> None:
         """Raise a `UserError` if the openai package or the key is missing."""
         import_extra("openai", "endpoint", "an endpoint")
-        if self.api_key_env is not None and not os.environ.get(self.api_key_env):
+        try:
+            self._read_key()
+        except UserError as error:
             raise UserError(
-                f"{self.base_url} needs a key, but {self.api_key_env} is not set in the environment. Set it, or if the "
-                "server needs no key, set api_key_env=null of this client (judge.client.api_key_env, "
-                "reward.client.api_key_env, …)"
+                f"{self.base_url} needs a key, but {error}. If the server needs no key, set api_key_env=null of this "
+                "client (judge.client.api_key_env, reward.client.api_key_env, …)"
+            ) from None
+        if self.api_key_env == "auto" and not self._is_openai and os.environ.get("OPENAI_API_KEY"):
+            _say_once(
+                f"{self.base_url}: OPENAI_API_KEY is not sent to this server. If it needs a key, set api_key_env of "
+                "this client to the name of the key's variable."
             )
+
+    @property
+    def _is_openai(self) -> bool:
+        """Whether the server is OpenAI's, to which alone OpenAI's variables belong."""
+        address = urlsplit(self.base_url)
+        return address.scheme == "https" and f".{address.hostname}".endswith(".openai.com")
+
+    @property
+    def _key_name(self) -> str | None:
+        """The environment variable with the key; None: no key is sent."""
+        if self.api_key_env == "auto":
+            return "OPENAI_API_KEY" if self._is_openai else None
+        return self.api_key_env
+
+    def _read_key(self) -> str | None:
+        return None if self._key_name is None else read_key(self._key_name)
 
     def ask(
         self,
@@ -116,27 +142,36 @@ class Client:
         replies: dict[bytes, Reply | Failure] = {}
         with self._open_cache() as cache:
             for key in copies:
-                if (text := _read_reply(cache, key)) is not None:
-                    replies[key] = json.loads(text)
+                if (cached := cache.get(key)) is not None:
+                    replies[key] = cached
             missing = {key: body for key, body in zip(keys, bodies, strict=True) if key not in replies}
             self.usage.cached += len(bodies) - len(missing)
-            if cached := sum(copies[key] for key in replies):
-                advance(cached)
+            if known := sum(copies[key] for key in replies):
+                advance(known)
 
             def receive(key: bytes, reply: Reply | Failure) -> None:
                 replies[key] = reply
                 if not isinstance(reply, Failure):
                     if (reason := find_fault(reply)) is None:
-                        cache.execute("INSERT OR IGNORE INTO replies VALUES (?, ?)", (key, json.dumps(reply)))
+                        cache.put(key, reply)
                     else:
                         replies[key] = Failure(reason)
                     self._add_usage(reply)
                 self.usage.failed += isinstance(replies[key], Failure)
                 advance(copies[key])
 
+            def reuse(key: bytes) -> bool:
+                """Return whether another process has received the reply meanwhile."""
+                if (reply := cache.get(key)) is None:
+                    return False
+                replies[key] = reply
+                self.usage.cached += 1
+                advance(copies[key])
+                return True
+
             if missing:
                 self.check()
-                _run(self._send(missing, self.base_url.rstrip("/") + path, receive))
+                _run(self._send(missing, self.base_url.rstrip("/") + path, cache, reuse, receive))
         return [replies[key] for key in keys]
 
     def estimate(self, bodies: Sequence[Mapping[str, Any]], tokens_out: int, path: str = "/chat/completions") -> str:
@@ -146,7 +181,7 @@ class Client:
         """
         distinct = {self._hash_request(body, path): body for body in bodies}
         with self._open_cache() as cache:
-            missing = [body for key, body in distinct.items() if _read_reply(cache, key) is None]
+            missing = [body for key, body in distinct.items() if cache.get(key) is None]
         tokens_in = sum(len(json.dumps(body, ensure_ascii=False)) for body in missing) // CHARACTERS_PER_TOKEN
         longest = tokens_out * len(missing)
         cached = f" ({len(distinct) - len(missing)} cached)" if len(missing) < len(distinct) else ""
@@ -156,11 +191,18 @@ class Client:
         return f"{len(distinct)} calls{cached}, about {tokens_in:,} tokens in and at most {longest:,} out{cost}"
 
     async def _send(
-        self, missing: Mapping[bytes, Mapping[str, Any]], url: str, receive: Callable[[bytes, Reply | Failure], None]
+        self,
+        missing: Mapping[bytes, Mapping[str, Any]],
+        url: str,
+        cache: ReplyCache,
+        reuse: Callable[[bytes], bool],
+        receive: Callable[[bytes, Reply | Failure], None],
     ) -> None:
         """Send requests concurrently, and call `receive` with each reply as it arrives."""
         import httpx2
-        from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+        from openai import AsyncOpenAI, Omit
+
+        from var.utils.bounded_http import BoundedClient
 
         for name in ("openai", "httpx2"):  # they would log a line per request
             logging.getLogger(name).setLevel(logging.WARNING)
@@ -170,22 +212,18 @@ class Client:
         async def count_retry(request: httpx2.Request) -> None:
             self.usage.retried += request.headers.get("x-stainless-retry-count", "0") != "0"
 
-        async def check_content(response: httpx2.Response) -> None:
-            """Raise a decoding error for an invalid reply, so that the openai client retries the request."""
-            if response.is_success:
-                await response.aread()
-                if (reason := _find_invalid_content(response.content)) is not None:
-                    raise httpx2.DecodingError(reason, request=response.request)
-
         async def work(client: AsyncOpenAI) -> None:
             nonlocal done, unanswered
             limit = float("inf") if self.max_cost is None else self.max_cost
             while self.usage.cost < limit and (item := next(todo, None)) is not None:
                 key, body = item
-                self.usage.asked += 1
-                reply, answered = await self._request(client, url, {"model": self.model, **body})
-                done += 1
-                receive(key, reply)
+                async with cache.claim(key):
+                    done += 1
+                    if reuse(key):
+                        continue
+                    self.usage.asked += 1
+                    reply, answered = await self._request(client, url, {"model": self.model, **body})
+                    receive(key, reply)
                 unanswered = 0 if answered else unanswered + 1
                 if unanswered == MAX_UNANSWERED and isinstance(reply, Failure):
                     raise UserError(
@@ -194,10 +232,11 @@ class Client:
                         "Replies are cached; the same command sends only the missing requests"
                     )
 
+        key = self._read_key()
+        own: Any = {} if self._is_openai else {"OpenAI-Organization": Omit(), "OpenAI-Project": Omit()}
         async with AsyncOpenAI(
-            base_url=self.base_url, api_key=os.environ[self.api_key_env] if self.api_key_env else "none",
-            timeout=self.timeout, max_retries=self.retries,
-            http_client=DefaultAsyncHttpxClient(event_hooks={"request": [count_retry], "response": [check_content]}),
+            base_url=self.base_url, api_key=key or "none", timeout=self.timeout, max_retries=self.retries,
+            default_headers=own, http_client=BoundedClient(self.timeout, key, event_hooks={"request": [count_retry]}),
         ) as client:  # fmt: skip
             await asyncio.gather(*(work(client) for _ in range(min(self.concurrency, len(missing)))))
         if done < len(missing):
@@ -220,8 +259,14 @@ class Client:
             return Failure(str(error.__cause__) or type(error.__cause__).__name__), False
         except APIStatusError as error:
             reason = f"{error.status_code}: {_get_message(error)}"
+            if error.status_code in (301, 302, 303, 307, 308):
+                raise UserError(
+                    f"{url} redirects to {error.response.headers.get('location', '')[:200]!r}. Redirects are not "
+                    "followed, because prompts and keys would reach another server. Set client.base_url to the address "
+                    "that answers"
+                ) from None
             if error.status_code == 401:
-                key = f"the key in {self.api_key_env}" if self.api_key_env else "a request without a key"
+                key = f"the key in {self._key_name}" if self._key_name else "a request without a key"
                 raise UserError(f"{url} rejects {key}: {reason}") from None
             if error.status_code == 404:  # every other request would fail too
                 raise UserError(
@@ -247,37 +292,13 @@ class Client:
         content = [self.base_url.rstrip("/"), path, {"model": self.model, **body}, version]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).digest()
 
-    @contextmanager
-    def _open_cache(self) -> Iterator[sqlite3.Connection]:
-        """Open the database of replies. Several processes may read and write it at the same time."""
-        file = Path(self.cache).expanduser() / "replies.sqlite"
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            # autocommit: each reply is on disk at once; check_same_thread: see _run, which waits for its thread
-            connection = sqlite3.connect(file, timeout=60.0, isolation_level=None, check_same_thread=False)
-            with closing(connection) as cache:
-                cache.execute("PRAGMA journal_mode=WAL")
-                cache.execute("PRAGMA synchronous=NORMAL")
-                cache.execute("CREATE TABLE IF NOT EXISTS replies (key BLOB PRIMARY KEY, reply TEXT) WITHOUT ROWID")
-                yield cache
-        except (sqlite3.Error, FileExistsError, NotADirectoryError, PermissionError) as error:
-            raise UserError(
-                f"client.cache={self.cache}: cannot open {file}: {error}. Set client.cache to another folder"
-            ) from error
+    def _open_cache(self) -> AbstractContextManager[ReplyCache]:
+        return open_cache(Path(self.cache).expanduser())
 
 
-def get_text(reply: Mapping[str, Any]) -> str | None:
-    """Return the text of a chat completion, or None if it has none."""
-    try:
-        content = reply["choices"][0]["message"]["content"]
-    except (LookupError, TypeError):
-        return None
-    return replace_surrogates(content) if isinstance(content, str) else None
-
-
-def find_missing_text(reply: Mapping[str, Any]) -> str | None:
-    """Return a reason if a chat completion has no text, else None. For `Client.ask(find_fault=…)`."""
-    return None if get_text(reply) is not None else f"no text in the reply {str(reply)[:120]}"
+@cache
+def _say_once(text: str) -> None:
+    say(text)
 
 
 def count_items(advance: Callable[[int], None], size: int) -> Callable[[int], None]:
@@ -302,31 +323,6 @@ def _run(coroutine: Coroutine[Any, Any, None]) -> None:
         return
     with ThreadPoolExecutor(1) as pool:
         pool.submit(asyncio.run, coroutine).result()
-
-
-def _read_reply(cache: sqlite3.Connection, key: bytes) -> str | None:
-    row = cache.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
-    return None if row is None else str(row[0])
-
-
-def count_tokens(reply: Mapping[str, Any], name: str) -> int:
-    """Return a count of the reply's `usage`, or 0 if it is missing. Some servers write it as text."""
-    try:
-        return int(reply["usage"][name])
-    except (LookupError, TypeError, ValueError, OverflowError):
-        return 0
-
-
-def _find_invalid_content(content: bytes) -> str | None:
-    """Return why the body of a successful response is not a reply, else None. Some gateways send errors as 200."""
-    try:
-        reply = json.loads(content)
-    except ValueError:
-        return f"the reply is not JSON: {content[:60].decode(errors='replace')!r}"
-    if not isinstance(reply, dict):
-        return f"the reply is not a JSON object: {str(reply)[:60]!r}"
-    error = reply.get("error")
-    return str(error.get("message", error) if isinstance(error, dict) else error) if error else None
 
 
 def _get_message(error: Any) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -11,11 +12,12 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tests.helpers.runs import ROOT
-from var.evaluate.benchmarks import sandbox
+from var.evaluate.benchmarks import sandbox, seccomp
 from var.evaluate.benchmarks.sandbox import Outcome, check, run
 from var.utils.errors import UserError
 
@@ -182,6 +184,63 @@ def test_time_memory_processes_and_output_are_limited(program: str, reason: tupl
     assert len(outcome.reason) <= 2000
 
 
+SYSCALL = "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+
+
+def number(name: str) -> int:
+    return seccomp.REJECTED[name].get(os.uname().machine, 0)
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("import os\nos.memfd_create('x')", "PermissionError: [Errno 1]"),
+        (
+            SYSCALL + f"if libc.syscall({number('shmget')}, 0, 2**30, 0o1600) < 0: raise OSError(ctypes.get_errno())",
+            "OSError: 1",
+        ),
+        (
+            SYSCALL + f"if libc.syscall({number('keyctl')}, 0, -3, 0) < 0: raise OSError(ctypes.get_errno())",
+            "OSError: 1",
+        ),
+        (
+            SYSCALL
+            + f"if libc.syscall({number('io_uring_setup')}, 8, bytes(200)) < 0: raise OSError(ctypes.get_errno())",
+            "OSError: 1",
+        ),
+        (SYSCALL + "if libc.syscall(447, 0) < 0: raise OSError(ctypes.get_errno())", "OSError: 38"),  # memfd_secret
+        ("import socket\nsocket.socket(40, socket.SOCK_STREAM)", "OSError: [Errno 97]"),  # AF_VSOCK: the host of a VM
+        ("import socket\nsocket.socket(38, socket.SOCK_SEQPACKET)", "OSError: [Errno 97]"),  # AF_ALG
+        ("import socket\nsocket.socketpair()\nsocket.socket()", "passed"),
+        ("import concurrent.futures as c\nwith c.ThreadPoolExecutor(2) as p: list(p.map(abs, [1]))", "passed"),
+    ],
+    ids=["memfd", "System V memory", "keyring", "io_uring", "later call", "vsock", "crypto", "sockets", "threads"],
+)
+def test_calls_that_escape_limits_are_rejected(program: str, reason: str) -> None:
+    """Memory outside the address space, the keys of the session, and sockets that no network namespace confines."""
+    assert run(program).reason.startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("machine", "header"),
+    [("x86_64", "/usr/include/x86_64-linux-gnu/asm/unistd_64.h"), ("aarch64", "/usr/include/asm-generic/unistd.h")],
+)
+def test_numbers_of_rejected_calls_are_the_kernels(machine: str, header: str) -> None:
+    if not Path(header).exists():
+        pytest.skip("needs the kernel's headers")
+    numbers = dict(re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", Path(header).read_text()))
+    for name, call in {**seccomp.REJECTED, **seccomp.SOCKETS}.items():
+        assert call[machine] == int(numbers[name]), name
+
+
+@pytest.mark.parametrize("act", ["os.ftruncate(fd, 0)", "os.lseek(fd, 0, 0), os.write(fd, b'x' * 40)", "os.close(fd)"])
+def test_damaged_channel_is_a_failed_program(act: str) -> None:
+    program = f"import os\nfor fd in range(3, 64):\n    try: {act}\n    except OSError: pass\nassert False"
+    outcome = run(program)
+    assert not outcome.passed
+    assert "cannot be built" not in outcome.reason
+
+
 @pytest.mark.parametrize("ending", ["", "while True: pass"])
 def test_children_are_killed(ending: str) -> None:
     """A sleeping grandchild with its own session and name, after a program that passes and one that is stopped."""
@@ -221,25 +280,29 @@ def test_ordinary_user_is_confined_too() -> None:
     programs = [
         "pass", "open('/usr/x', 'w')", "open('/x', 'w')", "import socket; socket.create_connection(('127.0.0.1', 9))",
         "import os; os.mkdir('x'); os.chroot('x')", "import os\nwhile True: os.fork()", "while True: pass",
+        "import os, time\nos.kill(0, 9)\ntime.sleep(60)", "import os, time\nos.kill(0, 19)\ntime.sleep(60)", "pass",
     ]  # fmt: skip
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom var.evaluate.benchmarks.sandbox import run\n"
         f"for program in {programs!r}: print(run(program, seconds=0.4).reason[:40])"
     )
     words = [*AS_USER, str(python), "-B", "-c", code]
-    done = subprocess.run(words, capture_output=True, text=True, cwd="/", env={"PATH": sandbox.PATH})
+    done = subprocess.run(
+        words, capture_output=True, text=True, cwd="/", env={"PATH": sandbox.PATH}, start_new_session=True, timeout=60
+    )  # a program that signals its process group must not reach the tests
     if "No module" in done.stderr or "Permission denied" in done.stderr:
         pytest.skip(f"another user cannot read this checkout: {done.stderr[-200:]}")
     assert done.stdout.splitlines() == [
         "passed", "OSError: [Errno 30] Read-only file syste", "OSError: [Errno 30] Read-only file syste",
         "OSError: [Errno 101] Network is unreacha",
         "PermissionError: [Errno 1] Operation not", "BlockingIOError: [Errno 11] Resource tem", "ran longer than 0.4 s",
+        "ended before its last line", "ran longer than 0.4 s", "passed",
     ]  # fmt: skip
 
 
 def test_without_a_sandbox_nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Replace `unshare` by a script that fails, as on a kernel that rejects namespaces."""
-    (tmp_path / "unshare").write_text("#!/bin/sh\necho unshare failed: Operation not permitted\nexit 1\n")
+    (tmp_path / "unshare").write_text("#!/bin/sh\necho unshare failed: Operation not permitted >&2\nexit 1\n")
     (tmp_path / "unshare").chmod(0o755)
     monkeypatch.setattr(sandbox, "PATH", f"{tmp_path}:{sandbox.PATH}")
     for ask in (check, lambda: run("pass")):
@@ -255,6 +318,9 @@ def test_missing_tool_and_other_systems_are_reported(monkeypatch: pytest.MonkeyP
     with pytest.raises(UserError) as error:
         check()
     assert str(error.value) == "generated programs run in a sandbox that needs no-such-tool (package util-linux)"
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(machine="riscv64"))
+    with pytest.raises(UserError, match=r"written for x86_64 and aarch64 and not for riscv64\. Remove humaneval"):
+        check()
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(UserError, match=r"Linux namespaces only\. Remove humaneval"):
         check()

@@ -55,6 +55,7 @@ def test_preference_is_the_normalized_probability_of_m():
         (first_token(**{" m": -0.1}), "neither m nor M"),
         ({"choices": [{"logprobs": None}]}, "no log-probabilities"),
         ({"choices": [{"logprobs": {"content": []}}]}, "no log-probabilities"),
+        ({"choices": [{"logprobs": {"content": [1]}}]}, "no log-probabilities"),
         ({"choices": []}, "no log-probabilities"),
         ({}, "no log-probabilities"),
     ],

@@ -1,4 +1,7 @@
-"""Run a program that a model wrote in Linux namespaces, where it can do no harm; without them it does not run."""
+"""Run a program that a model wrote in Linux namespaces and behind a system-call filter; without them it does not run.
+
+It is confined by the kernel, so an unknown fault of the kernel is not held.
+"""
 
 import json
 import os
@@ -12,6 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from var.evaluate.benchmarks.seccomp import AUDIT_ARCH, build_filter
 from var.utils.errors import UserError
 
 TOOLS = ("unshare", "mount", "chroot", "setpriv", "prlimit")  # util-linux ≥ 2.33 and coreutils
@@ -21,15 +25,21 @@ FILE_MIB, FOLDER_MIB = 16, 64
 BUILD_SECONDS = 30.0  # to build the sandbox on a busy machine
 NOBODY = 65519  # the last of systemd's dynamic user ids; no other process has it, so the program's can be counted
 
-# The program runs in its own module, and its output is discarded. The token is written after its last line.
+# The program runs in its own module, and its output is discarded. The token is written after its last line. The first
+# words on standard error say that the sandbox is complete; the program has no descriptor of that file.
 DRIVER = """
-import json, os, sys, types
+import ctypes, json, os, sys, types
 channel, own = os.dup(1), os.getpid()
 task = json.load(sys.stdin)
+os.chdir("/tmp")
+class Filter(ctypes.Structure):
+    _fields_ = [("steps", ctypes.c_ushort), ("code", ctypes.c_char_p)]
+code = bytes.fromhex(task["filter"])
+if ctypes.CDLL(None).prctl(22, 2, ctypes.byref(Filter(len(code) // 8, code)), 0, 0):  # PR_SET_SECCOMP
+    sys.exit("the kernel does not filter system calls (seccomp)")
+os.write(2, b"started")
 for standard in (0, 1, 2):
     os.dup2(4, standard)  # /dev/null
-os.chdir("/tmp")
-os.write(channel, b"started ")
 sys.modules["__main__"] = main = types.ModuleType("__main__")
 try:
     exec(compile(task["program"], "program", "exec"), main.__dict__)
@@ -57,25 +67,32 @@ def run(program: str, seconds: float = 10.0, memory: int = 1024) -> Outcome:
 
     The program sees the interpreter's installation (the standard library, no virtual environment) and the system's
     libraries, read-only, and an empty temporary folder. It has no network, no other processes, none of our environment
-    variables and no privileges. It is limited to `seconds` of wall time, the same CPU time per process, and `memory`
-    MiB of address space per process, and all its children die with it. The token is in the program's process, so a
-    program can fake its verdict only on purpose. If the sandbox cannot be built, nothing runs and UserError is raised.
+    variables, no keys of the session, and no privileges. It is limited to `seconds` of wall time, the same CPU time per
+    process, and `memory` MiB of address space per process, and all its children die with it. The token is in the
+    program's process, so a program can fake its own verdict, but only on purpose. If the sandbox cannot be built,
+    nothing runs and UserError is raised. Whatever the program does to its verdict, it fails alone.
+
+    Not limited: the total memory and CPU time of its up to PROCESSES processes, and reading the system's libraries.
     """
     token = secrets.token_hex(16)
     with (
         tempfile.TemporaryDirectory(prefix="sandbox-") as root,
         tempfile.TemporaryFile() as task,
-        tempfile.TemporaryFile() as out,  # a file and not a pipe, so that its size is limited
+        tempfile.TemporaryFile() as out,  # files and not pipes, so that their size is limited
+        tempfile.TemporaryFile() as log,
     ):
-        task.write(json.dumps({"program": program, "token": token}).encode())
+        code = build_filter(os.uname().machine).hex()
+        task.write(json.dumps({"program": program, "token": token, "filter": code}).encode())
         task.seek(0)
-        environment = {"PATH": PATH, "LANG": "C.UTF-8"}
-        command = _command(root, seconds, memory)
-        process = subprocess.Popen(command, stdin=task, stdout=out, stderr=out, env=environment, cwd="/")
+        # in its own session: a signal to the process group 0 crosses PID namespaces
+        process = subprocess.Popen(
+            _command(root, seconds, memory), stdin=task, stdout=out, stderr=log, cwd="/", start_new_session=True,
+            env={"PATH": PATH, "LANG": "C.UTF-8"},
+        )  # fmt: skip
         late = False
         try:
             built_by = time.monotonic() + BUILD_SECONDS
-            while os.fstat(out.fileno()).st_size == 0 and process.poll() is None and time.monotonic() < built_by:
+            while os.fstat(log.fileno()).st_size == 0 and process.poll() is None and time.monotonic() < built_by:
                 time.sleep(0.002)
             process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -83,13 +100,11 @@ def run(program: str, seconds: float = 10.0, memory: int = 1024) -> Outcome:
         finally:
             process.kill()  # the kernel kills everything inside
             process.wait()
+        log.seek(0)
         out.seek(0)
-        text = out.read(2000).decode(errors="replace")
-    started, _, verdict = text.partition("started ")
-    if not text.startswith("started "):
-        raise UserError(
-            f"the sandbox for generated programs cannot be built here: {started.strip()[:500] or 'no output'}"
-        )
+        built, verdict = (file.read(2000).decode(errors="replace") for file in (log, out))
+    if not built.startswith("started"):
+        raise UserError(f"the sandbox for generated programs cannot be built here: {built.strip() or 'no output'}")
     if verdict == token:
         return Outcome(True, "passed")
     if late:
@@ -103,6 +118,11 @@ def check() -> None:
         raise UserError(
             "generated programs run in Linux namespaces only. Remove humaneval and humaneval_instruct from "
             "benchmarks.tasks."
+        )
+    if (machine := os.uname().machine) not in AUDIT_ARCH:
+        raise UserError(
+            f"generated programs run behind a system-call filter, which is written for {' and '.join(AUDIT_ARCH)} and "
+            f"not for {machine}. Remove humaneval and humaneval_instruct from benchmarks.tasks."
         )
     if missing := [tool for tool in TOOLS if shutil.which(tool, path=PATH) is None]:
         raise UserError(f"generated programs run in a sandbox that needs {', '.join(missing)} (package util-linux)")

@@ -178,7 +178,7 @@ def read_preference(reply: Mapping[str, Any]) -> float:
         logps = {entry["token"]: float(entry["logprob"]) for entry in top}
     except UnfinishedReasoning:
         raise
-    except (LookupError, TypeError, ValueError):
+    except (LookupError, TypeError, ValueError, AttributeError):
         raise UnreadableReply("no log-probabilities") from None
     m, other = logps.get("m", -math.inf), logps.get("M", -math.inf)
     peak = max(m, other)

@@ -14,9 +14,10 @@ import yaml
 
 from var.data.messages import Message, prompt_content, render_message
 from var.evaluate.judges.base import UNFINISHED, Judgement, Outcome, Pair, explain_errors
+from var.utils.completions import find_missing_text, get_text
 from var.utils.errors import Problems, UserError
 from var.utils.files import replace_surrogates
-from var.utils.http_client import Client, Failure, count_items, find_missing_text, get_text
+from var.utils.http_client import Client, Failure, count_items
 from var.utils.provenance import hash_content
 from var.utils.reasoning import UnfinishedReasoning, read_answer
 
