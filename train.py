@@ -2,6 +2,9 @@
 
 import var.config.installed  # isort: skip  # noqa: F401  before what may be missing
 
+from contextlib import nullcontext
+from pathlib import Path
+
 import hydra
 from omegaconf import DictConfig
 
@@ -18,14 +21,13 @@ def main(cfg: DictConfig) -> float | None:
     check(cfg, TRAIN, imports=False)  # heavy libraries are imported only after it
 
     import json
-    import time
-    from pathlib import Path
 
     from hydra.core.hydra_config import HydraConfig
 
     from var.training import summary
     from var.utils.console import is_first_rank, say
     from var.utils.files import remove
+    from var.utils.locks import claim_folder
 
     folder = Path(HydraConfig.get().runtime.output_dir)
     if cfg.resume == "auto" and (folder / "summary.json").exists() and not (cfg.dry or cfg.show_rows):
@@ -40,17 +42,26 @@ def main(cfg: DictConfig) -> float | None:
         return None if finished["reward"] is None else float(finished["reward"])
     if sweep.needs_process(cfg):
         return sweep.run_job(cfg, __file__)
+    writes = is_first_rank() and not (cfg.dry or cfg.show_rows)
+    with claim_folder(folder, "trains in this folder") if writes else nullcontext():
+        return train(cfg, folder)
+
+
+def train(cfg: DictConfig, folder: Path) -> float | None:
+    """Train the configured run in its folder, or show what it would do. Return the validation reward, for sweepers."""
+    import time
 
     from lightning import seed_everything
 
     from var.config.choices import describe_choices
     from var.models.card import write_card
     from var.report.write import plot
-    from var.training import dry_run, show_rows
+    from var.training import dry_run, show_rows, summary
     from var.training.alternatives import check_memory
     from var.training.outcome import Export, make_card, summarize
     from var.training.run import Run
-    from var.utils.files import write_json
+    from var.utils.console import is_first_rank, say
+    from var.utils.files import remove, write_json
 
     run = Run.compose(cfg, folder)
     if cfg.show_rows:

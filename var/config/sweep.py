@@ -1,5 +1,6 @@
 """Run the jobs of a sweep: each with its processes and GPUs, and all of them even if some fail."""
 
+import functools
 import json
 import os
 import shutil
@@ -27,7 +28,8 @@ from omegaconf import DictConfig
 from var.config.schema import TrainerSettings
 from var.utils.device_locks import claim, name_devices
 from var.utils.errors import UserError
-from var.utils.signals import end_with_parent
+from var.utils.locks import remove_unused
+from var.utils.signals import end_with_parent, follow_parent
 
 LAUNCHERS = {"JoblibLauncher": "joblib", "LocalLauncher": "submitit_local"}
 """Launchers that run several jobs at a time on one machine, and leave its GPUs to the jobs."""
@@ -40,6 +42,9 @@ RANK_VARIABLES = {
 }  # fmt: skip
 RANK_PREFIXES = ("SUBMITIT_", "SLURM_", "TORCHELASTIC_")
 """With these, Lightning would expect that a launcher has started the other ranks."""
+
+
+follow_parent_once = functools.cache(follow_parent)  # a worker runs several jobs
 
 
 class JobFailed(UserError):
@@ -64,12 +69,15 @@ class Sweep(Callback):
     """The folder of the locks of devices, on this machine: network file systems may lack locks."""
     visible: str | None = field(default=None, init=False)
     """CUDA_VISIBLE_DEVICES, which submitit_local sets to the same GPUs, or none, for all jobs."""
+    pid: int | None = field(default=None, init=False)
+    """The process of the sweep."""
     swept: set[str] = field(default_factory=set, init=False)
     """The keys that differ between the jobs."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Name the folders. They are created when they are needed."""
         name = uuid.uuid4().hex[:8]
+        self.pid = os.getpid()
         self.failures = Path(config.hydra.sweep.dir).absolute() / f".failures-{name}"
         self.locks = Path(tempfile.gettempdir()) / f"var-devices-{name}"
         self.visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -83,9 +91,13 @@ class Sweep(Callback):
         Sweep.current = self
         if self.record and "LOCAL_RANK" not in os.environ:
             end_with_parent(signal.SIGTERM)
+        elif self.pid not in (None, os.getpid()):  # a worker of joblib or submitit
+            follow_parent_once()
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
-        """Record the error of a failed job, and print it."""
+        """Remove the folder of a job that wrote nothing. Record the error of a failed job, and print it."""
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            remove_unused(Path(config.hydra.runtime.output_dir), ["date.txt", f"{config.hydra.job.name}.log"])
         if job_return.status != JobStatus.FAILED or not (self.record or self.failures):
             return
         from var.config.entry import describe

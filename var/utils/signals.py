@@ -1,9 +1,11 @@
 """End on SIGTERM or SIGUSR1, which SLURM and others send before they kill a process."""
 
 import ctypes
+import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -11,6 +13,7 @@ from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what SLURM and others send before they kill; USR1 on request
 
+GRACE = 60.0  # seconds in which a process can save its state
 PR_SET_PDEATHSIG = 1  # an option of Linux's prctl
 
 
@@ -18,6 +21,23 @@ def end_with_parent(number: int) -> None:
     """Let the kernel send this signal to this process when its parent dies. This needs Linux."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+
+
+def follow_parent() -> None:
+    """End this process when its parent has died: by SIGTERM, which lets it save, and by force after GRACE seconds.
+
+    Unlike `end_with_parent`, it does not matter which thread of the parent has started this process.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(GRACE)  # a worker of a pool would wait for its next job
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def leave(number: int, frame: FrameType | None = None, *, saved: str = "") -> None:
