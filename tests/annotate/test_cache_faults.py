@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.helpers.cache import fill, flip, keys, open_table, shards, squares, values
+from tests.helpers.cache import fill, flip, keys, open_table, read_shard, shards, squares, values
 from var.annotate import cache as cache_module
 from var.annotate.cache import AnnotationCache, CacheTable
 from var.utils.errors import UserError
@@ -109,7 +109,7 @@ def assert_sound(root: Path, items: range) -> None:
     table = open_table(root, warn=reports.append)
     for path in shards(table):
         assert hashlib.sha256(path.read_bytes()).hexdigest()[:32] == path.stem
-        pq.read_table(path)
+        read_shard(path)
     held = np.array(items)[~table.missing(keys(*items))].tolist()
     assert values(table, held) == [i**2 for i in held]
     assert reports == []
@@ -355,7 +355,7 @@ def test_damaged_or_missing_fingerprint_is_restored(tmp_path, damage):
     assert values(table, [1, 2]) == [1.0, 4.0]
     assert fill(table, range(1, 4)) == [3]
     assert file.read_bytes() == before
-    report = f"annotation cache: {file} is damaged. The next shard that is written here restores it."
+    report = f"annotation cache: {file} is damaged. The next file that is written here restores it."
     assert reports == ([] if damage is None else [report])
 
 
@@ -463,7 +463,7 @@ def hide_shards(monkeypatch: pytest.MonkeyPatch, looks: int) -> list[float]:
 
     def change(names: list[str]) -> list[str]:
         seen[0] += 1
-        return names if seen[0] > looks else [name for name in names if not name.endswith(".parquet")]
+        return names if seen[0] > looks else [name for name in names if not name.endswith(".arrow")]
 
     patch_listing(monkeypatch, change)
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
