@@ -350,6 +350,8 @@ class CacheTable:
                 seen.update(self._shards)
         finally:
             work.release()
+        self.refresh()
+        self._merge()
         return total
 
 

@@ -126,7 +126,7 @@ def load(path: Path, value: pa.DataType) -> Shard:
         value: the type of the table's values.
     """
     size = path.stat().st_size
-    if mapped := size >= LIMIT and path.suffix == ARROW:
+    if size >= LIMIT and path.suffix == ARROW:
         data = pa.memory_map(str(path)).read_buffer()
         with path.open("rb") as file:  # pages of the map would count as this process's memory
             digest = hashlib.file_digest(file, "sha256")
@@ -149,7 +149,7 @@ def load(path: Path, value: pa.DataType) -> Shard:
         values = values.take(pa.array(first))
     elif not (keys[:-1] < keys[1:]).all():
         raise Foreign("holds keys that are not sorted")
-    return Shard(path, size if mapped else values.nbytes + keys.nbytes, keys, values)
+    return Shard(path, size if path.suffix == ARROW else values.nbytes + keys.nbytes, keys, values)
 
 
 def _join(chunks: list[pa.Array], value: pa.DataType) -> pa.Array:
