@@ -91,7 +91,8 @@ def test_killed_processes_leave_complete_shards(tmp_path, kills, together):
         for job in jobs:
             job.join(60)
         assert_sound(tmp_path, items)
-        assert not (missing := open_table(tmp_path).missing(keys(*items)))[held].any()
+        missing = open_table(tmp_path).missing(keys(*items))
+        assert not missing[held].any()
         held = ~missing
     assert missing.any(), "nothing was left to do: the kills came too late"
     assert not missing.all(), "nothing was done: the kills came too early"
