@@ -13,7 +13,8 @@ import pytest
 
 from tests.helpers.cache import FINGERPRINT, fill, flip, keys, open_table, read_shard, shards, squares, values
 from var.annotate import cache as cache_module
-from var.annotate.cache import AnnotationCache, as_keys
+from var.annotate.cache import AnnotationCache
+from var.annotate.cache_files import as_keys
 from var.utils.errors import UserError
 from var.utils.provenance import hash_content
 

@@ -18,8 +18,8 @@ from tests.helpers.cache import FINGERPRINT, fill, flip, keys, open_table, read_
 from tests.helpers.cache_workers import assert_sound, start_workers
 from var.annotate import cache as cache_module
 from var.annotate import cache_files, cache_work
-from var.annotate.cache import AnnotationCache, CacheTable, as_keys
-from var.annotate.cache_files import Damaged, load
+from var.annotate.cache import AnnotationCache, CacheTable
+from var.annotate.cache_files import Damaged, as_keys, load
 
 # --- cost
 
@@ -233,7 +233,6 @@ def write_parquet(table: CacheTable, items: range) -> Path:
 def test_parquet_files_are_converted_once_and_reported(tmp_path, monkeypatch):
     """The 21 files give three Arrow files, each of at least LIMIT bytes but the last."""
     monkeypatch.setattr(cache_files, "LIMIT", 2000)
-    monkeypatch.setattr(cache_module, "LIMIT", 2000)
     for begin in range(0, 210, 10):
         write_parquet(open_table(tmp_path), range(begin, begin + 10))
     reports: list[str] = []

@@ -7,7 +7,7 @@ import pytest
 
 from tests.helpers.annotators import ROWS, make_sequences, split_tokens
 from var.annotate import keys as keys_module
-from var.annotate.cache import as_keys
+from var.annotate.cache_files import as_keys
 from var.annotate.keys import hash_pairs, hash_prompts, hash_sequences, hash_texts
 from var.data.messages import prompt_content
 from var.utils.provenance import hash_content

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from var.annotate.cache import AnnotationCache, CacheTable, as_keys
+from var.annotate.cache import AnnotationCache, CacheTable
+from var.annotate.cache_files import as_keys
 from var.utils.provenance import hash_content
 
 FINGERPRINT = {"weights": "a"}

@@ -8,8 +8,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from var.annotate.cache import AnnotationCache, CacheTable, Column, Keys, deal
-from var.annotate.cache_files import unique_keys
+from var.annotate.cache import AnnotationCache, CacheTable
+from var.annotate.cache_column import Column
+from var.annotate.cache_files import Keys, unique_keys
+from var.annotate.cache_work import deal
 from var.data.chat import Chat
 from var.data.messages import prompt_content, texts_in
 from var.data.rows import Rows

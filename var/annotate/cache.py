@@ -31,17 +31,17 @@ import pyarrow as pa
 from var.annotate.cache_column import Column, locate
 from var.annotate.cache_files import (
     ARROW,
-    LIMIT,
     PARQUET,
     Damaged,
     Foreign,
     Keys,
     Shard,
-    as_keys,
     choose,
     encode,
+    is_full,
     load,
     merge,
+    sync_folder,
     unique_keys,
     widen,
 )
@@ -51,19 +51,10 @@ from var.utils.files import atomic
 from var.utils.provenance import hash_content
 
 FORMAT = 1  # incremented when the same fingerprint no longer gives the same numbers
-
-
 FINGERPRINT = "fingerprint.json"
-
-
 STALE = 60.0  # seconds for which an NFS client may show a folder as it was (acdirmax)
-
-
 ABANDONED = 86_400.0  # seconds after which nobody is still writing a shard
 PAUSE, LONGEST_PAUSE = 0.01, 1.0  # seconds between looks at what other processes have written
-
-
-__all__ = ["AnnotationCache", "CacheTable", "Column", "Keys", "as_keys", "deal"]
 
 
 class AnnotationCache:
@@ -266,7 +257,7 @@ class CacheTable:
             for name in names:
                 self._load(name)
                 parts += [self._shards[name]] if name in self._shards else []
-                if sum(part.size for part in parts) >= LIMIT or name == names[-1]:
+                if is_full(parts) or name == names[-1]:
                     if parts:
                         self._replace(parts)
                     if not self._can_merge:  # the disk is full or read-only; they can still be read
@@ -353,11 +344,3 @@ class CacheTable:
         self.refresh()
         self._merge()
         return total
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names of new files durable, before others are removed."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    with suppress(OSError):  # some network file systems do not support it
-        os.fsync(descriptor)
-    os.close(descriptor)

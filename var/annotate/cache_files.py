@@ -9,9 +9,11 @@ at any time, and on NFS a mapped file that another machine removes kills its rea
 """
 
 import hashlib
+import os
 import platform
 from collections import defaultdict
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -204,16 +206,29 @@ def replaces(first: pa.Array, rows: np.ndarray, second: pa.Array, others: np.nda
     return result
 
 
+def is_full(shards: Collection[Shard]) -> bool:
+    """Return whether the files are large enough to become one that is not merged any more."""
+    return sum(shard.size for shard in shards) >= LIMIT
+
+
 def choose(shards: Collection[Shard]) -> list[Shard]:
     """Return the small files to merge now: FANOUT of similar size with all smaller ones, or all that reach LIMIT.
 
     So an item is written again once per factor FANOUT in size, and there are at most FANOUT files per factor.
     """
     small = [shard for shard in shards if shard.is_small]
-    if sum(shard.size for shard in small) >= LIMIT and len(small) > 1:
+    if is_full(small) and len(small) > 1:
         return small
     tiers = defaultdict[int, list[Shard]](list)
     for shard in small:
         tiers[shard.size.bit_length() // (FANOUT.bit_length() - 1)].append(shard)
     full = max((tier for tier, members in tiers.items() if len(members) >= FANOUT), default=-1)
     return [shard for tier, members in tiers.items() if tier <= full for shard in members]
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names of new files durable, before others are removed."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    with suppress(OSError):  # some network file systems do not support it
+        os.fsync(descriptor)
+    os.close(descriptor)

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from var.annotate.cache import Keys
+from var.annotate.cache_files import Keys
 from var.data.messages import prompt_content, texts_in
 from var.data.sequences import Sequences
 from var.rewards.base import Triple

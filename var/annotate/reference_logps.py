@@ -10,7 +10,7 @@ import torch
 
 from var.annotate.annotator import Annotator, batch_by_tokens, count_shared
 from var.annotate.base import Provider, TrainingSet
-from var.annotate.cache import Column
+from var.annotate.cache_column import Column
 from var.annotate.keys import hash_pairs, hash_sequences
 from var.annotate.rewards import fill_matrix, micro_batch_pairs
 from var.data.sequences import Sequences

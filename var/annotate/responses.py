@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from var.annotate.annotator import Annotator
-from var.annotate.cache import Column
+from var.annotate.cache_column import Column
 from var.data import rows as rows_module
 from var.data.changes import TemplateChanges
 from var.data.chat import Chat
