@@ -9,6 +9,7 @@ import pytest
 
 from tests.helpers.cache import fill, keys, open_table, shards
 from tests.helpers.cache_workers import assert_sound, start_workers
+from var.annotate import cache, cache_work
 from var.annotate.cache_work import Work, claim
 
 ITEMS = list(range(1200))
@@ -99,6 +100,22 @@ def test_claims_are_released_after_an_error(tmp_path):
     jobs, results = start_workers(tmp_path, [ITEMS], shard=64, seconds=0.0)
     assert results.get() == (len(ITEMS), True)
     jobs[0].join(60)
+
+
+def test_job_waits_for_claimed_items_and_reports_it(tmp_path, monkeypatch):
+    """A stopped process keeps its claims. Here they are released at the sixth look."""
+    answers = iter([False] * 5 + [True])
+    monkeypatch.setattr(cache_work, "claim", lambda name: next(answers))
+    monkeypatch.setattr(cache, "LONGEST_PAUSE", 0.04)
+    reports: list[str] = []
+    assert fill(open_table(tmp_path, warn=reports.append), [1, 2], shard=100) == [1, 2]
+    assert reports == ["annotation cache: waiting for 2 items that other processes compute."]
+
+
+def test_ranks_of_one_job_do_not_wait_for_other_jobs(tmp_path, monkeypatch):
+    """A sharded model would need them."""
+    monkeypatch.setattr(cache_work, "claim", lambda name: False)
+    assert fill(open_table(tmp_path), range(10), shard=100, rank=0, world=2) == [0, 2, 4, 6, 8]
 
 
 def test_no_items_are_taken_twice():

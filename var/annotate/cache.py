@@ -310,7 +310,7 @@ class CacheTable:
         missing, total, pause = mine[absent], 0, PAUSE
 
         def look(places: np.ndarray, computed: bool = False) -> np.ndarray:
-            """Look for new files and return the places whose items are not in them. computed: whether they advanced."""
+            """Look for new files. Return [m] bool: which places are still missing. computed: whether they advanced."""
             left = work.left
             self.refresh()
             work.mark(self._shards[name] for name in self._shards.keys() - seen)
@@ -334,6 +334,8 @@ class CacheTable:
                     work.finish(places)
                     total, pause = total + len(places), PAUSE
                 elif work.left:
+                    if pause < LONGEST_PAUSE <= 2 * pause:
+                        self.warn(f"annotation cache: waiting for {work.left} items that other processes compute.")
                     time.sleep(pause)
                     pause = min(2 * pause, LONGEST_PAUSE)
                 work.release()

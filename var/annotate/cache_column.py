@@ -72,7 +72,7 @@ class Column(Sequence[Any]):
 def locate(keys: Keys, shards: Sequence[Shard], kind: pa.DataType) -> Column:
     """Return the values of `keys`, all of which are in the files. If two values of an item differ, see `replaces`."""
     wanted, _, place = unique_keys(keys)
-    shard, row = np.full(len(wanted), -1, dtype=np.int16), np.zeros(len(wanted), dtype=np.int64)
+    shard, row = np.full(len(wanted), -1, dtype=np.int32), np.zeros(len(wanted), dtype=np.int64)
     for number, candidate in enumerate(shards):
         at, rows = candidate.match(wanted)
         keep = shard[at] < 0
