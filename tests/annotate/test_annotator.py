@@ -44,7 +44,7 @@ def annotate_everything(annotator: Annotator) -> list[Any]:
         cross_rewards(annotator, rows, sequences, micro).tolist(),
         score_rows(annotator, rows).tolist(),
         prompt_features(annotator, sequences).tolist(),
-        sample_responses(annotator, rows, SAMPLING),
+        list(sample_responses(annotator, rows, SAMPLING)),
     ]
 
 
@@ -131,15 +131,15 @@ def test_sampled_responses_are_reproducible_and_cached(make, tmp_path):
     """An empty cache gives the same text, since seeds derive from the content. Responses are in the rows' order."""
     one, two, other = (make(root=tmp_path / name) for name in ("a", "a", "b"))
     rows, _ = make_sequences(one)
-    texts = sample_responses(one, rows, SAMPLING)
+    texts = list(sample_responses(one, rows, SAMPLING))
     assert [len(several) for several in texts] == [2] * 6
-    assert sample_responses(two, rows, SAMPLING) == texts
+    assert list(sample_responses(two, rows, SAMPLING)) == texts
     assert two.computed == {}
-    assert sample_responses(other, rows, SAMPLING) == texts
+    assert list(sample_responses(other, rows, SAMPLING)) == texts
     assert other.computed == {"Sampling": 6}
-    assert sample_responses(two, rows, replace(SAMPLING, seed=1)) != texts
+    assert list(sample_responses(two, rows, replace(SAMPLING, seed=1))) != texts
     assert two.computed == {"Sampling": 6}
-    assert sample_responses(two, rows.select([4, 1]), SAMPLING) == [texts[4], texts[1]]
+    assert list(sample_responses(two, rows.select([4, 1]), SAMPLING)) == [texts[4], texts[1]]
 
 
 class Elsewhere:
@@ -167,13 +167,13 @@ def test_each_sampler_has_its_own_table_and_is_released(make):
     """A sampler is checked only if responses are missing. Cached ones can be read where it cannot run."""
     one = make(sampler=Elsewhere())
     rows, _ = make_sequences(one)
-    texts = sample_responses(one, rows, SAMPLING)
+    texts = list(sample_responses(one, rows, SAMPLING))
     assert texts[0] == [Sample("0?", True), Sample("1?", True)]
     assert one.sampler.calls == ["check", "sample 6", "release"]
-    local = sample_responses(one.with_local_sampler, rows, SAMPLING)
-    assert local == sample_responses(make(), rows, SAMPLING) != texts
+    local = list(sample_responses(one.with_local_sampler, rows, SAMPLING))
+    assert local == list(sample_responses(make(), rows, SAMPLING)) != texts
     again = make(sampler=Elsewhere())
-    assert sample_responses(again, rows, SAMPLING) == texts
+    assert list(sample_responses(again, rows, SAMPLING)) == texts
     assert again.sampler.calls == ["release"]
     assert sampling_fingerprint(one, SAMPLING) == {
         "sampler": "elsewhere", "end_tokens": [257], "sampling": SAMPLING.fingerprint

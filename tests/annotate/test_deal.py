@@ -14,7 +14,7 @@ import torch
 from tests.helpers.annotators import ROWS, Lengths, make_micro, make_sequences
 from tests.helpers.cache import keys, open_table
 from var.annotate.annotator import Annotator
-from var.annotate.cache import deal
+from var.annotate.cache_work import deal
 from var.annotate.reference_logps import cached_cross_logps, cached_mismatched_logps, reference_logps
 from var.annotate.rewards import cross_rewards
 from var.data.row import Response, Row

@@ -53,7 +53,7 @@ def test_nonfinite_reward_is_an_error_and_is_not_cached(make, tmp_path):
     with pytest.raises(UserError) as error:
         score_rows(annotator, rows)
     assert str(error.value) == "rewards that are not finite (1):\n  response 'it is 2!': the reward is NaN or infinite"
-    assert not list((tmp_path / "store").rglob("*.parquet"))
+    assert not list((tmp_path / "store").rglob("*.arrow"))
 
 
 class Returns:

@@ -216,7 +216,7 @@ def make_shard() -> bytes:
     with tempfile.TemporaryDirectory() as name:
         target = open_table(Path(name))
         target.write(keys(1, 2, 3), [1.0, 4.0, 9.0])
-        return next(target.path.glob("*.parquet")).read_bytes()
+        return next(target.path.glob("*.arrow")).read_bytes()
 
 
 SHARD = make_shard()
@@ -237,7 +237,7 @@ def test_shard_of_any_bytes_is_read_or_reported(data: st.DataObject, named: bool
         target = open_table(Path(name), warn=reports.append)
         target.path.mkdir(parents=True)
         stem = hashlib.sha256(content if named else SHARD).hexdigest()[:32]
-        (target.path / f"{stem}.parquet").write_bytes(content)
+        (target.path / f"{stem}.arrow").write_bytes(content)
         missing = target.missing(keys(1, 2, 3))
         assert len(reports) == (len(target) == 0)
         if not named:

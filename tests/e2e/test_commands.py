@@ -42,7 +42,7 @@ def own(base: list[str], rows: Path) -> list[str]:
 
 def shards(folder: Path, kind: str = "*") -> list[Path]:
     """Return the files of the annotation cache below `folder`."""
-    return list((folder / "store" / kind).glob("*/*.parquet"))
+    return list((folder / "store" / kind).glob("*/*.arrow"))
 
 
 def test_run_writes_its_folder(own: list[str], tmp_path: Path) -> None:

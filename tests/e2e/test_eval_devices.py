@@ -104,7 +104,7 @@ def test_two_processes_give_the_result_of_one(
     assert [record["model"] for record in answers] == [record["model"] for record in expected_answers]
     assert_same(found, expected)
     assert {part.name for part in (tmp_path / "evals").iterdir()} == {p.name for p in (single / "evals").iterdir()}
-    shards = [len(list(table.glob("*.parquet"))) for table in (tmp_path / "store" / "responses").iterdir()]
+    shards = [len(list(table.glob("*.arrow"))) for table in (tmp_path / "store" / "responses").iterdir()]
     assert shards == [2] * 4  # each process sampled for each of two models and two seeds
 
 

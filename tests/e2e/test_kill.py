@@ -15,10 +15,10 @@ from typing import Any
 
 import lightning
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from lightning.pytorch.callbacks import Callback
 
+from tests.helpers.cache import read_shard
 from tests.helpers.cli import read_summary, write_rows, write_to
 from tests.helpers.killing import Attempt, Driver
 from tests.helpers.models import saved, tiny_model
@@ -47,7 +47,7 @@ PLACES = [
     ("while rewards are cached", r"write .*/store/rewards/.*\.partial", 1, False),
     ("while the plan is written", r"write .*/plan\.npz", 1, False),
     ("while the reference samples", r"run ", 2, False),
-    ("before its samples are renamed", r"os\.rename .*/store/responses/.*\.parquet", 1, False),
+    ("before its samples are renamed", r"os\.rename .*/store/responses/.*\.arrow", 1, False),
     ("at the start of metrics.csv", r"write .*/metrics\.csv", 1, False),
     ("before the first step", r"step ", 1, False),
     ("while the first checkpoint is written", r"write .*(/tmp/|step-1\.partial)", 1, False),
@@ -289,12 +289,12 @@ def read_texts(folder: Path) -> dict[str, str]:
 
 
 def read_cache(job: Job) -> dict[str, dict[bytes, Any]]:
-    """Return the items of each table of the annotation cache. Assert that no item was computed twice."""
+    """Return the items of each table of the annotation cache. Assert that no item has two values."""
     tables: dict[str, dict[bytes, Any]] = {}
-    for shard in sorted((job.root / "store").rglob("*.parquet")):
-        items = pq.read_table(shard).to_pylist()
+    for shard in sorted((job.root / "store").rglob("*.arrow")):
+        items = read_shard(shard).to_pylist()
         table = tables.setdefault(str(shard.parent.relative_to(job.root)), {})
-        assert not table.keys() & {item["key"] for item in items}
+        assert all(table.get(item["key"], item["value"]) == item["value"] for item in items)
         table |= {item["key"]: item["value"] for item in items}
     return tables
 

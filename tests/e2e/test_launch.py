@@ -130,7 +130,7 @@ def test_annotate_runs_on_two_nodes(options: list[str], tmp_path: Path) -> None:
     words = [*options, "loss=var", "reward.mismatch_gap=1", "data.global_batch=8", *write_to(tmp_path)]
     printed = launch_with_slurm(tmp_path, "annotate.py", *words)
     assert re.search("Computed: .*cross log-probabilities", printed), printed
-    shards = list((tmp_path / "store" / "cross_logps").rglob("*.parquet"))
+    shards = list((tmp_path / "store" / "cross_logps").rglob("*.arrow"))
     assert len(shards) == 2, shards
     check_run("train.py", *words, "annotate=error", "trainer.max_steps=1")
 
@@ -168,7 +168,7 @@ def test_all_ranks_leave_on_a_signal_while_they_annotate(number: int, options: l
 
     ranks = start_ranks(SLOW=str(tmp_path))
     until = time.monotonic() + 240
-    while not ((tmp_path / "1").exists() and list((tmp_path / "store" / "rewards").rglob("*.parquet"))):
+    while not ((tmp_path / "1").exists() and list((tmp_path / "store" / "rewards").rglob("*.arrow"))):
         assert time.monotonic() < until
         assert [rank.poll() for rank in ranks] == [None, None], ranks[0].communicate()[0]
         time.sleep(0.1)
@@ -182,7 +182,7 @@ def test_all_ranks_leave_on_a_signal_while_they_annotate(number: int, options: l
     printed = finish(*start_ranks())
     assert "Scoring: 0" not in printed
     # of each rank: rewards of the training responses, and of the reference's answers
-    assert len(list((tmp_path / "store" / "rewards").rglob("*.parquet"))) == 4, printed
+    assert len(list((tmp_path / "store" / "rewards").rglob("*.arrow"))) == 4, printed
 
 
 def test_slurm_preset_asks_for_what_a_job_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from var.annotate.cache import AnnotationCache, CacheTable, as_keys
+from var.annotate.cache import AnnotationCache, CacheTable
+from var.annotate.cache_files import as_keys
 from var.utils.provenance import hash_content
 
 FINGERPRINT = {"weights": "a"}
@@ -51,7 +52,12 @@ def values(table: CacheTable, items: Iterable[int]) -> list[float]:
 
 def shards(table: CacheTable) -> list[Path]:
     """Return the files of the table, by name."""
-    return sorted(table.path.glob("*.parquet"))
+    return sorted(table.path.glob("*.arrow"))
+
+
+def read_shard(path: Path) -> pa.Table:
+    """Read a file of a table, without checks."""
+    return pa.ipc.open_file(path.read_bytes()).read_all()
 
 
 def flip(data: bytes) -> bytes:

@@ -8,10 +8,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from var.annotate.annotator import token_key
 from var.annotate.base import Provider, TrainingSet
-from var.annotate.cache import as_keys
-from var.annotate.prompt_features import group_prompts, hidden_states
+from var.annotate.keys import hash_prompts
+from var.annotate.prompt_features import hidden_states, prompt_tokens
 from var.annotate.responses import sampling_fingerprint
 from var.annotate.rewards import score_candidates
 from var.annotate.value_fit import fit_value_head, predict_values
@@ -54,7 +53,7 @@ class ProvideAdvantages(Provider[Advantages]):
             "reward": annotator.reward.fingerprint, "scale": data.scale.describe(), "head": asdict(value),
             "development": [bytes(key).hex() for key in development.keys],
         }  # fmt: skip
-        prompts = group_prompts(data.sequences)
+        sequences, first = data.sequences, data.sequences.first
         fitted: list[torch.nn.Module] = []
 
         def compute(indices: np.ndarray, advance: Callable[[int], None]) -> list[float]:
@@ -64,10 +63,13 @@ class ProvideAdvantages(Provider[Advantages]):
             values: list[float] = []
             for begin in range(0, len(indices), 64):
                 some = indices[begin : begin + 64]
-                values.extend(predict_values(fitted[0], hidden_states(annotator, [prompts[i] for i in some])).tolist())
+                values.extend(
+                    predict_values(
+                        fitted[0], hidden_states(annotator, [prompt_tokens(sequences, first[i]) for i in some])
+                    ).tolist()
+                )
                 advance(len(some))
             return values
 
         table = annotator.annotations.table("values", fingerprint, pa.float32())
-        keys = as_keys([token_key(prompt, ()) for prompt in prompts])
-        return annotator.fill(table, "Values", "prompts", keys, compute).to_numpy()  # type: ignore[no-any-return]
+        return annotator.fill(table, "Values", "prompts", hash_prompts(sequences, first), compute).to_numpy()

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
 
-from var.annotate.cache import AnnotationCache, CacheTable, Keys, deal
+from var.annotate.cache import AnnotationCache, CacheTable
+from var.annotate.cache_column import Column
+from var.annotate.cache_files import Keys, unique_keys
+from var.annotate.cache_work import deal
 from var.data.chat import Chat
 from var.data.messages import prompt_content, texts_in
 from var.data.rows import Rows
@@ -22,7 +24,6 @@ from var.sampling.local import Transformers
 from var.utils.console import stage, timed
 from var.utils.distributed import Ranks
 from var.utils.errors import Problems, UserError
-from var.utils.provenance import hash_content
 
 TOKENS = 4096  # packed tokens of one scoring pass
 SHARD = 2048  # items per shard; an interrupted run computes at most that many again
@@ -125,7 +126,7 @@ class Annotator:
         shard: int = SHARD,
         part: np.ndarray | None = None,
         cost: np.ndarray | None = None,
-    ) -> pa.Array:
+    ) -> Column:
         """Return the values of `keys`, in their order, after computing the missing ones.
 
         Args:
@@ -140,7 +141,7 @@ class Annotator:
             cost: [n] the work of each item, by which ranks are balanced, such as its tokens.
         """
         kind = table.fingerprint["kind"]
-        distinct = np.unique(keys)
+        distinct = unique_keys(keys)[0]
         missing = int(table.missing(distinct).sum())
         self.missing[title] = (missing, len(distinct))
         if missing and self.dry:
@@ -160,11 +161,6 @@ class Annotator:
                 self.computed[title] = self.computed.get(title, 0) + done
         self.ranks.barrier()
         return table.read(keys)
-
-
-def token_key(prompt: Sequence[int], response: Sequence[int]) -> bytes:
-    """Return the content hash of a prompt and a response as tokens."""
-    return hash_content(list(prompt), list(response))
 
 
 def count_shared(prompt: np.ndarray, length: np.ndarray, tokens: np.ndarray) -> np.ndarray:

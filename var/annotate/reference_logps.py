@@ -8,9 +8,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from var.annotate.annotator import Annotator, batch_by_tokens, count_shared, token_key
+from var.annotate.annotator import Annotator, batch_by_tokens, count_shared
 from var.annotate.base import Provider, TrainingSet
-from var.annotate.cache import as_keys
+from var.annotate.cache_column import Column
+from var.annotate.keys import hash_pairs, hash_sequences
 from var.annotate.rewards import fill_matrix, micro_batch_pairs
 from var.data.sequences import Sequences
 from var.models.cross_scoring import mismatched_logps, pack_mismatched
@@ -30,7 +31,7 @@ class ProvideReferenceLogps(Provider[ReferenceLogps]):
         """Return them, [N] nats."""
         if self.logps is None:
             return {}
-        return {"reference_logps": torch.tensor([x for i in members for x in self.logps[int(i)].as_py()])}
+        return {"reference_logps": torch.tensor(self.logps.take(members).flatten().to_pylist())}
 
     def at_step(self, batch: Packed, policy: Any, reference: Any) -> Packed:
         """Compute them with a live reference."""
@@ -75,7 +76,7 @@ class ProvideMismatchedLogps(Provider[MismatchedLogps]):
         return replace(batch, mismatched_logps=mismatched_logps(policy, batch.mismatched))
 
 
-def reference_logps(annotator: Annotator, sequences: Sequences, share: bool = False) -> pa.Array:
+def reference_logps(annotator: Annotator, sequences: Sequences, share: bool = False) -> Column:
     """Return [n] lists of float32 nats: log π_ref of each response token.
 
     Args:
@@ -88,30 +89,32 @@ def reference_logps(annotator: Annotator, sequences: Sequences, share: bool = Fa
     if share and reference.is_low_precision:
         fingerprint["packing"] = "shared prompts"
     table = annotator.annotations.table("reference_logps", fingerprint, pa.list_(pa.float32()))
-    tokens = map(sequences.tokens, range(len(sequences)))
-    keys = as_keys([token_key(ids[:start], ids[start:]) for ids, start, _ in tokens])
+    keys = hash_sequences(sequences)
     part = sequences.group if share else np.arange(len(sequences))
     cost = count_shared(part, sequences.length, sequences.start)
 
     @torch.inference_mode()
-    def compute(indices: np.ndarray, advance: Callable[[int], None]) -> list[list[float]]:
-        found: dict[int, list[float]] = {}
+    def compute(indices: np.ndarray, advance: Callable[[int], None]) -> list[np.ndarray]:
+        found: dict[int, np.ndarray] = {}
         for batch in batch_by_tokens(indices, (sequences.start + sequences.length)[indices].tolist()):
             ids, starts, _ = zip(*(sequences.tokens(i) for i in batch), strict=True)
             packed = pack(ids, starts, share=share)
             with reference.precision():
                 logps = reference.policy(packed.to(reference.device)).float().cpu()
-            found.update(zip(batch, (part.tolist() for part in logps.split(packed.length.tolist())), strict=True))
+            found.update(zip(batch, (part.numpy() for part in logps.split(packed.length.tolist())), strict=True))
             advance(len(batch))
         return [found[i] for i in indices]
 
     return annotator.fill(table, "Reference log-probabilities", "responses", keys, compute, part=part, cost=cost)
 
 
-def sum_logps(logps: pa.Array, sequences: Sequences) -> torch.Tensor:
+def sum_logps(logps: Column) -> torch.Tensor:
     """Return [n] float64 nats: sums over response tokens."""
-    flat = logps.flatten().to_numpy(zero_copy_only=False).astype(np.float64)
-    return torch.from_numpy(np.add.reduceat(flat, np.cumsum(sequences.length) - sequences.length))
+    sums = [np.zeros(0)]
+    for chunk in logps.chunks():
+        flat, length = chunk.flatten().to_numpy().astype(np.float64), chunk.value_lengths().to_numpy()
+        sums.append(np.add.reduceat(flat, np.cumsum(length) - length))
+    return torch.from_numpy(np.concatenate(sums))
 
 
 def cached_cross_logps(annotator: Annotator, sequences: Sequences, micro: np.ndarray) -> np.ndarray:
@@ -129,7 +132,7 @@ def cached_mismatched_logps(annotator: Annotator, sequences: Sequences, micro: n
     place = micro >= 0  # absent sequences are at the end
     logps = torch.zeros(micro.shape, dtype=torch.float64)
     pairs = np.stack([micro[place], following[place]], axis=1)
-    logps[torch.from_numpy(place)] = torch.from_numpy(_pair_logps(annotator, sequences, pairs).copy())
+    logps[torch.from_numpy(place)] = torch.from_numpy(_pair_logps(annotator, sequences, pairs))
     return logps
 
 
@@ -137,15 +140,7 @@ def _pair_logps(annotator: Annotator, sequences: Sequences, pairs: np.ndarray) -
     """Return [P] nats: log π_ref of response j under the prompt of i, summed over tokens, for pairs (i, j) [P, 2]."""
     reference = annotator.reference
     table = annotator.annotations.table("cross_logps", reference.fingerprint, pa.float64())
-    tokens = {int(i): sequences.tokens(i)[:2] for i in np.unique(pairs)}
-
-    def prompt(i: int) -> list[int]:
-        return tokens[i][0][: tokens[i][1]]
-
-    def response(j: int) -> list[int]:
-        return tokens[j][0][tokens[j][1] :]
-
-    keys = as_keys([token_key(prompt(i), response(j)) for i, j in pairs.tolist()])
+    keys = hash_pairs(sequences, pairs)
     owner = sequences.group[pairs[:, 0]]  # pairs with one prompt share its tokens
 
     def cost(indices: Any = slice(None)) -> np.ndarray:
@@ -155,14 +150,17 @@ def _pair_logps(annotator: Annotator, sequences: Sequences, pairs: np.ndarray) -
     @torch.inference_mode()
     def compute(indices: np.ndarray, advance: Callable[[int], None]) -> list[float]:
         found: dict[int, float] = {}
+        prompt, response = dict[int, list[int]](), dict[int, list[int]]()
+        for i in np.unique(pairs[indices]).tolist():
+            ids, start, _ = sequences.tokens(i)
+            prompt[i], response[i] = ids[:start], ids[start:]
         for batch in batch_by_tokens(indices, cost(indices).tolist()):
             by_prompt: dict[int, list[int]] = {}
             for at in batch:
                 by_prompt.setdefault(int(owner[at]), []).append(at)
             order = [at for several in by_prompt.values() for at in several]
-            responses = [[response(j) for j in pairs[several, 1].tolist()] for several in by_prompt.values()]
-            prompts = [prompt(int(pairs[several[0], 0])) for several in by_prompt.values()]
-            tree = pack_tree(prompts, responses)
+            responses = [[response[j] for j in pairs[several, 1].tolist()] for several in by_prompt.values()]
+            tree = pack_tree([prompt[int(pairs[several[0], 0])] for several in by_prompt.values()], responses)
             with reference.precision():
                 logps = reference.policy(tree.to(reference.device)).double().cpu()
             found.update(zip(order, tree.sum_by_sequence(logps).tolist(), strict=True))
@@ -170,4 +168,4 @@ def _pair_logps(annotator: Annotator, sequences: Sequences, pairs: np.ndarray) -
         return [found[i] for i in indices]
 
     values = annotator.fill(table, "Cross log-probabilities", "pairs", keys, compute, part=owner, cost=cost())
-    return values.to_numpy()  # type: ignore[no-any-return]
+    return values.to_numpy()

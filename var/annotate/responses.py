@@ -1,6 +1,7 @@
 """Responses that the reference samples."""
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from var.annotate.annotator import Annotator
+from var.annotate.cache_column import Column
 from var.data import rows as rows_module
 from var.data.changes import TemplateChanges
 from var.data.chat import Chat
@@ -19,7 +21,7 @@ from var.sampling.base import Prompts, Sample, Samples, Sampling
 from var.sampling.local import Transformers
 from var.utils.console import warn
 from var.utils.errors import Problems, UserError
-from var.utils.provenance import hash_content
+from var.utils.provenance import dump
 
 ENOUGH = 4  # prompts from which the variety of their responses is judged
 COPIED = 0.8  # fraction of prompts with identical responses, from which the reference is asked for a comparison
@@ -52,14 +54,36 @@ def sample_responses(
         check_variety(annotator, prompts, samples, sampling)
         return [[sample._asdict() for sample in several] for several in samples]
 
-    values = annotator.fill(table, title, "prompts", rows.keys, compute, shard=256).to_pylist()
+    values = annotator.fill(table, title, "prompts", rows.keys, compute, shard=256)
     if release:
         annotator.sampler.release()
-    return [[_restore(response) for response in several] for several in values]
+    return CachedSamples(values)
 
 
-def _restore(value: dict[str, Any]) -> Sample:
-    return Sample(value["text"], value["finished"], None if value["ids"] is None else tuple(value["ids"]))
+class CachedSamples(Sequence[list[Sample]]):
+    """K samples per prompt, read from the annotation cache on access."""
+
+    def __init__(self, column: Column) -> None:
+        self.column = column
+        self._last: tuple[int, list[Sample]] = (-1, [])
+
+    def __len__(self) -> int:
+        return len(self.column)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return the samples of a prompt, or of several for a slice."""
+        if isinstance(index, slice):
+            return CachedSamples(self.column[index])
+        if index != self._last[0]:  # callers ask once per response
+            self._last = index, _restore(self.column[index].as_py())
+        return self._last[1]
+
+    def __iter__(self) -> Iterator[list[Sample]]:
+        return map(_restore, self.column)
+
+
+def _restore(several: list[dict[str, Any]]) -> list[Sample]:
+    return [Sample(s["text"], s["finished"], None if s["ids"] is None else tuple(s["ids"])) for s in several]
 
 
 def check_prompts(annotator: Annotator, rows: Rows, indices: np.ndarray, warns: bool = True) -> None:
@@ -139,23 +163,28 @@ def add_responses(rows: Rows, samples: Samples, chat: Chat, cache: Path, report:
     A sample that came as text is tokenized, and counted.
     """
     report = report or DataReport()
-    report.sampled_responses = report.empty_responses_skipped = report.truncated_responses = 0
-    filled, as_text = list[Row](), 0
-    for row, several in zip(rows, samples, strict=True):
-        kept = [sample for sample in several if sample.text.strip()]
-        as_text += sum(sample.ids is None for sample in kept)
+    report.sampled_responses = report.empty_responses_skipped = report.truncated_responses = as_text = 0
+
+    def answer(row: Row, several: Sequence[Sample]) -> Row:
         responses = tuple(
             Response(text=sample.text, finished=sample.finished, source="sampled", ids=tuple(sample.tokens(chat)))
-            for sample in kept
+            for sample in several
+            if sample.text.strip()
         )
+        return replace(row, responses=responses, ordered=False)
+
+    digest = hashlib.sha256(dump([rows.table._fingerprint])[:-1] + b",[")  # of all responses, read one row at a time
+    for i, (row, several) in enumerate(zip(rows, samples, strict=True)):
+        kept = [sample for sample in several if sample.text.strip()]
+        as_text += sum(sample.ids is None for sample in kept)
         report.sampled_responses += len(several)
         report.empty_responses_skipped += len(several) - len(kept)
         report.truncated_responses += sum(not sample.finished for sample in kept)
-        filled.append(replace(row, responses=responses, ordered=False))
+        digest.update((b"," if i else b"") + dump([vars(response) for response in answer(row, several).responses]))
+    digest.update(b"]]")
     report.sampled_as_text = as_text or None
-    answers = [[vars(response) for response in row.responses] for row in filled]
-    target = cache / "rows" / hash_content(rows.table._fingerprint, answers).hex()
+    target = cache / "rows" / digest.hexdigest()[:32]
     if not (target / "done.json").exists():
-        rows_module.write(filled, target, Problems("sampled rows"))
+        rows_module.write(map(answer, rows, samples), target, Problems("sampled rows"))
         rows_module.finish(target, {"left_out": 0})
     return rows_module.load(target)

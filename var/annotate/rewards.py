@@ -9,17 +9,15 @@ import torch
 
 from var.annotate.annotator import Annotator
 from var.annotate.base import Provider, TrainingSet
-from var.annotate.cache import as_keys
+from var.annotate.keys import hash_texts
 from var.annotate.responses import sample_responses
-from var.data.messages import prompt_content, texts_in
 from var.data.rows import Rows
 from var.data.sequences import Sequences
 from var.requirements import Rewards
 from var.rewards.base import Triple, Triples, check_answers, check_scores, check_texts, compute_scores
-from var.sampling.base import Sampling
+from var.sampling.base import Samples, Sampling
 from var.utils.console import warn
 from var.utils.errors import Problems, UserError
-from var.utils.provenance import hash_content
 from var.weights.groups import within_prompt_std, zero_variance
 
 
@@ -73,10 +71,9 @@ class ProvideRewards(Provider[Rewards]):
 def score(annotator: Annotator, triples: Sequence[Triple], title: str = "Scoring") -> np.ndarray:
     """Return [n] raw rewards of (prompt, response, answer) in any pairing."""
     table = annotator.annotations.table("rewards", {"reward": annotator.reward.fingerprint}, pa.float64())
-    keys = as_keys([hash_content(prompt_content(prompt), *rest) for prompt, *rest in triples])
+    keys, cost = hash_texts(triples)
     if annotator.annotate == "fill" and not annotator.dry:
         check_texts(annotator.reward, (triples[i] for i in np.flatnonzero(table.missing(keys)).tolist()))
-    cost = np.array([len(text) + sum(map(len, texts_in(list(prompt)))) for prompt, text, _ in triples])
 
     def compute(indices: np.ndarray, advance: Callable[[int], None]) -> list[float]:
         rewards: list[float] = []
@@ -91,7 +88,7 @@ def score(annotator: Annotator, triples: Sequence[Triple], title: str = "Scoring
         problems.check()
         return rewards
 
-    return annotator.fill(table, title, "responses", keys, compute, cost=cost).to_numpy()  # type: ignore[no-any-return]
+    return annotator.fill(table, title, "responses", keys, compute, cost=cost).to_numpy()
 
 
 def score_rows(annotator: Annotator, rows: Rows) -> np.ndarray:
@@ -114,8 +111,25 @@ def score_candidates(annotator: Annotator, rows: Rows, sampling: Sampling) -> np
             "samples. Choose a reward that scores text."
         )
     samples = sample_responses(annotator, rows, sampling, "Sampling candidates")
-    triples = [(row.prompt, sample.text, row.answer) for row, own in zip(rows, samples, strict=True) for sample in own]
+    triples = SampledTriples(rows, samples, sampling.responses)
     return score(annotator, triples, "Scoring candidates").reshape(len(rows), sampling.responses)
+
+
+class SampledTriples(Sequence[Triple]):
+    """Sampled texts to score, read prompt by prompt on access."""
+
+    def __init__(self, rows: Rows, samples: Samples, responses: int) -> None:
+        self.rows, self.samples, self.responses = rows, samples, responses
+
+    def __len__(self) -> int:
+        return len(self.rows) * self.responses
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        place, k = divmod(int(index), self.responses)
+        row = self.rows[place]
+        return row.prompt, self.samples[place][k].text, row.answer
 
 
 def cross_rewards(annotator: Annotator, rows: Rows, sequences: Sequences, micro: np.ndarray) -> np.ndarray:

@@ -86,9 +86,7 @@ class ProvideWeights(Provider[Weights]):
         if "candidates" in estimator.inputs:
             columns["candidates"] = torch.from_numpy(self._candidates(data).copy())
         if "reference_logps" in estimator.inputs:
-            columns["reference_logps"] = sum_logps(
-                reference_logps(annotator, sequences, data.shares_prompts), sequences
-            )
+            columns["reference_logps"] = sum_logps(reference_logps(annotator, sequences, data.shares_prompts))
         if "cross_rewards" in estimator.inputs:
             raw = cross_rewards(annotator, data.rows, sequences, data.members)
             columns["cross_rewards"] = torch.from_numpy(data.scale(raw))

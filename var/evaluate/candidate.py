@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import datasets
 import numpy as np
 
 from var.annotate.annotator import Annotator
@@ -74,6 +75,11 @@ class _Sequences:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def table(self) -> datasets.Dataset:
+        """The columns that keys are made of."""
+        return datasets.Dataset.from_dict({"ids": self.ids, "start": self.start})
 
     def tokens(self, index: int) -> tuple[list[int], int, str]:
         return self.ids[index], int(self.start[index]), ""

@@ -10,7 +10,7 @@ from var.data.messages import Message
 from var.utils.errors import UserError
 
 Prompts = Sequence[Sequence[Message]]
-Samples = list[list["Sample"]]  # per prompt K
+Samples = Sequence[Sequence["Sample"]]  # per prompt K
 Advance = Callable[[int], None]  # reports how many more prompts are done
 
 

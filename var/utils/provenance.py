@@ -29,7 +29,12 @@ def collect_environment() -> dict[str, Any]:
     }
 
 
+def dump(value: Any) -> bytes:
+    """Return a JSON value in canonical form: sorted keys, no spaces."""
+    text = json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return text.encode("utf-8", "surrogatepass")
+
+
 def hash_content(*parts: Any) -> bytes:
-    """Return the first 16 bytes of the SHA-256 of JSON values in canonical form (sorted keys, no spaces)."""
-    text = json.dumps(parts, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:16]
+    """Return the first 16 bytes of the SHA-256 of JSON values in canonical form."""
+    return hashlib.sha256(dump(parts)).digest()[:16]
