@@ -3,9 +3,7 @@
 Lightning's own checkpoint callback is not used: it can leave no complete checkpoint when a run is killed while saving.
 """
 
-import enum
 import os
-import pickle
 import shutil
 import signal
 from collections.abc import Callable
@@ -20,6 +18,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loops.fit_loop import _FitLoop
 
 from var.training.optim import state_size
+from var.training.sharded import PLAIN, read_metadata
 from var.utils.errors import UserError
 from var.utils.files import remove
 from var.utils.signals import handle_signals, leave
@@ -153,15 +152,13 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
     """Return the contents of a checkpoint, with its tensors on the meta device.
 
     Raise UserError if it is damaged or a pickle of anything but tensors and plain values. Nothing that it names is run.
-    torch would unpickle the `.metadata` of a sharded checkpoint without a check.
     """
     if (last := checkpoint / "checkpoints" / "last.ckpt").exists():
         raise UserError(f"resume={checkpoint} is the folder of a run. Write resume={last}.")
     try:
         if checkpoint.is_dir():
-            with (checkpoint / ".metadata").open("rb") as file:
-                Metadata(file).load()
-        plain = checkpoint / "meta.pt" if checkpoint.is_dir() else checkpoint  # what Lightning does not shard
+            read_metadata(checkpoint)
+        plain = checkpoint / PLAIN if checkpoint.is_dir() else checkpoint
         content: dict[str, Any] = torch.load(plain, map_location="meta", weights_only=True)
         content["loops"], content["global_step"]
     except Exception as error:  # torch and pickle raise many kinds
@@ -170,28 +167,6 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
             "than tensors and plain values. No code in it was executed."
         ) from error
     return content
-
-
-class Metadata(pickle.Unpickler):
-    """Reads what torch.distributed.checkpoint writes, and rejects everything else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Return the class, if it is one that torch.distributed.checkpoint writes."""
-        plain = {("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch", "Size"),
-                 ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath")}  # fmt: skip
-        if (module, name) == ("builtins", "getattr"):
-            return _get_member
-        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if not (dtype or (module, name) in plain or module == "torch.distributed.checkpoint.metadata"):
-            raise pickle.UnpicklingError(f"{module}.{name}")
-        return super().find_class(module, name)
-
-
-def _get_member(kind: Any, name: str) -> enum.Enum:
-    """Return a member of an enumeration, as which some versions of Python 3.11 pickle it: getattr(class, name)."""
-    if not (isinstance(kind, enum.EnumType) and isinstance(name, str) and name in kind.__members__):
-        raise pickle.UnpicklingError("builtins.getattr")
-    return kind[name]
 
 
 def check_disk_space(folder: Path, policy: torch.nn.Module, optimizer: Any, dtype: torch.dtype) -> None:

@@ -15,7 +15,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, RichModelSummary
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.profilers import PyTorchProfiler, SimpleProfiler
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf
 
 from var.annotate.annotator import Annotator
@@ -56,6 +56,7 @@ from var.training.loggers import Curves, PlanFile, make_loggers
 from var.training.metrics import Budget, PeakMemory, ProgressBar, StepMetrics
 from var.training.module import AlignmentModule
 from var.training.resume import Settings
+from var.training.sharded import ShardingStrategy
 from var.training.validation import PairAccuracy, Validation, evaluate_reference
 from var.utils.console import console, say, silence_libraries, warn
 from var.utils.distributed import bind_device
@@ -210,6 +211,8 @@ class Run:
             extra = {"data_parallel_size": settings.world, "tensor_parallel_size": 1} if strategy == "fsdp" else {}
             options = {k: v for k, v in cfg.strategy.items() if k != "name"}
             strategy = instantiate(OmegaConf.create(options), timeout=settings.timeout, **extra)
+            if type(strategy) is ModelParallelStrategy:  # not by conf/: a run's folder is named after its configuration
+                strategy.__class__ = ShardingStrategy
         elif settings.world > 1:
             strategy = DDPStrategy(timeout=settings.timeout)
         slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
@@ -288,6 +291,11 @@ class Run:
     @cached_property
     def saved(self) -> dict[str, Any]:
         """The contents of the checkpoint without its numbers; empty for a run that starts."""
+        if self.checkpoint and self.cfg.strategy.name == "deepspeed":
+            raise UserError(
+                f"strategy=deepspeed cannot resume from {self.checkpoint}: DeepSpeed unpickles its checkpoints, which "
+                "would run code in them. Use resume=false to start a new run, or strategy=fsdp, which resumes."
+            )
         return read_checkpoint(Path(self.checkpoint)) if self.checkpoint else {}
 
     @property
