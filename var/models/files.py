@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -148,25 +149,34 @@ class ModelFiles:
             raise explain_failure(error, self.typed, self.path, advice) from error
 
     def hash_files(self, config: str, pattern: str) -> str:
-        """Hash the folder's files, or read the hash from the cache if their names, sizes and times are unchanged."""
+        """Hash the folder's files, or read the hash from a note in the cache if the files are unchanged.
+
+        Times of modification alone do not show a change: rsync -t and cp -p keep them. The inode and the time of the
+        inode's last change cannot be set.
+        """
         folder = self.config_folder
         if not self._is_complete:
             return self._combine(self._list_checksums(pattern), config)
         files = sorted(file for file in folder.glob(pattern) if not file.name.startswith("consolidated"))
         if not files:
             raise UserError(f"{self.key}={folder}: it has no .safetensors file, and pickled weights are not read.")
-        stats = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in [*files, folder / config]]
-        stamp = hashlib.sha256(json.dumps([str(folder.resolve()), stats]).encode()).hexdigest()[:32]
+        stats = [[f.name, *_identify(f.stat())] for f in [*files, folder / config]]
+        stamp = _digest(json.dumps([str(folder.resolve()), stats]))
         note = Path(self.cache) / "hashes" / stamp
-        if not note.exists():
+        found = ""
+        with suppress(OSError, ValueError):  # a note that is missing or cannot be read
+            found = note.read_text()
+        fingerprint = found[:32]
+        if found != fingerprint + _digest(stamp + fingerprint):  # also if a digit of the note is another one
             checksums = []
             for f in files:
                 with f.open("rb") as data:
                     checksums.append(hashlib.file_digest(data, "sha256").digest())
+            fingerprint = self._combine(checksums, config)
             note.parent.mkdir(parents=True, exist_ok=True)
-            with atomic(note, shared=True) as file:  # an empty file would be the hash of all models
-                file.write(self._combine(checksums, config))
-        return note.read_text()
+            with atomic(note, shared=True) as file:
+                file.write(fingerprint + _digest(stamp + fingerprint))
+        return fingerprint
 
     def _list_checksums(self, pattern: str) -> list[bytes]:
         """Return the SHA-256 of each file with weights, from the hub's list of files."""
@@ -182,7 +192,7 @@ class ModelFiles:
         return [bytes.fromhex(lfs.sha256) for _, lfs in sorted(found.items()) if lfs]  # the hub has LFS for large files
 
     def _combine(self, checksums: list[bytes], config: str) -> str:
-        return hashlib.sha256(b"".join([*checksums, (self.config_folder / config).read_bytes()])).hexdigest()[:32]
+        return _digest(b"".join([*checksums, (self.config_folder / config).read_bytes()]))
 
     def download_config(self) -> Path | None:
         """Download config.json alone and return its folder; None if the repository has none, as that of an adapter."""
@@ -221,6 +231,14 @@ class ModelFiles:
             if what == "weights":
                 raise
             raise UserError(f"{self.typed}: its {what} cannot be read ({brief(error)}). Restore this file.") from error
+
+
+def _identify(stat: os.stat_result) -> tuple[int, ...]:
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
+
+
+def _digest(content: str | bytes) -> str:
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()[:32]
 
 
 def has_weights(folder: Path) -> bool:
