@@ -23,11 +23,13 @@ from safetensors.torch import load_file
 from notebooks.tiny import TEMPLATE, byte_tokenizer
 from tests.helpers.cli import run
 from tests.helpers.models import pretrained, saved, tiny_config
-from tests.helpers.runs import ROOT
+from tests.helpers.runs import ROOT, composed
 from tests.helpers.servers import client, completion, served
 from var.data.chat import Chat
+from var.evaluate.run import locate_models
 from var.rewards.classifier import Classifier
 from var.rewards.endpoint import Endpoint
+from var.training.run import Run
 from var.utils.errors import UserError
 
 
@@ -164,6 +166,39 @@ def test_code_of_a_model_runs_if_trusted(tmp_path: Path, monkeypatch: pytest.Mon
     model = pretrained(save_with_code(tmp_path / "m", tmp_path / "made", "evil"), tmp_path, trust_remote_code=True)
     assert type(model.load()).__name__ == "EvilModel"
     assert (tmp_path / "made").exists()
+
+
+def test_trust_in_a_model_does_not_extend_to_other_models(
+    tiny_folder: Path, tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever trusts model.path does not trust init, reference, the initial model of init, and an adapter's base."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    evil = save_with_code(tmp_path / "evil", made, "evil")
+    config = json.loads((evil / "config.json").read_text())
+    (evil / "config.json").write_text(json.dumps({**config, "architectures": ["EvilModel"]}))
+    child = shutil.copytree(tiny_folder, tmp_path / "child")
+    (child / "config.yaml").write_text(f"init: {evil}\n")
+    common = [f"model.path={tiny_folder}", "model.trust_remote_code=true", f"cache={tmp_path}/cache"]
+    assert locate_models(composed(*common, root="eval"))[0].trust_remote_code
+    for overrides in ([f"init={evil}"], [f"reference={evil}"], [f"init={child}"]):
+        for model in locate_models(composed(*common, *overrides, root="eval")):
+            if model is not None and model.path == str(evil):
+                with pytest.raises(UserError, match="contains its own code"):
+                    _ = model.config
+                break
+        else:
+            pytest.fail(f"no model is in {evil}")
+    run_of_init = Run.compose(composed(*common, f"init={evil}", "trainer.accelerator=cpu"), tmp_path / "run")
+    with pytest.raises(UserError, match="contains its own code"):
+        run_of_init.pretrained.load()
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(evil)})
+    )
+    model = pretrained(adapter, tmp_path, trust_remote_code=True)
+    with pytest.raises(UserError, match="contains its own code"):
+        _ = model.config
 
 
 # --- YAML

@@ -281,13 +281,13 @@ def locate_models(cfg: DictConfig) -> tuple[Pretrained, Pretrained | None]:
         config = path / "config.yaml"
         trained: Any = OmegaConf.to_container(OmegaConf.load(config)) if config.exists() else {}
         reference = base = use_prompts_of(trained.get("model", {}), base)
-        model = replace(base, path=str(path), revision=None, chat_template=None)
+        model = base.at(str(path), chat_template=None)
         if cfg.reference == "auto" and (parent := trained.get("init")):
-            reference = replace(model, path=str(find_model(parent)))
+            reference = model.at(str(find_model(parent)))
     if cfg.reference is None:
         return model, None
     if cfg.reference != "auto":
-        reference = replace(model, path=str(find_model(cfg.reference, "reference")), revision=None)
+        reference = model.at(str(find_model(cfg.reference, "reference")))
     return model, reference
 
 

@@ -31,7 +31,7 @@ class ModelFiles:
         path: Hub id, or a folder with a model or an adapter.
         key: The setting that `path` comes from, for messages.
         revision: Commit or tag of the hub; None is the newest.
-        trust_remote_code: Whether code in the model's repository may run.
+        trust_remote_code: Whether code in the repository or the folder `path` may run.
         cache: Folder for unpacked models and for hashes of weights.
     """
 
@@ -220,8 +220,9 @@ class ModelFiles:
                 raise
             if "trust_remote_code" in str(error):
                 raise UserError(
-                    f"{self.path} contains its own code, which runs only with model.trust_remote_code=true. The code "
-                    "of a reward model never runs."
+                    f"{self.path} contains its own code, which runs only if this is model.path, with "
+                    "model.trust_remote_code=true. The code of init, reference, the base of an adapter and a reward "
+                    "model never runs."
                 ) from error
             if "does not recognize this architecture" in str(error):
                 raise UserError(

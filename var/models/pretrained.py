@@ -79,6 +79,13 @@ class Pretrained(ModelFiles):
         half = half or self.dtype == "bfloat16"
         return replace(self, attention="varlen" if gpu and half else "packed") if self.attention == "auto" else self
 
+    def at(self, path: str, **changes: Any) -> "Pretrained":
+        """Return the model in another place. `trust_remote_code` is about this place alone, so code there never runs.
+
+        changes: further fields that differ.
+        """
+        return replace(self, **{"path": path, "revision": None, "trust_remote_code": False, **changes})
+
     @property
     def kernel(self) -> str:
         """The attention implementation, which is never `auto`."""
@@ -104,7 +111,7 @@ class Pretrained(ModelFiles):
                 f"{folder / ADAPTER}: base_model_name_or_path={name!r} is not a folder on this machine. "
                 "Set it to the folder of the base or to its name on the hub."
             )
-        return replace(self, path=name, revision=config.get("revision"), key=str(folder / ADAPTER))
+        return self.at(name, revision=config.get("revision"), key=str(folder / ADAPTER))
 
     @property
     def origin(self) -> str:

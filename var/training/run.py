@@ -3,7 +3,7 @@
 import gc
 import math
 import shlex
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,7 @@ class Run:
         fix_today(folder / "date.txt" if keep_date else None, keep=not (cfg.dry or cfg.show_rows))
         pretrained = Pretrained(**pick_fields(Pretrained, cfg.model), cache=cfg.cache)
         if cfg.init is not None:
-            pretrained = replace(pretrained, path=str(find_model(cfg.init)), revision=None, chat_template=None)
+            pretrained = pretrained.at(str(find_model(cfg.init)), chat_template=None)
             warn_of_other_arguments(pretrained.folder, pretrained)
         pretrained = pretrained.with_attention_for(settings.gpu, half=PRECISIONS[settings.arithmetic] is not None)
         adapter, loss = instantiate(cfg.adapter) if cfg.adapter else None, instantiate(cfg.loss)
