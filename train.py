@@ -34,6 +34,7 @@ def main(cfg: DictConfig) -> float | None:
         say(f"Run already finished: {folder}. Use resume=false to start a new one.")
         summary.show(finished)
         summary.warn_of_newer_data(cfg, folder)
+        summary.warn_of_other_weights(cfg, finished)
         summary.warn_of_other_evaluation(cfg, finished)
         if not cfg.trainer.keep_checkpoint and is_first_rank():  # a run can be killed before it does this
             remove(folder / "checkpoints")

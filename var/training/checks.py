@@ -12,11 +12,18 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from var.config.schema import TrainerSettings
+from var.config.schema import TrainerSettings, pick_fields
+from var.models.files import find_model
 from var.models.lora import LoRA
 from var.models.pretrained import Pretrained
 from var.utils.console import say, warn
 from var.utils.errors import Problems, UserError, brief
+
+
+def locate_initial_model(cfg: DictConfig) -> Pretrained:
+    """Return the model that the policy starts from, and that is the reference: that of init, or model.path."""
+    model = Pretrained(**pick_fields(Pretrained, cfg.model), cache=cfg.cache)
+    return model if cfg.init is None else model.at(str(find_model(cfg.init)), chat_template=None)
 
 
 def check_adapter(cfg: DictConfig, pretrained: Pretrained, adapter: LoRA | None) -> None:

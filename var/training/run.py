@@ -28,7 +28,6 @@ from var.data.clock import fix_today
 from var.data.settings import DataSettings
 from var.losses.base import Loss
 from var.models.export import read_dtype
-from var.models.files import find_model
 from var.models.frozen import FrozenModel
 from var.models.lora import LoRA
 from var.models.policy import Policy
@@ -49,6 +48,7 @@ from var.training.checks import (
     choose_devices,
     count_accumulation,
     list_overrides,
+    locate_initial_model,
     warn_of_other_arguments,
 )
 from var.training.datamodule import AlignmentData
@@ -118,9 +118,8 @@ class Run:
         if cfg.dry and cfg.annotate == "error":
             raise UserError("annotate=error has no effect with debug=dry, which computes nothing")
         fix_today(folder / "date.txt" if keep_date else None, keep=not (cfg.dry or cfg.show_rows))
-        pretrained = Pretrained(**pick_fields(Pretrained, cfg.model), cache=cfg.cache)
+        pretrained = locate_initial_model(cfg)
         if cfg.init is not None:
-            pretrained = pretrained.at(str(find_model(cfg.init)), chat_template=None)
             warn_of_other_arguments(pretrained.folder, pretrained)
         pretrained = pretrained.with_attention_for(settings.gpu, half=PRECISIONS[settings.arithmetic] is not None)
         adapter, loss = instantiate(cfg.adapter) if cfg.adapter else None, instantiate(cfg.loss)
