@@ -51,7 +51,7 @@ def main(cfg: DictConfig) -> float | None:
     from var.training.alternatives import check_memory
     from var.training.outcome import Export, make_card, summarize
     from var.training.run import Run
-    from var.utils.files import write_json
+    from var.utils.files import synchronize, write_json
 
     run = Run.compose(cfg, folder)
     if cfg.show_rows:
@@ -77,6 +77,7 @@ def main(cfg: DictConfig) -> float | None:
         if trainer.is_global_zero:
             write_card(folder / "model", make_card(run, trainer, module, result["validation"]))
             plot([folder], folder / "plots" / "curves.png")
+            synchronize(folder)
             write_json(folder / "summary.json", result)  # last: it marks the run as finished
             summary.show(result)
             if not cfg.trainer.keep_checkpoint:

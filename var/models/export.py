@@ -16,6 +16,7 @@ from var.models.card import write_card
 from var.models.lora import HEAD, has_adapter
 from var.utils.console import warn
 from var.utils.errors import brief
+from var.utils.files import name_partial, remove, remove_partials, synchronize, synchronize_folder
 
 
 def export(
@@ -23,10 +24,10 @@ def export(
 ) -> None:
     """Write the model, or only its adapter if it has one, with tokenizer, chat template and model card.
 
-    The files replace those of an earlier export. state is the gathered state of a sharded model.
+    The files are synced, and replace those of an earlier export. state is the gathered state of a sharded model.
     """
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    remove_partials(folder)
+    partial = name_partial(folder)
     if has_adapter(model):
         save_adapter(model, partial, state)
     else:
@@ -40,9 +41,10 @@ def export(
         model.config._attn_implementation = attention
     chat.tokenizer.save_pretrained(partial)
     write_card(partial, card, folder)
-    if folder.exists():
-        shutil.rmtree(folder)
+    synchronize(partial)
+    remove(folder)
     partial.replace(folder)
+    synchronize_folder(folder.parent)
 
 
 def read_dtype(folder: Path) -> torch.dtype:

@@ -126,7 +126,8 @@ def export_model(run: Run, trainer: lightning.Trainer, module: AlignmentModule) 
         complete = merge_adapter(complete, run.folder / "adapter")
         export(complete.to(dtype), chat, target, card)
     date = {"date": chat.template.today.isoformat()} if chat.template.reads_clock else {}
-    OmegaConf.save(OmegaConf.merge(run.cfg, {"model": date}), target / "config.yaml", resolve=True)
+    with atomic(target / "config.yaml") as file:
+        file.write(OmegaConf.to_yaml(OmegaConf.merge(run.cfg, {"model": date}), resolve=True))
 
 
 def make_card(
