@@ -42,6 +42,7 @@ def poison(checkpoint: Path, made: Path) -> None:
         with shard.open("ab") as file:
             file.write(content.getvalue())
     (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+    checkpoint.with_suffix(".sha256").unlink()  # a stranger would write them anew
 
 
 @pytest.fixture
@@ -69,6 +70,20 @@ def test_values_in_shards_are_not_unpickled(resume, sharded, tmp_path):
     with pytest.raises(UserError, match=r"step-2\.ckpt cannot be read: it is damaged, .* No code in it was executed"):
         fit(sharded, tmp_path / target, "trainer.max_steps=4", *more)
     assert not (tmp_path / "made").exists(), "untrusted code ran"
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "meta.pt"])
+def test_one_bit_of_a_sharded_checkpoint_is_noticed(name, sharded, tmp_path, capsys):
+    expected = fit(sharded, tmp_path / "straight", "trainer.max_steps=4")
+    fit(sharded, tmp_path / "run", "trainer.max_steps=4")
+    file = tmp_path / "run" / "checkpoints" / "step-4.ckpt" / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    capsys.readouterr()
+    resumed = fit(sharded, tmp_path / "run", "trainer.max_steps=4")
+    assert "The run resumes from step-2.ckpt instead." in capsys.readouterr().out.replace("\n", " ")
+    assert_identical(expected, resumed, "step", "train/loss")
 
 
 def test_imports_of_torchs_modules_are_not_called(tmp_path):

@@ -39,7 +39,14 @@ from var.requirements import SequenceScores, TokenValues, find
 from var.rewards.scale import Scale
 from var.sampling.base import Sampling
 from var.training.alternatives import MemoryPlan, choose_strategy
-from var.training.checkpoints import Checkpoints, DirectCheckpointIO, check_disk_space, checkpoints, read_checkpoint
+from var.training.checkpoints import (
+    Checkpoints,
+    DirectCheckpointIO,
+    check_disk_space,
+    checkpoints,
+    find_checkpoint,
+    read_checkpoint,
+)
 from var.training.checks import (
     check_adapter,
     check_optimizer,
@@ -58,7 +65,7 @@ from var.training.module import AlignmentModule
 from var.training.resume import Settings
 from var.training.sharded import ShardingStrategy
 from var.training.validation import PairAccuracy, Validation, evaluate_reference
-from var.utils.console import console, say, silence_libraries, warn
+from var.utils.console import console, silence_libraries, warn
 from var.utils.distributed import bind_device
 from var.utils.errors import UserError
 
@@ -270,32 +277,34 @@ class Run:
             return torch.float32
         return read_dtype((self.pretrained.base or self.pretrained).folder)
 
-    @cached_property
+    @property
     def checkpoint(self) -> str | None:
-        """The checkpoint to resume from: what `resume` names, or this folder's last one."""
-        resume = self.cfg.resume
-        if resume == "auto":
-            complete = checkpoints(self.folder / "checkpoints")
-            if complete:
-                say(f"Resuming from {complete[-1].resolve()}")
-            return str(complete[-1]) if complete else None
+        """The checkpoint to resume from: what `resume` names, or this folder's newest one that is not damaged."""
+        return self._resumed[0]
+
+    @property
+    def saved(self) -> dict[str, Any]:
+        """The contents of the checkpoint without its numbers; empty for a run that starts."""
+        return self._resumed[1]
+
+    @cached_property
+    def _resumed(self) -> tuple[str | None, dict[str, Any]]:
+        resume, folder = self.cfg.resume, self.folder / "checkpoints"
         if resume is True:
             raise UserError("resume=true: resume must be auto, the path of a checkpoint, or false")
-        if resume and not Path(resume).exists():
+        if not resume or (resume == "auto" and not checkpoints(folder)):
+            return None, {}
+        if resume != "auto" and not Path(resume).exists():
             raise UserError(
                 f"resume={resume}: there is no such checkpoint. Use resume=auto for the run's last one, or false"
             )
-        return str(resume) if resume else None
-
-    @cached_property
-    def saved(self) -> dict[str, Any]:
-        """The contents of the checkpoint without its numbers; empty for a run that starts."""
-        if self.checkpoint and self.cfg.strategy.name == "deepspeed":
+        if self.cfg.strategy.name == "deepspeed":
             raise UserError(
-                f"strategy=deepspeed cannot resume from {self.checkpoint}: DeepSpeed unpickles its checkpoints, which "
-                "would run code in them. Use resume=false to start a new run, or strategy=fsdp, which resumes."
+                "strategy=deepspeed cannot resume: DeepSpeed unpickles its checkpoints, which would run code in them. "
+                "Use resume=false to start a new run, or strategy=fsdp, which resumes."
             )
-        return read_checkpoint(Path(self.checkpoint)) if self.checkpoint else {}
+        path, content = find_checkpoint(folder) if resume == "auto" else (resume, read_checkpoint(Path(resume)))
+        return str(path), content
 
     @property
     def _samples_validation(self) -> bool:
