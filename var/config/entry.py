@@ -17,6 +17,7 @@ from var.config.check import FOLDER
 from var.config.versions import check_versions
 from var.utils.errors import UserError
 from var.utils.signals import leaving_on_signals
+from var.utils.visible import protect_terminal, visible
 
 # Old keys and values, and what to write instead.
 RENAMED = {
@@ -45,6 +46,7 @@ def run_command(main: Callable[[], Any]) -> None:
     `gc.enable`, it imports without garbage collections, which would take a third of the time.
     """
     gc.disable()
+    protect_terminal()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra passes the exception on instead of printing it
     caught: Exception | None = None
     sys.argv[1:] = (add_free_keys(_expand_home(word)) for word in sys.argv[1:])
@@ -73,7 +75,7 @@ def run_command(main: Callable[[], Any]) -> None:
     else:
         raise caught
     sys.stdout.flush()
-    print(f"Error: {message}", file=sys.stderr)
+    print(f"Error: {visible(message)}", file=sys.stderr)
     sys.exit(1)
 
 

@@ -26,7 +26,7 @@ def show(summary: dict[str, Any]) -> None:
     for name, before, after in [*results(summary["validation"]), *((name, "", text) for name, text in facts(summary))]:
         table.add_row(name, before, after)
     console.print(table)
-    console.print(f"Run: {summary['folder']}", markup=False)
+    console.print(f"Run: {summary['folder']}")
     for text in validation_warnings(summary["validation"]):
         warn(text)
 
