@@ -17,19 +17,19 @@ def main(cfg: DictConfig) -> float | None:
     set_rank_variables()
     check(cfg, TRAIN, imports=False)  # heavy libraries are imported only after it
 
-    import json
     import time
     from pathlib import Path
 
     from hydra.core.hydra_config import HydraConfig
 
+    from var.config.run_files import read_summary
     from var.training import summary
     from var.utils.console import is_first_rank, say
     from var.utils.files import remove
 
     folder = Path(HydraConfig.get().runtime.output_dir)
     if cfg.resume == "auto" and (folder / "summary.json").exists() and not (cfg.dry or cfg.show_rows):
-        finished = json.loads((folder / "summary.json").read_text())
+        finished = read_summary(folder)
         summary.check_same_settings(cfg, finished)
         say(f"Run already finished: {folder}. Use resume=false to start a new one.")
         summary.show(finished)

@@ -18,15 +18,20 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from notebooks.tiny import TEMPLATE, byte_tokenizer
 from tests.helpers.cli import run
 from tests.helpers.models import pretrained, saved, tiny_config
+from tests.helpers.run_folders import write_run
 from tests.helpers.runs import ROOT, composed
 from tests.helpers.servers import client, completion, served
+from var.config.run_files import read_run_config
 from var.data.chat import Chat
+from var.evaluate.prompts import warn_of_trained_prompts
 from var.evaluate.run import locate_models
+from var.report.read import find_records
 from var.rewards.classifier import Classifier
 from var.rewards.endpoint import Endpoint
 from var.training.run import Run
@@ -218,8 +223,77 @@ def test_python_in_yaml_is_not_run(tiny_folder: Path, tmp_path: Path, made: Path
         run("train.py", *from_file, *places)
     model = shutil.copytree(tiny_folder, tmp_path / "run" / "model")
     (model / "config.yaml").write_text(f"init: {call}\n")
-    with pytest.raises(Exception, match="python/object"):
-        run("eval.py", f"init={tmp_path}/run", f"annotation_cache={tmp_path}/store", f"cache={tmp_path}/cache")
+    done = run("eval.py", f"init={tmp_path}/run", f"annotation_cache={tmp_path}/store", f"cache={tmp_path}/cache")
+    assert done.returncode == 1
+    assert "config.yaml: cannot be read" in done.stderr
+
+
+# --- the folder of a run
+
+
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10))
+FOLDERS: dict[str, str | None] = {
+    BOMB: "has aliases", "init: [a: {b": "not YAML", "- a\n- b": "no attribute 'get'", "3": "not YAML",
+    "model: 3": "must be mappings", "[" * 900 + "]" * 900: "nest", "[" * 9000 + "]" * 9000: "nest",
+    "a: '" + "x" * 2**20 + "'": "limit",
+    "init: ${oc.env:HOME}": None, "": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", FOLDERS, ids=[reason or "accepted" for reason in FOLDERS.values()])
+def test_configuration_of_a_run_is_plain_and_bounded(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    if (reason := FOLDERS[text]) is None:
+        assert read_run_config(tmp_path).get("init") == (text.partition(": ")[2] or None)
+    else:
+        with pytest.raises(UserError, match=rf"config\.yaml: cannot be read .*{reason}"):
+            read_run_config(tmp_path)
+
+
+def test_data_of_a_run_calls_no_function(
+    tiny_folder: Path, tmp_path: Path, made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """eval.py compares its prompts with the training prompts of init, whose configuration names a class."""
+    data: Any = OmegaConf.to_container(composed("data=files", "data.path=x", "data.seed=0").data)
+    model = shutil.copytree(tiny_folder, tmp_path / "run" / "model")
+    for target, arguments in (
+        ("pathlib.Path.touch", {"self": {"_target_": "pathlib.Path", "_args_": [str(made)]}}),
+        ("shutil.copyfile", {"src": str(model / "config.json"), "dst": str(made)}),
+        ("var.data.sources.local.Path.touch", {"self": str(made)}),
+        ("var.utils.files.write_json", {"path": {"_target_": "pathlib.Path", "_args_": [str(made)]}, "value": 1}),
+        (
+            "var.data.sources.files.Files",
+            {"path": {"_target_": "shutil.copyfile", "src": "/etc/passwd", "dst": str(made)}},
+        ),
+    ):
+        own = {**data, "source": {"_target_": target, **arguments}}
+        (model / "config.yaml").write_text(json.dumps({"data": own}))
+        warn_of_trained_prompts(None, read_run_config(model), tmp_path)  # type: ignore[arg-type]
+        assert not made.exists(), target
+        printed = capsys.readouterr().out.replace("\n", " ")
+        assert "is not a data source of this package" in printed or "not dict" in printed
+
+
+def test_files_of_a_run_are_bounded_in_a_report(tmp_path: Path) -> None:
+    write_run(tmp_path / "good")
+    for name, change in (
+        ("deep", lambda folder: (folder / "summary.json").write_text("[" * 100_000 + "]" * 100_000)),
+        ("large", lambda folder: os.truncate(folder / "summary.json", 2**34)),
+        ("pipe", lambda folder: ((folder / "summary.json").unlink(), os.mkfifo(folder / "summary.json"))),
+    ):
+        change(write_run(tmp_path / name))
+    curves = write_run(tmp_path / "curves")
+    for name in ("metrics.csv", "samples.jsonl", "plan.npz"):
+        (curves / name).unlink(missing_ok=True)
+        (curves / name).touch()
+        os.truncate(curves / name, 2**34)
+    (curves / ".hydra").mkdir(exist_ok=True)
+    (curves / ".hydra" / "overrides.yaml").write_text(BOMB)
+    found = find_records([tmp_path])
+    assert {run.name for run in found.runs} == {"good", "curves"}
+    assert len(found.problems) == 3
+    (broken,) = (run for run in found.runs if run.name == "curves")
+    assert (broken.curves, broken.samples, broken.plan, broken.overrides) == ({}, [], {}, [])
 
 
 # --- templates
