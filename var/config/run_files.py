@@ -1,4 +1,4 @@
-"""Read the files of a run folder that may come from a stranger: as plain values, and with bounds on their size.
+"""Read files of run and model folders that may come from a stranger: as plain values, with bounds on their size.
 
 Nothing in them is resolved or built: `${oc.env:NAME}` stays text, and an alias of YAML, which can be nested to exhaust
 the memory, is an error.
@@ -34,6 +34,17 @@ def read_json(path: Path) -> Any:
         return json.loads(check_size(path, JSON_LIMIT).read_bytes())
     except RecursionError as error:
         raise ValueError(f"{path.name} is nested too deeply") from error
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Return the content of a JSON file such as config.json. Raise UserError if it is damaged or not a mapping."""
+    try:
+        found = read_json(path)
+        if not isinstance(found, dict):
+            raise ValueError("it is not a mapping")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({brief(error)}). Restore this file.") from error
+    return found
 
 
 def read_yaml(path: Path) -> Any:

@@ -18,7 +18,7 @@ from jinja2 import TemplateError, meta
 from var.data.changes import describe_change
 from var.data.clock import CLOCK, read_date, set_clock
 from var.data.messages import Message
-from var.utils.errors import UserError
+from var.utils.errors import UserError, brief
 
 PROBE = "probe"  # text that every template renders unchanged
 
@@ -52,7 +52,11 @@ def read_template(value: str, key: str = "model.chat_template") -> str:
     file = Path(value).expanduser()
     if not file.is_file():
         raise UserError(f"{key}={value} is not a file. Set it to a Jinja template, a .jinja file or plain.")
-    if not (text := file.read_text()).strip():
+    try:
+        text = file.read_text()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{key}={value}: is not text in UTF-8 ({brief(error)}).") from error
+    if not text.strip():
         raise UserError(f"{key}={value} is empty.")
     return text
 

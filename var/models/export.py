@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from var.data.chat import Chat
 from var.models.card import write_card
 from var.models.lora import HEAD, has_adapter
+from var.models.structure import open_weights
 from var.utils.console import warn
-from var.utils.errors import brief
+from var.utils.errors import UserError, brief
 from var.utils.files import name_partial, remove, remove_partials, synchronize, synchronize_folder
 
 
@@ -51,10 +51,12 @@ def read_dtype(folder: Path) -> torch.dtype:
     """Return the floating-point dtype of most weights in the files of a folder."""
     sizes = Counter[str]()
     for file in folder.glob("*.safetensors"):
-        with safe_open(file, "pt") as weights:
+        with open_weights(file) as weights:
             for name in weights.keys():  # noqa: SIM118  it is not a mapping
                 weight = weights.get_slice(name)
                 sizes[weight.get_dtype()] += math.prod(weight.get_shape())
+    if not sizes:
+        raise UserError(f"{folder}: its .safetensors files have no weights. Restore them.")
     kinds = {"F64": torch.float64, "F16": torch.float16, "BF16": torch.bfloat16}
     return kinds.get(sizes.most_common(1)[0][0], torch.float32)
 

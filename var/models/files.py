@@ -12,7 +12,11 @@ from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from var.config.run_files import read_mapping
 from var.models.gguf import PACKAGED, unpack
+from var.models.structure import INDEX, read_index
 from var.utils.errors import UserError, brief
 from var.utils.files import atomic
 from var.utils.hub import download_license, explain_failure, read_license
@@ -215,7 +219,7 @@ class ModelFiles:
         """
         try:
             yield
-        except (ValueError, OSError) as error:
+        except Exception as error:  # also of tokenizers and of the checks of a config, which have types of their own
             if isinstance(error, UserError):
                 raise
             if "trust_remote_code" in str(error):
@@ -229,8 +233,12 @@ class ModelFiles:
                     f"{self.typed}: this version of transformers does not know the model's architecture. Update it: "
                     "pip install -U transformers."
                 ) from error
-            if what == "weights":
+            if what == "weights" and not isinstance(error, OSError | SafetensorError):
                 raise
+            if what == "weights" and not has_weights(self.config_folder):
+                raise UserError(
+                    f"{self.typed}: it has no .safetensors file, and pickled weights are not read."
+                ) from error
             raise UserError(f"{self.typed}: its {what} cannot be read ({brief(error)}). Restore this file.") from error
 
 
@@ -244,9 +252,9 @@ def _digest(content: str | bytes) -> str:
 
 def has_weights(folder: Path) -> bool:
     """Return whether a folder has weights: all files that its index lists, or any if it has no index."""
-    if not (index := folder / "model.safetensors.index.json").exists():
+    if not (index := folder / INDEX).exists():
         return any(folder.glob("*.safetensors"))
-    return all((folder / name).exists() for name in set(json.loads(index.read_text())["weight_map"].values()))
+    return all((folder / name).exists() for name in set(read_index(index).values()))
 
 
 def find_model(run: str, key: str = "init") -> Path:
@@ -258,12 +266,12 @@ def find_model(run: str, key: str = "init") -> Path:
         raise UserError(f"{key} is empty (unset shell variable?). Use {key}=null for none.")
     for folder in (Path(run).expanduser() / "model", Path(run).expanduser()):
         if (folder / ADAPTER).exists():
-            if json.loads((folder / ADAPTER).read_text()).get("task_type") == "SEQ_CLS":
+            if read_mapping(folder / ADAPTER).get("task_type") == "SEQ_CLS":
                 raise UserError(f"{key}={run} is the adapter of a reward model. Use that of a language model.")
             return folder
         if (folder / "config.json").exists():
-            kind = (json.loads((folder / "config.json").read_text()).get("architectures") or [""])[0]
-            if kind.endswith("ForSequenceClassification"):
+            kinds = read_mapping(folder / "config.json").get("architectures") or [""]
+            if str(kinds[0] if isinstance(kinds, list) else kinds).endswith("ForSequenceClassification"):
                 raise UserError(
                     f"{key}={run} is a reward model. To score with it, use reward=classifier reward.path={folder}."
                 )

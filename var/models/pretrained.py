@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.util
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -12,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from var.config.run_files import read_mapping
 from var.data.chat import Chat
 from var.data.clock import read_date
 from var.models.checks import check_decoder, check_vocabulary, is_classifier
@@ -99,7 +99,7 @@ class Pretrained(ModelFiles):
             return None
         if importlib.util.find_spec("peft") is None:
             raise UserError(f"{folder} is an adapter, which needs an extra: pip install -e '.[adapters]'")
-        config = json.loads((folder / ADAPTER).read_text())
+        config = read_mapping(folder / ADAPTER)
         if config.get("peft_type") != "LORA":
             raise UserError(
                 f"{folder} is an adapter of type {config.get('peft_type')}, and only LORA is supported. Merge it "
@@ -195,7 +195,7 @@ class Pretrained(ModelFiles):
     def _read_end_tokens(self) -> dict[str, Any]:
         """Return the end tokens that the model's files name: an id, a list of ids or None."""
         file = (self.base or self).config_folder / "generation_config.json"
-        generation = json.loads(file.read_text()) if file.exists() else {}
+        generation = read_mapping(file) if file.exists() else {}
         return {"generation_config.json": generation.get("eos_token_id"), "config.json": self.config.eos_token_id}
 
     def load(self) -> Any:

@@ -96,7 +96,8 @@ class Export(Callback):
         """Export the model, unless this run did so before it was killed."""
         assert isinstance(module, AlignmentModule)
         step, marker = str(trainer.global_step), self._marker
-        exported = marker.exists() and marker.read_text() == step and (self.run.folder / "model").exists()
+        same = marker.exists() and marker.read_text(errors="replace") == step
+        exported = same and (self.run.folder / "model").exists()
         if trainer.strategy.broadcast(exported and not self._trained):
             return
         with self.run.peaks.within("export"):
