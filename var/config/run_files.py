@@ -13,10 +13,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from var.utils.errors import UserError, brief
+from var.utils.plain_yaml import check_aliases
 
 MIB = 2**20
 YAML_LIMIT, JSON_LIMIT, TABLE_LIMIT = MIB, 16 * MIB, 1024 * MIB  # bytes of config.yaml, summary.json, metrics.csv
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def check_size(path: Path, limit: int) -> Path:
@@ -50,9 +50,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
 def read_yaml(path: Path) -> Any:
     """Return the content of a YAML file as plain values. Raise OSError or ValueError if it cannot be read."""
     try:
-        text = check_size(path, YAML_LIMIT).read_text()
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=LOADER)):
-            raise ValueError(f"{path.name} has aliases, which a run does not write")
+        text = check_aliases(check_size(path, YAML_LIMIT).read_text())
         return OmegaConf.to_container(OmegaConf.create(text)) if text.strip() else {}
     except RecursionError as error:
         raise ValueError(f"{path.name} is nested too deeply") from error
