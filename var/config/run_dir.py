@@ -65,4 +65,4 @@ def run_dir(root: str, model: str, data: str, loss: str, *, _root_: DictConfig) 
     job = next((value for key in variables if (value := os.environ.get(key)) and value != "none"), None)
     job = job or (str(os.getppid()) if "RANK" in os.environ else None)
     number = job or next(n for n in range(2, 100_000) if not Path(_root_["runs"], f"{name}-{n}").exists())
-    return f"{root}/{name}-{number}"
+    return f"{root}/{name}-{make_file_name(str(number))}"

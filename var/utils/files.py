@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from var.utils.visible import CONTROLS
+
 
 def replace_surrogates(text: str) -> str:
     """Replace unpaired surrogates, which JSON can hold and UTF-8 cannot, by question marks."""
@@ -20,11 +22,12 @@ def replace_surrogates(text: str) -> str:
 
 
 def make_file_name(name: str, limit: int = 160) -> str:
-    """Return `name` as the name of a file or folder: without slashes, and at most `limit` bytes long.
+    """Return `name` as the name of a file or folder: without slashes and controls, and at most `limit` bytes long.
 
-    A longer name keeps its beginning and gets a hash. File systems allow 255 bytes, and files get endings.
+    It is neither empty nor `..`, and no hidden file. A longer name keeps its beginning and gets a hash. File systems
+    allow 255 bytes, and files get endings.
     """
-    name = re.sub(r"[/\\\x00-\x1f]+", "-", replace_surrogates(name))
+    name = re.sub(rf"[/\\\n\t]+|{CONTROLS.pattern}+|^\.+", "-", replace_surrogates(name)) or "-"
     if len(name.encode()) <= limit:
         return name
     ending = f"-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
