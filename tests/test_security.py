@@ -11,6 +11,8 @@ import pickle
 import random
 import re
 import shutil
+import signal
+import time
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -330,6 +332,30 @@ def test_chat_template_runs_in_jinjas_sandbox(attack: str, tmp_path: Path, made:
         Classifier(path=str(folder)).encode(ask, "b")
     with pytest.raises(UserError, match=r"^reward\.chat_template" + blocked):
         render_by_endpoint(template, tmp_path)
+
+
+ENDLESS = [
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "{% if 3 ** (3 ** (3 ** 3)) == 1 %}{% endif %}",  # a constant, which is computed when it is compiled
+    "{{ strftime_now('%d') }}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+]
+
+
+@pytest.mark.parametrize("endless", ENDLESS)
+def test_chat_template_has_a_time_limit(endless: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("var.data.template.RENDERING", 0.3)
+    monkeypatch.setattr("var.rewards.endpoint.RENDERING", 0.3)
+    ask = [{"role": "user", "content": "a"}]
+    before, begun = signal.getsignal(signal.SIGALRM), time.monotonic()
+    with pytest.raises(UserError, match=r"TimeLimitExceeded: rendering took longer than 0\.3 s"):
+        Chat(byte_tokenizer(), endless + TEMPLATE).render(ask)
+    with pytest.raises(UserError, match=r"TimeLimitExceeded: (rendering|compiling it) took longer than 0\.3 s"):
+        Chat(byte_tokenizer(), endless + TEMPLATE + "{{ x }}", kwargs={"x": 1}).render(ask)
+    with pytest.raises(UserError, match=r"TimeLimitExceeded: rendering took longer than 0\.3 s"):
+        render_by_endpoint(endless, tmp_path)
+    assert time.monotonic() - begun < 30
+    assert (signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)[0]) == (before, 0)
 
 
 def test_text_of_a_message_is_not_a_template(tokenizer: Any) -> None:

@@ -19,7 +19,9 @@ from var.data.changes import describe_change
 from var.data.clock import CLOCK, read_date, set_clock
 from var.data.messages import Message
 from var.utils.errors import UserError, brief
+from var.utils.time_limit import TimeLimitExceeded, time_limit
 
+RENDERING = 20.0  # seconds for one conversation; a template may come from a stranger, and can loop without an end
 PROBE = "probe"  # text that every template renders unchanged
 
 # Marks control tokens in the text of messages, after their first character, while a template renders them. It is a
@@ -144,9 +146,10 @@ class Template:
         found = self.tokenizer.chat_template
         try:
             sources = [found] if isinstance(found, str) else list(found.values())
-            environments = [chat_template_utils._compile_jinja_template(source).environment for source in sources]
-            parsed = [environment.parse(source) for environment, source in zip(environments, sources, strict=True)]
-        except TemplateError as error:
+            with time_limit(RENDERING, "compiling it"):  # constants are computed then
+                compiled = [chat_template_utils._compile_jinja_template(source).environment for source in sources]
+            parsed = [environment.parse(source) for environment, source in zip(compiled, sources, strict=True)]
+        except (TemplateError, RecursionError, MemoryError, TimeLimitExceeded) as error:
             raise UserError(f"{self.key}: {type(error).__name__}: {error}") from error
         return set().union(*map(meta.find_undeclared_variables, parsed))
 
@@ -240,14 +243,14 @@ class Template:
     ) -> str:
         listed = list(tools) or None
         try:
-            if self.reads_clock:
-                set_clock(self.tokenizer.get_chat_template(None, listed), self.today)
-            return str(
-                self.tokenizer.apply_chat_template(
+            with time_limit(RENDERING, "rendering"):
+                if self.reads_clock:
+                    set_clock(self.tokenizer.get_chat_template(None, listed), self.today)
+                text = self.tokenizer.apply_chat_template(
                     list(messages), tools=listed, tokenize=False, add_generation_prompt=add_generation_prompt,
                     **{**self.kwargs, **kwargs},
-                )
-            )  # fmt: skip
+                )  # fmt: skip
+            return str(text)
         except Exception as error:  # expressions of a template can raise anything
             raise UserError(
                 f"the chat template cannot render these messages: {type(error).__name__}: {error}"
