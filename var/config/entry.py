@@ -38,8 +38,8 @@ UNUSABLE = {
     errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP,
 }  # fmt: skip
 
-# Errors of a path that was there before.
-GONE = {errno.ENOENT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
+# Errors of a disk that does not answer.
+GONE = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
 
 
 def run_command(main: Callable[[], Any]) -> None:
@@ -146,8 +146,9 @@ def _explain_path(error: BaseException) -> str | None:
         code = int(found[1])
     if code is None:
         return None
+    moved = code == errno.ENOENT and place is not None and not Path(os.fsdecode(place)).parent.exists()
     place = " ".join(str(error).split()) if place is None else f"{place}: {os.strerror(code)}"
-    if code in GONE and not _is_of_mkdir(error):
+    if (moved or code in GONE) and not _is_of_mkdir(error):
         return f"{place}; it was moved or removed, or its disk does not answer"
     return f"{place}; choose another folder or file" if code in UNUSABLE or _is_of_mkdir(error) else None
 

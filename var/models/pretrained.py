@@ -80,10 +80,7 @@ class Pretrained(ModelFiles):
         return replace(self, attention="varlen" if gpu and half else "packed") if self.attention == "auto" else self
 
     def at(self, path: str, **changes: Any) -> "Pretrained":
-        """Return the model in another place. `trust_remote_code` is about this place alone, so code there never runs.
-
-        changes: further fields that differ.
-        """
+        """Return the model elsewhere, with changed fields. Code there never runs: `trust_remote_code` is of `path`."""
         return replace(self, **{"path": path, "revision": None, "trust_remote_code": False, **changes})
 
     @property
