@@ -20,10 +20,9 @@ def main(cfg: DictConfig) -> float | None:
     set_rank_variables()
     check(cfg, TRAIN, imports=False)  # heavy libraries are imported only after it
 
-    import json
-
     from hydra.core.hydra_config import HydraConfig
 
+    from var.config.run_files import read_summary
     from var.training import summary
     from var.utils.console import is_first_rank, say
     from var.utils.files import remove
@@ -31,11 +30,12 @@ def main(cfg: DictConfig) -> float | None:
 
     folder = Path(HydraConfig.get().runtime.output_dir)
     if cfg.resume == "auto" and (folder / "summary.json").exists() and not (cfg.dry or cfg.show_rows):
-        finished = json.loads((folder / "summary.json").read_text())
+        finished = read_summary(folder)
         summary.check_same_settings(cfg, finished)
         say(f"Run already finished: {folder}. Use resume=false to start a new one.")
         summary.show(finished)
         summary.warn_of_newer_data(cfg, folder)
+        summary.warn_of_other_weights(cfg, finished)
         summary.warn_of_other_evaluation(cfg, finished)
         if not cfg.trainer.keep_checkpoint and is_first_rank():  # a run can be killed before it does this
             remove(folder / "checkpoints")
@@ -61,7 +61,7 @@ def train(cfg: DictConfig, folder: Path) -> float | None:
     from var.training.outcome import Export, make_card, summarize
     from var.training.run import Run
     from var.utils.console import is_first_rank, say
-    from var.utils.files import remove, write_json
+    from var.utils.files import remove, synchronize, write_json
 
     run = Run.compose(cfg, folder)
     if cfg.show_rows:
@@ -87,6 +87,7 @@ def train(cfg: DictConfig, folder: Path) -> float | None:
         if trainer.is_global_zero:
             write_card(folder / "model", make_card(run, trainer, module, result["validation"]))
             plot([folder], folder / "plots" / "curves.png")
+            synchronize(folder)
             write_json(folder / "summary.json", result)  # last: it marks the run as finished
             summary.show(result)
             if not cfg.trainer.keep_checkpoint:

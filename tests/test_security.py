@@ -11,7 +11,9 @@ import pickle
 import random
 import re
 import shutil
+import signal
 import sys
+import time
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,16 +21,23 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from notebooks.tiny import TEMPLATE, byte_tokenizer
 from tests.helpers.cli import run
 from tests.helpers.models import pretrained, saved, tiny_config
-from tests.helpers.runs import ROOT
+from tests.helpers.run_folders import write_run
+from tests.helpers.runs import ROOT, composed
 from tests.helpers.servers import Broken, client, completion, served
+from var.config.run_files import read_run_config
 from var.data.chat import Chat
+from var.evaluate.prompts import warn_of_trained_prompts
+from var.evaluate.run import locate_models
+from var.report.read import find_records
 from var.rewards.classifier import Classifier
 from var.rewards.endpoint import Endpoint
+from var.training.run import Run
 from var.utils.errors import UserError
 
 
@@ -71,7 +80,7 @@ def test_model_with_pickled_weights_is_an_error(tmp_path: Path, made: Path) -> N
     with pytest.raises(UserError, match=r"m: it has no \.safetensors file, and pickled weights are not read"):
         _ = model.fingerprint
     for load in (model.load, model.load_scorer):
-        with pytest.raises(OSError, match="safetensors"):
+        with pytest.raises(UserError, match=r"it has no \.safetensors file, and pickled weights are not read"):
             load()
 
 
@@ -94,7 +103,7 @@ def test_pickled_reward_model_is_an_error(tmp_path: Path, made: Path) -> None:
     reward = Classifier(path=str(pickle_weights(folder, made)), cache=str(tmp_path))
     with pytest.raises(UserError, match=r"it has no \.safetensors file, and pickled weights are not read"):
         _ = reward.fingerprint
-    with pytest.raises(OSError, match="safetensors"):
+    with pytest.raises(UserError, match=r"it has no \.safetensors file, and pickled weights are not read"):
         reward([[{"role": "user", "content": "a"}]], ["b"], [None])
 
 
@@ -167,6 +176,39 @@ def test_code_of_a_model_runs_if_trusted(tmp_path: Path, monkeypatch: pytest.Mon
     assert (tmp_path / "made").exists()
 
 
+def test_trust_in_a_model_does_not_extend_to_other_models(
+    tiny_folder: Path, tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever trusts model.path does not trust init, reference, the initial model of init, and an adapter's base."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    evil = save_with_code(tmp_path / "evil", made, "evil")
+    config = json.loads((evil / "config.json").read_text())
+    (evil / "config.json").write_text(json.dumps({**config, "architectures": ["EvilModel"]}))
+    child = shutil.copytree(tiny_folder, tmp_path / "child")
+    (child / "config.yaml").write_text(f"init: {evil}\n")
+    common = [f"model.path={tiny_folder}", "model.trust_remote_code=true", f"cache={tmp_path}/cache"]
+    assert locate_models(composed(*common, root="eval"))[0].trust_remote_code
+    for overrides in ([f"init={evil}"], [f"reference={evil}"], [f"init={child}"]):
+        for model in locate_models(composed(*common, *overrides, root="eval")):
+            if model is not None and model.path == str(evil):
+                with pytest.raises(UserError, match="contains its own code"):
+                    _ = model.config
+                break
+        else:
+            pytest.fail(f"no model is in {evil}")
+    run_of_init = Run.compose(composed(*common, f"init={evil}", "trainer.accelerator=cpu"), tmp_path / "run")
+    with pytest.raises(UserError, match="contains its own code"):
+        run_of_init.pretrained.load()
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(evil)})
+    )
+    model = pretrained(adapter, tmp_path, trust_remote_code=True)
+    with pytest.raises(UserError, match="contains its own code"):
+        _ = model.config
+
+
 # --- YAML
 
 
@@ -184,8 +226,77 @@ def test_python_in_yaml_is_not_run(tiny_folder: Path, tmp_path: Path, made: Path
         run("train.py", *from_file, *places)
     model = shutil.copytree(tiny_folder, tmp_path / "run" / "model")
     (model / "config.yaml").write_text(f"init: {call}\n")
-    with pytest.raises(Exception, match="python/object"):
-        run("eval.py", f"init={tmp_path}/run", f"annotation_cache={tmp_path}/store", f"cache={tmp_path}/cache")
+    done = run("eval.py", f"init={tmp_path}/run", f"annotation_cache={tmp_path}/store", f"cache={tmp_path}/cache")
+    assert done.returncode == 1
+    assert "config.yaml: cannot be read" in done.stderr
+
+
+# --- the folder of a run
+
+
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10))
+FOLDERS: dict[str, str | None] = {
+    BOMB: "has aliases", "init: [a: {b": "not YAML", "- a\n- b": "no attribute 'get'", "3": "not YAML",
+    "model: 3": "must be mappings", "[" * 900 + "]" * 900: "nest", "[" * 9000 + "]" * 9000: "nest",
+    "a: '" + "x" * 2**20 + "'": "limit",
+    "init: ${oc.env:HOME}": None, "": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", FOLDERS, ids=[reason or "accepted" for reason in FOLDERS.values()])
+def test_configuration_of_a_run_is_plain_and_bounded(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    if (reason := FOLDERS[text]) is None:
+        assert read_run_config(tmp_path).get("init") == (text.partition(": ")[2] or None)
+    else:
+        with pytest.raises(UserError, match=rf"config\.yaml: cannot be read .*{reason}"):
+            read_run_config(tmp_path)
+
+
+def test_data_of_a_run_calls_no_function(
+    tiny_folder: Path, tmp_path: Path, made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """eval.py compares its prompts with the training prompts of init, whose configuration names a class."""
+    data: Any = OmegaConf.to_container(composed("data=files", "data.path=x", "data.seed=0").data)
+    model = shutil.copytree(tiny_folder, tmp_path / "run" / "model")
+    for target, arguments in (
+        ("pathlib.Path.touch", {"self": {"_target_": "pathlib.Path", "_args_": [str(made)]}}),
+        ("shutil.copyfile", {"src": str(model / "config.json"), "dst": str(made)}),
+        ("var.data.sources.local.Path.touch", {"self": str(made)}),
+        ("var.utils.files.write_json", {"path": {"_target_": "pathlib.Path", "_args_": [str(made)]}, "value": 1}),
+        (
+            "var.data.sources.files.Files",
+            {"path": {"_target_": "shutil.copyfile", "src": "/etc/passwd", "dst": str(made)}},
+        ),
+    ):
+        own = {**data, "source": {"_target_": target, **arguments}}
+        (model / "config.yaml").write_text(json.dumps({"data": own}))
+        warn_of_trained_prompts(None, read_run_config(model), tmp_path)  # type: ignore[arg-type]
+        assert not made.exists(), target
+        printed = capsys.readouterr().out.replace("\n", " ")
+        assert "is not a data source of this package" in printed or "not dict" in printed
+
+
+def test_files_of_a_run_are_bounded_in_a_report(tmp_path: Path) -> None:
+    write_run(tmp_path / "good")
+    for name, change in (
+        ("deep", lambda folder: (folder / "summary.json").write_text("[" * 100_000 + "]" * 100_000)),
+        ("large", lambda folder: os.truncate(folder / "summary.json", 2**34)),
+        ("pipe", lambda folder: ((folder / "summary.json").unlink(), os.mkfifo(folder / "summary.json"))),
+    ):
+        change(write_run(tmp_path / name))
+    curves = write_run(tmp_path / "curves")
+    for name in ("metrics.csv", "samples.jsonl", "plan.npz"):
+        (curves / name).unlink(missing_ok=True)
+        (curves / name).touch()
+        os.truncate(curves / name, 2**34)
+    (curves / ".hydra").mkdir(exist_ok=True)
+    (curves / ".hydra" / "overrides.yaml").write_text(BOMB)
+    found = find_records([tmp_path])
+    assert {run.name for run in found.runs} == {"good", "curves"}
+    assert len(found.problems) == 3
+    (broken,) = (run for run in found.runs if run.name == "curves")
+    assert (broken.curves, broken.samples, broken.plan, broken.overrides) == ({}, [], {}, [])
 
 
 # --- templates
@@ -222,6 +333,30 @@ def test_chat_template_runs_in_jinjas_sandbox(attack: str, tmp_path: Path, made:
         Classifier(path=str(folder)).encode(ask, "b")
     with pytest.raises(UserError, match=r"^reward\.chat_template" + blocked):
         render_by_endpoint(template, tmp_path)
+
+
+ENDLESS = [
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "{% if 3 ** (3 ** (3 ** 3)) == 1 %}{% endif %}",  # a constant, which is computed when it is compiled
+    "{{ strftime_now('%d') }}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+]
+
+
+@pytest.mark.parametrize("endless", ENDLESS)
+def test_chat_template_has_a_time_limit(endless: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("var.data.template.RENDERING", 0.3)
+    monkeypatch.setattr("var.rewards.endpoint.RENDERING", 0.3)
+    ask = [{"role": "user", "content": "a"}]
+    before, begun = signal.getsignal(signal.SIGALRM), time.monotonic()
+    with pytest.raises(UserError, match=r"TimeLimitExceeded: rendering took longer than 0\.3 s"):
+        Chat(byte_tokenizer(), endless + TEMPLATE).render(ask)
+    with pytest.raises(UserError, match=r"TimeLimitExceeded: (rendering|compiling it) took longer than 0\.3 s"):
+        Chat(byte_tokenizer(), endless + TEMPLATE + "{{ x }}", kwargs={"x": 1}).render(ask)
+    with pytest.raises(UserError, match=r"TimeLimitExceeded: rendering took longer than 0\.3 s"):
+        render_by_endpoint(endless, tmp_path)
+    assert time.monotonic() - begun < 30
+    assert (signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)[0]) == (before, 0)
 
 
 def test_text_of_a_message_is_not_a_template(tokenizer: Any) -> None:
@@ -364,7 +499,7 @@ def test_ids_and_texts_are_kept_unchanged(world: tuple[Path, list[str]]) -> None
 FORBIDDEN = {"eval", "exec", "compile", "__import__", "breakpoint", "input"}
 # For the sandbox, git, and the jobs of a sweep, which are this project's own commands.
 SHELLS = {"subprocess": {"var/evaluate/benchmarks/sandbox.py", "var/utils/provenance.py", "var/config/sweep.py"}}
-# Only var/training/checkpoints.py may import these: its unpickler has a list of allowed names.
+# Only var/training/sharded.py may import these: its unpickler has a list of allowed names.
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "jsonpickle"}
 
 
@@ -389,7 +524,7 @@ def test_source_has_no_eval_pickle_or_shell() -> None:
             if isinstance(node, ast.Import | ast.ImportFrom):
                 for module in [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]:
                     top = module.split(".")[0]
-                    pickles = top in PICKLES and name != "var/training/checkpoints.py"
+                    pickles = top in PICKLES and name != "var/training/sharded.py"
                     if pickles or name not in SHELLS.get(top, {name}):
                         problems.append(f"{place}: import {module}")
             if isinstance(node, ast.Attribute) and ast.unparse(node) in ("os.system", "os.popen", "yaml.load"):

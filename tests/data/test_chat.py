@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from notebooks.tiny import TEMPLATE, byte_tokenizer
 from tests.helpers.runs import ROOT
 from var.data.chat import Chat
-from var.data.template import read_template
+from var.data.template_file import read_template
 from var.utils.errors import UserError
 
 BOS, END, USER, ASSISTANT = 256, 257, 258, 259

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.runs import composed, write_lines
+from var.config.run_files import read_run_config
 from var.data import degenerate
 from var.data.degenerate import count_degenerate, warn_of_degenerate
 from var.data.parse import parse_row
@@ -136,8 +137,8 @@ def test_evaluation_warns_of_prompts_that_the_run_trained_on(options, tmp_path, 
 
     file = write_lines(tmp_path / "own.jsonl", [{"prompt": f"Q {i}", "response": "a"} for i in range(6)])
     cfg = composed(*options, f"data.path={file}", "data.validation_prompts=2")
-    config = tmp_path / "config.yaml"
-    OmegaConf.save(cfg, config, resolve=True)
+    OmegaConf.save(cfg, tmp_path / "config.yaml", resolve=True)
+    config = read_run_config(tmp_path)
     other = write_lines(tmp_path / "other.jsonl", [{"prompt": f"q  {i}"} for i in range(7)])
     rows = read(Files(path=str(other)), tmp_path)
     warn_of_trained_prompts(Prompts(rows, None, {}), config, tmp_path)  # type: ignore[arg-type]

@@ -491,7 +491,7 @@ def test_unreachable_hub_is_a_clear_error(tmp_path, monkeypatch, source, label):
 def test_hub_set_is_read_by_name_split_and_folder(tmp_path, monkeypatch):
     asked = []
 
-    def load_dataset(path, name=None, split=None, data_dir=None):
+    def load_dataset(path, name=None, split=None, data_dir=None, revision=None):
         asked.append((path, name, split, data_dir))
         answers = {"chosen": ["\n\nHuman: a\n\nAssistant: b"], "rejected": ["\n\nHuman: a\n\nAssistant: c"]}
         return datasets.Dataset.from_dict(answers)
@@ -560,3 +560,25 @@ def test_adapters_import_no_model_libraries():
         tree = ast.walk(ast.parse(file.read_text()))
         names = {a.name for n in tree if isinstance(n, ast.Import) for a in n.names}
         assert not {name.split(".")[0] for name in names} & {"torch", "transformers", "lightning"}
+
+
+def test_revision_of_local_files_is_an_error(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [{"prompt": "q", "response": "a"}])
+    with pytest.raises(UserError, match=r"data\.source\.revision applies to hub sets only"):
+        Files(path=str(path), revision="main")
+    with pytest.raises(UserError, match=r"data\.source\.revision applies to hub sets only"):
+        list(OffsetBias(path=str(path), revision="main").records())
+
+
+def test_null_revision_changes_neither_names_of_runs_nor_cached_rows(tmp_path):
+    """Runs and caches of earlier versions are found."""
+    from var.config.run_dir import hash_config
+
+    path = write_lines(tmp_path / "a.jsonl", [{"prompt": "q", "response": "a"}])
+    assert "revision" not in Files(path=str(path)).fingerprint()
+    cfg = composed("data=offsetbias")
+    old = composed("data=offsetbias")
+    OmegaConf.set_struct(old, False)
+    assert old.data.source.pop("revision") is None
+    assert hash_config(cfg) == hash_config(old)
+    assert hash_config(composed("data=offsetbias", "data.source.revision=main")) != hash_config(old)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from datetime import date
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from notebooks.tiny import TEMPLATE, byte_tokenizer
 from tests.helpers.cli import check_error, check_run, read_summaries, read_summary, spawn, write_rows, write_to
-from tests.helpers.models import DATED, saved, set_clock, tiny_config
+from tests.helpers.models import DATED, saved, set_clock, tiny_config, tiny_model
 from tests.helpers.rewards import OWN_REWARD
 from tests.helpers.runs import ROOT, run_folder, write_lines
 from var.report.read import find_records
@@ -74,6 +75,19 @@ def test_finished_run_warns_that_its_data_changed(options: list[str], rows: Path
     data.write_text(data.read_text().replace("question", "request"))
     warning = f"{data} changed after this run finished. Use resume=false to train on the current data."
     assert warning in check_run(*command)
+
+
+def test_finished_run_warns_that_its_model_changed(options: list[str], tmp_path: Path) -> None:
+    """The folder's name contains the path of the model and not its weights."""
+    model = saved(tmp_path / "model")
+    command = ["train.py", *options, f"model.path={model}", "trainer.max_steps=1"]
+    check_run(*command)
+    assert "other weights" not in check_run(*command)
+    saved(model, tiny_model(seed=1))
+    warning = f"model.path={model} has other weights than when this run started. Use resume=false to train from"
+    assert warning in check_run(*command)
+    shutil.rmtree(model)
+    assert "Run already finished" in check_run(*command)
 
 
 def test_report_reads_a_real_run(own: list[str], tmp_path: Path) -> None:

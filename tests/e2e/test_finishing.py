@@ -1,6 +1,7 @@
 """The end of a run: the model is exported before its evaluation, in the dtype of its base, and the state is removed."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,33 @@ def test_run_killed_in_its_last_evaluation_keeps_its_model(command, tmp_path, mo
     assert "This run was finished with other evaluation settings than eval.enabled=True" in printed
     assert f"python eval.py init={folder}" in printed.replace("\n", "")
     assert model.stat().st_mtime_ns == exported
+
+
+def test_what_is_marked_complete_is_on_the_disk(command, tmp_path, monkeypatch):
+    """Before a marker has its name, all files that it marks are synced in their last state, and their folders."""
+    synced, missing = set[tuple[int, int]](), dict[str, list[str]]()
+    sync, rename = os.fsync, Path.replace
+
+    def state(stat: os.stat_result) -> tuple[int, int]:
+        return stat.st_ino, stat.st_mtime_ns
+
+    def fsync(descriptor: int) -> None:
+        sync(descriptor)
+        synced.add(state(os.fstat(descriptor)))
+
+    def replace(self: Path, target: Path) -> Path:
+        marked = {"summary.json": target.parent, "exported": target.parents[1] / "model"}.get(target.name, self)
+        if not self.is_symlink():
+            files = [self, *(file for file in marked.rglob("*") if not file.is_symlink() and not file.is_dir())]
+            files += [file for file in (marked, *marked.rglob("*")) if file.is_dir() and file != self.parent]
+            missing[target.name] = [str(file) for file in files if state(file.stat()) not in synced]
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "replace", replace)
+    check_run("train.py", *command, "trainer.keep_checkpoint=true")
+    assert {name: files for name, files in missing.items() if files} == {}
+    assert {"summary.json", "exported", "model", "step-2.ckpt", "step-2.sha256"} <= missing.keys()
 
 
 def test_run_killed_in_its_last_evaluation_is_evaluated_by_the_same_command(command, tmp_path, monkeypatch):

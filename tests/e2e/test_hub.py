@@ -81,3 +81,26 @@ def test_training_from_the_hub_its_cache_and_folders(hub: Hub, repositories: Any
     same_folders(*(run_folder(place / "runs") for place in (online, folders)))
     summaries = [json.loads((run_folder(p / "runs") / "summary.json").read_text()) for p in (online, offline, folders)]
     assert len({summary["hashes"]["weights"] for summary in summaries}) == 1
+
+
+READ = """
+import sys
+from var.data.sources.offsetbias import OffsetBias
+source = OffsetBias(revision=sys.argv[1] if len(sys.argv) > 1 else None)
+print(len(list(source.records())), source.origin)
+"""
+
+
+def test_commit_of_a_data_set_is_recorded_and_can_be_set(hub: Hub, repositories: Any, tmp_path: Path) -> None:
+    commit = repositories[1]["NCSOFT/offsetbias"].commit
+
+    def read(*revision: str, **environment: str) -> str:
+        variables = client_environment(hub, tmp_path / "home", **environment)
+        command = [sys.executable, "-c", READ, *revision]
+        done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300)
+        return done.stdout + done.stderr
+
+    assert f"24 NCSOFT/offsetbias[train] at commit {commit}" in read()
+    assert f"24 NCSOFT/offsetbias@{commit}[train] at commit {commit}" in read(commit)
+    assert "NCSOFT/offsetbias has no such revision" in read("0" * 40)
+    assert f"24 NCSOFT/offsetbias[train] at commit {commit}" in read(HF_HUB_OFFLINE="1")

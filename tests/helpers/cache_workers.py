@@ -57,7 +57,7 @@ def open_on_disk(step: str) -> Callable[..., Any]:
 
     def open_(path: Path, mode: str = "r", *rest: Any, **options: Any) -> Any:
         file = plain(path, mode, *rest, **options)
-        return Disk(file, step) if mode == "wb" else file
+        return Disk(file, step) if mode == "xb" else file
 
     return open_
 

@@ -100,7 +100,7 @@ def test_contradictory_generation_config_is_not_exported(tmp_path: Path, capsys:
 
 
 def test_export_replaces_earlier_and_killed_exports(tmp_path: Path):
-    for folder in ("out", "out.partial"):
+    for folder in ("out", f"out.{'0' * 32}.partial"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "old.txt").touch()
     export_tiny(tmp_path / "out")

@@ -1,6 +1,7 @@
 """Loading of models: what is rejected, what the hash of the weights covers, and that dropout is off."""
 
 import json
+import os
 import shutil
 import sys
 from datetime import date
@@ -83,6 +84,37 @@ def test_hash_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     first = pretrained(folder, tmp_path).weights
     monkeypatch.setattr("var.models.pretrained.hashlib.file_digest", None)
     assert pretrained(folder, tmp_path).weights == first
+
+
+@pytest.mark.parametrize("in_place", [True, False], ids=["written over", "renamed to it"])
+def test_hash_changes_if_other_weights_have_the_same_size_and_time(in_place: bool, tmp_path: Path):
+    """As after rsync -t or cp -p."""
+    folder, other = saved(tmp_path / "m"), saved(tmp_path / "other", tiny_model(seed=1))
+    weights = folder / "model.safetensors"
+    before, first = weights.stat(), pretrained(folder, tmp_path).weights
+    new = tmp_path / "new"
+    shutil.copyfile(other / "model.safetensors", weights if in_place else new)
+    os.utime(weights if in_place else new, ns=(before.st_atime_ns, before.st_mtime_ns))
+    if not in_place:
+        new.replace(weights)
+    assert (weights.stat().st_size, weights.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert pretrained(folder, tmp_path).weights == pretrained(other, tmp_path).weights != first
+
+
+@pytest.mark.parametrize(
+    "damage", ["", "x", "{}", "0" * 32, "é" * 32, "truncated", "one digit", "bytes", "other model"]
+)
+def test_damaged_note_of_a_hash_is_not_a_hash(damage: str, tmp_path: Path):
+    folder = saved(tmp_path / "m")
+    expected = pretrained(folder, tmp_path).weights
+    (note,) = (tmp_path / "hashes").iterdir()
+    text = note.read_text()
+    pretrained(saved(tmp_path / "other", tiny_model(seed=1)), tmp_path / "cache").weights  # noqa: B018
+    (other,) = (tmp_path / "cache" / "hashes").iterdir()
+    texts = {"truncated": text[:-1], "one digit": chr(ord(text[0]) ^ 1) + text[1:], "other model": other.read_text()}
+    note.write_bytes(b"\xff\xfe\x00" if damage == "bytes" else texts.get(damage, damage).encode())
+    assert pretrained(folder, tmp_path).weights == expected
+    assert note.read_text() == text
 
 
 def test_fingerprint_is_weights_dtype_template_and_tokenizer(tmp_path: Path):

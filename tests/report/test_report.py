@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import random
+import re
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,7 +22,7 @@ from var.report import figures, tables
 from var.report.groups import Group, group_runs
 from var.report.page import find_warnings, render_page
 from var.report.read import RunRecord, find_records
-from var.report.write import write_pages
+from var.report.write import write_pages, write_report
 from var.utils.console import warn
 from var.utils.statistics import Estimate
 
@@ -521,3 +522,25 @@ def test_runs_without_results_have_no_figures(tmp_path: Path) -> None:
     assert not figures.draw_verdicts([], [empty], tmp_path / "x.png")
     assert not figures.draw_variance([{}], tmp_path / "x.png")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["![x](http://tracker/i.png)", r"\![x](http://tracker)", "<img src=x>", "a|b", "`x`"])
+def test_images_and_markup_in_names_stay_text_in_markdown(text, tmp_path):
+    table = pd.DataFrame([[text, text]], columns=["", text], dtype=object)
+    for line in tables.to_markdown(table, code=False).splitlines():
+        assert not re.search(r"(?<!\\)(\\\\)*(\[|<|`)", line)
+        assert len(re.findall(r"(?<!\\)\|", line)) == 3
+    write_run(tmp_path / "runs" / "a", title=text)
+    write_evaluation(tmp_path / "runs" / f"b {text.replace('/', ' ')}", [[0.1]])
+    write_report(find_records([tmp_path / "runs"]), tmp_path / "report", "png", 8, 0)
+    without_code = re.sub("`[^`\n]*`", "", (tmp_path / "report" / "report.md").read_text())
+    assert not re.search(r"\[x\]\(http", without_code)
+
+
+def test_formulas_in_names_stay_text_in_csv():
+    names = ["=HYPERLINK(A1)", "+1", "-1", "@x", "\t=1", "\n=1", "a\r=1"]
+    table = pd.DataFrame([[name, -0.5, Estimate(-0.5, 0.1)] for name in names], columns=["=a", "b", "c"], dtype=object)
+    rows = list(csv.reader(io.StringIO(tables.to_csv(table), newline="")))
+    assert rows[0] == ["'=a", "b", "c", "c, se"]
+    assert [row[0] for row in rows[1:]] == [*(f"'{name}" for name in names[:-1]), "a =1"]
+    assert all(row[1:] == ["-0.5", "-0.5", "0.1"] for row in rows[1:])

@@ -3,11 +3,13 @@
 import errno
 import os
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import lightning
 import pytest
 import torch
 
@@ -92,7 +94,7 @@ def test_signal_ends_a_run_after_the_current_step(number, step, micro_batch, run
         runs.run()
     assert stopped.value.code == 128 + number
     assert f"Received {number.name}; saved step {step}." in capsys.readouterr().out
-    assert runs.steps() == [f"step-{step}"]
+    assert runs.steps()[-1] == f"step-{step}"
     assert signal.getsignal(number) == before
     assert_resumed(runs.run(), expected)
 
@@ -147,8 +149,6 @@ def test_budget_counts_seconds_spent_before_a_kill(runs, monkeypatch):
 
 @pytest.mark.parametrize("call", ["synchronize", "save_checkpoint"])
 def test_full_disk_keeps_the_previous_checkpoint(call, runs):
-    import lightning
-
     def full() -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -162,7 +162,7 @@ def test_full_disk_keeps_the_previous_checkpoint(call, runs):
     ):
         runs.run()
     assert "run the same command to resume" in str(error.value)
-    assert sorted(path.name for path in runs.saved.iterdir()) == ["last.ckpt", "step-8.ckpt"]
+    assert sorted(path.name for path in runs.saved.iterdir()) == ["last.ckpt", "step-8.ckpt", "step-8.sha256"]
     assert (runs.saved / "last.ckpt").resolve().name == "step-8.ckpt"
     assert_resumed(runs.run(), expected)
 
@@ -266,9 +266,82 @@ def test_unreachable_tracker_is_an_error_before_training(runs, monkeypatch):
     assert not runs.saved.exists()
 
 
-def test_only_the_newest_checkpoint_is_kept_and_partial_ones_are_removed(runs):
-    (runs.saved / "step-3.partial").mkdir(parents=True)
+def test_two_checkpoints_are_kept_and_partial_ones_are_removed(runs):
+    (runs.saved / "step-3.ckpt.0.partial").mkdir(parents=True)
+    (runs.saved / "step-2.sha256").touch()
     runs.run("trainer.max_steps=9")
-    assert sorted(path.name for path in runs.saved.iterdir()) == ["last.ckpt", "step-9.ckpt"]
+    names = ["last.ckpt", "step-8.ckpt", "step-8.sha256", "step-9.ckpt", "step-9.sha256"]
+    assert sorted(path.name for path in runs.saved.iterdir()) == names
     assert os.readlink(runs.saved / "last.ckpt") == "step-9.ckpt"
     assert torch.load(runs.saved / "last.ckpt", weights_only=True)["global_step"] == 9
+    done = subprocess.run(["sha256sum", "-c", *runs.saved.glob("*.sha256")], cwd=runs.saved, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+def damage(path: Path, how: str) -> None:
+    """Change a file: cut it, empty it, or flip one bit, in the middle of its numbers or near its end."""
+    content = bytearray(path.read_bytes())
+    if how == "cut":
+        content = content[: len(content) // 2]
+    elif how == "empty":
+        content.clear()
+    else:
+        content[len(content) // 2 if how == "bit" else -30] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["bit", "last bit", "cut", "empty", "checksums"])
+def test_damaged_checkpoint_falls_back_to_the_one_before(how, runs, capsys):
+    expected = runs.straight()
+    with interrupted(AlignmentModule, "training_step", 19, kill), pytest.raises(Killed):
+        runs.run()
+    assert runs.steps() == ["step-4", "step-8"]
+    if how == "checksums":
+        damage(runs.saved / "step-8.sha256", "bit")
+    else:
+        damage(runs.saved / "step-8.ckpt", how)
+    capsys.readouterr()
+    with interrupted(AlignmentModule, "training_step", 9, kill), pytest.raises(Killed):
+        runs.run()  # this attempt saves step 8 again
+    printed = capsys.readouterr().out.replace("\n", " ")
+    assert "step-8.ckpt is not a checkpoint of a run: it is damaged" in printed
+    assert "The run resumes from step-4.ckpt instead." in printed
+    assert runs.steps() == ["step-4", "step-8"]
+    assert_resumed(runs.run(), expected)
+
+
+def test_only_damaged_checkpoints_are_an_error(runs):
+    with interrupted(AlignmentModule, "training_step", 11, kill), pytest.raises(Killed):
+        runs.run()
+    damage(runs.saved / "step-4.ckpt", "bit")
+    with pytest.raises(UserError, match=r"differ from step-4\.sha256.* There is no other checkpoint. Use resume=false"):
+        runs.run()
+    with pytest.raises(UserError, match=r"resume=.*step-4\.ckpt is not a checkpoint of a run: it is damaged"):
+        runs.run(f"resume={runs.saved}/step-4.ckpt")
+
+
+def test_checkpoint_without_checksums_resumes(runs):
+    """Earlier versions wrote none."""
+    expected = runs.straight()
+    with interrupted(AlignmentModule, "training_step", 11, kill), pytest.raises(Killed):
+        runs.run()
+    (runs.saved / "step-4.sha256").unlink()
+    assert_resumed(runs.run(), expected)
+
+
+def test_older_checkpoint_is_removed_if_a_third_has_no_space(runs, monkeypatch):
+    monkeypatch.setattr(checkpoints_module, "free_bytes", lambda _: 1 << 40)
+    monkeypatch.setattr(checkpoints_module, "check_disk_space", lambda *_: None)
+    left = list[list[str]]()
+    real = lightning.Trainer.save_checkpoint
+
+    def save(self: Any, path: Any, *more: Any) -> None:
+        left.append(runs.steps())
+        real(self, path, *more)
+        if len(left) == 2:
+            monkeypatch.setattr(checkpoints_module, "free_bytes", lambda _: 10_000)
+
+    monkeypatch.setattr(lightning.Trainer, "save_checkpoint", save)
+    runs.run("trainer.max_steps=12")
+    assert left == [[], ["step-4"], ["step-8"]]
+    assert runs.steps() == ["step-12"]

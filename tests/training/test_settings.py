@@ -49,7 +49,7 @@ def saved(options: list[str], tmp_path: Path) -> str:
         patch.setattr(AlignmentModule, "training_step", step)
         with pytest.raises(Killed):
             fit(options, tmp_path / "first", *MORE)
-    (checkpoint,) = checkpoints(tmp_path / "first" / "checkpoints")
+    checkpoint = checkpoints(tmp_path / "first" / "checkpoints")[-1]
     assert checkpoint.stem == f"step-{STEP}"
     return str(checkpoint)
 
@@ -108,7 +108,7 @@ def test_more_epochs_continue_with_the_schedule_of_their_length(options, tmp_pat
     """The first run ends at rate 0. The rates of the resumed one are those of its 30 steps."""
     first = (*MORE, "trainer.epochs=1", "optim.schedule.kind=linear")
     fit(options, tmp_path / "first", *first)
-    (checkpoint,) = checkpoints(tmp_path / "first" / "checkpoints")
+    checkpoint = checkpoints(tmp_path / "first" / "checkpoints")[-1]
     _, _, rows = fit(options, tmp_path / "more", *first, "trainer.epochs=3", f"resume={checkpoint}")
     straight = fit(options, tmp_path / "straight", *first, "trainer.epochs=3")[2]
     done = int(checkpoint.stem.removeprefix("step-"))

@@ -17,6 +17,7 @@ from var.config.check import FOLDER
 from var.config.versions import check_versions
 from var.utils.errors import UserError
 from var.utils.signals import leaving_on_signals
+from var.utils.visible import protect_terminal, visible
 
 # Old keys and values, and what to write instead.
 RENAMED = {
@@ -37,6 +38,9 @@ UNUSABLE = {
     errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP,
 }  # fmt: skip
 
+# Errors of a disk that does not answer.
+GONE = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
+
 
 def run_command(main: Callable[[], Any]) -> None:
     """Run a command. Print an error that the user can fix as one message without a traceback, and exit with 1.
@@ -45,6 +49,7 @@ def run_command(main: Callable[[], Any]) -> None:
     `gc.enable`, it imports without garbage collections, which would take a third of the time.
     """
     gc.disable()
+    protect_terminal()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra passes the exception on instead of printing it
     caught: Exception | None = None
     sys.argv[1:] = (add_free_keys(_expand_home(word)) for word in sys.argv[1:])
@@ -73,7 +78,7 @@ def run_command(main: Callable[[], Any]) -> None:
     else:
         raise caught
     sys.stdout.flush()
-    print(f"Error: {message}", file=sys.stderr)
+    print(f"Error: {visible(message)}", file=sys.stderr)
     sys.exit(1)
 
 
@@ -107,9 +112,9 @@ def describe(error: BaseException) -> str | None:
                 f"the disk is full: {cause}. Existing files are intact: free space, and the same command resumes from "
                 "the last checkpoint"
             )
-    paths = [cause for cause in causes if isinstance(cause, OSError) and cause.filename is not None]
-    if paths and (paths[0].errno in UNUSABLE or _is_of_mkdir(paths[0])):
-        return f"{paths[0].filename}: {paths[0].strerror}; choose another folder or file"
+    for cause in causes:
+        if (reason := _explain_path(cause)) is not None:
+            return reason
     if unread := [cause for cause in causes if isinstance(cause, OverrideParseException)]:
         return _explain_override(unread[0].override)
     lines = [str(cause) for cause in causes if isinstance(cause, HydraException | OmegaConfBaseException)]
@@ -132,6 +137,20 @@ def describe(error: BaseException) -> str | None:
         lines = [f"{option[1]}={option[2]}: there is no such option of {option[1]}. It offers: {offered}"]
         suggestions = [f"Did you mean {option[1]}={name}?" for name in near] or suggestions
     return "\n".join(dict.fromkeys((*lines, *suggestions)))
+
+
+def _explain_path(error: BaseException) -> str | None:
+    """Return the message for an error of the file system at a path that the user chose, or None."""
+    code, place = getattr(error, "errno", None), getattr(error, "filename", None)
+    if found := re.search(r"\(os error (\d+)\)", str(error)):  # of libraries in Rust, such as safetensors
+        code = int(found[1])
+    if code is None:
+        return None
+    moved = code == errno.ENOENT and place is not None and not Path(os.fsdecode(place)).parent.exists()
+    place = " ".join(str(error).split()) if place is None else f"{place}: {os.strerror(code)}"
+    if (moved or code in GONE) and not _is_of_mkdir(error):
+        return f"{place}; it was moved or removed, or its disk does not answer"
+    return f"{place}; choose another folder or file" if code in UNUSABLE or _is_of_mkdir(error) else None
 
 
 def _is_of_mkdir(error: BaseException) -> bool:

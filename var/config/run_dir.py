@@ -28,6 +28,9 @@ def hash_config(cfg: DictConfig, seeds: bool = True) -> str:
 
     content = drop_seeds(OmegaConf.to_container(cfg, resolve=False))
     content = {k: v for k, v in content.items() if k not in ELSEWHERE}
+    source = content.get("data", {}).get("source")
+    if isinstance(source, dict) and source.get("revision", "") is None:  # runs of earlier versions keep their names
+        content["data"] = {**content["data"], "source": {k: v for k, v in source.items() if k != "revision"}}
     if "trainer" in content:
         content["trainer"] = {k: v for k, v in content["trainer"].items() if k not in DEVICES}
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:8]
@@ -65,4 +68,4 @@ def run_dir(root: str, model: str, data: str, loss: str, *, _root_: DictConfig) 
     job = next((value for key in variables if (value := os.environ.get(key)) and value != "none"), None)
     job = job or (str(os.getppid()) if "RANK" in os.environ else None)
     number = job or next(n for n in range(2, 100_000) if not Path(_root_["runs"], f"{name}-{n}").exists())
-    return f"{root}/{name}-{number}"
+    return f"{root}/{name}-{make_file_name(str(number))}"

@@ -1,7 +1,6 @@
 """Run the jobs of a sweep: each with its processes and GPUs, and all of them even if some fail."""
 
 import functools
-import json
 import os
 import shutil
 import signal
@@ -25,6 +24,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from var.config.run_files import read_summary
 from var.config.schema import TrainerSettings
 from var.utils.device_locks import claim, name_devices
 from var.utils.errors import UserError
@@ -213,7 +213,7 @@ def run_job(cfg: DictConfig, script: str) -> float | None:
     if status:
         end = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
         raise JobFailed(record.read_text() if record.exists() else f"the job's process {end}")
-    reward = json.loads((folder / "summary.json").read_text())["reward"]
+    reward = read_summary(folder)["reward"]
     return None if reward is None else float(reward)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 from var.data.changes import describe_change, find_content_changes, list_unwritten
 from var.data.messages import Message, Prompt
 from var.data.row import Response
-from var.data.template import MARK, PROBE, Template, hash_tokenizer, read_template
+from var.data.template import MARK, PROBE, Template, hash_tokenizer
+from var.data.template_file import read_template
 from var.utils.errors import UserError
 
 OPENED = re.compile(r"(<\w+>)\s*$")  # a tag at the end of a generation prompt, such as <think>

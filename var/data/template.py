@@ -9,7 +9,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 from unicodedata import normalize
 
@@ -19,7 +18,9 @@ from var.data.changes import describe_change
 from var.data.clock import CLOCK, read_date, set_clock
 from var.data.messages import Message
 from var.utils.errors import UserError
+from var.utils.time_limit import TimeLimitExceeded, time_limit
 
+RENDERING = 20.0  # seconds for one conversation; a template may come from a stranger, and can loop without an end
 PROBE = "probe"  # text that every template renders unchanged
 
 # Marks control tokens in the text of messages, after their first character, while a template renders them. It is a
@@ -29,33 +30,6 @@ MARK = "\ufdd0"
 # Put around the content of each message, with its index, to find it in the rendered text.
 BEGIN, END = "\ufdd1", "\ufdd2"
 PLACE = re.compile(f"(?s){BEGIN}([0-9]+){BEGIN}(.*?){END}")
-
-# The template `plain`, for base models: any tokenizer has these characters and an end-of-sequence token.
-PLAIN = """\
-{%- if bos_token %}{{ bos_token }}{% endif %}
-{%- for message in messages %}
-  {{- '### ' + message['role'] | capitalize + ':\n' + message['content'] }}
-  {{- eos_token if message['role'] == 'assistant' else '' }}
-  {{- '\n\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '### Assistant:\n' }}{% endif %}"""
-
-
-def read_template(value: str, key: str = "model.chat_template") -> str:
-    """Return a chat template: `value` itself, the text of a .jinja file, or the template `plain`."""
-    if value == "plain":
-        return PLAIN
-    if not value.endswith(".jinja") and "{" not in value:
-        raise UserError(f"{key}={value}: expected plain, a .jinja file or a Jinja template, which has {{{{ … }}}}.")
-    if not value.endswith(".jinja"):
-        return value
-    file = Path(value).expanduser()
-    if not file.is_file():
-        raise UserError(f"{key}={value} is not a file. Set it to a Jinja template, a .jinja file or plain.")
-    if not (text := file.read_text()).strip():
-        raise UserError(f"{key}={value} is empty.")
-    return text
-
 
 USUAL = {"role", "content"}  # the keys of most messages
 
@@ -143,9 +117,10 @@ class Template:
         found = self.tokenizer.chat_template
         try:
             sources = [found] if isinstance(found, str) else list(found.values())
-            environments = [chat_template_utils._compile_jinja_template(source).environment for source in sources]
-            parsed = [environment.parse(source) for environment, source in zip(environments, sources, strict=True)]
-        except TemplateError as error:
+            with time_limit(RENDERING, "compiling it"):  # constants are computed then
+                compiled = [chat_template_utils._compile_jinja_template(source).environment for source in sources]
+            parsed = [environment.parse(source) for environment, source in zip(compiled, sources, strict=True)]
+        except (TemplateError, RecursionError, MemoryError, TimeLimitExceeded) as error:
             raise UserError(f"{self.key}: {type(error).__name__}: {error}") from error
         return set().union(*map(meta.find_undeclared_variables, parsed))
 
@@ -250,21 +225,18 @@ class Template:
     ) -> str:
         listed = list(tools) or None
         try:
-            if self.reads_clock:
-                set_clock(self.tokenizer.get_chat_template(None, listed), self.today)
-            if not listed and all(m.keys() == USUAL and m["content"] is not None for m in messages):
-                # The same text as from apply_chat_template, which converts values that plain messages do not have, and
-                # takes three times as long.
-                return str(self._compiled.render(
-                    messages=list(messages), tools=None, documents=None, add_generation_prompt=add_generation_prompt,
-                    **{**self._special_tokens, **self.kwargs, **kwargs},
-                ))  # fmt: skip
-            return str(
-                self.tokenizer.apply_chat_template(
-                    list(messages), tools=listed, tokenize=False, add_generation_prompt=add_generation_prompt,
-                    **{**self.kwargs, **kwargs},
-                )
-            )  # fmt: skip
+            plain = not listed and all(m.keys() == USUAL and m["content"] is not None for m in messages)
+            options = {"add_generation_prompt": add_generation_prompt, **self.kwargs, **kwargs}
+            with time_limit(RENDERING, "rendering"):
+                if self.reads_clock:
+                    set_clock(self.tokenizer.get_chat_template(None, listed), self.today)
+                if plain:
+                    # The same text as from apply_chat_template, which converts values that plain messages do not have,
+                    # and takes three times as long.
+                    arguments = {**self._special_tokens, **options}
+                    return str(self._compiled.render(messages=list(messages), tools=None, documents=None, **arguments))
+                text = self.tokenizer.apply_chat_template(list(messages), tools=listed, tokenize=False, **options)
+            return str(text)
         except Exception as error:  # expressions of a template can raise anything
             raise UserError(
                 f"the chat template cannot render these messages: {type(error).__name__}: {error}"

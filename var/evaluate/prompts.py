@@ -1,22 +1,26 @@
 """The prompts of an evaluation: distinct ones of one or more data sets, with the subset of each."""
 
+import importlib
+import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from var.config.schema import pick_fields
-from var.data.read import read
+from var.data.read import Source, read
 from var.data.row import normalize
 from var.data.rows import Rows, concatenate
 from var.data.settings import DataSettings
 from var.data.split import split
 from var.utils.console import say, warn
-from var.utils.errors import Problems, brief
+from var.utils.errors import Problems, UserError, brief
 
 
 @dataclass(frozen=True)
@@ -64,14 +68,13 @@ def read_prompts(cfg: DictConfig, cache: Path) -> Prompts:
     )
 
 
-def warn_of_trained_prompts(prompts: Prompts, config: Path, cache: Path) -> None:
-    """Warn if prompts are also training prompts of the run with this config.yaml, but for case and spaces."""
-    if not config.exists():
+def warn_of_trained_prompts(prompts: Prompts, trained: Mapping[str, Any], cache: Path) -> None:
+    """Warn if prompts are also training prompts of the run with this configuration, but for case and spaces."""
+    if not trained["data"]:
         return
-    trained = OmegaConf.select(OmegaConf.load(config), "data")
     try:
-        settings = DataSettings(**pick_fields(DataSettings, trained))
-        rows = read(instantiate(trained.source), cache).head(settings.limit)
+        settings = DataSettings(**pick_fields(DataSettings, OmegaConf.create(trained["data"])))
+        rows = read(_build_source(trained["data"]["source"]), cache).head(settings.limit)
         rows = split(rows, settings)[2]
     except Exception as error:  # of another version's configuration, or of data that has moved
         say(f"Not compared with the run's training prompts, which cannot be read: {brief(error)}")
@@ -83,6 +86,17 @@ def warn_of_trained_prompts(prompts: Prompts, config: Path, cache: Path) -> None
             f"{len(shared)} of {len(texts)} prompts are also training prompts of this run, but for case and spaces. "
             "held_out=true evaluates only the validation split."
         )
+
+
+def _build_source(config: Mapping[str, Any]) -> Source:
+    """Build a data source of this package. A run's folder may come from a stranger, and could name any function."""
+    name = str(config["_target_"])
+    module, _, kind = name.rpartition(".")
+    found = getattr(importlib.import_module(module), kind) if re.fullmatch(r"var\.data\.sources\.\w+", module) else None
+    if not (isinstance(found, type) and found.__module__ == module and hasattr(found, "records")):
+        raise UserError(f"{name} is not a data source of this package")
+    source: Source = found(**{key: value for key, value in config.items() if key != "_target_"})
+    return source
 
 
 def draw_prompts(rows: Rows, labels: np.ndarray, prompts: int | None, seed: int) -> np.ndarray:

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from var.annotate.annotator import Annotator
 from var.annotate.cache import AnnotationCache
 from var.annotate.responses import sampling_fingerprint
 from var.config.check import EVAL, check
+from var.config.run_files import read_run_config
 from var.config.schema import pick_fields, to_dict
 from var.data.clock import fix_today
 from var.data.read import read
@@ -102,8 +103,8 @@ class Evaluation:
         self.model.annotator.check_folders(out=Path(self.cfg.out).expanduser())
         self.prompts  # noqa: B018  errors of rows come before the models' files are read
         if self.cfg.init:
-            config = Path(self.model.model.pretrained.path) / "config.yaml"
-            warn_of_trained_prompts(self.prompts, config, self.model.annotator.cache)
+            trained = read_run_config(Path(self.model.model.pretrained.path))
+            warn_of_trained_prompts(self.prompts, trained, self.model.annotator.cache)
         chats = [candidate.annotator.chat for candidate in self.candidates]
         for candidate in self.candidates:
             candidate.annotator.check()
@@ -279,16 +280,15 @@ def locate_models(cfg: DictConfig) -> tuple[Pretrained, Pretrained | None]:
     model, reference = base, None
     if cfg.init:
         path = find_model(cfg.init)
-        config = path / "config.yaml"
-        trained: Any = OmegaConf.to_container(OmegaConf.load(config)) if config.exists() else {}
-        reference = base = use_prompts_of(trained.get("model", {}), base)
-        model = replace(base, path=str(path), revision=None, chat_template=None)
+        trained = read_run_config(path)
+        reference = base = use_prompts_of(trained["model"], base)
+        model = base.at(str(path), chat_template=None)
         if cfg.reference == "auto" and (parent := trained.get("init")):
-            reference = replace(model, path=str(find_model(parent)))
+            reference = model.at(str(find_model(parent)))
     if cfg.reference is None:
         return model, None
     if cfg.reference != "auto":
-        reference = replace(model, path=str(find_model(cfg.reference, "reference")), revision=None)
+        reference = model.at(str(find_model(cfg.reference, "reference")))
     return model, reference
 
 

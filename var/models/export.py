@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from var.data.chat import Chat
 from var.models.card import write_card
 from var.models.lora import HEAD, has_adapter
+from var.models.structure import open_weights
 from var.utils.console import warn
-from var.utils.errors import brief
+from var.utils.errors import UserError, brief
+from var.utils.files import name_partial, remove, remove_partials, synchronize, synchronize_folder
 
 
 def export(
@@ -23,10 +24,10 @@ def export(
 ) -> None:
     """Write the model, or only its adapter if it has one, with tokenizer, chat template and model card.
 
-    The files replace those of an earlier export. state is the gathered state of a sharded model.
+    The files are synced, and replace those of an earlier export. state is the gathered state of a sharded model.
     """
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    remove_partials(folder)
+    partial = name_partial(folder)
     if has_adapter(model):
         save_adapter(model, partial, state)
     else:
@@ -40,19 +41,22 @@ def export(
         model.config._attn_implementation = attention
     chat.tokenizer.save_pretrained(partial)
     write_card(partial, card, folder)
-    if folder.exists():
-        shutil.rmtree(folder)
+    synchronize(partial)
+    remove(folder)
     partial.replace(folder)
+    synchronize_folder(folder.parent)
 
 
 def read_dtype(folder: Path) -> torch.dtype:
     """Return the floating-point dtype of most weights in the files of a folder."""
     sizes = Counter[str]()
     for file in folder.glob("*.safetensors"):
-        with safe_open(file, "pt") as weights:
+        with open_weights(file) as weights:
             for name in weights.keys():  # noqa: SIM118  it is not a mapping
                 weight = weights.get_slice(name)
                 sizes[weight.get_dtype()] += math.prod(weight.get_shape())
+    if not sizes:
+        raise UserError(f"{folder}: its .safetensors files have no weights. Restore them.")
     kinds = {"F64": torch.float64, "F16": torch.float16, "BF16": torch.bfloat16}
     return kinds.get(sizes.most_common(1)[0][0], torch.float32)
 

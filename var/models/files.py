@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -11,7 +12,11 @@ from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from var.config.run_files import read_mapping
 from var.models.gguf import PACKAGED, unpack
+from var.models.structure import INDEX, read_index
 from var.utils.errors import UserError, brief
 from var.utils.files import atomic
 from var.utils.hub import download_license, explain_failure, read_license
@@ -30,7 +35,7 @@ class ModelFiles:
         path: Hub id, or a folder with a model or an adapter.
         key: The setting that `path` comes from, for messages.
         revision: Commit or tag of the hub; None is the newest.
-        trust_remote_code: Whether code in the model's repository may run.
+        trust_remote_code: Whether code in the repository or the folder `path` may run.
         cache: Folder for unpacked models and for hashes of weights.
     """
 
@@ -148,25 +153,34 @@ class ModelFiles:
             raise explain_failure(error, self.typed, self.path, advice) from error
 
     def hash_files(self, config: str, pattern: str) -> str:
-        """Hash the folder's files, or read the hash from the cache if their names, sizes and times are unchanged."""
+        """Hash the folder's files, or read the hash from a note in the cache if the files are unchanged.
+
+        Times of modification alone do not show a change: rsync -t and cp -p keep them. The inode and the time of the
+        inode's last change cannot be set.
+        """
         folder = self.config_folder
         if not self._is_complete:
             return self._combine(self._list_checksums(pattern), config)
         files = sorted(file for file in folder.glob(pattern) if not file.name.startswith("consolidated"))
         if not files:
             raise UserError(f"{self.key}={folder}: it has no .safetensors file, and pickled weights are not read.")
-        stats = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in [*files, folder / config]]
-        stamp = hashlib.sha256(json.dumps([str(folder.resolve()), stats]).encode()).hexdigest()[:32]
+        stats = [[f.name, *_identify(f.stat())] for f in [*files, folder / config]]
+        stamp = _digest(json.dumps([str(folder.resolve()), stats]))
         note = Path(self.cache) / "hashes" / stamp
-        if not note.exists():
+        found = ""
+        with suppress(OSError, ValueError):  # a note that is missing or cannot be read
+            found = note.read_text()
+        fingerprint = found[:32]
+        if found != fingerprint + _digest(stamp + fingerprint):  # also if a digit of the note is another one
             checksums = []
             for f in files:
                 with f.open("rb") as data:
                     checksums.append(hashlib.file_digest(data, "sha256").digest())
+            fingerprint = self._combine(checksums, config)
             note.parent.mkdir(parents=True, exist_ok=True)
-            with atomic(note, shared=True) as file:  # an empty file would be the hash of all models
-                file.write(self._combine(checksums, config))
-        return note.read_text()
+            with atomic(note, shared=True) as file:
+                file.write(fingerprint + _digest(stamp + fingerprint))
+        return fingerprint
 
     def _list_checksums(self, pattern: str) -> list[bytes]:
         """Return the SHA-256 of each file with weights, from the hub's list of files."""
@@ -182,7 +196,7 @@ class ModelFiles:
         return [bytes.fromhex(lfs.sha256) for _, lfs in sorted(found.items()) if lfs]  # the hub has LFS for large files
 
     def _combine(self, checksums: list[bytes], config: str) -> str:
-        return hashlib.sha256(b"".join([*checksums, (self.config_folder / config).read_bytes()])).hexdigest()[:32]
+        return _digest(b"".join([*checksums, (self.config_folder / config).read_bytes()]))
 
     def download_config(self) -> Path | None:
         """Download config.json alone and return its folder; None if the repository has none, as that of an adapter."""
@@ -205,29 +219,42 @@ class ModelFiles:
         """
         try:
             yield
-        except (ValueError, OSError) as error:
+        except Exception as error:  # also of tokenizers and of the checks of a config, which have types of their own
             if isinstance(error, UserError):
                 raise
             if "trust_remote_code" in str(error):
                 raise UserError(
-                    f"{self.path} contains its own code, which runs only with model.trust_remote_code=true. The code "
-                    "of a reward model never runs."
+                    f"{self.path} contains its own code, which runs only if this is model.path, with "
+                    "model.trust_remote_code=true. The code of init, reference, the base of an adapter and a reward "
+                    "model never runs."
                 ) from error
             if "does not recognize this architecture" in str(error):
                 raise UserError(
                     f"{self.typed}: this version of transformers does not know the model's architecture. Update it: "
                     "pip install -U transformers."
                 ) from error
-            if what == "weights":
+            if what == "weights" and not isinstance(error, OSError | SafetensorError):
                 raise
+            if what == "weights" and not has_weights(self.config_folder):
+                raise UserError(
+                    f"{self.typed}: it has no .safetensors file, and pickled weights are not read."
+                ) from error
             raise UserError(f"{self.typed}: its {what} cannot be read ({brief(error)}). Restore this file.") from error
+
+
+def _identify(stat: os.stat_result) -> tuple[int, ...]:
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
+
+
+def _digest(content: str | bytes) -> str:
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()[:32]
 
 
 def has_weights(folder: Path) -> bool:
     """Return whether a folder has weights: all files that its index lists, or any if it has no index."""
-    if not (index := folder / "model.safetensors.index.json").exists():
+    if not (index := folder / INDEX).exists():
         return any(folder.glob("*.safetensors"))
-    return all((folder / name).exists() for name in set(json.loads(index.read_text())["weight_map"].values()))
+    return all((folder / name).exists() for name in set(read_index(index).values()))
 
 
 def find_model(run: str, key: str = "init") -> Path:
@@ -239,12 +266,12 @@ def find_model(run: str, key: str = "init") -> Path:
         raise UserError(f"{key} is empty (unset shell variable?). Use {key}=null for none.")
     for folder in (Path(run).expanduser() / "model", Path(run).expanduser()):
         if (folder / ADAPTER).exists():
-            if json.loads((folder / ADAPTER).read_text()).get("task_type") == "SEQ_CLS":
+            if read_mapping(folder / ADAPTER).get("task_type") == "SEQ_CLS":
                 raise UserError(f"{key}={run} is the adapter of a reward model. Use that of a language model.")
             return folder
         if (folder / "config.json").exists():
-            kind = (json.loads((folder / "config.json").read_text()).get("architectures") or [""])[0]
-            if kind.endswith("ForSequenceClassification"):
+            kinds = read_mapping(folder / "config.json").get("architectures") or [""]
+            if str(kinds[0] if isinstance(kinds, list) else kinds).endswith("ForSequenceClassification"):
                 raise UserError(
                     f"{key}={run} is a reward model. To score with it, use reward=classifier reward.path={folder}."
                 )

@@ -2,7 +2,6 @@
 
 import importlib.util
 import shutil
-import uuid
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +9,7 @@ import torch
 
 from var.models.export import save_model
 from var.utils.extras import import_extra
+from var.utils.files import name_partial, synchronize
 
 
 class Package(NamedTuple):
@@ -50,9 +50,10 @@ def unpack(package: str, target: Path) -> Path:
     if hasattr(transformers, "GgufConfig"):  # from 5.17 on; earlier versions cannot keep the weights quantized
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
-    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
+    partial = name_partial(target)
     save_model(model, partial)
     transformers.AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(partial)
+    synchronize(partial)  # before the file that marks it as complete
     (partial / "done").touch()
     try:
         partial.replace(target)

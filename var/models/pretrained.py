@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.util
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -12,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from var.config.run_files import read_mapping
 from var.data.chat import Chat
 from var.data.clock import read_date
 from var.models.checks import check_decoder, check_vocabulary, is_classifier
@@ -79,6 +79,10 @@ class Pretrained(ModelFiles):
         half = half or self.dtype == "bfloat16"
         return replace(self, attention="varlen" if gpu and half else "packed") if self.attention == "auto" else self
 
+    def at(self, path: str, **changes: Any) -> "Pretrained":
+        """Return the model elsewhere, with changed fields. Code there never runs: `trust_remote_code` is of `path`."""
+        return replace(self, **{"path": path, "revision": None, "trust_remote_code": False, **changes})
+
     @property
     def kernel(self) -> str:
         """The attention implementation, which is never `auto`."""
@@ -92,7 +96,7 @@ class Pretrained(ModelFiles):
             return None
         if importlib.util.find_spec("peft") is None:
             raise UserError(f"{folder} is an adapter, which needs an extra: pip install -e '.[adapters]'")
-        config = json.loads((folder / ADAPTER).read_text())
+        config = read_mapping(folder / ADAPTER)
         if config.get("peft_type") != "LORA":
             raise UserError(
                 f"{folder} is an adapter of type {config.get('peft_type')}, and only LORA is supported. Merge it "
@@ -104,7 +108,7 @@ class Pretrained(ModelFiles):
                 f"{folder / ADAPTER}: base_model_name_or_path={name!r} is not a folder on this machine. "
                 "Set it to the folder of the base or to its name on the hub."
             )
-        return replace(self, path=name, revision=config.get("revision"), key=str(folder / ADAPTER))
+        return self.at(name, revision=config.get("revision"), key=str(folder / ADAPTER))
 
     @property
     def origin(self) -> str:
@@ -188,7 +192,7 @@ class Pretrained(ModelFiles):
     def _read_end_tokens(self) -> dict[str, Any]:
         """Return the end tokens that the model's files name: an id, a list of ids or None."""
         file = (self.base or self).config_folder / "generation_config.json"
-        generation = json.loads(file.read_text()) if file.exists() else {}
+        generation = read_mapping(file) if file.exists() else {}
         return {"generation_config.json": generation.get("eos_token_id"), "config.json": self.config.eos_token_id}
 
     def load(self) -> Any:

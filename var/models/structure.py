@@ -1,15 +1,15 @@
 """The parts of a transformers model: blocks, head, positions, tied weights, and the names of weights in files."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-from var.utils.errors import UserError
+from var.config.run_files import read_mapping
+from var.utils.errors import UserError, brief
 
 INDEX = "model.safetensors.index.json"  # lists the weights of a model in several files
 
@@ -45,6 +45,22 @@ def blocks(model: Any) -> Iterator[torch.nn.Module]:
     return (module for module in model.modules() if type(module).__name__ in names)
 
 
+def read_index(path: Path) -> dict[str, str]:
+    """Return the file of each weight, from the index of a model. Raise UserError if it is damaged."""
+    names = read_mapping(path).get("weight_map")
+    if not (isinstance(names, dict) and all(isinstance(name, str) for name in names.values())):
+        raise UserError(f"{path}: expected weight_map, from names of weights to names of files. Restore this file.")
+    return names
+
+
+def open_weights(file: Path) -> Any:
+    """Open a .safetensors file, without reading its weights. Raise UserError if it is damaged."""
+    try:
+        return safe_open(file, "pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: is damaged, or not a .safetensors file ({brief(error)}). Restore it.") from error
+
+
 def read_weight_shapes(folder: Path, adapter: bool = False) -> Shapes | None:
     """Return the weights in the files of a folder by name; None if the files are not on this machine.
 
@@ -53,11 +69,11 @@ def read_weight_shapes(folder: Path, adapter: bool = False) -> Shapes | None:
     """
     shapes: Shapes = {}
     for file in folder.glob("adapter_model.safetensors" if adapter else "*.safetensors"):
-        with safe_open(file, "pt") as weights:
+        with open_weights(file) as weights:
             for name in weights.keys():  # noqa: SIM118  it is not a mapping
                 shapes[name.removeprefix("base_model.model.")] = tuple(weights.get_slice(name).get_shape())
     if not shapes and not adapter and (folder / INDEX).exists():
-        return dict.fromkeys(json.loads((folder / INDEX).read_text())["weight_map"])
+        return dict.fromkeys(read_index(folder / INDEX))
     return shapes or None
 
 
@@ -66,7 +82,7 @@ def check_saved_parts(folder: Path, model: Any) -> None:
 
     peft would keep that part of the base in silence.
     """
-    config = json.loads((folder / "adapter_config.json").read_text())
+    config = read_mapping(folder / "adapter_config.json")
     names = read_weight_shapes(folder, adapter=True) or {}
     for part in config.get("modules_to_save") or ():
         present = [name for name, _ in model.named_modules() if f".{name}".endswith(f".{part}")]

@@ -4,24 +4,31 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import BadZipFile, ZipFile
 from zlib import error as ZlibError
 
 import numpy as np
 import pandas as pd
-import yaml
 
 from var.config.run_dir import DEVICES, ELSEWHERE
+from var.config.run_files import TABLE_LIMIT, check_size, read_json, read_yaml
 from var.utils.files import replace_surrogates
 from var.utils.statistics import Estimate
 
-YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster than yaml.safe_load
 UNFINISHED = {".hydra", "metrics.csv", "checkpoints", "plan.npz"}  # a run writes these before its summary
-UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)  # what a damaged file may raise
+UNREADABLE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+)  # what a damaged file may raise
 RENAMED = {  # earlier names in summary.json and metrics.csv; both the earlier and the present name are read
     "cut": "truncated",
     "groups without signal": "zero_variance_groups",
@@ -96,7 +103,7 @@ class RunRecord:
     @classmethod
     def read(cls, folder: Path) -> "RunRecord":
         """Read summary.json. Raises an error of UNREADABLE if it is not the summary of a run."""
-        summary = read_json(folder / "summary.json")
+        summary = read_record(folder / "summary.json")
         settings = {key: value for key, value in flatten(summary["config"]) if affects_result(key)}
         if summary.get("changes"):  # such a run is not one of several that differ in seeds only
             settings["changes"] = json.dumps(summary["changes"], sort_keys=True)
@@ -123,8 +130,8 @@ class RunRecord:
     def overrides(self) -> list[str]:
         """The command-line overrides that affect the results, without seeds."""
         try:
-            lines = YAML_LOADER((self.folder / ".hydra" / "overrides.yaml").read_text()).get_single_data() or []
-        except (OSError, ValueError, yaml.YAMLError):
+            lines = read_yaml(self.folder / ".hydra" / "overrides.yaml")
+        except (OSError, ValueError):
             return []
         if not isinstance(lines, list):
             return []
@@ -134,8 +141,8 @@ class RunRecord:
     @cached_property
     def curves(self) -> dict[str, pd.Series]:
         """The finite values of each metric in metrics.csv, indexed by step. Damaged values are skipped."""
-        path = self.folder / "metrics.csv"
         try:
+            path = check_size(self.folder / "metrics.csv", TABLE_LIMIT)
             logged = pd.read_csv(path, index_col=False, float_precision="round_trip", on_bad_lines="skip")
             logged = logged.apply(pd.to_numeric, errors="coerce").replace([np.inf, -np.inf], np.nan)
             by_step = logged.groupby("step").last().rename(columns=RENAMED)
@@ -162,7 +169,11 @@ class RunRecord:
         the training row of each sequence; weight [n] its weight, if the loss has weights.
         """
         try:
-            with np.load(self.folder / "plan.npz") as file:
+            path = check_size(self.folder / "plan.npz", TABLE_LIMIT)
+            with ZipFile(path) as archive:
+                if sum(part.file_size for part in archive.infolist()) > TABLE_LIMIT:
+                    raise ValueError("it is too large when it is decompressed")
+            with np.load(path) as file:
                 return dict(file)
         except (*UNREADABLE, EOFError, BadZipFile, ZlibError):
             return {}
@@ -185,23 +196,19 @@ def read_measures(summary: Mapping[str, Any]) -> dict[str, Estimate]:
     return drop_missing(measures | {f"seconds {stage}": Estimate.from_json(spent) for stage, spent in seconds.items()})
 
 
-def read_json(path: Path) -> Any:
+def read_record(path: Path) -> Any:
     """Read JSON, replace characters that UTF-8 cannot encode, and rename earlier names."""
-    text = replace_surrogates(json.dumps(json.loads(path.read_text()), ensure_ascii=False))
+    text = replace_surrogates(json.dumps(read_json(path), ensure_ascii=False))
     return json.loads(text, object_hook=lambda pairs: {RENAMED.get(key, key): value for key, value in pairs.items()})
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of a JSON-lines file up to the first damaged line; none if the file is missing."""
-    if path.exists():
-        with path.open(errors="replace") as file:
-            for line in file:
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    return
-                if isinstance(record, dict):
-                    yield record
+    """Yield the records of a JSON-lines file up to the first damaged line; none if it is missing or too large."""
+    with suppress(OSError, ValueError, RecursionError), check_size(path, TABLE_LIMIT).open(errors="replace") as file:
+        for line in file:
+            record = json.loads(line)
+            if isinstance(record, dict):
+                yield record
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,7 +222,7 @@ class EvaluationRecord:
     @classmethod
     def read(cls, folder: Path) -> "EvaluationRecord":
         """Read result.json. Raises an error of UNREADABLE if it is not a result of eval.py."""
-        result = read_json(folder / "result.json")
+        result = read_record(folder / "result.json")
         verdicts = {**(look_up(result, "win_rates.subsets") or {}), "all": look_up(result, "win_rates.all")}
         gains = look_up(result, "against_reference.reward") or {}
         parts = {}
@@ -272,7 +279,7 @@ class Found:
 
 def read_tables(folder: Path) -> dict[str, Any]:
     """Read tables.json. Raises an error of UNREADABLE if experiments.tabular did not write it."""
-    tables: dict[str, Any] = read_json(folder / "tables.json")
+    tables: dict[str, Any] = read_record(folder / "tables.json")
     for record in tables.get("partition", ()):
         record["world"], record["estimator"], record["size"], record["relative_variance"]
     return tables

@@ -24,6 +24,7 @@ PER_PROMPT = {  # the measures that samples.jsonl has for each prompt: when, and
     "length before": ("before", "lengths"), "length after": ("after", "lengths"),
 }  # fmt: skip
 WIDEST = 240  # characters of a Markdown cell; a chat template has thousands
+FORMULA = ("=", "+", "-", "@", "\t", "\n")  # what a formula begins with in a spreadsheet, or what hides it
 LATEX = str.maketrans({
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
@@ -53,17 +54,22 @@ def to_markdown(table: pd.DataFrame, code: bool = True) -> str:
 
     def shorten(text: str) -> str:
         text = " ".join(text.split())
-        return (text if len(text) <= WIDEST else f"{text[:WIDEST]}…").replace("|", "\\|")
+        return text if len(text) <= WIDEST else f"{text[:WIDEST]}…"
 
     def escape(text: str) -> str:
-        return shorten(text).replace("<", "\\<")  # HTML in data stays text
+        return escape_markdown(shorten(text), "\\`[]<|")
 
     def quote(text: str) -> str:
-        return f"`{shorten(text).replace('`', chr(39))}`" if code else escape(text)
+        return f"`{shorten(text).replace('`', chr(39))}`".replace("|", "\\|") if code else escape(text)
 
     rows = _format_rows(table, quote, lambda *cell: escape(format_cell(*cell)))
     head = [[escape(column) for column in table.columns], ["---", *["---:"] * (len(table.columns) - 1)]]
     return "\n".join(f"| {' | '.join(row)} |" for row in [*head, *rows])
+
+
+def escape_markdown(text: str, characters: str = "\\`*_[]<>|") -> str:
+    """Return a text whose HTML, links and images stay text. A page that shows an image contacts the image's server."""
+    return "".join(f"\\{character}" if character in characters else character for character in text)
 
 
 def to_latex(table: pd.DataFrame, code: bool = True) -> str:
@@ -84,10 +90,22 @@ def to_latex(table: pd.DataFrame, code: bool = True) -> str:
 
 
 def to_csv(table: pd.DataFrame) -> str:
-    """Return the unrounded numbers as CSV. The standard errors of a column follow it in a column of their own."""
+    """Return the unrounded numbers as CSV. The standard errors of a column follow it in a column of their own.
+
+    Text that a spreadsheet would take for a formula begins with an apostrophe.
+    """
+
+    def show(cell: Any) -> Any:
+        if isinstance(cell, Estimate):
+            return cell.mean
+        if isinstance(cell, str):
+            cell = cell.replace("\r", " ")  # which the writer would not quote
+            return f"'{cell}" if cell.startswith(FORMULA) else cell
+        return cell
+
     columns = []
-    for name, cells in table.items():
-        means = [cell.mean if isinstance(cell, Estimate) else cell for cell in cells]
+    for name, cells in ((show(name), cells) for name, cells in table.items()):
+        means = [show(cell) for cell in cells]
         errors = [cell.se if isinstance(cell, Estimate) else None for cell in cells]
         columns.append(pd.Series(means, name=name, dtype=object))
         if any(error is not None for error in errors):

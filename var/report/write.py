@@ -131,7 +131,7 @@ def _name(error: Exception) -> str:
 
 def _escape(text: str) -> str:
     """Return a text on one line, without Markdown markup."""
-    return "".join(f"\\{character}" if character in "\\`*_[]<>|" else character for character in " ".join(text.split()))
+    return tables.escape_markdown(" ".join(text.split()))
 
 
 def _write(path: Path, content: str) -> None:

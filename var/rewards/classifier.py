@@ -1,7 +1,6 @@
 """A Hugging Face sequence classifier as reward model, such as OffsetBias-RM."""
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,9 +9,11 @@ from typing import Any
 
 import torch
 
+from var.config.run_files import read_mapping
 from var.data.clock import read_date
 from var.data.messages import Message, Prompt
-from var.data.template import Template, hash_tokenizer, read_template
+from var.data.template import Template, hash_tokenizer
+from var.data.template_file import read_template
 from var.models.attention import list_lengths
 from var.models.checks import check_vocabulary
 from var.models.files import ADAPTER
@@ -96,7 +97,7 @@ class Classifier:
         """The configuration of the model. Raise a `UserError` if it is not a classifier with one label."""
         files = self._files
         if files.base is not None:
-            kind = json.loads((files.config_folder / ADAPTER).read_text()).get("task_type")
+            kind = read_mapping(files.config_folder / ADAPTER).get("task_type")
             if kind != "SEQ_CLS":
                 raise UserError(f"{self._typed}: expected an adapter of a reward model (task_type SEQ_CLS), got {kind}")
             return files.config  # loading checks the shape of the head

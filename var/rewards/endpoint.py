@@ -8,11 +8,13 @@ from typing import Any, Literal
 
 from var.data.clock import CLOCK, read_date, set_clock
 from var.data.messages import Message, render_message
+from var.data.template import RENDERING
 from var.rewards.base import Answers, Prompts
 from var.rewards.numbers import READER_VERSION, find_last_number
 from var.utils.errors import Problems, UserError
 from var.utils.http_client import Client, Failure
 from var.utils.reasoning import UnfinishedReasoning, strip_reasoning
+from var.utils.time_limit import time_limit
 
 PATHS = {"query": "", "pooling": "/pooling", "classify": "/classify"}
 
@@ -93,11 +95,12 @@ class Endpoint:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            set_clock(self.chat_template, self._today)
-            rendered = render_jinja_template(
-                conversations=[list(messages)], chat_template=self.chat_template,
-                add_generation_prompt=add_generation_prompt, bos_token="", eos_token="",
-            )  # fmt: skip
+            with time_limit(RENDERING, "rendering"):
+                set_clock(self.chat_template, self._today)
+                rendered = render_jinja_template(
+                    conversations=[list(messages)], chat_template=self.chat_template,
+                    add_generation_prompt=add_generation_prompt, bos_token="", eos_token="",
+                )  # fmt: skip
         except Exception as error:  # expressions of a template can raise anything
             raise UserError(f"{self.key}.chat_template: {type(error).__name__}: {error}") from error
         return str(rendered[0][0])

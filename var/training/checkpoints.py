@@ -3,12 +3,11 @@
 Lightning's own checkpoint callback is not used: it can leave no complete checkpoint when a run is killed while saving.
 """
 
-import enum
-import os
-import pickle
+import hashlib
 import shutil
 import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,18 +19,23 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loops.fit_loop import _FitLoop
 
 from var.training.optim import state_size
-from var.utils.errors import UserError
-from var.utils.files import remove
+from var.training.sharded import PLAIN, read_metadata
+from var.utils.console import say, warn
+from var.utils.errors import UserError, brief
+from var.utils.files import atomic, name_partial, remove, synchronize, synchronize_folder
 from var.utils.signals import handle_signals, leave
+
+CHECKSUMS = ".sha256"  # the suffix of the file next to a checkpoint
 
 
 class Checkpoints(Callback):
     """Writes checkpoints/step-N.ckpt every n optimizer steps, at the end of training, and on SIGTERM or SIGUSR1.
 
-    A checkpoint is written under another name, synced and renamed. So at any time there is a complete one. Only the
-    newest is kept, and last.ckpt links to it. On a signal, training ends after the current optimizer step, or at once
-    between steps; several ranks agree on it at the end of the next step. The exit status is 128 plus the signal, and
-    the same command resumes. Before and after training there is nothing to save, and `leave` ends the process at once.
+    A checkpoint is written under another name, synced and renamed. So at any time there is a complete one. The newest
+    two are kept, each with its checksums in step-N.sha256, and last.ckpt links to the newest. On a signal, training
+    ends after the current optimizer step, or at once between steps; several ranks agree on it at the end of the next
+    step. The exit status is 128 plus the signal, and the same command resumes. Before and after training there is
+    nothing to save, and `leave` ends the process at once.
     """
 
     def __init__(self, folder: Path, every_n_steps: int) -> None:
@@ -45,11 +49,13 @@ class Checkpoints(Callback):
         trainer.fit_loop.__class__ = FitLoop
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        """Remove all but the newest checkpoint, and install the signal handlers."""
+        """Remove checkpoints of later steps, which are damaged or of another run, and install the signal handlers."""
         self._step = trainer.global_step
         if trainer.is_global_zero:
-            for old in checkpoints(self.folder)[:-1]:
-                remove(old)
+            for path in checkpoints(self.folder):
+                if step_of(path) > self._step:
+                    _remove(path)
+            self._keep(2)
 
         def handle(number: int, _: FrameType | None) -> None:
             self._signal = number
@@ -76,6 +82,8 @@ class Checkpoints(Callback):
 
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Let signals end the process at once, since everything is saved."""
+        if trainer.is_global_zero:
+            self._make_room()  # for the exported model
         handle_signals(leave)
         if self._signal is not None:  # while the last step was saved
             self._leave(trainer)
@@ -88,25 +96,29 @@ class Checkpoints(Callback):
     def save(self, trainer: lightning.Trainer) -> None:
         """Save the state between two steps. All ranks must call it."""
         path = self.folder / f"step-{trainer.global_step}.ckpt"
-        partial = path.with_suffix(".partial")
+        partial = Path(trainer.strategy.broadcast(str(name_partial(path))))
         if path.exists():
             return
         if trainer.is_global_zero:
             for old in self.folder.glob("*.partial"):
                 remove(old)
+            self._make_room()
         trainer.strategy.barrier("checkpoint")
         try:
             trainer.save_checkpoint(partial)
             if trainer.is_global_zero:
+                with atomic(path.with_suffix(CHECKSUMS)) as file:
+                    file.write(list_checksums(partial, path.name))
                 synchronize(partial)
                 partial.replace(path)
-                link = self.folder / "last.partial"
+                link = name_partial(self.folder / "last.ckpt")
                 link.symlink_to(path.name)
                 link.replace(self.folder / "last.ckpt")
-                for old in checkpoints(self.folder)[:-1]:
-                    remove(old)
+                synchronize_folder(self.folder)
+                self._keep(2)
         except OSError as error:
             remove(partial)
+            self._keep(1)  # so that the next attempt has more room
             kept = checkpoints(self.folder)
             raise UserError(
                 f"the checkpoint of step {trainer.global_step} cannot be written: {error.strerror} at {self.folder}. "
@@ -114,6 +126,20 @@ class Checkpoints(Callback):
                 + "Free disk space and run the same command to resume."
             ) from error
         trainer.strategy.barrier("checkpoint")
+
+    def _make_room(self) -> None:
+        """Keep only the newest checkpoint if the disk has no space for as much again."""
+        found = checkpoints(self.folder)
+        if found and free_bytes(self.folder) < sum(file.stat().st_size for file in _files(found[-1])):
+            self._keep(1)
+
+    def _keep(self, count: int) -> None:
+        """Remove all but the newest checkpoints, and checksums without a checkpoint."""
+        for old in checkpoints(self.folder)[:-count]:
+            _remove(old)
+        for sums in self.folder.glob(f"step-*{CHECKSUMS}"):
+            if not sums.with_suffix(".ckpt").exists():
+                remove(sums)
 
 
 class DirectCheckpointIO(TorchCheckpointIO):
@@ -149,49 +175,74 @@ def rescale_progress(loops: dict[str, Any], convert: Callable[[int], int]) -> No
         progress["completed"] = progress["processed"] - behind
 
 
+def find_checkpoint(folder: Path) -> tuple[Path | None, dict[str, Any]]:
+    """Return the newest checkpoint in a folder that is not damaged, and what `read_checkpoint` returns of it.
+
+    Print a warning for each newer one. If the folder has no checkpoint, return None and an empty dictionary. Raise
+    UserError if all are damaged.
+    """
+    problems = list[str]()
+    for path in reversed(checkpoints(folder)):
+        try:
+            content = read_checkpoint(path)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        for problem in problems:
+            warn(f"{problem} The run resumes from {path.name} instead.")
+        say(f"Resuming from {path.resolve()}")
+        return path, content
+    if problems:
+        raise UserError(f"{problems[0]} There is no other checkpoint. Use resume=false to start a new run.")
+    return None, {}
+
+
 def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
     """Return the contents of a checkpoint, with its tensors on the meta device.
 
     Raise UserError if it is damaged or a pickle of anything but tensors and plain values. Nothing that it names is run.
-    torch would unpickle the `.metadata` of a sharded checkpoint without a check.
+    A checkpoint without checksums, as earlier versions wrote it, is accepted.
     """
     if (last := checkpoint / "checkpoints" / "last.ckpt").exists():
         raise UserError(f"resume={checkpoint} is the folder of a run. Write resume={last}.")
+    real = checkpoint.resolve()
     try:
+        if (sums := real.with_suffix(CHECKSUMS)).exists() and sums.read_text() != list_checksums(real, real.name):
+            raise ValueError(f"its checksums differ from {sums.name}")
         if checkpoint.is_dir():
-            with (checkpoint / ".metadata").open("rb") as file:
-                Metadata(file).load()
-        plain = checkpoint / "meta.pt" if checkpoint.is_dir() else checkpoint  # what Lightning does not shard
+            read_metadata(checkpoint)
+        plain = checkpoint / PLAIN if checkpoint.is_dir() else checkpoint
         content: dict[str, Any] = torch.load(plain, map_location="meta", weights_only=True)
         content["loops"], content["global_step"]
     except Exception as error:  # torch and pickle raise many kinds
         raise UserError(
             f"resume={checkpoint} is not a checkpoint of a run: it is damaged, or a pickle that names objects other "
-            "than tensors and plain values. No code in it was executed."
+            f"than tensors and plain values ({brief(error)}). No code in it was executed."
         ) from error
     return content
 
 
-class Metadata(pickle.Unpickler):
-    """Reads what torch.distributed.checkpoint writes, and rejects everything else."""
+def list_checksums(checkpoint: Path, name: str) -> str:
+    """Return the SHA-256 of each file of a checkpoint, as sha256sum writes them. name: of the complete checkpoint."""
 
-    def find_class(self, module: str, name: str) -> Any:
-        """Return the class, if it is one that torch.distributed.checkpoint writes."""
-        plain = {("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch", "Size"),
-                 ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath")}  # fmt: skip
-        if (module, name) == ("builtins", "getattr"):
-            return _get_member
-        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if not (dtype or (module, name) in plain or module == "torch.distributed.checkpoint.metadata"):
-            raise pickle.UnpicklingError(f"{module}.{name}")
-        return super().find_class(module, name)
+    def hash_file(file: Path) -> str:
+        with file.open("rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
+
+    files = _files(checkpoint)
+    with ThreadPoolExecutor(4) as pool:
+        hashes = pool.map(hash_file, files)
+    names = [(Path(name) / file.relative_to(checkpoint)).as_posix() for file in files]
+    return "".join(f"{found}  {path}\n" for found, path in zip(hashes, names, strict=True))
 
 
-def _get_member(kind: Any, name: str) -> enum.Enum:
-    """Return a member of an enumeration, as which some versions of Python 3.11 pickle it: getattr(class, name)."""
-    if not (isinstance(kind, enum.EnumType) and isinstance(name, str) and name in kind.__members__):
-        raise pickle.UnpicklingError("builtins.getattr")
-    return kind[name]
+def _files(checkpoint: Path) -> list[Path]:
+    return sorted(file for file in checkpoint.rglob("*") if file.is_file()) if checkpoint.is_dir() else [checkpoint]
+
+
+def _remove(checkpoint: Path) -> None:
+    remove(checkpoint)
+    remove(checkpoint.with_suffix(CHECKSUMS))
 
 
 def check_disk_space(folder: Path, policy: torch.nn.Module, optimizer: Any, dtype: torch.dtype) -> None:
@@ -226,14 +277,9 @@ def free_bytes(folder: Path) -> int:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Return the complete checkpoints, by step."""
-    return sorted(folder.glob("step-*.ckpt"), key=lambda path: int(path.stem.removeprefix("step-")))
+    return sorted((path for path in folder.glob("step-*.ckpt") if path.stem[5:].isdecimal()), key=step_of)
 
 
-def synchronize(path: Path) -> None:
-    """Wait until a file, or the files of a folder, are on the disk."""
-    for file in [path, *path.rglob("*")] if path.is_dir() else [path]:
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def step_of(checkpoint: Path) -> int:
+    """Return the step of a checkpoint, from its name."""
+    return int(checkpoint.stem.removeprefix("step-"))

@@ -5,18 +5,25 @@ import math
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from var.config.schema import TrainerSettings
+from var.config.run_files import read_run_config
+from var.config.schema import TrainerSettings, pick_fields
+from var.models.files import find_model
 from var.models.lora import LoRA
 from var.models.pretrained import Pretrained
 from var.utils.console import say, warn
 from var.utils.errors import Problems, UserError, brief
+
+
+def locate_initial_model(cfg: DictConfig) -> Pretrained:
+    """Return the model that the policy starts from, and that is the reference: that of init, or model.path."""
+    model = Pretrained(**pick_fields(Pretrained, cfg.model), cache=cfg.cache)
+    return model if cfg.init is None else model.at(str(find_model(cfg.init)), chat_template=None)
 
 
 def check_adapter(cfg: DictConfig, pretrained: Pretrained, adapter: LoRA | None) -> None:
@@ -34,9 +41,7 @@ def check_adapter(cfg: DictConfig, pretrained: Pretrained, adapter: LoRA | None)
 
 def warn_of_other_arguments(model: Path, pretrained: Pretrained) -> None:
     """Warn if a run wrote the exported `model` with other arguments of the chat template than `pretrained` has."""
-    config = model / "config.yaml"
-    trained: Any = OmegaConf.to_container(OmegaConf.load(config)) if config.exists() else {}
-    before = trained.get("model", {}).get("chat_template_kwargs") or {}
+    before = read_run_config(model)["model"].get("chat_template_kwargs") or {}
     if before != (now := dict(pretrained.chat_template_kwargs or {})):
         warn(
             f"init: the model was trained with model.chat_template_kwargs={before}, and this command uses {now}. Give "

@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from var.config.run_dir import hash_config
 from var.config.schema import to_dict
 from var.training.datamodule import AlignmentData
-from var.utils.errors import Problems, brief
+from var.utils.errors import Problems, UserError, brief
 from var.utils.files import atomic
 
 
@@ -42,9 +42,15 @@ class Curves(Logger):
         if step is None:
             self._remove()
         if path.exists():
-            with path.open(newline="") as file:
-                self.columns = list(csv.DictReader(file).fieldnames or ())
-            self._rewrite([row for row in self._rows() if int(row["step"] or 0) <= self.step])
+            try:
+                with path.open(newline="") as file:
+                    self.columns = list(csv.DictReader(file).fieldnames or ())
+                rows = [row for row in self._rows() if int(row["step"] or 0) <= self.step and None not in row]
+            except (ValueError, LookupError, csv.Error) as error:
+                raise UserError(
+                    f"{path}: is damaged ({type(error).__name__}: {brief(error)}). Rename it to resume with new curves."
+                ) from error
+            self._rewrite(rows)
 
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
         """Do nothing: the resolved configuration is in .hydra/ and config.yaml."""

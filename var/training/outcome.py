@@ -73,7 +73,11 @@ def summarize(run: Run, trainer: lightning.Trainer, seconds: float) -> dict[str,
         "seeds": {"run": cfg.seed, "data": cfg.data.seed, "sampling": cfg.generate.seed},
         "devices": trainer.world_size,
         "precision": run.settings.arithmetic,
-        "ran": {"weights": run.pretrained.origin, **describe_parts(cfg)},
+        "ran": {
+            "weights": run.pretrained.origin,
+            "data": getattr(data.source, "origin", None),
+            **describe_parts(cfg),
+        },
         "config": to_dict(cfg),
         "changes": run.recorded.history,
         **collect_environment(),
@@ -96,7 +100,8 @@ class Export(Callback):
         """Export the model, unless this run did so before it was killed."""
         assert isinstance(module, AlignmentModule)
         step, marker = str(trainer.global_step), self._marker
-        exported = marker.exists() and marker.read_text() == step and (self.run.folder / "model").exists()
+        same = marker.exists() and marker.read_text(errors="replace") == step
+        exported = same and (self.run.folder / "model").exists()
         if trainer.strategy.broadcast(exported and not self._trained):
             return
         with self.run.peaks.within("export"):
@@ -126,7 +131,8 @@ def export_model(run: Run, trainer: lightning.Trainer, module: AlignmentModule) 
         complete = merge_adapter(complete, run.folder / "adapter")
         export(complete.to(dtype), chat, target, card)
     date = {"date": chat.template.today.isoformat()} if chat.template.reads_clock else {}
-    OmegaConf.save(OmegaConf.merge(run.cfg, {"model": date}), target / "config.yaml", resolve=True)
+    with atomic(target / "config.yaml") as file:
+        file.write(OmegaConf.to_yaml(OmegaConf.merge(run.cfg, {"model": date}), resolve=True))
 
 
 def make_card(

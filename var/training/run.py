@@ -3,7 +3,7 @@
 import gc
 import math
 import shlex
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, RichModelSummary
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.profilers import PyTorchProfiler, SimpleProfiler
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf
 
 from var.annotate.annotator import Annotator
@@ -28,7 +28,6 @@ from var.data.clock import fix_today
 from var.data.settings import DataSettings
 from var.losses.base import Loss
 from var.models.export import read_dtype
-from var.models.files import find_model
 from var.models.frozen import FrozenModel
 from var.models.lora import LoRA
 from var.models.policy import Policy
@@ -40,7 +39,14 @@ from var.requirements import SequenceScores, TokenValues, find
 from var.rewards.scale import Scale
 from var.sampling.base import Sampling
 from var.training.alternatives import MemoryPlan, choose_strategy
-from var.training.checkpoints import Checkpoints, DirectCheckpointIO, check_disk_space, checkpoints, read_checkpoint
+from var.training.checkpoints import (
+    Checkpoints,
+    DirectCheckpointIO,
+    check_disk_space,
+    checkpoints,
+    find_checkpoint,
+    read_checkpoint,
+)
 from var.training.checks import (
     check_adapter,
     check_optimizer,
@@ -49,6 +55,7 @@ from var.training.checks import (
     choose_devices,
     count_accumulation,
     list_overrides,
+    locate_initial_model,
     warn_of_other_arguments,
 )
 from var.training.datamodule import AlignmentData
@@ -56,8 +63,9 @@ from var.training.loggers import Curves, PlanFile, make_loggers
 from var.training.metrics import Budget, PeakMemory, ProgressBar, StepMetrics
 from var.training.module import AlignmentModule
 from var.training.resume import Settings
+from var.training.sharded import ShardingStrategy
 from var.training.validation import PairAccuracy, Validation, evaluate_reference
-from var.utils.console import console, say, silence_libraries, warn
+from var.utils.console import console, silence_libraries, warn
 from var.utils.distributed import bind_device
 from var.utils.errors import UserError
 
@@ -117,9 +125,8 @@ class Run:
         if cfg.dry and cfg.annotate == "error":
             raise UserError("annotate=error has no effect with debug=dry, which computes nothing")
         fix_today(folder / "date.txt" if keep_date else None, keep=not (cfg.dry or cfg.show_rows))
-        pretrained = Pretrained(**pick_fields(Pretrained, cfg.model), cache=cfg.cache)
+        pretrained = locate_initial_model(cfg)
         if cfg.init is not None:
-            pretrained = replace(pretrained, path=str(find_model(cfg.init)), revision=None, chat_template=None)
             warn_of_other_arguments(pretrained.folder, pretrained)
         pretrained = pretrained.with_attention_for(settings.gpu, half=PRECISIONS[settings.arithmetic] is not None)
         adapter, loss = instantiate(cfg.adapter) if cfg.adapter else None, instantiate(cfg.loss)
@@ -210,6 +217,8 @@ class Run:
             extra = {"data_parallel_size": settings.world, "tensor_parallel_size": 1} if strategy == "fsdp" else {}
             options = {k: v for k, v in cfg.strategy.items() if k != "name"}
             strategy = instantiate(OmegaConf.create(options), timeout=settings.timeout, **extra)
+            if type(strategy) is ModelParallelStrategy:  # not by conf/: a run's folder is named after its configuration
+                strategy.__class__ = ShardingStrategy
         elif settings.world > 1:
             strategy = DDPStrategy(timeout=settings.timeout)
         slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
@@ -268,27 +277,34 @@ class Run:
             return torch.float32
         return read_dtype((self.pretrained.base or self.pretrained).folder)
 
-    @cached_property
+    @property
     def checkpoint(self) -> str | None:
-        """The checkpoint to resume from: what `resume` names, or this folder's last one."""
-        resume = self.cfg.resume
-        if resume == "auto":
-            complete = checkpoints(self.folder / "checkpoints")
-            if complete:
-                say(f"Resuming from {complete[-1].resolve()}")
-            return str(complete[-1]) if complete else None
+        """The checkpoint to resume from: what `resume` names, or this folder's newest one that is not damaged."""
+        return self._resumed[0]
+
+    @property
+    def saved(self) -> dict[str, Any]:
+        """The contents of the checkpoint without its numbers; empty for a run that starts."""
+        return self._resumed[1]
+
+    @cached_property
+    def _resumed(self) -> tuple[str | None, dict[str, Any]]:
+        resume, folder = self.cfg.resume, self.folder / "checkpoints"
         if resume is True:
             raise UserError("resume=true: resume must be auto, the path of a checkpoint, or false")
-        if resume and not Path(resume).exists():
+        if not resume or (resume == "auto" and not checkpoints(folder)):
+            return None, {}
+        if resume != "auto" and not Path(resume).exists():
             raise UserError(
                 f"resume={resume}: there is no such checkpoint. Use resume=auto for the run's last one, or false"
             )
-        return str(resume) if resume else None
-
-    @cached_property
-    def saved(self) -> dict[str, Any]:
-        """The contents of the checkpoint without its numbers; empty for a run that starts."""
-        return read_checkpoint(Path(self.checkpoint)) if self.checkpoint else {}
+        if self.cfg.strategy.name == "deepspeed":
+            raise UserError(
+                "strategy=deepspeed cannot resume: DeepSpeed unpickles its checkpoints, which would run code in them. "
+                "Use resume=false to start a new run, or strategy=fsdp, which resumes."
+            )
+        path, content = find_checkpoint(folder) if resume == "auto" else (resume, read_checkpoint(Path(resume)))
+        return str(path), content
 
     @property
     def _samples_validation(self) -> bool:

@@ -15,6 +15,7 @@ from var.data.settings import DataSettings
 from var.training.run import Run
 from var.utils.console import console, is_first_rank, say
 from var.utils.errors import Problems
+from var.utils.visible import visible
 
 PROMPT, TRAINED, CONTROL = ("dim", "dim underline"), ("green", "green underline"), "bold magenta"
 
@@ -78,7 +79,7 @@ def show_tokens(chat: Chat, ids: Sequence[int], start: int) -> None:
         if decoded.endswith("\ufffd") and i + 1 not in (start, len(ids)):
             continue
         style = (TRAINED if i >= start else PROMPT)[i % 2]
-        text.append(decoded, f"{style} {CONTROL}" if token in chat.added_tokens else style)
+        text.append(visible(decoded), f"{style} {CONTROL}" if token in chat.added_tokens else style)
         piece.clear()
     if start < len(ids):
         text.append("⟧", TRAINED[0])

@@ -11,6 +11,7 @@ from rich.table import Table
 from var.config.changes import list_changes
 from var.config.schema import to_dict
 from var.report.warnings import validation_warnings
+from var.training.checks import locate_initial_model
 from var.utils.console import console, say, warn
 from var.utils.errors import Problems, UserError
 from var.utils.statistics import Estimate
@@ -25,7 +26,7 @@ def show(summary: dict[str, Any]) -> None:
     for name, before, after in [*results(summary["validation"]), *((name, "", text) for name, text in facts(summary))]:
         table.add_row(name, before, after)
     console.print(table)
-    console.print(f"Run: {summary['folder']}", markup=False)
+    console.print(f"Run: {summary['folder']}")
     for text in validation_warnings(summary["validation"]):
         warn(text)
 
@@ -104,3 +105,14 @@ def warn_of_newer_data(cfg: DictConfig, folder: Path) -> None:
     finished = (folder / "summary.json").stat().st_ctime_ns
     if newer := [path for path, *_, written in files if written > finished]:
         warn(f"{', '.join(newer)} changed after this run finished. Use resume=false to train on the current data.")
+
+
+def warn_of_other_weights(cfg: DictConfig, finished: dict[str, Any]) -> None:
+    """Warn if the folder of the initial model has other weights than those that a finished run started from."""
+    try:
+        weights = locate_initial_model(cfg).weights
+    except (UserError, OSError):  # the model or its hub is not available; the run is finished all the same
+        return
+    if weights != finished["hashes"]["weights"]:
+        place = f"init={cfg.init}" if cfg.init else f"model.path={cfg.model.path}"
+        warn(f"{place} has other weights than when this run started. Use resume=false to train from the present ones.")

@@ -6,6 +6,7 @@ new files with the contents of metrics.csv, and sends W&B's server only what it 
 its time.
 """
 
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,11 +34,12 @@ class Wandb(WandbLogger):
     @rank_zero_only
     def _prepare(folder: Path) -> str:
         path = folder / "id"
-        if not path.exists():
+        name = path.read_text(errors="replace") if path.exists() else ""
+        if not re.fullmatch("[0-9a-f]{8}", name):  # a folder from elsewhere could name files to remove
+            name = secrets.token_hex(4)
             folder.mkdir(exist_ok=True)
             with atomic(path) as file:
-                file.write(secrets.token_hex(4))
-        name = path.read_text()
+                file.write(name)
         for earlier in folder.glob(f"offline-run-*-{name}"):  # `replay` writes their metrics again
             remove(earlier)
         return name

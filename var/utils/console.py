@@ -6,11 +6,24 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
-console = Console(soft_wrap=True, highlight=False)
+from var.utils.visible import visible
+
+
+class Terminal(Console):
+    """A console that prints text literally: without markup such as [bold], emoji codes, and control characters."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Return the text of a line, or of the cell or the title of a table."""
+        return super().render_str(visible(text), **options)
+
+
+console = Terminal(soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 def is_first_rank() -> bool:
@@ -21,13 +34,13 @@ def is_first_rank() -> bool:
 def say(text: str) -> None:
     """Print a line on the first rank."""
     if is_first_rank():
-        console.print(text, markup=False)
+        console.print(text)
 
 
 def warn(text: str) -> None:
     """Print a warning on the first rank, and write it to the log file of the run if there is one."""
     say(f"Warning: {text}")
-    record = logging.LogRecord("var", logging.WARNING, __file__, 0, text, None, None)
+    record = logging.LogRecord("var", logging.WARNING, __file__, 0, visible(text), None, None)
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.FileHandler):
             handler.handle(record)
@@ -54,9 +67,12 @@ def stage(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
         return
     if not console.is_terminal:
         say(f"{title}: {total} {unit}")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
+    columns = (
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+        TextColumn(unit, markup=False),
+    )  # fmt: skip
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar:
-        task = bar.add_task(title, total=total)
+        task = bar.add_task(visible(title), total=total)
         yield lambda done: bar.advance(task, done)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from var.utils.errors import UnavailableError, brief
+from var.utils.plain_yaml import check_aliases
 
 TOKEN = "HF_TOKEN=… or `hf auth login`"
 
@@ -79,10 +80,10 @@ def read_license(folder: str) -> str | None:
     """Return the license that the card of a model or data set in a folder states; None if it states none."""
     try:
         _, front, _ = (Path(folder) / "README.md").read_text(encoding="utf-8").split("---\n", 2)
-        facts: dict[str, Any] = yaml.safe_load(front)
+        facts: dict[str, Any] = yaml.safe_load(check_aliases(front))
         named = facts.get("license_name") if facts.get("license") == "other" else None
         return named or facts.get("license")
-    except (OSError, ValueError, AttributeError, yaml.YAMLError):  # no card, or not in the hub's form
+    except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError):  # no card, or not in the hub's form
         return None
 
 

@@ -201,13 +201,14 @@ def _dump(value: Any) -> str:
 class FormSource(HubSource):
     """Base of adapters that find the form of the records, from the hub or from local files.
 
-    A subclass is a dataclass with the fields `path`, `columns`, `name` and `split`.
+    A subclass is a dataclass with the fields `path`, `columns`, `name`, `split` and `revision`.
     """
 
     path: str
     columns: Mapping[str, str | None] | None
     name: str | None
     split: str
+    revision: str | None
     allowed: ClassVar[Mapping[Form, Mapping[str, Any]]]
     """The forms that it reads, with a valid record of each."""
     advice: ClassVar[str]
@@ -218,11 +219,12 @@ class FormSource(HubSource):
     def __post_init__(self) -> None:
         if self.is_local and (self.name, self.split) != (None, "train"):
             raise UserError(f"data.path={self.path} is local: data.source.name and split apply to hub sets only")
+        self.check_revision()
 
     @property
     def parts(self) -> list[Part]:
         """The split of the hub set."""
-        return [Part(self.path, self.name, self.split)]
+        return [Part(self.path, self.name, self.split, revision=self.revision)]
 
     @property
     def is_local(self) -> bool:

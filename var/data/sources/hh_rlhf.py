@@ -37,6 +37,7 @@ class HHRLHF(HubSource):
     subsets: tuple[str, ...] = SUBSETS
     split: str = "train"  # train or test
     path: str | None = None  # see above; None: read the hub
+    revision: str | None = None  # commit or tag on the hub
 
     def __post_init__(self) -> None:
         if not self.subsets or set(self.subsets) - set(SUBSETS):
@@ -49,7 +50,7 @@ class HHRLHF(HubSource):
     @property
     def parts(self) -> Sequence[Part]:
         """One part per subset."""
-        return [Part(HUB, split=self.split, data_dir=name) for name in self.subsets]
+        return [Part(HUB, split=self.split, data_dir=name, revision=self.revision) for name in self.subsets]
 
     def files(self) -> list[Path]:
         """Return the single file, or the file of each subset in the clone."""

@@ -16,6 +16,7 @@ from var.data.row import Row
 from var.data.sources import local
 from var.data.sources.pairs import make_pair
 from var.utils.errors import UserError
+from var.utils.files import make_file_name
 
 SUBSETS = ("harmless_base", "helpful_base", "helpful_online", "helpful_rejection")
 ROLES = {"<|prompter|>": "user", "<|assistant|>": "assistant"}
@@ -76,6 +77,8 @@ class HHA(local.LocalSource):
         if not folder.is_dir():
             raise UserError(f"{self.folder}: not a folder. Set `data.folder=` to the folder of {NAMES[0]}")
         wanted = SUBSETS if self.subsets is None else self.subsets
+        if outside := [subset for subset in wanted if make_file_name(subset) != subset]:
+            raise UserError(f"data.source.subsets: expected names such as {SUBSETS[0]}, got {outside[0]!r}")
         options = {subset: [folder / name.format(subset) for name in NAMES] for subset in wanted}
         found = {s: next((file for file in files if file.is_file()), None) for s, files in options.items()}
         present = {subset: file for subset, file in found.items() if file is not None}

@@ -1,8 +1,10 @@
 """Data sets of the Hugging Face hub, or local copies of them."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from itertools import chain
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import datasets
@@ -23,10 +25,12 @@ class Part(NamedTuple):
     name: str | None = None  # configuration
     split: str = "train"
     data_dir: str | None = None  # folder of the data set
+    revision: str | None = None  # commit or tag; None is the newest
 
     def __str__(self) -> str:
         folder = self.name or self.data_dir
-        return f"{self.path}/{folder}[{self.split}]" if folder else f"{self.path}[{self.split}]"
+        name = f"{self.path}@{self.revision}" if self.revision else self.path
+        return f"{name}/{folder}[{self.split}]" if folder else f"{name}[{self.split}]"
 
 
 @cache
@@ -34,12 +38,23 @@ def load(part: Part) -> datasets.Dataset:
     """Load one split, memory-mapped. Raise an `UnavailableError` if the hub cannot be reached."""
     try:
         validate_repo_id(part.path)
-        return datasets.load_dataset(part.path, name=part.name, split=part.split, data_dir=part.data_dir)
+        return datasets.load_dataset(
+            part.path, name=part.name, split=part.split, data_dir=part.data_dir, revision=part.revision
+        )
     except Exception as error:  # datasets, hub and HTTP client have no common base class for "not reachable"
         if isinstance(error, ValueError) and not isinstance(error, HFValidationError):  # it lists what there is
             raise UserError(f"data: {part}: {brief(error)} Check data.source.name and data.source.split.") from error
         advice = "set data.path to a copy of its files (.jsonl, .jsonl.gz, .parquet)"
         raise explain_failure(_find_reason(error, part), f"data: {part}", part.path, advice, "dataset") from error
+
+
+def find_commit(part: Part) -> str | None:
+    """Return the commit of a split that `load` has read; None if the hub's client does not name it.
+
+    The client keeps a split in a folder that is named after the commit.
+    """
+    folders = {Path(file["filename"]).parent.name for file in load(part).cache_files}
+    return next((name for name in folders if re.fullmatch("[0-9a-f]{40}", name)), None)
 
 
 def _find_reason(error: Exception, part: Part) -> Exception:
@@ -71,8 +86,21 @@ class HubSource(local.LocalSource):
         """Whether to read local files: `path` is None for the hub."""
         return self.path is not None  # type: ignore[attr-defined]
 
+    @property
+    def origin(self) -> str:
+        """The data that is used, in words: its path, or the splits on the hub with their commits."""
+        if self.is_local:
+            return str(self.path)  # type: ignore[attr-defined]
+        return ", ".join(f"{part} at commit {find_commit(part) or 'unknown'}" for part in self.parts)
+
+    def check_revision(self) -> None:
+        """Raise UserError for a revision of local files."""
+        if self.is_local and self.revision is not None:  # type: ignore[attr-defined]
+            raise UserError("data.source.revision applies to hub sets only, and data.path is local. Set it to null.")
+
     def records(self) -> Iterator[tuple[str, Any]]:
         """Yield (where, record) of all parts or local files."""
+        self.check_revision()
         if self.is_local:
             return super().records()
         return chain.from_iterable(

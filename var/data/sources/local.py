@@ -221,6 +221,8 @@ def describe_source(source: Any, files: Sequence[Path] = ()) -> dict[str, Any]:
     A file is [path, size, mtime_ns, ctime_ns]: a copy may keep name, size and mtime, but not the ctime.
     """
     values = {field.name: getattr(source, field.name) for field in fields(source)}
+    if values.get("revision", "") is None:  # as in caches of earlier versions
+        del values["revision"]
     content = {"source": type(source).__name__} | {
         name: dict(value)
         if isinstance(value, Mapping)

@@ -19,9 +19,14 @@ class OffsetBias(HubSource):
     license = "bsd-3-clause"
 
     path: str | None = None  # a local copy, read instead of the hub
+    revision: str | None = None  # commit or tag on the hub
 
-    parts = (Part("NCSOFT/offsetbias"),)
     expected_rows = 8_504
+
+    @property
+    def parts(self) -> list[Part]:
+        """The only split."""
+        return [Part("NCSOFT/offsetbias", revision=self.revision)]
 
     def row(self, where: str, record: Any) -> Row | None:
         """Return a pair, the output that `label` names first."""

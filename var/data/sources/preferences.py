@@ -22,6 +22,7 @@ class Preferences(FormSource):
     columns: Mapping[str, str | None] | None = None  # our names of columns and the data set's
     name: str | None = None  # configuration of a hub set
     split: str = "train"  # split of a hub set
+    revision: str | None = None  # commit or tag of a hub set
 
     allowed: ClassVar = {form: form.example for form in (PAIRS, IMPLICIT)}
     advice = "Use data=files, or name the columns as in data.columns='{chosen: better, rejected: worse}'."

@@ -19,6 +19,7 @@ class Prompts(FormSource):
     columns: Mapping[str, str | None] | None = None  # our names of columns and the data set's
     name: str | None = None  # configuration of a hub set
     split: str = "train"  # split of a hub set
+    revision: str | None = None  # commit or tag of a hub set
 
     suffixes = (".txt", *local.SUFFIXES)
     allowed: ClassVar = {

@@ -31,9 +31,14 @@ class UltraFeedback(HubSource):
     keep: str = "all"  # the completions of a row: all, best_worst (a pair) or best
     ratings_as_score: bool = False  # use the mean rating as the score; else the reward comes from a model
     path: str | None = None  # a local copy, read instead of the hub
+    revision: str | None = None  # commit or tag on the hub
 
-    parts = (Part("openbmb/UltraFeedback"),)
     expected_rows = 63_967
+
+    @property
+    def parts(self) -> list[Part]:
+        """The only split."""
+        return [Part("openbmb/UltraFeedback", revision=self.revision)]
 
     @property
     def expected_responses(self) -> int:  # type: ignore[override]

@@ -1,0 +1,135 @@
+"""Damaged files, and paths that cannot be written, end a command with one line that names the file."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.helpers.cli import check_error, check_run, run
+from tests.helpers.models import save_lora, saved
+from tests.helpers.runs import run_folder
+from var.training.module import AlignmentModule
+
+pytestmark = pytest.mark.e2e
+SHORT = ["trainer.max_steps=2", "data.micro_batch=4", "data.global_batch=4", "eval=off", "trainer.precision=32-true"]
+
+
+def write(name: str, content: str | bytes) -> Callable[[Path], Any]:
+    """Return what writes a file of a folder."""
+    return lambda folder: (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def pickle_weights(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def change_config(**values: Any) -> Callable[[Path], Any]:
+    """Return what changes values of config.json."""
+
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **values}))
+
+    return change
+
+
+MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "weights are pickled": (pickle_weights, "it has no .safetensors file, and pickled weights are not read"),
+    "weights are empty": (write("model.safetensors", b""), "its weights cannot be read (Error"),
+    "weights are cut": (
+        write("model.safetensors", b"\x10\0\0\0\0\0\0\0{}"),
+        "its weights cannot be read (Error",
+    ),
+    "no weights": (write("model.safetensors", b"\x02\0\0\0\0\0\0\0{}"), "lacks weights"),
+    "config is cut": (write("config.json", '{"model_type": "ll'), "config.json"),
+    "config is a list": (write("config.json", "[]"), "cannot be read"),
+    "config is not text": (write("config.json", b"\xff\xfe\0"), "config.json"),
+    "config has wrong types": (change_config(hidden_size="x"), "expected int, got str"),
+    "config has no sizes": (write("config.json", "{}"), "cannot be read"),
+    "tokenizer is cut": (write("tokenizer.json", '{"version": "1.0"'), "tokenizer"),
+    "tokenizer has wrong types": (write("tokenizer.json", '{"model": 3}'), "tokenizer"),
+    "generation config": (write("generation_config.json", "["), "generation_config.json: cannot be read"),
+    "adapter config": (write("adapter_config.json", "{"), "adapter_config.json: cannot be read"),
+}
+
+
+@pytest.mark.parametrize("key", ["model.path", "init"])
+@pytest.mark.parametrize("damage", MODELS)
+def test_damaged_model_is_one_message(damage, key, options, tiny_folder, tmp_path):
+    change, message = MODELS[damage]
+    change(saved(tmp_path / "m"))
+    check_error(message, *options, *SHORT, f"{key}={tmp_path}/m")
+
+
+def test_damaged_adapter_is_one_message(options, tiny_folder, tmp_path):
+    pytest.importorskip("peft")
+    for name, content, message in (
+        ("adapter_config.json", "{", "adapter_config.json: cannot be read"),
+        ("adapter_model.safetensors", "", "adapter_model.safetensors: is damaged"),
+    ):
+        save_lora(tmp_path / name, tiny_folder)
+        (tmp_path / name / name).write_text(content)
+        check_error(message, *options, *SHORT, f"model.path={tmp_path}/{name}")
+
+
+def test_damaged_summary_is_one_message(options, tmp_path):
+    check_run("train.py", *options, *SHORT)
+    path = run_folder(tmp_path / "runs") / "summary.json"
+    complete = path.read_text()
+    for content in (complete[:100], "[]", '{"reward": 1}', "", "\0", "[" * 100_000):
+        path.write_text(content)
+        assert "summary.json is damaged" in check_error("resume=false to start a new one", *options, *SHORT)
+    path.write_bytes(b"\xff\xfe")
+    check_error("summary.json is damaged", *options, *SHORT)
+
+
+@pytest.mark.parametrize("content", ["step,a\nx,1\n", "a,b\n1,2\n", b"\xff\xfe\n1\n"])
+def test_damaged_curves_are_one_message(content, options, tmp_path, monkeypatch):
+    more = [*options, *SHORT, "trainer.checkpoint_every_n_steps=1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(AlignmentModule, "on_train_end", lambda *_: (_ for _ in ()).throw(SystemExit(143)))
+        assert run("train.py", *more).returncode != 0
+    path = run_folder(tmp_path / "runs") / "metrics.csv"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    check_error("metrics.csv: is damaged", *more)
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES])
+@pytest.mark.parametrize("form", ["path", "message", "rust"])
+def test_error_of_the_file_system_is_one_message(code, form, options, tmp_path, monkeypatch):
+    """Python names the path, pyarrow has it in its message, and libraries in Rust have no number of their own."""
+    from safetensors import SafetensorError
+
+    error: Exception = {
+        "path": OSError(code, os.strerror(code), f"{tmp_path}/run/plan.npz"),
+        "message": OSError(code, f"Cannot open '{tmp_path}/run/plan.npz'. {os.strerror(code)}"),
+        "rust": SafetensorError(f"I/O error: {os.strerror(code)} (os error {code}) {tmp_path}/run/plan.npz"),
+    }[form]
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(AlignmentModule, "training_step", fail)
+    assert "run/plan.npz" in check_error(os.strerror(code), *options, *SHORT)
+
+
+def test_run_folder_that_is_moved_while_training_is_one_message(options, tmp_path, monkeypatch):
+    real = AlignmentModule.training_step
+
+    def move(*arguments: Any) -> Any:
+        folder = run_folder(tmp_path / "runs")
+        if not (tmp_path / "moved").exists():
+            shutil.move(folder, tmp_path / "moved")
+            (tmp_path / "runs" / "other").mkdir()
+        return real(*arguments)
+
+    monkeypatch.setattr(AlignmentModule, "training_step", move)
+    check_error("it was moved or removed", *options, *SHORT)
