@@ -5,7 +5,8 @@ written and hashed once.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,16 +16,21 @@ import pyarrow.compute as pc
 from var.annotate.cache_files import Keys
 from var.data.messages import prompt_content, texts_in
 from var.data.sequences import Sequences
+from var.data.stored import remember
 from var.rewards.base import Triple
 from var.utils.provenance import dump
 
 CHUNK = 4096  # items in memory at once
 
 
-def hash_sequences(sequences: Sequences) -> Keys:
+def hash_sequences(sequences: Sequences, cache: Path) -> Keys:
     """Return [n] hashes of each prompt with its response."""
-    everything = np.arange(len(sequences))
-    return _collect(_finish(_begin(prompt), text) for prompt, text in _write_tokens(sequences, everything))
+
+    def compute() -> Keys:
+        everything = np.arange(len(sequences))
+        return _collect(_finish(_begin(prompt), text) for prompt, text in _write_tokens(sequences, everything))
+
+    return _remember(cache, sequences.key, compute)
 
 
 def hash_prompts(sequences: Sequences, indices: np.ndarray) -> Keys:
@@ -32,7 +38,7 @@ def hash_prompts(sequences: Sequences, indices: np.ndarray) -> Keys:
     return _collect(_finish(_begin(prompt), "") for prompt, _ in _write_tokens(sequences, indices))
 
 
-def hash_pairs(sequences: Sequences, pairs: np.ndarray) -> Keys:
+def hash_pairs(sequences: Sequences, pairs: np.ndarray, cache: Path) -> Keys:
     """Return [P] hashes of the prompt of sequence i with the response of sequence j, for pairs (i, j) [P, 2]."""
 
     def digests() -> Iterator[bytes]:
@@ -44,11 +50,18 @@ def hash_pairs(sequences: Sequences, pairs: np.ndarray) -> Keys:
             for i, j in place.reshape(-1, 2).tolist():
                 yield _finish(asked[i], responses[j])
 
-    return _collect(digests())
+    which = hashlib.sha256(np.ascontiguousarray(pairs).data).hexdigest()[:32]
+    return _remember(cache, sequences.key and f"{sequences.key}-{which}", lambda: _collect(digests()))
 
 
-def hash_texts(triples: Sequence[Triple]) -> tuple[Keys, np.ndarray]:
+def hash_texts(triples: Sequence[Triple], cache: Path) -> tuple[Keys, np.ndarray]:
     """Return [n] hashes of (prompt, response, answer), and the number of characters that each has."""
+    found = _remember(cache, getattr(triples, "key", ""), lambda: _hash_texts(triples))
+    return found["key"], found["length"]
+
+
+def _hash_texts(triples: Sequence[Triple]) -> np.ndarray:
+    """Return [n] records of hashes and lengths."""
     lengths = np.zeros(len(triples), dtype=np.int64)
 
     def digests() -> Iterator[bytes]:
@@ -62,18 +75,25 @@ def hash_texts(triples: Sequence[Triple]) -> tuple[Keys, np.ndarray]:
             digest.update(b"," + dump(text) + b"," + dump(answer) + b"]")
             yield digest.digest()[:16]
 
-    return _collect(digests()), lengths
+    found = np.empty(len(triples), dtype=[("key", "S16"), ("length", "i8")])
+    found["key"], found["length"] = _collect(digests()), lengths
+    return found
+
+
+def _remember(cache: Path, key: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
+    """Return an array that is computed once. With an empty key, it is computed each time."""
+    return remember(cache / "keys" / key, "computes the same keys", compute) if key else compute()
 
 
 def _write_tokens(sequences: Sequences, indices: np.ndarray) -> Iterator[tuple[str, str]]:
     """Yield the tokens of each prompt and of its response as numbers between commas."""
-    table = sequences.table.select_columns(["ids", "start"]).with_format("arrow")
+    table = sequences.table.select_columns(["ids"]).with_format("arrow")
     for begin in range(0, len(indices), CHUNK):
         part: pa.Table = table[indices[begin : begin + CHUNK].tolist()]
         ids = pa.concat_arrays(part["ids"].chunks)
         offsets = np.zeros(2 * len(ids) + 1, dtype=np.int32)
         offsets[2::2] = np.cumsum(ids.value_lengths())
-        offsets[1::2] = offsets[:-1:2] + part["start"].to_numpy()
+        offsets[1::2] = offsets[:-1:2] + sequences.start[indices[begin : begin + CHUNK]]
         halves = pa.ListArray.from_arrays(pa.array(offsets), ids.flatten().cast(pa.string()))
         texts = pc.binary_join(halves, ",").to_pylist()
         yield from zip(texts[::2], texts[1::2], strict=True)

@@ -89,7 +89,7 @@ def reference_logps(annotator: Annotator, sequences: Sequences, share: bool = Fa
     if share and reference.is_low_precision:
         fingerprint["packing"] = "shared prompts"
     table = annotator.annotations.table("reference_logps", fingerprint, pa.list_(pa.float32()))
-    keys = hash_sequences(sequences)
+    keys = hash_sequences(sequences, annotator.cache)
     part = sequences.group if share else np.arange(len(sequences))
     cost = count_shared(part, sequences.length, sequences.start)
 
@@ -140,7 +140,7 @@ def _pair_logps(annotator: Annotator, sequences: Sequences, pairs: np.ndarray) -
     """Return [P] nats: log π_ref of response j under the prompt of i, summed over tokens, for pairs (i, j) [P, 2]."""
     reference = annotator.reference
     table = annotator.annotations.table("cross_logps", reference.fingerprint, pa.float64())
-    keys = hash_pairs(sequences, pairs)
+    keys = hash_pairs(sequences, pairs, annotator.cache)
     owner = sequences.group[pairs[:, 0]]  # pairs with one prompt share its tokens
 
     def cost(indices: Any = slice(None)) -> np.ndarray:

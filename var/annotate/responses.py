@@ -1,7 +1,7 @@
 """Responses that the reference samples."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from var.data.chat import Chat
 from var.data.report import DataReport
 from var.data.row import Response, Row
 from var.data.rows import Rows
+from var.data.stored import make
 from var.sampling.base import Prompts, Sample, Samples, Sampling
 from var.sampling.local import Transformers
 from var.utils.console import warn
@@ -184,7 +185,9 @@ def add_responses(rows: Rows, samples: Samples, chat: Chat, cache: Path, report:
     digest.update(b"]]")
     report.sampled_as_text = as_text or None
     target = cache / "rows" / digest.hexdigest()[:32]
-    if not (target / "done.json").exists():
+
+    def write() -> Mapping[str, Any]:
         rows_module.write(map(answer, rows, samples), target, Problems("sampled rows"))
-        rows_module.finish(target, {"left_out": 0})
-    return rows_module.load(target)
+        return {}
+
+    return rows_module.load(target, make(target, "writes the sampled rows", write))

@@ -71,7 +71,7 @@ class ProvideRewards(Provider[Rewards]):
 def score(annotator: Annotator, triples: Sequence[Triple], title: str = "Scoring") -> np.ndarray:
     """Return [n] raw rewards of (prompt, response, answer) in any pairing."""
     table = annotator.annotations.table("rewards", {"reward": annotator.reward.fingerprint}, pa.float64())
-    keys, cost = hash_texts(triples)
+    keys, cost = hash_texts(triples, annotator.cache)
     if annotator.annotate == "fill" and not annotator.dry:
         check_texts(annotator.reward, (triples[i] for i in np.flatnonzero(table.missing(keys)).tolist()))
 

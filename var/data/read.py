@@ -13,12 +13,10 @@ import numpy as np
 
 from var.data.messages import last_text, prompt_content, texts_in
 from var.data.row import Row
-from var.data.rows import FORMAT, Rows, finish, load, load_table, write
+from var.data.rows import FORMAT, Rows, load, write
+from var.data.stored import make
 from var.utils.errors import Problems
-from var.utils.locks import hold
 from var.utils.provenance import hash_content
-
-WAIT = 6 * 3600.0  # seconds for which a process waits for another one that reads or tokenizes the same data
 
 
 class Source(Protocol):
@@ -48,27 +46,23 @@ def read(source: Source, cache: Path) -> Rows:
     Raise one `UserError` with all problems: malformed records, empty prompts and responses, NaN scores, duplicate ids.
     """
     target = cache / "rows" / hash_content(FORMAT, source.fingerprint()).hex()
-    if not (target / "done.json").exists():
-        target.mkdir(parents=True, exist_ok=True)
-        with hold(target / "lock", f"reads the rows of {getattr(source, 'path', 'the same data')}", WAIT):
-            if not (target / "done.json").exists():  # else another process has read them meanwhile
-                _store(source, target)
-    return load(target)
+    path = getattr(source, "path", "the same data")
+    return load(target, make(target, f"reads the rows of {path}", lambda: _store(source, target)))
 
 
-def _store(source: Source, target: Path) -> None:
-    """Write the checked rows of a source to the folder `target`."""
+def _store(source: Source, target: Path) -> Mapping[str, Any]:
+    """Write the checked rows of a source to the folder `target`. Return the further fields of `Rows`."""
     problems = RowProblems(f"{type(source).__name__}: invalid rows", str(getattr(source, "path", "source")))
     left_out, merged = Counter[str](), 0
     with tempfile.TemporaryDirectory(dir=target) as folder:
         write(_check_rows(source, problems, left_out), Path(folder), problems)
-        groups = _group_records(load_table(Path(folder))) if getattr(source, "single", False) else []
+        groups = _group_records(load(Path(folder))) if getattr(source, "single", False) else []
         if merged := sum(len(group) - 1 for group in groups):
-            write(_merge(load_table(Path(folder)), groups), target, problems)
+            write(_merge(load(Path(folder)), groups), target, problems)
         else:
             for name in ("rows.arrow", "facts.npy"):
                 (Path(folder) / name).replace(target / name)
-    finish(target, {"left_out": left_out["rows"], "merged": merged, "form": getattr(source, "form", "")})
+    return {"left_out": left_out["rows"], "merged": merged, "form": getattr(source, "form", "")}
 
 
 def _group_records(rows: Rows) -> list[np.ndarray]:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from var.data.messages import prompt_content, restore_prompt
 from var.data.row import FACTS, Response, Row, state_facts
+from var.data.stored import map_array
 from var.utils.errors import Problems
 from var.utils.files import atomic, replacing
 
@@ -136,17 +137,9 @@ def _load_row(record: Mapping[str, Any]) -> Row:
     return Row(**{**record, "prompt": restore_prompt(json.loads(record["prompt"])), "responses": tuple(responses)})
 
 
-def load(target: Path) -> Rows:
-    """Return the rows that `write` and `finish` left in a folder."""
-    return replace(load_table(target), **json.loads((target / "done.json").read_text()))
-
-
-def load_table(target: Path) -> Rows:
-    """Return the rows that `write` left in a folder."""
-    return Rows(
-        datasets.Dataset.from_file(str(target / "rows.arrow")),
-        np.load(target / "facts.npy", mmap_mode="r").view(np.ndarray),
-    )
+def load(target: Path, facts: Mapping[str, Any] = {}) -> Rows:
+    """Return the rows that `write` left in a folder. facts: further fields of `Rows`, such as left_out."""
+    return Rows(datasets.Dataset.from_file(str(target / "rows.arrow")), map_array(target / "facts.npy"), **facts)
 
 
 def write(rows: Iterable[Row], target: Path, problems: Problems) -> None:
@@ -166,9 +159,3 @@ def write(rows: Iterable[Row], target: Path, problems: Problems) -> None:
         problems.check()
         with atomic(target / "facts.npy", "wb", shared=True) as file:
             np.save(file, facts)
-
-
-def finish(target: Path, counts: Mapping[str, Any]) -> None:
-    """Mark a folder of the cache as complete. Other processes may be reading it."""
-    with atomic(target / "done.json", shared=True) as file:
-        json.dump(counts, file)

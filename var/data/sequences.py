@@ -1,8 +1,8 @@
 """Sequences: the training responses as tokens on disk, with counts of those truncated, dropped or left out."""
 
 import hashlib
-import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,12 +16,11 @@ from var.data.changes import TemplateChanges
 from var.data.chat import Chat
 from var.data.choice import Choice
 from var.data.encode import ERRORS, Encoder, Piece, encode_all
-from var.data.read import WAIT
-from var.data.rows import Rows, finish
+from var.data.rows import Rows
 from var.data.settings import OnTemplateChange, Overlong
+from var.data.stored import make, map_array
 from var.utils.errors import Problems, UserError
 from var.utils.files import atomic, replacing
-from var.utils.locks import hold
 from var.utils.provenance import hash_content
 
 FORMAT = 3  # increase it when the tokens of unchanged rows change
@@ -49,6 +48,7 @@ class Sequences:
     counts: Counter[str]  # sequences and rows that were truncated, dropped or left out, by reason
     content: str  # hash of all tokens, also of sequences that a subset leaves out
     ended: int  # number of all sequences that end with the template's end token
+    key: str  # hash of what they are made from
 
     def __len__(self) -> int:
         return len(self.facts)
@@ -120,12 +120,10 @@ def encode(
         [max_length, overlong, pairs],
     ).hex()
     target = cache / "sequences" / key
-    if not (target / "done.json").exists():
-        target.mkdir(parents=True, exist_ok=True)
-        with hold(target / "lock", "tokenizes the same rows", WAIT):
-            if not (target / "done.json").exists():  # else another process has done it meanwhile
-                _write(rows, choice, Encoder(rows, chat, max_length, overlong), pairs, on_template_change, target)
-    done = json.loads((target / "done.json").read_text())
+    encoder = Encoder(rows, chat, max_length, overlong)
+    done = make(
+        target, "tokenizes the same rows", lambda: _write(rows, choice, encoder, pairs, on_template_change, target)
+    )
     TemplateChanges(done["changes"], done["changed_rows"]).settle(on_template_change)
     counts = Counter(done["counts"]) + choice.counts
     table = datasets.Dataset.from_file(str(target / "sequences.arrow"))
@@ -135,14 +133,16 @@ def encode(
             f"no sequence is left to train on ({reasons or 'no row has the responses that this loss needs'}). Check "
             "data.responses, data.max_length, and whether the loss suits the data."
         )
-    facts = np.load(target / "facts.npy", mmap_mode="r").view(np.ndarray)
-    return Sequences(table, facts, counts, done["content"], done["ended"])
+    return Sequences(table, map_array(target / "facts.npy"), counts, done["content"], done["ended"], key)
 
 
 def _write(
     rows: Rows, choice: Choice, encoder: Encoder, pairs: bool, on_template_change: OnTemplateChange, target: Path
-) -> None:
-    """Tokenize the chosen responses into the folder `target`, or raise one error for all invalid rows."""
+) -> Mapping[str, Any]:
+    """Tokenize the chosen responses into the folder `target`, or raise one error for all invalid rows.
+
+    Return the counts.
+    """
     from datasets.arrow_writer import ArrowWriter
 
     problems, counts, changes = Problems("rows that cannot be tokenized"), Counter[str](), TemplateChanges()
@@ -196,10 +196,7 @@ def _write(
     found["group"] = np.unique(rows.keys[found["row"]], return_inverse=True)[1]
     with atomic(target / "facts.npy", "wb", shared=True) as file:
         np.save(file, found)
-    finish(
-        target,
-        {
-            "counts": {k: v for k, v in counts.items() if v}, "content": content.hexdigest()[:16], "ended": int(ended),
-            "changes": changes.found[:20], "changed_rows": changes.rows,
-        },
-    )  # fmt: skip
+    return {
+        "counts": {k: v for k, v in counts.items() if v}, "content": content.hexdigest()[:16], "ended": int(ended),
+        "changes": changes.found[:20], "changed_rows": changes.rows,
+    }  # fmt: skip

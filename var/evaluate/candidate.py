@@ -72,14 +72,15 @@ class _Sequences:
     ids: list[list[int]]
     start: np.ndarray
     length: np.ndarray
+    key: str = ""  # their keys are not kept
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @property
     def table(self) -> datasets.Dataset:
-        """The columns that keys are made of."""
-        return datasets.Dataset.from_dict({"ids": self.ids, "start": self.start})
+        """The column that keys are made of."""
+        return datasets.Dataset.from_dict({"ids": self.ids})
 
     def tokens(self, index: int) -> tuple[list[int], int, str]:
         return self.ids[index], int(self.start[index]), ""

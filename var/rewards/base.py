@@ -1,5 +1,6 @@
 """The reward protocol, and checks of what a reward reads and returns."""
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
@@ -25,6 +26,14 @@ class Triples(Sequence[Triple]):
 
     def __len__(self) -> int:
         return len(self.row)
+
+    @property
+    def key(self) -> str:
+        """A hash of which texts they are."""
+        digest = hashlib.sha256(self.rows.table._fingerprint.encode())
+        for part in (self.prompt, self.row, self.response):
+            digest.update(np.ascontiguousarray(part, dtype=np.int64).data)
+        return digest.hexdigest()[:32]
 
     def __getitem__(self, index: Any) -> Any:
         asked = self.rows[self.prompt[index]]
