@@ -25,6 +25,7 @@ def main(cfg: DictConfig) -> None:
 
     run = Run.compose(cfg, Path(HydraConfig.get().runtime.output_dir))
     run.data.read_rows()
+    run.data.tokenize()
     run.check_validation_prompts()
     with process_group(run.settings.timeout):
         run.data.setup()

@@ -68,7 +68,8 @@ def train(cfg: DictConfig, folder: Path) -> float | None:
         return show_rows.show(run)
     if cfg.dry:
         return dry_run.show(run)
-    run.data.read_rows()  # their errors come before a model is loaded
+    run.data.read_rows()  # its errors come before a model is loaded, as those of the next two
+    run.data.tokenize()
     run.check_validation_prompts()
     check_memory(run.cfg, run.settings, run.memory)
     say("; ".join(describe_choices()))

@@ -97,7 +97,7 @@ class Sweep(Callback):
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         """Remove the folder of a job that wrote nothing. Record the error of a failed job, and print it."""
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            remove_unused(Path(config.hydra.runtime.output_dir), ["date.txt", f"{config.hydra.job.name}.log"])
+            remove_unused(Path(config.hydra.runtime.output_dir), [f"{config.hydra.job.name}.log"])
         if job_return.status != JobStatus.FAILED or not (self.record or self.failures):
             return
         from var.config.entry import describe

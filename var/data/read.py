@@ -18,6 +18,8 @@ from var.data.stored import make
 from var.utils.errors import Problems
 from var.utils.provenance import hash_content
 
+LONGEST = 5_000_000  # characters of a row. A tokenizer takes 300 times as many bytes, before anything can be truncated
+
 
 class Source(Protocol):
     """An adapter of one data set."""
@@ -128,6 +130,8 @@ def find_faults(row: Row) -> list[str]:
         "".join(filter(None, texts)).encode()
     except UnicodeEncodeError as error:
         faults.append(f"its text cannot be written as UTF-8: unpaired surrogate {error.object[error.start]!r}")
+    if (size := sum(map(len, filter(None, texts)))) > LONGEST:
+        faults.append(f"its texts have {size:,} characters, and a row may have {LONGEST:,}; shorten or remove it")
     if not last_text(row.prompt).strip():
         faults.append("its prompt is empty")
     for k, response in enumerate(row.responses):

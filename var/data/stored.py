@@ -12,6 +12,7 @@ import numpy as np
 from var.utils.console import warn
 from var.utils.files import atomic
 from var.utils.locks import hold
+from var.utils.provenance import hash_content
 
 DONE = "done.json"
 DATA = (".arrow", ".npy")  # the endings of files with content
@@ -24,8 +25,9 @@ def finish(target: Path, facts: Mapping[str, Any]) -> None:
     facts: JSON values that `read_finished` returns.
     """
     files = {path.name: _hash(path) for path in sorted(target.iterdir()) if path.suffix in DATA}
+    content = {"facts": dict(facts), "files": files}
     with atomic(target / DONE, shared=True) as file:
-        json.dump({**facts, "files": files}, file)
+        json.dump({**content, "checksum": hash_content(content).hex()}, file)
 
 
 def read_finished(target: Path) -> dict[str, Any] | None:
@@ -36,13 +38,13 @@ def read_finished(target: Path) -> dict[str, Any] | None:
     if not (target / DONE).exists():
         return None
     try:
-        facts = json.loads((target / DONE).read_text())
-        files = facts.pop("files")
-        damaged = [name for name, digest in files.items() if _verify(target / name) != digest]
+        content = json.loads((target / DONE).read_text())
+        own = content.pop("checksum") == hash_content(content).hex()
+        damaged = [name for name, digest in content["files"].items() if not own or _verify(target / name) != digest]
+        if own and not damaged:
+            return dict(content["facts"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         damaged = [DONE]
-    if not damaged:
-        return dict(facts)
     warn(f"cache: {', '.join(damaged)} in {target} is damaged. It is made again.")
     for name in (DONE, *damaged):
         (target / name).unlink(missing_ok=True)

@@ -18,6 +18,7 @@ import pandas as pd
 from var.config.run_dir import DEVICES, ELSEWHERE
 from var.config.run_files import TABLE_LIMIT, check_size, read_json, read_yaml
 from var.utils.files import replace_surrogates
+from var.utils.locks import find_holder
 from var.utils.statistics import Estimate
 
 UNFINISHED = {".hydra", "metrics.csv", "checkpoints", "plan.npz"}  # a run writes these before its summary
@@ -285,6 +286,16 @@ def read_tables(folder: Path) -> dict[str, Any]:
     return tables
 
 
+def describe_unfinished(folder: Path) -> str:
+    """Return what became of a run without a summary: it is running, can be resumed, or failed at its start."""
+    if holder := find_holder(folder):
+        return f"running, in {holder}."
+    names = [path.stem.removeprefix("step-") for path in (folder / "checkpoints").glob("step-*.ckpt")]
+    if steps := [int(name) for name in names if name.isdecimal()]:
+        return f"stopped after step {max(steps)}. The same command resumes it."
+    return "failed or stopped before its first checkpoint. The same command starts it again; train.log has the reason."
+
+
 def find_records(places: list[Path]) -> Found:
     """Read the runs, evaluations and tables in these folders and below them, each once, sorted by name."""
     found, seen = Found(), set[Path]()
@@ -318,7 +329,7 @@ def find_records(places: list[Path]) -> Found:
                 except UNREADABLE as error:
                     found.problems.append(f"{folder}: cannot use {record} ({type(error).__name__}: {error})")
             elif names & UNFINISHED:
-                found.problems.append(f"{folder}: not finished. Run the same command again to resume it.")
+                found.problems.append(f"{folder}: {describe_unfinished(folder)}")
             elif not inner:
                 found.problems.append(f"{folder}: no run, no evaluation")
     return found

@@ -14,7 +14,7 @@ from var.annotate.base import TrainingSet, make_providers, unit_of
 from var.annotate.responses import add_responses, sample_responses
 from var.annotate.rewards import score_rows
 from var.annotate.rollouts import ProvideRollout
-from var.data.choice import choose, needs_rewards
+from var.data.choice import Selection, choose, needs_rewards
 from var.data.degenerate import count_degenerate, warn_of_degenerate
 from var.data.plan import ABSENT, MicroBatch, make_plan, stack_by_group
 from var.data.read import Source, read
@@ -26,6 +26,7 @@ from var.requirements import Rewards, Rollout, SequenceScores, TokenValues, find
 from var.rewards.base import release
 from var.rewards.scale import Scale
 from var.sampling.base import Sampling
+from var.training import resume
 from var.training.loader import PlanLoader
 from var.training.rollout import RolloutLoader
 from var.utils.console import say, warn
@@ -99,13 +100,13 @@ class AlignmentData(lightning.LightningDataModule):
             )
         self.read_rows()
         self.annotator.check()
-        self._check_weights()
+        resume.check_same_weights(self.saved, self.annotator.reference.pretrained)
         if not self.rollout and not self._have_responses:
             samples = sample_responses(self.annotator, data.rows, data.sampling)
             data.rows = add_responses(data.rows, samples, self.annotator.chat, self.annotator.cache, self.report)
         if self.rollout:
             next(provider for provider in self.providers if isinstance(provider, ProvideRollout)).plan_prompts(data)
-            self._check_plan()
+            resume.check_same_data(self.saved, data.plan, data.rows)
             self.fingerprint = data.plan.fingerprint
         else:
             self._annotate()
@@ -177,7 +178,7 @@ class AlignmentData(lightning.LightningDataModule):
         if data.unit == "group":
             self._count_groups_of_one()
         self._make_plan(train)
-        self._check_plan()
+        resume.check_same_data(self.saved, data.plan, data.rows)
         for provider in self.providers:
             provider.check_plan(data)
         for provider in self.providers:
@@ -199,17 +200,28 @@ class AlignmentData(lightning.LightningDataModule):
                 "to a prompt. Add responses, set data.responses=sampled, or use a loss for single responses."
             )
 
-    def _choose_responses(self) -> None:
-        """Decide which responses to train on."""
-        data, responses = self.training_set, self.settings.responses
-        both = any(provider.both_responses for provider in self.providers)
+    def tokenize(self) -> None:
+        """Tokenize responses that the rows have, so that errors in them come before a model is loaded."""
+        data = self.training_set
+        if self._have_responses and not self.rollout and not needs_rewards(data.rows, self._selection):
+            data.encode(data.rows, choose(data.rows, self._selection), pairs=data.unit == "pair")
+
+    @property
+    def _selection(self) -> Selection:
+        """Which responses train."""
+        responses, both = self.settings.responses, any(provider.both_responses for provider in self.providers)
         if responses == "auto" or responses == "sampled":
-            responses = "both" if both else "all"
-        elif both and responses != "both":
+            return "both" if both else "all"
+        if both and responses != "both":
             raise UserError(
                 f"data.responses={responses}: this loss compares two responses of a row. Set data.responses to both or "
                 "auto."
             )
+        return responses
+
+    def _choose_responses(self) -> None:
+        """Decide which responses to train on."""
+        data, responses = self.training_set, self._selection
         rewards = score_rows(self.annotator, data.rows) if needs_rewards(data.rows, responses) else None
         data.choice = choose(data.rows, responses, rewards)
         for provider in self.providers:
@@ -306,29 +318,6 @@ class AlignmentData(lightning.LightningDataModule):
         return {
             "plan": plan, "labels": labels, "weights": weights, "epoch": epoch, "position": progress, "ranks": ranks,
         }  # fmt: skip
-
-    def _check_weights(self) -> None:
-        """Raise UserError if the checkpoint is of another model."""
-        if self.saved and self.saved["weights"] != (weights := self.annotator.reference.pretrained.weights):
-            raise UserError(
-                f"model.path: the checkpoint was made from weights {self.saved['weights']}, and model.path holds "
-                f"{weights}, so the reference would differ. Restore the model, or start a new run with resume=false."
-            )
-
-    def _check_plan(self) -> None:
-        """Raise UserError if the checkpoint is of another plan, or of other scores, weights or answers."""
-        saved, data = self.saved or {}, self.training_set
-        if saved and saved["plan"] != data.plan.hash:
-            raise UserError(
-                f"the checkpoint was made with plan {saved['plan']}, and this configuration makes plan "
-                f"{data.plan.hash}: data, order, micro-batch or length differ. Resume with the same data, or start a "
-                "new run with resume=false."
-            )
-        if "labels" in saved and saved["labels"] != data.rows.labels:
-            raise UserError(
-                "the checkpoint was made with other scores, weights or answers of the same responses. Resume with the "
-                "same data, or start a new run with resume=false."
-            )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume at the position of `state`."""

@@ -13,9 +13,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from var.config.changes import Change, list_changes
 from var.config.schema import TrainerSettings, to_dict
+from var.data.plan import Plan
+from var.data.rows import Rows
+from var.models.pretrained import Pretrained
 from var.training.hooks import TrainingHooks
 from var.utils.console import say, warn
-from var.utils.errors import Problems
+from var.utils.errors import Problems, UserError
 from var.utils.files import atomic, write_json
 
 OPTIMIZER = "optim.optimizer."
@@ -135,3 +138,27 @@ def _is_numeric(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(map(_is_numeric, value))
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def check_same_weights(saved: Mapping[str, Any] | None, pretrained: Pretrained) -> None:
+    """Raise UserError if the data module's state in a checkpoint is of another model."""
+    if saved and saved["weights"] != pretrained.weights:
+        raise UserError(
+            f"model.path: the checkpoint was made from weights {saved['weights']}, and model.path holds "
+            f"{pretrained.weights}, so the reference would differ. Restore the model, or start a new run with "
+            "resume=false."
+        )
+
+
+def check_same_data(saved: Mapping[str, Any] | None, plan: Plan, rows: Rows) -> None:
+    """Raise UserError if the data module's state in a checkpoint has another plan, or other scores or answers."""
+    if saved and saved["plan"] != plan.hash:
+        raise UserError(
+            f"the checkpoint was made with plan {saved['plan']}, and this configuration makes plan {plan.hash}: data, "
+            "order, micro-batch or length differ. Resume with the same data, or start a new run with resume=false."
+        )
+    if saved and saved.get("labels", rows.labels) != rows.labels:
+        raise UserError(
+            "the checkpoint was made with other scores, weights or answers of the same responses. Resume with the "
+            "same data, or start a new run with resume=false."
+        )

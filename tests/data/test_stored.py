@@ -1,0 +1,106 @@
+"""Cached rows, tokens and keys: damage is found, reported and repaired, and one process writes for all."""
+
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from notebooks.tiny import byte_tokenizer
+from tests.helpers.runs import write_lines
+from var.data import encode as encode_module
+from var.data import rows as rows_module
+from var.data import stored
+from var.data.chat import Chat
+from var.data.choice import choose
+from var.data.read import read
+from var.data.sequences import Sequences, encode
+from var.data.sources.files import Files
+
+
+def make_file(folder: Path, count: int) -> Path:
+    draw = random.Random(0)
+    texts = ["".join(draw.choices("abc ", k=draw.randint(3, 30))) + "z" for _ in range(2 * count)]
+    return write_lines(
+        folder / "rows.jsonl",
+        [
+            {"prompt": f"number {i}", "responses": [{"text": t, "score": i} for t in texts[2 * i : 2 * i + 2]]}
+            for i in range(count)
+        ],
+    )
+
+
+def load(file: Path, cache: Path) -> Sequences:
+    """Read and tokenize a file as a new process does."""
+    stored._hash_once.cache_clear()
+    rows = read(Files(path=str(file)), cache)
+    return encode(rows, choose(rows, "all"), Chat(byte_tokenizer()), 64, "drop", False, cache)
+
+
+def contents(sequences: Sequences) -> Any:
+    return [sequences.tokens(i) for i in range(len(sequences))], sequences.facts.tobytes(), sequences.content
+
+
+def test_any_damage_is_reported_and_repaired(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """A flipped bit, a shorter file, a missing file and other text, in each file of the cache."""
+    file, cache = make_file(tmp_path, 20), tmp_path / "cache"
+    expected, draw = contents(load(file, cache)), random.Random(0)
+    files = sorted(path for path in cache.rglob("*") if path.suffix in (".arrow", ".npy", ".json"))
+    assert len(files) == 6
+    for path in files:
+        whole = path.read_bytes()
+        flipped = bytearray(whole)
+        flipped[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+        for damaged in (bytes(flipped), whole[: len(whole) // 2], b"", b"[" * 5000, None):
+            capsys.readouterr()
+            path.unlink()
+            if damaged is not None:
+                path.write_bytes(damaged)
+            assert contents(load(file, cache)) == expected
+            missing_marker = damaged is None and path.name == "done.json"
+            reported = "is damaged. It is made again." in " ".join(capsys.readouterr().out.split())
+            assert reported != missing_marker
+
+
+def test_several_processes_tokenize_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = make_file(tmp_path, 60)
+    expected = contents(load(file, tmp_path / "one"))
+    monkeypatch.setattr(encode_module, "PARALLEL", 10)
+    monkeypatch.setattr(encode_module, "CHUNK", 8)
+    monkeypatch.setattr(encode_module, "count_cpus", lambda: 3)
+    started = list[int]()
+    real = encode_module.ProcessPoolExecutor
+    monkeypatch.setattr(encode_module, "ProcessPoolExecutor", lambda n, *rest: started.append(n) or real(n, *rest))
+    assert contents(load(file, tmp_path / "several")) == expected
+    assert started == [3]
+
+
+@pytest.mark.parametrize("count", [10, 200])
+def test_a_start_with_a_full_cache_decodes_no_row(count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """So it costs as little with a million rows as arrays of a million numbers do."""
+    file, cache = make_file(tmp_path, count), tmp_path / "cache"
+    load(file, cache)
+    decoded = list[Any]()
+    real = rows_module._load_row
+    monkeypatch.setattr(rows_module, "_load_row", lambda record: decoded.append(record) or real(record))
+    sequences = load(file, cache)
+    assert len(sequences) == 2 * count
+    assert sequences.column("score").tolist() == [float(i) for i in range(count) for _ in range(2)]
+    assert decoded == []
+
+
+def test_arrays_are_computed_once(tmp_path: Path):
+    calls = list[int]()
+
+    def compute() -> np.ndarray:
+        calls.append(1)
+        return np.array([b"a" * 16, b"b\0\0"], dtype="S16")
+
+    first, second = (stored.remember(tmp_path / "keys", "computes", compute) for _ in range(2))
+    assert calls == [1]
+    assert first.tobytes() == second.tobytes() == compute().tobytes()
+    assert not second.flags.writeable
+    shutil.rmtree(tmp_path / "keys")
+    assert stored.remember(tmp_path / "keys", "computes", compute).tobytes() == first.tobytes()
