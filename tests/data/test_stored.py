@@ -47,7 +47,8 @@ def test_any_damage_is_reported_and_repaired(tmp_path: Path, capsys: pytest.Capt
     """A flipped bit, a shorter file, a missing file and other text, in each file of the cache."""
     file, cache = make_file(tmp_path, 20), tmp_path / "cache"
     expected, draw = contents(load(file, cache)), random.Random(0)
-    files = sorted(path for path in cache.rglob("*") if path.suffix in (".arrow", ".npy", ".json"))
+    files = [path for path in cache.rglob("*") if path.suffix in (".arrow", ".npy", ".json")]
+    files.sort(key=lambda path: path.parts[-3] == "rows")  # last, since the tokens of rows that were read again are new
     assert len(files) == 6
     for path in files:
         whole = path.read_bytes()
