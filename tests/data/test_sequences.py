@@ -264,7 +264,7 @@ def test_tokens_are_cached_by_content(tmp_path: Path, monkeypatch: pytest.Monkey
     file = Path(second.table.cache_files[0]["filename"])
     assert file.is_relative_to(cache)  # memory-mapped, not copied
     assert file.name == "sequences.arrow"
-    assert json.loads((file.parent / "done.json").read_text())["counts"] == dict(first.counts)
+    assert json.loads((file.parent / "done.json").read_text())["facts"]["counts"] == dict(first.counts)
     for change in (
         {"limit": 64}, {"overlong": "truncate"}, {"template": TEMPLATE.replace("'<end>'", "'<end>\n'")},
         {"these": choose(rows.select(np.array([0])), "all")},

@@ -17,7 +17,7 @@ from var.data.chat import Chat
 from var.data.report import DataReport
 from var.data.row import Response, Row
 from var.data.rows import Rows
-from var.data.stored import make
+from var.data.stored import hash_file, make
 from var.sampling.base import Prompts, Sample, Samples, Sampling
 from var.sampling.local import Transformers
 from var.utils.console import warn
@@ -174,7 +174,7 @@ def add_responses(rows: Rows, samples: Samples, chat: Chat, cache: Path, report:
         )
         return replace(row, responses=responses, ordered=False)
 
-    digest = hashlib.sha256(dump([rows.table._fingerprint])[:-1] + b",[")  # of all responses, read one row at a time
+    digest = hashlib.sha256(dump([rows.key])[:-1] + b",[")  # of all responses, read one row at a time
     for i, (row, several) in enumerate(zip(rows, samples, strict=True)):
         kept = [sample for sample in several if sample.text.strip()]
         as_text += sum(sample.ids is None for sample in kept)
@@ -188,6 +188,6 @@ def add_responses(rows: Rows, samples: Samples, chat: Chat, cache: Path, report:
 
     def write() -> Mapping[str, Any]:
         rows_module.write(map(answer, rows, samples), target, Problems("sampled rows"))
-        return {}
+        return {"key": hash_file(target / "rows.arrow")}
 
     return rows_module.load(target, make(target, "writes the sampled rows", write))

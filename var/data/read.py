@@ -14,7 +14,7 @@ import numpy as np
 from var.data.messages import last_text, prompt_content, texts_in
 from var.data.row import Row
 from var.data.rows import FORMAT, Rows, load, write
-from var.data.stored import make
+from var.data.stored import hash_file, make
 from var.utils.errors import Problems
 from var.utils.provenance import hash_content
 
@@ -64,7 +64,8 @@ def _store(source: Source, target: Path) -> Mapping[str, Any]:
         else:
             for name in ("rows.arrow", "facts.npy"):
                 (Path(folder) / name).replace(target / name)
-    return {"left_out": left_out["rows"], "merged": merged, "form": getattr(source, "form", "")}
+    key = hash_file(target / "rows.arrow")
+    return {"key": key, "left_out": left_out["rows"], "merged": merged, "form": getattr(source, "form", "")}
 
 
 def _group_records(rows: Rows) -> list[np.ndarray]:

@@ -16,9 +16,10 @@ import pyarrow.compute as pc
 
 from var.data.messages import prompt_content, restore_prompt
 from var.data.row import FACTS, Response, Row, state_facts
-from var.data.stored import map_array
+from var.data.stored import hash_file, map_array
 from var.utils.errors import Problems
 from var.utils.files import atomic, replacing
+from var.utils.provenance import hash_content
 
 FORMAT = 8  # increase it when an adapter or Row changes the rows of an unchanged source
 
@@ -47,6 +48,7 @@ class Rows:
 
     table: datasets.Dataset  # columns as in FEATURES; prompts and further keys of messages as JSON
     facts: np.ndarray  # [n] of FACTS
+    key: str  # hash of the content
     left_out: int = 0  # number of records that the adapter skipped
     merged: int = 0  # number of records that became a further response of an earlier record's row
     form: str = ""  # what the adapter took the records for
@@ -100,7 +102,8 @@ class Rows:
 
     def select(self, indices: Any) -> "Rows":
         """Return the rows at these indices."""
-        return Rows(self.table.select(indices), self.facts[indices])
+        key = hash_content(self.key, hashlib.sha256(np.asarray(indices, dtype=np.int64).tobytes()).hexdigest()).hex()
+        return Rows(self.table.select(indices), self.facts[indices], key)
 
     def head(self, limit: int | None) -> "Rows":
         """Return the first `limit` rows, or all if it is None."""
@@ -113,7 +116,7 @@ def concatenate(parts: Sequence[Rows]) -> Rows:
         return parts[0]
     return Rows(
         datasets.concatenate_datasets([part.table for part in parts]), np.concatenate([part.facts for part in parts]),
-        sum(part.left_out for part in parts),
+        hash_content(*(part.key for part in parts)).hex(), sum(part.left_out for part in parts),
     )  # fmt: skip
 
 
@@ -138,8 +141,12 @@ def _load_row(record: Mapping[str, Any]) -> Row:
 
 
 def load(target: Path, facts: Mapping[str, Any] = {}) -> Rows:
-    """Return the rows that `write` left in a folder. facts: further fields of `Rows`, such as left_out."""
-    return Rows(datasets.Dataset.from_file(str(target / "rows.arrow")), map_array(target / "facts.npy"), **facts)
+    """Return the rows that `write` left in a folder.
+
+    facts: further fields of `Rows`, such as left_out. The key is computed if it is not among them.
+    """
+    fields = dict(facts) if "key" in facts else {"key": hash_file(target / "rows.arrow"), **facts}
+    return Rows(datasets.Dataset.from_file(str(target / "rows.arrow")), map_array(target / "facts.npy"), **fields)
 
 
 def write(rows: Iterable[Row], target: Path, problems: Problems) -> None:

@@ -112,7 +112,7 @@ def encode(
     ends = sorted(chat.end_tokens)  # raises errors of the template before the first row
     key = hash_content(
         FORMAT,
-        rows.table._fingerprint,
+        rows.key,
         chat.template.fingerprint,
         chat.fingerprint,
         [ends, chat.size],

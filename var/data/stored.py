@@ -24,7 +24,7 @@ def finish(target: Path, facts: Mapping[str, Any]) -> None:
 
     facts: JSON values that `read_finished` returns.
     """
-    files = {path.name: _hash(path) for path in sorted(target.iterdir()) if path.suffix in DATA}
+    files = {path.name: hash_file(path) for path in sorted(target.iterdir()) if path.suffix in DATA}
     content = {"facts": dict(facts), "files": files}
     with atomic(target / DONE, shared=True) as file:
         json.dump({**content, "checksum": hash_content(content).hex()}, file)
@@ -94,11 +94,12 @@ def _verify(path: Path) -> str:
     return _hash_once(path, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-def _hash(path: Path) -> str:
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @lru_cache(maxsize=1000)
 def _hash_once(path: Path, *status: int) -> str:
-    return _hash(path)
+    return hash_file(path)

@@ -30,7 +30,7 @@ class Triples(Sequence[Triple]):
     @property
     def key(self) -> str:
         """A hash of which texts they are."""
-        digest = hashlib.sha256(self.rows.table._fingerprint.encode())
+        digest = hashlib.sha256(self.rows.key.encode())
         for part in (self.prompt, self.row, self.response):
             digest.update(np.ascontiguousarray(part, dtype=np.int64).data)
         return digest.hexdigest()[:32]
