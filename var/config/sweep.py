@@ -96,8 +96,9 @@ class Sweep(Callback):
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         """Remove the folder of a job that wrote nothing. Record the error of a failed job, and print it."""
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            remove_unused(Path(config.hydra.runtime.output_dir), [f"{config.hydra.job.name}.log"])
+        folder = Path(config.hydra.runtime.output_dir).resolve()
+        if os.environ.get("LOCAL_RANK", "0") == "0" and not Path.cwd().is_relative_to(folder):
+            remove_unused(folder, [f"{config.hydra.job.name}.log"])
         if job_return.status != JobStatus.FAILED or not (self.record or self.failures):
             return
         from var.config.entry import describe
@@ -114,7 +115,7 @@ class Sweep(Callback):
             print(f"Job {job} failed: {message}", file=sys.stderr, flush=True)
         words = config.hydra.overrides.task
         own = " ".join(word for word in words if word.partition("=")[0].lstrip("+") in self.swept)
-        lines = f"#{job} {own}", " ".join(text.split())[:300], config.hydra.runtime.output_dir
+        lines = [f"#{job} {own}", " ".join(text.split())[:300], *([str(folder)] if folder.exists() else [])]
         _write_once(self.path(job, "job"), "\n    ".join(lines))
         if config.hydra.sweeper._target_.endswith("BasicSweeper"):  # it would stop before its next batch
             job_return.status, job_return.return_value = JobStatus.COMPLETED, None
