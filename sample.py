@@ -4,12 +4,14 @@ import var.config.installed  # isort: skip  # noqa: F401  before what may be mis
 
 import json
 from pathlib import Path
+from typing import Any
 
 import hydra
 from omegaconf import DictConfig
 
 from var.config.check import FOLDER, TRAIN, check
 from var.config.entry import run_command
+from var.utils.distributed import Ranks, process_group, set_rank_variables
 
 
 def check_target(out: Path, cfg: DictConfig) -> None:
@@ -34,6 +36,8 @@ def check_target(out: Path, cfg: DictConfig) -> None:
 @hydra.main(version_base="1.3", config_path=FOLDER, config_name="sample")
 def main(cfg: DictConfig) -> None:
     """Write K responses to every prompt, validation prompts included; the same data.seed selects these again."""
+    set_rank_variables()
+
     from omegaconf import OmegaConf, open_dict
 
     from var.utils.errors import UserError
@@ -48,16 +52,23 @@ def main(cfg: DictConfig) -> None:
         del cfg.out
     check(cfg, TRAIN, imports=False)
 
+    from var.training.run import Run
+
+    run = Run.compose(cfg, Path("."), trains=False)
+    with process_group(run.settings.timeout):
+        sample(run, out)
+
+
+def sample(run: Any, out: Path) -> None:
+    """Sample and score on all ranks of the launcher. The first one writes the file."""
     from var.annotate.responses import sample_responses, sampling_fingerprint
     from var.annotate.rewards import score_candidates
     from var.data.read import read
     from var.rewards.base import check_answers
-    from var.training.run import Run
-    from var.utils.console import say
+    from var.utils.console import is_first_rank, say
     from var.utils.files import atomic
 
-    run = Run.compose(cfg, Path("."), keep_date=False)
-    annotator, generate = run.annotator, run.data.training_set.sampling
+    cfg, annotator, generate = run.cfg, run.annotator, run.data.training_set.sampling
     annotator.check_folders(out=out.parent)
     rows = read(run.data.source, annotator.cache)
     if rows.description:
@@ -66,8 +77,11 @@ def main(cfg: DictConfig) -> None:
     check_answers(annotator.reward, rows)
     annotator.check()
     annotator.check_rows(rows)
+    annotator.ranks = Ranks.current()
     samples = sample_responses(annotator, rows, generate)
     scores = score_candidates(annotator, rows, generate) if annotator.reward.scores_text else None
+    if not is_first_rank():
+        return
     sampling = sampling_fingerprint(annotator, generate)
     written = empty = without_response = 0
     with atomic(out) as file:

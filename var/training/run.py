@@ -102,10 +102,11 @@ class Run:
     """The settings, those of the checkpoint it resumes from, and what becomes of the difference."""
 
     @classmethod
-    def compose(cls, cfg: DictConfig, folder: Path, keep_date: bool = True) -> "Run":
+    def compose(cls, cfg: DictConfig, folder: Path, trains: bool = True) -> "Run":
         """Check the configuration as a whole and build what is cheap. No model is loaded.
 
-        keep_date: whether the folder keeps the date that chat templates read, for the next start.
+        trains: whether this is a run, whose folder keeps the date that chat templates read for the next start, and
+            whose batches are divided between the processes.
         """
         gc.enable()  # see run_command
         silence_libraries()
@@ -124,7 +125,7 @@ class Run:
         device = bind_device() if settings.gpu else "cpu"
         if cfg.dry and cfg.annotate == "error":
             raise UserError("annotate=error has no effect with debug=dry, which computes nothing")
-        fix_today(folder / "date.txt" if keep_date else None, keep=not (cfg.dry or cfg.show_rows))
+        fix_today(folder / "date.txt" if trains else None, keep=not (cfg.dry or cfg.show_rows))
         pretrained = locate_initial_model(cfg)
         if cfg.init is not None:
             warn_of_other_arguments(pretrained.folder, pretrained)
@@ -151,7 +152,8 @@ class Run:
             live=cfg.reference == "live",
         )
         check_adapter(cfg, pretrained, adapter)
-        count_accumulation(cfg, settings)
+        if trains:
+            count_accumulation(cfg, settings)
         cfg, plan = choose_strategy(cfg, settings)
         annotator.reference.shard = cfg.strategy.name == "fsdp" if plan is None else plan.shard_reference
         run = cls(cfg, folder, pretrained, adapter, loss, data, settings, plan)
