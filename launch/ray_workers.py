@@ -21,10 +21,18 @@ ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ("annotate.py", "sample.py")
 
 
+class WorkerKilled(Exception):
+    """A worker was killed, so it is started again. After an error of its own, it would fail again."""
+
+
 def run_worker(number: int, arguments: list[str], folder: str) -> int:
     """Run the command in a process of its own, in `folder`; return the worker's number. Raise an error if it fails."""
     print(f"worker {number} starts", flush=True)
-    subprocess.run([sys.executable, str(ROOT / arguments[0]), *arguments[1:]], cwd=folder, check=True)
+    done = subprocess.run([sys.executable, str(ROOT / arguments[0]), *arguments[1:]], cwd=folder)
+    if done.returncode < 0:
+        raise WorkerKilled(f"worker {number} was killed by signal {-done.returncode}")
+    if done.returncode:
+        raise RuntimeError(f"worker {number} failed; its error is above")
     return number
 
 
@@ -42,7 +50,9 @@ def main() -> None:
     except ModuleNotFoundError:
         sys.exit("Ray is not installed: pip install -e '.[ray]'")
     ray.init(address=options.address, log_to_driver=True)
-    remote: Any = ray.remote(num_gpus=options.gpus, num_cpus=options.cpus, max_retries=3, retry_exceptions=True)
+    remote: Any = ray.remote(
+        num_gpus=options.gpus, num_cpus=options.cpus, max_retries=3, retry_exceptions=[WorkerKilled]
+    )
     task = remote(run_worker)
     arguments, folder = [options.program, *overrides], os.getcwd()
     waiting = [task.remote(number, arguments, folder) for number in range(options.workers)]
