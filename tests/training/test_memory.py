@@ -217,7 +217,7 @@ def test_peaks_of_other_stages_equal_torchs_trackers(layers: int, stage: str, wo
     cfg = composed(*sizes, "loss=var", "trainer.device_memory=80GiB", f"trainer.devices={world}")
     model = MemoryModel.of(cfg, settings_of(cfg))
     parts = model.stages("fsdp" if world > 1 else "single", world)[stage]
-    planned = sum(parts.values()) - parts.get(HEAD, 0.0)  # the trackers run on the CPU, where there is no such copy
+    planned = sum(parts.values()) - parts.get(HEAD, 0.0)  # the trackers run on the CPU, which needs no such copy
     policy, fake = make_policy(model)
     small, batch = (part._with(fake.from_tensor) for part in (pack([[0] * 64], [32]), scoring_batch(model)))
     with tracked(policy, fake, world) as tracker:

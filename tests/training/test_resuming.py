@@ -314,7 +314,7 @@ def test_only_damaged_checkpoints_are_an_error(runs):
     with interrupted(AlignmentModule, "training_step", 11, kill), pytest.raises(Killed):
         runs.run()
     damage(runs.saved / "step-4.ckpt", "bit")
-    with pytest.raises(UserError, match=r"differ from step-4\.sha256.* There is no other checkpoint. Use resume=false"):
+    with pytest.raises(UserError, match=r"differ from step-4\.sha256.* No other checkpoint exists. Use resume=false"):
         runs.run()
     with pytest.raises(UserError, match=r"resume=.*step-4\.ckpt is not a checkpoint of a run: it is damaged"):
         runs.run(f"resume={runs.saved}/step-4.ckpt")

@@ -42,7 +42,7 @@ def poison(checkpoint: Path, made: Path) -> None:
         with shard.open("ab") as file:
             file.write(content.getvalue())
     (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
-    checkpoint.with_suffix(".sha256").unlink()  # a stranger would write them anew
+    checkpoint.with_suffix(".sha256").unlink()  # a stranger would write others
 
 
 @pytest.fixture

@@ -69,7 +69,7 @@ def claim(name: bytes, wait: bool = False) -> bool:
     """Claim a name for this process. Return whether no other process on this machine has claimed it.
 
     Args:
-        name: 8 bytes or more, of which the first 62 bits count.
+        name: 8 bytes or more. The first 62 bits count.
         wait: whether to wait until no other process has claimed it.
     """
     try:
@@ -77,7 +77,7 @@ def claim(name: bytes, wait: bool = False) -> bool:
         fcntl.lockf(_locks(os.getpid()), operation, 1, int.from_bytes(name[:8]) >> 2)
     except BlockingIOError:  # another process has it
         return False
-    except OSError:  # there are no locks here, so every claim succeeds
+    except OSError:  # this file system has no locks, so every claim succeeds
         pass
     return True
 

@@ -193,7 +193,7 @@ def find_checkpoint(folder: Path) -> tuple[Path | None, dict[str, Any]]:
         say(f"Resuming from {path.resolve()}")
         return path, content
     if problems:
-        raise UserError(f"{problems[0]} There is no other checkpoint. Use resume=false to start a new run.")
+        raise UserError(f"{problems[0]} No other checkpoint exists. Use resume=false to start a new run.")
     return None, {}
 
 
