@@ -11,6 +11,7 @@ import pytest
 from tests.helpers.cli import check_error, check_run, spawn
 from tests.helpers.runs import ROOT
 from var.report.read import find_records
+from var.utils.locks import find_holder
 
 pytestmark = pytest.mark.e2e
 
@@ -70,3 +71,23 @@ def test_invalid_tokens_are_found_before_a_model_is_loaded(
 
     monkeypatch.setattr("var.models.pretrained.Pretrained.load", load)
     check_error("data.max_length=8", *options, "data.max_length=8", "data.overlong=error")
+
+
+@pytest.mark.long
+def test_workers_of_a_killed_sweep_end_and_release_their_folders(options: list[str], tmp_path: Path):
+    """Then the same command resumes them. Before, they trained on, next to the workers of the second sweep."""
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    words = [*options, "trainer.max_steps=100000", "trainer.epochs=100000", "trainer.checkpoint_every_n_steps=1"]
+    sweep = ["-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=0,1"]
+    process = spawn(str(ROOT / "train.py"), *sweep, *words)
+    until = time.monotonic() + 200
+    while len(folders := {path.parents[1] for path in (tmp_path / "runs").rglob("step-*.ckpt")}) < 2:
+        assert time.monotonic() < until
+        time.sleep(0.5)
+    assert all(find_holder(folder) for folder in folders)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    until = time.monotonic() + 60
+    while any(find_holder(folder) for folder in folders):
+        assert time.monotonic() < until
+        time.sleep(0.5)
