@@ -720,9 +720,11 @@ def test_every_call_of_reasoning_gym_that_runs_text_is_known() -> None:
 def test_no_other_module_of_reasoning_gym_can_call_eval() -> None:
     """A later version of the package may use it, or one task the scorer of another, as `composite` does."""
     pytest.importorskip("reasoning_gym")
-    from var.rewards.verifiers import GENERATORS, _make_scorer
+    from var.rewards.verifiers import GENERATORS, _make_scorer, _shadow_eval
 
-    _make_scorer("chain_sum", "None")
+    for task in ("chain_sum", "boxnet", "bf"):  # these two load further modules, also after the first
+        _make_scorer(task, "None")
+        _shadow_eval()
     modules = {name: module for name, module in sys.modules.items() if name.startswith("reasoning_gym.")}
     assert len(modules) > 100
     allowed = {name for name, module in modules.items() if getattr(module, "eval", eval) is eval}

@@ -6,7 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import lru_cache
 from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -124,6 +124,7 @@ class ReasoningGym:
                 f"{self.key}=reasoning_gym scores rows of data=reasoning_gym, but a row's `answer` {error}"
             ) from None
         scorer = _make_scorer(problem["task"], repr(problem["options"]))
+        _shadow_eval()  # a task imports some modules when it is first used
         if (found := self._extract(response)) is None:
             return 0.0
         try:
@@ -142,22 +143,25 @@ class ReasoningGym:
 
 @lru_cache(maxsize=256)
 def _make_scorer(task: str, options: str) -> Callable[[str, dict[str, Any]], float]:
-    """Return the scorer of a task, without access to Python's eval: the text of a model or a row is never run."""
-    problems = make_dataset(task, 1, 0, ast.literal_eval(options))
-    _shadow_eval()
-    return problems.score_answer
+    """Return the scorer of a task. Before it runs, `_shadow_eval` has to."""
+    return make_dataset(task, 1, 0, ast.literal_eval(options)).score_answer
 
 
-@cache
 def _shadow_eval() -> None:
-    """Shadow the builtin eval and sympy's parse_expr by global names in all modules of reasoning-gym.
+    """Shadow the builtin eval and sympy's parse_expr by global names in all modules of reasoning-gym that are loaded.
+
+    So the text of a model or a row is never run.
 
     Also where the package does not call them today: a later version may, or one task may use the scorer of another.
     """
     import sympy  # the package has imported it
 
+    modules = {name: module for name, module in sys.modules.items() if name.startswith("reasoning_gym.")}
+    if not (new := modules.keys() - _shadowed):
+        return
+    _shadowed.update(new)
     safe_sympy = SimpleNamespace(**{**vars(sympy), "parse_expr": _parse_expression})
-    for module in [module for name, module in sys.modules.items() if name.startswith("reasoning_gym.")]:
+    for module in (modules[name] for name in new):
         names, last = vars(module), module.__name__.rpartition(".")[2]
         if last not in GENERATORS:
             names["eval"] = EVALUATE.get(last, _reject_eval)
@@ -166,6 +170,10 @@ def _shadow_eval() -> None:
                 names[name] = _parse_expression
             elif value is sympy:
                 names[name] = safe_sympy
+
+
+_shadowed: set[str] = set()
+"""The modules in which they are shadowed."""
 
 
 def _reject_eval(text: str) -> Any:
