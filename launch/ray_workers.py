@@ -14,26 +14,20 @@ import argparse
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ("annotate.py", "sample.py")
+TRIES = 3  # of a worker that is killed
 
 
-class WorkerKilled(Exception):
-    """A worker was killed, so it is started again. After an error of its own, it would fail again."""
-
-
-def run_worker(number: int, arguments: list[str], folder: str) -> int:
-    """Run the command in a process of its own, in `folder`; return the worker's number. Raise an error if it fails."""
+def run_worker(number: int, arguments: list[str], folder: str) -> tuple[int, int]:
+    """Run the command in a process of its own, in `folder`; return the worker's number and the exit status."""
     print(f"worker {number} starts", flush=True)
     done = subprocess.run([sys.executable, str(ROOT / arguments[0]), *arguments[1:]], cwd=folder)
-    if done.returncode < 0:
-        raise WorkerKilled(f"worker {number} was killed by signal {-done.returncode}")
-    if done.returncode:
-        raise RuntimeError(f"worker {number} failed; its error is above")
-    return number
+    return number, done.returncode
 
 
 def main() -> None:
@@ -50,16 +44,22 @@ def main() -> None:
     except ModuleNotFoundError:
         sys.exit("Ray is not installed: pip install -e '.[ray]'")
     ray.init(address=options.address, log_to_driver=True)
-    remote: Any = ray.remote(
-        num_gpus=options.gpus, num_cpus=options.cpus, max_retries=3, retry_exceptions=[WorkerKilled]
-    )
+    remote: Any = ray.remote(num_gpus=options.gpus, num_cpus=options.cpus, max_retries=TRIES)
     task = remote(run_worker)
     arguments, folder = [options.program, *overrides], os.getcwd()
     waiting = [task.remote(number, arguments, folder) for number in range(options.workers)]
+    tries, finished = Counter(range(options.workers)), 0
     while waiting:
         (done,), waiting = ray.wait(waiting)
-        number = ray.get(done)  # raises the error of a worker that failed for good
-        print(f"worker {number} is done; {options.workers - len(waiting)} of {options.workers}", flush=True)
+        number, status = ray.get(done)
+        if status < 0 and tries[number] < TRIES:  # killed; after an error of its own, it would fail again
+            tries[number] += 1
+            waiting.append(task.remote(number, arguments, folder))
+        elif status:
+            sys.exit(f"worker {number} failed with status {status}; its error is above")
+        else:
+            finished += 1
+            print(f"worker {number} is done; {finished} of {options.workers}", flush=True)
 
 
 if __name__ == "__main__":
