@@ -27,6 +27,7 @@ from var.data.chat import Chat
 from var.losses.dpo import DPO
 from var.losses.kto import KTO
 from var.losses.sft import SFT
+from var.models.cross_scoring import pack_mismatched
 from var.models.logprobs import compute_token_logps
 from var.models.packing import Packed, pack, pack_tree
 from var.models.policy import Policy
@@ -259,6 +260,7 @@ def check_synchronizations(found: Findings, item: str, dry: bool) -> None:
             fields["reference_logps"] = torch.full((tokens,), -5.0)
         if name == "KTO":
             fields["desirable"] = torch.tensor([True, False] * 2)
+            fields["mismatched"] = pack_mismatched(*rows)
             fields["mismatched_reference_logps"] = torch.full((4,), -100.0, dtype=torch.float64)
         batch = pack(*rows, **fields).to(DEVICE)
         module = AlignmentModule(Policy(model), loss, providers, torch.optim.AdamW, schedule)
@@ -277,14 +279,8 @@ def check_synchronizations(found: Findings, item: str, dry: bool) -> None:
     with count_synchronizations() as seen, autocast():
         sample_tokens(model, chat, rows[0], sampling)
     per = 16 * len(seen) / tokens
-    found.add(
-        item,
-        "synchronizations per 16 sampled tokens",
-        per if CUDA else None,
-        "",
-        "at most 1",
-        per <= 1 if CUDA else None,
-    )
+    count, few = (per, per <= 1) if CUDA else (None, None)
+    found.add(item, "synchronizations per 16 sampled tokens", count, "", "at most 1", few)
     for place in sorted(set(seen), key=seen.count)[-5:]:
         print(f"       {seen.count(place)} × {place}")
 
