@@ -39,11 +39,11 @@ LOSSES = {
 # Where a run is killed. Each attempt dies at the n-th event that matches the pattern, and the next attempt comes to the
 # next place. Checkpoints are written after every step. The last field: whether the fast suite has this place, too.
 PLACES = [
-    ("while the weights' hash is written", r"write .*/hashes/", 1, True),
     ("while rows are written", r"write .*/rows\.arrow", 1, False),
     ("after the rows, before the file that marks them as complete", r"write .*/rows/.*/done\.json", 1, True),
     ("while tokens are written", r"write .*/sequences\.arrow", 1, False),
     ("after the tokens, before the file that marks them as complete", r"write .*/sequences/.*/done\.json", 1, False),
+    ("while the weights' hash is written", r"write .*/hashes/", 1, True),
     ("while rewards are cached", r"write .*/store/rewards/.*\.partial", 1, False),
     ("while the plan is written", r"write .*/plan\.npz", 1, False),
     ("while the reference samples", r"run ", 2, False),
