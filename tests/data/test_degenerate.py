@@ -146,3 +146,9 @@ def test_evaluation_warns_of_prompts_that_the_run_trained_on(options, tmp_path, 
     file.unlink()
     warn_of_trained_prompts(Prompts(rows, None, {}), config, tmp_path)  # type: ignore[arg-type]
     assert "Not compared with the run's training prompts" in capsys.readouterr().out
+
+
+def test_a_long_response_of_control_tokens_is_counted(tmp_path: Path) -> None:
+    records = [{"prompt": "q", "responses": ["</s>" * 80]}, {"prompt": "r", "responses": ["- a list"]}]
+    rows = read(Files(path=str(write_lines(tmp_path / "rows.jsonl", records))), tmp_path)
+    assert count_degenerate(rows, rows.select([]), [], False) == {degenerate.ONLY_END: 1}

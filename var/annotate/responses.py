@@ -17,12 +17,12 @@ from var.data.chat import Chat
 from var.data.report import DataReport
 from var.data.row import Response, Row
 from var.data.rows import Rows
-from var.data.stored import hash_file, make
+from var.data.stored import make
 from var.sampling.base import Prompts, Sample, Samples, Sampling
 from var.sampling.local import Transformers
 from var.utils.console import warn
 from var.utils.errors import Problems, UserError
-from var.utils.provenance import dump
+from var.utils.provenance import dump, hash_file
 
 ENOUGH = 4  # prompts from which the variety of their responses is judged
 COPIED = 0.8  # fraction of prompts with identical responses, from which the reference is asked for a comparison

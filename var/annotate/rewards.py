@@ -93,13 +93,11 @@ def score(annotator: Annotator, triples: Sequence[Triple], title: str = "Scoring
 
 def score_rows(annotator: Annotator, rows: Rows) -> np.ndarray:
     """Return [N] raw rewards of all responses, row by row."""
-    size = rows.facts["responses"]
-    index = np.repeat(np.arange(len(rows)), size)
+    index, response = rows.list_responses()
     if not annotator.reward.scores_text:
         scores = rows.numbers("score")
         check_scores(rows[i].id for i in np.unique(index[np.isnan(scores)]).tolist())
         return scores
-    response = np.arange(len(index)) - np.repeat(np.cumsum(size) - size, size)
     return score(annotator, Triples(rows, index, index, response))
 
 

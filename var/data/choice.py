@@ -35,8 +35,7 @@ def choose(rows: Rows, responses: Selection, rewards: np.ndarray | None = None) 
     counts["rows without a response"] = int((size == 0).sum())
     chosen = size > 0
     if responses == "all":
-        row = np.repeat(np.arange(len(rows)), size)
-        return Choice(row, np.arange(len(row)) - np.repeat(np.cumsum(size) - size, size), +counts)
+        return Choice(*rows.list_responses(), +counts)
     if responses == "chosen":
         _check_ordered(rows, np.flatnonzero(chosen & ~ordered))
         row = np.flatnonzero(chosen)

@@ -14,9 +14,9 @@ import numpy as np
 from var.data.messages import last_text, prompt_content, texts_in
 from var.data.row import Row
 from var.data.rows import FORMAT, Rows, load, write
-from var.data.stored import hash_file, make
+from var.data.stored import make
 from var.utils.errors import Problems
-from var.utils.provenance import hash_content
+from var.utils.provenance import hash_content, hash_file
 
 LONGEST = 5_000_000  # characters of a row. A tokenizer takes 300 times as many bytes, before anything can be truncated
 

@@ -67,7 +67,7 @@ def state_facts(row: Row) -> tuple[Any, ...]:
     """Return the record of a row in FACTS."""
     kinds = sum(1 << KINDS.index(kind) for kind in find_degenerate(row) if kind in KINDS)
     texts = [response.text.strip() for response in row.responses]
-    suspect = any(0 < len(text) <= 200 and not text[0].isalnum() for text in texts)
+    suspect = any(text and not text[0].isalnum() for text in texts)
     key, text = hash_content(prompt_content(row.prompt)), hash_content(normalize(row.prompt))
     return key, text, len(texts), row.ordered, row.sampling is not None, kinds, suspect
 

@@ -16,10 +16,10 @@ import pyarrow.compute as pc
 
 from var.data.messages import prompt_content, restore_prompt
 from var.data.row import FACTS, Response, Row, state_facts
-from var.data.stored import hash_file, map_array
+from var.data.stored import map_array
 from var.utils.errors import Problems
 from var.utils.files import atomic, replacing
-from var.utils.provenance import hash_content
+from var.utils.provenance import hash_content, hash_file
 
 FORMAT = 8  # increase it when an adapter or Row changes the rows of an unchanged source
 
@@ -64,6 +64,12 @@ class Rows:
         """What the adapter took the records for, in one line; empty if it did not have to find out."""
         joined = f", {self.merged} records joined to rows of the same prompt" if self.merged else ""
         return f"{self.form}; {len(self)} rows{joined}" if self.form else ""
+
+    def list_responses(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the row [N] of each response and its index in it [N], row by row."""
+        size = self.facts["responses"]
+        row = np.repeat(np.arange(len(self)), size)
+        return row, np.arange(len(row)) - np.repeat(np.cumsum(size) - size, size)
 
     def numbers(self, name: Literal["score", "weight"]) -> np.ndarray:
         """Return [N] float64 of all responses, row by row, NaN for those without one."""

@@ -1,6 +1,5 @@
 """A folder of the cache: complete and undamaged, or absent. `finish` marks it as complete with checksums."""
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -12,7 +11,7 @@ import numpy as np
 from var.utils.console import warn
 from var.utils.files import atomic
 from var.utils.locks import hold
-from var.utils.provenance import hash_content
+from var.utils.provenance import hash_content, hash_file
 
 DONE = "done.json"
 DATA = (".arrow", ".npy")  # the endings of files with content
@@ -92,12 +91,6 @@ def _verify(path: Path) -> str:
     """Return the checksum of a file, which is read once per process unless it changes."""
     status = path.stat()
     return _hash_once(path, status.st_ino, status.st_size, status.st_mtime_ns)
-
-
-def hash_file(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @lru_cache(maxsize=1000)

@@ -15,7 +15,6 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from var.config.schema import pick_fields
 from var.data.read import Source, read
-from var.data.row import normalize
 from var.data.rows import Rows, concatenate
 from var.data.settings import DataSettings
 from var.data.split import split
@@ -79,9 +78,9 @@ def warn_of_trained_prompts(prompts: Prompts, trained: Mapping[str, Any], cache:
     except Exception as error:  # of another version's configuration, or of data that has moved
         say(f"Not compared with the run's training prompts, which cannot be read: {brief(error)}")
         return
-    texts = {normalize(row.prompt) for row in prompts.rows}
-    shared = texts & {normalize(row.prompt) for row in rows}
-    if shared:
+    texts = np.unique(prompts.rows.facts["text"])
+    shared = np.intersect1d(texts, rows.facts["text"])
+    if len(shared):
         warn(
             f"{len(shared)} of {len(texts)} prompts are also training prompts of this run, but for case and spaces. "
             "held_out=true evaluates only the validation split."

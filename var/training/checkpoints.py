@@ -3,7 +3,6 @@
 Lightning's own checkpoint callback is not used: it can leave no complete checkpoint when a run is killed while saving.
 """
 
-import hashlib
 import shutil
 import signal
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from var.training.sharded import PLAIN, read_metadata
 from var.utils.console import say, warn
 from var.utils.errors import UserError, brief
 from var.utils.files import atomic, name_partial, remove, synchronize, synchronize_folder
+from var.utils.provenance import hash_file
 from var.utils.signals import handle_signals, leave
 
 CHECKSUMS = ".sha256"  # the suffix of the file next to a checkpoint
@@ -224,11 +224,6 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
 
 def list_checksums(checkpoint: Path, name: str) -> str:
     """Return the SHA-256 of each file of a checkpoint, as sha256sum writes them. name: of the complete checkpoint."""
-
-    def hash_file(file: Path) -> str:
-        with file.open("rb") as content:
-            return hashlib.file_digest(content, "sha256").hexdigest()
-
     files = _files(checkpoint)
     with ThreadPoolExecutor(4) as pool:
         hashes = pool.map(hash_file, files)

@@ -38,3 +38,9 @@ def dump(value: Any) -> bytes:
 def hash_content(*parts: Any) -> bytes:
     """Return the first 16 bytes of the SHA-256 of JSON values in canonical form."""
     return hashlib.sha256(dump(parts)).digest()[:16]
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
