@@ -1,7 +1,10 @@
 """Cached rows, tokens and keys: damage is found, reported and repaired, and one process writes for all."""
 
+import json
+import os
 import random
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 from notebooks.tiny import byte_tokenizer
 from tests.helpers.runs import write_lines
 from var.data import encode as encode_module
+from var.data import read as read_module
 from var.data import rows as rows_module
 from var.data import stored
 from var.data.chat import Chat
@@ -18,6 +22,8 @@ from var.data.choice import choose
 from var.data.read import read
 from var.data.sequences import Sequences, encode
 from var.data.sources.files import Files
+from var.utils import processes
+from var.utils.errors import UserError
 
 
 def make_file(folder: Path, count: int) -> Path:
@@ -65,17 +71,59 @@ def test_any_damage_is_reported_and_repaired(tmp_path: Path, capsys: pytest.Capt
             assert reported != missing_marker
 
 
-def test_several_processes_tokenize_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_several_processes_read_and_tokenize_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     file = make_file(tmp_path, 60)
+    for module, chunk in ((encode_module, 8), (read_module, 7)):
+        monkeypatch.setattr(module, "CHUNK", chunk)
     expected = contents(load(file, tmp_path / "one"))
     monkeypatch.setattr(encode_module, "PARALLEL", 10)
-    monkeypatch.setattr(encode_module, "CHUNK", 8)
-    monkeypatch.setattr(encode_module, "count_cpus", lambda: 3)
+    monkeypatch.setattr(read_module, "ALONE", 2)
+    monkeypatch.setattr(processes, "count_cpus", lambda: 3)
     started = list[int]()
-    real = encode_module.ProcessPoolExecutor
-    monkeypatch.setattr(encode_module, "ProcessPoolExecutor", lambda n, *rest: started.append(n) or real(n, *rest))
+    real = processes.ProcessPoolExecutor
+    monkeypatch.setattr(processes, "ProcessPoolExecutor", lambda n, *rest: started.append(n) or real(n, *rest))
     assert contents(load(file, tmp_path / "several")) == expected
-    assert started == [3]
+    assert started == [3, 3]
+    one, several = (
+        [path.read_bytes() for path in sorted((tmp_path / name).rglob("*")) if path.suffix in (".arrow", ".npy")]
+        for name in ("one", "several")
+    )
+    assert one == several
+
+
+def test_several_processes_report_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Invalid rows are named in order with an example, and columns that first occur in later rows are known."""
+    file = make_file(tmp_path, 60)
+    lines = [{**json.loads(line), "id": str(i)} for i, line in enumerate(file.read_text().splitlines())]
+    lines[50]["note"] = "x"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    monkeypatch.setattr(read_module, "CHUNK", 7)
+    monkeypatch.setattr(read_module, "ALONE", 2)
+    found = []
+    for count in (1, 3):
+        monkeypatch.setattr(processes, "count_cpus", lambda count=count: count)
+        valid = read(Files(path=str(file)), tmp_path / f"valid{count}")
+        broken = [*lines[:20], {**lines[20], "responses": [""]}, *lines[21:40], {"id": "x"}, lines[3], *lines[41:]]
+        other = tmp_path / "broken.jsonl"
+        other.write_text("\n".join(map(json.dumps, broken)))
+        with pytest.raises(UserError) as raised:
+            read(Files(path=str(other)), tmp_path / f"broken{count}")
+        found.append((valid.description.replace("unused columns: note", "NOTE"), str(raised.value)))
+    assert found[0] == found[1]
+    assert "NOTE" in found[0][0]
+    for part in (
+        "broken.jsonl:21: response 0 is empty",
+        "broken.jsonl:41: missing",
+        "broken.jsonl:42: id '3' is also the id of broken.jsonl:4",
+        "Valid: ",
+    ):
+        assert part in found[0][1]
+
+
+def test_a_killed_process_is_one_message(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(processes, "count_cpus", lambda: 2)
+    with pytest.raises(UserError, match="was killed"):
+        list(processes.map_in_order(lambda part: os.kill(os.getpid(), signal.SIGKILL), range(5)))
 
 
 @pytest.mark.parametrize("count", [10, 200])

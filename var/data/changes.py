@@ -52,13 +52,12 @@ def find_content_changes(prompt: Sequence[Message], places: Sequence[tuple[int, 
     changes, order = list[str](), [i for i, _ in places]
     for i, message in enumerate(prompt):
         content = (message.get("content") or "").strip()
-        as_json = {json.dumps(content, ensure_ascii=escape)[1:-1] for escape in (True, False)}
         written = [part.strip() for number, part in places if number == i]
         if not content:
             continue
         if not written:
             changes.append(f"the {message['role']}'s message {i} is not as written, {content[:60]!r}")
-        elif others := [part for part in written if part not in {content, *as_json}]:
+        elif others := [part for part in written if part != content and part not in _as_json(content)]:
             changes.append(f"the {message['role']}'s message {i} is {describe_change(content, others[0])}")
         elif any(number > i for number in order[: order.index(i)]):
             changes.append(f"the {message['role']}'s message {i} is in another place")
@@ -77,8 +76,12 @@ def list_unwritten(value: Any, text: str) -> list[str]:
     if value is None or isinstance(value, bool):
         return []
     leaf = str(value).strip()
-    forms = (leaf, *(json.dumps(leaf, ensure_ascii=escape)[1:-1] for escape in (True, False)))
-    return [] if any(form in text for form in forms) else [leaf]
+    return [] if any(form in text for form in (leaf, *_as_json(leaf))) else [leaf]
+
+
+def _as_json(text: str) -> tuple[str, str]:
+    """Return a text as it is written within JSON, without and with characters beyond ASCII."""
+    return json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1]
 
 
 def describe_change(expected: str, found: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from var.data.changes import describe_change, find_content_changes, list_unwritten
 from var.data.messages import Message, Prompt
+from var.data.placement import Placement
 from var.data.row import Response
 from var.data.template import MARK, PROBE, Template, hash_tokenizer
 from var.data.template_file import read_template
@@ -73,6 +74,7 @@ class Chat:
         self._prepared: tuple[Prompt, tuple[str, list[int], list[str]]] | None = None
         self.size = len(tokenizer) if size is None else size
         self.template = Template(tokenizer, kwargs, today, ends=self.named_ends.values())
+        self.placement = Placement(self.template)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -181,7 +183,7 @@ class Chat:
 
         Content is compared up to surrounding white space.
         """
-        changes = find_content_changes(prompt, self.template.place_contents(prompt, rendered))
+        changes = find_content_changes(prompt, self.placement.place_contents(prompt, rendered))
         text = rendered.replace(MARK, "")
         for i, message in enumerate(prompt):
             for key in sorted(message.keys() - {"role", "content"}):
@@ -255,8 +257,8 @@ class Chat:
             end = len(text) if stop is None else offsets[stop][0]
         else:
             end = len(text) - len(self.suffix)
-            after = [t for t, (_, high) in enumerate(offsets) if high > end and t >= start]
-            stop = next((t for t in after if ids[t] == self.end_token), None)
+            inside = (t for t in range(start, len(ids)) if ids[t] == self.end_token and offsets[t][1] > end)
+            stop = next(inside, None)
             end = end if stop is None else max(end, offsets[stop][0])  # it may write text before the end token
         if stop is None:
             raise ValueError(
@@ -277,7 +279,7 @@ class Chat:
         further, response = message.keys() - {"role", "content"}, message["content"]
         if not further:
             return [] if span.strip() == response.strip() else [f"the response is {describe_change(response, span)}"]
-        written = self.template.find_content([*prompt, message], prompt, full)
+        written = self.placement.find_content([*prompt, message], prompt, full)
         if written is None:
             changes = [] if response.strip() in span else [f"the response is not as written, {response[:60]!r}"]
         elif response.strip() and len(written) != 1:
@@ -324,8 +326,7 @@ class Chat:
         return [*ids, self.end_token] if finished or not ids else ids
 
     def _check_bos(self, ids: list[int]) -> list[int]:
-        bos = self.tokenizer.bos_token_id
-        if len(ids) > 1 and ids[0] == ids[1] == bos:
+        if len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_token_id:
             raise ValueError(f"two BOS tokens ({self.tokenizer.bos_token}) at the start: the template writes both")
         return ids
 

@@ -1,24 +1,27 @@
 """Read a source: check its rows once, and store them. Problems of all records are reported together."""
 
-import math
 import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
 
-from var.data.messages import last_text, prompt_content, texts_in
+from var.data.check import INVALID, Checked, check_records
 from var.data.row import Row
-from var.data.rows import FORMAT, Rows, load, write
+from var.data.rows import CHUNK, FORMAT, Rows, load, write, write_parts
 from var.data.stored import make
 from var.utils.errors import Problems
+from var.utils.processes import map_in_order
 from var.utils.provenance import hash_content, hash_file
 
-LONGEST = 5_000_000  # characters of a row. A tokenizer takes 300 times as many bytes, before anything can be truncated
+ALONE = 20  # chunks of records that this process checks before it starts others, which takes about a second
 
 
 class Source(Protocol):
@@ -36,10 +39,15 @@ class Source(Protocol):
         """Return what the rows depend on as JSON values: names, settings, files with size and time."""
         ...
 
-    # Two members are optional. Both are read when all records have been:
-    #     form: What the records were taken for, and which of their columns are not used, in one line.
+    # Further members are optional:
+    #     form: What the records were taken for, and which of their columns are not used, in one line. It is read when
+    #         all records have been.
     #     single: True if a record has one response, so that records with equal prompts become one row.
-    # A third one, explain(record), describes a record next to a valid one, for the error message about it.
+    #     explain(record): describes a record next to a valid one, for the error message about it.
+    #     parallel: True if `row` depends on its arguments alone, so that copies of the source in several processes can
+    #         convert the records. The copies are made after the first records have been read.
+    #     notes: What `row` collects about the records, if it does, as a value that can be pickled. notes.merge(other)
+    #         adds what a copy has collected.
 
 
 def read(source: Source, cache: Path) -> Rows:
@@ -57,7 +65,7 @@ def _store(source: Source, target: Path) -> Mapping[str, Any]:
     problems = RowProblems(f"{type(source).__name__}: invalid rows", str(getattr(source, "path", "source")))
     left_out, merged = Counter[str](), 0
     with tempfile.TemporaryDirectory(dir=target) as folder:
-        write(_check_rows(source, problems, left_out), Path(folder), problems)
+        write_parts(_check_rows(source, problems, left_out), Path(folder), problems)
         groups = _group_records(load(Path(folder))) if getattr(source, "single", False) else []
         if merged := sum(len(group) - 1 for group in groups):
             write(_merge(load(Path(folder)), groups), target, problems)
@@ -83,7 +91,7 @@ def _group_records(rows: Rows) -> list[np.ndarray]:
 def _merge(rows: Rows, groups: list[np.ndarray]) -> Iterator[Row]:
     """Yield one row per group, the first with the responses of all."""
     for group in groups:
-        parts = [rows[i] for i in group]
+        parts = rows.read(group)
         yield replace(parts[0], responses=tuple(response for part in parts for response in part.responses))
 
 
@@ -122,54 +130,38 @@ class RowProblems(Problems):
         super().check("\n".join(filter(None, [advice, self.example])))
 
 
-def find_faults(row: Row) -> list[str]:
-    """Return what makes a row unusable for any loss: empty or unencodable text, invalid scores or weights."""
-    faults = []
-    texts = [row.id, row.answer, row.subset, row.sampling, *(r.source for r in row.responses)]
-    texts += texts_in([prompt_content(row.prompt), *([r.text, r.message] for r in row.responses)])
-    try:
-        "".join(filter(None, texts)).encode()
-    except UnicodeEncodeError as error:
-        faults.append(f"its text cannot be written as UTF-8: unpaired surrogate {error.object[error.start]!r}")
-    if (size := sum(map(len, filter(None, texts)))) > LONGEST:
-        faults.append(f"its texts have {size:,} characters, and a row may have {LONGEST:,}; shorten or remove it")
-    if not last_text(row.prompt).strip():
-        faults.append("its prompt is empty")
-    for k, response in enumerate(row.responses):
-        if not response.text.strip() and not response.message:
-            faults.append(f"response {k} is empty")
-        if response.score is not None and not math.isfinite(response.score):
-            faults.append(f"the score of response {k} is {response.score}; scores must be finite")
-        if response.weight is not None and not (math.isfinite(response.weight) and response.weight >= 0):
-            faults.append(f"the weight of response {k} is {response.weight}; weights must be finite and ≥ 0")
-    return faults
+def _check_rows(source: Source, problems: RowProblems, left_out: Counter[str]) -> Iterator[tuple[pa.Table, np.ndarray]]:
+    """Yield the rows of a source with their facts, in parts, until the first problem.
 
-
-def _check_rows(source: Source, problems: RowProblems, left_out: Counter[str]) -> Iterator[Row]:
-    """Yield the rows of a source until the first problem; collect all problems and count skipped records."""
+    Collect all problems and count skipped records. Many records are checked by several processes.
+    """
     ids, prompts = bytearray(), bytearray()  # 16 bytes of hash per row
-    explain = getattr(source, "explain", lambda record: "")
-    for where, record in source.records():
-        try:
-            row = source.row(where, record)
-        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
-            problems.example = problems.example or explain(record)
-            problems.add(where, f"missing {error}" if isinstance(error, KeyError) else str(error))
-            continue
-        if row is None:
-            left_out["rows"] += 1
-            continue
-        for fault in find_faults(row):
-            problems.example = problems.example or explain(record)
-            problems.add(where, f"{fault} (row {row.id})")
-        ids += hash_content(row.id)
-        prompts += hash_content(prompt_content(row.prompt)) if getattr(source, "single", False) else b""
-        if not problems:  # after a problem nothing is kept, and some faulty rows cannot be written
-            yield row
+    for part in _check_parts(source):
+        left_out["rows"] += part.left_out
+        ids += part.ids
+        prompts += part.prompts
+        problems.example = problems.example or part.example
+        if not problems:  # after a problem nothing is kept
+            yield from part.parts
+        for where, what in part.problems:
+            problems.add(where, what)
     if not ids and not problems:
         problems.add(problems.source, "it has no rows")
     if repeated := find_repeated(bytes(ids), bytes(prompts)):
         _report_repeated(source, repeated, problems)
+
+
+def _check_parts(source: Source) -> Iterator[Checked]:
+    """Yield the checked records of a source in parts of CHUNK."""
+    records = source.records()
+    parts = iter(lambda: list(islice(records, CHUNK)), [])
+    if not getattr(source, "parallel", False):
+        yield from (check_records(source, part) for part in parts)
+        return
+    for checked in map_in_order(partial(check_records, source), parts, ALONE):
+        if checked.notes is not None:
+            source.notes.merge(checked.notes)  # type: ignore[attr-defined]
+        yield checked
 
 
 def find_repeated(ids: bytes, prompts: bytes) -> dict[int, int]:
@@ -198,7 +190,7 @@ def _report_repeated(source: Source, repeated: Mapping[int, int], problems: Prob
     for where, record in source.records():
         try:
             row = source.row(where, record)
-        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
+        except INVALID:
             continue
         if row is not None:
             if number in wanted:

@@ -74,7 +74,9 @@ def state_facts(row: Row) -> tuple[Any, ...]:
 
 def find_degenerate(row: Row, special: Collection[str] = ()) -> Iterator[str]:
     """Yield the kinds of degenerate rows that a row belongs to."""
-    contents = [(r.text.strip(), json.dumps(dict(r.message), sort_keys=True)) for r in row.responses]
+    contents = [
+        (r.text.strip(), json.dumps(dict(r.message), sort_keys=True) if r.message else "{}") for r in row.responses
+    ]
     if len(set(contents)) < len(contents):
         yield EQUAL_RESPONSES
     if any(text and message == "{}" and _has_no_word(text, special) for text, message in contents):

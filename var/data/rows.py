@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from var.utils.errors import Problems
 from var.utils.files import atomic, replacing
 from var.utils.provenance import hash_content, hash_file
 
+CHUNK = 1000  # rows that are decoded or written together
 FORMAT = 8  # increase it when an adapter or Row changes the rows of an unchanged source
 
 
@@ -103,8 +105,14 @@ class Rows:
             row = self._decoded[int(index)] = _load_row(self.table[int(index)])
         return row
 
+    def read(self, indices: range | np.ndarray) -> list[Row]:
+        """Return the rows at these indices, which are decoded together."""
+        columns = self.table[indices]
+        return [_load_row(dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)]
+
     def __iter__(self) -> Iterator[Row]:
-        return (_load_row(record) for record in self.table)
+        for begin in range(0, len(self), CHUNK):
+            yield from self.read(range(begin, min(begin + CHUNK, len(self))))
 
     def select(self, indices: Any) -> "Rows":
         """Return the rows at these indices."""
@@ -133,15 +141,19 @@ def _dump_row(row: Row) -> dict[str, Any]:
     return {**record, "prompt": _dump(prompt_content(row.prompt)), "responses": responses}
 
 
-def _dump(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+_dump = json.JSONEncoder(ensure_ascii=False).encode
+
+
+def to_table(rows: Sequence[Row]) -> pa.Table:
+    """Return rows as a table."""
+    return pa.Table.from_pylist([_dump_row(row) for row in rows], schema=FEATURES.arrow_schema)
 
 
 def _load_row(record: Mapping[str, Any]) -> Row:
     """Return the row of `_dump_row`."""
     responses = []
     for values in record["responses"]:
-        ids, message = values["ids"], json.loads(values["message"])
+        ids, message = values["ids"], {} if values["message"] == "{}" else json.loads(values["message"])
         responses.append(Response(**{**values, "ids": None if ids is None else tuple(ids), "message": message}))
     return Row(**{**record, "prompt": restore_prompt(json.loads(record["prompt"])), "responses": tuple(responses)})
 
@@ -155,20 +167,31 @@ def load(target: Path, facts: Mapping[str, Any] = {}) -> Rows:
     return Rows(datasets.Dataset.from_file(str(target / "rows.arrow")), map_array(target / "facts.npy"), **fields)
 
 
+def in_parts(rows: Iterable[Row]) -> Iterator[tuple[pa.Table, np.ndarray]]:
+    """Yield rows as tables with their facts [n] of FACTS, CHUNK rows at a time."""
+    rows = iter(rows)
+    while part := list(islice(rows, CHUNK)):
+        yield to_table(part), np.array([state_facts(row) for row in part], dtype=FACTS)
+
+
 def write(rows: Iterable[Row], target: Path, problems: Problems) -> None:
     """Write rows to the folder `target` one by one, or raise `problems` and write nothing."""
+    write_parts(in_parts(rows), target, problems)
+
+
+def write_parts(parts: Iterable[tuple[pa.Table, np.ndarray]], target: Path, problems: Problems) -> None:
+    """Write rows and their facts to the folder `target`, or raise `problems` and write nothing."""
     from datasets.arrow_writer import ArrowWriter
 
     target.mkdir(parents=True, exist_ok=True)
+    found = [np.empty(0, dtype=FACTS)]
     with replacing(target / "rows.arrow", shared=True) as partial:
         with ArrowWriter(path=str(partial), features=FEATURES) as writer:
-
-            def add(row: Row) -> tuple[Any, ...]:
-                writer.write(_dump_row(row))
-                return state_facts(row)
-
-            facts = np.fromiter(map(add, rows), dtype=FACTS)
+            for table, facts in parts:
+                if len(table):
+                    writer.write_table(table)
+                    found.append(facts)
             writer.finalize()
         problems.check()
         with atomic(target / "facts.npy", "wb", shared=True) as file:
-            np.save(file, facts)
+            np.save(file, np.concatenate(found))

@@ -10,12 +10,11 @@ from typing import Any, Literal
 
 import datasets
 import numpy as np
-import pyarrow as pa
 
 from var.data.changes import TemplateChanges
 from var.data.chat import Chat
 from var.data.choice import Choice
-from var.data.encode import ERRORS, Encoder, Piece, encode_all
+from var.data.encode import ERRORS, FACTS, FEATURES, Encoder, encode_all
 from var.data.rows import Rows
 from var.data.settings import OnTemplateChange, Overlong
 from var.data.stored import make, map_array
@@ -24,19 +23,6 @@ from var.utils.files import atomic, replacing
 from var.utils.provenance import hash_content
 
 FORMAT = 3  # increase it when the tokens of unchanged rows change
-FEATURES = datasets.Features({"ids": datasets.List(datasets.Value("int32")), "name": datasets.Value("string")})
-FACTS = np.dtype(
-    [
-        ("row", "i8"),
-        ("response", "i4"),
-        ("start", "i4"),
-        ("length", "i4"),
-        ("group", "i8"),
-        ("score", "f8"),
-        ("weight", "f8"),
-    ]
-)
-"""What is asked of all sequences, kept apart from the tokens: see the properties of `Sequences`."""
 
 
 @dataclass(frozen=True)
@@ -120,10 +106,8 @@ def encode(
         [max_length, overlong, pairs],
     ).hex()
     target = cache / "sequences" / key
-    encoder = Encoder(rows, chat, max_length, overlong)
-    done = make(
-        target, "tokenizes the same rows", lambda: _write(rows, choice, encoder, pairs, on_template_change, target)
-    )
+    encoder = Encoder(rows, chat, max_length, overlong, pairs)
+    done = make(target, "tokenizes the same rows", lambda: _write(encoder, choice, on_template_change, target))
     TemplateChanges(done["changes"], done["changed_rows"]).settle(on_template_change)
     counts = Counter(done["counts"]) + choice.counts
     table = datasets.Dataset.from_file(str(target / "sequences.arrow"))
@@ -136,9 +120,7 @@ def encode(
     return Sequences(table, map_array(target / "facts.npy"), counts, done["content"], done["ended"], key)
 
 
-def _write(
-    rows: Rows, choice: Choice, encoder: Encoder, pairs: bool, on_template_change: OnTemplateChange, target: Path
-) -> Mapping[str, Any]:
+def _write(encoder: Encoder, choice: Choice, on_template_change: OnTemplateChange, target: Path) -> Mapping[str, Any]:
     """Tokenize the chosen responses into the folder `target`, or raise one error for all invalid rows.
 
     Return the counts.
@@ -146,44 +128,25 @@ def _write(
     from datasets.arrow_writer import ArrowWriter
 
     problems, counts, changes = Problems("rows that cannot be tokenized"), Counter[str](), TemplateChanges()
-    size, ended, content, ends = 2 if pairs else 1, 0, hashlib.sha256(), encoder.chat.end_tokens
-    parts = [np.empty(0, dtype=FACTS)]
-    chosen = list(zip(choice.row.tolist(), choice.response.tolist(), strict=True))
+    ended, content, parts = 0, hashlib.sha256(), [np.empty(0, dtype=FACTS)]
     with (
         replacing(target / "sequences.arrow", shared=True) as partial,
         ArrowWriter(path=str(partial), features=FEATURES) as writer,
     ):
-        done = 0
-        for pieces in encode_all(encoder, chosen):
-            kept, facts = list[Piece](), list[tuple[Any, ...]]()
-            for piece in pieces:
-                counts.update(piece.counted)
-                changes.add(f"row {piece.name}", piece.changes)
-                if piece.error:
-                    problems.add(f"row {piece.name}", piece.error)
-            for begin in range(0, len(pieces), size):
-                unit = [piece for piece in pieces[begin : begin + size] if piece.ids]
-                if len(unit) < size:
-                    counts["sequences dropped with their pair"] += len(unit)
-                elif pairs and unit[0].ids == unit[1].ids:
-                    counts["pairs left out: both responses are the same tokens"] += 1
-                else:
-                    kept += unit
-                    facts += [
-                        (*chosen[done + begin + n], piece.start, len(piece.ids) - piece.start, 0, *piece.numbers)
-                        for n, piece in enumerate(unit)
-                    ]
-            for piece in kept:
-                ended += piece.ids[-1] in ends
-                content.update(repr((piece.start, piece.ids)).encode())
-            if kept:
-                columns = {"ids": [piece.ids for piece in kept], "name": [piece.name for piece in kept]}
-                writer.write_table(pa.table(columns, schema=FEATURES.arrow_schema))
-                parts.append(np.array(facts, dtype=FACTS))
-            done += len(pieces)
+        for part in encode_all(encoder, choice):
+            counts.update(part.counts)
+            for name, found in part.changes:
+                changes.add(f"row {name}", found)
+            for name, error in part.errors:
+                problems.add(f"row {name}", error)
+            ended += part.ended
+            content.update(part.content)
+            if len(part.table):
+                writer.write_table(part.table)
+                parts.append(part.facts)
         writer.finalize()
-        found = np.concatenate(parts)
-        if len(found) and not ended:
+        facts = np.concatenate(parts)
+        if len(facts) and not ended:
             problems.add(
                 "all rows",
                 "every response was truncated, so none ends with the template's end token and the model would never "
@@ -193,9 +156,9 @@ def _write(
         problems.check(advice if counts[ERRORS] else "")
         if on_template_change == "error":
             changes.settle("error")
-    found["group"] = np.unique(rows.keys[found["row"]], return_inverse=True)[1]
+    facts["group"] = np.unique(encoder.rows.keys[facts["row"]], return_inverse=True)[1]
     with atomic(target / "facts.npy", "wb", shared=True) as file:
-        np.save(file, found)
+        np.save(file, facts)
     return {
         "counts": {k: v for k, v in counts.items() if v}, "content": content.hexdigest()[:16], "ended": int(ended),
         "changes": changes.found[:20], "changed_rows": changes.rows,

@@ -5,7 +5,6 @@ import inspect
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
@@ -26,10 +25,6 @@ PROBE = "probe"  # text that every template renders unchanged
 # Marks control tokens in the text of messages, after their first character, while a template renders them. It is a
 # noncharacter of Unicode, which is in no text.
 MARK = "\ufdd0"
-
-# Put around the content of each message, with its index, to find it in the rendered text.
-BEGIN, END = "\ufdd1", "\ufdd2"
-PLACE = re.compile(f"(?s){BEGIN}([0-9]+){BEGIN}(.*?){END}")
 
 USUAL = {"role", "content"}  # the keys of most messages
 
@@ -90,7 +85,7 @@ class Template:
         found = self.tokenizer.chat_template
         return found if isinstance(found, str) else json.dumps(found, sort_keys=True)
 
-    @property
+    @cached_property
     def reads_clock(self) -> bool:
         """Whether the template writes the current date."""
         return CLOCK in self.source
@@ -129,7 +124,9 @@ class Template:
         """The template for messages without tools."""
         from transformers.utils import chat_template_utils
 
-        return chat_template_utils._compile_jinja_template(self.tokenizer.get_chat_template(None, None))
+        compiled = chat_template_utils._compile_jinja_template(self.tokenizer.get_chat_template(None, None))
+        compiled.globals = dict(compiled.globals)  # every rendering copies them, and a ChainMap is slow to copy
+        return compiled
 
     @cached_property
     def _special_tokens(self) -> dict[str, Any]:
@@ -188,38 +185,6 @@ class Template:
             raise ValueError("the chat template escapes characters, so control tokens in its messages cannot be found")
         return text
 
-    def place_contents(self, prompt: Sequence[Message], rendered: str) -> list[tuple[int, str]]:
-        """Return the contents in a rendered prompt with the indices of their messages, in the order of the text.
-
-        Each is rendered once more between noncharacters, or searched for if the template then writes another text.
-        """
-        contents = [message.get("content") or "" for message in prompt]
-        around = [{**m, "content": f"{BEGIN}{i}{BEGIN}{contents[i]}{END}"} for i, m in enumerate(prompt)]
-        with suppress(ValueError):
-            text = self.render([a if contents[i].strip() else prompt[i] for i, a in enumerate(around)], prompt, True)
-            if not {BEGIN, END} & set(rendered) and _squeeze(PLACE.sub(r"\2", text)) == _squeeze(rendered):
-                return [(int(i), part.replace(MARK, "")) for i, part in PLACE.findall(text)]
-        text, at, places = rendered.replace(MARK, ""), 0, list[tuple[int, int, str]]()
-        for i, content in enumerate(contents):
-            content = content.strip()
-            if (begin := text.find(content, at)) >= 0 or (begin := text.find(content)) >= 0:
-                places.append((begin, i, content))
-                at = max(at, begin + len(content))
-        return [(i, content) for _, i, content in sorted(places)]
-
-    def find_content(self, messages: Sequence[Message], prompt: Sequence[Message], full: str) -> list[str] | None:
-        """Return what the template writes of the last message's content, once for each place.
-
-        None if it writes another text when the content is marked.
-        """
-        *before, last = messages
-        marked = [*before, {**last, "content": f"{BEGIN}0{BEGIN}{last['content']}{END}"}]
-        with suppress(ValueError):
-            text = self.render(marked, prompt)
-            if _squeeze(PLACE.sub(r"\2", text)) == _squeeze(full):
-                return [part.replace(MARK, "") for _, part in PLACE.findall(text)]
-        return None
-
     def _render(
         self, messages: Sequence[Any], tools: Sequence[Any], kwargs: Mapping[str, Any], add_generation_prompt: bool
     ) -> str:
@@ -247,11 +212,11 @@ class Template:
         if isinstance(value, str):
             if MARK in value:
                 raise ValueError(f"its text contains the noncharacter U+{ord(MARK):X}; remove it")
-            while self.control_tokens and (split := self.control_tokens.sub(_split, value)) != value:
-                value = split  # once more, as the rest of a token can be another one
+            while self.control_tokens and self.control_tokens.search(value):
+                value = self.control_tokens.sub(_split, value)  # once more, as the rest of a token can be another one
             return value
         if isinstance(value, Mapping):
-            return {self._mark(key): self._mark(part) for key, part in value.items()}
+            return {key if key in USUAL else self._mark(key): self._mark(part) for key, part in value.items()}
         return [self._mark(part) for part in value] if isinstance(value, list | tuple) else value
 
     def mark(self, text: str) -> str:
@@ -267,7 +232,7 @@ class Template:
         for n, piece in enumerate(marked.split(MARK)):
             more, places = self._tokenize_inside(piece) if n or inside else self._tokenize(piece)
             ids += more
-            offsets += [(low + begin, high + begin) for low, high in places]
+            offsets += [(low + begin, high + begin) for low, high in places] if begin else places
             begin += len(piece)
         if self.control_tokens and len(found := self.find_control(ids)) > len(self.control_tokens.findall(marked)):
             raise ValueError(
@@ -278,14 +243,14 @@ class Template:
 
     def find_control(self, ids: Sequence[int]) -> list[str]:
         """Return the control tokens among some ids, without that for unknown characters unless it ends a response."""
-        unknown = {self.tokenizer.unk_token_id} - self.ends
-        return [self._control_ids[token] for token in ids if token in self._control_ids and token not in unknown]
+        control = self._control_ids
+        return [control[token] for token in ids if token in control]
 
     @cached_property
     def _control_ids(self) -> dict[int, str]:
-        added = self.tokenizer.added_tokens_decoder.items()
+        added, unknown = self.tokenizer.added_tokens_decoder.items(), {self.tokenizer.unk_token_id} - self.ends
         control = self.control_tokens or re.compile("(?!)")
-        return {token: str(name) for token, name in added if control.fullmatch(str(name))}
+        return {i: str(name) for i, name in added if control.fullmatch(str(name)) and i not in unknown}
 
     def find_losses(self, text: str, ids: Sequence[int]) -> list[str]:
         """Return how tokens differ from their text: characters that the tokenizer does not have or changes.
@@ -325,10 +290,6 @@ def _match_any(names: Iterable[str]) -> re.Pattern[str] | None:
     """Return a pattern of texts, the longest first as tokenizers match them, or None if there are none."""
     longest_first = sorted(names, key=lambda name: (-len(name), name))
     return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
-
-
-def _squeeze(text: str) -> str:
-    return "".join(text.split())
 
 
 def _split(match: re.Match[str]) -> str:

@@ -29,10 +29,12 @@ def collect_environment() -> dict[str, Any]:
     }
 
 
+_canonical = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+
+
 def dump(value: Any) -> bytes:
     """Return a JSON value in canonical form: sorted keys, no spaces."""
-    text = json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-    return text.encode("utf-8", "surrogatepass")
+    return _canonical.encode(value).encode("utf-8", "surrogatepass")
 
 
 def hash_content(*parts: Any) -> bytes:

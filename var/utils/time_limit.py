@@ -19,6 +19,7 @@ class _Stop(BaseException):
 def time_limit(seconds: float, what: str) -> Iterator[None]:
     """Raise TimeLimitExceeded if the `with` block takes longer. In other threads than the main one, do nothing.
 
+    The handler of SIGALRM stays in place, since thousands of blocks follow each other.
     Python runs the handler between two instructions, so one long call of a C function can take longer. Blocks must not
     be nested.
     """
@@ -26,10 +27,8 @@ def time_limit(seconds: float, what: str) -> Iterator[None]:
         yield
         return
 
-    def stop(*_: Any) -> None:
-        raise _Stop
-
-    before = signal.signal(signal.SIGALRM, stop)
+    if signal.getsignal(signal.SIGALRM) is not _end_block:
+        signal.signal(signal.SIGALRM, _end_block)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
@@ -37,4 +36,7 @@ def time_limit(seconds: float, what: str) -> Iterator[None]:
         raise TimeLimitExceeded(f"{what} took longer than {seconds:g} s") from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+
+
+def _end_block(*_: Any) -> None:
+    raise _Stop

@@ -51,6 +51,11 @@ class Reader:
         row = {**common, **own}
         return parse_row(row if row.get("id") is not None else {**row, "id": where})
 
+    def merge(self, other: "Reader") -> None:
+        """Add the columns that another process has found."""
+        self.used |= other.used
+        self.unused |= other.unused
+
     def _check(self, record: Mapping[str, Any], filled: Collection[str]) -> None:
         """Raise a ValueError if a record has another form. Its texts may be null."""
         own, form = find_form(filled), self.form
@@ -100,9 +105,14 @@ class Reader:
         """Return the form and its columns in one line."""
         notes = {"label": " as the score 1 or 0", "input": " after an empty line"}
         notes |= dict.fromkeys(self.encoded, " as JSON")
-        used = ", ".join((self.columns.get(name) or name) + notes.get(name, "") for name in self.used)
-        unused = ", ".join(name or "one without a name" for name in self.unused)
+        used = ", ".join((self.columns.get(name) or name) + notes.get(name, "") for name in self._in_order(self.used))
+        unused = ", ".join(name or "one without a name" for name in self._in_order(self.unused))
         return f"{self.form.name}, from the columns {used}" + (f"; unused columns: {unused}" if unused else "")
+
+    def _in_order(self, names: Collection[str]) -> list[str]:
+        """Return columns in the order of the first records, whichever process has found them."""
+        place = {name: i for i, name in enumerate(self.present)}
+        return sorted(names, key=lambda name: (place.get(name, len(place)), name or ""))
 
 
 def rename(record: Mapping[str, Any], columns: Mapping[str, str | None]) -> Mapping[str, Any]:
@@ -215,6 +225,7 @@ class FormSource(HubSource):
     """What to do with data of another form."""
     reader: Reader | None = None
     """How the records are read, once the first ones are known."""
+    parallel: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.is_local and (self.name, self.split) != (None, "train"):
@@ -258,6 +269,11 @@ class FormSource(HubSource):
     def single(self) -> bool:
         """Whether each record has one response."""
         return self.reader is not None and self.reader.form.single
+
+    @property
+    def notes(self) -> Reader | None:
+        """The columns that are used and not used."""
+        return self.reader
 
     @property
     def form(self) -> str:

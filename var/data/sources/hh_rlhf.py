@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from var.data.messages import Message
 from var.data.row import Row
@@ -33,6 +33,7 @@ class HHRLHF(HubSource):
     """
 
     license = "mit"
+    parallel: ClassVar[bool] = True
 
     subsets: tuple[str, ...] = SUBSETS
     split: str = "train"  # train or test

@@ -5,7 +5,7 @@ Hub: openbmb/UltraFeedback, 63,967 prompts with four completions each, license M
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from var.data.messages import last_text, parse_prompt
 from var.data.row import Response, Row
@@ -27,6 +27,7 @@ class UltraFeedback(HubSource):
     """
 
     license = "mit"
+    parallel: ClassVar[bool] = True
 
     keep: str = "all"  # the completions of a row: all, best_worst (a pair) or best
     ratings_as_score: bool = False  # use the mean rating as the score; else the reward comes from a model
