@@ -1,11 +1,14 @@
 """Measure how the cost of a start grows with rows: seconds, memory and files, for several losses and sizes.
 
-    python experiments/benchmarks/rows.py runs/rows --rows 1000 10000 100000
+    python experiments/benchmarks/rows.py runs/rows --rows 1000 10000 100000 1000000 --zeros
 
 A row is a prompt with two scored responses of about 35 bytes, and the model is a tiny random one that costs nothing.
 Each measurement is a command `train.py … trainer.max_steps=1`: first with empty caches, which includes reading,
 tokenizing and annotating all rows, and again with full ones, as with each λ, each resume and each rank. Fixed costs,
 such as imports and the export of the model, are included, and show most at small sizes.
+
+With `--zeros` the log-probabilities of the reference are zeros, so that a first start costs what everything else does:
+the model is tiny, but a million rows have 16 million pairs in micro-batches of 8.
 
 `results.json` has one record per command: wall-clock seconds, CPU seconds, the peak of resident memory, and the peak of
 that part of it that is not a mapped file (GiB, by /proc, so Linux alone). `rows.png` shows them over the rows, both
@@ -16,12 +19,15 @@ import argparse
 import json
 import os
 import random
+import runpy
 import subprocess
 import sys
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from notebooks.tiny import ROOT, save_model
 
@@ -35,6 +41,7 @@ STEP = [
     "data=files", "reward=score", "eval=off", "trainer.accelerator=cpu", "trainer.max_steps=1", "data.micro_batch=8",
     "data.global_batch=8", "data.validation_prompts=0", "trainer.precision=32-true", "data.on_template_change=count",
 ]  # fmt: skip
+ZEROS = "--zeros"
 POLL = 0.1  # seconds between two readings of a process's memory
 
 
@@ -78,7 +85,16 @@ def read_memory(pid: int) -> Counter[str]:
     return Counter({line.split(":")[0]: int(line.split()[1]) for line in lines if line.endswith(" kB")})
 
 
-def measure_starts(folder: Path, count: int, loss: str) -> list[dict[str, Any]]:
+def train_with_zeros(words: list[str]) -> None:
+    """Run train.py with a reference that computes nothing."""
+    from var.models.frozen import FrozenModel
+
+    FrozenModel.policy = property(lambda self: lambda batch: torch.zeros(len(batch.target)))  # type: ignore[assignment,method-assign]
+    sys.argv = [str(ROOT / "train.py"), *words]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def measure_starts(folder: Path, count: int, loss: str, zeros: bool) -> list[dict[str, Any]]:
     """Return the records of a first and of a second start, for one loss and number of rows."""
     rows, work = folder / f"{count}.jsonl", folder / f"{loss}-{count}"
     if not rows.exists():
@@ -88,7 +104,8 @@ def measure_starts(folder: Path, count: int, loss: str) -> list[dict[str, Any]]:
     for start in ("first", "cached"):
         words = [f"data.path={rows}", f"model.path={folder / 'model'}", *STEP, *LOSSES[loss], "resume=false"]
         words += [f"{key}={work}/{key}" for key in ("cache", "annotation_cache", "runs")]
-        numbers = measure([sys.executable, str(ROOT / "train.py"), *words], work / f"{start}.log")
+        script = [__file__, ZEROS] if zeros else [str(ROOT / "train.py")]
+        numbers = measure([sys.executable, *script, *words], work / f"{start}.log")
         files = sum(path.is_file() for path in (work / "annotation_cache").rglob("*"))
         records.append({"rows": count, "loss": loss, "start": start, **numbers, "annotation files": files})
         print(json.dumps(records[-1]), flush=True)
@@ -118,6 +135,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where caches, logs and results are written")
     parser.add_argument("--rows", type=int, nargs="+", default=[1_000, 10_000, 100_000])
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
+    parser.add_argument(ZEROS, action="store_true", help="let the reference compute nothing")
     options = parser.parse_args()
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -125,10 +143,13 @@ def main() -> None:
     records = []
     for count in options.rows:
         for loss in options.losses:
-            records += measure_starts(folder, count, loss)
+            records += measure_starts(folder, count, loss, options.zeros)
             (folder / "results.json").write_text(json.dumps(records, indent=1) + "\n")
     plot(records, folder / "rows.png")
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == [ZEROS]:
+        train_with_zeros(sys.argv[2:])
+    else:
+        main()

@@ -126,6 +126,7 @@ class Annotator:
         shard: int = SHARD,
         part: np.ndarray | None = None,
         cost: np.ndarray | None = None,
+        first: bool = True,
     ) -> Column:
         """Return the values of `keys`, in their order, after computing the missing ones.
 
@@ -139,16 +140,19 @@ class Annotator:
             part: [n] int, items with equal labels are computed by one rank, one after another, such as those that share
                 a prompt.
             cost: [n] the work of each item, by which ranks are balanced, such as its tokens.
+            first: False if the items continue those of the call before. They are counted together.
         """
         kind = table.fingerprint["kind"]
         distinct = unique_keys(keys)[0]
-        missing = int(table.missing(distinct).sum())
-        self.missing[title] = (missing, len(distinct))
+        missing, count = int(table.missing(distinct).sum()), len(distinct)
+        del distinct
+        before = (0, 0) if first else self.missing[title]
+        self.missing[title] = (before[0] + missing, before[1] + count)
         if missing and self.dry:
-            raise MissingAnnotations(f"{title}: {missing} of {len(distinct)} {unit} are missing in {table.path}")
+            raise MissingAnnotations(f"{title}: {missing} of {count} {unit} are missing in {table.path}")
         if missing and self.annotate == "error":
             raise UserError(
-                f"annotate=error: the annotation cache lacks {missing} of {len(distinct)} {kind.replace('_', ' ')}. "
+                f"annotate=error: the annotation cache lacks {missing} of {count} {kind.replace('_', ' ')}. "
                 f"Compute them once with: {self.command}"
             )
         self.ranks.barrier()  # also if nothing is missing: another job may be writing, and ranks may see it or not

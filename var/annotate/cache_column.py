@@ -69,8 +69,11 @@ class Column(Sequence[Any]):
         return numbers.reshape(len(self), -1) if nested and len(self) else numbers
 
 
-def locate(keys: Keys, shards: Sequence[Shard], kind: pa.DataType) -> Column:
-    """Return the values of `keys`, all of which are in the files. If two values of an item differ, see `replaces`."""
+def locate(keys: Keys, shards: Sequence[Shard]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the file [n] and the row [n] of the values of `keys`, all of which are in the files.
+
+    If two values of an item differ, see `replaces`.
+    """
     wanted, _, place = unique_keys(keys)
     shard, row = np.full(len(wanted), -1, dtype=np.int32), np.zeros(len(wanted), dtype=np.int64)
     for number, candidate in enumerate(shards):
@@ -80,4 +83,4 @@ def locate(keys: Keys, shards: Sequence[Shard], kind: pa.DataType) -> Column:
             same = np.flatnonzero(shard[at] == earlier)
             keep[same] = replaces(shards[earlier].values, row[at[same]], candidate.values, rows[same])
         shard[at[keep]], row[at[keep]] = number, rows[keep]
-    return Column(shards, shard[place], row[place], kind)
+    return shard[place], row[place]

@@ -44,11 +44,14 @@ def as_keys(hashes: Sequence[bytes]) -> Keys:
 
 def sort_order(keys: Keys) -> np.ndarray:
     """Return [n] indices that sort the keys. Equal keys keep their order."""
-    halves = np.ascontiguousarray(keys, dtype="S16").view(">u8").astype(np.uint64).reshape(-1, 2)
-    order = np.argsort(halves[:, 0], kind="stable")  # several times as fast as to compare strings
-    high, low = halves[order].T
-    if ((high[1:] == high[:-1]) & (low[1:] < low[:-1])).any():
-        return np.lexsort((halves[:, 1], halves[:, 0]))
+    halves = np.ascontiguousarray(keys, dtype="S16").view(">u8").reshape(-1, 2)
+    high = halves[:, 0].astype(np.uint64)
+    order = np.argsort(high, kind="stable")  # several times as fast as to compare strings
+    high = high[order]
+    equal = np.flatnonzero(high[1:] == high[:-1])
+    low = halves[:, 1]
+    if (low[order[equal + 1]] < low[order[equal]]).any():
+        return np.lexsort((low, halves[:, 0]))
     return order
 
 
@@ -58,9 +61,10 @@ def unique_keys(keys: Keys) -> tuple[Keys, np.ndarray, np.ndarray]:
     ordered = keys[order]
     new = np.ones(len(keys), dtype=bool)
     new[1:] = ordered[1:] != ordered[:-1]
+    distinct, first = (ordered, order) if new.all() else (ordered[new], order[new])
     inverse = np.empty(len(keys), dtype=np.int64)
     inverse[order] = np.cumsum(new) - 1
-    return ordered[new], order[new], inverse
+    return distinct, first, inverse
 
 
 def widen(kind: pa.DataType) -> pa.DataType:

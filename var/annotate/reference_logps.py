@@ -12,7 +12,7 @@ from var.annotate.annotator import Annotator, batch_by_tokens, count_shared
 from var.annotate.base import Provider, TrainingSet
 from var.annotate.cache_column import Column
 from var.annotate.keys import hash_pairs, hash_sequences
-from var.annotate.rewards import fill_matrix, micro_batch_pairs
+from var.annotate.rewards import fill_matrix
 from var.data.sequences import Sequences
 from var.models.cross_scoring import mismatched_logps, pack_mismatched
 from var.models.packing import Packed, pack, pack_tree
@@ -119,8 +119,7 @@ def sum_logps(logps: Column) -> torch.Tensor:
 
 def cached_cross_logps(annotator: Annotator, sequences: Sequences, micro: np.ndarray) -> np.ndarray:
     """Return [M, B, B] nats: log π_ref(y_j|x_i) of each micro-batch, summed over tokens; 0 where it is short."""
-    pairs, place = micro_batch_pairs(micro)
-    return fill_matrix(_pair_logps(annotator, sequences, pairs), micro, place)
+    return fill_matrix(micro, lambda pairs, first: _pair_logps(annotator, sequences, pairs, first))
 
 
 def cached_mismatched_logps(annotator: Annotator, sequences: Sequences, micro: np.ndarray) -> torch.Tensor:
@@ -136,8 +135,11 @@ def cached_mismatched_logps(annotator: Annotator, sequences: Sequences, micro: n
     return logps
 
 
-def _pair_logps(annotator: Annotator, sequences: Sequences, pairs: np.ndarray) -> np.ndarray:
-    """Return [P] nats: log π_ref of response j under the prompt of i, summed over tokens, for pairs (i, j) [P, 2]."""
+def _pair_logps(annotator: Annotator, sequences: Sequences, pairs: np.ndarray, first: bool = True) -> np.ndarray:
+    """Return [P] nats: log π_ref of response j under the prompt of i, summed over tokens, for pairs (i, j) [P, 2].
+
+    first: as for `Annotator.fill`.
+    """
     reference = annotator.reference
     table = annotator.annotations.table("cross_logps", reference.fingerprint, pa.float64())
     keys = hash_pairs(sequences, pairs, annotator.cache)
@@ -167,5 +169,5 @@ def _pair_logps(annotator: Annotator, sequences: Sequences, pairs: np.ndarray) -
             advance(len(batch))
         return [found[i] for i in indices]
 
-    values = annotator.fill(table, "Cross log-probabilities", "pairs", keys, compute, part=owner, cost=cost())
-    return values.to_numpy()
+    title = "Cross log-probabilities"
+    return annotator.fill(table, title, "pairs", keys, compute, part=owner, cost=cost(), first=first).to_numpy()

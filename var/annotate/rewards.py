@@ -20,6 +20,8 @@ from var.utils.console import warn
 from var.utils.errors import Problems, UserError
 from var.weights.groups import within_prompt_std, zero_variance
 
+PAIRS = 2**21  # pairs of micro-batches in memory at once
+
 
 class ProvideRewards(Provider[Rewards]):
     """Provides the reward of each response to its own prompt, on the run's scale."""
@@ -68,8 +70,8 @@ class ProvideRewards(Provider[Rewards]):
         return {"rewards": data.require_rewards(self.requirement)[members].float()}
 
 
-def score(annotator: Annotator, triples: Sequence[Triple], title: str = "Scoring") -> np.ndarray:
-    """Return [n] raw rewards of (prompt, response, answer) in any pairing."""
+def score(annotator: Annotator, triples: Sequence[Triple], title: str = "Scoring", first: bool = True) -> np.ndarray:
+    """Return [n] raw rewards of (prompt, response, answer) in any pairing. first: as for `Annotator.fill`."""
     table = annotator.annotations.table("rewards", {"reward": annotator.reward.fingerprint}, pa.float64())
     keys, cost = hash_texts(triples, annotator.cache)
     if annotator.annotate == "fill" and not annotator.dry:
@@ -88,7 +90,7 @@ def score(annotator: Annotator, triples: Sequence[Triple], title: str = "Scoring
         problems.check()
         return rewards
 
-    return annotator.fill(table, title, "responses", keys, compute, cost=cost).to_numpy()
+    return annotator.fill(table, title, "responses", keys, compute, cost=cost, first=first).to_numpy()
 
 
 def score_rows(annotator: Annotator, rows: Rows) -> np.ndarray:
@@ -132,33 +134,38 @@ class SampledTriples(Sequence[Triple]):
 
 def cross_rewards(annotator: Annotator, rows: Rows, sequences: Sequences, micro: np.ndarray) -> np.ndarray:
     """Return [M, B, B] raw rewards r(x_i, y_j) of each micro-batch; 0 where it is short."""
-    pairs, place = micro_batch_pairs(micro)
-    if not annotator.reward.scores_text:
-        gap = getattr(annotator.reward, "mismatch_gap", None)
-        if gap is None:
-            raise UserError(
-                "reward=score has only the rewards of responses to their own prompts, and an in-batch estimator needs "
-                "every response of a micro-batch under every prompt of it. Choose a reward that scores text, or "
-                "loss=var_prompt, which needs no other rewards, or set reward.mismatch_gap to the reward that a "
-                "response loses under another prompt."
-            )
-        own = sequences.column("score")
-        same = sequences.group[pairs[:, 0]] == sequences.group[pairs[:, 1]]
-        return fill_matrix(own[pairs[:, 1]] - np.where(same, 0.0, gap), micro, place)
-    row = sequences.row
-    triples = Triples(rows, row[pairs[:, 0]], row[pairs[:, 1]], sequences.response[pairs[:, 1]])
-    return fill_matrix(score(annotator, triples, "Cross scoring"), micro, place)
+    gap: Any = getattr(annotator.reward, "mismatch_gap", None)
+    if not annotator.reward.scores_text and gap is None:
+        raise UserError(
+            "reward=score has only the rewards of responses to their own prompts, and an in-batch estimator needs "
+            "every response of a micro-batch under every prompt of it. Choose a reward that scores text, or "
+            "loss=var_prompt, which needs no other rewards, or set reward.mismatch_gap to the reward that a "
+            "response loses under another prompt."
+        )
+    row, own = sequences.row, sequences.column("score")
+
+    def values(pairs: np.ndarray, first: bool) -> np.ndarray:
+        prompt, response = pairs.T
+        if annotator.reward.scores_text:
+            triples = Triples(rows, row[prompt], row[response], sequences.response[response])
+            return score(annotator, triples, "Cross scoring", first)
+        same = sequences.group[prompt] == sequences.group[response]
+        return own[response] - np.where(same, 0.0, gap)
+
+    return fill_matrix(micro, values)
 
 
-def micro_batch_pairs(micro: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return all pairs (i, j) of each micro-batch, [P, 2], and their places in [M, B, B] (bool)."""
-    left, right = np.broadcast_arrays(micro[:, :, None], micro[:, None, :])
-    place = (left >= 0) & (right >= 0)
-    return np.stack([left[place], right[place]], axis=1), place
+def fill_matrix(micro: np.ndarray, values: Callable[[np.ndarray, bool], np.ndarray]) -> np.ndarray:
+    """Return [M, B, B] with the values of all pairs of each micro-batch, and 0 where it is short.
 
-
-def fill_matrix(values: np.ndarray, micro: np.ndarray, place: np.ndarray) -> np.ndarray:
-    """Return [M, B, B] with the values at their places and 0 elsewhere."""
+    values: values(pairs, first) returns those of pairs (i, j) [P, 2] of some micro-batches, so that only PAIRS are in
+        memory at once. first: whether these are the first ones.
+    """
     matrix = np.zeros((*micro.shape, micro.shape[1]))
-    matrix[place] = values
+    size = max(1, PAIRS // micro.shape[1] ** 2)
+    for begin in range(0, len(micro), size):
+        some = micro[begin : begin + size]
+        left, right = np.broadcast_arrays(some[:, :, None], some[:, None, :])
+        place = (left >= 0) & (right >= 0)
+        matrix[begin : begin + size][place] = values(np.stack([left[place], right[place]], axis=1), begin == 0)
     return matrix

@@ -66,9 +66,8 @@ def _find_extremes(rewards: np.ndarray, size: np.ndarray, rows: np.ndarray) -> t
         size: [R] responses of each row.
         rows: [n] rows with responses.
     """
-    ends = np.cumsum(size)
-    flat = np.concatenate([np.arange(end - n, end) for end, n in zip(ends[rows], size[rows], strict=True)])
     begin = np.cumsum(size[rows]) - size[rows]
+    flat = np.repeat((np.cumsum(size) - size)[rows] - begin, size[rows]) + np.arange(size[rows].sum())
     found = []
     for extreme in (np.maximum, np.minimum):
         best = np.repeat(extreme.reduceat(rewards[flat], begin), size[rows])

@@ -27,6 +27,8 @@ from var.weights.prompt_values import prompt_values
 # Rewards that differ in float32 differ by more.
 ROUNDING = 2**20 * torch.finfo(torch.float64).eps
 
+AT_ONCE = 2**16  # micro-batches whose weights are computed at once, which bounds memory
+
 
 def compute_weights(requirement: Weights, inputs: WeightInputs) -> Tensor:
     """Return [n] float64 weights of mean 1 over the training responses, and 0 for the others."""
@@ -116,22 +118,30 @@ class InBatch:
 
     def __call__(self, inputs: WeightInputs, temperature: float) -> Tensor:
         """Return [n] log-weights; -inf for a sequence that is in no micro-batch."""
-        micro, rewards = inputs.get("micro"), inputs.get("cross_rewards")  # [M, B] and [M, B, B]
-        present, sequences = micro >= 0, len(inputs.rewards)
-        place, micro = torch.where(present, micro, sequences), micro.clamp(min=0)
+        micro, sequences = inputs.get("micro"), len(inputs.rewards)
+        log_weights = inputs.rewards.new_full((sequences + 1,), -torch.inf)  # absent ones write to the last entry
+        for begin in range(0, len(micro), AT_ONCE):
+            some = slice(begin, begin + AT_ONCE)
+            place = torch.where(micro[some] >= 0, micro[some], sequences)
+            diagonal = self._log_weights(inputs, some, temperature)
+            log_weights.scatter_(0, place.flatten(), diagonal.flatten())
+        return log_weights[:sequences]
+
+    def _log_weights(self, inputs: WeightInputs, some: slice, temperature: float) -> Tensor:
+        """Return the log-weights [m, B] of some micro-batches."""
+        micro, rewards = inputs.get("micro")[some], inputs.get("cross_rewards")[some]  # [m, B] and [m, B, B]
+        present, micro = micro >= 0, micro.clamp(min=0)
         logps = torch.zeros_like(rewards)
         if self.reduction != "none":
             if self.reference == "cross":
-                logps = inputs.get("cross_logps")
+                logps = inputs.get("cross_logps")[some]
             else:
                 logps = inputs.get("reference_logps")[micro][:, None, :].expand_as(rewards)
             if self.reduction == "mean":
                 logps = logps / inputs.length[micro][:, None, :]
         rewards = torch.where(present[:, None, :], rewards, 0.0)
         logps = torch.where(present[:, None, :], logps, -torch.inf)
-        diagonal = in_batch_log_weights(rewards / temperature, logps)
-        log_weights = diagonal.new_full((sequences + 1,), -torch.inf)  # absent ones write to the last entry
-        return log_weights.scatter(0, place.flatten(), diagonal.flatten())[:sequences]
+        return in_batch_log_weights(rewards / temperature, logps)
 
 
 @dataclass(frozen=True, kw_only=True)
