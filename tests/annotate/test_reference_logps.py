@@ -9,6 +9,8 @@ from numpy.testing import assert_allclose
 
 from tests.helpers.annotators import ROWS, make_micro, make_sequences, policy_is_loaded, split_tokens
 from var.annotate import annotator as annotator_module
+from var.annotate import cache_column, cache_files
+from var.annotate import rewards as rewards_module
 from var.annotate.reference_logps import (
     ProvideMismatchedLogps,
     cached_cross_logps,
@@ -57,6 +59,25 @@ def test_cross_logps_equal_those_of_every_pair_alone(make, alone):
     micro = make_micro(sequences, 4)
     diagonal = cached_cross_logps(annotator, sequences, micro).diagonal(axis1=1, axis2=2)
     assert_allclose(diagonal, own[micro], atol=1e-4)
+
+
+def test_parts_of_any_size_give_the_same_numbers(make, monkeypatch):
+    """With millions of pairs, a part of them is in memory at once. Counts are of all of them."""
+    whole = make()
+    rows, sequences = make_sequences(whole)
+    micro = make_micro(sequences, 3)
+    expected = cached_cross_logps(whole, sequences, micro), cross_rewards(whole, rows, sequences, micro)
+    read, written = make(), make(root=whole.cache.parent / "new")
+    for module, name in ((rewards_module, "PAIRS"), (cache_files, "AT_ONCE"), (cache_column, "AT_ONCE")):
+        monkeypatch.setattr(module, name, 10)
+    for annotator in (read, written):
+        found = cached_cross_logps(annotator, sequences, micro), cross_rewards(annotator, rows, sequences, micro)
+        assert_allclose(found[0], expected[0], atol=0 if annotator is read else 1e-5)  # other batches round otherwise
+        assert np.array_equal(found[1], expected[1])
+        counts = {title: total for title, (_, total) in annotator.missing.items()}
+        assert counts == {title: total for title, (_, total) in whole.missing.items()}
+    assert read.computed == {}
+    assert written.computed == whole.computed
 
 
 def test_large_micro_batches_serve_smaller_ones_of_the_same_plan(make):

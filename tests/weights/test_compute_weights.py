@@ -28,6 +28,19 @@ def test_weights_have_mean_1_at_any_temperature(estimator, temperature):
     assert float(weights.mean()) == pytest.approx(1.0, abs=1e-9)
 
 
+@pytest.mark.parametrize("estimator", [InBatch(), InBatch(reference="own"), InBatch(reduction="none")])
+def test_weights_of_some_micro_batches_at_a_time_are_the_same(estimator, monkeypatch):
+    torch.manual_seed(0)
+    inputs = make_inputs(
+        torch.randn(14).double(), group=list(range(14)), micro=torch.tensor([*range(14), -1, -1]).view(4, 4),
+        cross_rewards=torch.randn(4, 4, 4).double(), cross_logps=torch.randn(4, 4, 4).double(),
+        reference_logps=torch.randn(14).double(),
+    )  # fmt: skip
+    expected = weigh(estimator, inputs, 0.5)
+    monkeypatch.setattr("var.weights.estimators.AT_ONCE", 1)
+    assert torch.equal(weigh(estimator, inputs, 0.5), expected)
+
+
 @pytest.mark.parametrize("scale", [1e4, 1e7])
 @pytest.mark.parametrize(
     "estimator",

@@ -38,6 +38,7 @@ from var.annotate.cache_files import (
     Shard,
     choose,
     encode,
+    find,
     is_full,
     load,
     merge,
@@ -54,7 +55,6 @@ FORMAT = 1  # incremented when the same fingerprint no longer gives the same num
 FINGERPRINT = "fingerprint.json"
 STALE = 60.0  # seconds for which an NFS client may show a folder as it was (acdirmax)
 ABANDONED = 86_400.0  # seconds after which nobody is still writing a shard
-AT_ONCE = 2**21  # keys that are looked for at once, which takes some 100 bytes for each
 PAUSE, LONGEST_PAUSE = 0.01, 1.0  # seconds between looks at what other processes have written
 
 
@@ -182,14 +182,7 @@ class CacheTable:
     def missing(self, keys: Keys) -> np.ndarray:
         """Return [n] bool: which items are missing."""
         self.refresh()
-        found = np.zeros(len(keys), dtype=bool)
-        for begin in range(0, len(keys), AT_ONCE):
-            wanted, _, place = unique_keys(keys[begin : begin + AT_ONCE])
-            present = np.zeros(len(wanted), dtype=bool)
-            for shard in self._shards.values():
-                present[shard.match(wanted)[0]] = True
-            found[begin : begin + AT_ONCE] = present[place]
-        return ~found
+        return ~find(keys, self._shards.values())
 
     def read(self, keys: Keys) -> Column:
         """Return the values of `keys`, in their order. Raise KeyError if some are still missing after STALE seconds."""
@@ -198,12 +191,7 @@ class CacheTable:
             time.sleep(0.5)
         if absent:
             raise KeyError(f"{absent} of {len(keys)} items are not in {self.path}")
-        shards = list(self._shards.values())
-        shard, row = np.empty(len(keys), dtype=np.int32), np.empty(len(keys), dtype=np.int64)
-        for begin in range(0, len(keys), AT_ONCE):
-            some = slice(begin, begin + AT_ONCE)
-            shard[some], row[some] = locate(keys[some], shards)
-        return Column(shards, shard, row, widen(self.value))
+        return locate(keys, list(self._shards.values()), widen(self.value))
 
     def write(self, keys: Keys, values: Any) -> str:
         """Add a file with the values of `keys`, completely or not at all, and return its name."""

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from var.annotate.cache_files import Keys, Shard, replaces, unique_keys
+from var.annotate.cache_files import AT_ONCE, Keys, Shard, replaces, unique_keys
 
 CHUNK = 4096  # values in memory at once
 
@@ -69,11 +69,15 @@ class Column(Sequence[Any]):
         return numbers.reshape(len(self), -1) if nested and len(self) else numbers
 
 
-def locate(keys: Keys, shards: Sequence[Shard]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the file [n] and the row [n] of the values of `keys`, all of which are in the files.
+def locate(keys: Keys, shards: Sequence[Shard], kind: pa.DataType) -> Column:
+    """Return the values of `keys`, all of which are in the files. If two values of an item differ, see `replaces`."""
+    places = [_locate(keys[begin : begin + AT_ONCE], shards) for begin in range(0, len(keys), AT_ONCE)]
+    shard, row = (np.concatenate(parts) for parts in zip(_locate(keys[:0], shards), *places, strict=True))
+    return Column(shards, shard, row, kind)
 
-    If two values of an item differ, see `replaces`.
-    """
+
+def _locate(keys: Keys, shards: Sequence[Shard]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the file [n] and the row [n] of the values of `keys`."""
     wanted, _, place = unique_keys(keys)
     shard, row = np.full(len(wanted), -1, dtype=np.int32), np.zeros(len(wanted), dtype=np.int64)
     for number, candidate in enumerate(shards):
