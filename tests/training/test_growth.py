@@ -1,5 +1,6 @@
 """How the work of a start grows with rows. Operations are counted, since times vary."""
 
+import gc
 import random
 import sys
 from collections.abc import Iterator
@@ -48,11 +49,14 @@ def counting() -> Iterator[Count]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ARRAYS:
             patch.setattr(np, name, measured(getattr(np, name)))
+        gc.collect()
+        gc.disable()  # it calls functions, too
         sys.setprofile(called)
         try:
             yield count
         finally:
             sys.setprofile(None)
+            gc.enable()
 
 
 def start(folder: Path, rows: int, loss: str, model: Path) -> list[Count]:
@@ -92,4 +96,5 @@ def test_work_of_a_start_is_linear_in_the_rows(loss: str, tiny_folder: Path, tmp
             a, b, c = (getattr(count, kind) for count in (few, more, most))
             assert c - b < 2.3 * (b - a) + 500, f"{name} start, {kind}: {a}, {b}, {c}"
     cached = [count.calls for _, count in measured]
-    assert cached[2] < 1.5 * cached[0], f"a cached start has a Python loop over rows: {cached} calls"
+    most = 1500 if loss == "var" else 600  # the cache has four files of pairs, and one for fewer rows
+    assert cached[2] - cached[0] < most, f"a cached start calls a function for each row: {cached} calls"
