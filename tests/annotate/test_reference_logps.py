@@ -9,7 +9,6 @@ from numpy.testing import assert_allclose
 
 from tests.helpers.annotators import ROWS, make_micro, make_sequences, policy_is_loaded, split_tokens
 from var.annotate import annotator as annotator_module
-from var.annotate import cache_column, cache_files
 from var.annotate import rewards as rewards_module
 from var.annotate.reference_logps import (
     ProvideMismatchedLogps,
@@ -68,8 +67,8 @@ def test_parts_of_any_size_give_the_same_numbers(make, monkeypatch):
     micro = make_micro(sequences, 3)
     expected = cached_cross_logps(whole, sequences, micro), cross_rewards(whole, rows, sequences, micro)
     read, written = make(), make(root=whole.cache.parent / "new")
-    for module, name in ((rewards_module, "PAIRS"), (cache_files, "AT_ONCE"), (cache_column, "AT_ONCE")):
-        monkeypatch.setattr(module, name, 10)
+    monkeypatch.setattr(rewards_module, "PAIRS", 20)
+    monkeypatch.setattr(annotator_module, "BLOCK", 7)
     for annotator in (read, written):
         found = cached_cross_logps(annotator, sequences, micro), cross_rewards(annotator, rows, sequences, micro)
         assert_allclose(found[0], expected[0], atol=0 if annotator is read else 1e-5)  # other batches round otherwise

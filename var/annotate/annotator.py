@@ -3,13 +3,14 @@
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from var.annotate.cache import AnnotationCache, CacheTable
-from var.annotate.cache_column import Column
+from var.annotate.cache_column import Column, join
 from var.annotate.cache_files import Keys, unique_keys
 from var.annotate.cache_work import deal
 from var.data.chat import Chat
@@ -26,6 +27,7 @@ from var.utils.distributed import Ranks
 from var.utils.errors import Problems, UserError
 
 TOKENS = 4096  # packed tokens of one scoring pass
+BLOCK = 2**21  # items that are looked for at once, which takes some 100 bytes for each
 SHARD = 2048  # items per shard; an interrupted run computes at most that many again
 
 
@@ -130,6 +132,8 @@ class Annotator:
     ) -> Column:
         """Return the values of `keys`, in their order, after computing the missing ones.
 
+        BLOCK items are looked for, computed and read at a time, which bounds memory.
+
         Args:
             table: the table of the cache that holds them.
             title: the name of the stage, for progress and timing.
@@ -142,6 +146,27 @@ class Annotator:
             cost: [n] the work of each item, by which ranks are balanced, such as its tokens.
             first: False if the items continue those of the call before. They are counted together.
         """
+        columns = []
+        for begin in range(0, max(len(keys), 1), BLOCK):
+            some = slice(begin, begin + BLOCK)
+            own = None if part is None else part[some], None if cost is None else cost[some]
+            work = partial(_compute_from, begin, compute)
+            columns.append(self._fill(table, title, unit, keys[some], work, shard, *own, first and begin == 0))
+        return join(columns)
+
+    def _fill(
+        self,
+        table: CacheTable,
+        title: str,
+        unit: str,
+        keys: Keys,
+        compute: Callable[..., Any],
+        shard: int,
+        part: np.ndarray | None,
+        cost: np.ndarray | None,
+        first: bool,
+    ) -> Column:
+        """Fill a block; see `fill`."""
         kind = table.fingerprint["kind"]
         distinct = unique_keys(keys)[0]
         missing, count = int(table.missing(distinct).sum()), len(distinct)
@@ -165,6 +190,11 @@ class Annotator:
                 self.computed[title] = self.computed.get(title, 0) + done
         self.ranks.barrier()
         return table.read(keys)
+
+
+def _compute_from(begin: int, compute: Callable[..., Any], indices: np.ndarray, advance: Callable[[int], None]) -> Any:
+    """Return the values of items of a block that begins at `begin`."""
+    return compute(indices + begin, advance)
 
 
 def count_shared(prompt: np.ndarray, length: np.ndarray, tokens: np.ndarray) -> np.ndarray:

@@ -38,7 +38,6 @@ from var.annotate.cache_files import (
     Shard,
     choose,
     encode,
-    find,
     is_full,
     load,
     merge,
@@ -182,7 +181,11 @@ class CacheTable:
     def missing(self, keys: Keys) -> np.ndarray:
         """Return [n] bool: which items are missing."""
         self.refresh()
-        return ~find(keys, self._shards.values())
+        wanted, _, place = unique_keys(keys)
+        missing = np.ones(len(wanted), dtype=bool)
+        for shard in self._shards.values():
+            missing[shard.match(wanted)[0]] = False
+        return missing[place]
 
     def read(self, keys: Keys) -> Column:
         """Return the values of `keys`, in their order. Raise KeyError if some are still missing after STALE seconds."""

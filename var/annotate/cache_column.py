@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from var.annotate.cache_files import AT_ONCE, Keys, Shard, replaces, unique_keys
+from var.annotate.cache_files import Keys, Shard, replaces, unique_keys
 
 CHUNK = 4096  # values in memory at once
 
@@ -69,15 +69,19 @@ class Column(Sequence[Any]):
         return numbers.reshape(len(self), -1) if nested and len(self) else numbers
 
 
+def join(columns: Sequence[Column]) -> Column:
+    """Return the values of all columns, in order."""
+    if len(columns) == 1:
+        return columns[0]
+    shards, numbers = list[Shard](), list[np.ndarray]()
+    for column in columns:
+        numbers.append(column._shard + np.int32(len(shards)))
+        shards += column._shards
+    return Column(shards, np.concatenate(numbers), np.concatenate([c._row for c in columns]), columns[0].type)
+
+
 def locate(keys: Keys, shards: Sequence[Shard], kind: pa.DataType) -> Column:
     """Return the values of `keys`, all of which are in the files. If two values of an item differ, see `replaces`."""
-    places = [_locate(keys[begin : begin + AT_ONCE], shards) for begin in range(0, len(keys), AT_ONCE)]
-    shard, row = (np.concatenate(parts) for parts in zip(_locate(keys[:0], shards), *places, strict=True))
-    return Column(shards, shard, row, kind)
-
-
-def _locate(keys: Keys, shards: Sequence[Shard]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the file [n] and the row [n] of the values of `keys`."""
     wanted, _, place = unique_keys(keys)
     shard, row = np.full(len(wanted), -1, dtype=np.int32), np.zeros(len(wanted), dtype=np.int64)
     for number, candidate in enumerate(shards):
@@ -87,4 +91,4 @@ def _locate(keys: Keys, shards: Sequence[Shard]) -> tuple[np.ndarray, np.ndarray
             same = np.flatnonzero(shard[at] == earlier)
             keep[same] = replaces(shards[earlier].values, row[at[same]], candidate.values, rows[same])
         shard[at[keep]], row[at[keep]] = number, rows[keep]
-    return shard[place], row[place]
+    return Column(shards, shard[place], row[place], kind)

@@ -22,7 +22,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 LIMIT = 2**28  # bytes from which a file is mapped, and not merged any more
-AT_ONCE = 2**21  # keys that are looked for at once, which takes some 60 bytes for each
 FANOUT = 8  # files of similar size that are merged into one
 
 ARROW, PARQUET = ".arrow", ".parquet"  # earlier versions wrote Parquet
@@ -214,18 +213,6 @@ def replaces(first: pa.Array, rows: np.ndarray, second: pa.Array, others: np.nda
 def is_full(shards: Collection[Shard]) -> bool:
     """Return whether the files are large enough to become one that is not merged any more."""
     return sum(shard.size for shard in shards) >= LIMIT
-
-
-def find(keys: Keys, shards: Collection[Shard]) -> np.ndarray:
-    """Return [n] bool: which keys are in the files."""
-    found = np.zeros(len(keys), dtype=bool)
-    for begin in range(0, len(keys), AT_ONCE):
-        wanted, _, place = unique_keys(keys[begin : begin + AT_ONCE])
-        present = np.zeros(len(wanted), dtype=bool)
-        for shard in shards:
-            present[shard.match(wanted)[0]] = True
-        found[begin : begin + AT_ONCE] = present[place]
-    return found
 
 
 def choose(shards: Collection[Shard]) -> list[Shard]:
