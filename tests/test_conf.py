@@ -32,7 +32,7 @@ VARIANTS = {
     "rewards.classifier.Classifier": {"dtype", "architecture", "repository"},
     "training.optim.MasterAdamW": {"betas"},  # torch's in Python
     "utils.http_client.Client": {"api_key_env", "price_in", "price_out"},
-    "weights.estimators.InBatch": {"reduction", "reference"},
+    "weights.estimators.InBatch": {"reduction", "reference", "reference_in_numerator"},
 }
 NOT_IN_YAML = {  # set by code
     ("models.pretrained.Pretrained", "cache"), ("models.pretrained.Pretrained", "key"),

@@ -24,8 +24,8 @@ CHUNK = 4_000_000
 """Numbers held in memory at once."""
 
 
-def make_in_batch(estimator: InBatch, numerator: bool = True) -> Weigher:
-    """Return E[w | x, y] of the package's in-batch weight. numerator=False omits π_ref from the numerator only."""
+def make_in_batch(estimator: InBatch) -> Weigher:
+    """Return E[w | x, y] of the package's in-batch weight."""
 
     def weigh(world: World, size: int, temperature: float, draws: int, generator: torch.Generator) -> Tensor:
         return torch.stack([prompt_row(world, p, size, temperature, draws, generator) for p in range(len(world))])
@@ -44,7 +44,7 @@ def make_in_batch(estimator: InBatch, numerator: bool = True) -> Weigher:
             rewards[..., 0], rewards[..., 1:] = r[rows, None, None], r[y][:, None]
             logps[..., 0], logps[..., 1:] = s[rows, None, None], scores[:, None]
             found = in_batch_log_weights(rewards, logps)[..., 0]
-            return found if numerator else found - s[rows, None]
+            return found if estimator.reference_in_numerator else found - s[rows, None]
 
         return average_draws(log_weights, len(r), draws * size)
 
@@ -150,8 +150,8 @@ ESTIMATORS: Mapping[str, Weigher] = {
     "in_batch none": make_in_batch(InBatch(reduction="none")),
     "in_batch sum, own": make_in_batch(InBatch(reduction="sum", reference="own")),
     "in_batch mean, own": make_in_batch(InBatch(reduction="mean", reference="own")),
-    "in_batch mean, not in the numerator": make_in_batch(InBatch(reduction="mean"), numerator=False),
-    "in_batch sum, not in the numerator": make_in_batch(InBatch(reduction="sum"), numerator=False),
+    "in_batch mean, not in the numerator": make_in_batch(InBatch(reduction="mean", reference_in_numerator=False)),
+    "in_batch sum, not in the numerator": make_in_batch(InBatch(reduction="sum", reference_in_numerator=False)),
     "balance": weigh_balance,
     "grouped": weigh_grouped,
     "leave-one-out": weigh_leave_one_out,

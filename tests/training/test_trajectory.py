@@ -48,7 +48,7 @@ def test_accumulation_gives_the_same_curve(loss, more, steps, options, tmp_path)
         assert_same(other, one)
 
 
-@pytest.mark.parametrize("loss", ["dpo", "ipo", "kto", "var", "var_own", "var_sum"])
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "kto", "var", "var_own", "var_sum", "var_literal"])
 def test_cached_and_live_reference_give_the_same_curve(loss, options, tmp_path):
     """The reference in each step and its cached float32 numbers differ only by rounding.
 

@@ -147,7 +147,7 @@ def test_ranks_give_the_same_curve(strategy, options, tmp_path):
 
 LOSSES = sorted(path.stem for path in Path(FOLDER, "loss").glob("[!_]*.yaml") if path.stem != "custom")
 # These take Z, or KTO's pairs, within a micro-batch, so another B is another objective.
-PER_MICRO_BATCH = ("var", "var_own", "var_sum", "kto")
+PER_MICRO_BATCH = ("var", "var_own", "var_sum", "var_literal", "kto")
 # What a loss needs on so little data.
 HEAD = ["loss.value.development_prompts=2", "loss.value.epochs=2", "loss.value.largest=20"]
 MORE = {"var_sampled": ["loss.estimator.candidates=3"], **{loss: HEAD for loss in LOSSES if loss.startswith("alol")}}

@@ -62,6 +62,16 @@ def test_in_batch_pair_is_a_sigmoid_of_the_row_difference(estimator, expected):
         assert_close(estimate(estimator, inputs, 0.5), double(expected), rtol=1e-14, atol=0)
 
 
+def test_literal_weight_has_the_reference_in_the_normalizer_only():
+    """B = 2, λ = 1/2: e^{r_ii/λ} / (π_ref(y_1|x_i) e^{r_i1/λ} + π_ref(y_2|x_i) e^{r_i2/λ})."""
+    expected = [math.exp(2) / (1 + math.exp(-6)), math.exp(4) / (math.exp(-3) + math.exp(-2))]
+    estimator = InBatch(reduction="sum", reference_in_numerator=False)
+    for inputs in (make_inputs(**PAIR), micro_batch_inputs(PAIR_BATCH)):
+        assert_close(estimate(estimator, inputs, 0.5), double(expected), rtol=1e-14, atol=0)
+    with pytest.raises(UserError, match="reference_in_numerator has no effect with reduction=none"):
+        InBatch(reduction="none", reference_in_numerator=False)
+
+
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_in_batch_weights_follow_the_plan_and_a_short_micro_batch(reduction):
     """micro = [[2, 0], [1, −1]]: sequence 1 is alone, so its weight is 1. Sequences 2 and 0 have σ(1 − 0), σ(3 − 1).

@@ -101,6 +101,11 @@ class InBatch:
     reference: Literal["cross", "own"] = "cross"
     """`cross` for log π_ref(y_j|x_i), `own` for log π_ref(y_j|x_j), which the paper's times fit."""
 
+    reference_in_numerator: bool = True
+    """Whether the numerator is π_ref(y_i|x_i) e^{r/λ}, as in a softmax, or e^{r/λ} alone, as Eq. 10 is printed. Then
+    the weight is unbounded: the less probable a response is under π_ref, the larger.
+    """
+
     needs_plan: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -108,6 +113,8 @@ class InBatch:
             raise UserError("loss.estimator: reduction must be mean, sum or none, and reference cross or own")
         if self.reduction == "none" and self.reference == "own":
             raise UserError("loss.estimator.reference=own has no effect with reduction=none, which omits π_ref")
+        if self.reduction == "none" and not self.reference_in_numerator:
+            raise UserError("loss.estimator.reference_in_numerator has no effect with reduction=none: π_ref is omitted")
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -141,7 +148,8 @@ class InBatch:
                 logps = logps / inputs.length[micro][:, None, :]
         rewards = torch.where(present[:, None, :], rewards, 0.0)
         logps = torch.where(present[:, None, :], logps, -torch.inf)
-        return in_batch_log_weights(rewards / temperature, logps)
+        log_weights = in_batch_log_weights(rewards / temperature, logps)
+        return log_weights if self.reference_in_numerator else log_weights - logps.diagonal(dim1=-2, dim2=-1)
 
 
 @dataclass(frozen=True, kw_only=True)
