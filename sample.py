@@ -64,6 +64,7 @@ def sample(run: Any, out: Path) -> None:
     from var.annotate.responses import sample_responses, sampling_fingerprint
     from var.annotate.rewards import score_candidates
     from var.data.read import read
+    from var.data.split import draw
     from var.rewards.base import check_answers
     from var.utils.console import is_first_rank, say
     from var.utils.files import atomic
@@ -73,7 +74,7 @@ def sample(run: Any, out: Path) -> None:
     rows = read(run.data.source, annotator.cache)
     if rows.description:
         say(f"Data: {rows.description}")
-    rows = rows.head(run.data.settings.limit)
+    rows = draw(rows, run.data.settings)
     check_answers(annotator.reward, rows)
     annotator.check()
     annotator.check_rows(rows)

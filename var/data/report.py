@@ -20,6 +20,8 @@ class DataReport:
     """Training rows that are likely a mistake, by kind (`var.data.degenerate`)."""
     rows_beyond_limit: int | None = None
     """Rows after the first data.limit."""
+    rows_not_drawn: int | None = None
+    """Rows whose prompts are not among the data.sample drawn ones."""
     development_prompts: int | None = None
     """Prompts that the value estimate is fitted on."""
     rows_with_only_empty_responses: int | None = None

@@ -28,6 +28,8 @@ class DataSettings:
     """Prompts on which the policy is evaluated and never trained."""
     limit: int | None
     """Number of rows to use, from the first; None for all."""
+    sample: int | None = None
+    """Number of prompts to draw from all rows; None for all. All rows with a drawn prompt are used."""
     micro_batch: int
     """B, in units: sequences, pairs, groups or, in an online run, prompts."""
     global_batch: int
@@ -37,7 +39,7 @@ class DataSettings:
     last_step: LastStep
     """What to do with a last optimizer step of fewer than global_batch units."""
     seed: int
-    """The seed of the shuffle and of the validation split."""
+    """The seed of the shuffle, of the validation split and of the draw of `sample`."""
 
     def __post_init__(self) -> None:
         problems = Problems("invalid data settings")
@@ -55,6 +57,10 @@ class DataSettings:
                 problems.add(f"data.{name}", f"must be at least 1, got {getattr(self, name)}")
         if self.limit is not None and self.limit < 1:
             problems.add("data.limit", f"must be at least 1, or null for all rows, got {self.limit}")
+        if self.sample is not None and self.sample < 1:
+            problems.add("data.sample", f"must be at least 1, or null for all prompts, got {self.sample}")
+        if self.sample is not None and self.limit is not None:
+            problems.add("data.sample", "draws from all rows, and data.limit takes the first ones. Set one of them")
         if self.validation_prompts < 0:
             problems.add("data.validation_prompts", f"must be at least 0, got {self.validation_prompts}")
         problems.check()

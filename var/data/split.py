@@ -1,10 +1,24 @@
-"""Split rows into validation, development and training prompts."""
+"""Draw the rows that a run uses, and split them into validation, development and training prompts."""
 
 import numpy as np
 
 from var.data.rows import Rows
 from var.data.settings import DataSettings
 from var.utils.errors import UserError
+
+
+def draw(rows: Rows, settings: DataSettings) -> Rows:
+    """Return the first `limit` rows, or all rows of `sample` distinct prompts that are drawn by `seed`, in order.
+
+    The draw does not depend on the order of the rows. Raise UserError if they have fewer prompts.
+    """
+    if settings.sample is None:
+        return rows.head(settings.limit)
+    prompts = np.unique(rows.keys)
+    if settings.sample > len(prompts):
+        raise UserError(f"data.sample={settings.sample}: the data has {len(prompts)} distinct prompts. Lower it.")
+    drawn = prompts[np.random.default_rng([settings.seed, 1]).permutation(len(prompts))[: settings.sample]]
+    return rows.select(np.flatnonzero(np.isin(rows.keys, drawn)))
 
 
 def split(rows: Rows, settings: DataSettings, development: int = 0) -> tuple[Rows, Rows, Rows]:

@@ -17,7 +17,7 @@ from var.config.schema import pick_fields
 from var.data.read import Source, read
 from var.data.rows import Rows, concatenate
 from var.data.settings import DataSettings
-from var.data.split import split
+from var.data.split import draw, split
 from var.utils.console import say, warn
 from var.utils.errors import Problems, UserError, brief
 
@@ -42,7 +42,7 @@ def read_prompts(cfg: DictConfig, cache: Path) -> Prompts:
         rows = read(instantiate(part.source), cache)
         if rows.description:
             say(f"{part.name}: {rows.description}")
-        rows = rows.head(settings.limit)
+        rows = draw(rows, settings)
         held_out = part.name in cfg.held_out if isinstance(cfg.held_out, ListConfig) else cfg.held_out
         if held_out:
             rows = split(rows, settings)[0]
@@ -73,7 +73,7 @@ def warn_of_trained_prompts(prompts: Prompts, trained: Mapping[str, Any], cache:
         return
     try:
         settings = DataSettings(**pick_fields(DataSettings, OmegaConf.create(trained["data"])))
-        rows = read(_build_source(trained["data"]["source"]), cache).head(settings.limit)
+        rows = draw(read(_build_source(trained["data"]["source"]), cache), settings)
         rows = split(rows, settings)[2]
     except Exception as error:  # of another version's configuration, or of data that has moved
         say(f"Not compared with the run's training prompts, which cannot be read: {brief(error)}")

@@ -19,7 +19,7 @@ from var.data.degenerate import count_degenerate, warn_of_degenerate
 from var.data.plan import ABSENT, MicroBatch, make_plan, stack_by_group
 from var.data.read import Source, read
 from var.data.settings import DataSettings
-from var.data.split import split
+from var.data.split import draw, split
 from var.losses.base import Loss
 from var.models.packing import Packed, pack, whole
 from var.requirements import Rewards, Rollout, SequenceScores, TokenValues, find
@@ -129,8 +129,10 @@ class AlignmentData(lightning.LightningDataModule):
             say(f"Data: {rows.description}")
         report.rows, report.rows_skipped_by_adapter = len(rows), rows.left_out or None
         report.records_joined = rows.merged or None
-        report.rows_beyond_limit = max(0, len(rows) - (settings.limit or len(rows))) or None
-        rows = rows.head(settings.limit)
+        used = draw(rows, settings)
+        unused = len(rows) - len(used) or None
+        report.rows_beyond_limit, report.rows_not_drawn = (unused, None) if settings.limit else (None, unused)
+        rows = used
         self.annotator.check_rows(rows)
         for provider in self.providers:
             provider.check_rows(data, rows)

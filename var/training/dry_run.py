@@ -95,7 +95,7 @@ def count_work(run: Run) -> tuple[str, str, str]:
         steps, about = data.report.steps_per_epoch * epochs, ""
         tokens = f"{int(data.training_set.plan.work.sum()) * epochs:,} tokens"
     else:
-        limited = min(rows, cfg.data.limit or rows) - cfg.data.validation_prompts
+        limited = min(rows, cfg.data.limit or cfg.data.sample or rows) - cfg.data.validation_prompts
         sequences = data.training_set.unit == "sequence" and cfg.data.responses in ("auto", "both", "all")
         each = getattr(data.source, "expected_responses", 1) if sequences and not online else 1
         units, about = max(0, limited) * each, "about "

@@ -12,6 +12,7 @@ from var.data.read import read
 from var.data.row import Row
 from var.data.rows import Rows
 from var.data.settings import DataSettings
+from var.data.split import draw
 from var.training.run import Run
 from var.utils.console import console, is_first_rank, say
 from var.utils.errors import Problems
@@ -25,7 +26,7 @@ def show(run: Run) -> None:
 
     On a terminal, neighboring tokens differ by an underline. Trained tokens are between ⟦ and ⟧.
     """
-    rows, chat = read(run.data.source, run.annotator.cache).head(run.data.settings.limit), run.annotator.chat
+    rows, chat = draw(read(run.data.source, run.annotator.cache), run.data.settings), run.annotator.chat
     run.annotator.check_rows(rows)
     show_template(chat)
     for i in range(min(run.cfg.show_rows, len(rows))):
