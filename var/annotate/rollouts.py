@@ -29,7 +29,7 @@ class ProvideRollout(Provider[Rollout]):
         prompts = self._fitting_prompts(data, np.sort(np.unique(rows.keys, return_index=True)[1]))
         size = np.full(len(prompts), responses)
         # The table's own fingerprint would include the cache file's place and time.
-        fingerprint = hash_content(rows.keys.tobytes().hex(), rows.table["answer"][:]).hex()[:16]
+        fingerprint = hash_content(rows.keys.tobytes().hex(), list(rows.texts("answer"))).hex()[:16]
         data.plan = make_plan(
             size, size, settings.micro_batch, settings.global_batch, settings.seed,
             settings.last_micro_batch, settings.last_step, fingerprint,

@@ -79,7 +79,7 @@ def _store(source: Source, target: Path) -> Mapping[str, Any]:
 def _group_records(rows: Rows) -> list[np.ndarray]:
     """Return the indices of records with equal prompts, answers and subsets, in the order of the first of each."""
     keys = [
-        hash_content(*map(str, key)) for key in zip(rows.keys, rows.table["answer"], rows.table["subset"], strict=True)
+        hash_content(*map(str, key)) for key in zip(rows.keys, rows.texts("answer"), rows.texts("subset"), strict=True)
     ]
     _, first, group, count = np.unique(
         np.array(keys, dtype="S16"), return_index=True, return_inverse=True, return_counts=True

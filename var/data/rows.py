@@ -73,6 +73,11 @@ class Rows:
         row = np.repeat(np.arange(len(self)), size)
         return row, np.arange(len(row)) - np.repeat(np.cumsum(size) - size, size)
 
+    def texts(self, name: Literal["id", "answer", "subset"]) -> Iterator[str | None]:
+        """Yield a text of each row, without decoding the others."""
+        for part in self.table.select_columns([name]).with_format("arrow").iter(10_000):
+            yield from part[name].to_pylist()
+
     def numbers(self, name: Literal["score", "weight"]) -> np.ndarray:
         """Return [N] float64 of all responses, row by row, NaN for those without one."""
         parts = [pc.fill_null(pc.struct_field(responses, name), math.nan) for responses in self._responses()]

@@ -46,7 +46,7 @@ def read_prompts(cfg: DictConfig, cache: Path) -> Prompts:
         held_out = part.name in cfg.held_out if isinstance(cfg.held_out, ListConfig) else cfg.held_out
         if held_out:
             rows = split(rows, settings)[0]
-        subsets = np.array([subset or part.name for subset in rows.table["subset"]])
+        subsets = np.array([subset or part.name for subset in rows.texts("subset")])
         chosen = draw_prompts(rows, subsets, cfg.prompts, cfg.seed)
         kind = "held-out prompts; held_out=false uses all" if held_out else "prompts, held out or not"
         say(f"{part.name}: {len(chosen)} of {len(np.unique(rows.keys))} {kind}")
@@ -54,7 +54,7 @@ def read_prompts(cfg: DictConfig, cache: Path) -> Prompts:
     problems = Problems("the data sets are not distinct", shown=5)
     for what, names in (
         ("subset", [set(subsets.tolist()) for subsets in labels.values()]),
-        ("row id", [set(rows.table["id"]) for rows in parts.values()]),
+        ("row id", [set(rows.texts("id")) for rows in parts.values()]),
     ):
         for name, count in Counter(chain(*names)).items():
             if count > 1:

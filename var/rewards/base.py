@@ -97,7 +97,7 @@ def check_answers(reward: Reward, rows: Rows) -> None:
         return
     find_fault = getattr(reward, "answer_fault", lambda answer: None)
     problems = Problems("the reward compares with a row's `answer`, which is missing or unusable")
-    for i, answer in enumerate(rows.table["answer"]):
+    for i, answer in enumerate(rows.texts("answer")):
         if fault := "no answer" if answer is None else find_fault(answer):
             problems.add(f"row {rows[i].id}", fault)
     problems.check(
