@@ -28,8 +28,10 @@ def hash_config(cfg: DictConfig, seeds: bool = True) -> str:
 
     content = drop_seeds(OmegaConf.to_container(cfg, resolve=False))
     content = {k: v for k, v in content.items() if k not in ELSEWHERE}
+    if content.get("data", {}).get("sample", "") is None:  # runs of earlier versions keep their names
+        content["data"] = {k: v for k, v in content["data"].items() if k != "sample"}
     source = content.get("data", {}).get("source")
-    if isinstance(source, dict) and source.get("revision", "") is None:  # runs of earlier versions keep their names
+    if isinstance(source, dict) and source.get("revision", "") is None:
         content["data"] = {**content["data"], "source": {k: v for k, v in source.items() if k != "revision"}}
     if "trainer" in content:
         content["trainer"] = {k: v for k, v in content["trainer"].items() if k not in DEVICES}
