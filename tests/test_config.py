@@ -74,7 +74,8 @@ def test_papers_command_composes() -> None:
 
 
 def test_debug_overrides_the_experiment() -> None:
-    assert composed("experiment=table5", "debug=limit").data.limit == 64
+    data = composed("experiment=table5", "debug=limit").data
+    assert (data.limit, data.sample) == (64, None)  # of which one may be set
     assert composed("experiment=[table1,hha]", "data.folder=x").data.limit == 200
 
 
