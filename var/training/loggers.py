@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig
 
 from var.config.run_dir import hash_config
-from var.config.schema import to_dict
+from var.config.saved import to_saved
 from var.training.datamodule import AlignmentData
 from var.utils.errors import Problems, UserError, brief
 from var.utils.files import atomic
@@ -163,7 +163,7 @@ def make_loggers(cfg: DictConfig, folder: Path, curves: Curves, changed: bool = 
                 offline=offline,
             )
             try:
-                logger.log_hyperparams(to_dict(cfg))
+                logger.log_hyperparams(to_saved(cfg))
                 logger.replay(curves.rows(), curves.step, changed)
             except wandb.errors.CommError as error:
                 problems.add(
