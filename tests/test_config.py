@@ -239,6 +239,22 @@ def test_values_of_the_environment_are_not_saved(monkeypatch: pytest.MonkeyPatch
     assert {change.key for change in list_changes(saved, to_saved(cfg))} == {"data.source.path", "loss.more"}
 
 
+@pytest.mark.parametrize(
+    "data",
+    ["hh_rlhf", "offsetbias", "ultrafeedback", "preferences data.path=a/b", "files data.path=a/b"],
+)
+def test_everything_from_the_hub_can_be_pinned(data: str) -> None:
+    """Also the members of an ensemble, and the rewards of evaluations."""
+    pinned = [
+        "model=hub", "model.path=a/b", "model.revision=x", f"data={data.split()[0]}", *data.split()[1:],
+        "data.source.revision=x", "reward=ensemble", "+reward@reward.members.a=offsetbias-rm-8b",
+        "reward.members.a.revision=x",
+    ]  # fmt: skip
+    check(composed(*pinned, "+reward@eval.reward=offsetbias-rm-8b", "eval.reward.revision=x"), TRAIN)
+    second = ["+reward@second_reward=offsetbias-rm-8b", "second_reward.revision=x"]
+    check(composed(*pinned, *second, root="eval"), EVAL)
+
+
 def test_all_misspelled_keys_are_reported_together(capsys: pytest.CaptureFixture[str]) -> None:
     given = ["store=x", "loss.temperatur=1", "loss=dpo", "seed=2", "trainr.max_steps=1", "trainer.devices=1"]
     with mock.patch.object(sys, "argv", ["train.py", *given]), pytest.raises(SystemExit):

@@ -244,6 +244,10 @@ class Evaluation:
             sources["model"] = {"file": self.cfg.answers, "sha256": hashlib.sha256(content).hexdigest()}
         return {
             "weights": {c.name: c.model.fingerprint for c in sampled},
+            "origins": {
+                **{c.name: c.model.pretrained.origin for c in sampled},
+                **{name: getattr(reward, "origin", None) for name, reward in self.rewards.items()},
+            },
             "answers": sources,
             "rewards": {name: reward.fingerprint for name, reward in self.rewards.items()},
             "prompts": hashlib.sha256(self.prompts.rows.keys.tobytes()).hexdigest()[:16],

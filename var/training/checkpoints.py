@@ -243,6 +243,8 @@ def _remove(checkpoint: Path) -> None:
 def check_disk_space(folder: Path, policy: torch.nn.Module, optimizer: Any, dtype: torch.dtype) -> None:
     """Raise UserError if the run's last checkpoint and its exported model do not fit on the disk.
 
+    Warn if two checkpoints do not fit: the next one is written before an earlier one is removed.
+
     Args:
         folder: of the run.
         policy: the model that trains.
@@ -255,10 +257,17 @@ def check_disk_space(folder: Path, policy: torch.nn.Module, optimizer: Any, dtyp
     model = sum(p.numel() * dtype.itemsize for p in parameters)
     here = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and not file.is_symlink())
     free = free_bytes(folder)
+    place = f"runs: {folder.absolute()} has {free / 2**30:.2f} GiB free, and"
     if state + model > free + here:
         raise UserError(
-            f"runs: {folder.absolute()} has {free / 2**30:.2f} GiB free, and the run ends with a checkpoint of "
-            f"{state / 2**30:.2f} GiB and a model of {model / 2**30:.2f} GiB. Free disk space or set runs=<folder>."
+            f"{place} the run ends with a checkpoint of {state / 2**30:.2f} GiB and a model of "
+            f"{model / 2**30:.2f} GiB. Free disk space or set runs=<folder>."
+        )
+    if 2 * state > free + here:
+        warn(
+            f"{place} two checkpoints of {state / 2**30:.2f} GiB do not fit. The run stops with an error when it "
+            "writes the second one. Free disk space, set runs=<folder>, or set trainer.checkpoint_every_n_steps to "
+            "the number of steps."
         )
 
 

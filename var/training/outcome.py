@@ -76,6 +76,8 @@ def summarize(run: Run, trainer: lightning.Trainer, seconds: float) -> dict[str,
         "ran": {
             "weights": run.pretrained.origin,
             "data": getattr(data.source, "origin", None),
+            "reward_weights": getattr(run.annotator.reward, "origin", None),
+            "eval_reward_weights": getattr(getattr(run.validation, "reward", None), "origin", None),
             **describe_parts(cfg),
         },
         "config": to_saved(cfg),

@@ -30,18 +30,24 @@ class ReplyCache:
     """Has the table replies: the key of a request, and the reply as JSON, a line break and its checksum."""
     damaged: int = 0
     """The number of replies that were removed because their checksums did not match."""
+    unchecked: set[bytes] = field(default_factory=set)
+    """The requests whose replies have no checksum, as earlier versions wrote them, and were not used."""
     _files: dict[int, IO[str]] = field(default_factory=dict)
     _users: Counter[int] = field(default_factory=Counter)
 
     def get(self, key: bytes) -> Reply | None:
-        """Return the reply to a request, or None. A damaged reply is removed."""
+        """Return the reply to a request, or None. A damaged reply is removed. One without a checksum is not used."""
         row = self.database.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
         if row is None:
             return None
-        text, _, checksum = row[0].partition(b"\n")
+        text, separator, checksum = row[0].partition(b"\n")
         try:
-            if checksum in (b"", _hash(key, text)):  # replies of earlier versions have no checksum
-                return dict(json.loads(text))
+            reply = dict(json.loads(text))
+            if not separator:
+                self.unchecked.add(key)
+                return None
+            if checksum == _hash(key, text):
+                return reply
         except (ValueError, TypeError):
             pass
         self.database.execute("DELETE FROM replies WHERE key = ?", (key,))
@@ -49,10 +55,14 @@ class ReplyCache:
         return None
 
     def put(self, key: bytes, reply: Reply) -> None:
-        """Add the reply to a request. The first one stays."""
+        """Add the reply to a request. The first one stays, unless it has no checksum."""
         text = json.dumps(reply).encode()
         stored = (text + b"\n" + _hash(key, text)).decode()
-        self.database.execute("INSERT OR IGNORE INTO replies VALUES (?, ?)", (key, stored))
+        self.database.execute(
+            "INSERT INTO replies VALUES (?, ?) "
+            "ON CONFLICT(key) DO UPDATE SET reply = excluded.reply WHERE instr(replies.reply, char(10)) = 0",
+            (key, stored),
+        )
 
     @asynccontextmanager
     async def claim(self, key: bytes) -> AsyncIterator[None]:
@@ -102,6 +112,9 @@ def open_cache(folder: Path) -> Iterator[ReplyCache]:
             finally:
                 if cache.damaged:
                     warn(f"{file}: removed {cache.damaged} damaged replies, which are requested again")
+                if cache.unchecked:
+                    count = len(cache.unchecked)
+                    warn(f"{file}: {count} replies of an earlier version have no checksum and are requested again")
     except (sqlite3.Error, FileExistsError, NotADirectoryError, PermissionError) as error:
         raise UserError(
             f"client.cache={folder}: cannot open {file}: {error}. Set client.cache to another folder, or move a "

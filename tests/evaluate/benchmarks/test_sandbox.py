@@ -204,6 +204,16 @@ def number(name: str) -> int:
             "OSError: 1",
         ),
         (
+            SYSCALL + f"if libc.syscall({number('add_key')}, b'user', b'a', b'b', 1, -3) < 0: "
+            "raise OSError(ctypes.get_errno())",
+            "OSError: 1",
+        ),
+        (
+            SYSCALL + f"if libc.syscall({number('request_key')}, b'user', b'a', None, -3) < 0: "
+            "raise OSError(ctypes.get_errno())",
+            "OSError: 1",
+        ),
+        (
             SYSCALL
             + f"if libc.syscall({number('io_uring_setup')}, 8, bytes(200)) < 0: raise OSError(ctypes.get_errno())",
             "OSError: 1",
@@ -214,8 +224,11 @@ def number(name: str) -> int:
         ("import socket\nsocket.socketpair()\nsocket.socket()", "passed"),
         ("import concurrent.futures as c\nwith c.ThreadPoolExecutor(2) as p: list(p.map(abs, [1]))", "passed"),
     ],
-    ids=["memfd", "System V memory", "keyring", "io_uring", "later call", "vsock", "crypto", "sockets", "threads"],
-)
+    ids=[
+        "memfd", "System V memory", "keyring", "new key", "requested key", "io_uring", "later call", "vsock", "crypto",
+        "sockets", "threads",
+    ],
+)  # fmt: skip
 def test_calls_that_escape_limits_are_rejected(program: str, reason: str) -> None:
     """Memory outside the address space, the keys of the session, and sockets that no network namespace confines."""
     assert run(program).reason.startswith(reason)
