@@ -239,6 +239,7 @@ FOLDERS: dict[str, str | None] = {
     BOMB: "has aliases", "init: [a: {b": "not YAML", "- a\n- b": "no attribute 'get'", "3": "not YAML",
     "model: 3": "must be mappings", "[" * 900 + "]" * 900: "nest", "[" * 9000 + "]" * 9000: "nest",
     "a: '" + "x" * 2**20 + "'": "limit",
+    "init: 3": "init must be a path", "model: {chat_template_kwargs: [1]}": "must be a mapping",
     "init: ${oc.env:HOME}": None, "": None,
 }  # fmt: skip
 
@@ -357,6 +358,15 @@ def test_chat_template_has_a_time_limit(endless: str, tmp_path: Path, monkeypatc
         render_by_endpoint(endless, tmp_path)
     assert time.monotonic() - begun < 30
     assert (signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)[0]) == (before, 0)
+
+
+def test_text_that_a_chat_template_renders_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("var.data.template.LONGEST", 1000)
+    ask = [{"role": "user", "content": "a"}]
+    for render in (lambda t: Chat(byte_tokenizer(), t).render(ask), lambda t: render_by_endpoint(t, tmp_path)):
+        assert "a" * 900 in render("{{ 'a' * 900 }}" + TEMPLATE)
+        with pytest.raises(UserError, match=r"ValueError: the text has 1,\d\d\d characters, more than 1,000"):
+            render("{{ 'a' * 1200 }}" + TEMPLATE)
 
 
 def test_text_of_a_message_is_not_a_template(tokenizer: Any) -> None:

@@ -67,6 +67,21 @@ def test_reply_without_a_checksum_is_requested_again(tmp_path: Path, capsys: pyt
     assert printed.count("1 replies of an earlier version have no checksum and are requested again") == 2
 
 
+def test_read_only_cache_that_holds_all_replies_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_only(**_: Any) -> Any:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with served(lambda body, before: completion("[[A]]")) as server:
+        client(server.base_url, tmp_path).ask(BODIES)
+        stored = (tmp_path / "replies.sqlite").read_bytes()
+        monkeypatch.setattr("var.utils.reply_cache.TemporaryFile", read_only)
+        assert client(server.base_url, tmp_path).ask(BODIES) == [completion("[[A]]")] * 6
+        assert len(server.bodies) == 6
+        with pytest.raises(UserError, match=r"cannot use .*: attempt to write a readonly database"):
+            client(server.base_url, tmp_path).ask([{"messages": [{"role": "user", "content": "new"}]}])
+        assert (tmp_path / "replies.sqlite").read_bytes() == stored
+
+
 def test_processes_send_a_request_once(tmp_path: Path) -> None:
     """One of them is killed while it waits for replies; the others then send its requests."""
     with served(lambda body, before: Broken(text=json.dumps(completion("yes")), slow=0.5)) as server:

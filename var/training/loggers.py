@@ -53,7 +53,7 @@ class Curves(Logger):
             self._rewrite(rows)
 
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        """Do nothing: the resolved configuration is in .hydra/ and config.yaml."""
+        """Do nothing: the configuration is in .hydra/ and config.yaml."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -165,6 +165,8 @@ def make_loggers(cfg: DictConfig, folder: Path, curves: Curves, changed: bool = 
             try:
                 logger.log_hyperparams(to_saved(cfg))
                 logger.replay(curves.rows(), curves.step, changed)
+            except wandb.errors.UsageError as error:  # such as a name that W&B does not accept
+                problems.add("logger.wandb", brief(error))
             except wandb.errors.CommError as error:
                 problems.add(
                     "logger.wandb", f"the server does not answer ({brief(error)}); set logger.wandb.offline=true and "

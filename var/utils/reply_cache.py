@@ -1,6 +1,7 @@
 """Replies of endpoints on disk: one SQLite file for all processes, with a checksum and a lock per request."""
 
 import asyncio
+import errno
 import hashlib
 import json
 import sqlite3
@@ -9,6 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO, Any
 
 from var.utils.console import warn
@@ -97,15 +99,21 @@ def open_cache(folder: Path) -> Iterator[ReplyCache]:
     Raise a UserError if the folder or the database cannot be used.
     """
     file = folder / "replies.sqlite"
+    read_only = file.exists() and not _is_writable(folder)  # it can hold all replies that are needed
+    mode = "?immutable=1" if read_only else ""
     try:
-        (folder / "locks").mkdir(parents=True, exist_ok=True)
+        if not read_only:
+            (folder / "locks").mkdir(parents=True, exist_ok=True)
         # autocommit: each reply is on disk at once; check_same_thread: the client waits for the thread that it starts
-        connection = sqlite3.connect(file, timeout=60.0, isolation_level=None, check_same_thread=False)
+        connection = sqlite3.connect(
+            file.absolute().as_uri() + mode, uri=True, timeout=60.0, isolation_level=None, check_same_thread=False
+        )
         connection.text_factory = bytes  # damaged text may not be UTF-8
         with closing(connection) as database:
-            database.execute("PRAGMA journal_mode=WAL")
-            database.execute("PRAGMA synchronous=NORMAL")
-            database.execute("CREATE TABLE IF NOT EXISTS replies (key BLOB PRIMARY KEY, reply TEXT) WITHOUT ROWID")
+            if not read_only:
+                database.execute("PRAGMA journal_mode=WAL")
+                database.execute("PRAGMA synchronous=NORMAL")
+                database.execute("CREATE TABLE IF NOT EXISTS replies (key BLOB PRIMARY KEY, reply TEXT) WITHOUT ROWID")
             cache = ReplyCache(folder, database)
             try:
                 yield cache
@@ -117,9 +125,17 @@ def open_cache(folder: Path) -> Iterator[ReplyCache]:
                     warn(f"{file}: {count} replies of an earlier version have no checksum and are requested again")
     except (sqlite3.Error, FileExistsError, NotADirectoryError, PermissionError) as error:
         raise UserError(
-            f"client.cache={folder}: cannot open {file}: {error}. Set client.cache to another folder, or move a "
+            f"client.cache={folder}: cannot use {file}: {error}. Set client.cache to another folder, or move a "
             "damaged file away"
         ) from error
+
+
+def _is_writable(folder: Path) -> bool:
+    try:
+        with TemporaryFile(dir=folder):
+            return True
+    except OSError as error:
+        return error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def _hash(key: bytes, text: bytes) -> bytes:
