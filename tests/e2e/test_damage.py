@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -107,6 +108,15 @@ def test_damaged_adapter_is_one_message(options, tiny_folder, tmp_path):
     check_error("does not fit its base", *options, *SHORT, f"model.path={tmp_path}/rank")
 
 
+def test_row_that_is_too_long_is_one_message(options, tmp_path, monkeypatch):
+    """A tokenizer takes gigabytes for it, so it is not called."""
+    monkeypatch.setattr("var.data.template.Template.tokenize", lambda *_: pytest.fail("the row was tokenized"))
+    record = {"id": "long", "prompt": "x" * 3_000_000, "responses": ["y" * 2_000_000, "z"]}
+    (tmp_path / "long.jsonl").write_text(json.dumps(record))
+    message = "its texts have 5,000,001 characters, and a row may have 5,000,000; shorten or remove it (row long)"
+    check_error(message, *options, *SHORT, f"data.path={tmp_path}/long.jsonl")
+
+
 def test_damaged_summary_is_one_message(options, tmp_path):
     check_run("train.py", *options, *SHORT)
     path = run_folder(tmp_path / "runs") / "summary.json"
@@ -127,6 +137,54 @@ def test_damaged_curves_are_one_message(content, options, tmp_path, monkeypatch)
     path = run_folder(tmp_path / "runs") / "metrics.csv"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     check_error("metrics.csv: is damaged", *more)
+
+
+def test_checkpoint_of_another_form_is_one_message(options, tmp_path):
+    """It holds plain values, so it is read, and some are missing or have other types."""
+    check_run("train.py", *options, *SHORT, "trainer.keep_checkpoint=true")
+    file = run_folder(tmp_path / "runs") / "checkpoints" / "last.ckpt"
+    settings = torch.load(file, weights_only=True)["settings"]
+    more = [*options, "trainer.max_steps=4", *SHORT[1:], f"resume={tmp_path}/x.ckpt"]
+    for change, message in (
+        ({"settings": "x"}, "settings is not of type dict"), ({"loops": "x"}, "loops is not of type dict"),
+        ({"settings": {**settings, "config": [1]}}, "settings have another form"),
+        ({"settings": {**settings, "history": [3]}}, "TypeError"),
+        ({"global_step": "x"}, "global_step is not of type int"), ({"state_dict": 3}, "state_dict is not of type dict"),
+        ({"callbacks": "x"}, "callbacks is not of type dict"), ({"AlignmentData": "x"}, "AlignmentData is not of type"),
+    ):  # fmt: skip
+        torch.save({**torch.load(file, weights_only=True), **change}, tmp_path / "x.ckpt")
+        assert message in check_error("x.ckpt is not a checkpoint of a run", *more)
+    content = torch.load(file, weights_only=True)
+    del content["state_dict"]
+    torch.save(content, tmp_path / "x.ckpt")
+    check_error("state_dict is missing", *more)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs the names of open files")
+def test_files_are_synced_before_what_marks_them_as_complete(options, tmp_path, monkeypatch):
+    """A power loss can lose what is not synced, also after a later rename."""
+    events, fsync, replace = list[tuple[str, str]](), os.fsync, Path.replace
+
+    def sync(descriptor: int) -> None:
+        events.append(("sync", re.sub(r"\.[0-9a-f]{32}\.partial", "", os.readlink(f"/proc/self/fd/{descriptor}"))))
+        fsync(descriptor)
+
+    def rename(path: Path, target: Path) -> Path:
+        events.append(("rename", str(target)))
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(Path, "replace", rename)
+    check_run("train.py", *options, *SHORT, "trainer.checkpoint_every_n_steps=1", "trainer.keep_checkpoint=true")
+    run = str(run_folder(tmp_path / "runs"))
+    for first, marker in (
+        ("/checkpoints/step-2.ckpt", "/checkpoints/step-2.ckpt"),
+        ("/checkpoints/step-2.sha256", "/checkpoints/step-2.ckpt"), ("/model/model.safetensors", "/model"), ("/model", "/checkpoints/exported"),
+        ("/metrics.csv", "/summary.json"), ("/model/config.yaml", "/summary.json"), ("/summary.json", "/summary.json"),
+    ):  # fmt: skip
+        at = events.index(("rename", run + marker))
+        assert ("sync", run + first) in events[:at], (first, marker)
+        assert ("sync", run + str(Path(marker).parent).rstrip("/")) in events[at:], marker
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES])

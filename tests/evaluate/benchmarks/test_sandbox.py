@@ -269,6 +269,17 @@ def test_children_are_killed(ending: str) -> None:
     assert alive(mark) == 0
 
 
+@pytest.mark.parametrize("sign", [9, 15, 19])
+def test_signal_to_the_process_group_stays_inside(sign: int) -> None:
+    """The process group crosses PID namespaces. The evaluation is another process here, which must not end or stop."""
+    program = f"import os, time\nos.kill(0, {sign})\nos.killpg(0, {sign})\ntime.sleep(60)"
+    code = f"from var.evaluate.benchmarks.sandbox import run\nprint(run({program!r}, seconds=0.4).passed)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, start_new_session=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
+
+
 def test_killed_evaluation_kills_its_programs() -> None:
     mark = f"orphan{os.getpid() % 10**6}"
     program = f"import ctypes, time\nctypes.CDLL(None).prctl(15, b'{mark}')\ntime.sleep(60)"
