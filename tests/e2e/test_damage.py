@@ -113,7 +113,7 @@ def test_row_that_is_too_long_is_one_message(options, tmp_path, monkeypatch):
     monkeypatch.setattr("var.data.template.Template.tokenize", lambda *_: pytest.fail("the row was tokenized"))
     record = {"id": "long", "prompt": "x" * 3_000_000, "responses": ["y" * 2_000_000, "z"]}
     (tmp_path / "long.jsonl").write_text(json.dumps(record))
-    message = "its texts have 5,000,001 characters, and a row may have 5,000,000; shorten or remove it (row long)"
+    message = "its texts have 5,000,009 characters, and a row may have 5,000,000; shorten or remove it (row long)"
     check_error(message, *options, *SHORT, f"data.path={tmp_path}/long.jsonl")
 
 
@@ -179,7 +179,8 @@ def test_files_are_synced_before_what_marks_them_as_complete(options, tmp_path, 
     run = str(run_folder(tmp_path / "runs"))
     for first, marker in (
         ("/checkpoints/step-2.ckpt", "/checkpoints/step-2.ckpt"),
-        ("/checkpoints/step-2.sha256", "/checkpoints/step-2.ckpt"), ("/model/model.safetensors", "/model"), ("/model", "/checkpoints/exported"),
+        ("/checkpoints/step-2.sha256", "/checkpoints/step-2.ckpt"),
+        ("/model/model.safetensors", "/model"), ("/model", "/checkpoints/exported"),
         ("/metrics.csv", "/summary.json"), ("/model/config.yaml", "/summary.json"), ("/summary.json", "/summary.json"),
     ):  # fmt: skip
         at = events.index(("rename", run + marker))
