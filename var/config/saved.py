@@ -59,5 +59,6 @@ def find_variables(value: Any, key: str = "") -> list[str]:
     """Return the keys of a saved configuration whose values came from the environment, so that they are unknown."""
     if isinstance(value, dict):
         return [found for name, child in value.items() for found in find_variables(child, f"{key}.{name}".strip("."))]
-    texts = value if isinstance(value, list) else [value]
-    return [key] if any(isinstance(text, str) and "${" in text for text in texts) else []
+    if isinstance(value, list):
+        return [key] if any(find_variables(part) for part in value) else []
+    return [key] if isinstance(value, str) and "${" in value else []
