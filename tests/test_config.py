@@ -235,6 +235,7 @@ def test_values_of_the_environment_are_not_saved(monkeypatch: pytest.MonkeyPatch
     assert OmegaConf.to_container(OmegaConf.create(to_yaml(saved))) == saved
     assert set(find_variables(saved["data"], "data")) == {"data.path", "data.source.path"}
     assert to_saved(cfg) == saved
+    assert list_changes(to_dict(cfg), saved) == []  # earlier versions saved the values
     monkeypatch.setenv("MY_THING", "other")
     assert {change.key for change in list_changes(saved, to_saved(cfg))} == {"data.source.path", "loss.more"}
 

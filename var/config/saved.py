@@ -45,7 +45,18 @@ def _save(parent: DictConfig | ListConfig, key: Any) -> Any:
     value = parent[key]
     if not _read:
         return to_saved(value)
-    return f"{parent._get_node(key)._value()} ({hashlib.sha256(str(value).encode()).hexdigest()[:4]})"  # type: ignore[union-attr]
+    return f"{parent._get_node(key)._value()}{_mark(value)}"  # type: ignore[union-attr]
+
+
+def _mark(value: Any) -> str:
+    return f" ({hashlib.sha256(str(value).encode()).hexdigest()[:4]})"
+
+
+def is_saved_form(saved: Any, value: Any) -> bool:
+    """Return whether a setting with this value is saved in this form. Earlier versions saved the value itself."""
+    if isinstance(saved, list) and isinstance(value, list) and len(saved) == len(value):
+        return all(map(is_saved_form, saved, value))
+    return bool(saved == value) or (isinstance(saved, str) and "${" in saved and saved.endswith(_mark(value)))
 
 
 def to_yaml(values: Any) -> str:
