@@ -22,6 +22,7 @@ PINNED = {
     ("table1", "generate.max_new_tokens"), ("table5", "generate.max_new_tokens"),
     ("table1", "data.global_batch"), ("table1", "model.learning_rate"), ("table5", "data.global_batch"),
     ("frontier", "model.learning_rate"), ("hha", "model.learning_rate"),
+    ("limit", "data.sample"), ("overfit", "data.sample"), ("step", "data.sample"),  # they replace an experiment's draw
 }  # fmt: skip
 
 # Python defaults that differ from every YAML, or from some YAML on purpose.

@@ -15,9 +15,12 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from tests.helpers.runs import ROOT, composed
+from var.config.changes import list_changes
 from var.config.check import EVAL, FOLDER, TRAIN, check, fits
 from var.config.entry import RENAMED, _expand_home, add_free_keys, list_keys, run_command
 from var.config.run_dir import run_dir
+from var.config.saved import find_variables, to_saved, to_yaml
+from var.config.schema import to_dict
 from var.evaluate.run import Evaluation
 from var.training.loggers import Curves, make_loggers
 from var.training.run import Run
@@ -192,6 +195,7 @@ def test_secrets_in_the_configuration_are_errors(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("MY_TOKEN", "5ec7e7")
     cfg = composed(
         "reward=endpoint", "reward.protocol=query", "+reward.request.headers.auth='Bearer ${oc.env:MY_TOKEN}'",
+        "+reward.request.user='${oc.env:HOME}'",
         "+judge@eval.judge=mtbench", "eval.judge.client.base_url='http://user:5ec7e7@host/v1'",
         "data=files", "data.path='${oc.env:MY_API_KEY2,none}'", "runs='${oc.env:HOME}/runs'",
         "reward.client.base_url='https://host/score?code=5ec7e7'", "reward.client.model=m",
@@ -199,15 +203,58 @@ def test_secrets_in_the_configuration_are_errors(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(UserError) as error:
         check(cfg, TRAIN)
     lines = str(error.value).splitlines()
-    assert lines[0] == "invalid configuration (4):"
+    assert lines[0] == "invalid configuration (5):"
     for key, words in (
         ("reward.request.headers.auth", "reads MY_TOKEN from the environment"),
+        ("reward.request.user", "reads a variable of the environment. Fields of requests are saved"),
         ("data.path", "reads MY_API_KEY2 from the environment"),
         ("eval.judge.client.base_url", "an address may not have a user name, a password, a query"),
         ("reward.client.base_url", "an address may not have a user name, a password, a query"),
     ):  # fmt: skip
         assert any(line.startswith(f"  {key}: {words}") for line in lines), key
     assert "5ec7e7" not in str(error.value)
+
+
+def test_values_of_the_environment_are_not_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text of the interpolation is saved, with digits that differ if the value does."""
+    monkeypatch.setenv("MY_THING", "5ec7e7")
+    monkeypatch.delenv("UNSET", raising=False)
+    cfg = composed(
+        "model.path=m", "data=files", "data.path='${oc.env:MY_THING}/x'", "seed='${oc.decode:${oc.env:UNSET,3}}'",
+        "+loss.more=[1,'${oc.env:MY_THING}']", "runs='${data.path}'",
+    )  # fmt: skip
+    saved = to_saved(cfg)
+    kept = {"model", "reward", "trainer", "eval", "optim"}
+    assert {key: saved[key] for key in kept} == {key: to_dict(cfg)[key] for key in kept}
+    assert saved["seed"] == 3
+    text = saved["data"]["path"]
+    assert re.fullmatch(r"\$\{oc\.env:MY_THING\}/x \([0-9a-f]{4}\)", text)
+    assert saved["data"]["source"]["path"] == text.replace("${oc.env:MY_THING}/x", "${..path}")
+    assert saved["runs"] == text.replace("${oc.env:MY_THING}/x", "${data.path}")
+    assert saved["loss"]["more"][0] == 1
+    assert "5ec7e7" not in to_yaml(saved)
+    assert OmegaConf.to_container(OmegaConf.create(to_yaml(saved))) == saved
+    assert set(find_variables(saved["data"], "data")) == {"data.path", "data.source.path"}
+    assert to_saved(cfg) == saved
+    assert list_changes(to_dict(cfg), saved) == []  # earlier versions saved the values
+    monkeypatch.setenv("MY_THING", "other")
+    assert {change.key for change in list_changes(saved, to_saved(cfg))} == {"data.source.path", "loss.more"}
+
+
+@pytest.mark.parametrize(
+    "data",
+    ["hh_rlhf", "offsetbias", "ultrafeedback", "preferences data.path=a/b", "files data.path=a/b"],
+)
+def test_everything_from_the_hub_can_be_pinned(data: str) -> None:
+    """Also the members of an ensemble, and the rewards of evaluations."""
+    pinned = [
+        "model=hub", "model.path=a/b", "model.revision=x", f"data={data.split()[0]}", *data.split()[1:],
+        "data.source.revision=x", "reward=ensemble", "+reward@reward.members.a=offsetbias-rm-8b",
+        "reward.members.a.revision=x",
+    ]  # fmt: skip
+    check(composed(*pinned, "+reward@eval.reward=offsetbias-rm-8b", "eval.reward.revision=x"), TRAIN)
+    second = ["+reward@second_reward=offsetbias-rm-8b", "second_reward.revision=x"]
+    check(composed(*pinned, *second, root="eval"), EVAL)
 
 
 def test_all_misspelled_keys_are_reported_together(capsys: pytest.CaptureFixture[str]) -> None:

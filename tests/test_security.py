@@ -239,6 +239,7 @@ FOLDERS: dict[str, str | None] = {
     BOMB: "has aliases", "init: [a: {b": "not YAML", "- a\n- b": "no attribute 'get'", "3": "not YAML",
     "model: 3": "must be mappings", "[" * 900 + "]" * 900: "nest", "[" * 9000 + "]" * 9000: "nest",
     "a: '" + "x" * 2**20 + "'": "limit",
+    "init: 3": "init must be a path", "model: {chat_template_kwargs: [1]}": "must be a mapping",
     "init: ${oc.env:HOME}": None, "": None,
 }  # fmt: skip
 
@@ -359,6 +360,15 @@ def test_chat_template_has_a_time_limit(endless: str, tmp_path: Path, monkeypatc
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 
+def test_text_that_a_chat_template_renders_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("var.data.template.LONGEST", 1000)
+    ask = [{"role": "user", "content": "a"}]
+    for render in (lambda t: Chat(byte_tokenizer(), t).render(ask), lambda t: render_by_endpoint(t, tmp_path)):
+        assert "a" * 900 in render("{{ 'a' * 900 }}" + TEMPLATE)
+        with pytest.raises(UserError, match=r"ValueError: the text has 1,\d\d\d characters, more than 1,000"):
+            render("{{ 'a' * 1200 }}" + TEMPLATE)
+
+
 def test_text_of_a_message_is_not_a_template(tokenizer: Any) -> None:
     text = "{{ 7 * 7 }} {% raw %} ${oc.env:HOME} {0.__class__} %s"
     assert text in Chat(tokenizer).render([{"role": "user", "content": text}])
@@ -371,6 +381,7 @@ SECRETS = {
     "WANDB_API_KEY": "5ec7e7" * 6 + "5ec7", "HF_TOKEN": "hf_5ec7e75ec7e7token",
     "OPENAI_API_KEY": "sk-5ec7e75ec7e7judge", "REWARD_KEY": "sk-5ec7e75ec7e7reward",
 }  # fmt: skip
+VARIABLES = {"MY_SECONDS": "98765.4321"}
 IDS = [
     "../../escaped", "/escaped-var-align", "..", ".", "", "a/b", "C:\\escaped", "nul\0byte", "x" * 5000,
     "ü漢🙂\u202e", "line\nend", "${oc.env:OPENAI_API_KEY}", "{{ 7 * 7 }}", "%(asctime)s", "[red]", "~/escaped",
@@ -398,6 +409,7 @@ def world(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
         f"model.path={tiny_folder}", f"annotation_cache={top}/store", f"cache={top}/cache", "data=files",
         f"data.path={top}/data/rows.jsonl", "data.validation_prompts=2", "generate.max_new_tokens=3",
         "reward=endpoint", "reward.protocol=query", "reward.client.api_key_env=REWARD_KEY",
+        "reward.client.timeout='${oc.decode:${oc.env:MY_SECONDS}}'",
     ]  # fmt: skip
 
     def reply(body: dict[str, Any], before: int) -> Any:
@@ -427,7 +439,7 @@ def world(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
                 ("sample.py", [*common, "generate.responses=1", f"out={top}/out/rows.jsonl"]),
                 ("eval.py", [*common, *evaluated]),
             ):  # fmt: skip
-                done = run(command, *overrides, **SECRETS, HOME=str(top / "home"))
+                done = run(command, *overrides, **SECRETS, **VARIABLES, HOME=str(top / "home"))
                 assert done.returncode == 0, f"{command}: {done.stderr}"
                 printed += [done.stdout, done.stderr]
             assert set(server.keys) == {f"Bearer {SECRETS[name]}" for name in ("OPENAI_API_KEY", "REWARD_KEY")}
@@ -443,7 +455,7 @@ def test_no_secret_is_written_or_printed(world: tuple[Path, list[str]]) -> None:
     assert any("wandb" in path.parts for path in files)
     for path in files:
         content = path.read_bytes()
-        for name, secret in SECRETS.items():
+        for name, secret in (SECRETS | VARIABLES).items():
             assert secret.encode() not in content, f"{name} is in {path.relative_to(top)}"
     assert not any(secret in text for text in printed for secret in SECRETS.values())
 
@@ -464,6 +476,10 @@ def test_names_of_secrets_are_written(world: tuple[Path, list[str]]) -> None:
     top, _ = world
     (config,) = top.glob("runs/*/.hydra/config.yaml")
     assert b"REWARD_KEY" in config.read_bytes()
+    (exported,) = top.glob("runs/*/model/config.yaml")
+    (evaluated,) = top.glob("evals/*/result.json")
+    for path in (config, exported, evaluated, config.parents[1] / "summary.json"):
+        assert b"${oc.decode:${oc.env:MY_SECONDS}}" in path.read_bytes(), path
     assert b"OPENAI_API_KEY" in config.read_bytes()
 
 

@@ -24,6 +24,7 @@ from var.data.sequences import Sequences, encode
 from var.data.sources.files import Files
 from var.utils import processes
 from var.utils.errors import UserError
+from var.utils.provenance import hash_content
 
 
 def make_file(folder: Path, count: int) -> Path:
@@ -69,6 +70,20 @@ def test_any_damage_is_reported_and_repaired(tmp_path: Path, capsys: pytest.Capt
             missing_marker = damaged is None and path.name == "done.json"
             reported = "is damaged. It is made again." in " ".join(capsys.readouterr().out.split())
             assert reported != missing_marker
+
+
+@pytest.mark.parametrize("valid", [False, True])
+def test_marker_with_other_names_removes_no_other_file(valid: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Damaged or not, it names the files that are compared, and removed if they differ."""
+    (tmp_path / "mine.npy").write_text("mine")
+    target = tmp_path / "keys"
+    expected = stored.remember(target, "computes", lambda: np.arange(3)).tolist()
+    content = {"facts": {}, "files": {"array.npy": "0", "../mine.npy": "0", str(tmp_path / "mine.npy"): "0"}}
+    checksum = hash_content(content).hex() if valid else "0"
+    (target / "done.json").write_text(json.dumps({**content, "checksum": checksum}))
+    assert stored.remember(target, "computes", lambda: np.arange(3)).tolist() == expected
+    assert (tmp_path / "mine.npy").read_text() == "mine"
+    assert "done.json, array.npy in" in " ".join(capsys.readouterr().out.split())
 
 
 def test_several_processes_read_and_tokenize_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

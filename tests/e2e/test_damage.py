@@ -3,7 +3,9 @@
 import errno
 import json
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,16 @@ def pickle_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
+def split_weights(index: str) -> Callable[[Path], Any]:
+    """Return what moves the weights to another file and writes an index, as of a model in several files."""
+
+    def change(folder: Path) -> None:
+        (folder / "model.safetensors").rename(folder / "part.safetensors")
+        (folder / "model.safetensors.index.json").write_text(index)
+
+    return change
+
+
 def change_config(**values: Any) -> Callable[[Path], Any]:
     """Return what changes values of config.json."""
 
@@ -53,10 +65,22 @@ MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config is a list": (write("config.json", "[]"), "cannot be read"),
     "config is not text": (write("config.json", b"\xff\xfe\0"), "config.json"),
     "config has wrong types": (change_config(hidden_size="x"), "expected int, got str"),
+    "config has wrong names": (change_config(architectures=[3]), "architectures must be a list of names"),
+    "config has large sizes": (change_config(hidden_size=2**46), "its weights need more memory than there is"),
     "config has no sizes": (write("config.json", "{}"), "cannot be read"),
     "tokenizer is cut": (write("tokenizer.json", '{"version": "1.0"'), "tokenizer"),
     "tokenizer has wrong types": (write("tokenizer.json", '{"model": 3}'), "tokenizer"),
     "generation config": (write("generation_config.json", "["), "generation_config.json: cannot be read"),
+    "end tokens": (write("generation_config.json", '{"eos_token_id": "x"}'), "the end tokens ['x']. Expected numbers"),
+    "index is cut": (split_weights("{"), "index.json: cannot be read"),
+    "index is a list": (split_weights("[]"), "index.json: cannot be read"),
+    "index is nested": (split_weights("[" * 100_000), "index.json: cannot be read"),
+    "index has no files": (split_weights('{"metadata": {}}'), "index.json: expected metadata, and weight_map"),
+    "index names numbers": (split_weights('{"metadata": {}, "weight_map": {"a": 3}}'), "index.json: expected metadata"),
+    "index names another folder": (
+        split_weights('{"metadata": {}, "weight_map": {"lm_head.weight": "../part.safetensors"}}'),
+        "to names of files in this folder",
+    ),
     "adapter config": (write("adapter_config.json", "{"), "adapter_config.json: cannot be read"),
 }
 
@@ -78,6 +102,19 @@ def test_damaged_adapter_is_one_message(options, tiny_folder, tmp_path):
         save_lora(tmp_path / name, tiny_folder)
         (tmp_path / name / name).write_text(content)
         check_error(message, *options, *SHORT, f"model.path={tmp_path}/{name}")
+    save_lora(tmp_path / "rank", tiny_folder)
+    file = tmp_path / "rank" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "r": "x"}))
+    check_error("does not fit its base", *options, *SHORT, f"model.path={tmp_path}/rank")
+
+
+def test_row_that_is_too_long_is_one_message(options, tmp_path, monkeypatch):
+    """A tokenizer takes gigabytes for it, so it is not called."""
+    monkeypatch.setattr("var.data.template.Template.tokenize", lambda *_: pytest.fail("the row was tokenized"))
+    record = {"id": "long", "prompt": "x" * 3_000_000, "responses": ["y" * 2_000_000, "z"]}
+    (tmp_path / "long.jsonl").write_text(json.dumps(record))
+    message = "its texts have 5,000,009 characters, and a row may have 5,000,000; shorten or remove it (row long)"
+    check_error(message, *options, *SHORT, f"data.path={tmp_path}/long.jsonl")
 
 
 def test_damaged_summary_is_one_message(options, tmp_path):
@@ -102,6 +139,55 @@ def test_damaged_curves_are_one_message(content, options, tmp_path, monkeypatch)
     check_error("metrics.csv: is damaged", *more)
 
 
+def test_checkpoint_of_another_form_is_one_message(options, tmp_path):
+    """It holds plain values, so it is read, and some are missing or have other types."""
+    check_run("train.py", *options, *SHORT, "trainer.keep_checkpoint=true")
+    file = run_folder(tmp_path / "runs") / "checkpoints" / "last.ckpt"
+    settings = torch.load(file, weights_only=True)["settings"]
+    more = [*options, "trainer.max_steps=4", *SHORT[1:], f"resume={tmp_path}/x.ckpt"]
+    for change, message in (
+        ({"settings": "x"}, "settings is not of type dict"), ({"loops": "x"}, "loops is not of type dict"),
+        ({"settings": {**settings, "config": [1]}}, "settings have another form"),
+        ({"settings": {**settings, "history": [3]}}, "TypeError"),
+        ({"global_step": "x"}, "global_step is not of type int"), ({"state_dict": 3}, "state_dict is not of type dict"),
+        ({"callbacks": "x"}, "callbacks is not of type dict"), ({"AlignmentData": "x"}, "AlignmentData is not of type"),
+    ):  # fmt: skip
+        torch.save({**torch.load(file, weights_only=True), **change}, tmp_path / "x.ckpt")
+        assert message in check_error("x.ckpt is not a checkpoint of a run", *more)
+    content = torch.load(file, weights_only=True)
+    del content["state_dict"]
+    torch.save(content, tmp_path / "x.ckpt")
+    check_error("state_dict is missing", *more)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs the names of open files")
+def test_files_are_synced_before_what_marks_them_as_complete(options, tmp_path, monkeypatch):
+    """A power loss can lose what is not synced, also after a later rename."""
+    events, fsync, replace = list[tuple[str, str]](), os.fsync, Path.replace
+
+    def sync(descriptor: int) -> None:
+        events.append(("sync", re.sub(r"\.[0-9a-f]{32}\.partial", "", os.readlink(f"/proc/self/fd/{descriptor}"))))
+        fsync(descriptor)
+
+    def rename(path: Path, target: Path) -> Path:
+        events.append(("rename", str(target)))
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(Path, "replace", rename)
+    check_run("train.py", *options, *SHORT, "trainer.checkpoint_every_n_steps=1", "trainer.keep_checkpoint=true")
+    run = str(run_folder(tmp_path / "runs"))
+    for first, marker in (
+        ("/checkpoints/step-2.ckpt", "/checkpoints/step-2.ckpt"),
+        ("/checkpoints/step-2.sha256", "/checkpoints/step-2.ckpt"),
+        ("/model/model.safetensors", "/model"), ("/model", "/checkpoints/exported"),
+        ("/metrics.csv", "/summary.json"), ("/model/config.yaml", "/summary.json"), ("/summary.json", "/summary.json"),
+    ):  # fmt: skip
+        at = events.index(("rename", run + marker))
+        assert ("sync", run + first) in events[:at], (first, marker)
+        assert ("sync", run + str(Path(marker).parent).rstrip("/")) in events[at:], marker
+
+
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES])
 @pytest.mark.parametrize("form", ["path", "message", "rust"])
 def test_error_of_the_file_system_is_one_message(code, form, options, tmp_path, monkeypatch):
@@ -119,6 +205,34 @@ def test_error_of_the_file_system_is_one_message(code, form, options, tmp_path, 
 
     monkeypatch.setattr(AlignmentModule, "training_step", fail)
     assert "run/plan.npz" in check_error(os.strerror(code), *options, *SHORT)
+
+
+def test_read_only_caches_that_hold_everything_are_used(options, tmp_path, monkeypatch):
+    more = [*options, *SHORT, "loss=dpo"]
+    check_run("train.py", *more)
+    real = tempfile.TemporaryFile
+
+    def read_only(dir: Path, **more: Any) -> Any:
+        if Path(dir).is_relative_to(tmp_path / "store") or Path(dir).is_relative_to(tmp_path / "cache"):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return real(dir=dir, **more)
+
+    monkeypatch.setattr("var.annotate.annotator.tempfile.TemporaryFile", read_only)
+    check_run("train.py", *more, f"runs={tmp_path}/other")
+    printed = check_error("cannot be written: Read-only file system", *more, "model.chat_template=plain")
+    assert f"annotation_cache={tmp_path}/store: it lacks " in printed
+    (tmp_path / "store" / "empty").mkdir()
+    check_error("folders that cannot be written (1)", *more, f"annotation_cache={tmp_path}/store/empty", "seed=1")
+
+
+@pytest.mark.parametrize("name", ["../../../../escaped", "/escaped", "n" * 300])
+def test_names_of_trackers_stay_in_the_folder_of_the_run(name, options, tmp_path):
+    trackers = ["logger=tensorboard", f"logger.tensorboard.name={name}"]
+    check_run("train.py", *options, *SHORT, *trackers, "seed=1")
+    (events,) = tmp_path.rglob("events.out.tfevents.*")
+    assert events.parents[1] == run_folder(tmp_path / "runs") / "tensorboard"
+    wandb = ["logger=wandb", "logger.wandb.offline=true", f"logger.wandb.project={name}"]
+    assert "logger.wandb: Invalid project name" in check_error("loggers (1)", *options, *SHORT, *wandb)
 
 
 def test_run_folder_that_is_moved_while_training_is_one_message(options, tmp_path, monkeypatch):

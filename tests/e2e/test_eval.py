@@ -54,6 +54,7 @@ def test_model_compared_with_itself_gains_nothing(base: list[str], tiny_folder: 
     assert part["reward"]["mean"] == pytest.approx(sum(rewards) / 12)
     assert len((place / "games.jsonl").read_text().splitlines()) == 12
     assert found["depends_on"]["weights"]["model"]["weights"]
+    assert Path(found["depends_on"]["origins"]["model"]).is_dir()
 
     again = run("eval.py", *options)  # everything is cached
     assert "Answers of the model" not in again.stdout

@@ -81,6 +81,9 @@ def test_training_from_the_hub_its_cache_and_folders(hub: Hub, repositories: Any
     same_folders(*(run_folder(place / "runs") for place in (online, folders)))
     summaries = [json.loads((run_folder(p / "runs") / "summary.json").read_text()) for p in (online, offline, folders)]
     assert len({summary["hashes"]["weights"] for summary in summaries}) == 1
+    for name, key in (("Qwen/Qwen2.5-7B", "weights"), ("NCSOFT/Llama-3-OffsetBias-RM-8B", "reward_weights")):
+        used = [f"{name} at commit {models[name].commit}"] * 2 + [str(models[name].folder.resolve())]
+        assert [summary["ran"][key] for summary in summaries] == used
 
 
 READ = """
@@ -104,3 +107,34 @@ def test_commit_of_a_data_set_is_recorded_and_can_be_set(hub: Hub, repositories:
     assert f"24 NCSOFT/offsetbias@{commit}[train] at commit {commit}" in read(commit)
     assert "NCSOFT/offsetbias has no such revision" in read("0" * 40)
     assert f"24 NCSOFT/offsetbias[train] at commit {commit}" in read(HF_HUB_OFFLINE="1")
+
+
+READ_MODELS = """
+import sys
+from tests.helpers.models import pretrained
+from var.rewards.classifier import Classifier
+from var.rewards.ensemble import Ensemble
+reward = Classifier(path="NCSOFT/Llama-3-OffsetBias-RM-8B", revision=sys.argv[3] or None)
+print(pretrained("Qwen/Qwen2.5-7B", sys.argv[1], revision=sys.argv[2] or None).origin)
+print(reward.origin, Ensemble(members={"a": reward}).origin)
+"""
+
+
+def test_commits_of_models_are_recorded_and_can_be_set(hub: Hub, repositories: Any, tmp_path: Path) -> None:
+    """Those of the policy and of a reward model."""
+    names = ("Qwen/Qwen2.5-7B", "NCSOFT/Llama-3-OffsetBias-RM-8B")
+    commits = [repositories[0][name].commit for name in names]
+
+    def read(*revisions: str) -> str:
+        command = [sys.executable, "-c", READ_MODELS, str(tmp_path), *revisions]
+        variables = client_environment(hub, tmp_path / "home")
+        done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300)
+        return done.stdout + done.stderr
+
+    policy, reward = (f"{name} at commit {commit}" for name, commit in zip(names, commits, strict=True))
+    for revisions in (["", ""], commits, ["main", "main"]):
+        printed = read(*revisions)
+        assert f"{policy}\n" in printed, printed
+        assert f"{reward} {{'a': '{reward}'}}" in printed, printed
+    assert "reward.revision=nothing: NCSOFT/Llama-3-OffsetBias-RM-8B has no such revision" in read("", "nothing")
+    assert hub.downloads(".safetensors") == []

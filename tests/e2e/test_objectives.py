@@ -129,7 +129,10 @@ def test_exported_reward_model_is_a_reward(
         assert classifier.encode(prompt, response) == row
         assert classifier([prompt], [response], [None]) == pytest.approx([score], abs=1e-6)
     assert np.std(scores) > 1e-3
-    train(unrewarded, "reward=classifier", f"reward.path={folder}/model", "loss=grpo", runs=tmp_path / "online")
+    online = train(
+        unrewarded, "reward=classifier", f"reward.path={folder}/model", "loss=grpo", runs=tmp_path / "online"
+    )
+    assert read_summary(online)["ran"]["reward_weights"] == str(folder / "model")
 
 
 @pytest.mark.parametrize("model", ["bytes", "smollm2"])

@@ -14,6 +14,7 @@ from tests.helpers.judges import pair
 from tests.helpers.models import DATED, saved
 from tests.helpers.runs import composed
 from var.evaluate.judges.base import Judgement
+from var.evaluate.prompts import warn_of_trained_prompts
 from var.evaluate.run import Evaluation, judge_pairs, locate_models
 from var.evaluate.table import print_result
 from var.utils.errors import UserError
@@ -75,6 +76,24 @@ def test_prompts_have_the_date_and_the_template_arguments_of_the_run(tmp_path: P
     OmegaConf.save({"model": model, "init": None}, folder / "config.yaml")
     assert render() == [f"<bos><system>26 Jul 2024<end>{plain}()"] * 2
     assert render("model.date=2025-01-02", "+model.chat_template_kwargs.enable_thinking=true") == [fixed] * 2
+
+
+def test_settings_from_the_environment_have_to_be_given_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run does not save their values."""
+    folder, text = saved(tmp_path / "run" / "model"), "${oc.env:MY_THING} (3f1a)"
+    options = ["model=hub", f"model.path={folder}", f"init={tmp_path}/run", f"cache={tmp_path}/c"]
+    cfg = composed(*options, root="eval")
+    OmegaConf.save({"init": text}, folder / "config.yaml")
+    with pytest.raises(UserError, match=r"does not name the initial model of this run.* Set reference to its folder"):
+        locate_models(cfg)
+    assert locate_models(composed(*options, "reference=null", root="eval"))[1] is None
+    OmegaConf.save({"model": {"chat_template_kwargs": {"x": text}}}, folder / "config.yaml")
+    with pytest.raises(UserError, match=r"^model\.chat_template_kwargs\.x: its value in training came from the env"):
+        locate_models(cfg)
+    warn_of_trained_prompts(None, {"data": {"source": {"path": text}}}, tmp_path)  # type: ignore[arg-type]
+    assert "data.source.path came from the environment" in capsys.readouterr().out
 
 
 class Judge(SimpleNamespace):

@@ -167,7 +167,7 @@ def test_full_disk_keeps_the_previous_checkpoint(call, runs):
     assert_resumed(runs.run(), expected)
 
 
-def test_too_little_disk_space_is_an_error_before_sampling(options, tiny_folder, tmp_path, monkeypatch):
+def test_too_little_disk_space_is_an_error_before_sampling(options, tiny_folder, tmp_path, monkeypatch, capsys):
     fit(options, tmp_path / "complete", "trainer.max_steps=1", "trainer.precision=32-true")
     files = (tmp_path / "complete" / "checkpoints" / "step-1.ckpt", tiny_folder / "model.safetensors")
     written = sum(file.stat().st_size for file in files)
@@ -179,7 +179,12 @@ def test_too_little_disk_space_is_an_error_before_sampling(options, tiny_folder,
         run.module()
     assert not any(run.annotator.computed.values())
     monkeypatch.setattr(checkpoints_module, "free_bytes", lambda _: written)
+    capsys.readouterr()
     run.module()
+    assert "two checkpoints of 0.00 GiB do not fit." in " ".join(capsys.readouterr().out.split())
+    monkeypatch.setattr(checkpoints_module, "free_bytes", lambda _: 2 * files[0].stat().st_size)
+    run.module()
+    assert capsys.readouterr().out == ""
 
 
 class KeepsBetas(torch.optim.SGD):

@@ -375,7 +375,7 @@ def test_stopped_process_loses_no_reply(sign: signal.Signals, tmp_path: Path):
 def test_unusable_cache_folder_is_an_error(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with served(echo) as server:
-        with pytest.raises(UserError, match=r"client\.cache=.*cannot open .*file/replies\.sqlite.*Set client\.cache"):
+        with pytest.raises(UserError, match=r"client\.cache=.*cannot use .*file/replies\.sqlite.*Set client\.cache"):
             connect(server.base_url, tmp_path / "file").ask(BODIES)
         (tmp_path / "replies.sqlite").write_text("no database " * 100)
         with pytest.raises(UserError, match="file is not a database"):

@@ -15,6 +15,7 @@ import pytest
 
 from tests.helpers.servers import Broken, client, completion, served
 from var.utils.errors import UserError
+from var.utils.http_client import Failure
 
 BODIES = [{"messages": [{"role": "user", "content": str(i)}]} for i in range(6)]
 
@@ -50,13 +51,35 @@ def test_every_flipped_bit_is_found(tmp_path: Path, capsys: pytest.CaptureFixtur
             assert read(tmp_path) == stored
 
 
-def test_replies_of_earlier_versions_are_used(tmp_path: Path) -> None:
-    """They have no checksum."""
-    with served(lambda body, before: completion("[[A]]")) as server:
+def test_reply_without_a_checksum_is_requested_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Earlier versions wrote none. It stays until there is a new one."""
+    earlier, bad = json.dumps(completion("[[B]]")), Broken(400)
+    with served(lambda body, before: bad if before == 1 else completion("[[A]]")) as server:
         client(server.base_url, tmp_path).ask(BODIES[:1])
-        change(tmp_path, "reply = ?", json.dumps(completion("[[B]]")))
-        assert client(server.base_url, tmp_path).ask(BODIES[:1]) == [completion("[[B]]")]
-        assert len(server.bodies) == 1
+        change(tmp_path, "reply = ?", earlier)
+        (reply,) = client(server.base_url, tmp_path).ask(BODIES[:1])
+        assert isinstance(reply, Failure)
+        assert read(tmp_path) == earlier.encode()
+        for _ in range(2):
+            assert client(server.base_url, tmp_path).ask(BODIES[:1]) == [completion("[[A]]")]
+        assert len(server.bodies) == 3
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.count("1 replies of an earlier version have no checksum and are requested again") == 2
+
+
+def test_read_only_cache_that_holds_all_replies_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_only(**_: Any) -> Any:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with served(lambda body, before: completion("[[A]]")) as server:
+        client(server.base_url, tmp_path).ask(BODIES)
+        stored = (tmp_path / "replies.sqlite").read_bytes()
+        monkeypatch.setattr("var.utils.reply_cache.TemporaryFile", read_only)
+        assert client(server.base_url, tmp_path).ask(BODIES) == [completion("[[A]]")] * 6
+        assert len(server.bodies) == 6
+        with pytest.raises(UserError, match=r"cannot use .*: attempt to write a readonly database"):
+            client(server.base_url, tmp_path).ask([{"messages": [{"role": "user", "content": "new"}]}])
+        assert (tmp_path / "replies.sqlite").read_bytes() == stored
 
 
 def test_processes_send_a_request_once(tmp_path: Path) -> None:

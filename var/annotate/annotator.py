@@ -1,5 +1,6 @@
 """The annotator: numbers that do not depend on θ, computed once and read from the annotation cache afterwards."""
 
+import errno
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,7 @@ from var.utils.errors import Problems, UserError
 
 TOKENS = 4096  # packed tokens of one scoring pass
 BLOCK = 2**21  # items that are looked for at once, which takes some 100 bytes for each
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 SHARD = 2048  # items per shard; an interrupted run computes at most that many again
 
 
@@ -95,14 +97,14 @@ class Annotator:
         self.chat.end_tokens, self.reference.fingerprint, self.reward.fingerprint  # noqa: B018
 
     def check_folders(self, **more: Path) -> None:
-        """Raise UserError for folders that are not writable. more: as for `check`."""
+        """Raise UserError for folders that are not writable. more: as for `check`.
+
+        A cache that is read only and not empty is accepted, because it can hold everything that is needed.
+        """
         problems = Problems("folders that cannot be written")
         for name, folder in {"annotation_cache": self.annotations.root, "cache": self.cache, **more}.items():
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(dir=folder):
-                    pass
-            except OSError as error:
+            error = _try_to_write(folder)
+            if error and (name in more or error.errno not in READ_ONLY or not _has_files(folder)):
                 problems.add(f"{name}={folder}", str(error.strerror))
         problems.check()
 
@@ -180,6 +182,11 @@ class Annotator:
                 f"annotate=error: the annotation cache lacks {missing} of {count} {kind.replace('_', ' ')}. "
                 f"Compute them once with: {self.command}"
             )
+        if missing and (reason := _try_to_write(self.annotations.root)):
+            raise UserError(
+                f"annotation_cache={self.annotations.root}: it lacks {missing} of {count} "
+                f"{kind.replace('_', ' ')}, and cannot be written: {reason.strerror}. Set another folder."
+            )
         self.ranks.barrier()  # also if nothing is missing: another job may be writing, and ranks may see it or not
         with self.reference.lockstep():
             if missing:
@@ -195,6 +202,20 @@ class Annotator:
 def _compute_from(begin: int, compute: Callable[..., Any], indices: np.ndarray, advance: Callable[[int], None]) -> Any:
     """Return the values of items of a block that begins at `begin`."""
     return compute(indices + begin, advance)
+
+
+def _try_to_write(folder: Path) -> OSError | None:
+    """Return the error with which a folder cannot be written, or None."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return error
+
+
+def _has_files(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def count_shared(prompt: np.ndarray, length: np.ndarray, tokens: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from var.config.run_dir import DEVICES, ELSEWHERE
+from var.config.saved import is_saved_form
 
 # Nothing in the run depends on these keys, or another key that depends on them is compared.
 SILENT = (
@@ -82,7 +83,7 @@ def _compare(path: str, before: Any, after: Any) -> Iterator[Change]:
     if parts and before.get("_target_") == after.get("_target_"):
         for key in dict.fromkeys((*before, *after)):
             yield from _compare(f"{path}.{key}" if path else str(key), before.get(key), after.get(key))
-    elif before != after:
+    elif before != after and not is_saved_form(after, before):
         yield Change(path, before, after)
 
 

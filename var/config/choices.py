@@ -8,6 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from var.config.check import FOLDER
+from var.config.saved import to_saved
 
 UNRELATED = ("architecture", "cache", "concurrency", "key", "repository", "retries", "timeout", "tokens")
 GROUPS = ("model", "data", "reward", "generate", "loss", "optim", "strategy")
@@ -23,8 +24,7 @@ def name_part(cfg: DictConfig, group: str) -> str:
 
 def describe_part(node: Any) -> Any:
     """Return a part of the configuration without settings that its result does not depend on, as plain values."""
-    if isinstance(node, DictConfig):
-        node = OmegaConf.to_container(node, resolve=True)
+    node = to_saved(node)
     if isinstance(node, dict):
         return {key: describe_part(value) for key, value in node.items() if key not in UNRELATED}
     return node

@@ -69,6 +69,10 @@ def read_run_config(model: Path) -> dict[str, Any]:
         parts = {name: found.get(name) or {} for name in ("model", "data")}
         if not all(isinstance(part, dict) for part in parts.values()):
             raise ValueError("model and data must be mappings")
+        if not isinstance(found.get("init"), str | None):
+            raise ValueError(f"init must be a path, got {found['init']}")
+        if not isinstance(arguments := parts["model"].get("chat_template_kwargs"), dict | None):
+            raise ValueError(f"chat_template_kwargs must be a mapping, got {arguments}")
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: cannot be read ({brief(error)}). Restore it, or remove it.") from error
     return {**found, **parts}

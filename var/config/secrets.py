@@ -28,6 +28,8 @@ def find_secrets(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
                 "take the name too, and read the variable itself."
             )
             yield key, problem
+        if "request" in key.split(".") and "oc.env" in value and not SECRET.search(value):
+            yield key, "reads a variable of the environment. Fields of requests are saved: write the value itself"
         if key.rpartition(".")[2] == "base_url" and "${" not in value and value not in ("", "???"):
             try:
                 check_address(key, value)

@@ -148,6 +148,9 @@ class Chat:
         """The end tokens of the tokenizer and of the model's files, by origin."""
         found = {"the tokenizer's eos_token": self.tokenizer.eos_token_id, **self.eos}
         lists = {origin: ids if isinstance(ids, list | tuple) else [ids] for origin, ids in found.items()}
+        for origin, ids in lists.items():
+            if not all(i is None or isinstance(i, int) for i in ids):
+                raise UserError(f"{self.path}: {origin} names the end tokens {ids}. Expected numbers.")
         # Some files mark a missing token by -1, or name one that the model does not have.
         return {origin: [i for i in ids if i is not None and 0 <= i < self.size] for origin, ids in lists.items()}
 

@@ -39,9 +39,13 @@ def read_finished(target: Path) -> dict[str, Any] | None:
     try:
         content = json.loads((target / DONE).read_text())
         own = content.pop("checksum") == hash_content(content).hex()
-        damaged = [name for name, digest in content["files"].items() if not own or _verify(target / name) != digest]
-        if own and not damaged:
-            return dict(content["facts"])
+        own = own and all(Path(name).name == name for name in content["files"])
+        if own:
+            damaged = [name for name, digest in content["files"].items() if _verify(target / name) != digest]
+            if not damaged:
+                return dict(content["facts"])
+        else:  # the names in it may be those of other files
+            damaged = [DONE, *(path.name for path in sorted(target.iterdir()) if path.suffix in DATA)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         damaged = [DONE]
     warn(f"cache: {', '.join(damaged)} in {target} is damaged. It is made again.")

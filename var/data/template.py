@@ -20,6 +20,7 @@ from var.utils.errors import UserError
 from var.utils.time_limit import TimeLimitExceeded, time_limit
 
 RENDERING = 20.0  # seconds for one conversation; a template may come from a stranger, and can loop without an end
+LONGEST = 50_000_000  # characters of a rendered conversation, ten times those of a row
 PROBE = "probe"  # text that every template renders unchanged
 
 # Marks control tokens in the text of messages, after their first character, while a template renders them. It is a
@@ -199,9 +200,10 @@ class Template:
                     # The same text as from apply_chat_template, which converts values that plain messages do not have,
                     # and takes three times as long.
                     arguments = {**self._special_tokens, **options}
-                    return str(self._compiled.render(messages=list(messages), tools=None, documents=None, **arguments))
-                text = self.tokenizer.apply_chat_template(list(messages), tools=listed, tokenize=False, **options)
-            return str(text)
+                    text = self._compiled.render(messages=list(messages), tools=None, documents=None, **arguments)
+                else:
+                    text = self.tokenizer.apply_chat_template(list(messages), tools=listed, tokenize=False, **options)
+            return check_length(str(text))
         except Exception as error:  # expressions of a template can raise anything
             raise UserError(
                 f"the chat template cannot render these messages: {type(error).__name__}: {error}"
@@ -284,6 +286,13 @@ class Template:
             if ids[: len(anchor)] == anchor:
                 return ids[len(anchor) :], [(max(0, low - 1), high - 1) for low, high in offsets[len(anchor) :]]
         return self._tokenize(text)
+
+
+def check_length(text: str) -> str:
+    """Return a rendered text. Raise a ValueError if it is too long to be handled."""
+    if len(text) > LONGEST:
+        raise ValueError(f"the text has {len(text):,} characters, more than {LONGEST:,}")
+    return text
 
 
 def _match_any(names: Iterable[str]) -> re.Pattern[str] | None:

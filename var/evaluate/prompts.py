@@ -13,6 +13,7 @@ import numpy as np
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from var.config.saved import find_variables
 from var.config.schema import pick_fields
 from var.data.read import Source, read
 from var.data.rows import Rows, concatenate
@@ -72,6 +73,8 @@ def warn_of_trained_prompts(prompts: Prompts, trained: Mapping[str, Any], cache:
     if not trained["data"]:
         return
     try:
+        if unknown := find_variables(trained["data"], "data"):
+            raise UserError(f"{unknown[0]} came from the environment, and was not saved")
         settings = DataSettings(**pick_fields(DataSettings, OmegaConf.create(trained["data"])))
         rows = draw(read(_build_source(trained["data"]["source"]), cache), settings)
         rows = split(rows, settings)[2]

@@ -19,6 +19,7 @@ from var.annotate.cache import AnnotationCache
 from var.annotate.responses import sampling_fingerprint
 from var.config.check import EVAL, check
 from var.config.run_files import read_run_config
+from var.config.saved import find_variables, to_saved
 from var.config.schema import pick_fields, to_dict
 from var.data.clock import fix_today
 from var.data.read import read
@@ -243,10 +244,14 @@ class Evaluation:
             sources["model"] = {"file": self.cfg.answers, "sha256": hashlib.sha256(content).hexdigest()}
         return {
             "weights": {c.name: c.model.fingerprint for c in sampled},
+            "origins": {
+                **{c.name: c.model.pretrained.origin for c in sampled},
+                **{name: getattr(reward, "origin", None) for name, reward in self.rewards.items()},
+            },
             "answers": sources,
             "rewards": {name: reward.fingerprint for name, reward in self.rewards.items()},
             "prompts": hashlib.sha256(self.prompts.rows.keys.tobytes()).hexdigest()[:16],
-            "config": to_dict(self.cfg),
+            "config": to_saved(self.cfg),
             **collect_environment(),
         }
 
@@ -284,6 +289,11 @@ def locate_models(cfg: DictConfig) -> tuple[Pretrained, Pretrained | None]:
         reference = base = use_prompts_of(trained["model"], base)
         model = base.at(str(path), chat_template=None)
         if cfg.reference == "auto" and (parent := trained.get("init")):
+            if find_variables(parent, "init"):
+                raise UserError(
+                    f"reference=auto: {path}/config.yaml does not name the initial model of this run, which came from "
+                    f"the environment (init: {parent}). Set reference to its folder, or to null."
+                )
             reference = model.at(str(find_model(parent)))
     if cfg.reference is None:
         return model, None
@@ -298,6 +308,8 @@ def use_prompts_of(trained: Mapping[str, Any], model: Pretrained) -> Pretrained:
     trained: the run's settings of its model.
     """
     kwargs = {**(trained.get("chat_template_kwargs") or {}), **(model.chat_template_kwargs or {})}
+    if unknown := find_variables(kwargs, "model.chat_template_kwargs"):
+        raise UserError(f"{unknown[0]}: its value in training came from the environment, and was not saved. Set it.")
     return replace(model, date=model.date or trained.get("date"), chat_template_kwargs=kwargs)
 
 

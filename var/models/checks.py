@@ -25,6 +25,13 @@ def check_decoder(config: Any, typed: str) -> None:
     raise UserError(f"{typed}: {kind} is {what}. Use a decoder-only language model of text, such as Llama or Qwen.")
 
 
+def check_kinds(config: Any) -> None:
+    """Raise a ValueError if the names of classes in a config are not texts."""
+    kinds = config.architectures
+    if not (kinds is None or (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds))):
+        raise ValueError(f"architectures must be a list of names, got {kinds}")
+
+
 def is_classifier(config: Any) -> bool:
     """Return whether a config is that of a sequence classifier, so that the files should have a head."""
     return any(kind.endswith("ForSequenceClassification") for kind in config.architectures or ())

@@ -74,6 +74,8 @@ class ModelFiles:
         """`config_folder` with the weights, which are downloaded now if they are only on the hub."""
         folder = self.config_folder
         if self._is_complete:
+            if (folder / INDEX).exists() and not (folder / "model.safetensors").exists():
+                read_index(folder / INDEX)  # raises its errors
             return folder
         return self._download([*SMALL, "*.safetensors"], folder.name)  # the folder's name is a commit
 
@@ -232,6 +234,11 @@ class ModelFiles:
                 raise UserError(
                     f"{self.typed}: this version of transformers does not know the model's architecture. Update it: "
                     "pip install -U transformers."
+                ) from error
+            if what == "weights" and "allocate memory" in str(error):  # of torch, which would make missing weights
+                raise UserError(
+                    f"{self.typed}: its weights need more memory than there is, or the sizes in config.json are not "
+                    f"those of its weights ({brief(error)})."
                 ) from error
             if what == "weights" and not isinstance(error, OSError | SafetensorError):
                 raise

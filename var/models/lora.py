@@ -120,7 +120,7 @@ def merge_adapter(model: Any, folder: Path, keep: bool = False) -> Any:
     try:
         adapted = PeftModel(model, config)  # without the head that peft adds for the adapter's task
         report = adapted.load_adapter(str(folder), "default", torch_device="cpu")
-    except (ValueError, RuntimeError, KeyError) as error:
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{misfit}: {brief(error)}") from error
     if unmatched := [*report.missing_keys, *report.unexpected_keys]:  # peft at most warns that they have no effect
         raise UserError(f"{misfit}: {len(unmatched)} weights exist on one side only, for example {unmatched[0]}.")

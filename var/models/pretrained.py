@@ -14,7 +14,7 @@ import torch
 from var.config.run_files import read_mapping
 from var.data.chat import Chat
 from var.data.clock import read_date
-from var.models.checks import check_decoder, check_vocabulary, is_classifier
+from var.models.checks import check_decoder, check_kinds, check_vocabulary, is_classifier
 from var.models.files import ADAPTER, ModelFiles
 from var.models.lora import HEAD, merge_adapter
 from var.models.structure import Shapes, blocks, parameters_on_meta, read_weight_shapes, untied_weights
@@ -166,7 +166,9 @@ class Pretrained(ModelFiles):
                 "set init to its folder. Other forms, such as GGUF, must be converted."
             )
         with self.explain_reading("config.json"):
-            return AutoConfig.from_pretrained(folder, trust_remote_code=self.trust_remote_code)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=self.trust_remote_code)
+            check_kinds(config)
+            return config
 
     @cached_property
     def chat(self) -> Chat:

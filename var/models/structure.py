@@ -46,11 +46,19 @@ def blocks(model: Any) -> Iterator[torch.nn.Module]:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """Return the file of each weight, from the index of a model. Raise UserError if it is damaged."""
-    names = read_mapping(path).get("weight_map")
-    if not (isinstance(names, dict) and all(isinstance(name, str) for name in names.values())):
-        raise UserError(f"{path}: expected weight_map, from names of weights to names of files. Restore this file.")
-    return names
+    """Return the file of each weight, from the index of a model.
+
+    Raise UserError if it is damaged, or names a file of another folder, which the hash of the weights would not cover.
+    """
+    index = read_mapping(path)
+    names = index.get("weight_map")
+    files = names.values() if isinstance(names, dict) else [None]
+    if not all(isinstance(name, str) and Path(name).name == name for name in files) or "metadata" not in index:
+        raise UserError(
+            f"{path}: expected metadata, and weight_map from names of weights to names of files in this folder. "
+            "Restore this file."
+        )
+    return names  # type: ignore[return-value]
 
 
 def open_weights(file: Path) -> Any:

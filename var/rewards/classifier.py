@@ -155,6 +155,11 @@ class Classifier:
         """The license of the model, or None if it is not known here."""
         return self._files.license
 
+    @property
+    def origin(self) -> str:
+        """The weights that are used, in words."""
+        return self._files.origin
+
     def release(self) -> None:
         """Free the loaded model. The next use loads it again."""
         if self.__dict__.pop("_scorer", None) is not None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from var.data.clock import CLOCK, read_date, set_clock
 from var.data.messages import Message, render_message
-from var.data.template import RENDERING
+from var.data.template import RENDERING, check_length
 from var.rewards.base import Answers, Prompts
 from var.rewards.numbers import READER_VERSION, find_last_number
 from var.utils.errors import Problems, UserError
@@ -101,9 +101,10 @@ class Endpoint:
                     conversations=[list(messages)], chat_template=self.chat_template,
                     add_generation_prompt=add_generation_prompt, bos_token="", eos_token="",
                 )  # fmt: skip
+            text = check_length(str(rendered[0][0]))
         except Exception as error:  # expressions of a template can raise anything
             raise UserError(f"{self.key}.chat_template: {type(error).__name__}: {error}") from error
-        return str(rendered[0][0])
+        return text
 
     def _find_fault(self, reply: dict[str, Any]) -> str | None:
         """Return why a reply has no valid score, else None."""

@@ -65,6 +65,11 @@ class Ensemble:
             release(member)
 
     @property
+    def origin(self) -> dict[str, Any]:
+        """The weights that the members use."""
+        return {name: getattr(member, "origin", None) for name, member in self.members.items()}
+
+    @property
     def reads_answers(self) -> bool:
         """Whether any member compares with answers."""
         return any(getattr(member, "reads_answers", False) for member in self.members.values())

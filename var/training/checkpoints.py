@@ -213,13 +213,33 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
             read_metadata(checkpoint)
         plain = checkpoint / PLAIN if checkpoint.is_dir() else checkpoint
         content: dict[str, Any] = torch.load(plain, map_location="meta", weights_only=True)
-        content["loops"], content["global_step"]
+        _check_form(content, "state_dict" if checkpoint.is_file() else "loops")
     except Exception as error:  # torch and pickle raise many kinds
         raise UserError(
             f"resume={checkpoint} is not a checkpoint of a run: it is damaged, or a pickle that names objects other "
-            f"than tensors and plain values ({brief(error)}). No code in it was executed."
+            f"than tensors and plain values ({type(error).__name__}: {brief(error)}). No code in it was executed."
         ) from error
     return content
+
+
+FORM: dict[str, type] = {
+    "state_dict": dict, "loops": dict, "global_step": int, "callbacks": dict, "optimizer_states": list,
+    "lr_schedulers": list, "pytorch-lightning_version": str, "AlignmentData": dict, "settings": dict,
+}  # fmt: skip
+"""The types of parts of a checkpoint."""
+
+
+def _check_form(content: dict[str, Any], needed: str) -> None:
+    """Raise an error if parts of a checkpoint are missing or have other types than those that are written."""
+    if missing := {needed, "loops", "global_step"} - content.keys():
+        raise ValueError(f"{min(missing)} is missing")
+    for name, kind in FORM.items():
+        if not isinstance(content.get(name, kind()), kind):
+            raise ValueError(f"{name} is not of type {kind.__name__}")
+    settings = {"config": {}, "history": [], **content.get("settings", {})}
+    entries = [entry["changes"] for entry in settings["history"]]
+    if not (isinstance(settings["config"], dict) and all(len(pair) == 2 for e in entries for pair in e.values())):
+        raise ValueError("settings have another form")
 
 
 def list_checksums(checkpoint: Path, name: str) -> str:
@@ -243,6 +263,8 @@ def _remove(checkpoint: Path) -> None:
 def check_disk_space(folder: Path, policy: torch.nn.Module, optimizer: Any, dtype: torch.dtype) -> None:
     """Raise UserError if the run's last checkpoint and its exported model do not fit on the disk.
 
+    Warn if two checkpoints do not fit: the next one is written before an earlier one is removed.
+
     Args:
         folder: of the run.
         policy: the model that trains.
@@ -255,10 +277,17 @@ def check_disk_space(folder: Path, policy: torch.nn.Module, optimizer: Any, dtyp
     model = sum(p.numel() * dtype.itemsize for p in parameters)
     here = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and not file.is_symlink())
     free = free_bytes(folder)
+    place = f"runs: {folder.absolute()} has {free / 2**30:.2f} GiB free, and"
     if state + model > free + here:
         raise UserError(
-            f"runs: {folder.absolute()} has {free / 2**30:.2f} GiB free, and the run ends with a checkpoint of "
-            f"{state / 2**30:.2f} GiB and a model of {model / 2**30:.2f} GiB. Free disk space or set runs=<folder>."
+            f"{place} the run ends with a checkpoint of {state / 2**30:.2f} GiB and a model of "
+            f"{model / 2**30:.2f} GiB. Free disk space or set runs=<folder>."
+        )
+    if 2 * state > free + here:
+        warn(
+            f"{place} two checkpoints of {state / 2**30:.2f} GiB do not fit. The run stops with an error when it "
+            "writes the second one. Free disk space, set runs=<folder>, or set trainer.checkpoint_every_n_steps to "
+            "the number of steps."
         )
 
 

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig
 
 from var.config.run_dir import hash_config
-from var.config.schema import to_dict
+from var.config.saved import to_saved
 from var.training.datamodule import AlignmentData
 from var.utils.errors import Problems, UserError, brief
 from var.utils.files import atomic
@@ -53,7 +53,7 @@ class Curves(Logger):
             self._rewrite(rows)
 
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        """Do nothing: the resolved configuration is in .hydra/ and config.yaml."""
+        """Do nothing: the configuration is in .hydra/ and config.yaml."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -163,8 +163,10 @@ def make_loggers(cfg: DictConfig, folder: Path, curves: Curves, changed: bool = 
                 offline=offline,
             )
             try:
-                logger.log_hyperparams(to_dict(cfg))
+                logger.log_hyperparams(to_saved(cfg))
                 logger.replay(curves.rows(), curves.step, changed)
+            except wandb.errors.UsageError as error:  # such as a name that W&B does not accept
+                problems.add("logger.wandb", brief(error))
             except wandb.errors.CommError as error:
                 problems.add(
                     "logger.wandb", f"the server does not answer ({brief(error)}); set logger.wandb.offline=true and "

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from var import __version__
 from var.config.choices import describe_part, name_part
-from var.config.schema import to_dict
+from var.config.saved import to_saved, to_yaml
 from var.models.export import export
 from var.models.lora import merge_adapter
 from var.models.reward_model import RewardModel
@@ -76,9 +76,11 @@ def summarize(run: Run, trainer: lightning.Trainer, seconds: float) -> dict[str,
         "ran": {
             "weights": run.pretrained.origin,
             "data": getattr(data.source, "origin", None),
+            "reward_weights": getattr(run.annotator.reward, "origin", None),
+            "eval_reward_weights": getattr(getattr(run.validation, "reward", None), "origin", None),
             **describe_parts(cfg),
         },
-        "config": to_dict(cfg),
+        "config": to_saved(cfg),
         "changes": run.recorded.history,
         **collect_environment(),
     }
@@ -132,7 +134,7 @@ def export_model(run: Run, trainer: lightning.Trainer, module: AlignmentModule) 
         export(complete.to(dtype), chat, target, card)
     date = {"date": chat.template.today.isoformat()} if chat.template.reads_clock else {}
     with atomic(target / "config.yaml") as file:
-        file.write(OmegaConf.to_yaml(OmegaConf.merge(run.cfg, {"model": date}), resolve=True))
+        file.write(to_yaml(to_saved(OmegaConf.merge(run.cfg, {"model": date}))))
 
 
 def make_card(

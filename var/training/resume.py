@@ -12,7 +12,8 @@ from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from var.config.changes import Change, list_changes
-from var.config.schema import TrainerSettings, to_dict
+from var.config.saved import to_saved
+from var.config.schema import TrainerSettings
 from var.data.plan import Plan
 from var.data.rows import Rows
 from var.models.pretrained import Pretrained
@@ -43,7 +44,7 @@ class Settings(Callback):
             saved: what `read_checkpoint` returns; None for a run that starts.
         """
         self.cfg, self.folder = cfg, folder
-        self.config = to_dict(cfg)
+        self.config = to_saved(cfg)
         self.config["trainer"]["precision"] = settings.arithmetic
         self.changes = list[Change]()
         """The settings that differ from those of the checkpoint."""

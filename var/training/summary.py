@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from rich.table import Table
 
 from var.config.changes import list_changes
-from var.config.schema import to_dict
+from var.config.saved import to_saved
 from var.report.warnings import validation_warnings
 from var.training.checks import locate_initial_model
 from var.utils.console import console, say, warn
@@ -77,7 +77,7 @@ def facts(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def check_same_settings(cfg: DictConfig, finished: dict[str, Any]) -> None:
     """Raise UserError if a finished run had other settings. Only a folder that the user names can hold such a run."""
     problems = Problems(f"{finished['folder']} holds a finished run with other settings")
-    for change in list_changes(finished["config"], to_dict(cfg)):
+    for change in list_changes(finished["config"], to_saved(cfg)):
         if change.key.partition(".")[0] not in ("eval", "strategy"):  # the first has a message, the second is resolved
             problems.add(change.key, change.show_values())
     problems.check(
@@ -88,7 +88,7 @@ def check_same_settings(cfg: DictConfig, finished: dict[str, Any]) -> None:
 
 def warn_of_other_evaluation(cfg: DictConfig, finished: dict[str, Any]) -> None:
     """Print how to evaluate a finished run if its evaluation had other settings, which do not name its folder."""
-    before, now = {"enabled": True, **(finished["config"].get("eval") or {})}, to_dict(cfg.eval)
+    before, now = {"enabled": True, **(finished["config"].get("eval") or {})}, to_saved(cfg.eval)
     if changed := [f"eval.{name}={now[name]}" for name in now if name in before and now[name] != before[name]]:
         say(
             f"This run was finished with other evaluation settings than {', '.join(changed)}. Evaluate its model with: "

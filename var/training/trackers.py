@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from var.utils.console import warn
-from var.utils.files import atomic, remove
+from var.utils.files import atomic, make_file_name, remove
 
 Row = tuple[int, Mapping[str, float]]
 """An optimizer step and metrics of it."""
@@ -77,7 +77,7 @@ class TensorBoard(TensorBoardLogger):
 
     def __init__(self, folder: Path, version: str) -> None:
         """Remove the files of earlier attempts. A TensorBoard that has read them discards their points."""
-        super().__init__(folder, name="tensorboard", version=version, purge_step=0)
+        super().__init__(folder, name="tensorboard", version=version and make_file_name(version), purge_step=0)
         self._clear()
 
     @rank_zero_only

@@ -1,6 +1,7 @@
 """Replies of endpoints on disk: one SQLite file for all processes, with a checksum and a lock per request."""
 
 import asyncio
+import errno
 import hashlib
 import json
 import sqlite3
@@ -9,6 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO, Any
 
 from var.utils.console import warn
@@ -30,18 +32,24 @@ class ReplyCache:
     """Has the table replies: the key of a request, and the reply as JSON, a line break and its checksum."""
     damaged: int = 0
     """The number of replies that were removed because their checksums did not match."""
+    unchecked: set[bytes] = field(default_factory=set)
+    """The requests whose replies have no checksum, as earlier versions wrote them, and were not used."""
     _files: dict[int, IO[str]] = field(default_factory=dict)
     _users: Counter[int] = field(default_factory=Counter)
 
     def get(self, key: bytes) -> Reply | None:
-        """Return the reply to a request, or None. A damaged reply is removed."""
+        """Return the reply to a request, or None. A damaged reply is removed. One without a checksum is not used."""
         row = self.database.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
         if row is None:
             return None
-        text, _, checksum = row[0].partition(b"\n")
+        text, separator, checksum = row[0].partition(b"\n")
         try:
-            if checksum in (b"", _hash(key, text)):  # replies of earlier versions have no checksum
-                return dict(json.loads(text))
+            reply = dict(json.loads(text))
+            if not separator:
+                self.unchecked.add(key)
+                return None
+            if checksum == _hash(key, text):
+                return reply
         except (ValueError, TypeError):
             pass
         self.database.execute("DELETE FROM replies WHERE key = ?", (key,))
@@ -49,10 +57,14 @@ class ReplyCache:
         return None
 
     def put(self, key: bytes, reply: Reply) -> None:
-        """Add the reply to a request. The first one stays."""
+        """Add the reply to a request. The first one stays, unless it has no checksum."""
         text = json.dumps(reply).encode()
         stored = (text + b"\n" + _hash(key, text)).decode()
-        self.database.execute("INSERT OR IGNORE INTO replies VALUES (?, ?)", (key, stored))
+        self.database.execute(
+            "INSERT INTO replies VALUES (?, ?) "
+            "ON CONFLICT(key) DO UPDATE SET reply = excluded.reply WHERE instr(replies.reply, char(10)) = 0",
+            (key, stored),
+        )
 
     @asynccontextmanager
     async def claim(self, key: bytes) -> AsyncIterator[None]:
@@ -87,26 +99,43 @@ def open_cache(folder: Path) -> Iterator[ReplyCache]:
     Raise a UserError if the folder or the database cannot be used.
     """
     file = folder / "replies.sqlite"
+    read_only = file.exists() and not _is_writable(folder)  # it can hold all replies that are needed
+    mode = "?immutable=1" if read_only else ""
     try:
-        (folder / "locks").mkdir(parents=True, exist_ok=True)
+        if not read_only:
+            (folder / "locks").mkdir(parents=True, exist_ok=True)
         # autocommit: each reply is on disk at once; check_same_thread: the client waits for the thread that it starts
-        connection = sqlite3.connect(file, timeout=60.0, isolation_level=None, check_same_thread=False)
+        connection = sqlite3.connect(
+            file.absolute().as_uri() + mode, uri=True, timeout=60.0, isolation_level=None, check_same_thread=False
+        )
         connection.text_factory = bytes  # damaged text may not be UTF-8
         with closing(connection) as database:
-            database.execute("PRAGMA journal_mode=WAL")
-            database.execute("PRAGMA synchronous=NORMAL")
-            database.execute("CREATE TABLE IF NOT EXISTS replies (key BLOB PRIMARY KEY, reply TEXT) WITHOUT ROWID")
+            if not read_only:
+                database.execute("PRAGMA journal_mode=WAL")
+                database.execute("PRAGMA synchronous=NORMAL")
+                database.execute("CREATE TABLE IF NOT EXISTS replies (key BLOB PRIMARY KEY, reply TEXT) WITHOUT ROWID")
             cache = ReplyCache(folder, database)
             try:
                 yield cache
             finally:
                 if cache.damaged:
                     warn(f"{file}: removed {cache.damaged} damaged replies, which are requested again")
+                if cache.unchecked:
+                    count = len(cache.unchecked)
+                    warn(f"{file}: {count} replies of an earlier version have no checksum and are requested again")
     except (sqlite3.Error, FileExistsError, NotADirectoryError, PermissionError) as error:
         raise UserError(
-            f"client.cache={folder}: cannot open {file}: {error}. Set client.cache to another folder, or move a "
+            f"client.cache={folder}: cannot use {file}: {error}. Set client.cache to another folder, or move a "
             "damaged file away"
         ) from error
+
+
+def _is_writable(folder: Path) -> bool:
+    try:
+        with TemporaryFile(dir=folder):
+            return True
+    except OSError as error:
+        return error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def _hash(key: bytes, text: bytes) -> bytes:

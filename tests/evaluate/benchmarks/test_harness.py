@@ -430,6 +430,17 @@ def test_repeated_task_is_an_error() -> None:
         settings({}, None).check()
 
 
+@pytest.mark.parametrize("local", [True, False])
+def test_task_is_a_name_and_not_a_path(local: bool, tmp_path: Path) -> None:
+    """lm-eval would also read tasks from files. Names of tasks are names of files in the folder of results."""
+    (tmp_path / "mine.yaml").write_text("task: mine\ndataset_path: json\noutput_type: generate_until\n")
+    names = ["../../escaped", "/escaped", "a/b", "..", str(tmp_path / "mine.yaml"), str(tmp_path), "gsm8k/../gsm8k"]
+    with pytest.raises(UserError) as error:
+        settings(dict.fromkeys(names), tmp_path if local else None).check()
+    reason = "has no local form" if local else "has no such task"
+    assert [name for name in names if not re.search(re.escape(name) + f": .*{reason}", str(error.value))] == []
+
+
 def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError) as error:

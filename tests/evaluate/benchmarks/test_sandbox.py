@@ -204,6 +204,16 @@ def number(name: str) -> int:
             "OSError: 1",
         ),
         (
+            SYSCALL + f"if libc.syscall({number('add_key')}, b'user', b'a', b'b', 1, -3) < 0: "
+            "raise OSError(ctypes.get_errno())",
+            "OSError: 1",
+        ),
+        (
+            SYSCALL + f"if libc.syscall({number('request_key')}, b'user', b'a', None, -3) < 0: "
+            "raise OSError(ctypes.get_errno())",
+            "OSError: 1",
+        ),
+        (
             SYSCALL
             + f"if libc.syscall({number('io_uring_setup')}, 8, bytes(200)) < 0: raise OSError(ctypes.get_errno())",
             "OSError: 1",
@@ -214,8 +224,11 @@ def number(name: str) -> int:
         ("import socket\nsocket.socketpair()\nsocket.socket()", "passed"),
         ("import concurrent.futures as c\nwith c.ThreadPoolExecutor(2) as p: list(p.map(abs, [1]))", "passed"),
     ],
-    ids=["memfd", "System V memory", "keyring", "io_uring", "later call", "vsock", "crypto", "sockets", "threads"],
-)
+    ids=[
+        "memfd", "System V memory", "keyring", "new key", "requested key", "io_uring", "later call", "vsock", "crypto",
+        "sockets", "threads",
+    ],
+)  # fmt: skip
 def test_calls_that_escape_limits_are_rejected(program: str, reason: str) -> None:
     """Memory outside the address space, the keys of the session, and sockets that no network namespace confines."""
     assert run(program).reason.startswith(reason)
@@ -254,6 +267,17 @@ def test_children_are_killed(ending: str) -> None:
     while alive(mark) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert alive(mark) == 0
+
+
+@pytest.mark.parametrize("sign", [9, 15, 19])
+def test_signal_to_the_process_group_stays_inside(sign: int) -> None:
+    """The process group crosses PID namespaces. The evaluation is another process here, which must not end or stop."""
+    program = f"import os, time\nos.kill(0, {sign})\nos.killpg(0, {sign})\ntime.sleep(60)"
+    code = f"from var.evaluate.benchmarks.sandbox import run\nprint(run({program!r}, seconds=0.4).passed)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, start_new_session=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
 
 
 def test_killed_evaluation_kills_its_programs() -> None:

@@ -91,7 +91,8 @@ def test_error_lists_everything_that_a_template_lacks(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text"),
     [("none.txt", None), ("a.jsonl", '{"name": "other"}'), ("a.jsonl", "{"), ("a.yaml", "prompt_template: x"),
-     ("a.yaml", "3"), ("a.jsonl", '{"name": "pair-v2"}')],
+     ("a.yaml", "3"), ("a.jsonl", '{"name": "pair-v2"}'), ("a.jsonl", "[" * 100_000), ("a.yaml", "[" * 100_000),
+     ("a.yaml", "a: &a [x]\nb: *a"), ("a.yaml", "\x1b[31m")],
 )  # fmt: skip
 def test_unreadable_template_is_named(tmp_path, name, text):
     if text is not None:

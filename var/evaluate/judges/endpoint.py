@@ -15,9 +15,10 @@ import yaml
 from var.data.messages import Message, prompt_content, render_message
 from var.evaluate.judges.base import UNFINISHED, Judgement, Outcome, Pair, explain_errors
 from var.utils.completions import find_missing_text, get_text
-from var.utils.errors import Problems, UserError
+from var.utils.errors import Problems, UserError, brief
 from var.utils.files import replace_surrogates
 from var.utils.http_client import Client, Failure, count_items
+from var.utils.plain_yaml import check_aliases
 from var.utils.provenance import hash_content
 from var.utils.reasoning import UnfinishedReasoning, read_answer
 
@@ -236,8 +237,8 @@ def read_template(path: Path, verdict: str) -> Template:
     """
     try:
         template = _parse(path.suffix, path.expanduser().read_text(encoding="utf-8"))
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"judge.template={path} cannot be used: {type(error).__name__}: {error}") from error
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"judge.template={path} cannot be used: {type(error).__name__}: {brief(error)}") from error
     problems = Problems(f"judge.template={path} cannot be used")
     places = {OWN_NAME[name] for name in PLACE.findall(template.user)}
     for place in PLACES:
@@ -255,7 +256,7 @@ def _parse(suffix: str, text: str) -> Template:
         entry = {entry["name"]: entry for entry in entries}["pair-v2"]
         return Template(system=entry["system_prompt"], user=entry["prompt_template"])
     if suffix in (".yaml", ".yml"):
-        entry = yaml.safe_load(text)
+        entry = yaml.safe_load(check_aliases(text))
         user = entry["prompt_template"]
         return Template(system=entry["system_prompt"], user=user if isinstance(user, str) else user[0])
     turns = dict(TURN.findall(text))

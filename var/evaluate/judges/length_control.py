@@ -155,7 +155,7 @@ def _read_table(key: str, path: str) -> tuple[Problems, pd.DataFrame]:
             table = pd.read_csv(file, dtype=str, keep_default_na=False)
         else:
             table = pd.DataFrame(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"judge.{key}={path} cannot be read: {error}") from error
     if table.empty:
         raise UserError(f"judge.{key}={path} cannot be read: it has no rows")
