@@ -28,6 +28,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from experiments.items import ITEMS, Column, Item, Row, Size
 from var.utils.signals import end_with_parent
 
@@ -185,7 +187,10 @@ def write_table(item: Item, size: Size, cells: Sequence[Cell]) -> str:
     failures = list(dict.fromkeys(f"- {cell.row} failed. {cell.failed}" for cell in cells if cell.failed))
     over = "Errors are over seeds." if len(seeds) > 1 else "Errors are over prompts."
     note = f"{len(seeds)} seed{'s' * (len(seeds) != 1)}. {over}"
-    return "\n".join([*lines, "", note, *([""] if failures else []), *failures])
+    words = [*size.words, *(word for row in size.rows for word in row.words or ())]
+    assumed = "; ".join(list_assumptions(words))
+    footnote = ["", f"Assumptions where the paper leaves it open: {assumed}."] if assumed else []
+    return "\n".join([*lines, "", note, *footnote, *([""] if failures else []), *failures])
 
 
 def show(cell: Cell | None, column: Column) -> str:
@@ -194,6 +199,32 @@ def show(cell: Cell | None, column: Column) -> str:
         return "failed" if cell is not None and cell.failed else "–"
     text = f"{cell.value:.{column.digits}f}"
     return (text if cell.se is None else f"{text} ± {cell.se:.{column.digits}f}").replace("-", "−")
+
+
+def list_assumptions(words: Sequence[str]) -> list[str]:
+    """Return what the paper leaves open, from `# assumption:` in the experiments and losses that overrides select."""
+    found, files = list[str](), list[Path]()
+
+    def read(group: str, name: str) -> None:
+        path = ROOT / "conf" / group / f"{name}.yaml"
+        if not path.exists() or path in files:
+            return
+        files.append(path)
+        for default in yaml.safe_load(path.read_text()).get("defaults", []):
+            if isinstance(default, str) and default != "_self_":
+                read(group, default)
+            elif isinstance(default, dict):
+                for place, chosen in default.items():
+                    if place.split("/")[-1] == "loss":
+                        read("loss", chosen)
+        found.extend(re.findall(r"# assumption: (.*)", path.read_text()))
+
+    for word in words:
+        group, _, names = word.partition("=")
+        if group in ("experiment", "loss"):
+            for name in names.strip("[]").split(","):
+                read(group, name)
+    return found
 
 
 def insert(text: str, name: str, table: str) -> str:

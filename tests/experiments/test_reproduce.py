@@ -13,7 +13,17 @@ import pytest
 
 from experiments import reproduce
 from experiments.items import ITEMS, Column, Item, Row, Size
-from experiments.reproduce import ROOT, Stage, fill, insert, make_stages, parse, read_results, write_table
+from experiments.reproduce import (
+    ROOT,
+    Stage,
+    fill,
+    insert,
+    list_assumptions,
+    make_stages,
+    parse,
+    read_results,
+    write_table,
+)
 
 SIZE = Size(
     words=("experiment=x",),
@@ -64,6 +74,14 @@ def test_cell_has_the_mean_over_seeds_and_its_error(tmp_path: Path) -> None:
     assert "| SFT | 0.300 ± 0.153 | – | – |" in table
     assert "| SFT + VAR | failed | – | 1.5 |" in table
     assert table.endswith("- SFT + VAR failed. status 1: no data")
+
+
+def test_assumptions_are_those_of_the_experiments_and_losses() -> None:
+    found = list_assumptions(["experiment=[table4,frontier]", "loss=var_own", "seed=1"])
+    assert any("GRPO" in text for text in found)  # table4's own
+    assert any("OffsetBias" in text for text in found)  # table1's, which it is based on
+    assert sum("averaged over tokens" in text for text in found) == 1  # var's, named by table1 and by var_own
+    assert list_assumptions(["loss=sft"]) == []
 
 
 def test_table_replaces_what_is_between_its_marks() -> None:
