@@ -29,7 +29,7 @@ SECTIONS = [
     "Commands at the reduced size",
     "Results",
 ]
-ABLATIONS = {"ablate_b": 3, "ablate_lambda": 5, "ablate_estimator": 9, "ablate_lr": 5}  # jobs
+ABLATIONS = {"ablate_b": 3, "ablate_lambda": 5, "ablate_estimator": 10, "ablate_lr": 6}  # jobs
 FRONTIER = ["experiment=frontier", "seed=0"]
 FOUR_PAIRS = ["loss=dpo", "data.micro_batch=4", "data.global_batch=4"]
 ALOL = [*FRONTIER, "loss=alol", "loss.value.development_prompts=10"]
