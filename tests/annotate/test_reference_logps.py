@@ -4,12 +4,14 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from numpy.testing import assert_allclose
 
 from tests.helpers.annotators import ROWS, make_micro, make_sequences, policy_is_loaded, split_tokens
 from var.annotate import annotator as annotator_module
 from var.annotate import rewards as rewards_module
+from var.annotate.annotator import MissingAnnotations
 from var.annotate.reference_logps import (
     ProvideMismatchedLogps,
     cached_cross_logps,
@@ -67,7 +69,7 @@ def test_parts_of_any_size_give_the_same_numbers(make, monkeypatch):
     micro = make_micro(sequences, 3)
     expected = cached_cross_logps(whole, sequences, micro), cross_rewards(whole, rows, sequences, micro)
     read, written = make(), make(root=whole.cache.parent / "new")
-    monkeypatch.setattr(rewards_module, "PAIRS", 20)
+    monkeypatch.setattr(rewards_module, "BLOCK", 20)
     monkeypatch.setattr(annotator_module, "BLOCK", 7)
     for annotator in (read, written):
         found = cached_cross_logps(annotator, sequences, micro), cross_rewards(annotator, rows, sequences, micro)
@@ -77,6 +79,14 @@ def test_parts_of_any_size_give_the_same_numbers(make, monkeypatch):
         assert counts == {title: total for title, (_, total) in whole.missing.items()}
     assert read.computed == {}
     assert written.computed == whole.computed
+    total = whole.missing["Cross log-probabilities"][1]
+    for settings, message in (
+        ({"dry": True}, f"{total} of {total} pairs"),
+        ({"annotate": "error"}, f"{total} of {total}"),
+    ):
+        empty = replace(make(root=whole.cache.parent / "empty"), **settings)
+        with pytest.raises(MissingAnnotations, match=message):  # of all parts
+            cached_cross_logps(empty, sequences, micro)
 
 
 def test_large_micro_batches_serve_smaller_ones_of_the_same_plan(make):

@@ -1,7 +1,9 @@
 """Cached rows, tokens and keys: damage is found, reported and repaired, and one process writes for all."""
 
 import json
+import multiprocessing
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -133,6 +135,38 @@ def test_several_processes_report_what_one_does(tmp_path: Path, monkeypatch: pyt
         "Valid: ",
     ):
         assert part in found[0][1]
+
+
+def fail(part: int) -> int:
+    if part == 3:
+        raise {"user": UserError("row 3"), "other": ZeroDivisionError("x")}[KIND[0]]
+    return part
+
+
+KIND = ["user"]
+
+
+def test_errors_of_processes_are_raised_and_nothing_hangs(monkeypatch: pytest.MonkeyPatch):
+    """Of the work, of what yields the parts, and for parts that cannot be pickled."""
+
+    def parts():
+        yield from range(4)
+        raise OSError("disk")
+
+    monkeypatch.setattr(processes, "count_cpus", lambda: 2)
+    assert list(processes.map_in_order(abs, range(-9, 0))) == [9, 8, 7, 6, 5, 4, 3, 2, 1]
+    monkeypatch.setattr(f"{__name__}.KIND", ["user"])
+    with pytest.raises(UserError, match="row 3"):
+        list(processes.map_in_order(fail, range(9)))
+    monkeypatch.setattr(f"{__name__}.KIND", ["other"])
+    with pytest.raises(RuntimeError, match="ZeroDivisionError: x"):
+        list(processes.map_in_order(fail, range(9)))
+    with pytest.raises(OSError, match="disk"):
+        list(processes.map_in_order(abs, parts()))
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        list(processes.map_in_order(abs, [lambda: 1] * 9))
+    assert next(processes.map_in_order(abs, range(-9, 0))) == 9  # and the others are given up
+    assert multiprocessing.active_children() == []
 
 
 def test_a_killed_process_is_one_message(monkeypatch: pytest.MonkeyPatch):

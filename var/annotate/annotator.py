@@ -33,8 +33,16 @@ READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 SHARD = 2048  # items per shard; an interrupted run computes at most that many again
 
 
-class MissingAnnotations(Exception):
-    """A dry run met annotations that are not in the cache."""
+class MissingAnnotations(UserError):
+    """Annotations are not in the cache, and may not be computed: in a dry run, or with annotate=error."""
+
+    def __init__(self, describe: Callable[[], str]) -> None:
+        """Build the error. describe: returns the message, with the counts of all items that were looked for."""
+        super().__init__()
+        self.describe = describe
+
+    def __str__(self) -> str:
+        return self.describe()
 
 
 @dataclass
@@ -148,13 +156,28 @@ class Annotator:
             cost: [n] the work of each item, by which ranks are balanced, such as its tokens.
             first: False if the items continue those of the call before. They are counted together.
         """
-        columns = []
+        columns, missing = list[Column](), None
         for begin in range(0, max(len(keys), 1), BLOCK):
             some = slice(begin, begin + BLOCK)
             own = None if part is None else part[some], None if cost is None else cost[some]
             work = partial(_compute_from, begin, compute)
-            columns.append(self._fill(table, title, unit, keys[some], work, shard, *own, first and begin == 0))
+            try:
+                columns.append(self._fill(table, title, unit, keys[some], work, shard, *own, first and begin == 0))
+            except MissingAnnotations as error:  # the other blocks are counted, too
+                missing = error
+        if missing is not None:
+            raise missing
         return join(columns)
+
+    def _describe_missing(self, table: CacheTable, title: str, unit: str) -> str:
+        missing, count = self.missing[title]
+        if self.dry:
+            return f"{title}: {missing} of {count} {unit} are missing in {table.path}"
+        kind = table.fingerprint["kind"].replace("_", " ")
+        return (
+            f"annotate=error: the annotation cache lacks {missing} of {count} {kind}. Compute them once with: "
+            f"{self.command}"
+        )
 
     def _fill(
         self,
@@ -175,13 +198,8 @@ class Annotator:
         del distinct
         before = (0, 0) if first else self.missing[title]
         self.missing[title] = (before[0] + missing, before[1] + count)
-        if missing and self.dry:
-            raise MissingAnnotations(f"{title}: {missing} of {count} {unit} are missing in {table.path}")
-        if missing and self.annotate == "error":
-            raise UserError(
-                f"annotate=error: the annotation cache lacks {missing} of {count} {kind.replace('_', ' ')}. "
-                f"Compute them once with: {self.command}"
-            )
+        if missing and (self.dry or self.annotate == "error"):
+            raise MissingAnnotations(partial(self._describe_missing, table, title, unit))
         if missing and (reason := _try_to_write(self.annotations.root)):
             raise UserError(
                 f"annotation_cache={self.annotations.root}: it lacks {missing} of {count} "

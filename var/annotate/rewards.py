@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from var.annotate.annotator import Annotator
+from var.annotate.annotator import BLOCK, Annotator, MissingAnnotations
 from var.annotate.base import Provider, TrainingSet
 from var.annotate.keys import hash_texts
 from var.annotate.responses import sample_responses
@@ -19,8 +19,6 @@ from var.sampling.base import Samples, Sampling
 from var.utils.console import warn
 from var.utils.errors import Problems, UserError
 from var.weights.groups import within_prompt_std, zero_variance
-
-PAIRS = 2**21  # pairs of micro-batches in memory at once
 
 
 class ProvideRewards(Provider[Rewards]):
@@ -158,14 +156,19 @@ def cross_rewards(annotator: Annotator, rows: Rows, sequences: Sequences, micro:
 def fill_matrix(micro: np.ndarray, values: Callable[[np.ndarray, bool], np.ndarray]) -> np.ndarray:
     """Return [M, B, B] with the values of all pairs of each micro-batch, and 0 where it is short.
 
-    values: values(pairs, first) returns those of pairs (i, j) [P, 2] of some micro-batches, so that only PAIRS are in
+    values: values(pairs, first) returns those of pairs (i, j) [P, 2] of some micro-batches, so that only BLOCK are in
         memory at once. first: whether these are the first ones.
     """
-    matrix = np.zeros((*micro.shape, micro.shape[1]))
-    size = max(1, PAIRS // micro.shape[1] ** 2)
+    matrix, missing = np.zeros((*micro.shape, micro.shape[1])), None
+    size = max(1, BLOCK // micro.shape[1] ** 2)
     for begin in range(0, len(micro), size):
         some = micro[begin : begin + size]
         left, right = np.broadcast_arrays(some[:, :, None], some[:, None, :])
         place = (left >= 0) & (right >= 0)
-        matrix[begin : begin + size][place] = values(np.stack([left[place], right[place]], axis=1), begin == 0)
+        try:
+            matrix[begin : begin + size][place] = values(np.stack([left[place], right[place]], axis=1), begin == 0)
+        except MissingAnnotations as error:  # the other pairs are counted, too
+            missing = error
+    if missing is not None:
+        raise missing
     return matrix

@@ -2,8 +2,10 @@
 
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -23,7 +25,9 @@ def map_in_order(work: Callable[[Part], Result], parts: Iterable[Part], alone: i
     """Yield `work(part)` for each part, in order, by as many processes as there are CPUs.
 
     The processes are forked, as those of `datasets`, so they start at once and share what `work` refers to. Parts and
-    results are pickled. An error of `work` is raised here. Without fork, this process does all the work.
+    results are pickled. Without fork, this process does all the work.
+
+    An error of `work` is raised here, as it is if it is a UserError, else as a RuntimeError with its traceback.
 
     alone: number of parts that this process does before it starts others.
     """
@@ -36,13 +40,13 @@ def map_in_order(work: Callable[[Part], Result], parts: Iterable[Part], alone: i
         return
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _start, (work,))
     try:
-        pending = deque[Future[Result]]()
+        pending = deque[Future[bytes]]()
         for part in parts:
-            pending.append(pool.submit(_do, part))
+            pending.append(pool.submit(_do, pickle.dumps(part)))  # the pool would hang on one that cannot be pickled
             if len(pending) > processes + 2:
-                yield pending.popleft().result()
+                yield _open(pending.popleft().result())
         while pending:
-            yield pending.popleft().result()
+            yield _open(pending.popleft().result())
     except BrokenProcessPool as error:
         raise UserError(
             "a process that reads or tokenizes rows was killed, as happens when memory runs out. Run the same command "
@@ -60,12 +64,28 @@ def count_cpus() -> int:
 def _start(work: Callable[[Any], Any]) -> None:
     """Prepare a process of the pool. It must not outlive the one that writes, whose locks it would keep."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGUSR1):  # sent to all processes of a job; the first one handles them
+        signal.signal(number, signal.SIG_IGN)
     end_with_parent(signal.SIGKILL)
-    _work.append(work)
+    _work[:] = [work]
 
 
-def _do(part: Any) -> Any:
-    return _work[0](part)
+def _do(part: bytes) -> bytes:
+    """Return the pickled result of a part, or its error."""
+    try:
+        return pickle.dumps((_work[0](pickle.loads(part)), None))
+    except UserError as error:
+        return pickle.dumps((None, UserError(str(error))))
+    except Exception:  # some exceptions cannot be pickled
+        return pickle.dumps((None, RuntimeError(f"an error in another process:\n{traceback.format_exc()}")))
+
+
+def _open(outcome: bytes) -> Any:
+    """Return a result of `_do`, or raise its error."""
+    result, error = pickle.loads(outcome)
+    if error is not None:
+        raise error
+    return result
 
 
 _work: list[Callable[[Any], Any]] = []
