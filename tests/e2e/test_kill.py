@@ -7,6 +7,7 @@ import random
 import re
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +18,11 @@ import pytest
 from lightning.pytorch.callbacks import Callback
 
 from tests.helpers.cache import read_shard
-from tests.helpers.cli import write_to
+from tests.helpers.cli import spawn, write_to
 from tests.helpers.killed_runs import LOSSES, Job, check_outcome, describe, kill_randomly, list_options
 from tests.helpers.killing import Attempt, Driver
 from tests.helpers.models import saved, tiny_model
-from tests.helpers.runs import composed, run_folder
+from tests.helpers.runs import ROOT, composed, run_folder
 from tests.kills import Counts, kill_runs
 from var.training.run import Run
 
@@ -152,6 +153,32 @@ def test_killed_runs_sweeps_and_ranks_end_as_uninterrupted_ones(tmp_path: Path) 
     counts = Counts()
     kill_runs(30, seed=1, folder=tmp_path, counts=counts)
     assert counts.total() == 30
+
+
+def find_child(process: int, word: str) -> int | None:
+    """Return the child of a process whose command line contains a word, if there is one."""
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return next((int(child) for child in children if word in Path(f"/proc/{child}/cmdline").read_text()), None)
+
+
+@pytest.mark.long
+def test_second_rank_ends_if_the_first_is_killed_while_it_starts(
+    base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, it tried to connect to the first one for a day."""
+    (tmp_path / "sitecustomize.py").write_text("import var.utils.signals\nvar.utils.signals.GRACE = 1.0\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    two = ["trainer.devices=2", "strategy=ddp", *write_to(tmp_path)]
+    process = spawn(str(ROOT / "train.py"), *base, "loss=grpo", *LOSSES["grpo"], *two)
+    while (second := find_child(process.pid, "ddp_process_1")) is None:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.kill()
+    try:
+        process.communicate(timeout=60)  # until the second rank has closed its output
+    except subprocess.TimeoutExpired:
+        os.kill(second, signal.SIGKILL)
+        raise
 
 
 @pytest.mark.long

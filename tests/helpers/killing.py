@@ -44,6 +44,7 @@ HEAVY = ("matplotlib.backends.backend_agg", "transformers.models.llama.modeling_
 
 PR_SET_CHILD_SUBREAPER = 36  # an option of Linux's prctl
 WATCH = "VAR_WATCH"  # the environment variable with the arguments of a Watch, for the workers of a sweep
+GRACE = 5.0  # seconds until a process ends whose parent was killed
 PATIENCE = 100  # seconds until a process that outlives its command counts as left behind
 
 
@@ -159,7 +160,7 @@ class WatchJob(Callback):
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
         """Follow the job. A worker can run several jobs."""
         if WatchJob.watch is None:
-            signals.GRACE = 5.0  # after it, a worker ends whose sweep was killed
+            signals.GRACE = GRACE
             WatchJob.watch = Watch(**json.loads(os.environ[WATCH]))
             tempfile.tempdir = f"{WatchJob.watch.root}/tmp"
             WatchJob.watch.install()
@@ -181,6 +182,7 @@ def attempt(command: str, overrides: list[str], root: str, log: str, **stop: Any
         os.environ[WATCH] = json.dumps({"root": root, "log": log, **stop})
         sys.argv.append(f"+hydra.callbacks.watch._target_=tests.helpers.killing.{WatchJob.__name__}")
     else:
+        signals.GRACE = GRACE
         if "trainer.devices=2" in overrides:
             rank = fork_second_rank()
         watch = Watch(root, log, **stop)
