@@ -35,7 +35,7 @@ STAGES = {
     "annotation": r"/store/.|/cache/(hashes|keys)|/tmp/var-annotations|annotate\.annotator",
     "planning": r"plan\.npz|batches\.jsonl",
     "training": r"^step |metrics\.csv|training\.(module|rollout)( < config\.entry)?$",
-    "checkpoint": r"/checkpoints|step-\d+\.|last\.ckpt| exported$",
+    "checkpoint": r"^load |/checkpoints|step-\d+\.|last\.ckpt| exported$",
     "evaluation": r"samples\.jsonl|training\.validation",
     "export": r"/model[./]|/model$",
     "other": "",
@@ -148,7 +148,8 @@ def check_outcome(job: Job, straight: Job, attempts: list[Attempt], every: int =
         if steps and "-m" not in job.options:
             found = re.search(r"Resuming from .*step-(\d+)", attempt.printed)
             start = int(found[1]) if found else 0
-            assert start >= reached - every, f"{reached} steps were done, and it resumed from {start}"
+            late = f"{reached} steps were done, and it resumed from {start}; {describe(attempts)}"
+            assert start >= reached - every, late
             reached = start + steps - (attempt.killed and attempt.place.startswith("step "))
     assert job.folders.keys() == straight.folders.keys(), describe(attempts)
     for run, folder in job.folders.items():

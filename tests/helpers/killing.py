@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -84,7 +84,7 @@ class Watch:
         register_module_forward_pre_hook(
             lambda module, _: self.event("run", find_callers()) if hasattr(module, "embed_tokens") else None
         )
-        register_optimizer_step_pre_hook(lambda *_: self.event("step", "optimizer"))  # type: ignore[arg-type]
+        register_optimizer_step_pre_hook(lambda *_: self.event(find_step(), "optimizer"))  # type: ignore[arg-type]
         sys.addaudithook(self._audit)
 
     def event(self, kind: str, what: str) -> None:
@@ -144,12 +144,21 @@ class Watch:
 
 def find_callers() -> str:
     """Return the modules of this package that are being called, innermost first."""
+    names = groupby(frame.f_globals.get("__name__", "") for frame in list_frames())
+    return " < ".join(name.removeprefix("var.") for name, _ in names if name.startswith("var."))
+
+
+def find_step() -> str:
+    """Return "step", or "load" while torch creates the state of a sharded optimizer by an empty step."""
+    return "load" if any(frame.f_code.co_name == "_init_optim_state" for frame in list_frames()) else "step"
+
+
+def list_frames() -> Iterator[FrameType]:
+    """Yield the frames of the calls that are running, innermost first."""
     frame: FrameType | None = sys._getframe()
-    names = []
     while frame is not None:
-        names.append(frame.f_globals.get("__name__", ""))
+        yield frame
         frame = frame.f_back
-    return " < ".join(name.removeprefix("var.") for name, _ in groupby(names) if name.startswith("var."))
 
 
 class WatchJob(Callback):
