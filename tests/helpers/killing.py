@@ -58,13 +58,13 @@ class Watch:
         at: the number of the event, from 1. If it is a write, half of the data is written. None: no event.
         full: instead of killing the process, let all writes from this event on fail for lack of space.
         number: the signal. SIGKILL ends the process at once; after another one, it can save what it has.
-        process: the number of the rank or job whose events count.
+        process: the number of the rank or job whose events count. None: each one counts its own.
         whom: self, or parent (the process that started this one), or all (the command's processes).
     """
 
     def __init__(
         self, root: str, log: str, on: str = "", at: int | None = None, full: bool = False,
-        number: int = signal.SIGKILL, process: int = 0, whom: str = "self",
+        number: int = signal.SIGKILL, process: int | None = 0, whom: str = "self",
     ) -> None:  # fmt: skip
         self.root, self.log, self.on, self.full, self.number, self.whom = root, log, on, full, number, whom
         self.process, self.chosen = process, at
@@ -73,7 +73,8 @@ class Watch:
     def follow(self, process: int) -> None:
         """Record the events of this process as those of a rank or job. Let them count if it is the chosen one."""
         self.followed, self.count = process, 0
-        self.at = self.chosen if process == self.process else None
+        self.at = self.chosen if self.process in (process, None) else None
+        self.parent = os.getppid()
 
     def install(self) -> None:
         """Start watching."""
@@ -95,7 +96,10 @@ class Watch:
     def _kill(self) -> None:
         if self.whom == "all":
             os.killpg(0, self.number)
-        os.kill(os.getppid() if self.whom == "parent" else os.getpid(), self.number)
+        if self.whom != "parent":
+            os.kill(os.getpid(), self.number)
+        elif os.getppid() == self.parent:  # another job can have killed it
+            os.kill(self.parent, self.number)
 
     def _is_due(self, kind: str, what: str) -> bool:
         event = f"{kind} {what.removeprefix(self.root)}"
@@ -338,8 +342,11 @@ class Driver:
         assert not left, f"{left} outlived {overrides}\n{printed}"
         log = [(int(line[0]), line[2:]) for line in events.splitlines()]
         at, on, process = stop.get("at"), stop.get("on", ""), stop.get("process", 0)
-        counted = [event for number, event in log if number == process and re.search(on, event)]
-        stopped = counted[at - 1] if at is not None and len(counted) >= at else None
+        counted = [
+            [event for number, event in log if number == own and re.search(on, event)]
+            for own in ((0, 1) if process is None else (process,))
+        ]
+        stopped = next((events[at - 1] for events in counted if at is not None and len(events) >= at), None)
         return Attempt(code, printed, log, stopped, survived)
 
     def close(self) -> None:
