@@ -12,12 +12,14 @@ from var.config import sweep
 from var.config.check import FOLDER, TRAIN, check
 from var.config.entry import run_command
 from var.utils.distributed import set_rank_variables
+from var.utils.signals import follow_first_rank
 
 
 @hydra.main(version_base="1.3", config_path=FOLDER, config_name="train")
 def main(cfg: DictConfig) -> float | None:
     """Run the configuration. Return the validation reward after training, for sweepers."""
     set_rank_variables()
+    follow_first_rank()
     check(cfg, TRAIN, imports=False)  # heavy libraries are imported only after it
 
     from hydra.core.hydra_config import HydraConfig

@@ -7,35 +7,27 @@ import random
 import re
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from itertools import groupby
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning
-import numpy as np
 import pytest
 from lightning.pytorch.callbacks import Callback
 
 from tests.helpers.cache import read_shard
-from tests.helpers.cli import read_summary, write_rows, write_to
+from tests.helpers.cli import spawn, write_to
+from tests.helpers.killed_runs import LOSSES, Job, check_outcome, describe, kill_randomly, list_options
 from tests.helpers.killing import Attempt, Driver
 from tests.helpers.models import saved, tiny_model
-from tests.helpers.runs import composed, curve, run_folder
+from tests.helpers.runs import ROOT, composed, run_folder
+from tests.kills import Counts, kill_runs
 from var.training.run import Run
 
 pytestmark = pytest.mark.e2e
 
-SELDOM = ("trainer.log_every_n_steps=2", "trainer.checkpoint_every_n_steps=3")
-PAIRS = ["data.micro_batch=1", "data.global_batch=2", "trainer.max_steps=5"]
-LOSSES = {
-    "sft": ["data.micro_batch=2", "data.global_batch=4", "trainer.epochs=1"],
-    "var_grouped": ["data.micro_batch=2", "data.global_batch=4", "trainer.max_steps=5", "trainer.precision=64-true"],
-    "dpo": PAIRS,
-    "bradley_terry": PAIRS,
-    "grpo": PAIRS,
-}
 # Where a run is killed. Each attempt dies at the n-th event that matches the pattern, and the next attempt comes to the
 # next place. Checkpoints are written after every step. The last field: whether the fast suite has this place, too.
 PLACES = [
@@ -86,32 +78,6 @@ every_place = pytest.mark.parametrize("every", [False, pytest.param(True, marks=
 each_loss = pytest.mark.parametrize("loss", LOSSES)
 
 
-@dataclass(frozen=True)
-class Job:
-    """A command and the folder in which it resumes."""
-
-    driver: Driver
-    root: Path
-    options: list[str]
-    command: str = "train.py"
-
-    def start(self, **stop: Any) -> Attempt:
-        """Run the command until it ends or is stopped."""
-        folders = write_to(self.root)[: 2 if self.command == "eval.py" else 3]
-        return self.driver.start(self.command, [*self.options, *folders], self.root, **stop)
-
-    def finish(self) -> Attempt:
-        """Run the command to its end."""
-        done = self.start()
-        assert done.code == 0, done.printed
-        return done
-
-    @property
-    def folder(self) -> Path:
-        """The run's folder."""
-        return run_folder(self.root / "runs")
-
-
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
     driver = Driver(tmp_path_factory.mktemp("logs"))
@@ -121,15 +87,8 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
 
 @pytest.fixture(scope="module")
 def base(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Return the overrides of a run without its loss: 12 prompts with two responses, at most 6 epochs."""
-    path = write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", prompts=12, seed=3)
-    return [
-        f"model.path={tiny_folder}", "data=files", f"data.path={path}", "reward=exact_number",
-        "reward._target_=tests.helpers.rewards.Distinct", "trainer.accelerator=cpu", "trainer.epochs=6",
-        "trainer.log_every_n_steps=1", "trainer.checkpoint_every_n_steps=1", "data.validation_prompts=2",
-        "eval.sampling.responses=2", "eval.sampling.max_new_tokens=3", "generate.responses=2",
-        "generate.max_new_tokens=4", "optim.optimizer.lr=1e-2",
-    ]  # fmt: skip
+    """Return the overrides of a run without its loss."""
+    return list_options(tiny_folder, tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -145,49 +104,6 @@ def straight(driver: Driver, base: list[str], tmp_path_factory: pytest.TempPathF
         return finished[loss, *more]
 
     return straight
-
-
-def read_outcome(folder: Path) -> dict[str, Any]:
-    """Return what a run leaves behind, without times and paths."""
-    summary = read_summary(folder)
-    for name in ("folder", "tokens_per_second", "computed", "seconds_of_stages", "seconds", "config", "commit",
-                 "dirty"):  # fmt: skip
-        summary.pop(name, None)
-    with np.load(folder / "plan.npz") as file:
-        plan = {name: file[name].tolist() for name in file}
-    return {
-        "weights": (folder / "model" / "model.safetensors").read_bytes(),
-        "curve": [{k: v for k, v in row.items() if not k.startswith("throughput/")} for row in curve(folder)],
-        "summary": summary,
-        "samples": samples.read_text() if (samples := folder / "samples.jsonl").exists() else None,
-        "plan": plan,
-        "figure is complete": (folder / "plots" / "curves.png").read_bytes()[-8:-4] == b"IEND",
-        "checkpoints": sorted(path.name for path in (folder / "checkpoints").glob("*")),
-        "files": sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if "checkpoints" not in p.parts),
-    }
-
-
-def describe(attempts: list[Attempt]) -> str:
-    """Return the exit status and the last event of each attempt, and the output of the last one."""
-    return "\n".join(f"{a.code} at {len(a.events)}: {a.place}" for a in attempts) + f"\n{attempts[-1].printed}"
-
-
-def check_outcome(job: Job, straight: Job, attempts: list[Attempt], every: int = 1) -> None:
-    """Assert that attempts resumed where earlier ones were killed, and that the outcome is that of a straight run.
-
-    An attempt resumes at most `every` steps before the last step of the attempt before it.
-    """
-    reached = 0
-    for attempt in attempts:
-        steps = sum(event.startswith("step ") for event in attempt.events)
-        if steps:
-            found = re.search(r"Resuming from .*step-(\d+)", attempt.printed)
-            start = int(found[1]) if found else 0
-            assert start >= reached - every, f"{reached} steps were done, and it resumed from {start}"
-            reached = start + steps - (attempt.killed and attempt.place.startswith("step "))
-    outcome, expected = read_outcome(job.folder), read_outcome(straight.folder)
-    for name in outcome:
-        assert outcome[name] == expected[name], f"{name} differs; {describe(attempts)}"
 
 
 @every_place
@@ -231,47 +147,38 @@ def test_signal_ends_a_run_in_every_stage(every: bool, straight: Any, tmp_path: 
     check_outcome(job, unbroken, attempts)
 
 
-def kill_randomly(job: Job, events: list[str], seed: int, kills: int) -> list[Attempt]:
-    """Start the same command again and again, killed this many times at random events, until it ends.
-
-    Args:
-        job: the command.
-        events: the events of an uninterrupted run. Consecutive writes to a file count as one event.
-        seed: of the draw.
-        kills: the number of kills.
-    """
-    draw, attempts = random.Random(seed), list[Attempt]()
-    groups = groupby(enumerate(events, 1), key=lambda event: event[1])
-    places = [[number for number, _ in group] for _, group in groups]
-    for _ in range(kills):
-        attempts.append(job.start(at=draw.choice(draw.choice(places))))
-        if not attempts[-1].killed:
-            assert attempts[-1].code == 0, describe(attempts)
-            break
-    attempts.append(job.start())
-    assert attempts[-1].code == 0, describe(attempts)
-    return attempts
+@pytest.mark.long
+def test_killed_runs_sweeps_and_ranks_end_as_uninterrupted_ones(tmp_path: Path) -> None:
+    """Run `python -m tests.kills` with fewer kills."""
+    counts = Counts()
+    kill_runs(30, seed=1, folder=tmp_path, counts=counts)
+    assert counts.total() == 30
 
 
-def kill_run(loss: str, seed: int, kills: int, straight: Any, folder: Path, *more: str) -> None:
-    """Kill a run at random events, and compare it with an uninterrupted one."""
-    unbroken, complete = straight(loss, *more)
-    job = replace(unbroken, root=folder / "killed")
-    check_outcome(job, unbroken, kill_randomly(job, complete.events, seed, kills), every=3 if more else 1)
+def find_child(process: int, word: str) -> int | None:
+    """Return the child of a process whose command line contains a word, if there is one."""
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return next((int(child) for child in children if word in Path(f"/proc/{child}/cmdline").read_text()), None)
 
 
 @pytest.mark.long
-def test_online_run_is_killed_repeatedly(straight: Any, tmp_path: Path) -> None:
-    """Metrics and checkpoints are written at different steps."""
-    kill_run("grpo", 0, 2, straight, tmp_path, *SELDOM)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("seed", range(1, 9))
-@each_loss
-def test_run_is_killed_ten_times(loss: str, seed: int, straight: Any, tmp_path: Path) -> None:
-    """About 300 kills over all losses and seeds. Odd seeds log and save less often."""
-    kill_run(loss, seed, 10, straight, tmp_path, *(SELDOM if seed % 2 else ()))
+def test_second_rank_ends_if_the_first_is_killed_while_it_starts(
+    base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, it tried to connect to the first one for a day."""
+    (tmp_path / "sitecustomize.py").write_text("import var.utils.signals\nvar.utils.signals.GRACE = 1.0\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    two = ["trainer.devices=2", "strategy=ddp", *write_to(tmp_path)]
+    process = spawn(str(ROOT / "train.py"), *base, "loss=grpo", *LOSSES["grpo"], *two)
+    while (second := find_child(process.pid, "ddp_process_1")) is None:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.kill()
+    try:
+        process.communicate(timeout=60)  # until the second rank has closed its output
+    except subprocess.TimeoutExpired:
+        os.kill(second, signal.SIGKILL)
+        raise
 
 
 @pytest.mark.long
@@ -335,7 +242,7 @@ def test_other_commands_resume(
         Job(driver, root, [*common, *(option.format(root=root, model=model) for option in own)], command)
         for root in (tmp_path / "straight", tmp_path / "killed")
     )
-    attempts = kill_randomly(killed, straight.finish().events, seed, kills)
+    attempts = kill_randomly(killed, straight.finish(), random.Random(seed), kills)
     assert read(killed) == read(straight), describe(attempts)
 
 

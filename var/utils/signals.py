@@ -14,6 +14,7 @@ from typing import Any
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what SLURM and others send before they kill; USR1 on request
 
 GRACE = 60.0  # seconds in which a process can save its state
+FIRST_RANK = "VAR_FIRST_RANK"  # the variable with the process of the first rank, for the ranks that it starts
 PR_SET_PDEATHSIG = 1  # an option of Linux's prctl
 
 
@@ -28,13 +29,32 @@ def follow_parent() -> None:
 
     Unlike `end_with_parent`, it does not matter which thread of the parent has started this process.
     """
-    parent = os.getppid()
+    _watch(os.getppid(), signal.SIGTERM)  # by force, since a worker of a pool would wait for its next job
+
+
+def follow_first_rank() -> None:
+    """End a rank that the first one has started GRACE seconds after the first one. Call it in every rank.
+
+    If the first rank is killed, the others would connect to it or wait at a barrier for up to trainer.timeout_hours.
+    Launchers such as torchrun and SLURM set RANK and end the ranks themselves.
+    """
+    if "RANK" in os.environ:
+        return
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        os.environ[FIRST_RANK] = str(os.getpid())
+    elif FIRST_RANK in os.environ:
+        _watch(int(os.environ[FIRST_RANK]), None)  # at a normal end, it finishes in this time
+
+
+def _watch(parent: int, number: int | None) -> None:
+    """When this process has another parent, send it a signal, unless that is None, and end it after GRACE seconds."""
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(GRACE)  # a worker of a pool would wait for its next job
+        if number is not None:
+            os.kill(os.getpid(), number)
+        time.sleep(GRACE)
         os._exit(128 + signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
