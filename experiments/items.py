@@ -40,6 +40,8 @@ class Size:
     seeds: tuple[int, ...] = (0,)
     evaluation: tuple[str, ...] | None = None
     """Overrides of eval.py, which evaluates the model of each row; None for no evaluation."""
+    timed: bool = False
+    """Whether seconds are compared. Then each run has its own annotation cache, and runs follow each other."""
     columns: tuple[Column, ...] = ()
 
 
@@ -84,6 +86,7 @@ ITEMS = {
                     Row(label="VAR, prompt", words=("loss=var_prompt", "data.global_batch=8")),
                 ),
                 seeds=(0, 1, 2),
+                timed=True,
                 columns=(*COLUMNS, *COSTS[:2]),
             ),
             "paper": Size(

@@ -1,20 +1,22 @@
 """Reproduce tables and figures of arXiv 2502.11026 by one command.
 
-    python experiments/reproduce.py table7                      # with a small model, on two cores
-    python experiments/reproduce.py table7 size=paper dry=true  # what it would take at the paper's size
-    python experiments/reproduce.py table4 table7 jobs=2 trainer.max_steps=4
+    python -m experiments.reproduce table7                      # with a small model, on two cores
+    python -m experiments.reproduce table7 size=paper dry=true  # what it would take at the paper's size
+    python -m experiments.reproduce table4 table7 out=results trainer.max_steps=4
 
-The items are in `experiments/items.py`. Each row of a table is one run per seed, in its own folder below `folder`. A
-finished run is not repeated and an unfinished one resumes, so after any interruption the same command continues. All
-runs share the annotation cache. If a run fails, the others continue, and the table shows its error.
+The items are in `experiments/items.py`. Each row of a table is one run per seed, in a folder of its own below `folder`,
+which is named after its command. A finished run is not repeated and an unfinished one resumes, so after any
+interruption the same command continues. Runs share the annotation cache, unless their seconds are compared. If a run
+fails, the others continue, and the table shows its error.
 
 Settings: size=small or paper; dry=true prints the commands and what each run takes; folder=<where the runs are>;
-jobs=<runs at once>; out=<folder of the results>; seeds=0,1,2 replaces those of the item; launcher=<hydra launcher>. All
-other words with = are overrides of train.py in each row.
+jobs=<runs at once>; out=<folder of the results>; seeds=0,1,2 replaces those of the item. All other words with = are
+overrides of train.py in each row.
 
-`results.json` has a record per cell, and the table between two marks in the item's README.md is made from it.
+`results-<size>.json` has a record per cell, and the table between two marks in the item's README.md is made from it.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -36,8 +38,9 @@ from var.utils.signals import end_with_parent
 ROOT = Path(__file__).parents[1]
 SETTINGS = {
     "size": "small", "dry": "false", "folder": "runs/reproduce", "jobs": "1", "out": str(ROOT / "experiments"),
-    "seeds": "", "launcher": "",
+    "seeds": "",
 }  # fmt: skip
+OWN = ("seed", "runs", "init")  # overrides that the driver sets
 TAIL = 3  # lines of a failed run's output in the table
 
 
@@ -74,7 +77,7 @@ class Stage:
         if self.after is not None and (reason := self.after.run()):
             return reason
         self.folder.mkdir(parents=True, exist_ok=True)
-        log = self.folder / "log"
+        log = self.folder / f"{Path(self.command[0]).stem}.log"
         with log.open("w") as output:
             done = subprocess.run(
                 [sys.executable, *self.arguments],
@@ -113,13 +116,15 @@ class Cell:
 def make_stages(size: Size, row: Row, seed: int, folder: Path, overrides: Sequence[str]) -> list[Stage]:
     """Return the stages of a row for one seed: a training run and, if there is one, its evaluation."""
     assert row.words is not None
-    own = folder / make_name(row.label) / f"seed{seed}"
-    before = None
-    words = [*size.words, *row.words, f"seed={seed}", *overrides, f"runs={own}/runs"]
+    before, words = None, [*size.words, *row.words, f"seed={seed}", *overrides]
     if row.init is not None:
         first = next(other for other in size.rows if other.label == row.init)
         before = make_stages(size, first, seed, folder, overrides)[0]
         words.append("init={model}")
+    # A changed command has another folder, so that no result of an earlier one is taken for it.
+    command = hashlib.sha256(repr([words, size.evaluation, before and before.folder]).encode()).hexdigest()[:8]
+    own = folder / f"{make_name(row.label)}-seed{seed}-{command}"
+    words += [f"runs={own}/runs", *([f"annotation_cache={own}/annotations"] if size.timed else [])]
     stages = [Stage(own, ("train.py", *words), before)]
     if size.evaluation is not None:
         command = ("eval.py", "init={model}", *size.evaluation, f"out={own}/evals")
@@ -161,7 +166,7 @@ def fill(row: Row, column: Column, stages: Sequence[tuple[int, Sequence[Stage]]]
         summary = json.loads(done[0].read_text())
         cell.seeds.append(seed)
         cell.runs.append(done[0].parent.name)
-        cell.commands += [shlex.join(["python", *stage.arguments]) for stage in several]
+        cell.commands += [shlex.join(["python", *filter(_is_portable, stage.command)]) for stage in several]
         cell.commit, cell.versions = summary["commit"], summary["versions"]
     if found and not cell.failed:
         values = [value * column.scale for value, _ in found]
@@ -172,6 +177,11 @@ def fill(row: Row, column: Column, stages: Sequence[tuple[int, Sequence[Stage]]]
         elif found[0][1] is not None:
             cell.se = found[0][1] * column.scale
     return cell
+
+
+def _is_portable(word: str) -> bool:
+    """Return whether a word of a command is not a place on this machine."""
+    return word.partition("=")[0] not in ("runs", "annotation_cache", "cache", "out")
 
 
 def write_table(item: Item, size: Size, cells: Sequence[Cell]) -> str:
@@ -248,23 +258,31 @@ def reproduce(name: str, settings: dict[str, str], overrides: Sequence[str]) -> 
         for row in size.rows
         if row.words is not None
     }
+    if size.timed and settings["jobs"] != "1":
+        raise SystemExit(f"{name} compares seconds, so its runs follow each other. Remove jobs={settings['jobs']}")
     if settings["dry"] == "true":
         for stages in rows.values():
             for _, several in stages:
                 show_dry(several)
         return []
     work = [(label, several[-1]) for label, stages in rows.items() for _, several in stages]
-    with ThreadPoolExecutor(int(settings["jobs"])) as pool:
-        reasons = dict[str, str]()
-        for (label, stage), reason in zip(work, pool.map(lambda one: one[1].run(), work), strict=True):
-            print(f"{name}, {label}: {reason or 'done'} ({stage.folder})", flush=True)
-            reasons[label] = reasons.get(label) or reason
+    reasons = dict[str, str]()
+    for later in (False, True):  # rows that others continue are finished first, so that no run is started twice
+        now = [(label, stage) for label, stage in work if _continues(size, label) == later]
+        with ThreadPoolExecutor(int(settings["jobs"])) as pool:
+            for (label, stage), reason in zip(now, pool.map(lambda one: one[1].run(), now), strict=True):
+                print(f"{name}, {label}: {reason or 'done'} ({stage.folder})", flush=True)
+                reasons[label] = reasons.get(label) or reason
     cells = [
         fill(row, column, rows[row.label], reasons[row.label])
         for row in size.rows if row.words is not None for column in size.columns
     ]  # fmt: skip
     publish(name, item, size, settings, cells)
     return cells
+
+
+def _continues(size: Size, label: str) -> bool:
+    return next(row.init is not None for row in size.rows if row.label == label)
 
 
 def publish(name: str, item: Item, size: Size, settings: dict[str, str], cells: Sequence[Cell]) -> None:
@@ -276,7 +294,10 @@ def publish(name: str, item: Item, size: Size, settings: dict[str, str], cells: 
     table = write_table(item, size, cells)
     readme = out / "README.md"
     if readme.exists():
-        readme.write_text(insert(readme.read_text(), f"{name} {settings['size']}", table))
+        text = readme.read_text()
+        if (changed := insert(text, f"{name} {settings['size']}", table)) == text and table not in text:
+            print(f"{readme} has no mark <!-- {name} {settings['size']} -->, so the table is not in it")
+        readme.write_text(changed)
     print(f"\n{item.title}\n\n{table}\n")
 
 
@@ -298,6 +319,8 @@ def parse(words: Sequence[str]) -> tuple[list[str], dict[str, str], list[str]]:
         key, equals, value = word.partition("=")
         if equals and key in settings:
             settings[key] = value
+        elif equals and key in OWN:
+            raise SystemExit(f"{word}: the driver sets {key}. " + ("Use seeds=" if key == "seed" else "Remove it"))
         elif equals:
             overrides.append(word)
         elif word == "all":
@@ -306,6 +329,11 @@ def parse(words: Sequence[str]) -> tuple[list[str], dict[str, str], list[str]]:
             names.append(word)
         else:
             raise SystemExit(f"{word} is not an item. Choose of {', '.join(ITEMS)} or all")
+    for key, allowed in {"size": ("small", "paper"), "dry": ("true", "false")}.items():
+        if settings[key] not in allowed:
+            raise SystemExit(f"{key}={settings[key]}: must be one of {', '.join(allowed)}")
+    if not settings["jobs"].isdecimal() or not int(settings["jobs"]):
+        raise SystemExit(f"jobs={settings['jobs']}: must be a number of 1 or more")
     if not names:
         raise SystemExit(f"Name one or more of {', '.join(ITEMS)}, or all")
     return names, settings, overrides

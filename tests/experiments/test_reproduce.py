@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,26 @@ def test_stages_of_a_row_follow_each_other(tmp_path: Path) -> None:
     train, evaluation = make_stages(SIZE, SIZE.rows[1], 3, tmp_path, ["a=1"])
     assert train.after is not None
     assert train.after.command[:5] == ("train.py", "experiment=x", "loss=sft", "seed=3", "a=1")
-    assert train.arguments[-1] == "init=<its run>"
+    assert "init=<its run>" in train.arguments
     finish(train.after, "sft-run")
-    assert train.arguments[-1] == f"init={tmp_path}/sft/seed3/runs/sft-run"
+    assert f"init={train.after.folder}/runs/sft-run" in train.arguments
     assert train.result is None
     finish(train, "var-run")
-    assert evaluation.arguments[:2] == ["eval.py", f"init={tmp_path}/sft-var/seed3/runs/var-run"]
+    assert evaluation.arguments[:2] == ["eval.py", f"init={train.folder}/runs/var-run"]
+
+
+def test_result_of_another_command_is_not_taken(tmp_path: Path) -> None:
+    row = SIZE.rows[0]
+    short = make_stages(SIZE, row, 0, tmp_path, ["trainer.max_steps=4"])[0]
+    finish(short, "run")
+    assert short.result is not None
+    assert make_stages(SIZE, row, 0, tmp_path, [])[0].result is None
+    assert (
+        make_stages(replace(SIZE, words=("experiment=y",)), row, 0, tmp_path, ["trainer.max_steps=4"])[0].result is None
+    )
+    first, other = (make_stages(replace(SIZE, timed=True), row, seed, tmp_path, [])[0] for seed in (0, 1))
+    caches = {word for stage in (first, other) for word in stage.arguments if word.startswith("annotation_cache=")}
+    assert len(caches) == 2  # so that sampling counts in each
 
 
 def test_cell_has_the_mean_over_seeds_and_its_error(tmp_path: Path) -> None:
@@ -66,6 +81,8 @@ def test_cell_has_the_mean_over_seeds_and_its_error(tmp_path: Path) -> None:
     assert cell.value == pytest.approx(0.3)
     assert cell.se == pytest.approx((0.14 / 2 / 3) ** 0.5)
     assert (cell.n, cell.seeds, cell.runs) == (3, [0, 1, 2], ["run0", "run1", "run2"])
+    assert cell.commands[1] == "python train.py experiment=x loss=sft seed=1"
+    assert str(tmp_path) not in json.dumps(asdict(cell))
     assert fill(row, SIZE.columns[0], stages[:1], "").se == 9.0  # over prompts
     absent = fill(row, SIZE.columns[1], stages, "")
     assert (absent.value, absent.failed) == (None, "")
@@ -96,6 +113,12 @@ def test_words_are_items_settings_and_overrides() -> None:
     assert (settings["jobs"], overrides) == ("2", ["trainer.max_steps=4"])
     with pytest.raises(SystemExit, match="table0 is not an item"):
         parse(["table0"])
+    with pytest.raises(SystemExit, match="Use seeds="):
+        parse(["table7", "seed=3"])
+    with pytest.raises(SystemExit, match="must be one of true, false"):
+        parse(["table7", "dry=True"])
+    with pytest.raises(SystemExit, match="jobs=0"):
+        parse(["table7", "jobs=0"])
     with pytest.raises(SystemExit, match="Name one or more"):
         parse(["size=small"])
 
