@@ -47,7 +47,7 @@ def test_every_flipped_bit_is_found(tmp_path: Path, capsys: pytest.CaptureFixtur
             change(tmp_path, "reply = CAST(? AS TEXT)", bytes(flipped))
             assert judge.ask(BODIES[:1]) == [completion("[[A]]")]
             assert len(server.bodies) == i + 2
-            assert "removed 1 damaged replies, which are requested again" in capsys.readouterr().out
+            assert "damaged replies, which were removed: 1" in capsys.readouterr().out
             assert read(tmp_path) == stored
 
 
@@ -64,7 +64,7 @@ def test_reply_without_a_checksum_is_requested_again(tmp_path: Path, capsys: pyt
             assert client(server.base_url, tmp_path).ask(BODIES[:1]) == [completion("[[A]]")]
         assert len(server.bodies) == 3
     printed = " ".join(capsys.readouterr().out.split())
-    assert printed.count("1 replies of an earlier version have no checksum and are requested again") == 2
+    assert printed.count("replies of an earlier version without a checksum, not used: 1") == 2
 
 
 def test_read_only_cache_that_holds_all_replies_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,8 +77,9 @@ def test_read_only_cache_that_holds_all_replies_is_used(tmp_path: Path, monkeypa
         monkeypatch.setattr("var.utils.reply_cache.TemporaryFile", read_only)
         assert client(server.base_url, tmp_path).ask(BODIES) == [completion("[[A]]")] * 6
         assert len(server.bodies) == 6
-        with pytest.raises(UserError, match=r"cannot use .*: attempt to write a readonly database"):
+        with pytest.raises(UserError, match=r"it lacks replies, and cannot be written"):
             client(server.base_url, tmp_path).ask([{"messages": [{"role": "user", "content": "new"}]}])
+        assert len(server.bodies) == 6  # and no request was paid
         assert (tmp_path / "replies.sqlite").read_bytes() == stored
 
 

@@ -180,7 +180,7 @@ def in_parts(rows: Iterable[Row]) -> Iterator[tuple[pa.Table, np.ndarray]]:
 
 
 def write(rows: Iterable[Row], target: Path, problems: Problems) -> None:
-    """Write rows to the folder `target` one by one, or raise `problems` and write nothing."""
+    """Write rows to the folder `target`, CHUNK at a time, or raise `problems` and write nothing."""
     write_parts(in_parts(rows), target, problems)
 
 

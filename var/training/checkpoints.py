@@ -285,8 +285,8 @@ def check_disk_space(folder: Path, policy: torch.nn.Module, optimizer: Any, dtyp
         )
     if 2 * state > free + here:
         warn(
-            f"{place} two checkpoints of {state / 2**30:.2f} GiB do not fit. The run stops with an error when it "
-            "writes the second one. Free disk space, set runs=<folder>, or set trainer.checkpoint_every_n_steps to "
+            f"{place} two checkpoints of {state / 2**30:.2f} GiB do not fit. A run that writes several stops with an "
+            "error at the second one. Free disk space, set runs=<folder>, or set trainer.checkpoint_every_n_steps to "
             "the number of steps."
         )
 

@@ -30,6 +30,8 @@ class ReplyCache:
     """Has replies.sqlite and locks/."""
     database: sqlite3.Connection
     """Has the table replies: the key of a request, and the reply as JSON, a line break and its checksum."""
+    read_only: bool = False
+    """Whether nothing can be written. A reply that is missing is then an error, before its request is paid."""
     damaged: int = 0
     """The number of replies that were removed because their checksums did not match."""
     unchecked: set[bytes] = field(default_factory=set)
@@ -72,6 +74,10 @@ class ReplyCache:
 
         The requests share 256 lock files. Requests of one cache object do not wait for each other.
         """
+        if self.read_only:
+            raise UserError(
+                f"client.cache={self.folder}: it lacks replies, and cannot be written. Set another folder, or copy it."
+            )
         shard = key[0]
         if shard not in self._files:
             self._files[shard] = (self.folder / "locks" / f"{shard:02x}").open("w")
@@ -100,7 +106,8 @@ def open_cache(folder: Path) -> Iterator[ReplyCache]:
     """
     file = folder / "replies.sqlite"
     read_only = file.exists() and not _is_writable(folder)  # it can hold all replies that are needed
-    mode = "?immutable=1" if read_only else ""
+    written = file.with_name(f"{file.name}-wal")  # replies of a writer that is alive or was killed
+    mode = ("?mode=ro" if written.exists() and written.stat().st_size else "?immutable=1") if read_only else ""
     try:
         if not read_only:
             (folder / "locks").mkdir(parents=True, exist_ok=True)
@@ -114,15 +121,14 @@ def open_cache(folder: Path) -> Iterator[ReplyCache]:
                 database.execute("PRAGMA journal_mode=WAL")
                 database.execute("PRAGMA synchronous=NORMAL")
                 database.execute("CREATE TABLE IF NOT EXISTS replies (key BLOB PRIMARY KEY, reply TEXT) WITHOUT ROWID")
-            cache = ReplyCache(folder, database)
+            cache = ReplyCache(folder, database, read_only)
             try:
                 yield cache
             finally:
                 if cache.damaged:
-                    warn(f"{file}: removed {cache.damaged} damaged replies, which are requested again")
+                    warn(f"{file}: damaged replies, which were removed: {cache.damaged}")
                 if cache.unchecked:
-                    count = len(cache.unchecked)
-                    warn(f"{file}: {count} replies of an earlier version have no checksum and are requested again")
+                    warn(f"{file}: replies of an earlier version without a checksum, not used: {len(cache.unchecked)}")
     except (sqlite3.Error, FileExistsError, NotADirectoryError, PermissionError) as error:
         raise UserError(
             f"client.cache={folder}: cannot use {file}: {error}. Set client.cache to another folder, or move a "

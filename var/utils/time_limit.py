@@ -19,9 +19,8 @@ class _Stop(BaseException):
 def time_limit(seconds: float, what: str) -> Iterator[None]:
     """Raise TimeLimitExceeded if the `with` block takes longer. In other threads than the main one, do nothing.
 
-    The handler of SIGALRM stays in place, since thousands of blocks follow each other.
     Python runs the handler between two instructions, so one long call of a C function can take longer. Blocks must not
-    be nested.
+    be nested. The handler of SIGALRM stays in place, because setting it for each of many short blocks is slow.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -29,13 +28,14 @@ def time_limit(seconds: float, what: str) -> Iterator[None]:
 
     if signal.getsignal(signal.SIGALRM) is not _end_block:
         signal.signal(signal.SIGALRM, _end_block)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
-        yield
-    except _Stop:
+        try:
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    except _Stop:  # also if the time is over while the timer is stopped
         raise TimeLimitExceeded(f"{what} took longer than {seconds:g} s") from None
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _end_block(*_: Any) -> None:

@@ -94,8 +94,8 @@ class InBatch:
     """Z(x) over the micro-batch: the paper's Eq. 9 and 10."""
 
     reduction: Literal["mean", "sum", "none"] = "mean"
-    """How log π_ref(y_j|x_i) is reduced over response tokens. `sum` is the literal reading: the shortest response takes
-    the micro-batch whatever its reward (docs/method.md). `mean` averages over tokens, so that length does not decide.
+    """How log π_ref(y_j|x_i) is reduced over response tokens. With `sum` the shortest response takes the
+    micro-batch whatever its reward (docs/method.md). `mean` averages over tokens, so that length does not decide.
     `none` omits π_ref.
     """
     reference: Literal["cross", "own"] = "cross"
