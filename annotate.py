@@ -23,7 +23,7 @@ def main(cfg: DictConfig) -> None:
     from var.training.run import Run
     from var.utils.console import say
 
-    run = Run.compose(cfg, Path(HydraConfig.get().runtime.output_dir))
+    run = Run.compose(cfg, Path(HydraConfig.get().runtime.output_dir), trains=False)
     run.data.read_rows()
     run.data.tokenize()
     run.check_validation_prompts()

@@ -54,7 +54,7 @@ def main(cfg: DictConfig) -> None:
 
     from var.training.run import Run
 
-    run = Run.compose(cfg, Path("."), trains=False)
+    run = Run.compose(cfg, Path("."), trains=False, own_folder=False)
     with process_group(run.settings.timeout):
         sample(run, out)
 

@@ -64,12 +64,15 @@ def train(cfg: DictConfig, folder: Path) -> float | None:
     from var.training.run import Run
     from var.utils.console import is_first_rank, say
     from var.utils.files import remove, synchronize, write_json
+    from var.utils.locks import ERROR
 
     run = Run.compose(cfg, folder)
     if cfg.show_rows:
         return show_rows.show(run)
     if cfg.dry:
         return dry_run.show(run)
+    if is_first_rank():
+        (folder / ERROR).unlink(missing_ok=True)
     run.data.read_rows()  # its errors come before a model is loaded, as those of the next two
     run.data.tokenize()
     run.check_validation_prompts()

@@ -44,14 +44,29 @@ def test_a_second_writer_is_an_error_and_a_killed_one_leaves_no_lock(options: li
 
 
 @pytest.mark.parametrize(
-    "words", [["debug=dry"], ["debug=rows"], ["data.limit=0"], ["model.path=/nowhere"], ["data.micro_batch=7"]]
-)
+    "words", [["debug=dry"], ["debug=rows"], ["data.limit=0"], ["model.path=/nowhere"], ["data.micro_batch=7"],
+     ["data.micro_batch=512", "data.global_batch=512", "data.last_micro_batch=drop"]]
+)  # fmt: skip
 def test_a_command_that_trains_nothing_leaves_no_folder(words: list[str], options: list[str], tmp_path: Path):
     if words[0].startswith("debug"):
         check_run("train.py", *options, *words)
     else:
         check_error("", *options, *words)
     assert not list((tmp_path / "runs").iterdir())
+
+
+def test_a_failed_run_says_why_until_it_starts_again(options: list[str], tmp_path: Path):
+    words = [*options, "trainer.max_steps=4", "trainer.checkpoint_every_n_steps=1", "optim.optimizer.lr=1e30"]
+    check_error("is not finite in optimizer step", *words)
+    folder = next((tmp_path / "runs").iterdir())
+    (problem,) = find_records([folder]).problems
+    assert "failed after step 1: " in problem
+    assert "is not finite in optimizer step" in problem
+    (folder / "error.txt").write_text("\x1b[31m" + "x" * 10_000)
+    assert "\x1b" not in find_records([folder]).problems[0]
+    assert len(find_records([folder]).problems[0]) < 600
+    check_run("train.py", *words, "trainer.nonfinite=skip", f"hydra.run.dir={folder}")
+    assert not (folder / "error.txt").exists()
 
 
 def test_a_finished_run_is_kept_by_a_dry_one(options: list[str], tmp_path: Path):

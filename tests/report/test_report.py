@@ -51,10 +51,7 @@ def test_folders_without_a_finished_run_are_listed(tmp_path: Path) -> None:
     assert [run.name for run in found.runs] == ["a"]  # once, although its folder is given twice
     assert [evaluation.folder.name for evaluation in found.evaluations] == ["e"]
     problems = {Path(line.split(": ")[0]).name: line.split(": ", 1)[1] for line in found.problems}
-    assert (
-        problems["started"]
-        == "failed or stopped before its first checkpoint. The same command starts it again; train.log has the reason."
-    )
+    assert problems["started"] == "stopped before its first checkpoint. The same command starts it again."
     assert problems["empty"] == "no run, no evaluation"
     assert problems["truncated"].startswith("cannot use summary.json (JSONDecodeError")
     assert problems["other"].startswith("cannot use summary.json (TypeError")
@@ -498,7 +495,7 @@ def test_report_has_tables_figures_and_pages(tmp_path: Path) -> None:
     runs_table = list(csv.DictReader((out / "tables" / "runs.csv").open()))
     assert [float(row["reward after"]) for row in runs_table] == pytest.approx([0.1, 1.1, 0.2, 1.2])
     assert {"configurations", "difference", "settings", "evaluations"} == {p.stem for p in out.glob("tables/*.tex")}
-    assert "started: failed or stopped" in printed
+    assert "started: stopped before its first checkpoint" in printed
 
 
 def test_only_the_best_of_many_configurations_are_drawn(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from var.config.run_files import read_summary
 from var.config.schema import TrainerSettings
 from var.utils.device_locks import claim, name_devices
 from var.utils.errors import UserError
-from var.utils.locks import remove_unused
+from var.utils.locks import ERROR, find_holder, remove_unused
 from var.utils.signals import end_with_parent, follow_parent
 
 LAUNCHERS = {"JoblibLauncher": "joblib", "LocalLauncher": "submitit_local"}
@@ -96,15 +96,18 @@ class Sweep(Callback):
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         """Remove the folder of a job that wrote nothing. Record the error of a failed job, and print it."""
-        folder = Path(config.hydra.runtime.output_dir).resolve()
-        if os.environ.get("LOCAL_RANK", "0") == "0" and not Path.cwd().is_relative_to(folder):
-            remove_unused(folder, [f"{config.hydra.job.name}.log"])
-        if job_return.status != JobStatus.FAILED or not (self.record or self.failures):
-            return
         from var.config.entry import describe
 
-        job, error = config.hydra.job.num, job_return._return_value
-        message = describe(error)
+        folder, error = Path(config.hydra.runtime.output_dir).resolve(), job_return._return_value
+        if os.environ.get("LOCAL_RANK", "0") == "0" and not Path.cwd().is_relative_to(folder):
+            failed = job_return.status == JobStatus.FAILED
+            remove_unused(folder, [f"{config.hydra.job.name}.log", *([".hydra"] if failed else [])])
+            if failed and folder.is_dir() and not (folder / "summary.json").exists() and not find_holder(folder):
+                with suppress(OSError):  # such as a full disk
+                    (folder / ERROR).write_text(f"{describe(error) or f'{type(error).__name__}: {error}'}\n")
+        if job_return.status != JobStatus.FAILED or not (self.record or self.failures):
+            return
+        job, message = config.hydra.job.num, describe(error)
         text = message or f"{type(error).__name__}: {error}"
         if self.record:  # the command prints it
             _write_once(Path(self.record), text)

@@ -18,8 +18,9 @@ import pandas as pd
 from var.config.run_dir import DEVICES, ELSEWHERE
 from var.config.run_files import TABLE_LIMIT, check_size, read_json, read_yaml
 from var.utils.files import replace_surrogates
-from var.utils.locks import find_holder
+from var.utils.locks import ERROR, find_holder
 from var.utils.statistics import Estimate
+from var.utils.visible import visible
 
 UNFINISHED = {".hydra", "metrics.csv", "checkpoints", "plan.npz"}  # a run writes these before its summary
 UNREADABLE = (
@@ -291,9 +292,14 @@ def describe_unfinished(folder: Path) -> str:
     if holder := find_holder(folder):
         return f"running, in {holder}."
     names = [path.stem.removeprefix("step-") for path in (folder / "checkpoints").glob("step-*.ckpt")]
-    if steps := [int(name) for name in names if name.isdecimal()]:
-        return f"stopped after step {max(steps)}. The same command resumes it."
-    return "failed or stopped before its first checkpoint. The same command starts it again; train.log has the reason."
+    steps = [int(name) for name in names if name.isdecimal()]
+    place = f"after step {max(steps)}" if steps else "before its first checkpoint"
+    again = "resumes it" if steps else "starts it again"
+    if (file := folder / ERROR).is_file():
+        with file.open(errors="replace") as text:
+            reason = " ".join(text.read(2000).split())[:300]
+        return f"failed {place}: {visible(reason)} The same command {again}."
+    return f"stopped {place}. The same command {again}."
 
 
 def find_records(places: list[Path]) -> Found:

@@ -114,7 +114,8 @@ def count_accumulation(cfg: DictConfig, settings: TrainerSettings) -> int:
     if world > window:
         values = [f"data.global_batch={micro * world}"]
         values += [f"data.micro_batch={near[-1]}"] if near else []
-        values += [f"trainer.devices={window // settings.num_nodes}"] if window >= settings.num_nodes else []
+        if window >= settings.num_nodes and "LOCAL_WORLD_SIZE" not in os.environ:  # otherwise a launcher chose
+            values += [f"trainer.devices={window // settings.num_nodes}"]
         raise UserError(
             f"data.global_batch={step} has {window} micro-batches of data.micro_batch={micro}, fewer than the {world} "
             f"processes. The nearest values that work: {' or '.join(values)}."

@@ -132,8 +132,8 @@ class TrainingHooks(lightning.LightningModule):
         )
         if self.nonfinite == "stop":
             raise UserError(
-                f"{text}. The model before this step is in the last checkpoint. Look at these rows, lower the learning "
-                "rate, or skip such steps with trainer.nonfinite=skip."
+                f"{text}. Look at these rows, lower the learning rate, or skip such steps with trainer.nonfinite=skip. "
+                "The last checkpoint, if there is one, is of an earlier step."
             )
         warn(f"{text}; the step is skipped.")
         for parameter in self.policy.parameters():

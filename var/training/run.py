@@ -102,11 +102,11 @@ class Run:
     """The settings, those of the checkpoint it resumes from, and what becomes of the difference."""
 
     @classmethod
-    def compose(cls, cfg: DictConfig, folder: Path, trains: bool = True) -> "Run":
+    def compose(cls, cfg: DictConfig, folder: Path, trains: bool = True, own_folder: bool = True) -> "Run":
         """Check the configuration as a whole and build what is cheap. No model is loaded.
 
-        trains: whether this is a run, whose folder keeps the date that chat templates read for the next start, and
-            whose batches are divided between the processes.
+        trains: whether it is trained, so that its optimizer steps are divided between the processes.
+        own_folder: whether `folder` is the run's, which keeps the date that chat templates read for the next start.
         """
         gc.enable()  # see run_command
         silence_libraries()
@@ -125,7 +125,7 @@ class Run:
         device = bind_device() if settings.gpu else "cpu"
         if cfg.dry and cfg.annotate == "error":
             raise UserError("annotate=error has no effect with debug=dry, which computes nothing")
-        fix_today(folder / "date.txt" if trains else None, keep=not (cfg.dry or cfg.show_rows))
+        fix_today(folder / "date.txt" if own_folder else None, keep=not (cfg.dry or cfg.show_rows))
         pretrained = locate_initial_model(cfg)
         if cfg.init is not None:
             warn_of_other_arguments(pretrained.folder, pretrained)

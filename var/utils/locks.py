@@ -62,6 +62,9 @@ def hold(path: Path, doing: str, wait: float) -> Iterator[None]:
         time.sleep(min(POLL, max(0.0, until - time.monotonic())))
 
 
+ERROR = "error.txt"  # in the folder of a run: why it failed
+
+
 def claim_folder(folder: Path, doing: str) -> AbstractContextManager[None]:
     """Be the only process that writes to a folder within the context, or raise a UserError that names the other one."""
     return hold(folder / LOCK, doing, wait=0)

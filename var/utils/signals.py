@@ -13,9 +13,12 @@ from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what SLURM and others send before they kill; USR1 on request
 
+SETTLE = 3.0  # seconds in which a process that has saved its state closes its files
 GRACE = 60.0  # seconds in which a process can save its state
 FIRST_RANK = "VAR_FIRST_RANK"  # the variable with the process of the first rank, for the ranks that it starts
 PR_SET_PDEATHSIG = 1  # an option of Linux's prctl
+
+_left = threading.Event()  # set when this process leaves after a signal
 
 
 def end_with_parent(number: int) -> None:
@@ -47,14 +50,18 @@ def follow_first_rank() -> None:
 
 
 def _watch(parent: int, number: int | None) -> None:
-    """When this process has another parent, send it a signal, unless that is None, and end it after GRACE seconds."""
+    """When this process has another parent, send it a signal, unless that is None, and end it.
+
+    It has GRACE seconds, or SETTLE after it has saved its state.
+    """
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1)
         if number is not None:
             os.kill(os.getpid(), number)
-        time.sleep(GRACE)
+            _left.wait(GRACE)
+        time.sleep(GRACE if number is None else SETTLE)
         os._exit(128 + signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -65,6 +72,7 @@ def leave(number: int, frame: FrameType | None = None, *, saved: str = "") -> No
     from var.utils.console import say
 
     say(f"Received {signal.Signals(number).name}{saved}. Run the same command to resume.")
+    _left.set()
     raise SystemExit(128 + number)
 
 
