@@ -115,10 +115,12 @@ def encode(keys: Keys, values: pa.Array) -> tuple[str, pa.Buffer]:
     # So that two machines that compute the same items notice each other, their files never have the same name.
     schema = pa.schema({"key": hashes.type, "value": values.type}, metadata={"machine": platform.node()})
     batch = pa.record_batch([hashes, values], schema=schema)
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, batch.schema) as writer:
+    size = pa.MockOutputStream()  # so that the buffer need not grow, which would take twice its memory
+    with pa.ipc.new_file(size, batch.schema) as writer:
         writer.write_batch(batch)
-    data = sink.getvalue()
+    data = pa.allocate_buffer(size.size())
+    with pa.FixedSizeBufferWriter(data) as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
     return f"{hashlib.sha256(data).hexdigest()[:32]}{ARROW}", data
 
 
