@@ -332,6 +332,8 @@ def parse(words: Sequence[str]) -> tuple[list[str], dict[str, str], list[str]]:
     for key, allowed in {"size": ("small", "paper"), "dry": ("true", "false")}.items():
         if settings[key] not in allowed:
             raise SystemExit(f"{key}={settings[key]}: must be one of {', '.join(allowed)}")
+    if settings["seeds"] and not all(seed.isdecimal() for seed in settings["seeds"].split(",")):
+        raise SystemExit(f"seeds={settings['seeds']}: must be numbers, as in seeds=0,1,2")
     if not settings["jobs"].isdecimal() or not int(settings["jobs"]):
         raise SystemExit(f"jobs={settings['jobs']}: must be a number of 1 or more")
     if not names:
@@ -341,6 +343,9 @@ def parse(words: Sequence[str]) -> tuple[list[str], dict[str, str], list[str]]:
 
 def main(words: Sequence[str]) -> None:
     """Reproduce the items that are named."""
+    if {"-h", "--help"} & set(words):
+        print(__doc__)
+        return
     names, settings, overrides = parse(words)
     failed = [cell for name in names for cell in reproduce(name, settings, overrides) if cell.failed]
     if failed:

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from notebooks.tiny import byte_tokenizer
 from tests.helpers.judges import pair
-from tests.helpers.models import DATED, saved
+from tests.helpers.models import DATED, saved, tiny_model
 from tests.helpers.runs import composed
 from var.evaluate.judges.base import Judgement
 from var.evaluate.prompts import warn_of_trained_prompts
@@ -76,6 +76,26 @@ def test_prompts_have_the_date_and_the_template_arguments_of_the_run(tmp_path: P
     OmegaConf.save({"model": model, "init": None}, folder / "config.yaml")
     assert render() == [f"<bos><system>26 Jul 2024<end>{plain}()"] * 2
     assert render("model.date=2025-01-02", "+model.chat_template_kwargs.enable_thinking=true") == [fixed] * 2
+
+
+def test_comparison_with_another_model_than_the_initial_one_warns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started, other = saved(tmp_path / "started"), saved(tmp_path / "other", tiny_model(seed=1))
+    trained = saved(tmp_path / "run" / "model")
+    common = [
+        f"init={trained.parent}",
+        "model=hub",
+        f"cache={tmp_path}/c",
+        f"annotation_cache={tmp_path}/s",
+        "prompts=1",
+    ]
+    for path, warned in ((started, False), (other, True)):
+        weights = locate_models(composed(*common, f"model.path={started}", root="eval"))[1].weights  # type: ignore[union-attr]
+        (trained.parent / "summary.json").write_text(json.dumps({"hashes": {"weights": weights}}))
+        capsys.readouterr()
+        Evaluation.compose(composed(*common, f"model.path={path}", root="eval"))
+        assert ("did not start from" in " ".join(capsys.readouterr().out.split())) == warned
 
 
 def test_settings_from_the_environment_have_to_be_given_again(

@@ -33,7 +33,7 @@ from var.evaluate.diversity import measure_distinct
 from var.evaluate.judges.base import Judge, Pair, RewardJudge, compute_rates, explain_missing_rate
 from var.evaluate.measures import average_subsets, compare, measure
 from var.evaluate.prompts import Prompts, read_prompts, warn_of_trained_prompts
-from var.evaluate.settings import check_settings
+from var.evaluate.settings import check_settings, warn_of_other_reference
 from var.evaluate.table import print_result
 from var.models.files import find_model
 from var.models.frozen import FrozenModel
@@ -73,6 +73,8 @@ class Evaluation:
         fix_today(Path(cfg.init) / "date.txt" if cfg.init else None)
         sampling = Sampling(**cfg.generate)
         model, reference = locate_models(cfg)
+        if cfg.init and cfg.reference == "auto" and reference is not None:
+            warn_of_other_reference(model, reference)
         rewards = {key: instantiate(cfg[key]) for key in ("reward", "second_reward") if cfg[key]}
 
         device = bind_device()

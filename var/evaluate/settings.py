@@ -1,8 +1,26 @@
 """Checks of eval.py's configuration before anything is loaded."""
 
+from pathlib import Path
+
 from omegaconf import DictConfig, ListConfig
 
+from var.config.run_files import read_json
+from var.models.pretrained import Pretrained
+from var.utils.console import warn
 from var.utils.errors import Problems
+
+
+def warn_of_other_reference(model: Pretrained, reference: Pretrained) -> None:
+    """Warn if a run's model is compared with another model than the one that the run started from."""
+    try:
+        started = read_json(Path(model.path).parent / "summary.json")["hashes"]["weights"]
+    except (OSError, ValueError, LookupError, TypeError):  # not a run's folder, or an unfinished one
+        return
+    if started != reference.weights:
+        warn(
+            f"reference=auto: {Path(model.path).parent} did not start from {reference.path}, with which its model is "
+            "compared. Set model and model.path to what it started from, or reference to another model or null."
+        )
 
 
 def check_settings(cfg: DictConfig) -> None:
