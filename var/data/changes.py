@@ -11,6 +11,7 @@ from var.utils.console import warn
 from var.utils.errors import Problems
 
 SHOWN = 3  # examples in a warning
+KEPT = 10_000  # differences that are kept; all rows are counted
 
 ADVICE = (
     "In a difference, [-…-] is missing and {+…+} is added. Set model.chat_template to a template that keeps the text, "
@@ -23,14 +24,15 @@ class TemplateChanges:
     """Rows that a chat template changes."""
 
     found: list[tuple[str, str]] = field(default_factory=list)
-    """(row, change)."""
+    """(row, change) of the first KEPT differences."""
     rows: int = 0
     """How many rows."""
 
     def add(self, where: str, changes: Sequence[str]) -> None:
         """Add the changes of one row."""
         self.rows += bool(changes)
-        self.found += [(where, change) for change in changes]
+        if len(self.found) < KEPT:
+            self.found += [(where, change) for change in changes]
 
     def settle(self, setting: OnTemplateChange) -> None:
         """Raise one UserError for all changes, or warn with the first ones if they are accepted."""

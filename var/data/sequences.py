@@ -146,6 +146,7 @@ def _write(encoder: Encoder, choice: Choice, on_template_change: OnTemplateChang
                 parts.append(part.facts)
         writer.finalize()
         facts = np.concatenate(parts)
+        parts.clear()  # they have the size of `facts`, which is the most of what this process holds
         if len(facts) and not ended:
             problems.add(
                 "all rows",
@@ -156,7 +157,10 @@ def _write(encoder: Encoder, choice: Choice, on_template_change: OnTemplateChang
         problems.check(advice if counts[ERRORS] else "")
         if on_template_change == "error":
             changes.settle("error")
-    facts["group"] = np.unique(encoder.rows.keys[facts["row"]], return_inverse=True)[1]
+    present = np.unique(facts["row"])
+    group = np.empty(len(encoder.rows), dtype=np.int64)
+    group[present] = np.unique(encoder.rows.keys[present], return_inverse=True)[1]
+    facts["group"] = group[facts["row"]]
     with atomic(target / "facts.npy", "wb", shared=True) as file:
         np.save(file, facts)
     return {
