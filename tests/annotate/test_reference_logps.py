@@ -23,6 +23,7 @@ from var.models.cross_scoring import cross_logps, mismatched_logps, pack_crossed
 from var.models.packing import Packed, pack
 from var.models.policy import Policy
 from var.requirements import MismatchedLogps
+from var.utils.distributed import Ranks
 
 
 def test_reference_logps_equal_those_of_each_sequence_alone(make, alone):
@@ -87,6 +88,34 @@ def test_parts_of_any_size_give_the_same_numbers(make, monkeypatch):
         empty = replace(make(root=whole.cache.parent / "empty"), **settings)
         with pytest.raises(MissingAnnotations, match=message):  # of all parts
             cached_cross_logps(empty, sequences, micro)
+
+
+def test_large_matrices_are_mapped_at_the_next_start(make, monkeypatch):
+    """Without looking pairs up. All ranks do so, or none: they wait for each other when they look pairs up."""
+    monkeypatch.setattr(rewards_module, "KEPT", 1)
+    one = make()
+    rows, sequences = make_sequences(one)
+    micro = make_micro(sequences, 3)
+    expected = cached_cross_logps(one, sequences, micro), cross_rewards(one, rows, sequences, micro)
+    two, looked = make(), list[str]()
+    real = annotator_module.Annotator.fill
+    monkeypatch.setattr(
+        annotator_module.Annotator,
+        "fill",
+        lambda self, table, title, *r, **o: looked.append(title) or real(self, table, title, *r, **o),
+    )
+    found = cached_cross_logps(two, sequences, micro), cross_rewards(two, rows, sequences, micro)
+    assert looked == []
+    assert two.missing == {title: (0, count) for title, (_, count) in one.missing.items()}
+    assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+    torch.from_numpy(found[0]).add_(1)
+    assert np.array_equal(cached_cross_logps(make(), sequences, micro), expected[0])  # the file is unchanged
+    three = replace(make(), ranks=Ranks(any=lambda value: True))  # another rank has no file
+    assert np.array_equal(cached_cross_logps(three, sequences, micro), expected[0])
+    assert looked == ["Cross log-probabilities"]
+    other = make_micro(sequences, 4)  # another plan
+    assert cached_cross_logps(make(), sequences, other).shape == (len(other), 4, 4)
+    assert len(looked) == 2
 
 
 def test_large_micro_batches_serve_smaller_ones_of_the_same_plan(make):

@@ -12,12 +12,14 @@ from var.annotate.annotator import Annotator, batch_by_tokens, count_shared
 from var.annotate.base import Provider, TrainingSet
 from var.annotate.cache_column import Column
 from var.annotate.keys import hash_pairs, hash_sequences
-from var.annotate.rewards import fill_matrix
+from var.annotate.rewards import remember_matrix
 from var.data.sequences import Sequences
 from var.models.cross_scoring import mismatched_logps, pack_mismatched
 from var.models.packing import Packed, pack, pack_tree
 from var.requirements import MismatchedLogps, ReferenceLogps
 from var.utils.errors import UserError
+
+CROSS = "Cross log-probabilities"  # the name of the stage
 
 
 class ProvideReferenceLogps(Provider[ReferenceLogps]):
@@ -119,7 +121,10 @@ def sum_logps(logps: Column) -> torch.Tensor:
 
 def cached_cross_logps(annotator: Annotator, sequences: Sequences, micro: np.ndarray) -> np.ndarray:
     """Return [M, B, B] nats: log π_ref(y_j|x_i) of each micro-batch, summed over tokens; 0 where it is short."""
-    return fill_matrix(micro, lambda pairs, first: _pair_logps(annotator, sequences, pairs, first))
+    return remember_matrix(
+        annotator, sequences, micro, CROSS, annotator.reference.fingerprint,
+        lambda pairs, first: _pair_logps(annotator, sequences, pairs, first),
+    )  # fmt: skip
 
 
 def cached_mismatched_logps(annotator: Annotator, sequences: Sequences, micro: np.ndarray) -> torch.Tensor:
@@ -169,5 +174,4 @@ def _pair_logps(annotator: Annotator, sequences: Sequences, pairs: np.ndarray, f
             advance(len(batch))
         return [found[i] for i in indices]
 
-    title = "Cross log-probabilities"
-    return annotator.fill(table, title, "pairs", keys, compute, part=owner, cost=cost(), first=first).to_numpy()
+    return annotator.fill(table, CROSS, "pairs", keys, compute, part=owner, cost=cost(), first=first).to_numpy()

@@ -1,5 +1,6 @@
 """Rewards: of each response to its own prompt, of all pairings in a micro-batch, and of sampled candidates."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,12 +14,17 @@ from var.annotate.keys import hash_texts
 from var.annotate.responses import sample_responses
 from var.data.rows import Rows
 from var.data.sequences import Sequences
+from var.data.stored import make, read_finished
 from var.requirements import Rewards
 from var.rewards.base import Triple, Triples, check_answers, check_scores, check_texts, compute_scores
 from var.sampling.base import Samples, Sampling
 from var.utils.console import warn
 from var.utils.errors import Problems, UserError
+from var.utils.files import atomic
+from var.utils.provenance import hash_content
 from var.weights.groups import within_prompt_std, zero_variance
+
+KEPT = 2**20  # pairs from which on their numbers are kept in a file
 
 
 class ProvideRewards(Provider[Rewards]):
@@ -150,7 +156,42 @@ def cross_rewards(annotator: Annotator, rows: Rows, sequences: Sequences, micro:
         same = sequences.group[prompt] == sequences.group[response]
         return own[response] - np.where(same, 0.0, gap)
 
-    return fill_matrix(micro, values)
+    if not annotator.reward.scores_text:
+        return fill_matrix(micro, values)
+    return remember_matrix(annotator, sequences, micro, "Cross scoring", annotator.reward.fingerprint, values)
+
+
+def remember_matrix(
+    annotator: Annotator,
+    sequences: Sequences,
+    micro: np.ndarray,
+    title: str,
+    fingerprint: Any,
+    values: Callable[[np.ndarray, bool], np.ndarray],
+) -> np.ndarray:
+    """Return `fill_matrix`. A large one is kept in a file, which a run with another λ maps instead of looking pairs up.
+
+    fingerprint: what the values depend on besides the sequences, as JSON values.
+    """
+    if micro.shape[0] * micro.shape[1] ** 2 < KEPT or not sequences.key:
+        return fill_matrix(micro, values)
+    which = hashlib.sha256(np.ascontiguousarray(micro).data).hexdigest()
+    target = annotator.cache / "pairs" / hash_content(sequences.key, which, title, fingerprint).hex()
+    facts = read_finished(target)
+    if annotator.ranks.any(facts is None):  # all ranks look pairs up together, or none does
+        computed = fill_matrix(micro, values)
+
+        def write() -> dict[str, int]:
+            with atomic(target / "array.npy", "wb", shared=True) as file:
+                np.save(file, computed)
+            return {"items": annotator.missing[title][1]}
+
+        make(target, "writes the same numbers", write)
+        return computed
+    assert facts is not None
+    annotator.missing[title] = (0, facts["items"])
+    matrix: np.ndarray = np.load(target / "array.npy", mmap_mode="c").view(np.ndarray)  # writable, in this process
+    return matrix
 
 
 def fill_matrix(micro: np.ndarray, values: Callable[[np.ndarray, bool], np.ndarray]) -> np.ndarray:
