@@ -68,6 +68,12 @@ COSTS = (
     Column(title="tokens/s", path="tokens_per_second", digits=0),
 )
 MINUTE = ("model=smollm2-135m", "data=arithmetic", "strategy=auto")  # experiments/frontier: a minute for each run
+BATCHES = (
+    Row(label="B = 2", words=("data.micro_batch=2",), paper=("67.49",)),
+    Row(label="B = 4", words=("data.micro_batch=4",), paper=("68.28",)),
+    Row(label="B = 8", words=("data.micro_batch=8",), paper=("68.42",)),
+    Row(label="8∗: 8 sampled candidates", words=("loss=var_sampled",), paper=("68.32",)),
+)
 
 ITEMS = {
     "table4": Item(
@@ -109,23 +115,12 @@ ITEMS = {
         sizes={
             "small": Size(
                 words=("experiment=ablate_b",),
-                rows=(
-                    Row(label="B = 2", words=("data.micro_batch=2",), paper=("67.49",)),
-                    Row(label="B = 4", words=("data.micro_batch=4",), paper=("68.28",)),
-                    Row(label="B = 8", words=("data.micro_batch=8",), paper=("68.42",)),
-                    Row(label="8∗: 8 sampled candidates", words=("loss=var_sampled",), paper=("68.32",)),
-                    Row(label="SFT", words=("loss=sft",)),
-                ),
+                rows=(*BATCHES, Row(label="SFT", words=("loss=sft",))),
                 columns=(*COLUMNS, ESS),
             ),
             "paper": Size(
                 words=("experiment=table7",),
-                rows=(
-                    Row(label="B = 2", words=("data.micro_batch=2",), paper=("67.49",)),
-                    Row(label="B = 4", words=("data.micro_batch=4",), paper=("68.28",)),
-                    Row(label="B = 8", words=("data.micro_batch=8",), paper=("68.42",)),
-                    Row(label="8∗: 8 sampled candidates", words=("loss=var_sampled",), paper=("68.32",)),
-                ),
+                rows=BATCHES,
                 columns=(*COLUMNS, ESS),
             ),
         },
