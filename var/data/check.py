@@ -21,13 +21,13 @@ INVALID = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) 
 class Checked:
     """The rows in some records of a source."""
 
-    parts: list[tuple[pa.Table, np.ndarray]]
+    parts: list[tuple[pa.Table, np.ndarray]] = field(default_factory=list)
     """The rows with their facts, or those before the first problem: some faulty rows cannot be written."""
-    ids: bytes
+    ids: bytearray = field(default_factory=bytearray)
     """16 bytes of hash per row, also of rows that are not in `parts`."""
-    prompts: bytes
+    prompts: bytearray = field(default_factory=bytearray)
     """As ids, if records with equal prompts become one row; else empty."""
-    left_out: int
+    left_out: int = 0
     """Records that the source skips."""
     problems: list[tuple[str, str]] = field(default_factory=list)
     """(where, what) of each problem."""
@@ -39,34 +39,27 @@ class Checked:
 
 def check_records(source: Any, records: Iterable[tuple[str, Any]]) -> Checked:
     """Convert records of a source, given with their places, to rows."""
-    rows, problems, ids, prompts, left_out, example = (
-        list[Row](),
-        list[tuple[str, str]](),
-        bytearray(),
-        bytearray(),
-        0,
-        "",
-    )
+    found, rows = Checked(), list[Row]()
     explain = getattr(source, "explain", lambda record: "")
     for where, record in records:
         try:
             row = source.row(where, record)
         except INVALID as error:
-            problems.append((where, f"missing {error}" if isinstance(error, KeyError) else str(error)))
-            example = example or explain(record)
+            found.problems.append((where, f"missing {error}" if isinstance(error, KeyError) else str(error)))
+            found.example = found.example or explain(record)
             continue
         if row is None:
-            left_out += 1
+            found.left_out += 1
             continue
         if faults := find_faults(row):
-            problems += [(where, f"{fault} (row {row.id})") for fault in faults]
-            example = example or explain(record)
-        ids += hash_content(row.id)
-        prompts += hash_content(prompt_content(row.prompt)) if getattr(source, "single", False) else b""
-        if not problems:
+            found.problems += [(where, f"{fault} (row {row.id})") for fault in faults]
+            found.example = found.example or explain(record)
+        found.ids += hash_content(row.id)
+        found.prompts += hash_content(prompt_content(row.prompt)) if getattr(source, "single", False) else b""
+        if not found.problems:
             rows.append(row)
-    notes = getattr(source, "notes", None)
-    return Checked(list(in_parts(rows)), bytes(ids), bytes(prompts), left_out, problems, example, notes)
+    found.parts, found.notes = list(in_parts(rows)), getattr(source, "notes", None)
+    return found
 
 
 def find_faults(row: Row) -> list[str]:
