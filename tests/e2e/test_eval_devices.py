@@ -2,7 +2,9 @@
 
 import json
 import re
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from tests.helpers.cli import check_error, check_run, spawn
 from tests.helpers.models import saved, tiny_model
 from tests.helpers.runs import ROOT, composed, write_lines
-from tests.helpers.servers import completion, served
+from tests.helpers.servers import Broken, completion, served
 from var.evaluate.devices import count_processes
 from var.utils.errors import UserError
 
@@ -115,6 +117,36 @@ def test_only_the_first_process_asks_the_judge(options: list[str], tmp_path: Pat
         start(str(ROOT / "eval.py"), "devices=2", *without_benchmarks(options), *judge, *write_to(tmp_path))
         requests = [json.dumps(body, sort_keys=True) for body in server.bodies]
     assert len(requests) == len(set(requests)) > 0
+
+
+@pytest.mark.long
+def test_processes_end_with_a_killed_launcher(options: list[str], tmp_path: Path) -> None:
+    """They are killed while they wait for a judge, which would take an hour."""
+    with served(lambda body, before: Broken(text="{}", slow=3600)) as server:
+        judge = ["judge=mtbench", "judge.client.api_key_env=null", f"judge.client.base_url={server.base_url}"]
+        words = [*without_benchmarks(options), *judge, *write_to(tmp_path)]
+        launcher = spawn(str(ROOT / "eval.py"), "devices=2", *words)
+        until = time.monotonic() + 120
+        while not server.bodies and time.monotonic() < until:
+            time.sleep(0.2)
+        children = find_children(launcher.pid)
+        assert len(children) >= 2
+        launcher.kill()
+        launcher.wait()
+        until = time.monotonic() + 30
+        while (left := [pid for pid in children if Path(f"/proc/{pid}").exists()]) and time.monotonic() < until:
+            time.sleep(0.2)
+        assert not left
+
+
+def find_children(pid: int) -> list[int]:
+    """Return the processes that a process has started."""
+    found = list[int]()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has just ended
+            if int(path.read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(path.parent.name))
+    return found
 
 
 def test_user_error_appears_once_and_before_the_processes(options: list[str], tmp_path: Path) -> None:

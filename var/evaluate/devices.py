@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from var.utils.distributed import Ranks, bind_device
 from var.utils.errors import Problems
+from var.utils.signals import follow_parent
 
 # The first process may judge, or run benchmarks' programs, for hours while the others wait.
 TIMEOUT = timedelta(days=7)
@@ -70,5 +71,6 @@ def join_processes() -> Ranks:
     """
     bind_device()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.distributed.is_initialized():
+        follow_parent()  # the launcher, which may be killed
         torch.distributed.init_process_group("gloo", timeout=TIMEOUT)
     return Ranks.current()
