@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import os
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,12 @@ def pytest_collection_finish() -> None:
     """Take what was imported out of garbage collections, of which a run makes several."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_runtest_teardown() -> None:
+    """Forget where a run would keep the date that templates read: its folder is removed after the test."""
+    if clock := sys.modules.get("var.data.clock"):
+        clock._file = None  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="session")

@@ -230,7 +230,7 @@ def test_nonfinite_step_is_an_error_with_its_rows(where, runs):
         make_nonfinite(patch, 12, where)
         with pytest.raises(UserError, match="is not finite in optimizer step 6, rows") as error:
             runs.run()
-    rows = str(error.value).split("rows ")[1].split(". The model")[0].split(", ")
+    rows = str(error.value).split("rows ")[1].split(". Look at")[0].split(", ")
     assert rows == list(names[1] if where == "loss" else (*names[0], *names[1]))
     assert runs.steps() == ["step-4"]
     assert_resumed(runs.run(), expected)

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import pickle
 import signal
 import sys
 import traceback
@@ -11,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, TypeVar
 
 from var.utils.errors import UserError
@@ -42,7 +42,7 @@ def map_in_order(work: Callable[[Part], Result], parts: Iterable[Part], alone: i
     try:
         pending = deque[Future[bytes]]()
         for part in parts:
-            pending.append(pool.submit(_do, pickle.dumps(part)))  # the pool would hang on one that cannot be pickled
+            pending.append(pool.submit(_do, _dump(part)))  # the pool would hang on one that cannot be pickled
             if len(pending) > processes + 2:
                 yield _open(pending.popleft().result())
         while pending:
@@ -73,16 +73,20 @@ def _start(work: Callable[[Any], Any]) -> None:
 def _do(part: bytes) -> bytes:
     """Return the pickled result of a part, or its error."""
     try:
-        return pickle.dumps((_work[0](pickle.loads(part)), None))
+        return _dump((_work[0](ForkingPickler.loads(part)), None))
     except UserError as error:
-        return pickle.dumps((None, UserError(str(error))))
+        return _dump((None, UserError(str(error))))
     except Exception:  # some exceptions cannot be pickled
-        return pickle.dumps((None, RuntimeError(f"an error in another process:\n{traceback.format_exc()}")))
+        return _dump((None, RuntimeError(f"an error in another process:\n{traceback.format_exc()}")))
+
+
+def _dump(value: Any) -> bytes:
+    return bytes(ForkingPickler.dumps(value))
 
 
 def _open(outcome: bytes) -> Any:
     """Return a result of `_do`, or raise its error."""
-    result, error = pickle.loads(outcome)
+    result, error = ForkingPickler.loads(outcome)
     if error is not None:
         raise error
     return result
