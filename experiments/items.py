@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-GAIN = "validation.reward.gain"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
@@ -55,10 +53,9 @@ class Item:
     sizes: Mapping[str, Size] = field(default_factory=dict)
 
 
-REWARD = Column(title="reward after training", path="validation.reward.after")
 COLUMNS = (
-    REWARD,
-    Column(title="gain, paired by prompt", path=GAIN),
+    Column(title="reward after training", path="validation.reward.after"),
+    Column(title="gain, paired by prompt", path="validation.reward.gain"),
     Column(title="KL from the initial policy (nats)", path="kl", digits=2),
 )
 ESS = Column(title="effective sample size / n of the weights", path="ess", digits=2)

@@ -217,7 +217,7 @@ def test_read_only_caches_that_hold_everything_are_used(options, tmp_path, monke
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         return real(dir=dir, **more)
 
-    monkeypatch.setattr("var.annotate.annotator.tempfile.TemporaryFile", read_only)
+    monkeypatch.setattr("var.utils.files.TemporaryFile", read_only)
     check_run("train.py", *more, f"runs={tmp_path}/other")
     printed = check_error("cannot be written: Read-only file system", *more, "model.chat_template=plain")
     assert f"annotation_cache={tmp_path}/store: it lacks " in printed

@@ -74,7 +74,7 @@ def test_read_only_cache_that_holds_all_replies_is_used(tmp_path: Path, monkeypa
     with served(lambda body, before: completion("[[A]]")) as server:
         client(server.base_url, tmp_path).ask(BODIES)
         stored = (tmp_path / "replies.sqlite").read_bytes()
-        monkeypatch.setattr("var.utils.reply_cache.TemporaryFile", read_only)
+        monkeypatch.setattr("var.utils.files.TemporaryFile", read_only)
         assert client(server.base_url, tmp_path).ask(BODIES) == [completion("[[A]]")] * 6
         assert len(server.bodies) == 6
         with pytest.raises(UserError, match=r"it lacks replies, and cannot be written"):

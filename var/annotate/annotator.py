@@ -1,7 +1,5 @@
 """The annotator: numbers that do not depend on θ, computed once and read from the annotation cache afterwards."""
 
-import errno
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,10 +24,10 @@ from var.sampling.local import Transformers
 from var.utils.console import stage, timed
 from var.utils.distributed import Ranks
 from var.utils.errors import Problems, UserError
+from var.utils.files import READ_ONLY, try_to_write
 
 TOKENS = 4096  # packed tokens of one scoring pass
 BLOCK = 2**21  # items that are looked for at once, which takes some 100 bytes for each
-READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 SHARD = 2048  # items per shard; an interrupted run computes at most that many again
 
 
@@ -111,7 +109,7 @@ class Annotator:
         """
         problems = Problems("folders that cannot be written")
         for name, folder in {"annotation_cache": self.annotations.root, "cache": self.cache, **more}.items():
-            error = _try_to_write(folder)
+            error = try_to_write(folder)
             if error and (name in more or error.errno not in READ_ONLY or not _has_files(folder)):
                 problems.add(f"{name}={folder}", str(error.strerror))
         problems.check()
@@ -200,7 +198,7 @@ class Annotator:
         self.missing[title] = (before[0] + missing, before[1] + count)
         if missing and (self.dry or self.annotate == "error"):
             raise MissingAnnotations(partial(self._describe_missing, table, title, unit))
-        if missing and (reason := _try_to_write(self.annotations.root)):
+        if missing and (reason := try_to_write(self.annotations.root)):
             raise UserError(
                 f"annotation_cache={self.annotations.root}: it lacks {missing} of {count} "
                 f"{kind.replace('_', ' ')}, and cannot be written: {reason.strerror}. Set another folder."
@@ -220,16 +218,6 @@ class Annotator:
 def _compute_from(begin: int, compute: Callable[..., Any], indices: np.ndarray, advance: Callable[[int], None]) -> Any:
     """Return the values of items of a block that begins at `begin`."""
     return compute(indices + begin, advance)
-
-
-def _try_to_write(folder: Path) -> OSError | None:
-    """Return the error with which a folder cannot be written, or None."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return None
-    except OSError as error:
-        return error
 
 
 def _has_files(folder: Path) -> bool:

@@ -14,13 +14,12 @@ from var.annotate.keys import hash_texts
 from var.annotate.responses import sample_responses
 from var.data.rows import Rows
 from var.data.sequences import Sequences
-from var.data.stored import make, read_finished
+from var.data.stored import read_finished, remember
 from var.requirements import Rewards
 from var.rewards.base import Triple, Triples, check_answers, check_scores, check_texts, compute_scores
 from var.sampling.base import Samples, Sampling
 from var.utils.console import warn
 from var.utils.errors import Problems, UserError
-from var.utils.files import atomic
 from var.utils.provenance import hash_content
 from var.weights.groups import within_prompt_std, zero_variance
 
@@ -180,13 +179,7 @@ def remember_matrix(
     facts = read_finished(target)
     if annotator.ranks.any(facts is None):  # all ranks look pairs up together, or none does
         computed = fill_matrix(micro, values)
-
-        def write() -> dict[str, int]:
-            with atomic(target / "array.npy", "wb", shared=True) as file:
-                np.save(file, computed)
-            return {"items": annotator.missing[title][1]}
-
-        make(target, "writes the same numbers", write)
+        remember(target, "writes the same numbers", lambda: computed, items=annotator.missing[title][1])
         return computed
     assert facts is not None
     annotator.missing[title] = (0, facts["items"])

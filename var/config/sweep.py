@@ -99,16 +99,17 @@ class Sweep(Callback):
         from var.config.entry import describe
 
         folder, error = Path(config.hydra.runtime.output_dir).resolve(), job_return._return_value
+        failed = job_return.status == JobStatus.FAILED
+        message = describe(error) if failed else None
+        text = message or f"{type(error).__name__}: {error}"
         if os.environ.get("LOCAL_RANK", "0") == "0" and not Path.cwd().is_relative_to(folder):
-            failed = job_return.status == JobStatus.FAILED
             remove_unused(folder, [f"{config.hydra.job.name}.log", *([".hydra"] if failed else [])])
             if failed and folder.is_dir() and not (folder / "summary.json").exists() and not find_holder(folder):
                 with suppress(OSError):  # such as a full disk
-                    (folder / ERROR).write_text(f"{describe(error) or f'{type(error).__name__}: {error}'}\n")
-        if job_return.status != JobStatus.FAILED or not (self.record or self.failures):
+                    (folder / ERROR).write_text(f"{text}\n")
+        if not failed or not (self.record or self.failures):
             return
-        job, message = config.hydra.job.num, describe(error)
-        text = message or f"{type(error).__name__}: {error}"
+        job = config.hydra.job.num
         if self.record:  # the command prints it
             _write_once(Path(self.record), text)
             return

@@ -74,13 +74,16 @@ def make(target: Path, doing: str, write: Callable[[], Mapping[str, Any]]) -> di
     return facts
 
 
-def remember(target: Path, doing: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
-    """Return the array that `compute` returns, which is computed once and then mapped from a file in `target`."""
+def remember(target: Path, doing: str, compute: Callable[[], np.ndarray], **facts: Any) -> np.ndarray:
+    """Return the array that `compute` returns, which is computed once and then mapped from a file in `target`.
+
+    facts: JSON values that `read_finished` returns.
+    """
 
     def write() -> Mapping[str, Any]:
         with atomic(target / "array.npy", "wb", shared=True) as file:
             np.save(file, compute())
-        return {}
+        return facts
 
     make(target, doing, write)
     return map_array(target / "array.npy")

@@ -11,9 +11,22 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO, Any
 
 from var.utils.visible import CONTROLS
+
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)  # errors of a folder that may be read and not written
+
+
+def try_to_write(folder: Path) -> OSError | None:
+    """Return the error with which a folder cannot be written, or None. It is made if it does not exist."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return error
 
 
 def replace_surrogates(text: str) -> str:

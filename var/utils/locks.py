@@ -16,6 +16,7 @@ from var.utils.console import say
 from var.utils.errors import UserError
 
 LOCK = ".lock"  # in a folder that has one writer
+ERROR = "error.txt"  # in the folder of a run: why it failed
 POLL = 0.2  # seconds between two tries
 UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # some network file systems know no locks
 
@@ -60,9 +61,6 @@ def hold(path: Path, doing: str, wait: float) -> Iterator[None]:
             say(f"Waiting for {holder}, which {doing}")
             said = True
         time.sleep(min(POLL, max(0.0, until - time.monotonic())))
-
-
-ERROR = "error.txt"  # in the folder of a run: why it failed
 
 
 def claim_folder(folder: Path, doing: str) -> AbstractContextManager[None]:

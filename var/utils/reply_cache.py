@@ -1,7 +1,6 @@
 """Replies of endpoints on disk: one SQLite file for all processes, with a checksum and a lock per request."""
 
 import asyncio
-import errno
 import hashlib
 import json
 import sqlite3
@@ -10,11 +9,11 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import IO, Any
 
 from var.utils.console import warn
 from var.utils.errors import UserError
+from var.utils.files import READ_ONLY, try_to_write
 from var.utils.locks import try_lock
 
 POLL_SECONDS = 0.1  # while another process waits for the reply to the same request
@@ -105,7 +104,8 @@ def open_cache(folder: Path) -> Iterator[ReplyCache]:
     Raise a UserError if the folder or the database cannot be used.
     """
     file = folder / "replies.sqlite"
-    read_only = file.exists() and not _is_writable(folder)  # it can hold all replies that are needed
+    reason = try_to_write(folder) if file.exists() else None
+    read_only = reason is not None and reason.errno in READ_ONLY  # it can hold all replies that are needed
     written = file.with_name(f"{file.name}-wal")  # replies of a writer that is alive or was killed
     mode = ("?mode=ro" if written.exists() and written.stat().st_size else "?immutable=1") if read_only else ""
     try:
@@ -134,14 +134,6 @@ def open_cache(folder: Path) -> Iterator[ReplyCache]:
             f"client.cache={folder}: cannot use {file}: {error}. Set client.cache to another folder, or move a "
             "damaged file away"
         ) from error
-
-
-def _is_writable(folder: Path) -> bool:
-    try:
-        with TemporaryFile(dir=folder):
-            return True
-    except OSError as error:
-        return error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def _hash(key: bytes, text: bytes) -> bytes:
