@@ -1,5 +1,6 @@
 """debug=dry: a verdict, and what a run needs: annotations, memory, disk, and one rendered row. Nothing is computed."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from var.annotate.annotator import MissingAnnotations
@@ -74,8 +75,8 @@ def show_verdict(run: Run, plan: MemoryPlan, model: MemoryModel, unavailable: li
         say(f"  Not available: {what}{downloaded}".splitlines()[0])
     for line in describe_choices():
         say(f"  {line}")
-    rows, steps, tokens = count_work(run)
-    say(f"  {rows}; {steps}; {tokens}")
+    work = count_work(run)
+    say(f"  {work.describe() if work else 'rows, optimizer steps and tokens are not known'}")
     window = cfg.data.global_batch // cfg.data.micro_batch
     if padding := -window % settings.world:
         say(
@@ -83,29 +84,51 @@ def show_verdict(run: Run, plan: MemoryPlan, model: MemoryModel, unavailable: li
         )
 
 
-def count_work(run: Run) -> tuple[str, str, str]:
-    """Return rows, optimizer steps and tokens as texts, exact if the plan is known."""
+@dataclass(frozen=True)
+class Work:
+    """What a run trains on. Before the data is read, steps are estimated and tokens are an upper bound."""
+
+    rows: int
+    read: bool
+    """Whether the data was read. Otherwise `rows` is the number on the hub."""
+    planned: bool
+    """Whether steps and tokens are exact."""
+    epochs: int
+    steps: int
+    """Optimizer steps in all epochs."""
+    tokens: int
+    """Prompt and response tokens in all epochs."""
+
+    def describe(self) -> str:
+        """Return rows, optimizer steps and tokens as a text."""
+        about, most = ("", "") if self.planned else ("about ", "at most ")
+        rows = f"{self.rows:,} rows{'' if self.read else ' on the hub'}"
+        return f"{rows}; {about}{self.steps:,} optimizer steps in {self.epochs} epochs; {most}{self.tokens:,} tokens"
+
+
+def count_work(run: Run) -> Work | None:
+    """Return what a run trains on, or None if the number of rows is not known."""
     data, cfg = run.data, run.cfg
     epochs, online = cfg.trainer.epochs, find(data.requirements, Rollout)
     rows = data.report.rows or getattr(data.source, "expected_rows", None)
     if rows is None:
-        return "rows: not known", "optimizer steps: not known", "tokens: not known"
-    counted = f"{rows:,} rows" if data.report.rows else f"{rows:,} rows on the hub"
-    if data.report.steps_per_epoch:
-        steps, about = data.report.steps_per_epoch * epochs, ""
-        tokens = f"{int(data.training_set.plan.work.sum()) * epochs:,} tokens"
+        return None
+    planned = bool(data.report.steps_per_epoch)
+    if planned:
+        steps = data.report.steps_per_epoch * epochs
+        tokens = int(data.training_set.plan.work.sum()) * epochs
     else:
         limited = min(rows, cfg.data.limit or cfg.data.sample or rows) - cfg.data.validation_prompts
         sequences = data.training_set.unit == "sequence" and cfg.data.responses in ("auto", "both", "all")
         each = getattr(data.source, "expected_responses", 1) if sequences and not online else 1
-        units, about = max(0, limited) * each, "about "
-        steps = -(-units // cfg.data.global_batch) * epochs
-        tokens = f"at most {steps * cfg.data.global_batch * cfg.data.max_length:,} tokens"
+        steps = -(-max(0, limited) * each // cfg.data.global_batch) * epochs
+        together = {"pair": 2, "group": cfg.generate.responses}.get(data.training_set.unit, 1)
+        tokens = steps * cfg.data.global_batch * together * cfg.data.max_length
     if online:
         steps *= online.passes
     if cfg.trainer.max_steps > 0:
         steps = min(steps, cfg.trainer.max_steps)
-    return counted, f"{about}{steps:,} optimizer steps in {epochs} epochs", tokens
+    return Work(rows, bool(data.report.rows), planned, epochs, steps, tokens)
 
 
 def show_memory(run: Run, plan: MemoryPlan, model: MemoryModel) -> None:

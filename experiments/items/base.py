@@ -1,0 +1,162 @@
+"""How a table or a figure of arXiv 2502.11026 is declared: rows, columns, and the commands that fill them."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Command:
+    """A program and its arguments.
+
+    In its words, `{seed}` is the seed, `{own}` the command's own folder, `{run}` the folder of the row's training run,
+    and `{<label of a row>}` that of another row's, which runs first. A word with `{run}` is left out if the row is not
+    trained.
+    """
+
+    program: tuple[str, ...]
+    """Arguments of Python."""
+    words: tuple[str, ...]
+    """Arguments of the program."""
+    result: str
+    """Where its result is, below its own folder; may contain *."""
+
+
+def train(*words: str) -> Command:
+    """Return a training run."""
+    return Command(("train.py",), (*words, "seed={seed}", "runs={own}/runs"), "runs/*/summary.json")
+
+
+def evaluate(*words: str) -> Command:
+    """Return an evaluation of the row's model."""
+    return Command(("eval.py",), ("init={run}", *words, "out={own}/evals"), "evals/*/result.json")
+
+
+def sample(*words: str) -> Command:
+    """Return responses that are sampled from the row's model."""
+    return Command(("sample.py",), ("init={run}", *words, "out={own}/responses.jsonl"), "responses.jsonl")
+
+
+def study(part: str) -> Command:
+    """Return a study on the exact testbed."""
+    return Command(("-m", "experiments.tabular"), ("{own}", "--only", part), "tables.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A model, or an estimator: what is run for it once per seed."""
+
+    label: str
+    stages: Mapping[str, Command] = field(default_factory=dict)
+    """The commands by name. `train` is the training run; the others follow it."""
+    group: str = ""
+    """What is before the label in the table, as the name of a model."""
+    where: Mapping[str, Any] = field(default_factory=dict)
+    """Which records of a result belong to the row, for a result with records of all rows."""
+    shown: bool = True
+    """Whether the row is in the table. Others only run because rows continue them."""
+    once: bool = False
+    """Whether only the first seed runs and serves all seeds."""
+
+    @property
+    def name(self) -> str:
+        """The group and the label."""
+        return f"{self.group}, {self.label}" if self.group else self.label
+
+
+Read = Callable[[Path, Row], Any]
+"""Read a cell from a result file: a number, a number with its standard error, a text, or None if it does not apply."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """A quantity of each row."""
+
+    title: str
+    read: Read
+    stage: str = "train"
+    """The command whose result is read."""
+    digits: int = 3
+    ratio_to: str | None = None
+    """The label of a row. The quantity is divided by that row's at the same seed."""
+    panel: str | None = None
+    """The vertical axis of the panel of the figure that shows the column; None: it is not shown."""
+    x: float | None = None
+    """Where the column is on the panel's horizontal axis. Columns without it are groups of bars."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Rows by columns."""
+
+    rows: tuple[Row, ...]
+    columns: tuple[Column, ...]
+    title: str = ""
+    """What distinguishes it from the item's other tables."""
+    seeds: tuple[int, ...] = (0,)
+    timed: bool = False
+    """Whether seconds are compared. Then each run has its own annotation cache, and runs follow each other."""
+    x_label: str = ""
+    """The horizontal axis of the figure's panels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """A table, a figure, or an argument of the paper."""
+
+    title: str
+    sizes: Mapping[str, tuple[Table, ...]]
+    """Its tables at size=small and size=paper."""
+
+
+def summary(keys: str, scale: float = 1.0) -> Read:
+    """Read a number of a JSON file by its keys, joined by dots. An estimate has a mean and a standard error."""
+
+    def read(path: Path, row: Row) -> Any:
+        value: Any = json.loads(path.read_text())
+        for key in keys.split("."):
+            value = value[key]
+        if not isinstance(value, dict):
+            return value if value is None or isinstance(value, str) else scale * value
+        error = value.get("se", value.get("se_prompts"))
+        return scale * value["mean"], None if error is None else scale * error
+
+    return read
+
+
+def metric(name: str, step: int) -> Read:
+    """Read a metric of a run after an optimizer step, with its standard error."""
+
+    def read(path: Path, row: Row) -> Any:
+        import pandas
+
+        lines = pandas.read_csv(path.parent / "metrics.csv")
+        lines = lines[(lines["step"] == step) & lines[name].notna()]
+        if lines.empty:
+            return None
+        error = lines.iloc[-1].get(f"{name}_se")
+        return float(lines.iloc[-1][name]), None if error is None else float(error)
+
+    return read
+
+
+def record(part: str, value: str, **where: Any) -> Read:
+    """Read the mean over the records of a study that have these settings and the row's, and its standard error."""
+
+    def read(path: Path, row: Row) -> Any:
+        settings = {**row.where, **where}
+        found = [
+            entry[value]
+            for entry in json.loads(path.read_text())[part]
+            if all(entry.get(key) == setting for key, setting in settings.items())
+        ]
+        if not found:
+            raise KeyError(f"{part} with {settings}")
+        if isinstance(found[0], str) or len(found) == 1:
+            return found[0]
+        mean = sum(found) / len(found)
+        return mean, (sum((entry - mean) ** 2 for entry in found) / (len(found) - 1) / len(found)) ** 0.5
+
+    return read

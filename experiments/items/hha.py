@@ -1,0 +1,354 @@
+"""The items whose models are evaluated on HHA: Tables 1, 2, 3 and 9, and Figures 1, 2 and 3."""
+
+from dataclasses import replace
+
+from experiments.items.base import Column, Command, Item, Row, Table, evaluate, metric, sample, summary, train
+
+SUBSETS = ("harmless_base", "helpful_base", "helpful_online", "helpful_rejection")
+METHODS = ("DPO", "VAR", "SFT+DPO", "SFT+VAR")
+LLAMAS = {"Llama3.2-1B": 4, "Llama3.2-3B": 4, "Llama3.1-8B": 8, "Llama2-13B": 4}  # the paper's number of GPUs
+QWENS = {"Qwen2.5-0.5B": 4, "Qwen2.5-1.5B": 4, "Qwen2.5-3B": 4, "Qwen2.5-7B": 4, "Qwen2.5-14B": 8}
+QUANTIZED = ("adapter=lora", "strategy=ddp", "data.global_batch=256", "model.learning_rate=1.0e-4")
+
+
+def make_rows(
+    words: tuple[str, ...],
+    evaluations: dict[str, Command],
+    pairs: tuple[str, ...] = (),
+    model: str = "",
+    group: str = "",
+) -> tuple[Row, ...]:
+    """Return the rows of a model: untrained, by DPO and VAR, and SFT with both after it.
+
+    words: overrides of each training run. pairs: further overrides of DPO. model: an override of all commands.
+    """
+    chosen = (model,) if model else ()
+    losses = {"DPO": ("loss=dpo", *pairs), "VAR": ("loss=var",)}
+    evaluations = {
+        name: replace(command, words=(*command.words[:-1], *chosen, command.words[-1]))
+        for name, command in evaluations.items()
+    }
+    made = {
+        "Base": None,
+        "SFT": train(*words, *chosen, "loss=sft", "data.responses=chosen"),
+        **{name: train(*words, *chosen, *loss) for name, loss in losses.items()},
+        **{f"SFT+{name}": train(*words, *chosen, *loss, "init={SFT}") for name, loss in losses.items()},
+    }
+    return tuple(
+        Row(label=name, group=group, stages={**({"train": command} if command else {}), **evaluations})
+        for name, command in made.items()
+    )
+
+
+def select(rows: tuple[Row, ...], *labels: str) -> tuple[Row, ...]:
+    """Return the rows with these labels in their order, and after them the hidden ones that they may continue."""
+    shown = [row for label in labels for row in rows if row.label == label]
+    return (*shown, *(replace(row, shown=False) for row in rows if row.label not in labels and "train" in row.stages))
+
+
+# The paper's size
+
+
+def name_model(name: str) -> str:
+    """Return the override that selects a model by its name in the paper."""
+    return f"model={name.lower()}"
+
+
+GENERATION = ("generate.max_new_tokens=512", "precision=bfloat16")
+REWARD = evaluate(
+    "data=hha", "+data@more.bias=offsetbias", "more.bias.validation_prompts=400", "held_out=[offsetbias]",
+    "reference=null", "reward=offsetbias-rm-8b", *GENERATION,
+)  # fmt: skip
+JUDGE = evaluate(
+    "data=hha", "held_out=false", "prompts=99", "against=chosen", "reference=null", "reward=offsetbias-rm-8b",
+    "judge=mtbench", *GENERATION,
+)  # fmt: skip
+
+
+def score(title: str, keys: str) -> Column:
+    """Return a column with the mean reward as 100·sigmoid."""
+    return Column(title=title, stage="reward", read=summary(f"model.{keys}.reward_sigmoid"), digits=2)
+
+
+PAPER_REWARDS = (
+    *(score(subset.replace("_", " ").capitalize(), f"subsets.{subset}") for subset in SUBSETS),
+    score("Avg. Helpful", "averages.helpful"),
+    score("Avg. All", "averages.all of hha"),
+    score("OffsetBias", "subsets.offsetbias"),
+)
+
+
+def make_models(models: dict[str, int], experiment: str, evaluations: dict[str, Command]) -> tuple[Row, ...]:
+    """Return the rows of several models at the paper's size."""
+    return tuple(
+        row
+        for name in models
+        for row in make_rows((f"experiment={experiment}",), evaluations, model=name_model(name), group=name)
+    )
+
+
+def hide_sft(rows: tuple[Row, ...], *others: str) -> tuple[Row, ...]:
+    """Return the rows in the paper's order, those of SFT and others hidden."""
+    order = {label: i for i, label in enumerate(("Base", *METHODS, "SFT"))}
+    groups = {row.group: i for i, row in enumerate(rows)}
+    ordered = sorted(rows, key=lambda row: (groups[row.group], order[row.label]))
+    return tuple(
+        replace(row, shown=False, stages={"train": row.stages["train"]}) if row.label in ("SFT", *others) else row
+        for row in ordered
+    )
+
+
+INT4 = make_rows(
+    ("experiment=table2", *QUANTIZED), {"reward": REWARD}, model="model=qwen2.5-32b-int4", group="Qwen2.5-32B-Int4"
+)
+
+
+def rates(title: str, keys: str) -> Column:
+    """Return a column with a win rate."""
+    return Column(title=title, stage="judge", read=summary(f"win_rates.{keys}"), digits=2)
+
+
+def share(subset: str, outcome: str, stage: str) -> Column:
+    """Return a column with the percentage of a subset's comparisons that have an outcome."""
+
+    def read(path, row):  # type: ignore[no-untyped-def]
+        counts = {name: summary(f"win_rates.subsets.{subset}.{name}")(path, row) for name in ("win", "tie", "loss")}
+        return 100 * counts[outcome] / sum(counts.values())
+
+    return Column(title=f"{subset.replace('_', '-')} {outcome}", stage=stage, read=read, digits=2)
+
+
+PAPER_WINS = (
+    *(share(subset, outcome, "judge") for subset in SUBSETS for outcome in ("win", "loss", "tie")),
+    rates("average win (all)", "average"),
+)
+LENGTHS = tuple(
+    Column(
+        title=f"{subset.replace('_', '-')}: tokens", stage="reward", read=summary(f"model.subsets.{subset}.length"),
+        digits=1, panel="tokens per response",
+    )
+    for subset in SUBSETS
+)  # fmt: skip
+
+# The small size: SmolLM2-135M on 200 prompts of helpful-base; the reward model is of its size too
+
+SMALL = ("experiment=[table1,hha]", "model=smollm2-135m", "strategy=auto")
+REWARD_MODEL = Row(
+    label="reward model", shown=False, once=True,
+    stages={
+        "train": train(
+            "loss=bradley_terry", "data=hha", "data.source.order=score", "reward=score", "data.max_length=256",
+            "data.micro_batch=4", "data.global_batch=16", "data.validation_prompts=400", "trainer.max_steps=60",
+            "model.learning_rate=3.0e-5",
+        )
+    },
+)  # fmt: skip
+SMALL_REWARD = evaluate(
+    "data=hha", "data.source.subsets=[harmless_base,helpful_online]", "held_out=false", "prompts=16", "against=chosen",
+    "reference=null", "judge=reward", "reward=classifier", "reward.path={reward model}", "generate.max_new_tokens=48",
+)  # fmt: skip
+QUESTION = sample(
+    "model=smollm2-135m", "strategy=auto", "data=prompts", "data.path=experiments/table9/prompt.txt",
+    "reward=classifier", "reward.path={reward model}", "generate.responses=1", "generate.max_new_tokens=128",
+)  # fmt: skip
+SMALL_ROWS = (
+    *make_rows(
+        (*SMALL, "data.global_batch=8"), {"reward": SMALL_REWARD}, ("data.micro_batch=4", "data.global_batch=4")
+    ),
+    REWARD_MODEL,
+)
+MEASURED = ("harmless_base", "helpful_online")
+SMALL_COLUMNS = (
+    *(score(subset.replace("_", " ").capitalize(), f"subsets.{subset}") for subset in MEASURED),
+    score("Avg. of both", "averages.all"),
+    Column(title="gain in sentiment", read=summary("validation.reward.gain")),
+    Column(title="KL from the initial policy (nats)", read=summary("validation.kl"), digits=2),
+)
+SMALL_WINS = (
+    *(share(subset, outcome, "reward") for subset in MEASURED for outcome in ("win", "loss", "tie")),
+    Column(title="average win", stage="reward", read=summary("win_rates.average"), digits=2),
+)
+
+
+def win_bars(subsets: tuple[str, ...], stage: str) -> tuple[Column, ...]:
+    """Return columns with the percentage of wins in each subset, as bars."""
+    return tuple(
+        Column(
+            title=f"{subset.replace('_', '-')} win", stage=stage, digits=1, panel="wins against the chosen answers (%)",
+            read=summary(f"win_rates.subsets.{subset}.win_rate"),
+        )
+        for subset in subsets
+    )  # fmt: skip
+
+
+def read_case(key: str):  # type: ignore[no-untyped-def]
+    """Read a field of the single response in a file of `sample.py`."""
+    import json
+
+    def read(path, row):  # type: ignore[no-untyped-def]
+        found = json.loads(path.read_text())["responses"][0]
+        return len(found["text"].split()) if key == "words" else found[key]
+
+    return read
+
+
+CASE = (
+    Column(title="words", stage="case", read=read_case("words"), digits=0),
+    Column(title="reward", stage="case", read=read_case("score"), digits=2),
+    Column(title="answer", stage="case", read=read_case("text")),
+)
+
+
+def with_case(rows: tuple[Row, ...], command: Command) -> tuple[Row, ...]:
+    """Return the rows with an answer to Table 9's question in place of an evaluation."""
+    return tuple(
+        replace(row, stages={"train": row.stages["train"], **({"case": command} if row.shown else {})})
+        for row in rows
+        if "train" in row.stages
+    )
+
+
+STEPS = (0, 4, 8, 12, 16, 20)
+ALONG = ("experiment=[figure2,frontier]", "model=smollm2-135m", "data=arithmetic", "strategy=auto")
+ALONG += ("trainer.max_seconds=null", "trainer.epochs=1", "eval.every_n_steps=4")
+
+
+def along(steps: tuple[int, ...]) -> tuple[Column, ...]:
+    """Return columns with the validation reward and the KL after optimizer steps, as lines."""
+    return tuple(
+        Column(title=f"{short} at step {step}", read=metric(name, step), digits=digits, panel=panel, x=step)
+        for short, name, digits, panel in (
+            ("reward", "validation/reward", 3, "validation reward"),
+            ("KL", "validation/kl", 2, "KL from the initial policy (nats)"),
+        )
+        for step in steps
+        if step or short == "reward"
+    )
+
+
+LLAMA_8B = {"Llama3.1-8B": 8}
+ITEMS = {
+    "table1": Item(
+        title="VAR compared with DPO on four Llamas",
+        sizes={
+            "small": (Table(rows=hide_sft(SMALL_ROWS[:-1]) + SMALL_ROWS[-1:], columns=SMALL_COLUMNS),),
+            "paper": (Table(rows=hide_sft(make_models(LLAMAS, "table1", {"reward": REWARD})), columns=PAPER_REWARDS),),
+        },
+    ),
+    "table2": Item(
+        title="VAR compared with DPO on Qwen2.5, from 0.5B to 32B",
+        sizes={
+            "paper": (
+                Table(
+                    rows=hide_sft((*make_models(QWENS, "table2", {"reward": REWARD}), *INT4)), columns=PAPER_REWARDS
+                ),
+            ),
+        },
+    ),
+    "table3": Item(
+        title="win rates of Instruct models against the chosen answers",
+        sizes={
+            "small": (Table(rows=select(SMALL_ROWS, "DPO", "VAR"), columns=SMALL_WINS),),
+            "paper": (
+                Table(
+                    rows=tuple(
+                        replace(row, group=row.group.removesuffix("-Instruct"))
+                        for row in make_models(
+                            dict.fromkeys(f"{name}-Instruct" for name in list(LLAMAS)[:3]), "table3", {"judge": JUDGE}
+                        )
+                        if row.label in ("DPO", "VAR")
+                    ),
+                    columns=PAPER_WINS,
+                ),
+            ),
+        },
+    ),
+    "table9": Item(
+        title="five answers to one question",
+        sizes={
+            "small": (Table(rows=with_case(SMALL_ROWS, QUESTION), columns=CASE),),
+            "paper": (
+                Table(
+                    rows=with_case(
+                        make_models(LLAMA_8B, "table1", {}),
+                        sample(
+                            "experiment=table9", "data=prompts", "data.path=experiments/table9/prompt.txt",
+                            "generate.responses=1",
+                        ),
+                    ),
+                    columns=CASE,
+                ),
+            ),
+        },
+    ),
+    "figure1": Item(
+        title="win rates against the chosen answers",
+        sizes={
+            "small": (
+                Table(
+                    rows=select(SMALL_ROWS, "SFT", *METHODS),
+                    columns=(*win_bars(MEASURED, "reward"), SMALL_WINS[-1]),
+                ),
+            ),
+            "paper": (
+                Table(
+                    rows=hide_sft(
+                        (
+                            *make_models(LLAMAS, "table1", {"judge": JUDGE}),
+                            *make_models(QWENS, "table2", {"judge": JUDGE}),
+                        )
+                    ),
+                    columns=(*win_bars(SUBSETS, "judge"), rates("average win", "average")),
+                ),
+            ),
+        },
+    ),
+    "figure2": Item(
+        title="validation reward along training",
+        sizes={
+            "small": (
+                Table(
+                    rows=(
+                        Row(
+                            label="DPO",
+                            stages={
+                                "train": train(*ALONG, "loss=dpo", "data.micro_batch=4", "data.global_batch=4")
+                            },
+                        ),
+                        Row(label="VAR", stages={"train": train(*ALONG, "loss=var", "data.global_batch=8")}),
+                        Row(
+                            label="VAR, prompt", stages={"train": train(*ALONG, "loss=var_prompt", "data.global_batch=8")}
+                        ),
+                    ),
+                    columns=along(STEPS), x_label="optimizer step",
+                ),
+            ),
+            "paper": (
+                Table(
+                    rows=tuple(
+                        replace(row, stages={"train": row.stages["train"]})
+                        for row in make_models({name: 4 for name in list(LLAMAS)[:3]}, "figure2", {})
+                        if row.label in ("DPO", "VAR")
+                    ),
+                    columns=along(tuple(range(0, 501, 20))), x_label="optimizer step",
+                ),
+            ),
+        },
+    ),
+    "figure3": Item(
+        title="lengths of the answers",
+        sizes={
+            "small": (
+                Table(
+                    rows=select(SMALL_ROWS, "SFT", *METHODS),
+                    columns=tuple(column for column in LENGTHS if any(s.replace("_", "-") in column.title for s in MEASURED)),
+                ),
+            ),
+            "paper": (
+                Table(
+                    rows=select(make_models(LLAMA_8B, "table1", {"reward": REWARD}), "SFT", *METHODS), columns=LENGTHS
+                ),
+            ),
+        },
+    ),
+}  # fmt: skip

@@ -1,0 +1,79 @@
+"""Which overrides of the command line go to which command, and whether all commands compose, before the first runs."""
+
+import re
+from collections.abc import Sequence
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from experiments.items.base import Command
+from var.config.check import EVAL, FOLDER, TRAIN, check
+from var.utils.errors import UserError
+
+Stage = tuple[str, Command]
+"""The name of a stage, and its command."""
+ROOTS = {"train.py": "train", "eval.py": "eval", "sample.py": "sample", "experiments/figure4/run.py": "train"}
+PLACEHOLDER = re.compile(r"\{[^{}]+\}")
+
+
+def route(stages: Sequence[Stage], overrides: Sequence[str], dry: bool = False) -> dict[Stage, list[str]]:
+    """Return the overrides of each command.
+
+    An override goes to all commands whose configuration takes it, or with `<stage>:` before it to that stage.
+
+    dry: whether nothing will run, so that missing values are not an error.
+
+    Raises:
+        SystemExit: if a command does not compose, lacks a value, or an override goes to none; all problems at once.
+    """
+    problems, taken, routed = list[str](), set[str](), dict[Stage, list[str]]()
+    names = {name for name, _ in stages}
+    for stage in stages:
+        name, command = stage
+        root = ROOTS.get(command.program[0])
+        routed[stage] = []
+        if root is None:
+            continue
+        general = [word for word in overrides if word.split(":")[0] not in names]
+        own = [word.partition(":")[2] for word in overrides if word.split(":")[0] == name]
+        if not _try(root, command, [*general, *own]):
+            general = [word for word in general if _try(root, command, [word])]
+        routed[stage] = [*general, *own]
+        taken.update(general, (f"{name}:{word}" for word in own))
+        try:
+            cfg = compose_command(root, command, routed[stage])
+        except (HydraException, OmegaConfBaseException, UserError) as error:
+            problems.append(f"{name}: {str(error).strip().splitlines()[0]}")
+            continue
+        if not dry:
+            problems += [f"{name}: {key}= is needed" for key in sorted(OmegaConf.missing_keys(cfg))]
+    problems += [f"{word}: no command has this key" for word in overrides if word not in taken]
+    if problems:
+        raise SystemExit("\n".join(dict.fromkeys(problems)))
+    return routed
+
+
+def compose_command(root: str, command: Command, more: Sequence[str]) -> DictConfig:
+    """Return the configuration of a command with further overrides; x is in place of what other commands make."""
+    keys = {word.partition("=")[0] for word in more}
+    words = [word for word in command.words if "=" in word or word.startswith("~")]
+    words = [PLACEHOLDER.sub("x", word) for word in words if word.partition("=")[0] not in keys]
+    with initialize_config_dir(FOLDER, version_base="1.3"):
+        return compose(root, [*words, *more])
+
+
+def _try(root: str, command: Command, more: Sequence[str]) -> bool:
+    try:
+        compose_command(root, command, more)
+    except (HydraException, OmegaConfBaseException, UserError):
+        return False
+    return True
+
+
+def check_all(stages: Sequence[Stage], routed: dict[Stage, list[str]]) -> None:
+    """Raise UserError for the first training run or evaluation whose settings do not fit together."""
+    for stage in stages:
+        if (root := ROOTS.get(stage[1].program[0])) in ("train", "eval"):
+            check(compose_command(root, stage[1], routed[stage]), TRAIN if root == "train" else EVAL)
