@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments.items.base import Command
 from experiments.jobs import ROOT, Job, count_gpus
-from experiments.overrides import ROOTS, compose_command
+from experiments.overrides import ROOTS, compose_command, find_missing
 from var.data.sources.hub import HubSource
 from var.requirements import Rollout, find
 from var.training.alternatives import describe_stages
@@ -89,6 +89,8 @@ def _estimate(command: Command, tflops: float) -> Estimate | None:
         return None
     words = ["seed=0" if word.startswith("seed=") else word for word in command.words if not word.startswith("init=")]
     cfg = compose_command(root, Command(command.program, tuple(words), command.result), ())
+    if missing := find_missing(cfg):
+        return Estimate(f"not known without {', '.join(f'{key}=' for key in missing)}", None)
     speed = tflops * 1e12 * 3600
     return _estimate_training(cfg, speed) if command.program[0] == "train.py" else _estimate_sampling(cfg, speed)
 
@@ -115,7 +117,7 @@ def _estimate_training(cfg: DictConfig, speed: float) -> Estimate:
             name for one in run.data.requirements for name in getattr(getattr(one, "estimator", None), "inputs", ())
         ]
         batch = cfg.data.micro_batch
-        operations = TRAINING * parameters * work.tokens
+        operations: float = TRAINING * parameters * work.tokens
         if run.data.requirements:
             scored = batch if "cross_rewards" in inputs else 1
             read = batch if "cross_logps" in inputs else 1
@@ -132,7 +134,8 @@ def _estimate_training(cfg: DictConfig, speed: float) -> Estimate:
 
 def _describe_memory(plan: Any) -> Iterator[str]:
     verdict = "fits" if plan.fits else "DOES NOT FIT"
-    yield f"{verdict} on {plan.devices} × {plan.memory / GIB:.0f} GiB with strategy={plan.strategy}: {plan.needed / GIB:.1f} GiB"
+    cards = f"{plan.devices} × {plan.memory / GIB:.0f} GiB with strategy={plan.strategy}"
+    yield f"{verdict} on {cards}; it needs {plan.needed / GIB:.1f} GiB per device"
     yield from (line.strip() for line in describe_stages(plan))
 
 

@@ -1,7 +1,8 @@
 """Which overrides of the command line go to which command, and whether all commands compose, before the first runs."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
@@ -47,19 +48,40 @@ def route(stages: Sequence[Stage], overrides: Sequence[str], dry: bool = False) 
         except (HydraException, OmegaConfBaseException, UserError) as error:
             problems.append(f"{name}: {str(error).strip().splitlines()[0]}")
             continue
-        if not dry:
-            problems += [f"{name}: {key}= is needed" for key in sorted(OmegaConf.missing_keys(cfg))]
+        if dry:
+            continue
+        missing = [f"{key}= is needed" for key in find_missing(cfg)]
+        problems += missing
+        if not missing and root in ("train", "eval"):
+            try:
+                check(cfg, TRAIN if root == "train" else EVAL, imports=False)
+            except UserError as error:
+                problems.append(f"{name}: {error}")
     problems += [f"{word}: no command has this key" for word in overrides if word not in taken]
     if problems:
         raise SystemExit("\n".join(dict.fromkeys(problems)))
     return routed
 
 
+def find_missing(cfg: DictConfig) -> list[str]:
+    """Return the keys that have no value."""
+
+    def walk(part: Any, path: str) -> Iterator[str]:
+        for key, value in part.items():
+            if isinstance(value, dict):
+                yield from walk(value, f"{path}{key}.")
+            elif value == "???":
+                yield f"{path}{key}"
+
+    return sorted(walk(OmegaConf.to_container(cfg, resolve=False), ""))
+
+
 def compose_command(root: str, command: Command, more: Sequence[str]) -> DictConfig:
     """Return the configuration of a command with further overrides; x is in place of what other commands make."""
     keys = {word.partition("=")[0] for word in more}
     words = [word for word in command.words if "=" in word or word.startswith("~")]
-    words = [PLACEHOLDER.sub("x", word) for word in words if word.partition("=")[0] not in keys]
+    words = [word.replace("{seed}", "0") for word in words if word.partition("=")[0] not in keys]
+    words = [PLACEHOLDER.sub("x", word) for word in words]
     with initialize_config_dir(FOLDER, version_base="1.3"):
         return compose(root, [*words, *more])
 
@@ -70,10 +92,3 @@ def _try(root: str, command: Command, more: Sequence[str]) -> bool:
     except (HydraException, OmegaConfBaseException, UserError):
         return False
     return True
-
-
-def check_all(stages: Sequence[Stage], routed: dict[Stage, list[str]]) -> None:
-    """Raise UserError for the first training run or evaluation whose settings do not fit together."""
-    for stage in stages:
-        if (root := ROOTS.get(stage[1].program[0])) in ("train", "eval"):
-            check(compose_command(root, stage[1], routed[stage]), TRAIN if root == "train" else EVAL)

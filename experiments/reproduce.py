@@ -53,8 +53,8 @@ def list_work(
         raise SystemExit(f"{name} has no size={settings['size']}; choose one of {', '.join(item.sizes)}")
     work = Work()
     for table in item.sizes[settings["size"]]:
-        for row in table.rows:
-            for seed in table.seeds[:1] if row.once else select_seeds(table, settings):
+        for row in (row for row in table.rows if row.shown):  # hidden ones run if others need them
+            for seed in select_seeds(table, settings):
                 for stage, job in list_jobs(table, row, seed, folder, words).items():
                     work[table.title, row.name, stage, seed] = job
     return item.sizes[settings["size"]], work

@@ -1,16 +1,19 @@
 """Figure 4 (arXiv 2502.11026) on a real model: the variance of Ẑ(x), in-batch and sampled, against B.
 
-    python experiments/figure4/run.py runs/figure4
-    python report.py runs/figure4                    # the figure
+    python experiments/figure4/run.py <folder> reward=near_number data.source.problems=32 generate.responses=32
+    python experiments/figure4/run.py <folder> experiment=figure4
 
-Overrides of train.py may follow the folder. A prompt and its own response are fixed. The other B − 1 pairs of its
-micro-batch are drawn from the other prompts, with replacement, as from a large data set. For the sampled estimate, B
-responses are drawn from the prompt's candidates. The numbers of all pairs of prompts and responses are cached.
+Overrides of train.py follow the folder. A prompt and its own response are fixed: the data's response, or each of the
+first three sampled ones if the data has none. The other B − 1 pairs of its micro-batch are drawn from the other
+prompts, with replacement, as from a large data set. For the sampled estimate, B responses are drawn from the
+generate.responses candidates of the prompt. The rewards and log-probabilities of all pairs are kept in the annotation
+cache, so an interrupted measurement continues.
 """
 
 import argparse
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,28 +29,44 @@ from var.data.choice import choose
 from var.data.read import read
 from var.data.rows import Rows
 from var.data.sequences import encode
+from var.data.split import draw
 from var.sampling.base import Samples
 from var.training.run import Run
 from var.utils.console import say
 from var.utils.statistics import estimate_mean
 
-PROMPTS, CANDIDATES, ANSWERS, DRAWS = 32, 32, 3, 2000
+ANSWERS, DRAWS = 3, 2000
 SIZES = (2, 4, 8, 16, 32)
-DEFAULTS = ["loss=var", "reward=near_number", f"data.source.problems={PROMPTS}", f"generate.responses={CANDIDATES}"]
 
 
-def score_pairs(run: Run, rows: Rows, samples: Samples, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return log-probabilities [P, P] in nats per token and raw rewards [P, P].
+def list_answers(run: Run, rows: Rows, samples: Samples) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield (prompts [P], log-probabilities [P, P] in nats per token, raw rewards [P, P]) for each set of responses.
 
-    A column is the k-th response of a prompt, a row the prompt under which it is scored.
+    A column is the response of a prompt, a row the prompt under which it is scored. A set has one response of each
+    prompt that fits data.max_length.
     """
-    annotator = run.annotator
-    answered = add_responses(rows, [[several[k]] for several in samples], annotator.chat, annotator.cache)
-    chosen = choose(answered, "all")
-    sequences = encode(answered, chosen, annotator.chat, 1024, "error", False, annotator.cache)
-    micro = np.arange(len(sequences))[None]
-    logps = cached_cross_logps(annotator, sequences, micro)[0] / sequences.length
-    return logps, cross_rewards(annotator, answered, sequences, micro)[0]
+    annotator, settings, kept = run.annotator, run.data.settings, np.arange(len(rows))
+    if (rows.facts["responses"] > 0).all():
+        several = [rows]
+    else:
+        answered = [all(sample.text.strip() for sample in drawn[:ANSWERS]) for drawn in samples]
+        kept = np.flatnonzero(answered)
+        say(f"{len(kept)} of {len(rows)} prompts. The others have an empty response among the first {ANSWERS}.")
+        rows, samples = rows.select(kept), [samples[i] for i in kept]
+        several = [
+            add_responses(rows, [[drawn[k]] for drawn in samples], annotator.chat, annotator.cache)
+            for k in range(ANSWERS)
+        ]
+    for each in several:
+        choice = choose(each, "all")
+        first = np.unique(choice.row, return_index=True)[1]
+        choice = replace(choice, row=choice.row[first], response=choice.response[first])
+        sequences = encode(each, choice, annotator.chat, settings.max_length, "drop", False, annotator.cache)
+        if sequences.counts:
+            say(f"Left out: {dict(sequences.counts)}")
+        micro = np.arange(len(sequences))[None]
+        logps = cached_cross_logps(annotator, sequences, micro)[0] / sequences.length
+        yield kept[sequences.row], logps, cross_rewards(annotator, each, sequences, micro)[0]
 
 
 def measure(logps: np.ndarray, rewards: np.ndarray, candidates: np.ndarray, seed: int) -> Iterator[dict[str, Any]]:
@@ -99,20 +118,20 @@ def main() -> None:
     options, overrides = parser.parse_known_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     with initialize_config_dir(FOLDER, version_base="1.3"):
-        run = Run.compose(compose("train", [*DEFAULTS, *overrides]), options.folder)
+        run = Run.compose(compose("train", ["loss=var", *overrides]), options.folder, trains=False, own_folder=False)
     run.annotator.check()
-    rows, sampling = read(run.data.source, run.annotator.cache).head(PROMPTS), run.data.training_set.sampling
+    sampling = run.data.training_set.sampling
+    rows = draw(read(run.data.source, run.annotator.cache), run.data.settings)
     samples = sample_responses(run.annotator, rows, sampling)
     raw = score_candidates(run.annotator, rows, sampling)
-    kept = [i for i, several in enumerate(samples) if all(sample.text.strip() for sample in several[:ANSWERS])]
-    say(f"{len(kept)} of {len(rows)} prompts. The others have an empty response among the first {ANSWERS}.")
-    rows, samples, raw = rows.select(np.array(kept)), [samples[i] for i in kept], raw[kept]
-    temperature = float(np.sqrt(raw.var(1, ddof=1).mean()))
-    say(f"λ = {temperature:.3f}, the reward's standard deviation within a prompt")
+    loss = run.cfg.loss
+    unit = 1.0 if loss.temperature_unit == "reward" else float(np.sqrt(raw.var(1, ddof=1).mean()))
+    temperature = loss.temperature * unit
+    say(f"λ = {temperature:.3f}" + ("" if unit == 1.0 else ", in units of the standard deviation within a prompt"))
     found, world = list[dict[str, Any]](), f"{run.cfg.model.name}, {run.cfg.data.name}"
-    for k in range(ANSWERS):
-        logps, rewards = score_pairs(run, rows, samples, k)
-        found += [{"world": world, **record} for record in measure(logps, rewards / temperature, raw / temperature, k)]
+    for k, (prompts, logps, rewards) in enumerate(list_answers(run, rows, samples)):
+        candidates = raw[prompts] / temperature
+        found += [{"world": world, **record} for record in measure(logps, rewards / temperature, candidates, k)]
     (options.folder / "tables.json").write_text(json.dumps({"partition": found}, indent=1, ensure_ascii=False))
     columns = ("variance", "relative_variance", "log_bias_spread")
     say("| estimator | B or K | Var(Ẑ)/Z² | Var(Ẑ)/E[Ẑ]² | spread of log E[Ẑ]/Z over prompts |")

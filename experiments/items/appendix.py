@@ -29,7 +29,9 @@ BOUND = Table(
     columns=tuple(
         Column(title=title, stage="exact", read=record("argument", key))
         for title, key in {
-            "minimum of the loss": "least", "bound per prompt": "bound", "entropy of a batch's weights": "batch_entropy",
+            "minimum of the loss": "least",
+            "bound per prompt": "bound",
+            "entropy of a batch's weights": "batch_entropy",
         }.items()
     ),
 )  # fmt: skip
@@ -51,9 +53,9 @@ ITEMS = {
                 BOUND,
                 Table(
                     title="A real model",
+                    seeds=SEEDS,
                     rows=pick("VAR, prompt", "A-LoL, KL form"),
                     columns=(*LOSS, *GAINS),
-                    seeds=SEEDS,
                 ),
             ),
             "paper": (BOUND,),

@@ -1,5 +1,7 @@
 """The runs at the small size that several items share: SmolLM2-135M on arithmetic with a graded reward, 20 steps."""
 
+from dataclasses import replace
+
 from experiments.items.base import Column, Row, summary, train
 
 WORDS = ("experiment=frontier", "trainer.max_seconds=null", "trainer.max_steps=20")
@@ -32,5 +34,5 @@ ESS = Column(title="effective sample size / n of the weights", read=summary("ess
 
 
 def pick(*labels: str) -> tuple[Row, ...]:
-    """Return the rows with these labels."""
-    return tuple(ROWS[label] for label in labels)
+    """Return the rows with these labels, and hidden after them the others, which they may continue."""
+    return (*(ROWS[label] for label in labels), *(replace(r, shown=False) for k, r in ROWS.items() if k not in labels))

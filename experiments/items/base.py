@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,27 @@ class Item:
     title: str
     sizes: Mapping[str, tuple[Table, ...]]
     """Its tables at size=small and size=paper."""
+
+
+def add_words(commands: Mapping[str, Command], *words: str) -> dict[str, Command]:
+    """Return commands with further words before the last one, which is their folder."""
+    return {
+        name: replace(command, words=(*command.words[:-1], *words, command.words[-1]))
+        for name, command in commands.items()
+    }
+
+
+def select(rows: tuple[Row, ...], *labels: str) -> tuple[Row, ...]:
+    """Return each model's rows with these labels, and hidden after them the others, which they may continue."""
+    groups = dict.fromkeys(row.group for row in rows)
+    shown = [row for group in groups for label in labels for row in rows if (row.group, row.label) == (group, label)]
+    return (*shown, *(replace(row, shown=False) for row in rows if row.label not in labels))
+
+
+def evaluate_rows(rows: tuple[Row, ...], **evaluations: Command) -> tuple[Row, ...]:
+    """Return the rows with these evaluations in place of theirs."""
+    trained = [{name: command for name, command in row.stages.items() if name == "train"} for row in rows]
+    return tuple(replace(row, stages={**own, **evaluations}) for row, own in zip(rows, trained, strict=True))
 
 
 def summary(keys: str, scale: float = 1.0) -> Read:

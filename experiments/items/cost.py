@@ -1,5 +1,9 @@
 """The items about cost: Table 4, VAR compared with GRPO, and Table 8, VAR compared with SFT and DPO."""
 
+import json
+from pathlib import Path
+from typing import Any
+
 from experiments.items.arithmetic import GAINS, PAIRS, SEEDS
 from experiments.items.base import Column, Item, Row, Table, summary, train
 from experiments.items.hha import PAPER_REWARDS, REWARD, make_rows, name_model
@@ -18,9 +22,7 @@ GRPO = ("loss=grpo", "data.micro_batch=2")  # prompts, with four responses each
 def peak(stage: str) -> Column:
     """Return a column with the peak memory of a stage: of a GPU's tensors, or of the process on a CPU."""
 
-    def read(path, row):  # type: ignore[no-untyped-def]
-        import json
-
+    def read(path: Path, row: Row) -> Any:
         found = (json.loads(path.read_text())["peak_memory"] or {}).get(stage)
         return None if found is None else GIB * found.get("allocated", found.get("resident"))
 

@@ -6,8 +6,22 @@ from pathlib import Path
 from typing import Any
 
 from experiments.items.arithmetic import ESS, GAINS, SEEDS, pick
-from experiments.items.base import Column, Command, Item, Read, Row, Table, evaluate, record, study, summary, train
-from experiments.items.hha import SMALL_ROWS, select
+from experiments.items.base import (
+    Column,
+    Command,
+    Item,
+    Read,
+    Row,
+    Table,
+    evaluate,
+    evaluate_rows,
+    record,
+    select,
+    study,
+    summary,
+    train,
+)
+from experiments.items.hha import SMALL_ROWS
 
 # Benchmarks
 
@@ -92,7 +106,7 @@ METHODS = {"Base": (), "DPO": DPO, "A-LoL": ALOL, "VAR": ("loss=var",)}
 
 # Chat benchmarks
 
-CHAT = ("held_out=false", "against=chosen", "reference=null", "seeds=[0]", "reward=offsetbias-rm-8b")
+CHAT: tuple[str, ...] = ("held_out=false", "against=chosen", "reference=null", "seeds=[0]", "reward=offsetbias-rm-8b")
 CHAT += ("generate.max_new_tokens=2048", "precision=bfloat16")
 CHATS = {
     "alpaca": evaluate("data=alpaca_eval", "judge=alpaca_eval_2", *CHAT),
@@ -169,10 +183,7 @@ ITEMS = {
         sizes={
             "small": (
                 Table(
-                    rows=tuple(
-                        replace(row, stages={**row.stages, "benchmarks": SMALL_BENCHMARKS})
-                        for row in (Row(label="Base"), *pick("DPO", "A-LoL", "VAR"))
-                    ),
+                    rows=evaluate_rows((Row(label="Base"), *pick("DPO", "A-LoL", "VAR")), benchmarks=SMALL_BENCHMARKS),
                     columns=(*SMALL_SCORES, *GAINS[2:]),
                 ),
             ),
@@ -192,13 +203,13 @@ ITEMS = {
         sizes={
             "small": (
                 Table(
-                    rows=tuple(
-                        replace(row, stages={**({"train": row.stages["train"]} if "train" in row.stages else {}), **({"chat": SMALL_CHAT} if row.shown else {})})
-                        for row in select(SMALL_ROWS, "Base", "DPO", "VAR")
-                    ),
+                    rows=evaluate_rows(select(SMALL_ROWS, "Base", "DPO", "VAR"), chat=SMALL_CHAT),
                     columns=(
                         rate("AlpacaEval's prompts: win rate by a reward model (%)", "chat", "average"),
-                        Column(title="response length (tokens)", stage="chat", read=summary("model.subsets.files.length"), digits=1),
+                        Column(
+                            title="response length (tokens)", stage="chat", digits=1,
+                            read=summary("model.subsets.files.length"),
+                        ),
                     ),
                 ),
             ),
@@ -221,7 +232,10 @@ ITEMS = {
                 Table(
                     title="A real model", rows=pick(*BATCHES, "SFT on all answers"), columns=(*GAINS, ESS), seeds=SEEDS
                 ),
-                Table(title="The exact testbed: KL(π* ‖ π) of the policy to which the weight leads", rows=EXACT, columns=FIXED),
+                Table(
+                    title="The exact testbed: KL(π* ‖ π) of the policy to which the weight leads",
+                    rows=EXACT, columns=FIXED,
+                ),
             ),
             "paper": (
                 Table(
@@ -242,7 +256,13 @@ ITEMS = {
     "figure4": Item(
         title="the variance of Z's estimate",
         sizes={
-            "small": (Table(rows=variances(), columns=VARIANCES, x_label=X),),
+            "small": (
+                Table(
+                    rows=variances("reward=near_number", "data.source.problems=32", "generate.responses=32"),
+                    columns=VARIANCES,
+                    x_label=X,
+                ),
+            ),
             "paper": (Table(rows=variances("experiment=figure4"), columns=VARIANCES, x_label=X),),
         },
     ),

@@ -1,13 +1,32 @@
 """The items whose models are evaluated on HHA: Tables 1, 2, 3 and 9, and Figures 1, 2 and 3."""
 
-from dataclasses import replace
+import json
+from pathlib import Path
+from typing import Any
 
-from experiments.items.base import Column, Command, Item, Row, Table, evaluate, metric, sample, summary, train
+from experiments.items.arithmetic import GAINS, SEEDS, pick
+from experiments.items.base import (
+    Column,
+    Command,
+    Item,
+    Read,
+    Row,
+    Table,
+    add_words,
+    evaluate,
+    evaluate_rows,
+    metric,
+    sample,
+    select,
+    summary,
+    train,
+)
 
 SUBSETS = ("harmless_base", "helpful_base", "helpful_online", "helpful_rejection")
 METHODS = ("DPO", "VAR", "SFT+DPO", "SFT+VAR")
-LLAMAS = {"Llama3.2-1B": 4, "Llama3.2-3B": 4, "Llama3.1-8B": 8, "Llama2-13B": 4}  # the paper's number of GPUs
-QWENS = {"Qwen2.5-0.5B": 4, "Qwen2.5-1.5B": 4, "Qwen2.5-3B": 4, "Qwen2.5-7B": 4, "Qwen2.5-14B": 8}
+LLAMAS = ("Llama3.2-1B", "Llama3.2-3B", "Llama3.1-8B", "Llama2-13B")
+INSTRUCT = tuple(f"{name}-Instruct" for name in LLAMAS[:3])
+QWENS = ("Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen2.5-3B", "Qwen2.5-7B", "Qwen2.5-14B")
 QUANTIZED = ("adapter=lora", "strategy=ddp", "data.global_batch=256", "model.learning_rate=1.0e-4")
 
 
@@ -24,10 +43,7 @@ def make_rows(
     """
     chosen = (model,) if model else ()
     losses = {"DPO": ("loss=dpo", *pairs), "VAR": ("loss=var",)}
-    evaluations = {
-        name: replace(command, words=(*command.words[:-1], *chosen, command.words[-1]))
-        for name, command in evaluations.items()
-    }
+    evaluations = add_words(evaluations, *((model,) if model else ()))
     made = {
         "Base": None,
         "SFT": train(*words, *chosen, "loss=sft", "data.responses=chosen"),
@@ -38,12 +54,6 @@ def make_rows(
         Row(label=name, group=group, stages={**({"train": command} if command else {}), **evaluations})
         for name, command in made.items()
     )
-
-
-def select(rows: tuple[Row, ...], *labels: str) -> tuple[Row, ...]:
-    """Return the rows with these labels in their order, and after them the hidden ones that they may continue."""
-    shown = [row for label in labels for row in rows if row.label == label]
-    return (*shown, *(replace(row, shown=False) for row in rows if row.label not in labels and "train" in row.stages))
 
 
 # The paper's size
@@ -78,23 +88,12 @@ PAPER_REWARDS = (
 )
 
 
-def make_models(models: dict[str, int], experiment: str, evaluations: dict[str, Command]) -> tuple[Row, ...]:
+def make_models(models: tuple[str, ...], experiment: str, evaluations: dict[str, Command]) -> tuple[Row, ...]:
     """Return the rows of several models at the paper's size."""
     return tuple(
         row
         for name in models
         for row in make_rows((f"experiment={experiment}",), evaluations, model=name_model(name), group=name)
-    )
-
-
-def hide_sft(rows: tuple[Row, ...], *others: str) -> tuple[Row, ...]:
-    """Return the rows in the paper's order, those of SFT and others hidden."""
-    order = {label: i for i, label in enumerate(("Base", *METHODS, "SFT"))}
-    groups = {row.group: i for i, row in enumerate(rows)}
-    ordered = sorted(rows, key=lambda row: (groups[row.group], order[row.label]))
-    return tuple(
-        replace(row, shown=False, stages={"train": row.stages["train"]}) if row.label in ("SFT", *others) else row
-        for row in ordered
     )
 
 
@@ -111,7 +110,7 @@ def rates(title: str, keys: str) -> Column:
 def share(subset: str, outcome: str, stage: str) -> Column:
     """Return a column with the percentage of a subset's comparisons that have an outcome."""
 
-    def read(path, row):  # type: ignore[no-untyped-def]
+    def read(path: Path, row: Row) -> Any:
         counts = {name: summary(f"win_rates.subsets.{subset}.{name}")(path, row) for name in ("win", "tie", "loss")}
         return 100 * counts[outcome] / sum(counts.values())
 
@@ -122,13 +121,18 @@ PAPER_WINS = (
     *(share(subset, outcome, "judge") for subset in SUBSETS for outcome in ("win", "loss", "tie")),
     rates("average win (all)", "average"),
 )
-LENGTHS = tuple(
-    Column(
-        title=f"{subset.replace('_', '-')}: tokens", stage="reward", read=summary(f"model.subsets.{subset}.length"),
-        digits=1, panel="tokens per response",
-    )
-    for subset in SUBSETS
-)  # fmt: skip
+
+
+def lengths(subsets: tuple[str, ...]) -> tuple[Column, ...]:
+    """Return columns with the mean length of the responses in each subset, as bars."""
+    return tuple(
+        Column(
+            title=f"{subset.replace('_', '-')}: tokens", stage="reward", digits=1, panel="tokens per response",
+            read=summary(f"model.subsets.{subset}.length"),
+        )
+        for subset in subsets
+    )  # fmt: skip
+
 
 # The small size: SmolLM2-135M on 200 prompts of helpful-base; the reward model is of its size too
 
@@ -181,11 +185,10 @@ def win_bars(subsets: tuple[str, ...], stage: str) -> tuple[Column, ...]:
     )  # fmt: skip
 
 
-def read_case(key: str):  # type: ignore[no-untyped-def]
+def read_case(key: str) -> Read:
     """Read a field of the single response in a file of `sample.py`."""
-    import json
 
-    def read(path, row):  # type: ignore[no-untyped-def]
+    def read(path: Path, row: Row) -> Any:
         found = json.loads(path.read_text())["responses"][0]
         return len(found["text"].split()) if key == "words" else found[key]
 
@@ -199,17 +202,14 @@ CASE = (
 )
 
 
-def with_case(rows: tuple[Row, ...], command: Command) -> tuple[Row, ...]:
-    """Return the rows with an answer to Table 9's question in place of an evaluation."""
-    return tuple(
-        replace(row, stages={"train": row.stages["train"], **({"case": command} if row.shown else {})})
-        for row in rows
-        if "train" in row.stages
-    )
+def ask(rows: tuple[Row, ...], command: Command) -> tuple[Row, ...]:
+    """Return the trained rows, each with an answer to Table 9's question in place of an evaluation."""
+    return evaluate_rows(select(rows, "SFT", *(f"SFT+{name}" for name in ("VAR", "DPO")), "VAR", "DPO"), case=command)
 
 
+EIGHT = ("data.global_batch=8",)
 STEPS = (0, 4, 8, 12, 16, 20)
-ALONG = ("experiment=[figure2,frontier]", "model=smollm2-135m", "data=arithmetic", "strategy=auto")
+ALONG: tuple[str, ...] = ("experiment=[figure2,frontier]", "model=smollm2-135m", "data=arithmetic", "strategy=auto")
 ALONG += ("trainer.max_seconds=null", "trainer.epochs=1", "eval.every_n_steps=4")
 
 
@@ -226,21 +226,26 @@ def along(steps: tuple[int, ...]) -> tuple[Column, ...]:
     )
 
 
-LLAMA_8B = {"Llama3.1-8B": 8}
+LLAMA_8B = ("Llama3.1-8B",)
 ITEMS = {
     "table1": Item(
         title="VAR compared with DPO on four Llamas",
         sizes={
-            "small": (Table(rows=hide_sft(SMALL_ROWS[:-1]) + SMALL_ROWS[-1:], columns=SMALL_COLUMNS),),
-            "paper": (Table(rows=hide_sft(make_models(LLAMAS, "table1", {"reward": REWARD})), columns=PAPER_REWARDS),),
+            "small": (Table(rows=select(SMALL_ROWS, "Base", *METHODS), columns=SMALL_COLUMNS),),
+            "paper": (Table(
+                    rows=select(make_models(LLAMAS, "table1", {"reward": REWARD}), "Base", *METHODS),
+                    columns=PAPER_REWARDS,
+                ),),
         },
     ),
     "table2": Item(
         title="VAR compared with DPO on Qwen2.5, from 0.5B to 32B",
         sizes={
+            "small": (Table(rows=pick("SFT", *METHODS), columns=GAINS, seeds=SEEDS),),
             "paper": (
                 Table(
-                    rows=hide_sft((*make_models(QWENS, "table2", {"reward": REWARD}), *INT4)), columns=PAPER_REWARDS
+                    rows=select((*make_models(QWENS, "table2", {"reward": REWARD}), *INT4), "Base", *METHODS),
+                    columns=PAPER_REWARDS,
                 ),
             ),
         },
@@ -251,13 +256,7 @@ ITEMS = {
             "small": (Table(rows=select(SMALL_ROWS, "DPO", "VAR"), columns=SMALL_WINS),),
             "paper": (
                 Table(
-                    rows=tuple(
-                        replace(row, group=row.group.removesuffix("-Instruct"))
-                        for row in make_models(
-                            dict.fromkeys(f"{name}-Instruct" for name in list(LLAMAS)[:3]), "table3", {"judge": JUDGE}
-                        )
-                        if row.label in ("DPO", "VAR")
-                    ),
+                    rows=select(make_models(INSTRUCT, "table3", {"judge": JUDGE}), "DPO", "VAR"),
                     columns=PAPER_WINS,
                 ),
             ),
@@ -266,10 +265,10 @@ ITEMS = {
     "table9": Item(
         title="five answers to one question",
         sizes={
-            "small": (Table(rows=with_case(SMALL_ROWS, QUESTION), columns=CASE),),
+            "small": (Table(rows=ask(SMALL_ROWS, QUESTION), columns=CASE),),
             "paper": (
                 Table(
-                    rows=with_case(
+                    rows=ask(
                         make_models(LLAMA_8B, "table1", {}),
                         sample(
                             "experiment=table9", "data=prompts", "data.path=experiments/table9/prompt.txt",
@@ -292,11 +291,12 @@ ITEMS = {
             ),
             "paper": (
                 Table(
-                    rows=hide_sft(
+                    rows=select(
                         (
                             *make_models(LLAMAS, "table1", {"judge": JUDGE}),
                             *make_models(QWENS, "table2", {"judge": JUDGE}),
-                        )
+                        ),
+                        *METHODS,
                     ),
                     columns=(*win_bars(SUBSETS, "judge"), rates("average win", "average")),
                 ),
@@ -315,21 +315,15 @@ ITEMS = {
                                 "train": train(*ALONG, "loss=dpo", "data.micro_batch=4", "data.global_batch=4")
                             },
                         ),
-                        Row(label="VAR", stages={"train": train(*ALONG, "loss=var", "data.global_batch=8")}),
-                        Row(
-                            label="VAR, prompt", stages={"train": train(*ALONG, "loss=var_prompt", "data.global_batch=8")}
-                        ),
+                        Row(label="VAR", stages={"train": train(*ALONG, "loss=var", *EIGHT)}),
+                        Row(label="VAR, prompt", stages={"train": train(*ALONG, "loss=var_prompt", *EIGHT)}),
                     ),
                     columns=along(STEPS), x_label="optimizer step",
                 ),
             ),
             "paper": (
                 Table(
-                    rows=tuple(
-                        replace(row, stages={"train": row.stages["train"]})
-                        for row in make_models({name: 4 for name in list(LLAMAS)[:3]}, "figure2", {})
-                        if row.label in ("DPO", "VAR")
-                    ),
+                    rows=select(make_models(LLAMAS[:3], "figure2", {}), "DPO", "VAR"),
                     columns=along(tuple(range(0, 501, 20))), x_label="optimizer step",
                 ),
             ),
@@ -341,12 +335,13 @@ ITEMS = {
             "small": (
                 Table(
                     rows=select(SMALL_ROWS, "SFT", *METHODS),
-                    columns=tuple(column for column in LENGTHS if any(s.replace("_", "-") in column.title for s in MEASURED)),
+                    columns=lengths(MEASURED),
                 ),
             ),
             "paper": (
                 Table(
-                    rows=select(make_models(LLAMA_8B, "table1", {"reward": REWARD}), "SFT", *METHODS), columns=LENGTHS
+                    rows=select(make_models(LLAMA_8B, "table1", {"reward": REWARD}), "SFT", *METHODS),
+                    columns=lengths(SUBSETS),
                 ),
             ),
         },

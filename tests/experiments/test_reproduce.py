@@ -11,86 +11,166 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from experiments import reproduce
-from experiments.items import ITEMS, Column, Item, Row, Size
-from experiments.reproduce import (
-    ROOT,
-    Stage,
+from experiments.cells import (
+    PAPER,
+    Cell,
+    draw,
     fill,
     insert,
     list_assumptions,
-    make_stages,
-    parse,
     read_results,
+    write_item,
+    write_paper_table,
     write_table,
 )
+from experiments.estimates import list_downloads
+from experiments.items import ITEMS
+from experiments.items.base import Column, Command, Item, Row, Table, evaluate, metric, record, select, summary, train
+from experiments.jobs import DONE, ROOT, Job, Runner, list_jobs, share_devices
+from experiments.overrides import route
 
-SIZE = Size(
-    words=("experiment=x",),
-    rows=(
-        Row(label="SFT", words=("loss=sft",)),
-        Row(label="SFT + VAR", words=("loss=var",), init="SFT", paper=("1.5",)),
-    ),
-    columns=(Column(title="gain", path="validation.reward.gain"), Column(title="ess", path="ess", digits=2)),
-    evaluation=("judge=reward",),
-)
-ITEM = Item(title="a table", paper_columns=("gain",), sizes={"small": SIZE})
-
-
-def finish(stage: Stage, name: str, **values: Any) -> None:
-    """Write the result of a stage."""
-    run = stage.folder / "runs" / name
-    run.mkdir(parents=True)
-    (run / "summary.json").write_text(json.dumps({"commit": "c", "versions": {}, **values}))
+SFT = Row(label="SFT", stages={"train": train("experiment=x", "loss=sft"), "reward": evaluate("prompts=2")})
+VAR = Row(label="SFT+VAR", stages={"train": train("experiment=x", "loss=var", "init={SFT}")})
+BASE = Row(label="Base", stages={"reward": evaluate("prompts=2")})
+GAIN = Column(title="gain", read=summary("validation.reward.gain"))
+TABLE = Table(rows=(BASE, SFT, VAR), columns=(GAIN, Column(title="ess", read=summary("ess"), digits=2)))
 
 
-def test_stages_of_a_row_follow_each_other(tmp_path: Path) -> None:
-    train, evaluation = make_stages(SIZE, SIZE.rows[1], 3, tmp_path, ["a=1"])
-    assert train.after is not None
-    assert train.after.command[:5] == ("train.py", "experiment=x", "loss=sft", "seed=3", "a=1")
-    assert "init=<its run>" in train.arguments
-    finish(train.after, "sft-run")
-    assert f"init={train.after.folder}/runs/sft-run" in train.arguments
-    assert train.result is None
-    finish(train, "var-run")
-    assert evaluation.arguments[:2] == ["eval.py", f"init={train.folder}/runs/var-run"]
+def make_jobs(row: Row, base: Path, seed: int = 0, table: Table = TABLE, **more: Any) -> dict[str, Job]:
+    return list_jobs(table, row, seed, base, more.get("overrides", {}))
+
+
+def finish(job: Job, name: str = "run", **values: Any) -> None:
+    """Write the result of a job."""
+    path = job.folder / job.command.result.replace("*", name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"commit": "c", "versions": {}, **values}))
+    (job.folder / DONE).write_text('{"seconds": 2.0}')
+
+
+def test_jobs_of_a_row_follow_those_that_they_need(tmp_path: Path) -> None:
+    jobs = make_jobs(VAR, tmp_path, seed=3)
+    first = jobs["train"].needs["SFT"]
+    assert first.words[:4] == ["train.py", "experiment=x", "loss=sft", "seed=3"]
+    assert "init=<SFT>" in jobs["train"].words
+    finish(first, "sft-run")
+    assert f"init={first.folder}/runs/sft-run" in jobs["train"].words
+    assert jobs["train"].result is None
+    assert jobs["train"].portable == ["python", *["train.py", "experiment=x", "loss=var", "init=sft-run", "seed=3"]]
+
+
+def test_evaluation_without_a_training_run_has_no_initial_model(tmp_path: Path) -> None:
+    base, own = make_jobs(BASE, tmp_path)["reward"], make_jobs(SFT, tmp_path)
+    assert [word for word in base.words if word.startswith("init=")] == []
+    assert "init=<run>" in own["reward"].words
+    assert own["reward"].needs == {"run": own["train"]}
 
 
 def test_result_of_another_command_is_not_taken(tmp_path: Path) -> None:
-    row = SIZE.rows[0]
-    short = make_stages(SIZE, row, 0, tmp_path, ["trainer.max_steps=4"])[0]
-    finish(short, "run")
-    assert short.result is not None
-    assert make_stages(SIZE, row, 0, tmp_path, [])[0].result is None
-    assert (
-        make_stages(replace(SIZE, words=("experiment=y",)), row, 0, tmp_path, ["trainer.max_steps=4"])[0].result is None
-    )
-    first, other = (make_stages(replace(SIZE, timed=True), row, seed, tmp_path, [])[0] for seed in (0, 1))
-    caches = {word for stage in (first, other) for word in stage.arguments if word.startswith("annotation_cache=")}
-    assert len(caches) == 2  # so that sampling counts in each
+    job = make_jobs(SFT, tmp_path)["train"]
+    finish(job)
+    assert job.result is not None
+    longer = {("train", SFT.stages["train"]): ["trainer.max_steps=4"]}
+    for other in (
+        make_jobs(SFT, tmp_path, seed=1),
+        make_jobs(SFT, tmp_path, overrides=longer),
+        make_jobs(SFT, tmp_path, table=replace(TABLE, timed=True)),
+    ):
+        assert other["train"].result is None
+    # a changed run changes the folder of what continues it
+    names = {
+        make_jobs(VAR, tmp_path, overrides=more)["train"].folder
+        for more in ({}, {("train", SFT.stages["train"]): ["trainer.max_steps=4"]})
+    }
+    assert len(names) == 2
+
+
+def test_result_counts_only_after_its_command_has_ended(tmp_path: Path) -> None:
+    job = make_jobs(SFT, tmp_path)["train"]
+    finish(job)
+    (job.folder / DONE).unlink()
+    assert job.result is None
+
+
+def test_timed_runs_have_their_own_annotations(tmp_path: Path) -> None:
+    caches = set()
+    for seed in (0, 1):
+        words = make_jobs(SFT, tmp_path, seed, replace(TABLE, timed=True))["train"].words
+        caches.update(word for word in words if word.startswith("annotation_cache="))
+    assert len(caches) == 2
+
+
+def test_row_that_runs_once_serves_all_seeds(tmp_path: Path) -> None:
+    judge = Row(label="judge", shown=False, once=True, stages={"train": train("loss=bradley_terry")})
+    row = Row(label="VAR", stages={"reward": evaluate("reward.path={judge}")})
+    table = Table(rows=(row, judge), columns=(), seeds=(0, 1))
+    needed = [make_jobs(row, tmp_path, seed, table)["reward"].needs["judge"] for seed in (0, 1)]
+    assert needed[0].folder == needed[1].folder
+
+
+def fill_cell(row: Row, column: Column, jobs: dict[tuple[str, int], Job], failed: str = "", **more: Any) -> Cell:
+    return fill(more.get("table", TABLE), row, column, jobs, more.get("seeds", (0, 1, 2)), failed)
 
 
 def test_cell_has_the_mean_over_seeds_and_its_error(tmp_path: Path) -> None:
-    row, stages = SIZE.rows[0], []
+    jobs = {}
     for seed, gain in enumerate((0.1, 0.2, 0.6)):
-        train = make_stages(SIZE, row, seed, tmp_path, [])[0]
-        finish(train, f"run{seed}", validation={"reward": {"gain": {"mean": gain, "se": 9.0}}}, ess=None)
-        stages.append((seed, [train]))
-    cell = fill(row, SIZE.columns[0], stages, "")
+        jobs["SFT", seed] = make_jobs(SFT, tmp_path, seed)["train"]
+        values = {"validation": {"reward": {"gain": {"mean": gain, "se": 9.0}}}, "ess": None}
+        finish(jobs["SFT", seed], f"run{seed}", **values)
+    cell = fill_cell(SFT, GAIN, jobs)
     assert cell.value == pytest.approx(0.3)
     assert cell.se == pytest.approx((0.14 / 2 / 3) ** 0.5)
-    assert (cell.n, cell.seeds, cell.runs) == (3, [0, 1, 2], ["run0", "run1", "run2"])
+    assert (cell.n, cell.seeds, cell.runs, cell.seconds) == (3, [0, 1, 2], ["run0", "run1", "run2"], 6.0)
     assert cell.commands[1] == "python train.py experiment=x loss=sft seed=1"
     assert str(tmp_path) not in json.dumps(asdict(cell))
-    assert fill(row, SIZE.columns[0], stages[:1], "").se == 9.0  # over prompts
-    absent = fill(row, SIZE.columns[1], stages, "")
+    assert fill_cell(SFT, GAIN, jobs, seeds=(0,)).se == 9.0  # over prompts
+    absent = fill_cell(SFT, TABLE.columns[1], jobs)
     assert (absent.value, absent.failed) == (None, "")
-    failed = fill(SIZE.rows[1], SIZE.columns[0], [], "status 1: no data")
-    table = write_table(ITEM, SIZE, [cell, absent, failed])
-    assert "| SFT | 0.300 ± 0.153 | – | – |" in table
-    assert "| SFT + VAR | failed | – | 1.5 |" in table
-    assert table.endswith("- SFT + VAR failed. status 1: no data")
+    failed = fill_cell(VAR, GAIN, {}, "status 1: no data")
+    text = write_table(TABLE, [cell, absent, failed])
+    assert "| SFT | 0.300 ± 0.153 | – |" in text
+    assert "| SFT+VAR | failed | – |" in text
+    assert "3 seeds; errors are over seeds." in text
+    assert text.endswith("- SFT+VAR failed. status 1: no data")
+
+
+def test_ratio_is_taken_at_each_seed(tmp_path: Path) -> None:
+    column = Column(title="time / SFT's", read=summary("seconds"), ratio_to="SFT")
+    jobs = {}
+    for seed, (own, divisor) in enumerate(((2.0, 1.0), (8.0, 2.0))):
+        for row, value in ((SFT, divisor), (VAR, own)):
+            jobs[row.label, seed] = make_jobs(row, tmp_path, seed)["train"]
+            finish(jobs[row.label, seed], seconds=value)
+    cell = fill_cell(VAR, column, jobs, seeds=(0, 1))
+    assert (cell.value, cell.se) == (3.0, 1.0)
+
+
+def test_readers(tmp_path: Path) -> None:
+    result = tmp_path / "summary.json"
+    result.write_text(json.dumps({"a": {"b": {"mean": 2.0, "se_prompts": 0.5}}, "part": [], "text": "x"}))
+    assert summary("a.b", scale=10)(result, SFT) == (20.0, 5.0)
+    assert summary("text")(result, SFT) == "x"
+    (tmp_path / "metrics.csv").write_text("step,validation/reward,validation/reward_se\n0,0.5,0.1\n4,,\n4,0.7,0.2\n")
+    assert metric("validation/reward", 4)(result, SFT) == (0.7, 0.2)
+    assert metric("validation/reward", 8)(result, SFT) is None
+    records = [{"world": "a", "seed": i, "x": float(i)} for i in range(3)] + [{"world": "b", "seed": 0, "x": 9.0}]
+    result.write_text(json.dumps({"part": records}))
+    row = Row(label="row", where={"world": "a"})
+    mean, error = record("part", "x")(result, row)
+    assert (mean, error) == (1.0, pytest.approx((1 / 3) ** 0.5))
+    assert record("part", "x", world="b")(result, Row(label="r")) == 9.0
+    with pytest.raises(KeyError):
+        record("part", "x", world="c")(result, Row(label="r"))
+
+
+def test_select_hides_rows_that_are_only_continued() -> None:
+    rows = select((SFT, VAR), "SFT+VAR")
+    assert [(row.label, row.shown) for row in rows] == [("SFT+VAR", True), ("SFT", False)]
+    assert "SFT |" not in write_table(Table(rows=rows, columns=(GAIN,)), [])
 
 
 def test_assumptions_are_those_of_the_experiments_and_losses() -> None:
@@ -101,76 +181,189 @@ def test_assumptions_are_those_of_the_experiments_and_losses() -> None:
     assert list_assumptions(["loss=sft"]) == []
 
 
-def test_table_replaces_what_is_between_its_marks() -> None:
+def test_content_replaces_what_is_between_its_marks() -> None:
     text = "a\n<!-- t small -->\nold\n<!-- end of t small -->\nb\n"
     assert insert(text, "t small", "new") == "a\n<!-- t small -->\nnew\n<!-- end of t small -->\nb\n"
     assert insert("a\n", "t small", "new") == "a\n"
 
 
 def test_words_are_items_settings_and_overrides() -> None:
-    assert parse(["table7", "size=paper", "loss.temperature=2"])[0] == ["table7"]
-    _, settings, overrides = parse(["all", "jobs=2", "trainer.max_steps=4"])
-    assert (settings["jobs"], overrides) == ("2", ["trainer.max_steps=4"])
-    with pytest.raises(SystemExit, match="table0 is not an item"):
-        parse(["table0"])
-    with pytest.raises(SystemExit, match="Use seeds="):
-        parse(["table7", "seed=3"])
-    with pytest.raises(SystemExit, match="must be one of true, false"):
-        parse(["table7", "dry=True"])
-    with pytest.raises(SystemExit, match="jobs=0"):
-        parse(["table7", "jobs=0"])
-    with pytest.raises(SystemExit, match="Name one or more"):
-        parse(["size=small"])
+    assert reproduce.parse(["table7", "size=paper", "loss.temperature=2"])[0] == ["table7"]
+    _, settings, overrides = reproduce.parse(["all", "jobs=2", "trainer.max_steps=4", "~loss.x"])
+    assert (settings["jobs"], overrides) == ("2", ["trainer.max_steps=4", "~loss.x"])
+    for words, message in (
+        (["table0"], "table0 is not an item"),
+        (["table7", "seed=3"], "Use seeds="),
+        (["table7", "dry=True"], "must be one of true, false"),
+        (["table7", "jobs=0"], "jobs=0"),
+        (["table7", "tflops=x"], "tflops=x"),
+        (["size=small"], "Name one or more"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            reproduce.parse(words)
+
+
+def test_overrides_go_where_their_key_is() -> None:
+    stages = [("train", train("data=hha", "loss=var")), ("reward", evaluate("data=hha", "reward=sentiment"))]
+    words = ["data.folder=x", "trainer.max_steps=3", "reward:prompts=5"]
+    routed = route(stages, words)
+    assert routed[stages[0]] == ["data.folder=x", "trainer.max_steps=3"]
+    assert routed[stages[1]] == ["data.folder=x", "reward:prompts=5".partition(":")[2]]
+    with pytest.raises(SystemExit) as found:
+        route(stages, ["trainer.max_stepz=3", "judged=no"])
+    assert "data.folder= is needed" in str(found.value)
+    assert "trainer.max_stepz=3: no command has this key" in str(found.value)
+    with pytest.raises(SystemExit, match=r"trainer\.max_steps"):
+        route(stages, ["data.folder=x", "trainer.max_steps=many"])
+
+
+@pytest.mark.parametrize("size", ["small", "paper"])
+def test_every_command_of_every_item_composes(size: str) -> None:
+    """Also those that a command line has to complete, with data that is not here."""
+    stages = [
+        stage
+        for item in ITEMS.values()
+        for table in item.sizes[size]
+        for row in table.rows
+        for stage in row.stages.items()
+    ]
+    folders = {name for name, command in stages if "data=hha" in " ".join(command.words)}
+    assert folders
+    route(list(dict.fromkeys(stages)), ["data.folder=x", "benchmarks.folder=x", "chat:data.path=x"])
+
+
+def test_every_item_has_both_sizes_and_columns_of_its_stages() -> None:
+    assert len(ITEMS) == 15
+    for item in ITEMS.values():
+        assert set(item.sizes) == {"small", "paper"}
+        for table in item.sizes["small"] + item.sizes["paper"]:
+            names = [row.name for row in table.rows if row.shown]
+            assert len(names) == len(set(names))
+            for column in table.columns:
+                assert any(column.stage in row.stages for row in table.rows), column.title
+            for row in table.rows:  # what they need exists
+                list_jobs(table, row, 0, Path("x"), {})
+
+
+def test_rows_and_columns_at_the_papers_size_are_the_papers() -> None:
+    known = yaml.safe_load(PAPER.read_text())
+    for name, paper in known.items():
+        (table,) = ITEMS[name].sizes["paper"]
+        rows = [row.name.replace("-Instruct", "") for row in table.rows if row.shown]
+        if name not in ("table8", "table9"):
+            assert rows == list(paper["rows"]), name
+        if name in ("table1", "table2", "table5", "table6", "table7"):
+            assert [column.title for column in table.columns] == paper["columns"], name
+        for row in paper["rows"].values():
+            assert len(row) == len(paper["columns"]), name
+
+
+def test_jobs_at_once_share_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    assert share_devices(2) == [{"CUDA_VISIBLE_DEVICES": "0,2"}, {"CUDA_VISIBLE_DEVICES": "1,3"}]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
+    assert share_devices(2) == [{"OMP_NUM_THREADS": "4"}] * 2
+    assert share_devices(1) == [{}]
+
+
+def program(text: str, *words: str, result: str = "result.json") -> Command:
+    return Command(("-c", text), words, result)
+
+
+WRITE = "import pathlib, sys; pathlib.Path(sys.argv[1], 'result.json').write_text('{}')"
+
+
+def test_runner_runs_what_is_missing_once(tmp_path: Path) -> None:
+    count = f"{WRITE}; pathlib.Path(sys.argv[1], 'count').open('a').write('x')"
+    shared = Row(label="shared", stages={"train": program(count, "{own}")})
+    rows = [Row(label=f"row {i}", stages={"reward": program(WRITE, "{own}", f"{i}", "{shared}")}) for i in range(4)]
+    table = Table(rows=(shared, *rows), columns=())
+    jobs = [list_jobs(table, row, 0, tmp_path, {})["reward"] for row in rows]
+    assert Runner(3).run_all(jobs) == [""] * 4
+    assert Runner(3).run_all(jobs) == [""] * 4
+    assert (jobs[0].needs["shared"].folder / "count").read_text() == "x"
+    assert all(job.result for job in jobs)
+
+
+def test_failed_command_fails_what_needs_it(tmp_path: Path) -> None:
+    bad = Row(label="bad", stages={"train": program("raise SystemExit('no such data')", "{own}")})
+    row = Row(label="row", stages={"reward": program(WRITE, "{own}", "{bad}")})
+    silent = Row(label="silent", stages={"train": program("", "{own}")})
+    table = Table(rows=(bad, row, silent), columns=())
+    jobs = [*list_jobs(table, row, 0, tmp_path, {}).values(), *list_jobs(table, silent, 0, tmp_path, {}).values()]
+    reasons = Runner().run_all(jobs)
+    assert reasons[0] == "bad failed: status 1: no such data"
+    assert reasons[1].startswith("status 0")  # it has written no result
 
 
 def test_failed_row_is_in_the_table_and_others_continue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    size = Size(
-        words=(), rows=(Row(label="bad", words=("loss=none",)), Row(label="good", words=())), columns=SIZE.columns[:1]
-    )
-    monkeypatch.setitem(ITEMS, "test", Item(title="t", paper_columns=(), sizes={"small": size}))
-    good = make_stages(size, size.rows[1], 0, tmp_path / "small" / "test", [])[0]
-    finish(good, "run", validation={"reward": {"gain": {"mean": 0.5, "se": 0.1}}})
+    bad = Row(label="bad", stages={"train": program("raise SystemExit('no such data')", "{own}")})
+    good = Row(label="good", stages={"train": program(WRITE.replace("{}", '{"x": 0.5}'), "{own}")})
+    column = Column(title="x", read=summary("x"), panel="x")
+    item = Item(title="t", sizes={"small": (Table(rows=(bad, good), columns=(column,)),)})
+    monkeypatch.setitem(ITEMS, "test", item)
     with pytest.raises(SystemExit, match="1 rows failed"):
         reproduce.main(["test", f"folder={tmp_path}", f"out={tmp_path}/out"])
-    ((_, _, cells),) = read_results(tmp_path / "out" / "test")
-    assert [bool(cell.failed) for cell in cells] == [True, False]
-    assert "loss" in cells[0].failed
-    assert cells[1].value == 0.5
+    ((_, cells),) = read_results(tmp_path / "out" / "test")
+    assert [(cell.value, cell.failed) for cell in cells] == [(None, "status 1: no such data"), (0.5, "")]
+    assert (tmp_path / "out" / "test" / "test-small.png").stat().st_size > 1000
+
+
+def test_figures_have_lines_or_bars(tmp_path: Path) -> None:
+    rows = (Row(label="a"), Row(label="b"))
+    lines = tuple(Column(title=f"at {x}", read=summary("x"), panel="y", x=x) for x in (2, 4))
+    bars = tuple(Column(title=f"bar {x}", read=summary("x"), panel="z") for x in (2, 4))
+    table = Table(rows=rows, columns=lines + bars)
+    cells = [Cell("", row.label, column.title, value=1.0, se=0.1) for row in rows for column in table.columns]
+    draw(table, cells[:-1], tmp_path / "figure.png")
+    first = (tmp_path / "figure.png").read_bytes()
+    draw(table, cells, tmp_path / "figure.png")
+    assert first != (tmp_path / "figure.png").read_bytes()
+
+
+def test_downloads_have_their_licences() -> None:
+    found = list_downloads(train("experiment=table2", "model=qwen2.5-3b", "loss=var"))
+    assert "not commercial" in found["Qwen/Qwen2.5-3B"]
+    assert found["NCSOFT/offsetbias"] == "bsd-3-clause"
+    assert "gated" in list_downloads(train("experiment=table1"))["meta-llama/Llama-3.2-1B"]
+    assert list_downloads(train("experiment=frontier")) == {}
 
 
 @pytest.mark.parametrize("name", ITEMS)
 def test_published_tables_are_made_from_their_results(name: str) -> None:
-    for size, readme, cells in read_results(ROOT / "experiments" / name):
-        text = readme.read_text()
+    folder = ROOT / "experiments" / name
+    text = (folder / "README.md").read_text()
+    for size, cells in read_results(folder):
         assert f"<!-- {name} {size} -->" in text
-        assert insert(text, f"{name} {size}", write_table(ITEMS[name], ITEMS[name].sizes[size], cells)) == text
+        assert insert(text, f"{name} {size}", write_item(name, ITEMS[name], size, cells)) == text
+        assert not [cell for cell in cells if cell.failed]
+    if paper := write_paper_table(name):
+        assert "<!-- arXiv 2502.11026 -->" in text
+        assert insert(text, "arXiv 2502.11026", paper) == text
 
 
 MINIATURE = [
-    "data=arithmetic", "data.source.problems=24", "data.validation_prompts=4", "generate.max_new_tokens=6",
-    "eval.sampling.max_new_tokens=6", "trainer.max_steps=2", "data.on_template_change=count", "reward=near_number",
-    "strategy=auto",
+    "experiment=null", "model=smollm2-135m", "data=arithmetic", "data.source.problems=24", "data.validation_prompts=4",
+    "generate.max_new_tokens=6", "train:eval.sampling.max_new_tokens=6", "train:trainer.max_steps=2",
+    "data.on_template_change=count", "reward=near_number", "strategy=auto",
 ]  # fmt: skip
 
 
 @pytest.mark.long
 def test_killed_driver_gives_the_same_results(tiny_folder: Path, tmp_path: Path) -> None:
     """Killed twice at a random time; seconds and commands differ, as folders do."""
-    draw = random.Random(0)
-
-    def command(name: str) -> list[str]:
-        places = [f"{key}={tmp_path}/{name}/{key}" for key in ("folder", "out", "cache", "annotation_cache")]
-        own = [*MINIATURE, f"model.path={tiny_folder}", *places]
-        return [sys.executable, "-m", "experiments.reproduce", "table7", *own]
+    draw_time = random.Random(0)
 
     def start(name: str) -> subprocess.Popen[bytes]:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        return subprocess.Popen(command(name), cwd=ROOT, env=environment)
+        places = [f"{key}={tmp_path}/{name}/{key}" for key in ("folder", "out", "cache", "annotation_cache")]
+        words = ["table7", "seeds=0", *MINIATURE[3:], f"model.path={tiny_folder}", *places]
+        return subprocess.Popen([sys.executable, "-m", "experiments.reproduce", *words], cwd=ROOT)
 
     assert start("straight").wait() in (0, 1)
     for _ in range(2):
         process = start("killed")
-        time.sleep(draw.uniform(5, 25))
+        time.sleep(draw_time.uniform(5, 25))
         process.kill()
         process.wait()
         time.sleep(3)  # its run ends with it, and saves
@@ -178,6 +371,6 @@ def test_killed_driver_gives_the_same_results(tiny_folder: Path, tmp_path: Path)
     found = []
     for name in ("straight", "killed"):
         records = json.loads((tmp_path / name / "out" / "table7" / "results-small.json").read_text())
-        found.append([{k: v for k, v in record.items() if k != "commands"} for record in records])
+        found.append([{k: v for k, v in entry.items() if k not in ("commands", "seconds")} for entry in records])
     assert found[0] == found[1]
-    assert sum(record["value"] is not None for record in found[0]) > 10
+    assert sum(entry["value"] is not None for entry in found[0]) > 10
