@@ -1,5 +1,6 @@
 """Run the commands of tables: each once, in a folder that is named after it, after the commands that it needs."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ from threading import Lock
 
 from experiments.items.base import Command, Row, Table
 from var.utils.device_locks import name_devices
+from var.utils.files import atomic
 from var.utils.signals import end_with_parent
 
 ROOT = Path(__file__).parents[1]
@@ -152,18 +154,23 @@ class Runner:
         job.folder.mkdir(parents=True, exist_ok=True)
         log, times = job.folder / "output.log", job.folder / "seconds.txt"
         words = [*job.words, *(self.launcher if job.command.program[0] in LAUNCHED else ())]
-        started = time.monotonic()
-        with log.open("w") as output:
-            done = subprocess.run(
-                [sys.executable, *words], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
-                env={**os.environ, **environment},
-                preexec_fn=lambda: end_with_parent(signal.SIGTERM),  # it saves, and the next start resumes it
-            ).returncode  # fmt: skip
-        with times.open("a") as file:
-            file.write(f"{time.monotonic() - started:.1f}\n")
+        with (job.folder / "lock").open("w") as lock:  # its processes inherit it, and may live longer than a driver
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if job.result is not None:  # of another driver
+                return ""
+            started = time.monotonic()
+            with log.open("w") as output:
+                done = subprocess.run(
+                    [sys.executable, *words], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
+                    env={**os.environ, **environment}, pass_fds=(lock.fileno(),),
+                    preexec_fn=lambda: end_with_parent(signal.SIGTERM),  # it saves, and the next start resumes it
+                ).returncode  # fmt: skip
+            with times.open("a") as file:
+                file.write(f"{time.monotonic() - started:.1f}\n")
         if done == 0 and any(job.folder.glob(job.command.result)):
             spent = sum(map(float, times.read_text().split()))
-            (job.folder / DONE).write_text(json.dumps({"seconds": round(spent, 1), "command": words}))
+            with atomic(job.folder / DONE) as file:
+                json.dump({"seconds": round(spent, 1), "command": words}, file)
             return ""
         lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
         return f"status {done}: {' '.join(lines[-TAIL:])[-300:]}"
