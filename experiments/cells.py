@@ -15,6 +15,7 @@ from experiments.items.base import Column, Item, Row, Table
 from experiments.jobs import ROOT, Job
 
 PAPER = ROOT / "experiments" / "paper.yaml"
+PAPER_MARK = "arXiv 2502.11026"
 
 
 @dataclass
@@ -252,12 +253,13 @@ def publish(name: str, item: Item, size: str, cells: Sequence[Cell], out: Path) 
             own = [cell for cell in cells if cell.table == table.title]
             draw(table, own, folder / name_figure(name, item, size, table))
     readme, text = folder / "README.md", write_item(name, item, size, cells)
+    paper = write_paper_table(name)
     if readme.exists():
         before = readme.read_text()
         if f"<!-- {name} {size} -->" not in before:
             print(f"{readme} has no mark <!-- {name} {size} -->, so the tables are not in it")
-        readme.write_text(insert(before, f"{name} {size}", text))
-    print(f"\n{item.title}\n\n{text}\n")
+        readme.write_text(insert(insert(before, f"{name} {size}", text), PAPER_MARK, paper or ""))
+    print(f"\n{item.title}\n\n{text}\n" + (f"\nThe paper's:\n\n{paper}\n" if paper else ""))
 
 
 def read_results(folder: Path) -> Iterator[tuple[str, list[Cell]]]:

@@ -124,11 +124,9 @@ def _estimate_training(cfg: DictConfig, speed: float) -> Estimate:
             operations += SCORING * once * (scored * reward + read * parameters)
         if online is not None:
             operations += SCORING * parameters * work.tokens / SAMPLING_SPEED
-        if "candidate_rewards" in inputs:
-            count = run.data.requirements and cfg.loss.estimator.candidates
-            operations += (
-                work.rows * count * cfg.generate.max_new_tokens * SCORING * (parameters / SAMPLING_SPEED + reward)
-            )
+        if "candidates" in inputs:
+            tokens = work.rows * cfg.loss.estimator.candidates * cfg.generate.max_new_tokens
+            operations += tokens * SCORING * (parameters / SAMPLING_SPEED + reward)
     return Estimate(work.describe(), operations / speed, checkpoint + export, memory)
 
 

@@ -29,7 +29,7 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).parents[1])  # as a script
 
-from experiments.cells import Cell, fill, publish, write_paper_table
+from experiments.cells import Cell, fill, publish
 from experiments.items import ITEMS
 from experiments.items.base import Command, Table
 from experiments.jobs import ROOT, Job, Runner, list_jobs
@@ -143,9 +143,6 @@ def main(words: Sequence[str]) -> None:
         show(work, float(settings["tflops"]))
         return
     failed = [(name, cell.row) for name in names for cell in reproduce(name, settings, routed) if cell.failed]
-    for name in names:
-        if (paper := write_paper_table(name)) and settings["size"] == "paper":
-            print(f"The paper's numbers:\n\n{paper}\n")
     if failed:
         raise SystemExit(f"{len(set(failed))} rows failed; see the table")
 

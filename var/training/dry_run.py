@@ -122,12 +122,13 @@ def count_work(run: Run) -> Work | None:
         sequences = data.training_set.unit == "sequence" and cfg.data.responses in ("auto", "both", "all")
         each = getattr(data.source, "expected_responses", 1) if sequences and not online else 1
         steps = -(-max(0, limited) * each // cfg.data.global_batch) * epochs
-        together = {"pair": 2, "group": cfg.generate.responses}.get(data.training_set.unit, 1)
+        several = {"pair": 2, "group": cfg.generate.responses}.get(data.training_set.unit, 1)
+        together = cfg.generate.responses if online else several
         tokens = steps * cfg.data.global_batch * together * cfg.data.max_length
     if online:
         steps *= online.passes
-    if cfg.trainer.max_steps > 0:
-        steps = min(steps, cfg.trainer.max_steps)
+    if 0 < cfg.trainer.max_steps < steps:
+        steps, tokens = cfg.trainer.max_steps, tokens * cfg.trainer.max_steps // steps
     return Work(rows, bool(data.report.rows), planned, epochs, steps, tokens)
 
 
