@@ -43,6 +43,8 @@ def read_prompts(cfg: DictConfig, cache: Path) -> Prompts:
         rows = read(instantiate(part.source), cache)
         if rows.description:
             say(f"{part.name}: {rows.description}")
+        if rows.left_out:
+            say(f"{part.name}: {rows.left_out} records are skipped, such as those with an empty text")
         rows = draw(rows, settings)
         held_out = part.name in cfg.held_out if isinstance(cfg.held_out, ListConfig) else cfg.held_out
         if held_out:
