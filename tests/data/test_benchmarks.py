@@ -136,10 +136,7 @@ def test_questions_with_another_number_of_turns_are_an_error(tmp_path: Path):
     folder = write_mt_bench(tmp_path / "mt")
     record = json.loads((folder / "question.jsonl").read_text().splitlines()[0])
     write_lines(folder / "question.jsonl", [{**record, "turns": record["turns"][:1]}])
-    assert (
-        "question.jsonl:1: a question of MT-Bench has 2 turns, got 1"
-        in error_of(MTBench(path=str(folder)), tmp_path)[1]
-    )
+    assert "question.jsonl:1: number of turns: expected 2, got 1" in error_of(MTBench(path=str(folder)), tmp_path)[1]
 
 
 def test_several_choices_of_an_answer_are_an_error(tmp_path: Path):

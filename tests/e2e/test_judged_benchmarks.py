@@ -97,13 +97,14 @@ def test_subsets_of_mt_bench_are_its_categories(tiny_folder: Path, tmp_path: Pat
     assert {name: part["n"] for name, part in rates["subsets"].items()} == {"math": 1, "writing": 2}
 
 
-def test_skipped_outputs_are_reported(tiny_folder: Path, tmp_path: Path):
-    file = write_alpaca_eval(tmp_path / "files" / "alpaca_eval")
-    file.write_text(file.read_text().replace("baseline 1", ""))
+def test_empty_outputs_and_repeated_prompts_are_reported(tiny_folder: Path, tmp_path: Path):
+    file = write_alpaca_eval(tmp_path / "files" / "alpaca_eval", 4)
+    file.write_text(file.read_text().replace("baseline 1", "").replace("Name 3", "Name 0"))
     with served(prefer_baseline) as server:
         printed = check_run("eval.py", *list_options("alpaca_eval", tmp_path, tiny_folder, server.base_url))
         assert len(server.bodies) == 2
-    assert "alpaca_eval: 1 records are skipped, such as those with an empty text" in printed
+    assert "alpaca_eval: records that are skipped, such as those with an empty text: 1\n" in printed
+    assert "alpaca_eval: 2 of 2 prompts, held out or not (1 rows repeat an earlier prompt)" in printed
 
 
 def test_invalid_files_are_an_error_before_a_request(tiny_folder: Path, tmp_path: Path):

@@ -171,7 +171,7 @@ class QuestionFiles(Benchmark):
             raise ValueError(f"not a question of {self.title}: expected the category {expected}, got {category!r}")
         turns = question["turns"] if "turns" in question else [question["prompt"]]
         if len(turns) != self.turns:
-            raise ValueError(f"a question of {self.title} has {self.turns} turns, got {len(turns)}")
+            raise ValueError(f"number of turns: expected {self.turns}, got {len(turns)}")
         if not answers:
             raise ValueError(f"{self.names[1]} has no answer to it (row {id})")
         if len(answers) > 1:
