@@ -103,7 +103,7 @@ def test_empty_outputs_and_repeated_prompts_are_reported(tiny_folder: Path, tmp_
     with served(prefer_baseline) as server:
         printed = check_run("eval.py", *list_options("alpaca_eval", tmp_path, tiny_folder, server.base_url))
         assert len(server.bodies) == 2
-    assert "alpaca_eval: records that are skipped, such as those with an empty text: 1\n" in printed
+    assert "alpaca_eval: skipped records (for example, with an empty text): 1\n" in printed
     assert "alpaca_eval: 2 of 2 prompts, held out or not (1 rows repeat an earlier prompt)" in printed
 
 
@@ -162,8 +162,8 @@ def real_judge(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.long
 @pytest.mark.parametrize("data", WRITERS)
 def test_real_model_judges_a_benchmark(data: str, real_judge: str, smollm2: Path, tiny_folder: Path, tmp_path: Path):
-    """SmolLM2 writes hardly a verdict, and this server has no log-probabilities: errors are counted by kind, and the
-    win rate is missing unless a pair has a verdict. The replies are cached, so the same command needs no server."""
+    """SmolLM2 rarely writes a verdict, and this server has no log-probabilities. Errors are counted by kind, and
+    there is no win rate unless a pair has a verdict. The replies are cached, so the same command sends no request."""
     limit = 1 if data == "alpaca_eval" else 24
     options = [
         *list_options(data, tmp_path, tiny_folder, real_judge, prompts=2), f"judge.client.model={smollm2}",

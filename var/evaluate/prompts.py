@@ -44,7 +44,7 @@ def read_prompts(cfg: DictConfig, cache: Path) -> Prompts:
         if rows.description:
             say(f"{part.name}: {rows.description}")
         if rows.left_out:
-            say(f"{part.name}: records that are skipped, such as those with an empty text: {rows.left_out}")
+            say(f"{part.name}: skipped records (for example, with an empty text): {rows.left_out}")
         rows = draw(rows, settings)
         held_out = part.name in cfg.held_out if isinstance(cfg.held_out, ListConfig) else cfg.held_out
         if held_out:

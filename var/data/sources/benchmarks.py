@@ -187,7 +187,7 @@ class QuestionFiles(Benchmark):
 
 @dataclass(frozen=True, kw_only=True)
 class ArenaHard(QuestionFiles):
-    """Read the 500 questions of Arena-Hard 0.1, in the benchmark's old form (`turns`) or its new one (`prompt`)."""
+    """Read Arena-Hard 0.1: 500 questions, in FastChat's form (`turns`, `choices`) or the newer one (`prompt`, `messages`)."""
 
     baseline: str = "gpt-4-0314"  # the model in model_answer/
     path: str | None = None  # a folder, or its question.jsonl; None: read the hub
