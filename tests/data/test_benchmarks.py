@@ -139,12 +139,18 @@ def test_questions_with_another_number_of_turns_are_an_error(tmp_path: Path):
     assert "question.jsonl:1: number of turns: expected 2, got 1" in error_of(MTBench(path=str(folder)), tmp_path)[1]
 
 
-def test_several_choices_of_an_answer_are_an_error(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ({"choices": [{"turns": ["a", "b"]}] * 2}, "expected one choice, got 2"),
+        ({"choices": [{"turns": []}]}, "it has no turn of the assistant"),
+        ({"messages": [{"role": "user", "content": "Draw 0 birds."}]}, "it has no turn of the assistant"),
+        ({"messages": [{"role": "assistant", "content": {"text": "a"}}]}, "missing 'answer'"),
+        ({}, "missing 'messages'"),
+    ],
+)
+def test_answer_without_one_text_is_an_error(answer, message: str, tmp_path: Path):
     folder = write_mt_bench(tmp_path / "mt", 1)
-    file = folder / "model_answer" / "gpt-3.5-turbo.jsonl"
-    record = json.loads(file.read_text())
-    write_lines(file, [{**record, "choices": record["choices"] * 2}])
-    assert (
-        "its answer in gpt-3.5-turbo.jsonl:1 cannot be read: expected one choice, got 2"
-        in error_of(MTBench(path=str(folder)), tmp_path)[1]
-    )
+    write_lines(folder / "model_answer" / "gpt-3.5-turbo.jsonl", [{"question_id": 81, **answer}])
+    found = error_of(MTBench(path=str(folder)), tmp_path)
+    assert found[1].endswith(f"its answer in gpt-3.5-turbo.jsonl:1 cannot be read: {message}")

@@ -187,7 +187,10 @@ class QuestionFiles(Benchmark):
 
 @dataclass(frozen=True, kw_only=True)
 class ArenaHard(QuestionFiles):
-    """Read Arena-Hard 0.1: 500 questions, in FastChat's form (`turns`, `choices`) or the newer one (`prompt`, `messages`)."""
+    """Read the 500 questions of Arena-Hard 0.1.
+
+    The files are in FastChat's form (`turns`, `choices`) or in the benchmark's newer one (`prompt`, `messages`).
+    """
 
     baseline: str = "gpt-4-0314"  # the model in model_answer/
     path: str | None = None  # a folder, or its question.jsonl; None: read the hub
@@ -229,12 +232,16 @@ def get_id(record: Mapping[str, Any]) -> str:
 
 
 def get_answer(record: Mapping[str, Any]) -> str:
-    """Return the answer to the first turn: in FastChat's form (`choices`) or Arena-Hard's new one (`messages`)."""
+    """Return the answer to the first turn: in FastChat's form (`choices`) or Arena-Hard's newer one (`messages`)."""
     if "choices" not in record:
-        return get_text(record["messages"][1]["content"])
-    if len(record["choices"]) != 1:
+        turns = [message["content"] for message in record["messages"] if message["role"] == "assistant"]
+    elif len(record["choices"]) == 1:
+        turns = record["choices"][0]["turns"]
+    else:
         raise ValueError(f"expected one choice, got {len(record['choices'])}")
-    return get_text(record["choices"][0]["turns"][0])
+    if not turns:
+        raise ValueError("it has no turn of the assistant")
+    return get_text(turns[0])
 
 
 def get_text(value: Any) -> str:
