@@ -163,7 +163,7 @@ def real_judge(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.parametrize("data", WRITERS)
 def test_real_model_judges_a_benchmark(data: str, real_judge: str, smollm2: Path, tiny_folder: Path, tmp_path: Path):
     """SmolLM2 rarely writes a verdict, and this server has no log-probabilities. Errors are counted by kind, and
-    a win rate is reported only if a pair has a verdict. The replies are cached, so the same command sends no request."""
+    a win rate is reported only if a pair has a verdict. The replies are cached, so a second run sends nothing."""
     limit = 1 if data == "alpaca_eval" else 24
     options = [
         *list_options(data, tmp_path, tiny_folder, real_judge, prompts=2), f"judge.client.model={smollm2}",
