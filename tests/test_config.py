@@ -243,8 +243,9 @@ def test_values_of_the_environment_are_not_saved(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(
     "data",
-    ["hh_rlhf", "offsetbias", "ultrafeedback", "preferences data.path=a/b", "files data.path=a/b"],
-)
+    ["hh_rlhf", "offsetbias", "ultrafeedback", "alpaca_eval", "arena_hard", "mt_bench", "preferences data.path=a/b",
+     "files data.path=a/b"],
+)  # fmt: skip
 def test_everything_from_the_hub_can_be_pinned(data: str) -> None:
     """Also the members of an ensemble, and the rewards of evaluations."""
     pinned = [

@@ -537,7 +537,7 @@ def test_files_of_equal_name_size_and_time_are_distinguished(tmp_path, monkeypat
 
 
 def test_every_adapter_has_a_yaml_with_all_its_fields():
-    assert len(CONF) == 9
+    assert len(CONF) == 12
     for file in CONF:
         config: DictConfig = OmegaConf.create(OmegaConf.to_container(composed(f"data={file.stem}").data))
         target = get_class(config.source._target_)

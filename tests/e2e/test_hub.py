@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.benchmarks import write_alpaca_eval, write_arena_hard, write_mt_bench
 from tests.helpers.cli import write_to
-from tests.helpers.hub_server import Hub, client_environment, serve_hub, write_repositories
+from tests.helpers.hub_server import Hub, Repository, client_environment, serve_hub, write_repositories
 from tests.helpers.runs import ROOT, run_folder, same_folders
 
 pytestmark = pytest.mark.e2e
@@ -107,6 +108,53 @@ def test_commit_of_a_data_set_is_recorded_and_can_be_set(hub: Hub, repositories:
     assert f"24 NCSOFT/offsetbias@{commit}[train] at commit {commit}" in read(commit)
     assert "NCSOFT/offsetbias has no such revision" in read("0" * 40)
     assert f"24 NCSOFT/offsetbias[train] at commit {commit}" in read(HF_HUB_OFFLINE="1")
+
+
+READ_BENCHMARKS = """
+from pathlib import Path
+from var.data.read import read
+from var.data.sources.benchmarks import AlpacaEval, ArenaHard, MTBench
+from var.utils.errors import UserError
+for source in (AlpacaEval(), ArenaHard(), MTBench(), MTBench(baseline="gpt-4")):
+    try:
+        print(len(read(source, Path("CACHE"))), source.origin)
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_benchmarks_for_judges_are_downloaded_once(tmp_path: Path) -> None:
+    """From data sets and a space, two files at most of each. A baseline without a file is an error."""
+    write_alpaca_eval(tmp_path / "alpaca" / "alpaca_eval_gpt4_baseline.json")
+    write_arena_hard(tmp_path / "arena" / "data" / "arena-hard-v0.1", new=True)
+    write_mt_bench(tmp_path / "mt" / "data" / "mt_bench")
+    sets = {
+        "tatsu-lab/alpaca_eval": Repository(tmp_path / "alpaca"),
+        "lmarena-ai/arena-hard-auto": Repository(tmp_path / "arena"),
+    }
+    spaces = {"lmsys/mt-bench": Repository(tmp_path / "mt")}
+
+    def read(hub: Hub, **environment: str) -> str:
+        variables = client_environment(hub, tmp_path / "home", **environment)
+        command = [sys.executable, "-c", READ_BENCHMARKS.replace("CACHE", str(tmp_path / "cache"))]
+        done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    lines = [f"3 {name} at commit {one.commit}" for name, one in (sets | spaces).items()]
+    with serve_hub(datasets=sets, spaces=spaces) as hub:
+        *read_lines, missing = read(hub).splitlines()
+        assert read_lines == lines
+        assert missing.startswith(
+            "data: lmsys/mt-bench/data/mt_bench/model_answer/gpt-4.jsonl: lmsys/mt-bench lacks a file that is needed"
+        )
+        assert f"Check the files at {hub.url}/spaces/lmsys/mt-bench/tree/main, or set data.path to a" in missing
+        assert len(hub.downloads()) == 5
+        hub.forget()
+        *read_lines, missing = read(hub, HF_HUB_OFFLINE="1").splitlines()
+        assert read_lines == lines
+        assert "run `hf download lmsys/mt-bench --repo-type space` where there is a network" in missing
+        assert not hub.requests
 
 
 READ_MODELS = """

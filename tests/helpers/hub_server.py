@@ -19,9 +19,9 @@ from tests.helpers.runs import ROOT
 
 TOKEN = "hf_" + "x" * 34
 API = re.compile(
-    r"/api/(models|datasets)/([^/]+/[^/]+?)(?:/(revision|tree|paths-info|auth-check)(?:/([^/]+)(?:/(.*))?)?)?"
+    r"/api/(models|datasets|spaces)/([^/]+/[^/]+?)(?:/(revision|tree|paths-info|auth-check)(?:/([^/]+)(?:/(.*))?)?)?"
 )
-FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+FILE = re.compile(r"/(datasets/|spaces/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Hub:
     prefix: str = ""  # path before all addresses, as a mirror may have
     models: dict[str, Repository] = field(default_factory=dict)  # by owner/name
     datasets: dict[str, Repository] = field(default_factory=dict)  # by owner/name
+    spaces: dict[str, Repository] = field(default_factory=dict)  # by owner/name
     breaks: dict[str, int] = field(default_factory=dict)  # by file: break the next download after so many bytes
     keeps_breaking: bool = False  # break later downloads of these files too, before the first byte
     requests: Counter[str] = field(default_factory=Counter)  # by `GET owner/name/file`, `HEAD …` or `GET /api/…`
@@ -114,7 +115,7 @@ def answer(request: BaseHTTPRequestHandler, hub: Hub) -> None:
     else:
         kind, name, revision, rest = found.groups()
         action = "resolve"
-    repositories = hub.datasets if kind and kind.startswith("datasets") else hub.models
+    repositories = {"datasets": hub.datasets, "spaces": hub.spaces}.get((kind or "").rstrip("/"), hub.models)
     token = request.headers.get("Authorization")
     allowed = token == f"Bearer {TOKEN}"
     if token is not None and not allowed:

@@ -1,16 +1,22 @@
-"""A real HTTP server in a thread, whose replies a test scripts."""
+"""A real HTTP server in a thread, whose replies a test scripts, and `transformers serve` with a real model."""
 
 import json
+import os
 import re
 import socket
+import subprocess
+import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from var.utils.http_client import Client
 
@@ -135,3 +141,36 @@ def shown(body: dict[str, Any]) -> tuple[str, str]:
     """Return the two answers, written by a test as <answer …>, in the order in which the judge sees them."""
     first, second = re.findall(r"<answer.*?>", body["messages"][-1]["content"], flags=re.DOTALL)
     return first, second
+
+
+@contextmanager
+def serve_model(folder: Path, log: Path) -> Iterator[str]:
+    """Run `transformers serve` with a model on the CPU; yield its address. Skip the test if its packages are missing.
+
+    log: the file of what the server prints.
+    """
+    for package in ("fastapi", "uvicorn"):
+        pytest.importorskip(package, reason="transformers serve needs pip install 'transformers[serving]'")
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder), "--device", "cpu"]
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port)], stdout=file, stderr=subprocess.STDOUT,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+    try:
+        for _ in range(300):
+            assert process.poll() is None, log.read_text()
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            except OSError:
+                time.sleep(1)
+        else:
+            pytest.fail(f"the server did not start: {log.read_text()}")
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.kill()
+        process.wait()

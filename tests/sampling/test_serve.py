@@ -1,12 +1,6 @@
 """sampler=endpoint with a real server, as a user runs it: `transformers serve` with the packaged SmolLM2 on the CPU."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +9,7 @@ import pytest
 
 from tests.helpers.cli import check_error, check_run, read_summaries, write_to
 from tests.helpers.models import pretrained
-from tests.helpers.servers import client
+from tests.helpers.servers import client, serve_model
 from var.data.messages import Prompt
 from var.models.frozen import FrozenModel
 from var.sampling.base import Samples, Sampling
@@ -32,32 +26,8 @@ PROMPTS = [Prompt([{"role": "user", "content": f"What is 1{i} + 7?"}]) for i in 
 @pytest.fixture(scope="module")
 def server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Yield the address of `transformers serve`. Skip the tests if its packages are missing."""
-    for package in ("fastapi", "uvicorn"):
-        pytest.importorskip(package, reason="transformers serve needs pip install 'transformers[serving]'")
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log.txt"
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(smollm2), "--device", "cpu"]
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port)], stdout=file, stderr=subprocess.STDOUT,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        )  # fmt: skip
-    try:
-        for _ in range(300):
-            assert process.poll() is None, log.read_text()
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
-                break
-            except OSError:
-                time.sleep(1)
-        else:
-            pytest.fail(f"the server did not start: {log.read_text()}")
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        process.kill()
-        process.wait()
+    with serve_model(smollm2, tmp_path_factory.mktemp("server") / "log.txt") as url:
+        yield url
 
 
 @pytest.fixture

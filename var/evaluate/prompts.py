@@ -43,6 +43,8 @@ def read_prompts(cfg: DictConfig, cache: Path) -> Prompts:
         rows = read(instantiate(part.source), cache)
         if rows.description:
             say(f"{part.name}: {rows.description}")
+        if rows.left_out:
+            say(f"{part.name}: skipped records (for example, with an empty text): {rows.left_out}")
         rows = draw(rows, settings)
         held_out = part.name in cfg.held_out if isinstance(cfg.held_out, ListConfig) else cfg.held_out
         if held_out:
@@ -50,7 +52,9 @@ def read_prompts(cfg: DictConfig, cache: Path) -> Prompts:
         subsets = np.array([subset or part.name for subset in rows.texts("subset")])
         chosen = draw_prompts(rows, subsets, cfg.prompts, cfg.seed)
         kind = "held-out prompts; held_out=false uses all" if held_out else "prompts, held out or not"
-        say(f"{part.name}: {len(chosen)} of {len(np.unique(rows.keys))} {kind}")
+        distinct = len(np.unique(rows.keys))
+        repeated = f" ({len(rows) - distinct} rows repeat an earlier prompt)" if distinct < len(rows) else ""
+        say(f"{part.name}: {len(chosen)} of {distinct} {kind}{repeated}")
         parts[part.name], labels[part.name] = rows.select(chosen), subsets[chosen]
     problems = Problems("the data sets are not distinct", shown=5)
     for what, names in (

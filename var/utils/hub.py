@@ -21,7 +21,7 @@ def explain_failure(error: Exception, typed: str, repo: str, advice: str, kind: 
         typed: What the message starts with: the setting and its value, such as `model.path=owner/name`.
         repo: The repository, owner/name.
         advice: What helps without the hub, such as "set model.path to a folder".
-        kind: `model` or `dataset`, as the hub calls it.
+        kind: `model`, `dataset` or `space`, as the hub calls it.
     """
     from huggingface_hub import constants, errors, get_token
 
@@ -31,7 +31,7 @@ def explain_failure(error: Exception, typed: str, repo: str, advice: str, kind: 
         return any(isinstance(cause, kinds) for cause in causes)
 
     status = next((c.response.status_code for c in causes if isinstance(c, errors.HfHubHTTPError)), None)
-    page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repo}"
+    page = f"{constants.ENDPOINT}/{'' if kind == 'model' else f'{kind}s/'}{repo}"
     if any(getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for cause in causes):
         what = (
             f"the disk is full. Free space for {constants.HF_HUB_CACHE}, or set HF_HOME to a folder on another disk. "
@@ -52,7 +52,7 @@ def explain_failure(error: Exception, typed: str, repo: str, advice: str, kind: 
     elif status in (401, 403):
         what = f"the hub rejected the token (status {status}). Set a valid one ({TOKEN}), or unset HF_TOKEN."
     elif constants.is_offline_mode() or caused_by(errors.OfflineModeIsEnabled):
-        option = "" if kind == "model" else " --repo-type dataset"
+        option = "" if kind == "model" else f" --repo-type {kind}"
         what = (
             f"not completely on this machine (searched: {constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE forbids "
             f"downloads. Unset it, or run `hf download {repo}{option}` where there is a network, or {advice}."

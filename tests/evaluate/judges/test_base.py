@@ -188,3 +188,22 @@ def test_yaml_states_all_settings_with_the_class_defaults(name, tmp_path):
     own = {"client": judge.client} if name != "reward" else {"reward": judge.reward}
     assert judge == type(judge)(**own)
     assert name == "reward" or type(judge.request) is dict
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "request_fields", "data", "baseline"),
+    [
+        ("mtbench", "gpt-4o-2024-11-20", {"temperature": 0, "max_tokens": 2048}, "mt_bench", "gpt-3.5-turbo"),
+        ("alpaca_eval_2", "gpt-4-1106-preview",
+         {"temperature": 1, "max_tokens": 1, "logprobs": True, "top_logprobs": 5}, "alpaca_eval", "gpt4_1106_preview"),
+        ("arena_hard", "gpt-4-1106-preview", {"temperature": 0, "max_tokens": 4096}, "arena_hard", "gpt-4-0314"),
+    ],
+)  # fmt: skip
+def test_settings_are_those_of_the_benchmarks(name, model, request_fields, data, baseline, tmp_path):
+    """MT-Bench's judge is the paper's; the others are the public configurations of alpaca_eval 0.6.6 and Arena-Hard."""
+    judge = instantiate(composed(f"+cache={tmp_path}", root=f"judge/{name}").judge)
+    assert (judge.client.model, judge.request) == (model, request_fields)
+    assert judge.orders == ("random" if name == "alpaca_eval_2" else "both")
+    assert getattr(judge, "rule", "paper") == "paper"
+    assert getattr(judge, "bootstraps", 100) == 100
+    assert composed(f"data={data}").data.source.baseline == baseline

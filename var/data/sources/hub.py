@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import datasets
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
@@ -55,6 +55,18 @@ def find_commit(part: Part) -> str | None:
     """
     folders = {Path(file["filename"]).parent.name for file in load(part).cache_files}
     return next((name for name in folders if re.fullmatch("[0-9a-f]{40}", name)), None)
+
+
+def download(repository: str, name: str, revision: str | None, kind: str) -> Path:
+    """Return the local copy of a file of a repository. Raise an `UnavailableError` if there is none.
+
+    kind: what the hub calls the repository, dataset or space.
+    """
+    try:
+        return Path(hf_hub_download(repository, name, revision=revision, repo_type=kind))
+    except Exception as error:  # as in `load`
+        advice = "set data.path to a copy of its files"
+        raise explain_failure(error, f"data: {repository}/{name}", repository, advice, kind) from error
 
 
 def _find_reason(error: Exception, part: Part) -> Exception:
