@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from notebooks.tiny import byte_tokenizer
-from tests.helpers.cli import run, spawn
+from tests.helpers.cli import check_run, run, spawn
 from tests.helpers.models import saved, tiny_model
-from tests.helpers.runs import ROOT
+from tests.helpers.runs import ROOT, write_lines
 from tests.helpers.servers import Broken, completion, served
 from var.data.chat import Chat
 from var.models.packing import pack
@@ -196,6 +196,51 @@ def test_several_data_sets_are_evaluated_together(base: list[str], sampled: Path
         done = run("eval.py", *options, *overrides)
         assert done.returncode == 1, message
         assert message in done.stderr
+
+
+def dialogue(question: str, answer: str) -> str:
+    return f"\n\nHuman: {question}\n\nAssistant: {answer}"
+
+
+def evaluate_on_hh_rlhf(base: list[str], folder: Path, *options: str) -> tuple[str, dict]:
+    """Evaluate on HH-RLHF against the chosen responses. Return what was printed, and the result."""
+    kept = [option for option in base[:-1] if not option.startswith("data.")]
+    words = [
+        *kept, "data=hh_rlhf", *options, "held_out=false", "reference=null", "judge=reward", "against=chosen",
+        "reward=sentiment", f"out={folder}/evals",
+    ]  # fmt: skip
+    printed = check_run("eval.py", *words)
+    return printed, result(words)[1]
+
+
+def test_hh_rlhf_is_evaluated_by_the_subsets_of_hha(base: list[str], tmp_path: Path):
+    """A clone has two of the three helpful subsets. One pair is no pair, and one prompt is in a subset twice."""
+    pairs = [{"chosen": dialogue(q, "good"), "rejected": dialogue(q, "bad")} for q in ("a", "b", "b")]
+    broken = {"chosen": dialogue("a", "good"), "rejected": dialogue("b", "bad")}
+    for i, subset in enumerate(("harmless-base", "helpful-base", "helpful-online")):
+        own = [json.loads(json.dumps(pair).replace("Human: ", f"Human: {i}")) for pair in pairs]
+        (tmp_path / "hh" / subset).mkdir(parents=True)
+        write_lines(tmp_path / "hh" / subset / "test.jsonl", [*own, broken] if i == 0 else own[: 3 - i])
+    printed, found = evaluate_on_hh_rlhf(
+        base, tmp_path, f"data.path={tmp_path}/hh", "data.source.split=test",
+        "data.source.subsets=[harmless-base,helpful-base,helpful-online]",
+    )  # fmt: skip
+    assert "hh_rlhf: 1 records of the data set are skipped" in printed
+    assert "5 of 5 prompts, held out or not (harmless_base 2, helpful_base 2, helpful_online 1)" in printed
+    averages = found["model"]["averages"]
+    assert averages["helpful"]["of"] == ["helpful_base", "helpful_online"]
+    assert averages["helpful"]["without"] == ["helpful_rejection"]
+    assert averages["all"]["of"] == ["harmless_base", "helpful_base", "helpful_online"]
+    assert (found["win_rates"]["all"]["n"], sorted(found["model"]["subsets"])) == (10, averages["all"]["of"])
+
+
+def test_hh_rlhf_file_is_evaluated_as_its_subset(base: list[str], tmp_path: Path, real_data: Path):
+    file = real_data / "hh_rlhf_harmless_base_test.jsonl.gz"
+    printed, found = evaluate_on_hh_rlhf(base, tmp_path, f"data.path={file}", "prompts=2")
+    assert "hh_rlhf: 13 records of the data set are skipped" in printed
+    assert "2 of 2297 prompts, held out or not (harmless_base 2)" in printed
+    assert found["model"]["subsets"]["harmless_base"]["prompts"] == 2
+    assert found["win_rates"]["all"]["n"] == 4
 
 
 def test_answers_come_from_the_chosen_sampler(base: list[str], tmp_path: Path):
