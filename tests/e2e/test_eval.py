@@ -1,22 +1,31 @@
 """eval.py on a tiny random model: known numbers, a second run that computes nothing, rejected inputs."""
 
 import csv
+import importlib.machinery
 import json
 import signal
+import sys
 import threading
+from itertools import groupby
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from notebooks.tiny import byte_tokenizer
 from tests.helpers.cli import check_run, run, spawn
+from tests.helpers.engines import SeededEngine, sampling_params
 from tests.helpers.models import saved, tiny_model
 from tests.helpers.runs import ROOT, write_lines
 from tests.helpers.servers import Broken, completion, served
+from var.annotate import rewards
 from var.data.chat import Chat
+from var.models import frozen
 from var.models.packing import pack
 from var.models.policy import Policy
+from var.models.pretrained import Pretrained
 from var.report.read import EvaluationRecord
 
 pytestmark = pytest.mark.e2e
@@ -256,6 +265,37 @@ def test_answers_come_from_the_chosen_sampler(base: list[str], tmp_path: Path):
         assert found["depends_on"]["answers"]["model"]["model"] == "tiny"
         assert run("eval.py", *options).returncode == 0
         assert len(server.bodies) == 12
+
+
+def test_engine_of_vllm_has_the_gpu_for_itself(
+    base: list[str], tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Neither model and no reward is loaded while an engine runs, for which 0.9 of the memory is reserved."""
+    events: list[str] = []
+
+    class Recorded(SeededEngine):
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(**settings)
+            events.append("engine")
+            self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=lambda: events.append("end")))
+
+    def record(place: Any, name: str, event: str) -> None:
+        original = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *args, **kwargs: (events.append(event), original(*args, **kwargs))[1])
+
+    module = ModuleType("vllm")
+    module.__dict__.update(
+        LLM=Recorded, SamplingParams=sampling_params, __spec__=importlib.machinery.ModuleSpec("vllm", None)
+    )
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    record(Pretrained, "load", "load")
+    record(frozen, "free_memory", "free")
+    record(rewards, "compute_scores", "score")
+    saved(tmp_path / "other", tiny_model(seed=1))
+    places = [f"{name}={tmp_path}/{name}" for name in ("annotation_cache", "cache", "out")]
+    check_run("eval.py", *base[:-3], f"reference={tmp_path}/other", "sampler=vllm", *places)
+    each = ["engine", "end", "load", "free"]
+    assert [event for event, _ in groupby(events)] == [*each, *each, "score"]
 
 
 @pytest.mark.long
