@@ -2,6 +2,7 @@
 
 import ast
 import gzip
+import hashlib
 import json
 import math
 import os
@@ -445,6 +446,16 @@ def test_hha_counts_on_real_data(tmp_path, subset, total, bad, bad_or_empty):
     assert rows.description == f"LoL-RL's files, as published; {len(rows)} rows"
     scores = [[response.score or 0.0 for response in row.responses] for row in rows]
     assert 0.55 < sum(chosen > rejected for chosen, rejected in scores) / len(rows) < 0.67
+
+
+@real
+def test_documented_checksums_are_those_of_the_files():
+    files = [*REAL.glob("hha_test_*"), *REAL.glob("hha_dev*"), REAL / "hha_bad_test_indices.json"]
+    contents = [gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes() for file in files]
+    contents.append((REAL / "hh_rlhf_harmless_base_test.jsonl.gz").read_bytes())
+    text = (ROOT / "docs" / "data.md").read_text()
+    missing = [content[:80] for content in contents if hashlib.sha256(content).hexdigest() not in text]
+    assert (len(contents), missing) == (6, [])
 
 
 @real
