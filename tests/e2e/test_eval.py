@@ -223,7 +223,7 @@ def evaluate_on_hh_rlhf(base: list[str], folder: Path, *options: str) -> tuple[s
 
 
 def test_hh_rlhf_is_evaluated_by_the_subsets_of_hha(base: list[str], tmp_path: Path):
-    """A clone has two of the three helpful subsets. One pair is no pair, and one prompt is in a subset twice."""
+    """A clone has two of the three helpful subsets. One pair has two prompts, and one prompt is in a subset twice."""
     pairs = [{"chosen": dialogue(q, "good"), "rejected": dialogue(q, "bad")} for q in ("a", "b", "b")]
     broken = {"chosen": dialogue("a", "good"), "rejected": dialogue("b", "bad")}
     for i, subset in enumerate(("harmless-base", "helpful-base", "helpful-online")):
@@ -270,7 +270,7 @@ def test_answers_come_from_the_chosen_sampler(base: list[str], tmp_path: Path):
 def test_engine_of_vllm_has_the_gpu_for_itself(
     base: list[str], tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Neither model and no reward is loaded while an engine runs, for which 0.9 of the memory is reserved."""
+    """No model and no reward is loaded while an engine runs, which reserves 0.9 of the GPU's memory."""
     events: list[str] = []
 
     class Recorded(SeededEngine):

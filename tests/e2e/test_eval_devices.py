@@ -161,7 +161,7 @@ def test_vllm_samples_on_all_processes_and_resumes_after_a_kill(
     process.communicate(timeout=300)
     assert process.returncode != 0
     assert not list((tmp_path / "two" / "evals").glob("*/result.json"))
-    found = re.search(r"Answers of the model: (\d+) of 600 prompts × 2 seeds are not cached", start(*command))
+    found = re.search(r"Answers of the model: (\d+) of 1200 are not cached", start(*command))
     assert found is not None
     assert 600 + 2 * 44 <= int(found[1]) <= 2 * 600 - 256
 

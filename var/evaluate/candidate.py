@@ -35,13 +35,13 @@ class Candidate:
     """An annotator whose frozen model is this one."""
 
     def sample(self, rows: Rows, sampling: Sampling, seeds: Sequence[int]) -> Samples:
-        """Sample one answer per prompt and seed. Print before how many there are to sample."""
+        """Sample one answer per prompt and seed. Print first how many answers are missing."""
         settings = [replace(sampling, seed=seed) for seed in seeds]
         tables = [open_responses(self.annotator, own) for own in settings]
         if missing := sum(int(table.missing(rows.keys).sum()) for table in tables):
             say(
-                f"Answers of the {self.name}: {missing} of {len(rows)} prompts × {len(seeds)} seeds are not cached, "
-                f"of up to {sampling.max_new_tokens} tokens each"
+                f"Answers of the {self.name}: {missing} of {len(rows) * len(seeds)} are not cached "
+                f"({len(rows)} prompts, seeds {list(seeds)}, up to {sampling.max_new_tokens} tokens each)"
             )
         drawn = [
             sample_responses(self.annotator, rows, own, f"Answers of the {self.name}, seed {own.seed}", False)

@@ -63,8 +63,8 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 def stage(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     """Show a progress bar on the first rank, and yield the function that advances it by a number of units.
 
-    If there is no terminal, print the title at the start, the time left once, and the bar once at the end. If `total`
-    is 0, print nothing.
+    Without a terminal, print the title at the start, the time left once, and the bar once at the end. If `total` is 0,
+    print nothing.
     """
     if total == 0 or not is_first_rank():
         yield lambda done: None
