@@ -147,7 +147,8 @@ def test_vllm_samples_on_all_processes_and_resumes_after_a_kill(
 ) -> None:
     """A process is killed in its second call. The 256 answers of its first call are not sampled again.
 
-    It is the first of two seeds. Each process has 300 prompts, so at least 44 of each are still missing.
+    It is the first of two seeds. Each process has 300 prompts, so at least 44 are still missing. The other process may
+    have sampled all of its prompts, or none.
     """
     monkeypatch.setenv("PYTHONPATH", install_engine(tmp_path / "path"))
     kept = [option for option in without_benchmarks(options) if not option.startswith("data.")]
@@ -163,7 +164,7 @@ def test_vllm_samples_on_all_processes_and_resumes_after_a_kill(
     assert not list((tmp_path / "two" / "evals").glob("*/result.json"))
     found = re.search(r"Answers of the model: (\d+) of 1200 are not cached", start(*command))
     assert found is not None
-    assert 600 + 2 * 44 <= int(found[1]) <= 2 * 600 - 256
+    assert 600 + 44 <= int(found[1]) <= 2 * 600 - 256, found[0]
 
     results = [read_result(tmp_path / name) for name in ("one", "two")]
     assert results[0][1] == results[1][1]
