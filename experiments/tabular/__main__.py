@@ -17,6 +17,8 @@ from typing import Any
 import torch
 
 from experiments.tabular.worlds import Record
+from var.requirements import Weights, find
+from var.testbed.methods import load_loss
 
 PARTS = {
     "fixed": "Where each weight leads for tabular policies",
@@ -28,6 +30,14 @@ PARTS = {
     "stability": "Losses along training",
 }
 
+
+READINGS = {
+    "in_batch mean": "var",
+    "in_batch sum": "var_sum",
+    "in_batch mean, own": "var_own",
+    "in_batch sum, not in the numerator": "var_literal",
+}
+"""The readings of the paper's Eq. 9 and 10, as the tables name their weights, and their losses."""
 
 SETTINGS = {"temperature", "value", "clip", "rate", "bound"}  # floats that are settings, not measurements
 
@@ -57,10 +67,27 @@ def write(folder: Path, records: dict[str, list[Record]], drawn: Iterable[str]) 
     records = {name: records[name] for name in PARTS if name in records}
     (folder / "tables.json").write_text(json.dumps(records, ensure_ascii=False, indent=0) + "\n")
     sections = [f"## {PARTS[name]}\n\n{format_part(name, found)}" for name, found in records.items()]
-    (folder / "tables.md").write_text("\n".join(sections))
+    (folder / "tables.md").write_text("\n".join([format_readings(), *sections]))
     for name in drawn:
         if name in FIGURES:
             FIGURES[name](records[name], folder / f"{name}.png")
+
+
+def format_readings() -> str:
+    """Return a Markdown table of the readings of the paper's weight."""
+    lines = [
+        "The paper leaves open how its Eq. 9 and 10 are to be read. `loss=var` takes the first of these readings:\n",
+        "| estimator | loss | log π_ref over tokens | of y_j under | π_ref in the numerator |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for label, loss in READINGS.items():
+        weights = find(load_loss(loss).requires, Weights)
+        assert weights is not None
+        estimator: Any = weights.estimator
+        prompt = {"cross": "x_i", "own": "x_j"}[estimator.reference]
+        numerator = "yes" if estimator.reference_in_numerator else "no, as Eq. 10 is printed"
+        lines.append(f"| {label} | `{loss}` | {estimator.reduction} | {prompt} | {numerator} |")
+    return "\n".join([*lines, ""])
 
 
 def format_part(name: str, records: list[Record]) -> str:

@@ -248,6 +248,8 @@ SINGLE: Mapping[str, Weigher] = {  # for one response per prompt
     "in_batch none": wrap(InBatch(reduction="none")),
     "in_batch sum, own": wrap(InBatch(reduction="sum", reference="own")),
     "in_batch mean, own": wrap(InBatch(reduction="mean", reference="own")),
+    "in_batch mean, not in the numerator": wrap(InBatch(reduction="mean", reference_in_numerator=False)),
+    "in_batch sum, not in the numerator": wrap(InBatch(reduction="sum", reference_in_numerator=False)),
     "balance": weigh_balance,
     "global": wrap(Global()),
     "global, capped": cap_weights(wrap(Global())),

@@ -108,6 +108,7 @@ LISTED: tuple[Method, ...] = (
     var_method("var", "var", 1),
     var_method("var_sum", "var_sum", 1),
     var_method("var_own", "var_own", 1),
+    var_method("var_literal", "var_literal", 1),
     var_method("var_prompt", "var_prompt", 4),
     var_method("var_grouped", "var_grouped", 4),
     var_method("var_value", "var_value", 4),

@@ -2,6 +2,7 @@
 
 import ast
 import gzip
+import hashlib
 import json
 import math
 import os
@@ -263,6 +264,21 @@ def test_hh_rlhf_reads_a_clone_by_subset_and_split(tmp_path):
         HHRLHF(path="test.jsonl.gz", split="test")
 
 
+@pytest.mark.parametrize(
+    ("path", "where", "subset"),
+    [
+        ("hh_rlhf_harmless_base_test.jsonl.gz", "hh_rlhf_harmless_base_test.jsonl.gz:1", "harmless_base"),
+        ("hh-rlhf/helpful-rejection-sampled/test.jsonl.gz", "test.jsonl.gz:1", "helpful_rejection"),
+        ("test.jsonl.gz", "test.jsonl.gz:1", None),
+        (None, "Anthropic/hh-rlhf/helpful-online[test]:row 1", "helpful_online"),
+    ],
+)
+def test_hh_rlhf_finds_the_subset_of_each_place(path, where, subset):
+    """A single file, named after its subset or in its folder, and the hub."""
+    record = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
+    assert HHRLHF(path=path).row(where, record).subset == subset
+
+
 def make_completion(text: str, *ratings: object, overall: float = 0.0) -> dict:
     names = ("instruction_following", "honesty", "truthfulness", "helpfulness")
     annotations = {name: {"Rating": rating, "Rationale": ""} for name, rating in zip(names, ratings, strict=True)}
@@ -396,6 +412,12 @@ def test_hha_rows_have_their_subset_and_fingerprint_has_the_order(tmp_path):
         assert [row.subset for row in read(source, tmp_path / "cache")] == ["harmless_base", "helpful_base"]
 
 
+def test_hha_names_files_that_are_not_the_published_ones(tmp_path):
+    write_lines(tmp_path / "d" / "helpful_base.json", make_hha())
+    rows = read(HHA(folder=str(tmp_path / "d"), skip_bad=False), tmp_path / "cache")
+    assert rows.description == "not as LoL-RL published them: helpful_base.json; 1 rows"
+
+
 def test_hha_names_missing_files(tmp_path):
     write_lines(tmp_path / "d" / "hha_test_helpful_base.jsonl", make_hha())
     with pytest.raises(UserError, match=r"missing hha_bad.*list of bad rows.*skip_bad=false"):
@@ -421,8 +443,19 @@ def test_hha_counts_on_real_data(tmp_path, subset, total, bad, bad_or_empty):
     assert (len(records), sum(record is None for _, record in records)) == (total, bad)
     rows = read(source, tmp_path)
     assert (len(rows), rows.left_out) == (total - bad_or_empty, bad_or_empty)
+    assert rows.description == f"LoL-RL's files, as published; {len(rows)} rows"
     scores = [[response.score or 0.0 for response in row.responses] for row in rows]
     assert 0.55 < sum(chosen > rejected for chosen, rejected in scores) / len(rows) < 0.67
+
+
+@real
+def test_documented_checksums_are_those_of_the_files():
+    files = [*REAL.glob("hha_test_*"), *REAL.glob("hha_dev*"), REAL / "hha_bad_test_indices.json"]
+    contents = [gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes() for file in files]
+    contents.append((REAL / "hh_rlhf_harmless_base_test.jsonl.gz").read_bytes())
+    text = (ROOT / "docs" / "data.md").read_text()
+    missing = [content[:80] for content in contents if hashlib.sha256(content).hexdigest() not in text]
+    assert (len(contents), missing) == (6, [])
 
 
 @real

@@ -1,22 +1,31 @@
 """eval.py on a tiny random model: known numbers, a second run that computes nothing, rejected inputs."""
 
 import csv
+import importlib.machinery
 import json
 import signal
+import sys
 import threading
+from itertools import groupby
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from notebooks.tiny import byte_tokenizer
-from tests.helpers.cli import run, spawn
+from tests.helpers.cli import check_run, run, spawn
+from tests.helpers.engines import SeededEngine, sampling_params
 from tests.helpers.models import saved, tiny_model
-from tests.helpers.runs import ROOT
+from tests.helpers.runs import ROOT, write_lines
 from tests.helpers.servers import Broken, completion, served
+from var.annotate import rewards
 from var.data.chat import Chat
+from var.models import frozen
 from var.models.packing import pack
 from var.models.policy import Policy
+from var.models.pretrained import Pretrained
 from var.report.read import EvaluationRecord
 
 pytestmark = pytest.mark.e2e
@@ -198,6 +207,51 @@ def test_several_data_sets_are_evaluated_together(base: list[str], sampled: Path
         assert message in done.stderr
 
 
+def dialogue(question: str, answer: str) -> str:
+    return f"\n\nHuman: {question}\n\nAssistant: {answer}"
+
+
+def evaluate_on_hh_rlhf(base: list[str], folder: Path, *options: str) -> tuple[str, dict]:
+    """Evaluate on HH-RLHF against the chosen responses. Return what was printed, and the result."""
+    kept = [option for option in base[:-1] if not option.startswith("data.")]
+    words = [
+        *kept, "data=hh_rlhf", *options, "held_out=false", "reference=null", "judge=reward", "against=chosen",
+        "reward=sentiment", f"out={folder}/evals",
+    ]  # fmt: skip
+    printed = check_run("eval.py", *words)
+    return printed, result(words)[1]
+
+
+def test_hh_rlhf_is_evaluated_by_the_subsets_of_hha(base: list[str], tmp_path: Path):
+    """A clone has two of the three helpful subsets. One pair has two prompts, and one prompt is in a subset twice."""
+    pairs = [{"chosen": dialogue(q, "good"), "rejected": dialogue(q, "bad")} for q in ("a", "b", "b")]
+    broken = {"chosen": dialogue("a", "good"), "rejected": dialogue("b", "bad")}
+    for i, subset in enumerate(("harmless-base", "helpful-base", "helpful-online")):
+        own = [json.loads(json.dumps(pair).replace("Human: ", f"Human: {i}")) for pair in pairs]
+        (tmp_path / "hh" / subset).mkdir(parents=True)
+        write_lines(tmp_path / "hh" / subset / "test.jsonl", [*own, broken] if i == 0 else own[: 3 - i])
+    printed, found = evaluate_on_hh_rlhf(
+        base, tmp_path, f"data.path={tmp_path}/hh", "data.source.split=test",
+        "data.source.subsets=[harmless-base,helpful-base,helpful-online]",
+    )  # fmt: skip
+    assert "hh_rlhf: 1 records of the data set are skipped" in printed
+    assert "5 of 5 prompts, held out or not (harmless_base 2, helpful_base 2, helpful_online 1)" in printed
+    averages = found["model"]["averages"]
+    assert averages["helpful"]["of"] == ["helpful_base", "helpful_online"]
+    assert averages["helpful"]["without"] == ["helpful_rejection"]
+    assert averages["all"]["of"] == ["harmless_base", "helpful_base", "helpful_online"]
+    assert (found["win_rates"]["all"]["n"], sorted(found["model"]["subsets"])) == (10, averages["all"]["of"])
+
+
+def test_hh_rlhf_file_is_evaluated_as_its_subset(base: list[str], tmp_path: Path, real_data: Path):
+    file = real_data / "hh_rlhf_harmless_base_test.jsonl.gz"
+    printed, found = evaluate_on_hh_rlhf(base, tmp_path, f"data.path={file}", "prompts=2")
+    assert "hh_rlhf: 13 records of the data set are skipped" in printed
+    assert "2 of 2297 prompts, held out or not (harmless_base 2)" in printed
+    assert found["model"]["subsets"]["harmless_base"]["prompts"] == 2
+    assert found["win_rates"]["all"]["n"] == 4
+
+
 def test_answers_come_from_the_chosen_sampler(base: list[str], tmp_path: Path):
     with served(lambda body, before: completion(f"the answer is {body['seed'] % 7}")) as server:
         client = [f"sampler.client.base_url={server.base_url}", "sampler.client.model=tiny"]
@@ -211,6 +265,37 @@ def test_answers_come_from_the_chosen_sampler(base: list[str], tmp_path: Path):
         assert found["depends_on"]["answers"]["model"]["model"] == "tiny"
         assert run("eval.py", *options).returncode == 0
         assert len(server.bodies) == 12
+
+
+def test_engine_of_vllm_has_the_gpu_for_itself(
+    base: list[str], tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """No model and no reward is loaded while an engine runs, which reserves 0.9 of the GPU's memory."""
+    events: list[str] = []
+
+    class Recorded(SeededEngine):
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(**settings)
+            events.append("engine")
+            self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=lambda: events.append("end")))
+
+    def record(place: Any, name: str, event: str) -> None:
+        original = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *args, **kwargs: (events.append(event), original(*args, **kwargs))[1])
+
+    module = ModuleType("vllm")
+    module.__dict__.update(
+        LLM=Recorded, SamplingParams=sampling_params, __spec__=importlib.machinery.ModuleSpec("vllm", None)
+    )
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    record(Pretrained, "load", "load")
+    record(frozen, "free_memory", "free")
+    record(rewards, "compute_scores", "score")
+    saved(tmp_path / "other", tiny_model(seed=1))
+    places = [f"{name}={tmp_path}/{name}" for name in ("annotation_cache", "cache", "out")]
+    check_run("eval.py", *base[:-3], f"reference={tmp_path}/other", "sampler=vllm", *places)
+    each = ["engine", "end", "load", "free"]
+    assert [event for event, _ in groupby(events)] == [*each, *each, "score"]
 
 
 @pytest.mark.long

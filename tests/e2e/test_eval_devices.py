@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.helpers.cli import check_error, check_run, spawn
+from tests.helpers.engines import install_engine
 from tests.helpers.models import saved, tiny_model
 from tests.helpers.runs import ROOT, composed, write_lines
 from tests.helpers.servers import Broken, completion, served
@@ -54,7 +55,8 @@ def read_result(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return result.json without the facts about this run, and answers.jsonl."""
     (place,) = (folder / "evals").iterdir()
     result = json.loads((place / "result.json").read_text())
-    del result["depends_on"], result["benchmarks"]["command"]
+    del result["depends_on"]
+    result.get("benchmarks", {}).pop("command", None)
     return result, [json.loads(line) for line in (place / "answers.jsonl").read_text().splitlines()]
 
 
@@ -137,6 +139,36 @@ def test_processes_end_with_a_killed_launcher(options: list[str], tmp_path: Path
         while (left := [pid for pid in children if Path(f"/proc/{pid}").exists()]) and time.monotonic() < until:
             time.sleep(0.2)
         assert not left
+
+
+@pytest.mark.long
+def test_vllm_samples_on_all_processes_and_resumes_after_a_kill(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process is killed in its second call. The 256 answers of its first call are not sampled again.
+
+    It is the first of two seeds. Each process has 300 prompts, so at least 44 are still missing. The other process may
+    have sampled all of its prompts, or none.
+    """
+    monkeypatch.setenv("PYTHONPATH", install_engine(tmp_path / "path"))
+    kept = [option for option in without_benchmarks(options) if not option.startswith("data.")]
+    write_lines(tmp_path / "prompts.jsonl", [{"prompt": f"{i}?", "answer": "1"} for i in range(600)])
+    words = [*kept, "sampler=vllm", "data=files", f"data.path={tmp_path}/prompts.jsonl", "held_out=false"]
+    start(str(ROOT / "eval.py"), "devices=1", *words, *write_to(tmp_path / "one"))
+
+    command = [str(ROOT / "eval.py"), "devices=2", *words, *write_to(tmp_path / "two")]
+    monkeypatch.setenv("VAR_KILL", f"2 {tmp_path}/killed")
+    process = spawn(*command)
+    process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert not list((tmp_path / "two" / "evals").glob("*/result.json"))
+    found = re.search(r"Answers of the model: (\d+) of 1200 are not cached", start(*command))
+    assert found is not None
+    assert 600 + 44 <= int(found[1]) <= 2 * 600 - 256, found[0]
+
+    results = [read_result(tmp_path / name) for name in ("one", "two")]
+    assert results[0][1] == results[1][1]
+    assert_same(results[1][0], results[0][0])
 
 
 def find_children(pid: int) -> list[int]:

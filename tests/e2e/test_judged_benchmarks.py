@@ -103,8 +103,8 @@ def test_empty_outputs_and_repeated_prompts_are_reported(tiny_folder: Path, tmp_
     with served(prefer_baseline) as server:
         printed = check_run("eval.py", *list_options("alpaca_eval", tmp_path, tiny_folder, server.base_url))
         assert len(server.bodies) == 2
-    assert "alpaca_eval: skipped records (for example, with an empty text): 1\n" in printed
-    assert "alpaca_eval: 2 of 2 prompts, held out or not (1 rows repeat an earlier prompt)" in printed
+    assert "alpaca_eval: 1 records of the data set are skipped\n" in printed
+    assert "alpaca_eval: 2 of 2 prompts, held out or not (alpaca_eval 2; 1 rows repeat an earlier prompt)" in printed
 
 
 def test_invalid_files_are_an_error_before_a_request(tiny_folder: Path, tmp_path: Path):

@@ -30,6 +30,8 @@ def test_the_command_writes_tables_and_figures(tmp_path, monkeypatch, curves):
     assert {p.name for p in tmp_path.iterdir()} == {"tables.md", "tables.json", "frontier.png", "stability.png"}
     assert list(json.loads((tmp_path / "tables.json").read_text())) == ["frontier", "few", "stability"]
     text = (tmp_path / "tables.md").read_text()
+    assert "| in_batch mean | `var` | mean | x_i | yes |\n| in_batch sum | `var_sum` | sum | x_i | yes |\n" in text
+    assert "| in_batch sum, not in the numerator | `var_literal` | sum | x_i | no, as Eq. 10 is printed |\n" in text
     assert "| method | value | lost |\n| --- | --- | --- |\n| a | 1.000 | 1.500 ± 0.250 |\n" in text
     assert all(p.stat().st_size < 200_000 for p in tmp_path.iterdir() if p.suffix == ".png")
 

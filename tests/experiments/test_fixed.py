@@ -8,6 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from experiments.tabular import fixed
+from experiments.tabular.__main__ import READINGS
 from experiments.tabular.fixed import (
     ESTIMATORS,
     SETTINGS,
@@ -19,6 +20,8 @@ from experiments.tabular.fixed import (
 )
 from experiments.tabular.worlds import draw_micro_batches, draw_world
 from tests.helpers.testbed import one_step_world
+from var.requirements import Weights, find
+from var.testbed.methods import load_loss
 from var.testbed.world import kl
 from var.weights.estimators import InBatch
 
@@ -117,6 +120,13 @@ def test_the_reference_can_be_omitted_from_the_numerator(small):
     full = make_in_batch(estimator)(small, 4, 1.0, 50, generator())
     part = make_in_batch(replace(estimator, reference_in_numerator=False))(small, 4, 1.0, 50, generator())
     assert_close(part, full - score_own(small, estimator))
+
+
+@pytest.mark.parametrize(("label", "loss"), READINGS.items())
+def test_readings_of_the_paper_are_the_losses(small, label, loss):
+    weights = find(load_loss(loss).requires, Weights)
+    found = make_in_batch(weights.estimator)(small, 4, 1.0, 20, generator())
+    assert torch.equal(found, ESTIMATORS[label](small, 4, 1.0, 20, generator()))
 
 
 def test_in_batch_weights_lie_between_the_reference_and_the_optimum():

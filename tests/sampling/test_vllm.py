@@ -12,12 +12,13 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
+from tests.helpers.engines import SIGNATURES, Engine, sampling_params
 from tests.helpers.models import pretrained
 from var.models.frozen import FrozenModel
 from var.sampling import vllm as vllm_module
@@ -30,67 +31,11 @@ SAMPLING = Sampling(responses=2, temperature=0.7, top_p=0.9, max_new_tokens=8, b
 PROMPTS = [[{"role": "user", "content": text}] for text in ("ab", "a longer one", "c")]
 
 VERSION = "0.33.0"  # the wheel that the following names were read from
-# Arguments that we pass and attributes that we read, by file, class and method. LLM passes others on to EngineArgs.
-SIGNATURES = {
-    ("entrypoints/llm.py", "LLM", "__init__"): {
-        "model", "dtype", "trust_remote_code", "gpu_memory_utilization", "tensor_parallel_size",
-    },
-    ("engine/arg_utils.py", "EngineArgs", None): {"generation_config", "max_model_len"},
-    ("entrypoints/llm.py", "LLM", "generate"): {"prompts", "sampling_params", "use_tqdm"},
-    ("sampling_params.py", "SamplingParams", None): {
-        "n", "temperature", "top_p", "max_tokens", "seed", "stop_token_ids", "ignore_eos", "detokenize",
-    },
-    ("inputs/llm.py", "TokensPrompt", None): {"prompt_token_ids"},
-    ("outputs.py", "RequestOutput", None): {"outputs"},
-    ("outputs.py", "CompletionOutput", None): {"token_ids"},
-    ("entrypoints/llm.py", "LLM", None): {"llm_engine"},
-    ("v1/engine/llm_engine.py", "LLMEngine", None): {"engine_core"},
-    ("v1/engine/core_client.py", "EngineCoreClient", None): {"shutdown"},
-}  # fmt: skip
-LLM_ARGUMENTS = (
-    SIGNATURES["entrypoints/llm.py", "LLM", "__init__"] | SIGNATURES["engine/arg_utils.py", "EngineArgs", None]
-)
-SAMPLING_ARGUMENTS = SIGNATURES["sampling_params.py", "SamplingParams", None]
 
 
 @pytest.fixture
 def reference(tiny_folder: Path, tmp_path: Path) -> FrozenModel:
     return FrozenModel(pretrained(tiny_folder, tmp_path), "cpu")
-
-
-class Engine:
-    """A fake of vllm.LLM: `generate` takes token ids and SamplingParams per prompt, and returns n outputs per prompt.
-
-    The first response of a prompt is truncated; response k > 0 has k tokens and the end token.
-    """
-
-    loaded: list[dict[str, Any]] = []  # noqa: RUF012
-    asked: list[Any] = []  # noqa: RUF012
-    stopped: list[str] = []  # noqa: RUF012
-
-    def __init__(self, **settings: Any) -> None:
-        assert settings.keys() <= LLM_ARGUMENTS
-        self.loaded.append(settings)
-        self.environment = dict(os.environ)
-        self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=lambda: self.stopped.append("stopped")))
-
-    def generate(self, prompts: list[Any], sampling_params: list[Any], use_tqdm: bool) -> list[Any]:
-        assert use_tqdm is False
-        assert len(prompts) == len(sampling_params)
-        self.asked.extend(zip(prompts, sampling_params, strict=True))
-        return [
-            SimpleNamespace(outputs=[self._one(p, s, k) for k in range(s.n)]) for p, s in self.asked[-len(prompts) :]
-        ]
-
-    @staticmethod
-    def _one(prompt: Any, params: Any, k: int) -> Any:
-        ids = [97] * k + params.stop_token_ids if k else [98] * params.max_tokens
-        return SimpleNamespace(token_ids=tuple(ids))
-
-
-def sampling_params(**options: Any) -> SimpleNamespace:
-    assert options.keys() <= SAMPLING_ARGUMENTS
-    return SimpleNamespace(**options)
 
 
 @pytest.fixture(autouse=True)

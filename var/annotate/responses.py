@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from var.annotate.annotator import Annotator
+from var.annotate.cache import CacheTable
 from var.annotate.cache_column import Column
 from var.data import rows as rows_module
 from var.data.changes import TemplateChanges
@@ -36,6 +37,12 @@ def sampling_fingerprint(annotator: Annotator, sampling: Sampling) -> dict[str, 
     return {**own, "end_tokens": ends, "sampling": sampling.fingerprint}
 
 
+def open_responses(annotator: Annotator, sampling: Sampling) -> CacheTable:
+    """Return the table of the cache that holds sampled responses, by their prompts."""
+    response = pa.struct([("text", pa.string()), ("finished", pa.bool_()), ("ids", pa.list_(pa.int32()))])
+    return annotator.annotations.table("responses", sampling_fingerprint(annotator, sampling), pa.list_(response))
+
+
 def sample_responses(
     annotator: Annotator, rows: Rows, sampling: Sampling, title: str = "Sampling", release: bool = True
 ) -> Samples:
@@ -43,9 +50,7 @@ def sample_responses(
 
     release: whether the sampler frees what it loaded. If not, the caller releases it.
     """
-    response = pa.struct([("text", pa.string()), ("finished", pa.bool_()), ("ids", pa.list_(pa.int32()))])
-    fingerprint = sampling_fingerprint(annotator, sampling)
-    table = annotator.annotations.table("responses", fingerprint, pa.list_(response))
+    table = open_responses(annotator, sampling)
 
     def compute(indices: np.ndarray, advance: Callable[[int], None]) -> list[list[dict[str, Any]]]:
         annotator.sampler.check()  # only here: cached responses need no sampler

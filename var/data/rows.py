@@ -23,7 +23,7 @@ from var.utils.files import atomic, replacing
 from var.utils.provenance import hash_content, hash_file
 
 CHUNK = 1000  # rows that are decoded or written together
-FORMAT = 8  # increase it when an adapter or Row changes the rows of an unchanged source
+FORMAT = 9  # increase it when an adapter or Row changes the rows of an unchanged source
 
 
 TEXT, NUMBER, FLAG = datasets.Value("string"), datasets.Value("float64"), datasets.Value("bool")

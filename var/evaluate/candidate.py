@@ -11,7 +11,7 @@ import numpy as np
 
 from var.annotate.annotator import Annotator
 from var.annotate.reference_logps import reference_logps
-from var.annotate.responses import sample_responses
+from var.annotate.responses import open_responses, sample_responses
 from var.annotate.rewards import score
 from var.data.messages import Message
 from var.data.row import Row
@@ -35,12 +35,17 @@ class Candidate:
     """An annotator whose frozen model is this one."""
 
     def sample(self, rows: Rows, sampling: Sampling, seeds: Sequence[int]) -> Samples:
-        """Sample one answer per prompt and seed."""
-        drawn = [
-            sample_responses(
-                self.annotator, rows, replace(sampling, seed=seed), f"Answers of the {self.name}, seed {seed}", False
+        """Sample one answer per prompt and seed. Print first how many answers are missing."""
+        settings = [replace(sampling, seed=seed) for seed in seeds]
+        tables = [open_responses(self.annotator, own) for own in settings]
+        if missing := sum(int(table.missing(rows.keys).sum()) for table in tables):
+            say(
+                f"Answers of the {self.name}: {missing} of {len(rows) * len(seeds)} are not cached "
+                f"({len(rows)} prompts, seeds {list(seeds)}, up to {sampling.max_new_tokens} tokens each)"
             )
-            for seed in seeds
+        drawn = [
+            sample_responses(self.annotator, rows, own, f"Answers of the {self.name}, seed {own.seed}", False)
+            for own in settings
         ]
         self.annotator.sampler.release()
         return [[answers[i][0] for answers in drawn] for i in range(len(rows))]

@@ -44,17 +44,19 @@ def read_prompts(cfg: DictConfig, cache: Path) -> Prompts:
         if rows.description:
             say(f"{part.name}: {rows.description}")
         if rows.left_out:
-            say(f"{part.name}: skipped records (for example, with an empty text): {rows.left_out}")
+            say(f"{part.name}: {rows.left_out} records of the data set are skipped")
         rows = draw(rows, settings)
         held_out = part.name in cfg.held_out if isinstance(cfg.held_out, ListConfig) else cfg.held_out
         if held_out:
             rows = split(rows, settings)[0]
         subsets = np.array([subset or part.name for subset in rows.texts("subset")])
         chosen = draw_prompts(rows, subsets, cfg.prompts, cfg.seed)
-        kind = "held-out prompts; held_out=false uses all" if held_out else "prompts, held out or not"
+        kind = "held-out prompts" if held_out else "prompts, held out or not"
+        advice = "; held_out=false uses all" if held_out else ""
+        counts = ", ".join(f"{name} {count}" for name, count in sorted(Counter(subsets[chosen].tolist()).items()))
         distinct = len(np.unique(rows.keys))
-        repeated = f" ({len(rows) - distinct} rows repeat an earlier prompt)" if distinct < len(rows) else ""
-        say(f"{part.name}: {len(chosen)} of {distinct} {kind}{repeated}")
+        repeated = f"; {len(rows) - distinct} rows repeat an earlier prompt" if distinct < len(rows) else ""
+        say(f"{part.name}: {len(chosen)} of {distinct} {kind} ({counts}{repeated}){advice}")
         parts[part.name], labels[part.name] = rows.select(chosen), subsets[chosen]
     problems = Problems("the data sets are not distinct", shown=5)
     for what, names in (

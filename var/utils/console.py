@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
@@ -22,6 +23,8 @@ class Terminal(Console):
         """Return the text of a line, or of the cell or the title of a table."""
         return super().render_str(visible(text), **options)
 
+
+PACE = 30.0  # seconds after which a log has the time that a stage will take
 
 console = Terminal(soft_wrap=True, highlight=False, markup=False, emoji=False)
 
@@ -60,7 +63,8 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 def stage(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     """Show a progress bar on the first rank, and yield the function that advances it by a number of units.
 
-    If there is no terminal, print the title at the start, and the bar once at the end. If `total` is 0, print nothing.
+    Without a terminal, print the title at the start, the time left once, and the bar once at the end. If `total` is 0,
+    print nothing.
     """
     if total == 0 or not is_first_rank():
         yield lambda done: None
@@ -73,7 +77,33 @@ def stage(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     )  # fmt: skip
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar:
         task = bar.add_task(visible(title), total=total)
-        yield lambda done: bar.advance(task, done)
+        measure = (lambda done: None) if console.is_terminal else _measure_pace(title, total, unit)
+
+        def advance(done: int) -> None:
+            bar.advance(task, done)
+            measure(done)
+
+        yield advance
+
+
+def _measure_pace(title: str, total: int, unit: str) -> Callable[[int], None]:
+    """Return a function that counts units, and prints the time left when the pace has been measured for PACE seconds.
+
+    The clock starts after the first units, which may have waited for a model to be loaded.
+    """
+    count, first, printed = 0, (0, 0.0), False
+
+    def measure(done: int) -> None:
+        nonlocal count, first, printed
+        count, now = count + done, time.monotonic()
+        if first[0] == 0:
+            first = count, now
+        elif not printed and now - first[1] >= PACE and count < total:
+            left = (total - count) * (now - first[1]) / (count - first[0])
+            say(f"{title}: {count} of {total} {unit}, about {timedelta(seconds=round(left))} left")
+            printed = True
+
+    return measure
 
 
 def silence_libraries() -> None:

@@ -18,7 +18,7 @@ from var.utils.errors import UserError
 
 HUB = "Anthropic/hh-rlhf"
 SUBSETS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
-HHA = {name: name.removesuffix("-sampled").replace("-", "_") for name in SUBSETS}  # the names in data=hha
+HHA = tuple(name.removesuffix("-sampled").replace("-", "_") for name in SUBSETS)  # the names in data=hha
 SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 ROLES = {"Human": "user", "Assistant": "assistant"}
 
@@ -86,8 +86,12 @@ class HHRLHF(HubSource):
         if chosen[:-1] != rejected[:-1] or any([turn["role"] for turn in d] != roles for d in (chosen, rejected)):
             return None
         row = make_pair(where, chosen[:-1], chosen[-1]["content"], rejected[-1]["content"])
-        subset = next((HHA[name] for name in SUBSETS if name in where), None)
-        return None if row is None else replace(row, subset=subset)
+        return None if row is None else replace(row, subset=self._find_subset(where))
+
+    def _find_subset(self, where: str) -> str | None:
+        """Return the name of a record's subset in data=hha. That of a single file is in its name or its folder's."""
+        names = where, Path(self.path or "").absolute().parent.name
+        return next((subset for name in names for subset in HHA if subset in name.replace("-", "_")), None)
 
     def _is_file(self) -> bool:
         return self.path is not None and (Path(self.path).expanduser().is_file() or self.path.endswith(local.SUFFIXES))

@@ -3,8 +3,11 @@
 Built from HH-RLHF (license MIT): four test sets, of which harmless_base has 2,312 pairs, helpful_base 2,354 and
 helpful_online 1,135, and a development set of 280 pairs. In nearly all of it a turn ends at its first blank line, so a
 list of HH-RLHF is truncated after "like this:". The chosen response has the higher score in 56 to 66 % of the pairs.
+docs/data.md says where to get the files.
 """
 
+import gzip
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -22,6 +25,14 @@ SUBSETS = ("harmless_base", "helpful_base", "helpful_online", "helpful_rejection
 ROLES = {"<|prompter|>": "user", "<|assistant|>": "assistant"}
 NAMES = ("hha_test_{}.jsonl.gz", "hha_test_{}.jsonl", "hha_{}.jsonl.gz", "hha_{}.jsonl", "{}.jsonl", "{}.json")
 BAD = ("hha_bad_test_indices.json", "bad_test_indices.json")
+PUBLISHED = {  # files without compression, as git names their content, at commit 10f66e9 of abaheti95/LoL-RL
+    "7943865a30eb54d8f8e1e966cbc7c4ac3e30ff9d",  # data/hh_test/harmless_base.json
+    "ee69724ff12e8878c9d1afeb59d82151a1be7387",  # data/hh_test/helpful_base.json
+    "762821c6706d1aa005227fbca05ab11d2044c03f",  # data/hh_test/helpful_online.json
+    "171b48637e6671fc0978052814c60120b32bfc5e",  # data/hh_test/helpful_rejection.json
+    "7475e0cc70e2dec818cdf8c2cb927a7da3de2bd8",  # data/hh_dev/sampled_dev.json
+    "37ee2f369eb96c432d86f9c91d26354be4a99e6a",  # data/hh_test/bad_test_indices.json
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +82,12 @@ class HHA(local.LocalSource):
         """Return the file of each subset, and the list of bad rows if it is used."""
         return [*self._find_files().values(), *([self._find_bad_file()] if self.skip_bad else [])]
 
+    @property
+    def form(self) -> str:
+        """Whether the files are the published ones, in one line."""
+        changed = [file.name for file in self.files() if hash_blob(file) not in PUBLISHED]
+        return f"not as LoL-RL published them: {', '.join(changed)}" if changed else "LoL-RL's files, as published"
+
     def _find_files(self) -> dict[str, Path]:
         """Return the file of each subset."""
         folder = Path(self.folder).expanduser()
@@ -98,6 +115,14 @@ class HHA(local.LocalSource):
 
     def _read_bad_rows(self) -> dict[str, list[int]]:
         return json.loads(self._find_bad_file().read_text()) if self.skip_bad else {}
+
+
+def hash_blob(file: Path) -> str:
+    """Return the name that git gives to the content of a file, without its compression."""
+    content = file.read_bytes()
+    if file.suffix == ".gz":
+        content = gzip.decompress(content)
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 def parse_turns(prefix: list[str]) -> list[Message]:
