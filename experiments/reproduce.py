@@ -2,7 +2,7 @@
 
     python -m experiments.reproduce table7                      # with a small model, on two cores
     python -m experiments.reproduce table7 size=paper dry=true  # what it would take at the paper's size
-    python -m experiments.reproduce table1 data.folder=<folder of HHA files> hha:prompts=8
+    python -m experiments.reproduce table1 data.folder=<folder of HHA files> reward:prompts=8
     python -m experiments.reproduce all jobs=2
 
 The items are declared in `experiments/items`. Each row of a table is one training run per seed and what evaluates it.

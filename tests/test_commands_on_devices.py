@@ -8,16 +8,17 @@ from typing import NamedTuple
 
 import pytest
 
+from experiments.estimates import CARDS
+from experiments.items import ITEMS
 from tests.helpers.runs import ROOT, composed
 from tests.test_docs import commands
-from tests.test_experiments import CARDS, list_jobs
+from tests.test_experiments import list_jobs
 from var.training.checks import check_strategy, count_accumulation
 from var.training.run import Run
 from var.utils.errors import UnavailableError
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("experiments/**/README.md"))]
 PROGRAMS = ("train.py", "annotate.py", "launch/slurm.sh", "launch/torchrun.sh")
-PAPER = "## Commands at the paper's size"
 
 
 class Devices(NamedTuple):
@@ -28,23 +29,22 @@ class Devices(NamedTuple):
 
 
 def list_commands(page: Path) -> list[tuple[str, int]]:
-    """Return the training and annotation commands of a page, and the cards of the paper's size, or 1."""
-    text, found = page.read_text(), list[tuple[str, int]]()
-    start = text.find(PAPER)
-    paper = text[start : text.find("\n## ", start + 1)].replace("\\\n", " ").splitlines() if start >= 0 else []
-    for command in commands(page):
-        if any(program in command for program in PROGRAMS) and "…" not in command:
-            model = re.search(r"\bmodel=([\w.-]+)", command)
-            cards = (
-                CARDS.get(model[1] if model else "", 4)
-                if any(line.split(" # ")[0].strip() == command for line in paper)
-                else 1
-            )
-            found.append((command, cards))
-    return found
+    """Return the training and annotation commands of a page, each with 1 device if it names none."""
+    found = commands(page)
+    return [(one, 1) for one in found if any(program in one for program in PROGRAMS) and "…" not in one]
+
+
+def list_item_commands(name: str) -> list[tuple[str, int]]:
+    """Return the training commands of an item at the paper's size, with the paper's number of GPUs."""
+    rows = [row for table in ITEMS[name].sizes["paper"] for row in table.rows if "train" in row.stages]
+    words = [row.stages["train"].words for row in rows]
+    models = [next((word[6:] for word in one if word.startswith("model=")), "") for one in words]
+    texts = [f"python train.py {shlex.join(one).replace('{seed}', '0')}" for one in words]
+    return [(text, CARDS.get(model, 4)) for text, model in dict(zip(texts, models, strict=True)).items()]
 
 
 COMMANDS = [(str(page.relative_to(ROOT)), *entry) for page in PAGES for entry in list_commands(page)]
+COMMANDS += [(f"size=paper of {name}", *entry) for name in ITEMS for entry in list_item_commands(name)]
 
 
 def parse(command: str) -> tuple[dict[str, str], list[str], str, list[str]]:
@@ -99,8 +99,8 @@ def check_on_devices(words: tuple[str, ...], devices: Devices, folder: Path) -> 
 def test_devices_of_commands_are_read() -> None:
     found = {command: count_devices(command, cards) for _, command, cards in COMMANDS}
     assert len(COMMANDS) > 60
-    assert {devices.machines for devices in found.values()} >= {1, 2, 4}
-    assert {devices.per_machine for devices in found.values()} >= {1, 2, 4, 8}
+    assert {devices.machines for devices in found.values()} >= {1, 2}
+    assert {devices.per_machine for devices in found.values()} >= {1, 2, 4, 8, 32}
 
 
 SHORT = ("docs/losses.md",)  # pages that the default suite checks
@@ -116,7 +116,7 @@ SHORT = ("docs/losses.md",)  # pages that the default suite checks
 def test_commands_pass_the_dry_run(
     page: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On as many devices as each command names; a page of the paper's commands, on the paper's number of cards."""
+    """On as many devices as each command names; those of an item at the paper's size, on the paper's number of GPUs."""
     monkeypatch.syspath_prepend(ROOT / "examples")
     failed = list[str]()
     for _, command, cards in (entry for entry in COMMANDS if entry[0] == page):

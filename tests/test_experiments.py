@@ -1,9 +1,8 @@
-"""Each item of the paper has a page and a configuration, its commands compose, and it quotes only runs of its own."""
+"""Each item of the paper has a page, whose commands are read, and a configuration, which fits its GPUs."""
 
 import importlib.util
 import re
 import shlex
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,48 +12,18 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
+from experiments.estimates import CARDS
+from experiments.items import ITEMS
+from experiments.reproduce import parse
 from tests.helpers.cli import run
 from tests.helpers.runs import ROOT, composed
-from var.config.check import EVAL, FOLDER, TRAIN, check
+from var.config.check import FOLDER, TRAIN, check
 from var.training.alternatives import describe_stages
 from var.training.run import Run
 
 EXPERIMENTS = ROOT / "experiments"
-ITEMS = [*(f"table{i}" for i in range(1, 10)), *(f"figure{i}" for i in range(1, 5)), "appendix_a1", "appendix_a2"]
-SECTIONS = [
-    "Conclusion",
-    "Claim in the paper",
-    "Configuration",
-    "Commands at the paper's size",
-    "Commands at the reduced size",
-    "Results",
-]
+SECTIONS = ["Conclusion", "Claim in the paper", "Configuration", "Commands", "Results"]
 ABLATIONS = {"ablate_b": 3, "ablate_lambda": 5, "ablate_estimator": 10, "ablate_lr": 6}  # jobs
-FRONTIER = ["experiment=frontier", "seed=0"]
-FOUR_PAIRS = ["loss=dpo", "data.micro_batch=4", "data.global_batch=4"]
-ALOL = [*FRONTIER, "loss=alol", "loss.value.development_prompts=10"]
-RAN = {  # overrides of the runs in experiments/default and frontier whose results a page quotes as its own
-    "table2": [[f"loss={loss}", "trainer.max_steps=56"] for loss in ("sft", "var")],
-    "table4": [
-        [*FRONTIER, "loss=var"],
-        [*FRONTIER, "loss=var_prompt"],
-        [*FRONTIER, "loss=grpo", "data.micro_batch=2", "data.global_batch=2"],
-    ],
-    "table5": [ALOL, [*FRONTIER, *FOUR_PAIRS], [*FRONTIER, "loss=var"]],
-    "appendix_a1": [ALOL, [*FRONTIER, "loss=var_prompt"]],
-    "appendix_a2": [[*FRONTIER, "loss=var_prompt"]],
-}
-TRAINING = ("train.py", "annotate.py", "launch/slurm.sh")
-CARDS = {"llama3.1-8b": 8}  # the paper's number of cards of 80 GB, by model. The others have 4
-
-
-def read_commands(item: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield the entry point and the words of each command in a README. Placeholders are replaced by x."""
-    text = (EXPERIMENTS / item / "README.md").read_text()
-    for line in re.findall(r"^(?!```).+$", "\n".join(re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S)), re.M):
-        words = shlex.split(re.sub(r"<[^>]*>", "x", line), comments=True)
-        program = next(i for i, word in enumerate(words) if word.endswith((".py", ".sh")) or word == "-m")
-        yield words[program + (words[program] == "-m")], words[program + 1 + (words[program] == "-m") :]
 
 
 def list_jobs(words: list[str]) -> list[list[str]]:
@@ -80,13 +49,6 @@ def compose_run(*words: str) -> DictConfig:
     return composed(*words)
 
 
-def compose_training_runs(item: str) -> Iterator[DictConfig]:
-    """Yield the configuration of each training run in a README, except those on a cluster."""
-    for program, words in read_commands(item):
-        if program in TRAINING and not any(word.startswith("hydra/launcher") for word in words):
-            yield from (compose_run(*job) for job in list_jobs(words))
-
-
 def select_settings(cfg: DictConfig) -> dict[str, Any]:
     """Return the settings on which a run's results depend: all except the folder of the data."""
     content: dict[str, Any] = OmegaConf.to_container(cfg, resolve=False)  # type: ignore[assignment]
@@ -95,34 +57,17 @@ def select_settings(cfg: DictConfig) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("item", ITEMS)
-def test_a_page_has_its_sections_and_its_commands_compose(item: str) -> None:
+def test_a_page_has_its_sections_and_its_commands_are_read(item: str) -> None:
     text = (EXPERIMENTS / item / "README.md").read_text()
     assert re.findall(r"^## (.*)$", text, re.M) == SECTIONS
     assert f"(../../conf/experiment/{item}.yaml)" in text
     for link in re.findall(r"\]\(([^)]+)\)", text):
-        assert (EXPERIMENTS / item / link).exists(), link
-    found = list(read_commands(item))
-    assert any(re.search(rf"\bexperiment=\[?{item}\b", " ".join(words)) for _, words in found)
-    for program, words in found:
-        if program in TRAINING:
-            first, *others = list_jobs(words)
-            check(compose_run(*first), TRAIN)
-            for word in (word for job in others for word in job if word.startswith(("model=", "loss="))):
-                assert Path(FOLDER, f"{word.replace('=', '/')}.yaml").exists(), word
-        elif program == "eval.py":
-            check(composed(*words, root="eval"), EVAL)
-        elif program == "sample.py":
-            composed(*words, root="sample")
-        elif program != "experiments.tabular":
-            assert (ROOT / program).exists(), program
-
-
-@pytest.mark.parametrize("item", RAN)
-def test_quoted_results_are_of_the_pages_own_commands(item: str) -> None:
-    """The runs were started by shorter commands of the same configuration."""
-    own = [select_settings(cfg) for cfg in compose_training_runs(item)]
-    for words in RAN[item]:
-        assert select_settings(compose_run(*words)) in own, words
+        assert (EXPERIMENTS / item / link.partition("#")[0]).exists(), link
+    commands = re.findall(r"^python -m experiments\.reproduce (.*)$", text, re.M)
+    assert {"size=paper" in command for command in commands} == {True, False}
+    for command in commands:
+        names, settings, _ = parse(shlex.split(re.sub(r"<[^>]*>", "x", command), comments=True))
+        assert (names, settings["size"] in ITEMS[item].sizes) == ([item], True)
 
 
 SAME = ("figure1", "figure4", "table6", "table7")  # they train like another item
