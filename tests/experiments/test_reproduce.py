@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -343,34 +344,87 @@ def test_published_tables_are_made_from_their_results(name: str) -> None:
         assert insert(text, "arXiv 2502.11026", paper) == text
 
 
-MINIATURE = [
-    "experiment=null", "model=smollm2-135m", "data=arithmetic", "data.source.problems=24", "data.validation_prompts=4",
-    "generate.max_new_tokens=6", "train:eval.sampling.max_new_tokens=6", "train:trainer.max_steps=2",
-    "data.on_template_change=count", "reward=near_number", "strategy=auto",
-]  # fmt: skip
+def miniature(model: Path, folder: Path, data: Path) -> list[str]:
+    """Return overrides that make every item small: each goes to the commands that have its key."""
+    return [
+        f"model.path={model}", "train:trainer.max_steps=2", "data.validation_prompts=4", "data.source.problems=24",
+        "data.limit=40", "generate.max_new_tokens=32", "data.on_template_change=count", f"data.folder={data}",
+        "prompts=2", "seeds=0", "variance:generate.responses=4", "variance:data.source.problems=8",
+        f"benchmarks.folder={data}", "benchmarks.limit=2", "benchmarks.max_new_tokens=4",
+        f"chat:data.path={data}/chat.jsonl",
+        *(f"{key}={folder}/{key}" for key in ("folder", "out", "cache", "annotation_cache")),
+    ]  # fmt: skip
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ITEMS)
+def test_miniature_of_every_item_runs_end_to_end(name: str, tiny_folder: Path, real_data: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for path in real_data.iterdir():
+        (data / path.name).symlink_to(path)
+    answers = [{"text": text, "score": score} for text, score in (("yes", 0.9), ("no", 0.1))]
+    rows = [{"id": str(i), "prompt": f"question {i}", "ordered": True, "responses": answers} for i in range(3)]
+    (data / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = list_words(name, tiny_folder, tmp_path, data)
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.reproduce", *words], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    ((size, cells),) = read_results(tmp_path / "out" / name)
+    assert size == "small"
+    assert all(cell.commands and cell.seconds > 0 for cell in cells)
+    tables = ITEMS[name].sizes["small"]
+    expected = sum(column.stage in row.stages for t in tables for row in t.rows if row.shown for column in t.columns)
+    assert len(cells) == expected
+    assert sum(cell.value is not None for cell in cells) > expected / 2
+    figures = sum(any(column.panel for column in table.columns) for table in tables)
+    assert len(list((tmp_path / "out" / name).glob("*.png"))) == figures
+
+
+def list_words(name: str, *places: Path) -> list[str]:
+    """Return the words of an item's miniature, without overrides of which none of its commands has the key."""
+    words = miniature(*places)
+    stages = [stage for t in ITEMS[name].sizes["small"] for row in t.rows for stage in row.stages.items()]
+    try:
+        route(list(dict.fromkeys(stages)), reproduce.parse([name, *words])[2], dry=True)
+    except SystemExit as error:
+        absent = re.findall(r"^(.*): no command has this key", str(error), re.M)
+        words = [word for word in words if word not in absent]
+    return [name, *words]
 
 
 @pytest.mark.long
 def test_killed_driver_gives_the_same_results(tiny_folder: Path, tmp_path: Path) -> None:
-    """Killed twice at a random time; seconds and commands differ, as folders do."""
+    """Killed twice at a random time; seconds differ, and the places of the folders."""
     draw_time = random.Random(0)
 
     def start(name: str) -> subprocess.Popen[bytes]:
-        places = [f"{key}={tmp_path}/{name}/{key}" for key in ("folder", "out", "cache", "annotation_cache")]
-        words = ["table7", "seeds=0", *MINIATURE[3:], f"model.path={tiny_folder}", *places]
+        words = list_words("table2", tiny_folder, tmp_path / name, tmp_path)
         return subprocess.Popen([sys.executable, "-m", "experiments.reproduce", *words], cwd=ROOT)
 
-    assert start("straight").wait() in (0, 1)
-    for _ in range(2):
+    assert start("straight").wait() == 0
+    for _ in range(3):
         process = start("killed")
-        time.sleep(draw_time.uniform(5, 25))
+        time.sleep(draw_time.uniform(5, 30))
         process.kill()
         process.wait()
-        time.sleep(3)  # its run ends with it, and saves
-    assert start("killed").wait() in (0, 1)
+    assert start("killed").wait() == 0  # waits for the commands that a killed driver left
     found = []
     for name in ("straight", "killed"):
-        records = json.loads((tmp_path / name / "out" / "table7" / "results-small.json").read_text())
-        found.append([{k: v for k, v in entry.items() if k not in ("commands", "seconds")} for entry in records])
+        records = json.loads((tmp_path / name / "out" / "table2" / "results-small.json").read_text())
+        kept = [{k: v for k, v in entry.items() if k not in ("commands", "seconds")} for entry in records]
+        found.append(json.dumps(kept).replace(str(tmp_path / name), ""))
     assert found[0] == found[1]
-    assert sum(entry["value"] is not None for entry in found[0]) > 10
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("launcher", ["submitit_local"])
+def test_commands_run_by_a_launcher_of_hydra(launcher: str, tiny_folder: Path, tmp_path: Path) -> None:
+    """As on SLURM: each command is a job that the launcher starts. eval.py and train.py have the same keys for it."""
+    words = list_words("table2", tiny_folder, tmp_path, tmp_path)
+    command = [sys.executable, "-m", "experiments.reproduce", f"launcher={launcher}", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ((_, cells),) = read_results(tmp_path / "out" / "table2")
+    assert all(cell.value is not None for cell in cells)
