@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from tests.helpers.runs import assert_same, column, fit
 from var.annotate.weights import ProvideWeights
-from var.models.cross_scoring import pack_crossed
+from var.models.cross_scoring import pack_crossed_parts
 from var.models.packing import pack
 from var.models.policy import Policy
 from var.requirements import Weights
@@ -71,15 +71,38 @@ def test_live_weight_is_one_if_all_pairings_are_equal():
     estimator = InBatch(reduction="sum", reference="cross")
     provider = ProvideWeights(Weights(estimator=estimator, temperature=1.0, temperature_unit="reward", min_weight=0.0))
     provider.temperature, provider.width = 1.0, 4
-    for size in (4, 2):
+    for size in (4, 2):  # of three parts
         ids, starts = [[1, 2, 3]] * size, [2] * size
         batch = pack(
             ids, starts, rewards=torch.full((size,), 3.0), cross_rewards=torch.full((size, size), 3.0),
-            crossed=pack_crossed(ids, starts),
+            crossed=pack_crossed_parts(ids, starts, 3),
         )  # fmt: skip
         weights = provider.at_step(batch, None, lambda crossed: torch.zeros(len(crossed.target))).weights
         assert weights is not None
         assert_close(weights, torch.full((size,), 4 / size))
+
+
+@pytest.mark.parametrize("tokens", [1, 150])
+def test_live_pairings_are_scored_in_passes_of_bounded_size(tokens, options, tmp_path, monkeypatch):
+    """Their number is the same for each micro-batch, also for the last one of two sequences, as sharding requires."""
+    sizes, forward = list[int](), Policy.forward
+
+    def watched(self: Policy, batch: Any) -> Any:
+        if not torch.is_grad_enabled():
+            sizes.append(len(batch.input_ids))
+        return forward(self, batch)
+
+    monkeypatch.setattr(Policy, "forward", watched)
+    more = ("loss=var", "reference=live", *STEPS)
+    one = fit(options, tmp_path / "one", *more)
+    largest, micro_batches = max(sizes), len(sizes)
+    sizes.clear()
+    monkeypatch.setattr("var.annotate.weights.TOKENS", tokens)
+    several = fit(options, tmp_path / "several", *more)
+    passes = {1: 4, 150: 2}[tokens]
+    assert len(sizes) == passes * micro_batches
+    assert max(sizes) < 1.5 * largest / passes
+    assert_same(several, one, "train/loss", "train/weight/mean", rtol=1e-12, atol=1e-12)
 
 
 def test_live_reference_rejects_weights_that_only_their_mean_makes_finite(options, tmp_path):

@@ -16,12 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from var.annotate.annotator import TOKENS
 from var.annotate.base import Provider, TrainingSet
 from var.annotate.prompt_features import prompt_features
 from var.annotate.reference_logps import cached_cross_logps, reference_logps, sum_logps
 from var.annotate.rewards import cross_rewards, score_candidates
+from var.data.plan import ABSENT
 from var.data.rows import Rows
-from var.models.cross_scoring import cross_logps, pack_crossed
+from var.models.cross_scoring import cross_logps, pack_crossed_parts
 from var.models.packing import Packed
 from var.requirements import WeightColumn, Weights
 from var.utils.errors import UserError
@@ -68,6 +70,7 @@ class ProvideWeights(Provider[Weights]):
         if self._is_live(data):
             self.temperature = scale_temperature(self.requirement, inputs)
             self.cross_rewards, self.width = inputs.cross_rewards, data.members.shape[1]
+            self.passes = count_passes(data)
         else:
             data.weights = compute_weights(self.requirement, inputs)
 
@@ -80,7 +83,7 @@ class ProvideWeights(Provider[Weights]):
         fields: dict[str, Any] = {"cross_rewards": self.cross_rewards[micro_batch, :size, :size].float()}  # type: ignore[index]
         if "cross_logps" in self.requirement.estimator.inputs:
             ids, starts, _ = zip(*(data.sequences.tokens(i) for i in members.tolist()), strict=True)
-            fields["crossed"] = pack_crossed(ids, starts)
+            fields["crossed"] = pack_crossed_parts(ids, starts, self.passes)
         return fields
 
     def at_step(self, batch: Packed, policy: Any, reference: Any) -> Packed:
@@ -90,7 +93,7 @@ class ProvideWeights(Provider[Weights]):
         if "reference_logps" in self.requirement.estimator.inputs:
             batch = replace(batch, reference_logps=reference(batch))
         if "cross_logps" in self.requirement.estimator.inputs:
-            batch = replace(batch, cross_logps=cross_logps(reference, batch.crossed))
+            batch = replace(batch, cross_logps=cross_logps(reference, *batch.crossed)[: len(batch)])
         log_weights = self.requirement.estimator(micro_batch_inputs(batch), self.temperature)
         return replace(batch, weights=(log_weights.exp() * self.width).float())
 
@@ -156,6 +159,19 @@ class ProvideWeights(Provider[Weights]):
                 "the rewards of each prompt's responses are all equal, so no response is better than another. Sample "
                 "more responses per prompt (generate.responses), or use other prompts or another reward."
             )
+
+
+def count_passes(data: TrainingSet) -> int:
+    """Return in how many passes a live reference scores the B×B pairings of each micro-batch.
+
+    They are as many as the largest micro-batch needs for passes of about `TOKENS` tokens, and at most one per prompt.
+    """
+    present = data.members != ABSENT
+    prompt, response = (
+        np.where(present, part[data.members], 0).sum(1) for part in (data.sequences.start, data.sequences.length)
+    )
+    largest = int((prompt + present.sum(1) * response).max())
+    return min(data.members.shape[1], -(-largest // TOKENS))
 
 
 class ProvideWeightColumn(Provider[WeightColumn]):
