@@ -11,7 +11,6 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 
-from var.models.frozen import free_memory
 from var.training.loggers import log
 from var.training.module import AlignmentModule
 from var.utils.console import warn
@@ -130,10 +129,9 @@ class PeakMemory(Callback):
         self._stage: str | None = None
 
     def start(self, stage: str | None) -> None:
-        """End the current stage and start another one, or none. Memory that is not used any more is freed between."""
+        """End the current stage and start another one, or none."""
         if self._stage is not None:
             self.peaks[self._stage] = _larger(read_peak(), self.peaks.get(self._stage, {}))
-        free_memory()
         self._stage = stage if reset_peak() else None
 
     @contextmanager

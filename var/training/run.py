@@ -209,7 +209,7 @@ class Run:
         budget = Budget(math.inf if settings.max_seconds is None else settings.max_seconds)
         saving = Checkpoints(self.folder / "checkpoints", settings.checkpoint_every_n_steps)
         # A step is saved before it is evaluated, so a run that is stopped during evaluation has it.
-        # The peaks come before the clock of the steps, since between two stages they free memory.
+        # The peaks come before the clock of the steps, since memory is returned between two stages.
         callbacks: list[Any] = [self.recorded, self.peaks, self.steps, budget, saving, PlanFile(self.folder)]
         callbacks += [*before_evaluation, *([self.validation] if self.validation else [])]
         if console.is_terminal:

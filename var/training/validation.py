@@ -27,6 +27,7 @@ from var.evaluate.answers import (
     win_rate,
 )
 from var.evaluate.judges.base import Judge, Pair, compute_rates, explain_missing_rate
+from var.models.frozen import free_memory
 from var.models.packing import whole
 from var.models.sharding import use_sharded
 from var.models.value_head import unwrap_value_head
@@ -142,7 +143,8 @@ class Validation(Callback):
     ) -> tuple[Answers, np.ndarray, dict[str, Any] | None]:
         """Return the policy's responses, their KL [P, K] in nats, and the judge's rates."""
         module.zero_grad(set_to_none=True)
-        with self.peaks.within("evaluating"):  # it frees the memory of the gradients
+        free_memory()
+        with self.peaks.within("evaluating"):
             return self._evaluate_policy(trainer, module, title)
 
     def _evaluate_policy(

@@ -10,12 +10,16 @@ PROCESS = Path("/proc/self")
 
 
 def reset_peak() -> bool:
-    """Let `read_peak` report the peak from now on. Return whether it can, which on a CPU takes Linux."""
+    """Return freed memory to the device, and let `read_peak` report the peak from now on.
+
+    Return whether it can. On a CPU this requires Linux.
+    """
     if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         return True
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # freed memory that the C library keeps would count again
+        ctypes.CDLL(None).malloc_trim(0)  # it would count again
     try:
         (PROCESS / "clear_refs").write_text("5")  # resets VmHWM, see proc(5)
         read_peak()
