@@ -86,7 +86,7 @@ def train(cfg: DictConfig, folder: Path) -> float | None:
     try:
         module = run.module()
         started = time.perf_counter()
-        run.peaks.start("annotation")
+        run.peaks.start("annotating")
         # Its setup fills the annotation cache (AlignmentData.prepare). Its end exports the model and evaluates it.
         trainer.fit(module, run.data, ckpt_path=run.checkpoint, weights_only=True)
         result = summarize(run, trainer, time.perf_counter() - started)

@@ -96,7 +96,10 @@ class Rewards(Requirement):
 
 @dataclass(frozen=True, kw_only=True)
 class Weights(Requirement):
-    """VAR's weight exp(r/λ) / Z(x) of each response, divided by its mean over the data set."""
+    """VAR's weight exp(r/λ) / Z(x) of each response, divided by its mean over the data set.
+
+    In-batch weights of a live reference are not divided by it (`var/annotate/weights.py`).
+    """
 
     estimator: Any
     """How Z(x) is estimated: one of `var.weights.estimators`."""

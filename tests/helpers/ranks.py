@@ -3,9 +3,11 @@
     python [-m torch.distributed.run …] tests/helpers/ranks.py jobs.json
 
 jobs.json is [[folder, overrides, attributes], …]; the attributes of the training module are optional. Each folder
-receives metrics.csv, weights.pt (the trained policy's weights), and the results of each rank's evaluations.
+receives metrics.csv, weights.pt (the trained policy's weights), and the results of each rank's evaluations,
+with the number of policies that it holds at the end.
 """
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -19,6 +21,7 @@ sys.path[0] = str(Path(__file__).parents[2])  # in place of this folder, whose m
 def main(jobs: str) -> None:
     """Run all jobs."""
     from tests.helpers.runs import composed
+    from var.models.policy import Policy
     from var.training.run import Run
 
     for folder, overrides, *attributes in json.loads(Path(jobs).read_text()):
@@ -29,8 +32,9 @@ def main(jobs: str) -> None:
         vars(module).update(*attributes)
         trainer.fit(module, run.data)
         weights = get_model_state_dict(module.policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        result = json.dumps(run.validation.result)
-        (Path(folder) / f"result-{trainer.global_rank}.json").write_text(result)
+        gc.collect()
+        result = {**run.validation.result, "policies": sum(isinstance(found, Policy) for found in gc.get_objects())}
+        (Path(folder) / f"result-{trainer.global_rank}.json").write_text(json.dumps(result))
         if trainer.is_global_zero:
             torch.save(weights, Path(folder) / "weights.pt")
 

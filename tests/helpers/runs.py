@@ -176,6 +176,13 @@ def assert_same(
         assert_close(a[1], b[1], rtol=rtol, atol=atol)
 
 
+def find_scale(a: Result, b: Result, *names: str, rtol: float = 1e-5) -> float:
+    """Assert that the metrics of two runs differ by one constant factor; return it."""
+    ratios = [x / y for name in names for x, y in zip(column(a[2], name), column(b[2], name), strict=True)]
+    assert ratios == pytest.approx(ratios[:1] * len(ratios), rel=rtol)
+    return ratios[0]
+
+
 def assert_identical(a: Result, b: Result, *names: str) -> None:
     """Assert equal weights and metrics of two runs to the last bit."""
     assert all(torch.equal(a[1][name], b[1][name]) for name in a[1])

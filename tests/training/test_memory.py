@@ -248,6 +248,42 @@ def test_parts_of_one_device_are_counts_times_widths() -> None:
     assert model.cache_per_token == 2 * 28 * 4 * 128 * 2
 
 
+@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize(("loss", "runs"), [("var", ["reference=live"]), ("grpo", [])])
+def test_reference_that_runs_in_training_is_held_once_until_the_end(loss: str, runs: list[str], devices: int) -> None:
+    """A cached one is loaded for the KL alone. Then the policy, which scores first, needs less than the reference."""
+    words = ["model=llama3.2-1b", "trainer.device_memory=80GiB", f"trainer.devices={devices}"]
+    stages = []
+    for more in (["loss=var"], [f"loss={loss}", *runs]):
+        cfg = composed(*words, *more)
+        model = MemoryModel.of(cfg, settings_of(cfg))
+        stages.append(model.stages("fsdp" if devices > 1 else "single", devices))
+    cached, live = ({name: sum(parts.values()) for name, parts in way.items()} for way in stages)
+    held = [name for name, parts in stages[1].items() if parts.get("reference") == model.frozen]
+    assert held == [name for name in stages[1] if name != "annotation, reward model"]
+    for name in ("evaluation, sampling", "evaluation, reward model", "export"):
+        assert live[name] == pytest.approx(cached[name] + model.frozen)
+    scores = stages[1]["evaluation, KL"]["weights to score with"]
+    assert 0 < scores < model.frozen
+    assert live["evaluation, KL"] == pytest.approx(cached["evaluation, KL"] + scores)
+    if loss == "var":
+        assert live["training"] == pytest.approx(cached["training"] + model.frozen)
+
+
+def test_pass_of_a_live_reference_can_be_the_peak_of_a_step() -> None:
+    """Micro-batches of one sequence of 64 tokens: the reference scores 4,096 tokens at once, if they are that many."""
+    words = [
+        "model=llama3.2-1b", "model.architecture.vocab_size=1024", "loss=dpo", "trainer.precision=32-true",
+        "data.micro_batch=1", "data.max_length=64", "trainer.device_memory=80GiB",
+    ]  # fmt: skip
+    parts = []
+    for reference in ("cached", "live"):
+        cfg = composed(*words, f"reference={reference}")
+        model = MemoryModel.of(cfg, settings_of(cfg))
+        parts.append(model.stages("single", 1)["training"]["activations"])
+    assert parts[1] == max(model.activations(train=False)) > parts[0]
+
+
 @pytest.mark.parametrize(
     ("words", "strategy", "fits"),
     [

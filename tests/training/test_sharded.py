@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing import assert_close
 
 from tests.helpers.models import saved, tiny_model
-from tests.helpers.runs import column, curve, launch
+from tests.helpers.runs import column, curve, launch, write_lines
 from var.models.packing import pack
 from var.models.policy import Policy
 from var.models.sharding import shard
@@ -72,6 +72,30 @@ def test_evaluation_is_shared_among_ranks_and_equals_one_process(count, options,
         for metric in ("reward", "length", "kl", "win_rate"):
             one, other = (column(curve(tmp_path / way), f"validation/{metric}") for way in ("one", name))
             assert_close(other, one, rtol=0, atol=2e-5)
+
+
+def test_live_reference_of_two_ranks_gives_the_curve_of_one_process(options, tmp_path):
+    """A sharded one runs equally often on both ranks: in two passes, also for a last micro-batch of one sequence.
+
+    It also runs in evaluations between the steps. At the end, each rank holds the policy and one reference.
+    """
+    lines = [
+        {"id": f"r{i}", "prompt": f"{i}?", "responses": [{"text": "ab" * (30 + i), "score": i}]} for i in range(20)
+    ]
+    common = [
+        *options, f"data.path={write_lines(tmp_path / 'rows.jsonl', lines)}", "loss=var", "reference=live",
+        "loss.temperature_unit=reward", "trainer.precision=32-true", "data.micro_batch=8", "data.global_batch=16",
+        "trainer.epochs=2", "data.last_step=keep", "data.validation_prompts=3", "eval.every_n_steps=1",
+        "eval.sampling.max_new_tokens=4",
+    ]  # fmt: skip
+    ways = {"one": (1, [], {}), "ddp": ranks(2, "ddp"), "fsdp": ranks(2, "fsdp")}
+    run_ways(ways, common, tmp_path)
+    for name, (count, *_) in ways.items():
+        assert [result["policies"] for result in results(tmp_path / name)] == [2] * count
+        for metric in ("train/loss", "train/weight/mean", "validation/kl"):
+            one, other = (column(curve(tmp_path / way), metric) for way in ("one", name))
+            assert len(one) == 4
+            assert_close(other, one, rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.long

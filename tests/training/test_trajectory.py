@@ -15,6 +15,7 @@ from tests.helpers.runs import (
     assert_same,
     column,
     exported,
+    find_scale,
     fit,
     kill_and_resume,
     launch,
@@ -48,11 +49,12 @@ def test_accumulation_gives_the_same_curve(loss, more, steps, options, tmp_path)
         assert_same(other, one)
 
 
-@pytest.mark.parametrize("loss", ["dpo", "ipo", "kto", "var", "var_own", "var_sum", "var_literal"])
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "kto"])
 def test_cached_and_live_reference_give_the_same_curve(loss, options, tmp_path):
     """The reference in each step and its cached float32 numbers differ only by rounding.
 
-    KTO has its own and its mismatched pairs: 26 responses in micro-batches of 4, with a short one of 2.
+    In-batch weights differ by a constant too (test_live.py). KTO has its own and its mismatched pairs: 26 responses in
+    micro-batches of 4, with a short one of 2.
     """
     more = (
         f"loss={loss}", "data.micro_batch=4", "data.global_batch=8", "trainer.precision=32-true", "trainer.epochs=3",
@@ -69,8 +71,11 @@ def test_cached_and_live_reference_give_the_same_curve(loss, options, tmp_path):
     assert difference < 0.02 * change
 
 
-def test_live_weights_equal_cached_ones_if_others_vanish(options, tmp_path):
-    """With summed log π_ref, a response of 900 characters has the weight 0 next to one of 4."""
+def test_live_weights_stay_those_of_the_cache_if_others_vanish(options, tmp_path):
+    """With summed log π_ref, a response of 900 characters has the weight 0 next to one of 4.
+
+    A live weight is the cached one times a constant.
+    """
     path = write_lines(tmp_path / "long.jsonl", (
         {"id": f"r{i}", "prompt": "?", "responses": [{"text": "ab" * (2 if i % 2 else 450), "score": i % 3}]}
         for i in range(8)
@@ -81,7 +86,7 @@ def test_live_weights_equal_cached_ones_if_others_vanish(options, tmp_path):
     )  # fmt: skip
     cached, live = (fit(options, tmp_path / name, *more, f"reference={name}") for name in ("cached", "live"))
     assert max(column(cached[2], "train/weight/mean")) > 0.5
-    assert_same(live, cached, "train/weight/mean", rtol=2e-5, atol=2e-5, weights=False)
+    find_scale(live, cached, "train/weight/mean", rtol=2e-5)
 
 
 def test_live_reference_is_loaded_once(options, tmp_path, monkeypatch):

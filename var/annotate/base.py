@@ -53,8 +53,8 @@ class TrainingSet:
     settings: DataSettings
     """How rows become sequences and micro-batches."""
     live: bool
-    """Whether the reference runs in each training step, so its log-probabilities are not read from the cache. The mean
-    of in-batch weights is still computed from cached numbers, once.
+    """Whether the reference runs in each training step, so its log-probabilities are neither computed before training
+    nor read from the cache.
     """
     unit: Unit = "sequence"
     """What a micro-batch counts: a sequence, a pair, or all responses to a prompt."""

@@ -2,7 +2,8 @@
 
 Three things differ from the paper. Weights are computed before training from cached numbers, so a step is an SFT step.
 They are divided by the data set's mean weight, once. And Z(x) has more estimators than the micro-batch
-(`var/weights/estimators.py`).
+(`var/weights/estimators.py`). With `reference=live`, a step is the paper's: it runs the reference, and weights are not
+divided by their mean (`var/annotate/weights.py`).
 """
 
 from dataclasses import dataclass

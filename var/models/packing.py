@@ -82,8 +82,8 @@ class Packed:
     """[N] the same by the value head at sampling time, in reward units."""
     mismatched: "Packed | None" = None
     """B sequences: each prompt with the next sequence's response."""
-    crossed: "Packed | None" = None
-    """B·B sequences: each prompt with each response, prompt by prompt."""
+    crossed: "tuple[Packed, ...]" = ()
+    """B·B sequences in parts: each prompt with each response, prompt by prompt. The last parts can repeat a prompt."""
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     """What requirements outside the package provide, by name."""
 
@@ -106,6 +106,8 @@ class Packed:
                 changed[name] = change(value)
             elif isinstance(value, Packed):
                 changed[name] = value._with(change)
+            elif name == "crossed":
+                changed[name] = tuple(part._with(change) for part in value)
         return replace(self, **changed, extra={name: change(tensor) for name, tensor in self.extra.items()})
 
     def sum_by_sequence(self, values: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ class PlanFile(Callback):
     """Writes what trains together: plan.npz for programs, and the first micro-batches in batches.jsonl for readers.
 
     plan.npz has the sequences (online: rows) of each micro-batch in the first epoch's order, the micro-batch's response
-    tokens, the row of each sequence and, if the loss has weights, its weight.
+    tokens, the row of each sequence and, if weights are computed before training, its weight.
     """
 
     SHOWN = 4

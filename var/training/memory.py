@@ -225,18 +225,22 @@ class MemoryModel:
         shards = devices if sharded else 1
         counts, wide = self.counts, self.computed_width
         gathered = counts.root * wide + 2 * counts.block * wide if sharded else 0.0
-        held = {"weights": self.weights / shards, "optimizer": self.optimizer[0] / shards}
-        scoring = {"activations": float(max(self.activations(train=False))), HEAD: self.head}
+        alone = self._reference(shards if shard_reference else 1)
         requirements = instantiate(self.cfg.loss).requires
+        held = {"weights": self.weights / shards, "optimizer": self.optimizer[0] / shards}
+        # In steps or rollouts; it stays on the device during evaluation and export.
+        runs = self.cfg.reference == "live" or bool(find(requirements, Rollout) and find(requirements, ReferenceLogps))
+        if runs:
+            held["reference"] = alone
+        scoring = {"activations": float(max(self.activations(train=False))), HEAD: self.head}
         stages: dict[str, Parts] = {}
         if self.reward:
             stages["annotation, reward model"] = {"reward model": self.reward}
-        alone = self._reference(shards if shard_reference else 1)
         stages["annotation, reference"] = {"reference": alone or self.frozen, **scoring}
-        training = {**held, "gradients": self.gradients / shards}
-        if self.cfg.reference == "live" or (find(requirements, Rollout) and find(requirements, ReferenceLogps)):
-            training["reference"] = alone
-        stages["training"] = training | self._step(sharded)
+        step = self._step(sharded)
+        if runs:  # before the policy; its passes over B×B pairings have the tokens of a scoring pass or a micro-batch
+            step = max(step, scoring, key=lambda parts: sum(parts.values()))
+        stages["training"] = {**held, "gradients": self.gradients / shards, **step}
         sample, quantized = self.cfg.eval.sampling, self.pretrained.quantization
         longest = self.cfg.data.max_length + sample["max_new_tokens"]
         cache = float(sample["responses"] * longest * self.cache_per_token)
@@ -248,7 +252,8 @@ class MemoryModel:
             if self.reward:
                 stages["evaluation, reward model"] = {**held, "reward model": self.reward}
             # first the policy scores, and then the reference, which takes more, or the policy without its adapter
-            stages["evaluation, KL"] = {**held, "weights to score with": alone or gathered or copies, **scoring}
+            loaded = 0.0 if runs else alone
+            stages["evaluation, KL"] = {**held, "weights to score with": loaded or gathered or copies, **scoring}
         largest = max(p.numel() for p in self.model.parameters()) * self.width
         stages["export"] = {**held, "largest parameter": float(largest) if sharded else 0.0}
         return stages

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import reduce
 from typing import Any
 
 import lightning
@@ -14,6 +15,7 @@ from var.training.loggers import log
 from var.training.module import AlignmentModule
 from var.utils.console import warn
 from var.utils.distributed import Ranks
+from var.utils.peak_memory import read_peak, reset_peak
 
 
 class StepMetrics(Callback):
@@ -119,21 +121,18 @@ def step_metrics(trainer: lightning.Trainer) -> StepMetrics:
 
 
 class PeakMemory(Callback):
-    """The peak memory of the device in each stage of a run: annotation, training, evaluation and export."""
+    """The peak memory of each stage of a run: annotating, training, evaluating and exporting."""
 
     def __init__(self) -> None:
-        self.bytes: dict[str, int] = {}
-        """Bytes of tensors at the peak of each stage, on this process's device. Empty on a CPU."""
+        self.peaks: dict[str, dict[str, int]] = {}
+        """Bytes at the peak of each stage, of this process; see `read_peak`. Empty if they cannot be measured."""
         self._stage: str | None = None
 
     def start(self, stage: str | None) -> None:
         """End the current stage and start another one, or none."""
-        if not torch.cuda.is_initialized():
-            return
         if self._stage is not None:
-            self.bytes[self._stage] = max(self.bytes.get(self._stage, 0), torch.cuda.max_memory_allocated())
-        self._stage = stage
-        torch.cuda.reset_peak_memory_stats()
+            self.peaks[self._stage] = _larger(read_peak(), self.peaks.get(self._stage, {}))
+        self._stage = stage if reset_peak() else None
 
     @contextmanager
     def within(self, stage: str) -> Iterator[None]:
@@ -143,15 +142,29 @@ class PeakMemory(Callback):
         yield
         self.start(outer)
 
+    def setup(self, *_: Any, **__: Any) -> None:
+        """End the annotation, which the data's setup does."""
+        self.start(None)
+
     def on_train_start(self, *_: Any) -> None:
         """Start the training, so that its peak does not contain that of annotation."""
         self.start("training")
 
-    def over_ranks(self) -> dict[str, int] | None:
-        """Return the largest peak of all devices by stage; None on a CPU. All ranks call this together."""
+    def on_train_end(self, *_: Any) -> None:
+        """End the training."""
         self.start(None)
-        peaks = Ranks.current().collect([self.bytes])
-        return {stage: max(peak.get(stage, 0) for peak in peaks) for stage in self.bytes} or None
+
+    def over_ranks(self) -> dict[str, dict[str, int]] | None:
+        """Return the largest peaks of all ranks by stage; None if they were not measured. All ranks call this."""
+        first, *others = Ranks.current().collect([self.peaks])
+        return {
+            stage: reduce(_larger, [other.get(stage, {}) for other in others], peak) for stage, peak in first.items()
+        } or None
+
+
+def _larger(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
+    """Return the larger of two peaks, number by number."""
+    return {kind: max(size, other.get(kind, 0)) for kind, size in one.items()}
 
 
 class Budget(Callback):

@@ -106,7 +106,7 @@ class Export(Callback):
         exported = same and (self.run.folder / "model").exists()
         if trainer.strategy.broadcast(exported and not self._trained):
             return
-        with self.run.peaks.within("export"):
+        with self.run.peaks.within("exporting"):
             export_model(self.run, trainer, module)
         if trainer.is_global_zero:
             marker.parent.mkdir(exist_ok=True)

@@ -97,7 +97,7 @@ class Run:
     memory: MemoryPlan | None
     """What it needs on GPUs; None on CPUs."""
     peaks: PeakMemory = field(default_factory=PeakMemory)
-    """The peak memory of the device in each stage."""
+    """The peak memory of each stage."""
     recorded: Settings = field(init=False)
     """The settings, those of the checkpoint it resumes from, and what becomes of the difference."""
 
@@ -209,8 +209,9 @@ class Run:
         budget = Budget(math.inf if settings.max_seconds is None else settings.max_seconds)
         saving = Checkpoints(self.folder / "checkpoints", settings.checkpoint_every_n_steps)
         # A step is saved before it is evaluated, so a run that is stopped during evaluation has it.
-        callbacks: list[Any] = [self.recorded, self.steps, budget, saving, PlanFile(self.folder), *before_evaluation]
-        callbacks += [self.peaks, *([self.validation] if self.validation else [])]
+        # The peaks come before the clock of the steps, since memory is returned between two stages.
+        callbacks: list[Any] = [self.recorded, self.peaks, self.steps, budget, saving, PlanFile(self.folder)]
+        callbacks += [*before_evaluation, *([self.validation] if self.validation else [])]
         if console.is_terminal:
             callbacks += [ProgressBar(), RichModelSummary(max_depth=1)]
         strategy = cfg.strategy.name

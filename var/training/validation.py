@@ -87,7 +87,8 @@ class Validation(Callback):
         rows = data.training_set.validation
         if not len(rows):
             return
-        samples, rewards = evaluate_reference(self.annotator, rows, self.sampling, self.reward)
+        with self.peaks.within("evaluating"):
+            samples, rewards = evaluate_reference(self.annotator, rows, self.sampling, self.reward)
         scale = data.training_set.scale if self.reward is None else Scale()
         answers = describe_answers(samples, self.annotator.chat)
         self.before = answers if rewards is None else replace(answers, rewards=scale(rewards))
@@ -141,7 +142,9 @@ class Validation(Callback):
         self, trainer: lightning.Trainer, module: lightning.LightningModule, title: str
     ) -> tuple[Answers, np.ndarray, dict[str, Any] | None]:
         """Return the policy's responses, their KL [P, K] in nats, and the judge's rates."""
-        with self.peaks.within("evaluation"):
+        module.zero_grad(set_to_none=True)
+        free_memory()
+        with self.peaks.within("evaluating"):
             return self._evaluate_policy(trainer, module, title)
 
     def _evaluate_policy(
@@ -153,8 +156,6 @@ class Validation(Callback):
         chat, precision = self.annotator.chat, self.annotator.reference.precision
         own = rows.select(ranks.deal(len(rows)))
         prompts = [chat.prompt(row.prompt) for row in own]
-        module.zero_grad(set_to_none=True)
-        free_memory()
         with stage(title, len(prompts), "prompts") as advance, precision():
             tokens = module.generate(chat, prompts, self.sampling, advance)
         samples = [[Sample.of(chat, ids) for ids in several] for several in tokens]
@@ -254,7 +255,7 @@ class PairAccuracy(Callback):
         won, annotator = list[float](), data.annotator
         own = annotator.ranks.deal(len(pairs) // 2)
         with (
-            self.peaks.within("evaluation"),
+            self.peaks.within("evaluating"),
             stage(f"Accuracy {when}", len(own), "pairs") as advance,
             annotator.reference.precision(),
             use_sharded(module.policy, gather=False),

@@ -6,7 +6,8 @@ float64; -inf means that a sequence is skipped. `inputs` names the fields that i
 sees θ or holds a gradient.
 
 `compute_weights` makes the mean weight 1 over the training responses. Then w ≡ 1 is SFT, and learning rate, clipping
-and loss curves mean the same for every estimator, B and λ.
+and loss curves mean the same for every estimator, B and λ. In-batch weights of a live reference are scaled otherwise
+(`var/annotate/weights.py`).
 """
 
 from collections.abc import Callable
@@ -122,6 +123,11 @@ class InBatch:
         if self.reduction == "none":
             return ("cross_rewards",)
         return ("cross_rewards", {"cross": "cross_logps", "own": "reference_logps"}[self.reference])
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether the weights are finite before they are divided by their mean: a softmax, or a mean over tokens."""
+        return self.reference_in_numerator or self.reduction != "sum"
 
     def __call__(self, inputs: WeightInputs, temperature: float) -> Tensor:
         """Return [n] log-weights; -inf for a sequence that is in no micro-batch."""
