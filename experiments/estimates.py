@@ -140,15 +140,23 @@ def _describe_memory(plan: Any) -> Iterator[str]:
 def _estimate_sampling(cfg: DictConfig, speed: float) -> Estimate:
     """Estimate an evaluation or a sampling: responses of the longest length, and their reward."""
     per_subset, subsets = cfg.get("prompts"), 4 if cfg.data.name == "hha" else 1
-    rows = {"hha": HHA_PROMPTS, "alpaca_eval": 805, "arena_hard": 500}.get(cfg.data.name)
+    rows = {"hha": HHA_PROMPTS, "alpaca_eval": 805, "arena_hard": 500}.get(cfg.data.name, cfg.data.get("sample"))
     prompts = per_subset * subsets if per_subset else rows
     if prompts is None:
         return Estimate("the number of prompts is not known before the data is read", None)
-    seeds = len(cfg.get("seeds", [0]))
-    tokens = prompts * seeds * cfg.generate.max_new_tokens
-    operations = tokens * SCORING * (_count(cfg.model) / SAMPLING_SPEED + _count(cfg.reward))
-    benchmarks = ", and benchmarks, which are not counted" if cfg.get("benchmarks") else ""
-    work = f"{prompts:,} prompts × {seeds} responses of at most {cfg.generate.max_new_tokens} tokens{benchmarks}"
+    responses = len(cfg.seeds) if "seeds" in cfg else cfg.generate.responses
+    tokens, parameters, reward = (
+        prompts * responses * cfg.generate.max_new_tokens,
+        _count(cfg.model),
+        _count(cfg.reward),
+    )
+    operations = tokens * SCORING * (parameters / SAMPLING_SPEED + reward)
+    work = f"{prompts:,} prompts × {responses} responses of at most {cfg.generate.max_new_tokens} tokens"
+    if "seeds" not in cfg:
+        operations += prompts**2 * cfg.data.max_length * SCORING * (parameters + reward)
+        work += f", and {prompts**2:,} pairs"
+    if cfg.get("benchmarks"):
+        work += ", and benchmarks, which are not counted"
     return Estimate(work, operations / speed)
 
 

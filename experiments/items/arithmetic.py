@@ -22,6 +22,10 @@ RUNS = {
     "B = 8": ("loss=var",),
     "8∗: 8 sampled candidates": ("loss=var_sampled",),
     "SFT on all answers": ("loss=sft",),
+    "mean over tokens": ("loss=var",),
+    "sum over tokens": ("loss=var_sum",),
+    "mean over tokens, of the rows' own pairs": ("loss=var_own",),
+    "sum over tokens, not in the numerator: as printed": ("loss=var_literal",),
 }
 ROWS = {label: Row(label=label, stages={"train": train(*WORDS, *words)}) for label, words in RUNS.items()}
 GAINS = (

@@ -134,16 +134,31 @@ FIXED = tuple(
     )
     for world in WORLDS
 )  # fmt: skip
-EXACT = tuple(
-    Row(label=label, stages={"exact": study("fixed")}, where={"estimator": estimator, "size": size})
-    for label, estimator, size in (
-        ("nothing: SFT", "sft", 8),
-        ("B = 2", "in_batch mean", 2),
-        ("B = 4", "in_batch mean", 4),
-        ("B = 8", "in_batch mean", 8),
-        ("8∗: 8 sampled candidates", "sampled", 8),
+
+
+def solve(rows: dict[str, tuple[str, int]]) -> tuple[Row, ...]:
+    """Return rows of the testbed's study of fixed points: the name of a weight there, and B or the candidates."""
+    return tuple(
+        Row(label=label, stages={"exact": study("fixed")}, where={"estimator": name, "size": size})
+        for label, (name, size) in rows.items()
     )
+
+
+EXACT = solve(
+    {
+        "nothing: SFT": ("sft", 8),
+        "B = 2": ("in_batch mean", 2),
+        "B = 4": ("in_batch mean", 4),
+        "B = 8": ("in_batch mean", 8),
+        BATCHES[-1]: ("sampled", 8),
+    }
 )
+READINGS = {
+    "mean over tokens": ("in_batch mean", 8),
+    "sum over tokens": ("in_batch sum", 8),
+    "mean over tokens, of the rows' own pairs": ("in_batch mean, own", 8),
+    "sum over tokens, not in the numerator: as printed": ("in_batch sum, not in the numerator", 8),
+}
 
 # The variance of Z's estimate
 
@@ -235,6 +250,13 @@ ITEMS = {
                 Table(
                     title="The exact testbed: KL(π* ‖ π) of the policy to which the weight leads",
                     rows=EXACT, columns=FIXED,
+                ),
+                Table(
+                    title="How log π_ref in Eq. 10 is read, a real model. `loss=var` takes the first reading",
+                    rows=pick(*READINGS), columns=(*GAINS, ESS), seeds=SEEDS,
+                ),
+                Table(
+                    title="How log π_ref in Eq. 10 is read, the exact testbed", rows=solve(READINGS), columns=FIXED
                 ),
             ),
             "paper": (
