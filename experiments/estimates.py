@@ -92,7 +92,9 @@ def _estimate(command: Command, tflops: float) -> Estimate | None:
     if missing := find_missing(cfg):
         return Estimate(f"not known without {', '.join(f'{key}=' for key in missing)}", None)
     speed = tflops * 1e12 * 3600
-    return _estimate_training(cfg, speed) if command.program[0] == "train.py" else _estimate_sampling(cfg, speed)
+    if command.program[0] == "train.py":
+        return _estimate_training(cfg, speed)
+    return _estimate_sampling(cfg, speed, all_pairs="figure4" in command.program[0])
 
 
 def _estimate_training(cfg: DictConfig, speed: float) -> Estimate:
@@ -137,22 +139,22 @@ def _describe_memory(plan: Any) -> Iterator[str]:
     yield from (line.strip() for line in describe_stages(plan))
 
 
-def _estimate_sampling(cfg: DictConfig, speed: float) -> Estimate:
-    """Estimate an evaluation or a sampling: responses of the longest length, and their reward."""
+def _estimate_sampling(cfg: DictConfig, speed: float, all_pairs: bool) -> Estimate:
+    """Estimate an evaluation or a sampling: responses of the longest length, and their reward.
+
+    all_pairs: whether each prompt is also scored with the response of each.
+    """
     per_subset, subsets = cfg.get("prompts"), 4 if cfg.data.name == "hha" else 1
     rows = {"hha": HHA_PROMPTS, "alpaca_eval": 805, "arena_hard": 500}.get(cfg.data.name, cfg.data.get("sample"))
     prompts = per_subset * subsets if per_subset else rows
     if prompts is None:
         return Estimate("the number of prompts is not known before the data is read", None)
     responses = len(cfg.seeds) if "seeds" in cfg else cfg.generate.responses
-    tokens, parameters, reward = (
-        prompts * responses * cfg.generate.max_new_tokens,
-        _count(cfg.model),
-        _count(cfg.reward),
-    )
+    parameters, reward = _count(cfg.model), _count(cfg.reward)
+    tokens = prompts * responses * cfg.generate.max_new_tokens
     operations = tokens * SCORING * (parameters / SAMPLING_SPEED + reward)
     work = f"{prompts:,} prompts × {responses} responses of at most {cfg.generate.max_new_tokens} tokens"
-    if "seeds" not in cfg:
+    if all_pairs:
         operations += prompts**2 * cfg.data.max_length * SCORING * (parameters + reward)
         work += f", and {prompts**2:,} pairs"
     if cfg.get("benchmarks"):
