@@ -117,8 +117,8 @@ def list_jobs(
 class Runner:
     """Runs jobs, several at once if `count` says so, and each once."""
 
-    def __init__(self, count: int = 1, launcher: Sequence[str] = ()):
-        """count: jobs at once. launcher: words that make Hydra run a command elsewhere, as on SLURM."""
+    def __init__(self, count: int = 1, launcher: str = ""):
+        """count: jobs at once. launcher: of Hydra, which runs commands elsewhere, as on SLURM; "": here."""
         self.count, self.launcher = count, launcher
         self._reasons: dict[Path, str] = {}
         self._locks: dict[Path, Lock] = defaultdict(Lock)
@@ -150,10 +150,25 @@ class Runner:
                 print(f"{job.name}, seed {job.seed}: {self._reasons[job.folder] or 'finished'}", flush=True)
             return self._reasons.get(job.folder, "")
 
+    def _launch(self, job: Job) -> list[str]:
+        """Return the words that make Hydra's launcher run a command. Those of the job may replace them."""
+        program = job.command.program[0]
+        if not self.launcher or program not in LAUNCHED:
+            return []
+        words = ["-m", f"hydra/launcher={self.launcher}"]
+        if program == "eval.py":
+            words += [f"hydra.sweep.dir={job.folder}/multirun"]
+            # it starts a process per GPU of its machine; conf/hydra/launcher/slurm.yaml reads keys of train.py
+            own = ("nodes", "tasks_per_node", "gpus_per_node") if self.launcher == "slurm" else ()
+            words += [f"hydra.launcher.{key}=1" for key in own]
+        if program == "sample.py":
+            words += [f"hydra.sweep.dir={job.folder}/multirun"]
+        return words
+
     def _start(self, job: Job, environment: Mapping[str, str]) -> str:
         job.folder.mkdir(parents=True, exist_ok=True)
         log, times = job.folder / "output.log", job.folder / "seconds.txt"
-        words = [*job.words, *(self.launcher if job.command.program[0] in LAUNCHED else ())]
+        words = [*job.command.program, *self._launch(job), *job.words[len(job.command.program) :]]
         with (job.folder / "lock").open("w") as lock:  # its processes inherit it, and may live longer than a driver
             fcntl.flock(lock, fcntl.LOCK_EX)
             if job.result is not None:  # of another driver

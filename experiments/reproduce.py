@@ -70,11 +70,8 @@ def reproduce(name: str, settings: Mapping[str, str], words: Mapping[tuple[str, 
     """Run what is missing of an item, write its results, and return them."""
     tables, work = list_work(name, settings, words)
     timed = any(table.timed for table in tables)
-    launcher = {"": (), "slurm": ("-m", "hydra/launcher=slurm"), "submitit_slurm": ("-m", "hydra/launcher=slurm")}
-    runner = Runner(
-        1 if timed else int(settings["jobs"]),
-        launcher.get(settings["launcher"], ("-m", f"hydra/launcher={settings['launcher']}")),
-    )
+    launcher = "slurm" if settings["launcher"] == "submitit_slurm" else settings["launcher"]  # with the run's devices
+    runner = Runner(1 if timed else int(settings["jobs"]), launcher)
     reasons = dict(zip(work, runner.run_all(list(work.values())), strict=True))
     cells = []
     for table in tables:
