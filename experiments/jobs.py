@@ -11,7 +11,6 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -51,7 +50,7 @@ class Job:
     def name(self) -> str:
         """What the command is: its loss or its program."""
         losses = [word.removeprefix("loss=") for word in self.command.words if word.startswith("loss=")]
-        program = Path(self.command.program[-1]).stem.split(".")[-1]
+        program = self.command.program[-1].removesuffix(".py").replace("/", ".").split(".")[-1]
         return f"{program}-{losses[-1]}" if losses else program
 
     @property
@@ -119,16 +118,11 @@ class Runner:
 
     def __init__(self, count: int = 1, launcher: str = ""):
         """count: jobs at once. launcher: of Hydra, which runs commands elsewhere, as on SLURM; "": here."""
-        self.count, self.launcher = count, launcher
+        self.launcher = launcher
         self._reasons: dict[Path, str] = {}
         self._locks: dict[Path, Lock] = defaultdict(Lock)
         self._lock = Lock()
         self._shares = share_devices(count)
-
-    def run_all(self, jobs: Sequence[Job]) -> list[str]:
-        """Run jobs and what they need. Return for each an empty text, or why it failed."""
-        with ThreadPoolExecutor(self.count) as pool:
-            return list(pool.map(self.run, jobs))
 
     def run(self, job: Job) -> str:
         """Run a job, after those that it needs, unless it is finished."""

@@ -22,7 +22,8 @@ are made from it.
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 
@@ -66,27 +67,48 @@ def select_seeds(table: Table, settings: Mapping[str, str]) -> tuple[int, ...]:
     return tuple(map(int, settings["seeds"].split(","))) if settings["seeds"] and trains else table.seeds
 
 
-def reproduce(name: str, settings: Mapping[str, str], words: Mapping[tuple[str, Command], Sequence[str]]) -> list[Cell]:
-    """Run what is missing of an item, write its results, and return them."""
-    tables, work = list_work(name, settings, words)
-    timed = any(table.timed for table in tables)
+def run_items(
+    names: Sequence[str], settings: Mapping[str, str], words: Mapping[tuple[str, Command], Sequence[str]]
+) -> Iterator[tuple[str, list[Cell]]]:
+    """Run what is missing of items and write their results. Yield each item's name and cells when it is finished.
+
+    Items share the jobs at once. Those whose seconds are compared run alone, after the others.
+    """
     launcher = "slurm" if settings["launcher"] == "submitit_slurm" else settings["launcher"]  # with the run's devices
-    runner = Runner(1 if timed else int(settings["jobs"]), launcher)
-    reasons = dict(zip(work, runner.run_all(list(work.values())), strict=True))
+    found = {name: list_work(name, settings, words) for name in names}
+    timed = [name for name in names if any(table.timed for table in found[name][0])]
+    for several, count in (([name for name in names if name not in timed], int(settings["jobs"])), (timed, 1)):
+        runner, pool = Runner(count, launcher), ThreadPoolExecutor(count)
+        try:
+            started = {name: [pool.submit(runner.run, job) for job in found[name][1].values()] for name in several}
+            for name, futures in started.items():
+                tables, work = found[name]
+                reasons = dict(zip(work, (future.result() for future in futures), strict=True))
+                yield name, write(name, tables, work, reasons, settings)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def write(
+    name: str,
+    tables: Sequence[Table],
+    work: Work,
+    reasons: Mapping[tuple[str, str, str, int], str],
+    settings: Mapping[str, str],
+) -> list[Cell]:
+    """Write the results of an item whose jobs have ended, and return them. reasons: why jobs failed, or ""."""
     cells = []
     for table in tables:
         seeds = select_seeds(table, settings)
         for row in (row for row in table.rows if row.shown):
-            for column in table.columns:
-                keys = [(table.title, row.name, column.stage, seed) for seed in seeds]
+            for column in (column for column in table.columns if column.stage in row.stages):
                 jobs = {
                     (other, seed): job
                     for (title, other, stage, seed), job in work.items()
                     if (title, stage) == (table.title, column.stage)
                 }
-                failed = next((reasons[key] for key in keys if reasons.get(key)), "")
-                if column.stage in row.stages:
-                    cells.append(fill(table, row, column, jobs, seeds, failed))
+                failed = next((r for seed in seeds if (r := reasons[table.title, row.name, column.stage, seed])), "")
+                cells.append(fill(table, row, column, jobs, seeds, failed))
     publish(name, ITEMS[name], settings["size"], cells, Path(settings["out"]))
     return cells
 
@@ -139,7 +161,7 @@ def main(words: Sequence[str]) -> None:
         work = {name: list(list_work(name, settings, routed)[1].values()) for name in names}
         show(work, float(settings["tflops"]))
         return
-    failed = [(name, cell.row) for name in names for cell in reproduce(name, settings, routed) if cell.failed]
+    failed = [(name, cell.row) for name, cells in run_items(names, settings, routed) for cell in cells if cell.failed]
     if failed:
         raise SystemExit(f"{len(set(failed))} rows failed; see the table")
 

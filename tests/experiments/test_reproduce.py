@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -281,8 +282,10 @@ def test_runner_runs_what_is_missing_once(tmp_path: Path) -> None:
     rows = [Row(label=f"row {i}", stages={"reward": program(WRITE, "{own}", f"{i}", "{shared}")}) for i in range(4)]
     table = Table(rows=(shared, *rows), columns=())
     jobs = [list_jobs(table, row, 0, tmp_path, {})["reward"] for row in rows]
-    assert Runner(3).run_all(jobs) == [""] * 4
-    assert Runner(3).run_all(jobs) == [""] * 4
+    for _ in range(2):
+        runner = Runner(3)
+        with ThreadPoolExecutor(3) as pool:
+            assert list(pool.map(runner.run, jobs)) == [""] * 4
     assert (jobs[0].needs["shared"].folder / "count").read_text() == "x"
     assert all(job.result for job in jobs)
 
@@ -293,7 +296,7 @@ def test_failed_command_fails_what_needs_it(tmp_path: Path) -> None:
     silent = Row(label="silent", stages={"train": program("", "{own}")})
     table = Table(rows=(bad, row, silent), columns=())
     jobs = [*list_jobs(table, row, 0, tmp_path, {}).values(), *list_jobs(table, silent, 0, tmp_path, {}).values()]
-    reasons = Runner().run_all(jobs)
+    reasons = list(map(Runner().run, jobs))
     assert reasons[0] == "bad failed: status 1: no such data"
     assert reasons[1].startswith("status 0")  # it has written no result
 
