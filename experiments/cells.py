@@ -121,11 +121,14 @@ def write_table(table: Table, cells: Sequence[Cell]) -> str:
 def _notes(table: Table, cells: Sequence[Cell]) -> Iterator[str]:
     counts = {cell.n for cell in cells if cell.n}
     errors = any(cell.se is not None for cell in cells)
-    if counts and (errors or max(counts) > 1):
+    if table.errors:
+        yield table.errors
+    elif counts and (errors or max(counts) > 1):
         several = "1 seed" if counts == {1} else f"{max(counts)} seeds"
         over = "over seeds" if max(counts) > 1 else "over prompts"
         yield f"{several}{f'; errors are {over}' if errors else ''}."
-    words = [word for row in table.rows for command in row.stages.values() for word in command.words]
+    shown = [command for row in table.rows if row.shown for command in row.stages.values()]
+    words = [word for command in shown for word in command.words]
     if assumed := list_assumptions(words):
         yield ""
         yield f"Assumptions where the paper leaves it open: {'; '.join(assumed)}."
@@ -153,7 +156,7 @@ def show(cell: Cell | None, column: Column) -> str:
         return "failed" if cell is not None and cell.failed else "–"
     if isinstance(cell.value, str):
         return " ".join(cell.value.split()).replace("|", "\\|")
-    text = f"{cell.value:.{column.digits}f}"
+    text = f"{round(cell.value, column.digits) or 0.0:.{column.digits}f}"  # 0.0 has no sign
     return (text if cell.se is None else f"{text} ± {cell.se:.{column.digits}f}").replace("-", "−")
 
 

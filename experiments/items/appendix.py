@@ -21,6 +21,7 @@ RATIOS = Table(
 )
 LOSS = tuple(Column(title=f"loss at step {step}", read=metric("train/loss", step), digits=2) for step in (1, 5, 10, 20))
 BOUND = Table(
+    errors="Errors are over three draws of each world.",
     title="The exact testbed, 4,096 rows drawn from π_ref",
     rows=tuple(
         Row(label=world, stages={"exact": study("argument")}, where={"part": "bound", "world": world, "rows": 4096})

@@ -98,6 +98,8 @@ class Table:
     seeds: tuple[int, ...] = (0,)
     timed: bool = False
     """Whether seconds are compared. Then each run has its own annotation cache, and runs follow each other."""
+    errors: str = ""
+    """Over what the standard errors are; "": over seeds, or with one seed over prompts."""
     x_label: str = ""
     """The horizontal axis of the figure's panels."""
 

@@ -126,6 +126,7 @@ def rate(title: str, stage: str, keys: str) -> Column:
 # The number of rows that estimate Z
 
 BATCHES = ("B = 2", "B = 4", "B = 8", "8∗: 8 sampled candidates")
+DRAWS = "Errors are over three draws of each world."
 WORLDS = ("shared", "apart", "long")
 FIXED = tuple(
     Column(
@@ -190,6 +191,7 @@ VARIANCES = tuple(
     )
     for size in SIZES
 )  # fmt: skip
+ANSWERS = "Errors are over the prompts' own answers, if a prompt has several."
 X = "B (in-batch) or candidates (sampled)"
 
 ITEMS = {
@@ -249,14 +251,14 @@ ITEMS = {
                 ),
                 Table(
                     title="The exact testbed: KL(π* ‖ π) of the policy to which the weight leads",
-                    rows=EXACT, columns=FIXED,
+                    rows=EXACT, columns=FIXED, errors=DRAWS,
                 ),
                 Table(
                     title="How log π_ref in Eq. 10 is read, a real model. `loss=var` takes the first reading",
                     rows=pick(*READINGS), columns=(*GAINS, ESS), seeds=SEEDS,
                 ),
                 Table(
-                    title="How log π_ref in Eq. 10 is read, the exact testbed", rows=solve(READINGS), columns=FIXED
+                    title="How log π_ref in Eq. 10 is read, the exact testbed", rows=solve(READINGS), columns=FIXED, errors=DRAWS,
                 ),
             ),
             "paper": (
@@ -282,10 +284,10 @@ ITEMS = {
                 Table(
                     rows=variances("reward=near_number", "data.source.problems=32", "generate.responses=32"),
                     columns=VARIANCES,
-                    x_label=X,
+                    x_label=X, errors=ANSWERS,
                 ),
             ),
-            "paper": (Table(rows=variances("experiment=figure4"), columns=VARIANCES, x_label=X),),
+            "paper": (Table(rows=variances("experiment=figure4"), columns=VARIANCES, x_label=X, errors=ANSWERS),),
         },
     ),
 }  # fmt: skip
