@@ -258,7 +258,8 @@ ITEMS = {
                     rows=pick(*READINGS), columns=(*GAINS, ESS), seeds=SEEDS,
                 ),
                 Table(
-                    title="How log π_ref in Eq. 10 is read, the exact testbed", rows=solve(READINGS), columns=FIXED, errors=DRAWS,
+                    title="How log π_ref in Eq. 10 is read, the exact testbed",
+                    rows=solve(READINGS), columns=FIXED, errors=DRAWS,
                 ),
             ),
             "paper": (
