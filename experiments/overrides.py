@@ -33,18 +33,18 @@ def route(stages: Sequence[Stage], overrides: Sequence[str], dry: bool = False) 
     names = {name for name, _ in stages}
     for stage in stages:
         name, command = stage
-        root = ROOTS.get(command.program[0])
         routed[stage] = []
-        if root is None:
+        if (root := ROOTS.get(command.program[0])) is None:
             continue
-        general = [word for word in overrides if word.split(":")[0] not in names]
         own = [word.partition(":")[2] for word in overrides if word.split(":")[0] == name]
-        if not _try(root, command, [*general, *own]):
-            general = [word for word in general if _try(root, command, [word])]
-        routed[stage] = [*general, *own]
-        taken.update(general, (f"{name}:{word}" for word in own))
+        general = [word for word in overrides if word.split(":")[0] not in names]
         try:
-            cfg = compose_command(root, command, routed[stage])
+            cfg = compose_command(root, command, ())
+            general = [word for word in general if _has_key(cfg, word)]
+            routed[stage] = [*general, *own]
+            taken.update(general, (f"{name}:{word}" for word in own))
+            if routed[stage]:
+                cfg = compose_command(root, command, routed[stage])
         except (HydraException, OmegaConfBaseException, UserError) as error:
             problems.append(f"{name}: {str(error).strip().splitlines()[0]}")
             continue
@@ -86,9 +86,13 @@ def compose_command(root: str, command: Command, more: Sequence[str]) -> DictCon
         return compose(root, [*words, *more])
 
 
-def _try(root: str, command: Command, more: Sequence[str]) -> bool:
-    try:
-        compose_command(root, command, more)
-    except (HydraException, OmegaConfBaseException, UserError):
-        return False
+def _has_key(cfg: DictConfig, word: str) -> bool:
+    """Return whether an override changes a value of a configuration, adds to it, or selects one of its groups."""
+    key = word.lstrip("+~").partition("=")[0].partition("@")[0]
+    part = OmegaConf.to_container(cfg, resolve=False)
+    path = key.split("/")[-1:] if "/" in key else key.split(".")
+    for i, name in enumerate(path):
+        if not isinstance(part, dict) or name not in part:
+            return word.startswith("+") and i > 0
+        part = part[name]
     return True
