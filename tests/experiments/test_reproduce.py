@@ -353,7 +353,8 @@ def miniature(model: Path, folder: Path, data: Path) -> list[str]:
     return [
         f"model.path={model}", "train:trainer.max_steps=2", "data.validation_prompts=4", "data.source.problems=24",
         "train:data.limit=40", "generate.max_new_tokens=32", "data.on_template_change=count", f"data.folder={data}",
-        "prompts=2", "seeds=0", "variance:generate.responses=4", "variance:data.source.problems=8",
+        "prompts=2", "seeds=0", "reward.max_length=4096",
+        "variance:generate.responses=4", "variance:data.source.problems=8",
         f"benchmarks.folder={data}", "benchmarks.limit=2", "benchmarks.max_new_tokens=4",
         f"chat:data.path={data}/chat.jsonl",
         *(f"{key}={folder}/{key}" for key in ("folder", "out", "cache", "annotation_cache")),
