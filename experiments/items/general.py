@@ -1,7 +1,6 @@
 """The items that train on UltraFeedback: Tables 5, 6 and 7, and Figure 4, which is about the estimate of Z."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from experiments.items.base import (
     Read,
     Row,
     Table,
+    add_words,
     evaluate,
     evaluate_rows,
     record,
@@ -88,11 +88,9 @@ ALOL = ("loss=alol", "~loss.temperature_unit", "reward_scale=sigmoid")
 
 
 def make_rows(name: str, group: str, losses: dict[str, tuple[str, ...]], stages: dict[str, Command]) -> tuple[Row, ...]:
-    """Return rows of Table 5's configuration: without training if there is no override."""
+    """Return rows of Table 5's configuration. A loss without overrides is the untrained model."""
     model = f"model={name}"
-    stages = {
-        key: replace(command, words=(*command.words[:-1], model, command.words[-1])) for key, command in stages.items()
-    }
+    stages = add_words(stages, model)
     return tuple(
         Row(
             label=label, group=group,

@@ -43,7 +43,7 @@ def make_rows(
     """
     chosen = (model,) if model else ()
     losses = {"DPO": ("loss=dpo", *pairs), "VAR": ("loss=var",)}
-    evaluations = add_words(evaluations, *((model,) if model else ()))
+    evaluations = add_words(evaluations, *chosen)
     made = {
         "Base": None,
         "SFT": train(*words, *chosen, "loss=sft", "data.responses=chosen"),
