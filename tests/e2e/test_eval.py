@@ -235,7 +235,8 @@ def test_hh_rlhf_is_evaluated_by_the_subsets_of_hha(base: list[str], tmp_path: P
         "data.source.subsets=[harmless-base,helpful-base,helpful-online]",
     )  # fmt: skip
     assert "hh_rlhf: 1 records of the data set are skipped" in printed
-    assert "5 of 5 prompts, held out or not (harmless_base 2, helpful_base 2, helpful_online 1)" in printed
+    counts = "harmless_base 2, helpful_base 2, helpful_online 1; 1 rows repeat an earlier prompt"
+    assert f"5 of 5 prompts, held out or not ({counts})" in printed
     averages = found["model"]["averages"]
     assert averages["helpful"]["of"] == ["helpful_base", "helpful_online"]
     assert averages["helpful"]["without"] == ["helpful_rejection"]
@@ -247,7 +248,7 @@ def test_hh_rlhf_file_is_evaluated_as_its_subset(base: list[str], tmp_path: Path
     file = real_data / "hh_rlhf_harmless_base_test.jsonl.gz"
     printed, found = evaluate_on_hh_rlhf(base, tmp_path, f"data.path={file}", "prompts=2")
     assert "hh_rlhf: 13 records of the data set are skipped" in printed
-    assert "2 of 2297 prompts, held out or not (harmless_base 2)" in printed
+    assert "2 of 2297 prompts, held out or not (harmless_base 2; 2 rows repeat an earlier prompt)" in printed
     assert found["model"]["subsets"]["harmless_base"]["prompts"] == 2
     assert found["win_rates"]["all"]["n"] == 4
 
