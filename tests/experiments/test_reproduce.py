@@ -33,6 +33,7 @@ from experiments.items import ITEMS
 from experiments.items.base import Column, Command, Item, Row, Table, evaluate, metric, record, select, summary, train
 from experiments.jobs import DONE, ROOT, Job, Runner, list_jobs, share_devices
 from experiments.overrides import route
+from tests.helpers.models import saved, tiny_model
 
 SFT = Row(label="SFT", stages={"train": train("experiment=x", "loss=sft"), "reward": evaluate("prompts=2")})
 VAR = Row(label="SFT+VAR", stages={"train": train("experiment=x", "loss=var", "init={SFT}")})
@@ -354,7 +355,7 @@ def miniature(model: Path, folder: Path, data: Path) -> list[str]:
         f"model.path={model}", "train:trainer.max_steps=2", "data.validation_prompts=4", "data.source.problems=24",
         "train:data.limit=40", "generate.max_new_tokens=32", "data.on_template_change=count", f"data.folder={data}",
         "prompts=2", "seeds=0", "reward.max_length=4096",
-        "variance:generate.responses=4", "variance:data.source.problems=8",
+        "variance:generate.responses=4", "variance:generate.max_new_tokens=200", "variance:data.source.problems=8",
         f"benchmarks.folder={data}", "benchmarks.limit=2", "benchmarks.max_new_tokens=4",
         f"chat:data.path={data}/chat.jsonl",
         *(f"{key}={folder}/{key}" for key in ("folder", "out", "cache", "annotation_cache")),
@@ -363,7 +364,7 @@ def miniature(model: Path, folder: Path, data: Path) -> list[str]:
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", ITEMS)
-def test_miniature_of_every_item_runs_end_to_end(name: str, tiny_folder: Path, real_data: Path, tmp_path: Path) -> None:
+def test_miniature_of_every_item_runs_end_to_end(name: str, real_data: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
     for path in real_data.iterdir():
@@ -371,7 +372,8 @@ def test_miniature_of_every_item_runs_end_to_end(name: str, tiny_folder: Path, r
     answers = [{"text": text, "score": score} for text, score in (("yes", 0.9), ("no", 0.1))]
     rows = [{"id": str(i), "prompt": f"question {i}", "ordered": True, "responses": answers} for i in range(3)]
     (data / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = list_words(name, tiny_folder, tmp_path, data)
+    model = saved(tmp_path / "model", tiny_model(max_position_embeddings=8192))  # it reads bytes
+    words = list_words(name, model, tmp_path, data)
     done = subprocess.run(
         [sys.executable, "-m", "experiments.reproduce", *words], cwd=ROOT, capture_output=True, text=True
     )
