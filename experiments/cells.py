@@ -86,7 +86,7 @@ def _read(column: Column, result: Path, row: Row) -> tuple[Any, float | None] | 
 def _describe(cell: Cell, job: Job, seed: int) -> None:
     """Add the commands of a job and of those that it needs."""
     cell.seeds.append(seed)
-    for one in _order(job):
+    for one in job.in_order():
         command = shlex.join(one.portable)
         if command in cell.commands:
             continue
@@ -98,12 +98,6 @@ def _describe(cell: Cell, job: Job, seed: int) -> None:
             content = content.get("depends_on", content)
             cell.commit = content.get("commit", cell.commit)
             cell.versions = content.get("versions", cell.versions)
-
-
-def _order(job: Job) -> Iterator[Job]:
-    for needed in job.needs.values():
-        yield from _order(needed)
-    yield job
 
 
 def write_table(table: Table, cells: Sequence[Cell]) -> str:

@@ -57,8 +57,9 @@ def show(items: Mapping[str, Sequence[Job]], tflops: float) -> None:
     seen = set[Path]()
     total, disk, unknown, downloads = 0.0, 0.0, 0, dict[str, str]()
     for name, jobs in items.items():
-        print(f"{name}: {len({job.folder for job in jobs})} commands")
-        for job in jobs:
+        ordered = [one for job in jobs for one in job.in_order()]
+        print(f"{name}: {len({job.folder for job in ordered})} commands")
+        for job in ordered:
             if job.folder in seen:
                 continue
             seen.add(job.folder)

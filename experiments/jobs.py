@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -59,6 +59,12 @@ class Job:
         if not (self.folder / DONE).exists():
             return None
         return next(iter(sorted(self.folder.glob(self.command.result))), None)
+
+    def in_order(self) -> Iterator["Job"]:
+        """Yield the jobs that it needs, in the order in which they run, and itself; one may come several times."""
+        for needed in self.needs.values():
+            yield from needed.in_order()
+        yield self
 
     @property
     def seconds(self) -> float:

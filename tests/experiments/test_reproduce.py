@@ -70,6 +70,7 @@ def test_evaluation_without_a_training_run_has_no_initial_model(tmp_path: Path) 
     assert [word for word in base.words if word.startswith("init=")] == []
     assert "init=<run>" in own["reward"].words
     assert own["reward"].needs == {"run": own["train"]}
+    assert [job.name for job in own["reward"].in_order()] == ["train-sft", "eval"]
 
 
 def test_result_of_another_command_is_not_taken(tmp_path: Path) -> None:
