@@ -156,13 +156,12 @@ class Runner:
         if not self.launcher or program not in LAUNCHED:
             return []
         words = ["-m", f"hydra/launcher={self.launcher}"]
-        if program == "eval.py":
+        if program != "train.py":  # whose sweeps are in `runs`
             words += [f"hydra.sweep.dir={job.folder}/multirun"]
+        if program == "eval.py":
             # it starts a process per GPU of its machine; conf/hydra/launcher/slurm.yaml reads keys of train.py
             own = ("nodes", "tasks_per_node", "gpus_per_node") if self.launcher == "slurm" else ()
             words += [f"hydra.launcher.{key}=1" for key in own]
-        if program == "sample.py":
-            words += [f"hydra.sweep.dir={job.folder}/multirun"]
         return words
 
     def _start(self, job: Job, environment: Mapping[str, str]) -> str:

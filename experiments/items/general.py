@@ -21,7 +21,7 @@ from experiments.items.base import (
     summary,
     train,
 )
-from experiments.items.hha import SMALL_ROWS
+from experiments.items.hha import SMALL_ROWS, rate
 
 # Benchmarks
 
@@ -114,11 +114,6 @@ SMALL_CHAT = evaluate(
     "data=files", "held_out=false", "prompts=60", "seeds=[0]", "against=chosen", "reference=null", "judge=reward",
     "reward=classifier", "reward.path={reward model}", "generate.max_new_tokens=96",
 )  # fmt: skip
-
-
-def rate(title: str, stage: str, keys: str) -> Column:
-    """Return a column with a win rate in percent."""
-    return Column(title=title, stage=stage, read=summary(f"win_rates.{keys}"), digits=2)
 
 
 # The number of rows that estimate Z

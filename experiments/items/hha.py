@@ -102,9 +102,9 @@ INT4 = make_rows(
 )
 
 
-def rates(title: str, keys: str) -> Column:
-    """Return a column with a win rate."""
-    return Column(title=title, stage="judge", read=summary(f"win_rates.{keys}"), digits=2)
+def rate(title: str, stage: str, keys: str = "average") -> Column:
+    """Return a column with a win rate in percent."""
+    return Column(title=title, stage=stage, read=summary(f"win_rates.{keys}"), digits=2)
 
 
 def share(subset: str, outcome: str, stage: str) -> Column:
@@ -119,7 +119,7 @@ def share(subset: str, outcome: str, stage: str) -> Column:
 
 PAPER_WINS = (
     *(share(subset, outcome, "judge") for subset in SUBSETS for outcome in ("win", "loss", "tie")),
-    rates("average win (all)", "average"),
+    rate("average win (all)", "judge"),
 )
 
 
@@ -170,7 +170,7 @@ SMALL_COLUMNS = (
 )
 SMALL_WINS = (
     *(share(subset, outcome, "reward") for subset in MEASURED for outcome in ("win", "loss", "tie")),
-    Column(title="average win", stage="reward", read=summary("win_rates.average"), digits=2),
+    rate("average win", "reward"),
 )
 
 
@@ -298,7 +298,7 @@ ITEMS = {
                         ),
                         *METHODS,
                     ),
-                    columns=(*win_bars(SUBSETS, "judge"), rates("average win", "average")),
+                    columns=(*win_bars(SUBSETS, "judge"), rate("average win", "judge")),
                 ),
             ),
         },
