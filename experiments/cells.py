@@ -1,7 +1,6 @@
 """The cells of tables: read from results, written to results-<size>.json, and shown as tables and figures."""
 
 import json
-import math
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,10 +8,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from experiments.items.base import Column, Item, Row, Table
 from experiments.jobs import ROOT, Job
+from var.utils.statistics import estimate_mean
 
 PAPER = ROOT / "experiments" / "paper.yaml"
 PAPER_MARK = "arXiv 2502.11026"
@@ -70,11 +71,9 @@ def fill(
         if isinstance(values[0], str):
             cell.value = values[0]
         else:
-            cell.value = sum(values) / len(values)
-            cell.se = found[0][1]
-            if len(found) > 1:
-                spread = sum((value - cell.value) ** 2 for value in values) / (len(values) - 1)
-                cell.se = math.sqrt(spread / len(values))
+            over_seeds = estimate_mean(np.array(values))
+            cell.value = over_seeds.mean
+            cell.se = over_seeds.se if len(found) > 1 else found[0][1]
     return cell
 
 

@@ -6,6 +6,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from var.utils.statistics import estimate_mean
+
 
 @dataclass(frozen=True)
 class Command:
@@ -179,7 +183,7 @@ def record(part: str, value: str, **where: Any) -> Read:
             raise KeyError(f"{part} with {settings}")
         if isinstance(found[0], str) or len(found) == 1:
             return found[0]
-        mean = sum(found) / len(found)
-        return mean, (sum((entry - mean) ** 2 for entry in found) / (len(found) - 1) / len(found)) ** 0.5
+        over_records = estimate_mean(np.array(found))
+        return over_records.mean, over_records.se
 
     return read
