@@ -28,6 +28,7 @@ PINNED = {
 # Python defaults that differ from every YAML, or from some YAML on purpose.
 VARIANTS = {
     "losses.alol.ALoL": {"ratio", "clip", "beta"},
+    "losses.dft.DFT": {"anchor"},
     "losses.grpo.GRPO": {"beta", "clip_high", "normalize", "scale", "length"},
     "models.pretrained.Pretrained": {"quantization", "repository"},
     "rewards.classifier.Classifier": {"dtype", "architecture", "repository"},

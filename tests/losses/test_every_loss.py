@@ -15,13 +15,16 @@ from tests.helpers.runs import ROOT
 from var.losses.alol import ALoL
 from var.losses.apo import APO
 from var.losses.bradley_terry import BradleyTerry
+from var.losses.dft import DFT
 from var.losses.dpo import DPO
 from var.losses.dpo_norm import DPONorm
+from var.losses.dro import DRO
 from var.losses.exo import EXO
 from var.losses.grpo import GRPO
 from var.losses.hinge import Hinge
 from var.losses.infonca import InfoNCA
 from var.losses.ipo import IPO
+from var.losses.iw_sft import IWSFT
 from var.losses.kto import KTO
 from var.losses.nca import NCA
 from var.losses.orpo import ORPO
@@ -33,6 +36,7 @@ from var.losses.robust import Robust
 from var.losses.rpo import RPO
 from var.losses.sft import SFT
 from var.losses.simpo import SimPO
+from var.losses.trajectory_balance import TrajectoryBalance
 from var.losses.var import VAR
 from var.losses.var_online import VAROnline
 from var.losses.wbc import WBC
@@ -45,13 +49,14 @@ from var.weights.estimators import Global, InBatch
 LOSSES = [
     SFT(), SFT(normalize="sequence"), Weighted(), Weighted(normalize="sequence"),
     VAR(estimator=Global(), temperature_unit="reward"),
-    WBC(), RGOLD(), RLoL(), RLoL(ratio="token"),
+    WBC(), RGOLD(), RLoL(), RLoL(ratio="token"), DFT(), DFT(anchor=0.5), IWSFT(),
     ALoL(value=VALUE_FIT), ALoL(value=VALUE_FIT, ratio="token"), ALoL(value=VALUE_FIT, ratio="none", clip=None),
     ALoL(value=VALUE_FIT, ratio="none", clip=None, beta=0.75),
     DPO(beta=0.5), APO(beta=0.5, kind="down"), DPONorm(beta=2.0), EXO(beta=0.5, label_smoothing=0.25), Hinge(beta=0.5),
     IPO(beta=0.5, reduction="mean"), IPO(beta=0.5, reduction="sum"), ORPO(beta=0.5),
     Robust(beta=0.5, label_smoothing=0.25), RPO(beta=0.5, alpha=0.25), SimPO(beta=2.0, gamma=0.5),
     KTO(beta=0.5, desirable_weight=1.5), InfoNCA(beta=0.5, temperature=0.5), NCA(beta=0.5, temperature=0.5),
+    DRO(temperature=0.5), *(TrajectoryBalance(temperature=0.5, alpha=alpha) for alpha in (0.0, 0.5, 1.0)),
     GRPO(beta=0.2), GRPO(beta=0.2, normalize="token"), GRPO(beta=0.2, normalize="constant", length=7),
     RLOO(beta=0.5), PPO(beta=0.5, gamma=0.9), VAROnline(temperature=2.0, drop_zero_variance=False),
 ]  # fmt: skip
@@ -200,6 +205,8 @@ REQUIREMENTS = [
     (KTO(), "Desirable ReferenceLogps MismatchedLogps"),
     (KTO(threshold=0.0), "Rewards Desirable ReferenceLogps MismatchedLogps"),
     (InfoNCA(), "Groups Rewards ReferenceLogps"), (NCA(), "Groups Rewards ReferenceLogps"),
+    (TrajectoryBalance(), "Groups Rewards ReferenceLogps"), (DRO(), "Rewards ReferenceLogps TokenValues"),
+    (DFT(), ""), (IWSFT(), "ReferenceLogps"),
     (VAROnline(), "Rollout Rewards"),
     (GRPO(beta=0.0), ROLLOUT), (GRPO(beta=0.01), f"{ROLLOUT} ReferenceLogps"),
     (RLOO(beta=0.0), ROLLOUT), (RLOO(beta=0.01), f"{ROLLOUT} ReferenceLogps"),
@@ -310,6 +317,19 @@ INVALID: list[tuple[type, list[dict[str, Any]], str]] = [
         "loss.beta, loss.desirable_weight and loss.undesirable_weight must be above 0",
     ),
     *((kind, [*BAD_BETA, {"temperature": 0.0}], TEMPERATURE) for kind in (InfoNCA, NCA)),
+    (
+        TrajectoryBalance, [{"temperature": 0.0}, {"alpha": -0.1}, {"alpha": 1.1}, {"alpha": math.nan}],
+        "loss.temperature must be above 0 and loss.alpha in [0, 1]",
+    ),
+    (
+        DRO, [{"temperature": 0.0}, {"value_weight": 0.0}, {"value_weight": math.nan}],
+        "loss.temperature and loss.value_weight must be above 0",
+    ),
+    (DFT, [{"anchor": -0.1}], "loss.anchor must be at least 0, got -0.1"),
+    (
+        IWSFT, [{"exponent": 0.0}, {"largest": 0.5}, {"largest": math.nan}],
+        "loss.exponent must be above 0 and loss.largest at least 1. For weight 1 use loss=sft.",
+    ),
     (
         GRPO,
         [

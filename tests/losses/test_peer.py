@@ -10,6 +10,7 @@ import torch
 
 from tests.helpers.models import pretrained
 from var.data.chat import Chat
+from var.losses.dft import DFT
 from var.losses.dpo import DPO
 from var.losses.ipo import IPO
 from var.losses.sft import SFT
@@ -103,7 +104,8 @@ def test_dpo_step_equals_trl(folders, tokenizer, tmp_path, kind):
     assert (value.item(), compute_norm(policy)) == pytest.approx(theirs, rel=2e-5)
 
 
-def test_accumulated_sft_step_equals_trl(folders, tokenizer, tmp_path):
+@pytest.mark.parametrize(("kind", "loss"), [("nll", SFT()), ("dft", DFT())])
+def test_accumulated_sft_step_equals_trl(folders, tokenizer, tmp_path, kind, loss):
     """TRL divides by the unmasked labels of both micro-batches, whose token counts differ much. Our two micro-batches
     have that divisor each, and their losses add up."""
     from datasets import Dataset
@@ -113,7 +115,7 @@ def test_accumulated_sft_step_equals_trl(folders, tokenizer, tmp_path):
     chat = Chat(tokenizer)
     texts = [("hi", "a"), ("what is 2 + 2?", "it is four, as far as I can tell you"), ("a", "bc"), ("bb", "def gh")]
     rows = [chat.encode([{"role": "user", "content": p}], text) for p, text in texts]
-    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "loss_type": kind}
     options["dataset_kwargs"] = {"skip_prepare_dataset": True}
     records = [{"input_ids": r.ids, "labels": [-100] * r.start + r.ids[r.start :]} for r in rows]
     trainer = SFTTrainer(
@@ -128,7 +130,7 @@ def test_accumulated_sft_step_equals_trl(folders, tokenizer, tmp_path):
     total = 0.0
     for micro in (rows[:2], rows[2:]):
         batch = pack([r.ids for r in micro], [r.start for r in micro], **step)
-        value, _ = SFT()(policy(batch), batch)
+        value, _ = loss(policy(batch), batch)
         value.backward()
         total += value.item()
     assert total == pytest.approx(theirs[0], abs=1e-6)

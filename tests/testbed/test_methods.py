@@ -60,12 +60,15 @@ def test_weights_of_another_temperature_do_not(small):
         ("ppo", {"beta": 1.0, "value_weight": 1.0}, 1, {}, 2e-3),
         ("infonca", {"beta": 1.0, "temperature": 1.0}, 4, {}, 2e-3),
         ("infonca", {"beta": 0.1, "temperature": 10.0}, 4, {}, 2e-3),
+        ("trajectory_balance", {"temperature": 1.0}, 4, {}, 2e-3),
+        ("trajectory_balance", {"temperature": 1.0, "alpha": 0.0}, 4, {}, 2e-3),
+        ("dro", {"temperature": 1.0}, 1, {}, 2e-3),
         ("dpo", {"beta": 1.0}, 2, {"labels": "bradley_terry"}, 1e-2),
         ("var_global", {"temperature": 1.0, **REWARD_UNIT}, 1, {}, 1e-2),
     ],
 )
 def test_these_losses_reach_the_optimum(name, settings, answers, options, within):
-    """λ is β of RLOO, of PPO and of DPO with labels drawn by the reward, αβ of InfoNCA, and VAR's own λ."""
+    """λ is β of RLOO, of PPO and of DPO with labels drawn by the reward, αβ of InfoNCA, and their own of the others."""
     world = random_world(1, prompts=4, letters=2, tokens=2)
     found = world.summary(train_on_samples(world, load_loss(name, **settings), answers=answers, **options), 1.0)
     assert max(found["kl_optimum_policy"], found["kl_policy_optimum"]) < within
