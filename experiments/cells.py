@@ -72,7 +72,7 @@ def fill(
             cell.value = values[0]
         else:
             over_seeds = estimate_mean(np.array(values))
-            cell.value = over_seeds.mean
+            cell.value = "∞" if over_seeds.mean == np.inf else over_seeds.mean  # JSON has no infinity
             cell.se = over_seeds.se if len(found) > 1 else found[0][1]
     return cell
 

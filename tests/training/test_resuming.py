@@ -1,6 +1,7 @@
 """Runs that end early, by a signal, a kill, a full disk or a non-finite step, resume to the unbroken run's weights."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import numpy as np
 import pytest
 import torch
 
@@ -79,6 +81,8 @@ def terminate() -> None:
 
 def assert_resumed(resumed: Result, expected: Result) -> None:
     assert_identical(expected, resumed, "step", "train/loss", "train/grad_norm", "validation/kl")
+    files = [run[0].folder / "evaluations.jsonl" for run in (resumed, expected)]
+    assert len({file.read_text() if file.exists() else None for file in files}) == 1
 
 
 @pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 4), (signal.SIGUSR1, 3)])
@@ -110,6 +114,11 @@ def test_signal_during_evaluation_ends_a_run_at_once(method, call, step, more, r
     assert stopped.value.code == 143
     assert runs.steps()[-1] == f"step-{step}"
     assert len(column(expected[2], "validation/kl")) == (6 if more else 1)
+    last = [json.loads(line) for line in (expected[0].folder / "evaluations.jsonl").read_text().splitlines()][-1]
+    assert last["step"] == 18
+    assert np.mean(last["kl"]) == pytest.approx(column(expected[2], "validation/kl")[-1])
+    assert np.shape(last["kl"]) == np.shape(last["length"]) == (2, 2)
+    assert last["reward"] is None  # the scores of the data cannot be computed for new answers
     assert_resumed(runs.run(*JUDGED, *more), expected)
 
 

@@ -70,7 +70,7 @@ class Validation(Callback):
             judge: compares the first response to each prompt after and before training; None for no judge.
             judged: how many prompts are judged; None for all.
             annotator: has the reference and the cache.
-            folder: where samples.jsonl is written.
+            folder: where samples.jsonl and evaluations.jsonl are written.
             peaks: records the peak memory of evaluations.
         """
         self.peaks = peaks
@@ -115,7 +115,7 @@ class Validation(Callback):
         if due and self.before is not None and step < trainer.estimated_stepping_batches:
             self._done = step
             after, kl, verdicts = self._evaluate(trainer, module, f"Evaluating step {step}")
-            self._log(trainer, after, step, {"validation/kl": float(kl.mean()), **_judge_metrics(verdicts)})
+            self._log(trainer, after, step, kl, _judge_metrics(verdicts))
             step_metrics(trainer).restart_clock()
 
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
@@ -131,8 +131,7 @@ class Validation(Callback):
             self.result["gain"] = estimate_mean(after.rewards - self.before.rewards).to_json()
             self.result["win_rate"] = estimate_mean(win_rate(after.rewards, self.before.rewards)[:, None]).to_json()
         if not is_logged(trainer, "validation/length", trainer.global_step):  # unless a killed run logged it
-            extra = {"validation/kl": float(kl.mean()), **_judge_metrics(verdicts)}
-            self._log(trainer, after, trainer.global_step, extra)
+            self._log(trainer, after, trainer.global_step, kl, _judge_metrics(verdicts))
         if trainer.is_global_zero:
             with atomic(self.folder / "samples.jsonl") as file:
                 for record in samples(data.training_set.validation, self.before, after):
@@ -206,13 +205,35 @@ class Validation(Callback):
             warn(missing)
         return {**rated, "facts": judgement.facts}
 
-    def _log(self, trainer: lightning.Trainer, answers: Answers, step: int, extra: Mapping[str, float] = {}) -> None:
+    def _log(
+        self,
+        trainer: lightning.Trainer,
+        answers: Answers,
+        step: int,
+        kl: np.ndarray | None = None,
+        extra: Mapping[str, float] = {},
+    ) -> None:
+        if trainer.is_global_zero:
+            self._write(answers, step, kl)
         metrics = {"validation/length": float(np.mean(answers.lengths)), **extra}
+        if kl is not None:
+            metrics["validation/kl"] = float(kl.mean())
         if answers.rewards is not None:
             metrics |= _with_error("validation/reward", estimate_mean(answers.rewards))
             if self.before is not None and self.before.rewards is not None:
                 metrics["validation/win_rate"] = float(win_rate(answers.rewards, self.before.rewards).mean())
         log(trainer, metrics, step)
+
+
+    def _write(self, answers: Answers, step: int, kl: np.ndarray | None) -> None:
+        """Add the numbers of each answer to evaluations.jsonl, in place of later steps of an earlier attempt."""
+        path = self.folder / "evaluations.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        numbers = {"reward": answers.rewards, "kl": kl, "length": answers.lengths}
+        with atomic(path) as file:
+            file.writelines(line for line in lines if json.loads(line)["step"] < step)
+            shown = {name: None if values is None else values.tolist() for name, values in numbers.items()}
+            file.write(json.dumps({"step": step, **shown}) + "\n")
 
 
 class PairAccuracy(Callback):
