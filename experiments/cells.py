@@ -48,11 +48,12 @@ def fill(
 ) -> Cell:
     """Return a cell, from the finished jobs of its column's stage by the row's name and the seed."""
     cell = Cell(table.title, row.name, column.title, failed=failed)
-    found = list[tuple[Any, float | None]]()
+    found, paths = list[tuple[Any, float | None]](), list[Path]()
     for seed in seeds:
         job = jobs.get((row.name, seed))
         if job is None or (result := job.result) is None:
             continue
+        paths.append(result)
         try:
             number = _read(column, result, row)
             if column.ratio_to is not None and number is not None:
@@ -66,7 +67,10 @@ def fill(
             cell.failed = cell.failed or f"{column.title} cannot be read ({type(error).__name__}: {error})"
             continue
         _describe(cell, job, seed)
-    if found and not cell.failed:
+    if column.pool is not None and paths and not cell.failed:
+        if (pooled := column.pool(paths, row)) is not None:
+            cell.n, (cell.value, cell.se) = len(paths), pooled
+    elif found and not cell.failed:
         values, cell.n = [value for value, _ in found], len(found)
         if isinstance(values[0], str):
             cell.value = values[0]
@@ -78,7 +82,7 @@ def fill(
 
 
 def _read(column: Column, result: Path, row: Row) -> tuple[Any, float | None] | None:
-    number = column.read(result, row)
+    number = None if column.read is None else column.read(result, row)
     return number if number is None or isinstance(number, tuple) else (number, None)
 
 
@@ -103,10 +107,11 @@ def write_table(table: Table, cells: Sequence[Cell]) -> str:
     """Return a table in Markdown, and below it how many seeds it has, what failed, and what the paper leaves open."""
     rows, known = [row for row in table.rows if row.shown], {(cell.row, cell.column): cell for cell in cells}
     names = (["model"] if any(row.group for row in rows) else []) + ["method"]
-    lines = [f"| {' | '.join([*names, *(column.title for column in table.columns)])} |"]
-    lines.append("|" + " --- |" * (len(names) + len(table.columns)))
+    columns = [column for column in table.columns if column.shown]
+    lines = [f"| {' | '.join([*names, *(column.title for column in columns)])} |"]
+    lines.append("|" + " --- |" * (len(names) + len(columns)))
     for row in rows:
-        shown = [show(known.get((row.name, column.title)), column) for column in table.columns]
+        shown = [show(known.get((row.name, column.title)), column) for column in columns]
         lines.append(f"| {' | '.join([*([row.group] if len(names) > 1 else []), row.label, *shown])} |")
     return "\n".join([*lines, "", *_notes(table, cells)])
 
@@ -223,7 +228,10 @@ def draw(table: Table, cells: Sequence[Cell], path: Path) -> None:
             values = [cell.value for _, cell in found]
             errors = [cell.se or 0.0 for _, cell in found]
             if columns[0].x is not None:
-                axis.errorbar([column.x for column, _ in found], values, errors, marker="o", label=row.name)
+                places = [known.get((row.name, str(column.x))) for column, _ in found]
+                across = [column.x if at is None else at.value for (column, _), at in zip(found, places, strict=True)]
+                spread = [(at and at.se) or 0.0 for at in places]
+                axis.errorbar(across, values, errors, spread, marker="o", markersize=4, elinewidth=0.5, label=row.name)
             else:
                 width = 0.8 / len(rows)
                 places = [columns.index(column) + (i - (len(rows) - 1) / 2) * width for column, _ in found]

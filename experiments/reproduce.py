@@ -1,9 +1,10 @@
-"""Reproduce tables and figures of arXiv 2502.11026 by one command.
+"""Reproduce tables and figures of arXiv 2502.11026, and the project's own comparisons, by one command.
 
     python -m experiments.reproduce table7                      # with a small model, on two cores
     python -m experiments.reproduce table7 size=paper dry=true  # what it would take at the paper's size
     python -m experiments.reproduce table1 data.folder=<folder of HHA files> reward:prompts=8
-    python -m experiments.reproduce all jobs=2
+    python -m experiments.reproduce all jobs=2                  # all of the paper
+    python -m experiments.reproduce frontier jobs=2             # reward against KL
 
 The items are declared in `experiments/items`. Each row of a table is one training run per seed and what evaluates it.
 Each command has a folder of its own, which is named after it, so that items share their runs. A finished command is not
@@ -31,7 +32,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).parents[1])  # as a script
 
 from experiments.cells import Cell, fill, publish
-from experiments.items import ITEMS
+from experiments.items import ITEMS, PAPER_ITEMS
 from experiments.items.base import Command, Table
 from experiments.jobs import ROOT, Job, Runner, list_jobs
 from experiments.overrides import route
@@ -125,7 +126,7 @@ def parse(words: Sequence[str]) -> tuple[list[str], dict[str, str], list[str]]:
         elif equals or word.startswith("~"):
             overrides.append(word)
         elif word == "all":
-            names += ITEMS
+            names += PAPER_ITEMS
         elif word in ITEMS:
             names.append(word)
         else:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 
 from experiments.estimates import CARDS
-from experiments.items import ITEMS
+from experiments.items import PAPER_ITEMS
 from tests.helpers.runs import ROOT, composed
 from tests.test_docs import commands
 from tests.test_experiments import list_jobs
@@ -36,7 +36,7 @@ def list_commands(page: Path) -> list[tuple[str, int]]:
 
 def list_item_commands(name: str) -> list[tuple[str, int]]:
     """Return the training commands of an item at the paper's size, with the paper's number of GPUs."""
-    rows = [row for table in ITEMS[name].sizes["paper"] for row in table.rows if "train" in row.stages]
+    rows = [row for table in PAPER_ITEMS[name].sizes["paper"] for row in table.rows if "train" in row.stages]
     words = [row.stages["train"].words for row in rows]
     models = [next((word[6:] for word in one if word.startswith("model=")), "") for one in words]
     texts = [f"python train.py {shlex.join(one).replace('{seed}', '0')}" for one in words]
@@ -44,7 +44,7 @@ def list_item_commands(name: str) -> list[tuple[str, int]]:
 
 
 COMMANDS = [(str(page.relative_to(ROOT)), *entry) for page in PAGES for entry in list_commands(page)]
-COMMANDS += [(f"size=paper of {name}", *entry) for name in ITEMS for entry in list_item_commands(name)]
+COMMANDS += [(f"size=paper of {name}", *entry) for name in PAPER_ITEMS for entry in list_item_commands(name)]
 
 
 def parse(command: str) -> tuple[dict[str, str], list[str], str, list[str]]:

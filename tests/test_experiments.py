@@ -13,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.estimates import CARDS
-from experiments.items import ITEMS
+from experiments.items import PAPER_ITEMS
 from experiments.reproduce import parse
 from tests.helpers.cli import run
 from tests.helpers.runs import ROOT, composed
@@ -56,7 +56,7 @@ def select_settings(cfg: DictConfig) -> dict[str, Any]:
     return content
 
 
-@pytest.mark.parametrize("item", ITEMS)
+@pytest.mark.parametrize("item", PAPER_ITEMS)
 def test_a_page_has_its_sections_and_its_commands_are_read(item: str) -> None:
     text = (EXPERIMENTS / item / "README.md").read_text()
     assert re.findall(r"^## (.*)$", text, re.M) == SECTIONS
@@ -67,14 +67,14 @@ def test_a_page_has_its_sections_and_its_commands_are_read(item: str) -> None:
     assert {"size=paper" in command for command in commands} == {True, False}
     for command in commands:
         names, settings, _ = parse(shlex.split(re.sub(r"<[^>]*>", "x", command), comments=True))
-        assert (names, settings["size"] in ITEMS[item].sizes) == ([item], True)
+        assert (names, settings["size"] in PAPER_ITEMS[item].sizes) == ([item], True)
 
 
 SAME = ("figure1", "figure4", "table6", "table7")  # they train like another item
 
 
 @pytest.mark.parametrize(
-    "item", [pytest.param(item, marks=[pytest.mark.long] if item in SAME else []) for item in ITEMS]
+    "item", [pytest.param(item, marks=[pytest.mark.long] if item in SAME else []) for item in PAPER_ITEMS]
 )
 def test_the_papers_size_passes_the_dry_run(item: str, tmp_path: Path) -> None:
     """Without a hub: the complete configuration, and every stage fits cards of 80 GiB."""
@@ -88,7 +88,7 @@ def test_the_papers_size_passes_the_dry_run(item: str, tmp_path: Path) -> None:
 
 def test_the_overview_has_every_item_and_its_state() -> None:
     table = (EXPERIMENTS / "README.md").read_text()
-    for item in ITEMS:
+    for item in PAPER_ITEMS:
         (row,) = re.findall(rf"^\| \[[^\]]+\]\({item}\) \|.*$", table, re.M)
         assert row.split("|")[3].strip().startswith(("ran", "composes only")), row
 

@@ -1,7 +1,7 @@
 """How a table or a figure of arXiv 2502.11026 is declared: rows, columns, and the commands that fill them."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,8 @@ class Row:
 
 Read = Callable[[Path, Row], Any]
 """Read a cell from a result file: a number, a number with its standard error, a text, or None if it does not apply."""
+Pool = Callable[[Sequence[Path], Row], tuple[float, float] | None]
+"""Compute a number and its standard error from the result files of all seeds; None if it does not apply."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +81,9 @@ class Column:
     """A quantity of each row."""
 
     title: str
-    read: Read
+    read: Read | None = None
+    pool: Pool | None = None
+    """In place of `read`, if the seeds are not averaged."""
     stage: str = "train"
     """The command whose result is read."""
     digits: int = 3
@@ -87,8 +91,12 @@ class Column:
     """The label of a row. The quantity is divided by that row's at the same seed."""
     panel: str | None = None
     """The vertical axis of the panel of the figure that shows the column; None: it is not shown."""
-    x: float | None = None
-    """Where the column is on the panel's horizontal axis. Columns without it are groups of bars."""
+    x: float | str | None = None
+    """Where the column is on the panel's horizontal axis: a number, or the title of the column that has it for each
+    row. Columns without it are groups of bars.
+    """
+    shown: bool = True
+    """Whether the column is in the table. Others are for the figure."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,111 @@
+"""Paths of KL and reward: how they are read, and the two limits that need no training."""
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments.cells import read_results
+from experiments.items.base import Row
+from experiments.items.frontier import (
+    METHODS,
+    TUNED,
+    TUNING_TITLE,
+    limit,
+    pool,
+    read_within,
+    trace_best_of,
+    trace_optimum,
+    trace_training,
+    within,
+)
+from experiments.jobs import ROOT
+
+ALL = np.arange(1), np.arange(2)
+
+
+@pytest.mark.parametrize(
+    ("kl", "distance", "expected"),
+    [
+        ([0, 1, 2], 1.5, 0.45),  # between two evaluations
+        ([0, 1, 2], 3.0, 0.6),  # it never leaves
+        ([0, 3, 1], 2.0, 0.6),  # it has come back
+        ([0, 3, 4], 1.5, 0.2),  # between the reference and the first evaluation
+        ([0, 3, 1], 0.6, 0.14),  # a fifth of the way to the first evaluation, where it leaves for good
+    ],
+)
+def test_reward_is_read_where_the_path_leaves_for_good(kl: list[float], distance: float, expected: float) -> None:
+    path = np.array(kl, dtype=float), np.array([0.1, 0.3, 0.6])
+    assert read_within(path, distance) == pytest.approx(expected)
+
+
+def write_evaluations(folder: Path, kl: list[list[float]], reward: list[list[float]]) -> Path:
+    """Write a run's evaluations, of two answers to each of two prompts, and return the path of its summary."""
+    folder.mkdir()
+    steps = [{"step": i, "reward": [[r, r] for r in row]} for i, row in enumerate(reward)]
+    for record, row in zip(steps[1:], kl, strict=True):
+        record["kl"] = [[k - 0.5, k + 0.5] for k in row]
+    (folder / "evaluations.jsonl").write_text("".join(json.dumps(record) + "\n" for record in steps))
+    return folder / "summary.json"
+
+
+def test_path_of_training_is_the_mean_over_seeds_and_prompts(tmp_path: Path) -> None:
+    paths = [
+        write_evaluations(tmp_path / "a", [[1.0, 3.0]], [[0.0, 0.2], [0.4, 0.6]]),
+        write_evaluations(tmp_path / "b", [[2.0, 2.0]], [[0.0, 0.2], [0.8, 1.0]]),
+    ]
+    trace, sizes = trace_training(paths)
+    assert sizes == (2, 2)
+    kl, reward = trace(np.arange(2), np.arange(2))
+    assert (kl.tolist(), reward.tolist()) == ([0, 2], pytest.approx([0.1, 0.7]))
+    kl, reward = trace(np.array([1, 1]), np.array([0, 0]))
+    assert (kl.tolist(), reward.tolist()) == ([0, 2], pytest.approx([0.0, 0.8]))
+    row = Row(label="a")
+    mean, error = within(1.0).pool(paths, row)  # type: ignore[misc]
+    assert mean == pytest.approx(0.4)
+    assert 0.05 < error < 0.2
+    assert limit(1.0).pool(paths, row) is None  # type: ignore[misc]
+
+
+def test_best_of_n_is_the_mean_over_all_choices() -> None:
+    rewards = np.array([[0.1, 0.9, 0.4, 0.4], [1.0, 0.0, 0.0, 0.2]])
+    kl, reward = trace_best_of(rewards)(*ALL)
+    for n in (1, 2):
+        expected = np.mean([max(chosen) for row in rewards for chosen in itertools.combinations(row, n)])
+        assert reward[n - 1] == pytest.approx(expected)
+    assert kl.tolist() == pytest.approx([0, np.log(2) - 0.5])
+
+
+def test_optimum_is_exact_where_every_answer_is_drawn_once() -> None:
+    """Four answers of equal probability: the softmax of r/λ, and its KL from the uniform distribution."""
+    rewards = np.array([[0.0, 0.5, 1.0, 0.2], [0.3, 0.3, 0.3, 0.3]])
+    kl, reward = trace_optimum(rewards)(*ALL)
+    weights = np.exp(rewards / 0.3)
+    weights /= weights.sum(1, keepdims=True)
+    exact = (weights * np.log(4 * weights)).sum(1).mean()
+    assert read_within((kl, reward), exact) == pytest.approx((weights * rewards).sum(1).mean(), abs=2e-3)
+    assert (kl[0], reward[0]) == (0, pytest.approx(rewards.mean()))
+    assert np.all(np.diff(kl) >= 0)
+    assert reward[-1] == pytest.approx((1.0 + 0.3) / 2)
+
+
+def test_errors_are_those_of_prompts_for_one_seed(tmp_path: Path) -> None:
+    """The error of a mean over 64 prompts: the standard deviation over √64."""
+    draw = np.random.default_rng(0)
+    reward = draw.normal(size=64).tolist()
+    path = write_evaluations(tmp_path / "a", [[1.0] * 64], [[0.0] * 64, reward])
+    _, error = pool(lambda path: float(path[1][-1]))([path], Row(label="a"))  # type: ignore[misc]
+    assert error == pytest.approx(np.std(reward) / 8, rel=0.1)
+
+
+def test_tuned_values_are_the_best_of_the_table_of_hyper_parameters() -> None:
+    found: dict[str, dict[str, float]] = {}
+    for _, cells in read_results(ROOT / "experiments" / "frontier"):
+        for cell in cells:
+            if cell.table == TUNING_TITLE and cell.column == "reward within 2 nats":
+                method, value = cell.row.rsplit(", ", 1)
+                found.setdefault(method, {})[value] = float(cell.value or 0)
+    best = {method: max(values, key=values.__getitem__) for method, values in found.items()}
+    assert {m: f"{METHODS[m][1].split('.')[-1]} = {value:g}" for m, value in TUNED.items()} == best
