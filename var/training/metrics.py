@@ -174,7 +174,9 @@ class Budget(Callback):
     """
 
     def __init__(self, seconds: float) -> None:
-        self.seconds, self._step, self._spent, self._before = seconds, 0, 0.0, 0.0
+        self.seconds, self._step, self._before = seconds, 0, 0.0
+        self.spent = 0.0
+        """The seconds spent, of earlier attempts of the run too."""
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Stop at once if a resumed run has already spent it."""
@@ -189,16 +191,16 @@ class Budget(Callback):
             return
         self._step = trainer.global_step
         steps = step_metrics(trainer)
-        self._spent = self._before + trainer.datamodule.seconds + steps.seconds + steps.waited  # type: ignore[attr-defined]
+        self.spent = self._before + trainer.datamodule.seconds + steps.seconds + steps.waited  # type: ignore[attr-defined]
         if self.seconds == math.inf:  # what it has spent counts if it resumes with a budget
             return
-        over = trainer.datamodule.annotator.ranks.any(self._spent >= self.seconds)  # type: ignore[attr-defined]
+        over = trainer.datamodule.annotator.ranks.any(self.spent >= self.seconds)  # type: ignore[attr-defined]
         trainer.should_stop = trainer.should_stop or over
 
     def state_dict(self) -> dict[str, Any]:
         """Return the seconds spent, for a resumed run."""
-        return {"spent": self._spent}
+        return {"spent": self.spent}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the seconds spent."""
-        self._before = self._spent = state_dict["spent"]
+        self._before = self.spent = state_dict["spent"]
