@@ -103,7 +103,7 @@ def _describe(cell: Cell, job: Job, seed: int) -> None:
             cell.versions = content.get("versions", cell.versions)
 
 
-def write_table(table: Table, cells: Sequence[Cell]) -> str:
+def write_table(table: Table, cells: Sequence[Cell], size: str) -> str:
     """Return a table in Markdown, and below it how many seeds it has, what failed, and what the paper leaves open."""
     rows, known = [row for row in table.rows if row.shown], {(cell.row, cell.column): cell for cell in cells}
     names = (["model"] if any(row.group for row in rows) else []) + ["method"]
@@ -113,10 +113,10 @@ def write_table(table: Table, cells: Sequence[Cell]) -> str:
     for row in rows:
         shown = [show(known.get((row.name, column.title)), column) for column in columns]
         lines.append(f"| {' | '.join([*([row.group] if len(names) > 1 else []), row.label, *shown])} |")
-    return "\n".join([*lines, "", *_notes(table, cells)])
+    return "\n".join([*lines, "", *_notes(table, cells, size)])
 
 
-def _notes(table: Table, cells: Sequence[Cell]) -> Iterator[str]:
+def _notes(table: Table, cells: Sequence[Cell], size: str) -> Iterator[str]:
     counts = {cell.n for cell in cells if cell.n}
     errors = any(cell.se is not None for cell in cells)
     if table.errors:
@@ -127,7 +127,8 @@ def _notes(table: Table, cells: Sequence[Cell]) -> Iterator[str]:
         yield f"{several}{f'; errors are {over}' if errors else ''}."
     shown = [command for row in table.rows if row.shown for command in row.stages.values()]
     words = [word for command in shown for word in command.words]
-    if assumed := list_assumptions(words):
+    groups = ("experiment", "loss") if size == "paper" else ("loss",)  # a small experiment has settings of its own
+    if assumed := list_assumptions(words, groups):
         yield ""
         yield f"Assumptions where the paper leaves it open: {'; '.join(assumed)}."
     for failure in dict.fromkeys(f"- {cell.row} failed. {cell.failed}" for cell in cells if cell.failed):
@@ -158,8 +159,8 @@ def show(cell: Cell | None, column: Column) -> str:
     return (text if cell.se is None else f"{text} ± {cell.se:.{column.digits}f}").replace("-", "−")
 
 
-def list_assumptions(words: Sequence[str]) -> list[str]:
-    """Return what the paper leaves open, from `# assumption:` in the experiments and losses that overrides select."""
+def list_assumptions(words: Sequence[str], groups: Sequence[str] = ("experiment", "loss")) -> list[str]:
+    """Return what the paper leaves open, from `# assumption:` in the files of these groups that overrides select."""
     found, files = list[str](), list[Path]()
 
     def read(group: str, name: str) -> None:
@@ -178,7 +179,7 @@ def list_assumptions(words: Sequence[str]) -> list[str]:
 
     for word in words:
         group, _, names = word.partition("=")
-        if group in ("experiment", "loss"):
+        if group in groups:
             for name in names.strip("[]").split(","):
                 read(group, name)
     return found
@@ -198,7 +199,7 @@ def write_item(name: str, item: Item, size: str, cells: Sequence[Cell]) -> str:
     parts = []
     for table in item.sizes[size]:
         own = [cell for cell in cells if cell.table == table.title]
-        parts.append((f"**{table.title}**\n\n" if table.title else "") + write_table(table, own))
+        parts.append((f"**{table.title}**\n\n" if table.title else "") + write_table(table, own, size))
         if any(column.panel for column in table.columns):
             parts.append(f"![{item.title}]({name_figure(name, item, size, table)})")
     return "\n\n".join(parts)

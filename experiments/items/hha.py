@@ -210,7 +210,7 @@ def ask(rows: tuple[Row, ...], command: Command) -> tuple[Row, ...]:
 EIGHT = ("data.global_batch=8",)
 STEPS = (0, 4, 8, 12, 16, 20)
 ALONG: tuple[str, ...] = ("experiment=[figure2,frontier]", "model=smollm2-135m", "data=arithmetic", "strategy=auto")
-ALONG += ("trainer.max_seconds=null", "trainer.epochs=1", "eval.every_n_steps=4")
+ALONG += ("trainer.max_seconds=null", "trainer.max_steps=20", "eval.every_n_steps=4")
 
 
 def along(steps: tuple[int, ...]) -> tuple[Column, ...]:
@@ -318,7 +318,7 @@ ITEMS = {
                         Row(label="VAR", stages={"train": train(*ALONG, "loss=var", *EIGHT)}),
                         Row(label="VAR, prompt", stages={"train": train(*ALONG, "loss=var_prompt", *EIGHT)}),
                     ),
-                    columns=along(STEPS), x_label="optimizer step",
+                    columns=along(STEPS), x_label="optimizer step", seeds=SEEDS,
                 ),
             ),
             "paper": (

@@ -135,7 +135,7 @@ def test_cell_has_the_mean_over_seeds_and_its_error(tmp_path: Path) -> None:
     absent = fill_cell(SFT, TABLE.columns[1], jobs)
     assert (absent.value, absent.failed) == (None, "")
     failed = fill_cell(VAR, GAIN, {}, "status 1: no data")
-    text = write_table(TABLE, [cell, absent, failed])
+    text = write_table(TABLE, [cell, absent, failed], "small")
     assert "| SFT | 0.300 ± 0.153 | – |" in text
     assert "| SFT+VAR | failed | – |" in text
     assert "3 seeds; errors are over seeds." in text
@@ -174,7 +174,7 @@ def test_readers(tmp_path: Path) -> None:
 def test_select_hides_rows_that_are_only_continued() -> None:
     rows = select((SFT, VAR), "SFT+VAR")
     assert [(row.label, row.shown) for row in rows] == [("SFT+VAR", True), ("SFT", False)]
-    assert "SFT |" not in write_table(Table(rows=rows, columns=(GAIN,)), [])
+    assert "SFT |" not in write_table(Table(rows=rows, columns=(GAIN,)), [], "small")
 
 
 def test_assumptions_are_those_of_the_experiments_and_losses() -> None:
@@ -183,6 +183,11 @@ def test_assumptions_are_those_of_the_experiments_and_losses() -> None:
     assert any("OffsetBias" in text for text in found)  # table1's, which it is based on
     assert sum("averaged over tokens" in text for text in found) == 1  # var's, named by table1 and by var_own
     assert list_assumptions(["loss=sft"]) == []
+    row = Row(label="VAR", stages={"train": train("experiment=[table4,frontier]", "loss=var_own")})
+    small, paper = (write_table(Table(rows=(row,), columns=()), [], size) for size in ("small", "paper"))
+    assert "averaged over tokens" in small
+    assert "GRPO" not in small
+    assert "GRPO" in paper
 
 
 def test_content_replaces_what_is_between_its_marks() -> None:
