@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from queue import Queue
 from threading import Lock
 
 from experiments.items.base import Command, Row, Table
@@ -123,15 +124,20 @@ class Runner:
     """Runs jobs, several at once if `count` says so, and each once."""
 
     def __init__(self, count: int = 1, launcher: str = ""):
-        """count: jobs at once. launcher: of Hydra, which runs commands elsewhere, as on SLURM; "": here."""
+        """count: commands at once. launcher: of Hydra, which runs commands elsewhere, as on SLURM; "": here."""
         self.launcher = launcher
         self._reasons: dict[Path, str] = {}
         self._locks: dict[Path, Lock] = defaultdict(Lock)
         self._lock = Lock()
-        self._shares = share_devices(count)
+        self._shares = Queue[dict[str, str]]()
+        for share in share_devices(count):
+            self._shares.put(share)
 
     def run(self, job: Job) -> str:
-        """Run a job, after those that it needs, unless it is finished."""
+        """Run a job, after those that it needs, unless it is finished.
+
+        Any number of threads may call this. Those that wait for a job which theirs needs do not count as running.
+        """
         for name, needed in job.needs.items():
             if reason := self.run(needed):
                 return reason if name == "run" else f"{name} failed: {reason}"
@@ -139,14 +145,12 @@ class Runner:
             lock = self._locks[job.folder]
         with lock:  # jobs share the jobs that they need
             if job.result is None and job.folder not in self._reasons:
-                with self._lock:
-                    share = self._shares.pop()
+                share = self._shares.get()
                 print(f"{job.name}, seed {job.seed}: started ({job.folder})", flush=True)
                 try:
                     self._reasons[job.folder] = self._start(job, share)
                 finally:
-                    with self._lock:
-                        self._shares.append(share)
+                    self._shares.put(share)
                 print(f"{job.name}, seed {job.seed}: {self._reasons[job.folder] or 'finished'}", flush=True)
             return self._reasons.get(job.folder, "")
 

@@ -79,7 +79,7 @@ def run_items(
     found = {name: list_work(name, settings, words) for name in names}
     timed = [name for name in names if any(table.timed for table in found[name][0])]
     for several, count in (([name for name in names if name not in timed], int(settings["jobs"])), (timed, 1)):
-        runner, pool = Runner(count, launcher), ThreadPoolExecutor(count)
+        runner, pool = Runner(count, launcher), ThreadPoolExecutor(sum(len(found[name][1]) for name in several) or 1)
         try:
             started = {name: [pool.submit(runner.run, job) for job in found[name][1].values()] for name in several}
             for name, futures in started.items():

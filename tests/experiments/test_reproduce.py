@@ -298,6 +298,19 @@ def test_runner_runs_what_is_missing_once(tmp_path: Path) -> None:
     assert all(job.result for job in jobs)
 
 
+def test_command_runs_while_others_wait_for_what_they_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two at once. Both rows that come first need a slow command, and the third does not."""
+    slow = Row(label="slow", shown=False, stages={"train": program(f"import time; time.sleep(5); {WRITE}", "{own}")})
+    rows = [Row(label=f"row {i}", stages={"reward": program(WRITE, "{own}", f"{i}", "{slow}")}) for i in range(2)]
+    free = Row(label="free", stages={"reward": program(WRITE, "{own}", "free")})
+    item = Item(title="t", sizes={"small": (Table(rows=(slow, *rows, free), columns=()),)})
+    monkeypatch.setitem(ITEMS, "test", item)
+    reproduce.main(["test", "jobs=2", f"folder={tmp_path}", f"out={tmp_path}/out"])
+    done = sorted((tmp_path / "small").glob(f"*/{DONE}"), key=lambda path: path.stat().st_mtime)
+    assert ["free" in path.read_text() for path in done] == [True, False, False, False]
+    assert "sleep" in done[1].read_text()
+
+
 def test_failed_command_fails_what_needs_it(tmp_path: Path) -> None:
     bad = Row(label="bad", stages={"train": program("raise SystemExit('no such data')", "{own}")})
     row = Row(label="row", stages={"reward": program(WRITE, "{own}", "{bad}")})
