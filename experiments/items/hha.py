@@ -318,7 +318,7 @@ ITEMS = {
                         Row(label="VAR", stages={"train": train(*ALONG, "loss=var", *EIGHT)}),
                         Row(label="VAR, prompt", stages={"train": train(*ALONG, "loss=var_prompt", *EIGHT)}),
                     ),
-                    columns=along(STEPS), x_label="optimizer step", seeds=SEEDS,
+                    columns=along(STEPS), x_label="optimizer step",
                 ),
             ),
             "paper": (
