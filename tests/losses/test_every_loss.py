@@ -59,6 +59,7 @@ LOSSES = [
     DRO(temperature=0.5), *(TrajectoryBalance(temperature=0.5, alpha=alpha) for alpha in (0.0, 0.5, 1.0)),
     GRPO(beta=0.2), GRPO(beta=0.2, normalize="token"), GRPO(beta=0.2, normalize="constant", length=7),
     RLOO(beta=0.5), PPO(beta=0.5, gamma=0.9), VAROnline(temperature=2.0, drop_zero_variance=False),
+    VAROnline(temperature=2.0, baseline=True),
 ]  # fmt: skip
 
 UNCLIPPED = [

@@ -59,6 +59,32 @@ def test_two_rollouts_aim_at_twice_the_reward(policy, samples, stationary):
     assert (gradient.abs().max() > 0.1) != stationary
 
 
+def test_baseline_subtracts_the_mean_weight_of_the_group():
+    """Weights −0.625, −0.25, 0.875, and 0 for the group of equal rewards, with whichever weight it has. The logged
+    weights are those before the baseline."""
+    batch = make_rollout(global_tokens=14.0)
+    gradient = [-weight / 14 for weight in (-0.625, -0.625, -0.25, 0.875, 0.0, 0.0, 0.0)]
+    value = (-0.625 * 3 - 0.25 * 4 + 0.875 * 3) / 14
+    metrics = check_loss(VAROnline(temperature=2.0, baseline=True), batch, value, gradient, LOGPS)
+    assert metrics["weight/mean"] == pytest.approx(0.6)
+    check_loss(VAROnline(temperature=2.0, baseline=True, drop_zero_variance=False), batch, value, gradient, LOGPS)
+
+
+@pytest.mark.parametrize(("policy", "same"), [([2, 1, 1], True), ([1, 1, 1], False)])
+def test_baseline_keeps_the_expected_gradient_on_own_responses(policy, same):
+    """Four samples represent the policy 1/2, 1/4, 1/4 exactly, and no other one."""
+    samples, rewards = [0, 0, 1, 2], double([0.0, 0.3, 1.0])
+    batch = make_batch([1] * 4, group=[0] * 4, rewards=rewards[samples])
+    (_, plain), (_, centered) = (
+        value_and_gradient(
+            lambda x, baseline=baseline: VAROnline(baseline=baseline)(x.log_softmax(0)[samples], batch)[0],
+            double(policy).log(),
+        )
+        for baseline in (False, True)
+    )
+    assert bool((plain - centered).abs().max() < 1e-14) == same
+
+
 def test_small_temperature_does_not_overflow():
     """λ = 1e-4: e^{r/λ} is infinite, the weights are 3, 0, 0."""
     value, _, _ = compute_loss(VAROnline(temperature=1e-4), make_rollout(rewards=[1.0, 0.0, 0.5, 0.0, 0.0]), LOGPS)

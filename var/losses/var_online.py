@@ -7,6 +7,11 @@ policy gradient with the advantage w − 1. With a large `rollout.steps` the sam
 a single rollout for the complete run, this is VAR on the initial policy's responses. The weights are relative to the
 sampling policy, so no importance ratio is needed. The softmax over a group contains the response itself, which shortens
 the step at small K and λ.
+
+A baseline subtracts the mean weight of a group. On the policy's own responses ∇log π_θ is 0 on average, so the expected
+gradient of a rollout's first step stays the same. Responses with a weight below the mean become less likely, where a
+weight that is not negative can only leave them alone. In later steps on the same rollout they become still less likely,
+and the loss has no lower bound.
 """
 
 from dataclasses import dataclass, field
@@ -19,6 +24,7 @@ from var.models.packing import Packed
 from var.requirements import Requirement, Rewards, Rollout
 from var.utils.errors import UserError
 from var.weights.estimators import Grouped
+from var.weights.groups import group_size, group_sum
 from var.weights.inputs import micro_batch_inputs
 
 
@@ -32,6 +38,8 @@ class VAROnline:
     """Whether a group whose rewards are all equal has weight 0 in place of 1, which is a step of SFT on it. Its tokens
     still count in the divisor.
     """
+    baseline: bool = False
+    """Whether the mean weight of the group is subtracted from each weight."""
     normalize: Normalize = "token"
     """`token` divides by the response tokens of the optimizer step, `sequence` by its sequences."""
     rollout: Rollout = field(default_factory=Rollout)
@@ -53,4 +61,7 @@ class VAROnline:
         grouped = Grouped(drop_zero_variance=self.drop_zero_variance)
         weights = grouped(micro_batch_inputs(batch), self.temperature).exp()
         loss, metrics = weighted_nll(logps, weights, batch, self.normalize)
+        if self.baseline:
+            mean = group_sum(weights, batch.group) / group_size(batch.group)
+            loss = loss - weighted_nll(logps, mean, batch, self.normalize)[0]
         return loss, {**rollout_metrics(logps, batch), **groups, **metrics}

@@ -226,7 +226,6 @@ class Validation(Callback):
                 metrics["validation/win_rate"] = float(win_rate(answers.rewards, self.before.rewards).mean())
         log(trainer, metrics, step)
 
-
     def _write(self, answers: Answers, step: int, kl: np.ndarray | None) -> None:
         """Add the numbers of each answer to evaluations.jsonl, in place of later steps of an earlier attempt."""
         path = self.folder / "evaluations.jsonl"
