@@ -1,6 +1,7 @@
 """The items whose models are evaluated on HHA: Tables 1, 2, 3 and 9, and Figures 1, 2 and 3."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -231,7 +232,17 @@ ITEMS = {
     "table1": Item(
         title="VAR compared with DPO on four Llamas",
         sizes={
-            "small": (Table(rows=select(SMALL_ROWS, "Base", *METHODS), columns=SMALL_COLUMNS),),
+            "small": (
+                Table(rows=select(SMALL_ROWS, "Base", *METHODS), columns=SMALL_COLUMNS),
+                Table(
+                    title="The reward model: accuracy on validation pairs",
+                    rows=(replace(REWARD_MODEL, shown=True),),
+                    columns=tuple(
+                        Column(title=f"{when} training", read=summary(f"validation.accuracy.{when}"))
+                        for when in ("before", "after")
+                    ),
+                ),
+            ),
             "paper": (Table(
                     rows=select(make_models(LLAMAS, "table1", {"reward": REWARD}), "Base", *METHODS),
                     columns=PAPER_REWARDS,
