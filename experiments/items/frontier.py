@@ -1,6 +1,7 @@
 """Reward against KL: how much reward each method has when it is at most some distance from the reference."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -130,12 +131,15 @@ def pool(value: Callable[[Path2D], float], trained: bool | None = None) -> Pool:
         if trained is not None and trained == ("path" in row.where):
             return None
         trace, (seeds, prompts) = make_trace(paths, row)
+        found = value(trace(np.arange(seeds), np.arange(prompts)))
+        if math.isnan(found):
+            return None
         generator = np.random.default_rng(0)  # the same prompts for all rows
         drawn = [
             value(trace(generator.integers(seeds, size=seeds), generator.integers(prompts, size=prompts)))
             for _ in range(REPEATS)
         ]
-        return value(trace(np.arange(seeds), np.arange(prompts))), float(np.std(drawn, ddof=1))
+        return found, float(np.std(drawn, ddof=1))
 
     return compute
 
@@ -149,8 +153,12 @@ PANEL = "reward of new answers to held-out prompts"
 
 
 def along(index: int, step: str, shown: bool = False) -> tuple[Column, Column]:
-    """Return the columns of a training run's KL and reward at an evaluation."""
-    kl, reward = (pool(lambda path, part=part: float(path[part][index]), trained=True) for part in (0, 1))
+    """Return the columns of a training run's KL and reward at an evaluation, which a shorter run does not have."""
+
+    def read(part: int) -> Pool:
+        return pool(lambda path: float(path[part][index]) if index < len(path[part]) else math.nan, trained=True)
+
+    kl, reward = read(0), read(1)
     return (
         Column(title=f"KL {step} (nats)", pool=kl, digits=2, shown=shown),
         Column(title=f"reward {step}", pool=reward, shown=shown, x=f"KL {step} (nats)", panel=PANEL),
@@ -203,7 +211,7 @@ def make_run(method: str, value: float, *words: str) -> dict[str, Command]:
 TUNING = tuple(
     Row(
         group=method, label=f"{key.split('.')[-1]} = {value:g}",
-        stages=make_run(method, value, "data.source.seed=1", "eval.every_n_steps=18"),
+        stages=make_run(method, value, "data.source.seed=1", "trainer.max_steps=24", "eval.every_n_steps=12"),
     )
     for method, (_, key, values) in METHODS.items()
     for value in values

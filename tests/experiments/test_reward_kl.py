@@ -13,6 +13,7 @@ from experiments.items.frontier import (
     METHODS,
     TUNED,
     TUNING_TITLE,
+    along,
     limit,
     pool,
     read_within,
@@ -67,6 +68,8 @@ def test_path_of_training_is_the_mean_over_seeds_and_prompts(tmp_path: Path) -> 
     assert mean == pytest.approx(0.4)
     assert 0.05 < error < 0.2
     assert limit(1.0).pool(paths, row) is None  # type: ignore[misc]
+    assert [column.pool(paths, row) is None for column in along(2, "at step 18")] == [True, True]  # type: ignore[misc]
+    assert along(1, "at step 9")[1].pool(paths, row)[0] == pytest.approx(0.7)  # type: ignore[misc,index]
 
 
 def test_best_of_n_is_the_mean_over_all_choices() -> None:
