@@ -68,8 +68,13 @@ def fill(
             continue
         _describe(cell, job, seed)
     if column.pool is not None and paths and not cell.failed:
-        if (pooled := column.pool(paths, row)) is not None:
-            cell.n, (cell.value, cell.se) = len(paths), pooled
+        try:
+            pooled = column.pool(paths, row)
+        except (LookupError, TypeError, ValueError, OSError) as error:
+            cell.failed = f"{column.title} cannot be read ({type(error).__name__}: {error})"
+        else:
+            if pooled is not None:
+                cell.n, (cell.value, cell.se) = len(paths), pooled
     elif found and not cell.failed:
         values, cell.n = [value for value, _ in found], len(found)
         if isinstance(values[0], str):
@@ -225,7 +230,12 @@ def draw(table: Table, cells: Sequence[Cell], path: Path) -> None:
     for axis, panel in zip(axes[0], panels, strict=True):
         columns = [column for column in table.columns if column.panel == panel]
         for i, row in enumerate(rows):
-            found = [(column, known[row.name, column.title]) for column in columns if (row.name, column.title) in known]
+            found = [
+                (column, known[row.name, column.title])
+                for column in columns
+                if (row.name, column.title) in known
+                and (not isinstance(column.x, str) or (row.name, column.x) in known)
+            ]
             values = [cell.value for _, cell in found]
             errors = [cell.se or 0.0 for _, cell in found]
             if columns[0].x is not None:

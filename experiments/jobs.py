@@ -125,7 +125,7 @@ class Runner:
 
     def __init__(self, count: int = 1, launcher: str = ""):
         """count: commands at once. launcher: of Hydra, which runs commands elsewhere, as on SLURM; "": here."""
-        self.launcher = launcher
+        self.launcher, self._stopped = launcher, False
         self._reasons: dict[Path, str] = {}
         self._locks: dict[Path, Lock] = defaultdict(Lock)
         self._lock = Lock()
@@ -136,7 +136,7 @@ class Runner:
     def run(self, job: Job) -> str:
         """Run a job, after those that it needs, unless it is finished.
 
-        Any number of threads may call this. Those that wait for a job which theirs needs do not count as running.
+        Any number of threads may call this. Threads that wait for another job do not use a share of the devices.
         """
         for name, needed in job.needs.items():
             if reason := self.run(needed):
@@ -146,6 +146,9 @@ class Runner:
         with lock:  # jobs share the jobs that they need
             if job.result is None and job.folder not in self._reasons:
                 share = self._shares.get()
+                if self._stopped:
+                    self._shares.put(share)
+                    return "the driver stopped before it started"
                 print(f"{job.name}, seed {job.seed}: started ({job.folder})", flush=True)
                 try:
                     self._reasons[job.folder] = self._start(job, share)
@@ -153,6 +156,10 @@ class Runner:
                     self._shares.put(share)
                 print(f"{job.name}, seed {job.seed}: {self._reasons[job.folder] or 'finished'}", flush=True)
             return self._reasons.get(job.folder, "")
+
+    def stop(self) -> None:
+        """Start no further command."""
+        self._stopped = True
 
     def _launch(self, job: Job) -> list[str]:
         """Return the words that make Hydra's launcher run a command. Those of the job may replace them."""

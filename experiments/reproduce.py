@@ -4,7 +4,7 @@
     python -m experiments.reproduce table7 size=paper dry=true  # what it would take at the paper's size
     python -m experiments.reproduce table1 data.folder=<folder of HHA files> reward:prompts=8
     python -m experiments.reproduce all jobs=2                  # all of the paper
-    python -m experiments.reproduce frontier jobs=2             # reward against KL
+    python -m experiments.reproduce reward_kl jobs=2            # the project's own: reward against KL
 
 The items are declared in `experiments/items`. Each row of a table is one training run per seed and what evaluates it.
 Each command has a folder of its own, which is named after it, so that items share their runs. A finished command is not
@@ -87,6 +87,7 @@ def run_items(
                 reasons = dict(zip(work, (future.result() for future in futures), strict=True))
                 yield name, write(name, tables, work, reasons, settings)
         finally:
+            runner.stop()
             pool.shutdown(cancel_futures=True)
 
 

@@ -124,7 +124,7 @@ def contents(folder: Path) -> dict[str, Any]:
         plan = {name: digest(file[name]) for name in file.files}
     lines = {
         name: (folder / name).read_text().splitlines()
-        for name in ("samples.jsonl", "batches.jsonl")
+        for name in ("samples.jsonl", "batches.jsonl", "evaluations.jsonl")
         if (folder / name).exists()
     }
     model = {name: digest(tensor) for name, tensor in load_file(folder / "model" / "model.safetensors").items()}

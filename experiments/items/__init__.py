@@ -1,7 +1,7 @@
 """The tables and figures of arXiv 2502.11026, and the project's own comparisons, as data."""
 
-from experiments.items import appendix, cost, frontier, general, hha
+from experiments.items import appendix, cost, general, hha, reward_kl
 
 _FOUND = {**hha.ITEMS, **cost.ITEMS, **general.ITEMS, **appendix.ITEMS}
 PAPER_ITEMS = {name: _FOUND[name] for name in sorted(_FOUND, key=lambda name: (not name.startswith("table"), name))}
-ITEMS = {**PAPER_ITEMS, **frontier.ITEMS}
+ITEMS = {**PAPER_ITEMS, **reward_kl.ITEMS}

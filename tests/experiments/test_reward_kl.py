@@ -9,7 +9,7 @@ import pytest
 
 from experiments.cells import read_results
 from experiments.items.base import Row
-from experiments.items.frontier import (
+from experiments.items.reward_kl import (
     METHODS,
     TUNED,
     TUNING_TITLE,
@@ -105,10 +105,11 @@ def test_errors_are_those_of_prompts_for_one_seed(tmp_path: Path) -> None:
 
 def test_tuned_values_are_the_best_of_the_table_of_hyper_parameters() -> None:
     found: dict[str, dict[str, float]] = {}
-    for _, cells in read_results(ROOT / "experiments" / "frontier"):
+    for _, cells in read_results(ROOT / "experiments" / "reward_kl"):
         for cell in cells:
             if cell.table == TUNING_TITLE and cell.column == "reward within 2 nats":
                 method, value = cell.row.rsplit(", ", 1)
                 found.setdefault(method, {})[value] = float(cell.value or 0)
+    assert set(TUNED) == (set(METHODS) if found else set())
     best = {method: max(values, key=values.__getitem__) for method, values in found.items()}
     assert {m: f"{METHODS[m][1].split('.')[-1]} = {value:g}" for m, value in TUNED.items()} == best

@@ -36,7 +36,7 @@ STAGES = {
     "planning": r"plan\.npz|batches\.jsonl",
     "training": r"^step |metrics\.csv|training\.(module|rollout)( < config\.entry)?$",
     "checkpoint": r"^load |/checkpoints|step-\d+\.|last\.ckpt| exported$",
-    "evaluation": r"samples\.jsonl|training\.validation",
+    "evaluation": r"(samples|evaluations)\.jsonl|training\.validation",
     "export": r"/model[./]|/model$",
     "other": "",
 }
@@ -172,7 +172,10 @@ def read_outcome(folder: Path) -> dict[str, Any]:
         "weights": (folder / "model" / "model.safetensors").read_bytes(),
         "curve": [{k: v for k, v in row.items() if not k.startswith("throughput/")} for row in curve(folder)],
         "summary": summary,
-        "samples": samples.read_text() if (samples := folder / "samples.jsonl").exists() else None,
+        **{
+            name: path.read_text() if (path := folder / f"{name}.jsonl").exists() else None
+            for name in ("samples", "evaluations")
+        },
         "plan": plan,
         "figure is complete": (folder / "plots" / "curves.png").read_bytes()[-8:-4] == b"IEND",
         "checkpoints": sorted(path.name for path in (folder / "checkpoints").glob("*")),

@@ -27,6 +27,15 @@ def test_loss_and_gradients_match_hand_computation():
     )  # fmt: skip
 
 
+def test_initial_value_is_added_to_the_heads():
+    fields = {"reference_logps": double([-2.0, -1.0]), "rewards": [1.5, 0.0], "values": double([0.25, -0.5])}
+    expected, _ = DRO(temperature=0.5)(double([-1.0, -3.0]), make_batch([1, 1], **fields))
+    fields["values"] = fields["values"] - 0.75
+    assert_close(
+        DRO(temperature=0.5, initial_value=0.75)(double([-1.0, -3.0]), make_batch([1, 1], **fields))[0], expected
+    )
+
+
 @pytest.mark.parametrize("draws", [[0], [3, 1], [0, 1, 2, 3, 3]])
 def test_loss_and_gradients_are_zero_at_the_optimum_and_its_log_partition(draws):
     """π_θ = π_ref exp(r/λ)/Z and V = λ log Z, for responses of any policy."""

@@ -328,8 +328,8 @@ INVALID: list[tuple[type, list[dict[str, Any]], str]] = [
     ),
     (DFT, [{"anchor": -0.1}], "loss.anchor must be at least 0, got -0.1"),
     (
-        IWSFT, [{"exponent": 0.0}, {"largest": 0.5}, {"largest": math.nan}],
-        "loss.exponent must be above 0 and loss.largest at least 1. For weight 1 use loss=sft.",
+        IWSFT, [{"exponent": 0.0}, {"largest": 0.5}, {"largest": math.nan}, {"largest": math.inf}],
+        "loss.exponent must be above 0, and loss.largest at least 1 and finite. For weight 1 use loss=sft.",
     ),
     (
         GRPO,

@@ -43,6 +43,10 @@ def test_small_kappa_tends_to_half_the_variance():
     near = compute_loss(TrajectoryBalance(temperature=0.5, alpha=1 - 1e-5), batch, GROUP_LOGPS)
     assert near[0] == pytest.approx(limit[0], rel=1e-4)
     assert_close(near[1], limit[1], rtol=1e-3, atol=1e-6)
+    single = batch._with(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
+    value, _ = TrajectoryBalance(temperature=0.5, alpha=0.999)(torch.tensor(GROUP_LOGPS), single)
+    assert value.item() == pytest.approx(limit[0], rel=1e-2)  # 1/κ² is a million
+    assert value.dtype == torch.float32
 
 
 def test_a_pair_is_an_eighth_of_ipo():

@@ -1,9 +1,11 @@
 """VAR on sampled groups: weights by hand, zero-variance groups, and the target of repeated rollouts."""
 
+import itertools
 import math
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from tests.helpers.losses import check_loss, compute_loss, double, make_batch, value_and_gradient
 from var.losses.var_online import VAROnline
@@ -70,19 +72,30 @@ def test_baseline_subtracts_the_mean_weight_of_the_group():
     check_loss(VAROnline(temperature=2.0, baseline=True, drop_zero_variance=False), batch, value, gradient, LOGPS)
 
 
+def sum_over_groups(loss: VAROnline, policy: list[int]) -> Tensor:
+    """Return the sum of the gradients in a policy's logits over all groups of two of four samples.
+
+    The samples are of three responses, of 1, 3 and 1 tokens, which have equal shares of the response's log-probability.
+    """
+    rewards, lengths, logits = double([0.0, 0.3, 1.0]), double([1, 3, 1]), double(policy).log().requires_grad_(True)
+    for pair in itertools.product([0, 0, 1, 2], repeat=2):
+        drawn = list(pair)
+        batch = make_batch(lengths[drawn].int().tolist(), group=[0, 0], rewards=rewards[drawn])
+        logps = (logits.log_softmax(0) / lengths)[drawn][batch.sequence]
+        loss(logps, batch)[0].backward()
+    assert logits.grad is not None
+    return logits.grad
+
+
 @pytest.mark.parametrize(("policy", "same"), [([2, 1, 1], True), ([1, 1, 1], False)])
-def test_baseline_keeps_the_expected_gradient_on_own_responses(policy, same):
-    """Four samples represent the policy 1/2, 1/4, 1/4 exactly, and no other one."""
-    samples, rewards = [0, 0, 1, 2], double([0.0, 0.3, 1.0])
-    batch = make_batch([1] * 4, group=[0] * 4, rewards=rewards[samples])
-    (_, plain), (_, centered) = (
-        value_and_gradient(
-            lambda x, baseline=baseline: VAROnline(baseline=baseline)(x.log_softmax(0)[samples], batch)[0],
-            double(policy).log(),
-        )
-        for baseline in (False, True)
+@pytest.mark.parametrize("normalize", ["sequence", "token"])
+def test_baseline_keeps_the_expected_gradient_on_own_responses(policy, same, normalize):
+    """Four samples represent the policy 1/2, 1/4, 1/4 exactly, and no other one. A divisor of tokens is larger in groups
+    with the long response, so the expectation changes."""
+    plain, centered = (
+        sum_over_groups(VAROnline(baseline=baseline, normalize=normalize), policy) for baseline in (False, True)
     )
-    assert bool((plain - centered).abs().max() < 1e-14) == same
+    assert bool((plain - centered).abs().max() < 1e-14) == (same and normalize == "sequence")
 
 
 def test_small_temperature_does_not_overflow():

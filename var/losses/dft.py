@@ -3,7 +3,7 @@
 The weight is π_θ(y_t), detached. ASFT (Zhu et al., arXiv 2509.23753) adds β KL(π_ref ‖ π_θ) at each token. That KL is
 a sum over the vocabulary, which this package does not keep for the reference. In expectation over tokens that π_ref
 samples, its gradient is that of β times SFT's loss, and this is how it is computed here: β is added to each weight. On
-responses that π_ref did not sample, the term is SFT and not ASFT's KL.
+other responses, and on samples that were selected by their reward, the term is SFT and not ASFT's KL.
 """
 
 from dataclasses import dataclass

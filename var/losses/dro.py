@@ -2,7 +2,8 @@
 
 One scored response per prompt is enough, from any policy. At the minimum π_θ is RLHF's optimum π_ref exp(r/λ)/Z(x), and
 V(x) = λ log Z(x). The policy's part of the gradient is divided by λ, and V's part has a weight of its own. One thing
-differs from the paper: V is a linear head on the policy's hidden state at the prompt's end, and not a second model.
+differs from the paper: V is a linear head on the policy's hidden state at the prompt's end and not a second model, so
+its error trains the policy's layers too.
 """
 
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ class DRO:
     """λ > 0, in units of the reward; τ of the paper."""
     value_weight: float = 1.0
     """The weight of half the squared error in the gradient of V, above 0."""
+    initial_value: float = 0.0
+    """V before training, in units of the reward. Far below the rewards, every response first becomes more likely."""
 
     requires: ClassVar[tuple[Requirement, ...]] = (Rewards(), ReferenceLogps(), TokenValues())
 
@@ -40,7 +43,8 @@ class DRO:
         assert batch.rewards is not None
         assert batch.values is not None
         implicit, rewards = self.temperature * log_ratios(logps, batch), batch.rewards.to(logps.dtype)
-        values = batch.values.to(logps.dtype)[batch.length.cumsum(0) - batch.length]  # before the first token
+        first = batch.length.cumsum(0) - batch.length
+        values = self.initial_value + batch.values.to(logps.dtype)[first]  # before the first token
         policy = (rewards - values.detach() - implicit).square() / (2 * self.temperature)
         value = (rewards - values - implicit.detach()).square() / 2
         count = float(len(batch))

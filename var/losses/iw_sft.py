@@ -5,13 +5,14 @@ expected reward. As in their code, the log-ratio is a mean over tokens, the weig
 is a mean over tokens. Curate the responses first, for example with data.responses=best.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
 from var.losses.base import Metrics
-from var.losses.common import cap_exponents, log_ratios, weighted_nll
+from var.losses.common import log_ratios, weighted_nll
 from var.models.packing import Packed
 from var.requirements import ReferenceLogps, Requirement
 from var.utils.errors import UserError
@@ -29,10 +30,12 @@ class IWSFT:
     requires: ClassVar[tuple[Requirement, ...]] = (ReferenceLogps(),)
 
     def __post_init__(self) -> None:
-        if not self.exponent > 0 or not self.largest >= 1:
-            raise UserError("loss.exponent must be above 0 and loss.largest at least 1. For weight 1 use loss=sft.")
+        if not self.exponent > 0 or not 1 <= self.largest < math.inf:
+            raise UserError(
+                "loss.exponent must be above 0, and loss.largest at least 1 and finite. For weight 1 use loss=sft."
+            )
 
     def __call__(self, logps: Tensor, batch: Packed) -> tuple[Tensor, Metrics]:
         """Return this micro-batch's sum over tokens, divided by the step's response tokens, and its metrics."""
         ratio = self.exponent * log_ratios(logps.detach(), batch) / batch.length
-        return weighted_nll(logps, cap_exponents(ratio).exp().clamp(max=self.largest), batch, "token")
+        return weighted_nll(logps, ratio.clamp(max=math.log(self.largest)).exp(), batch, "token")

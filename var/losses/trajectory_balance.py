@@ -1,16 +1,16 @@
 """Trajectory balance on a prompt's responses, and its α-divergences (Fawkes and Hartford, arXiv 2605.15417).
 
-Only at RLHF's optimum π_ref exp(r/λ)/Z(x), Δ = log π_θ/π_ref − r/λ is the same for all responses: −log Z(x).
-The loss of a group measures how unequal its Δ are, so log Z(x) is not needed. With κ = 1 − α it is
+Δ = log π_θ/π_ref − r/λ is equal for all responses to a prompt only if π_θ is RLHF's optimum π_ref exp(r/λ)/Z(x). Then
+it is −log Z(x). The loss of a group measures how unequal its Δ are, so log Z(x) is not needed. With κ = 1 − α it is
 
     (log mean exp(−κΔ) + κ mean Δ) / κ²,    and half the variance of Δ in the limit κ → 0.
 
-On the policy's own responses, the gradient is that of an α-divergence of the policy from the optimum. α = 1 is the
-reverse KL, the objective of RLHF, and the loss is the log-variance loss (Richter et al., arXiv 2010.10436). α = 0 is
-the forward KL, the objective of VAR: the gradient weights −∇log π_θ by softmax(r/λ − log π_θ/π_ref) − 1/K, which are
-the weights of `var_grouped` for the policy as it is now, minus those of SFT. Responses may come from any policy: the
-optimum does not depend on it. One thing differs from the authors: they subtract the mean of Δ, and here it is the
-constant at which the loss is smallest.
+In large groups of the policy's own responses, the gradient is that of an α-divergence of the policy from the optimum,
+up to a positive factor. α = 1 is the reverse KL, the objective of RLHF, and the loss is the log-variance loss (Richter
+et al., arXiv 2010.10436). α = 0 is the forward KL, the objective of VAR: the gradient weights −∇log π_θ by
+softmax(r/λ − log π_θ/π_ref) − 1/K, which are the weights of `var_grouped` for the policy as it is now, minus those of
+SFT. Responses may come from any policy: the optimum does not depend on it. For α < 1 one thing differs from the paper,
+which subtracts the mean of Δ in place of log Z(x): here the constant that makes the loss smallest is subtracted.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from var.weights.groups import group_logsumexp, group_size, group_sum
 
 @dataclass(frozen=True, kw_only=True)
 class TrajectoryBalance:
-    """Inequality of log π_θ/π_ref − r/λ within groups."""
+    """The spread of log π_θ/π_ref − r/λ within groups."""
 
     temperature: float = 1.0
     """λ > 0, in units of the reward."""
@@ -45,12 +45,12 @@ class TrajectoryBalance:
         """Return the sum over this micro-batch's groups, divided by the step's groups, and its metrics."""
         assert batch.rewards is not None
         ratio = log_ratios(logps, batch)
-        count = group_size(batch.group).to(ratio)
-        difference = ratio - batch.rewards.to(ratio) / self.temperature
+        count = group_size(batch.group)
+        difference = ratio.double() - batch.rewards.double() / self.temperature  # κ² would magnify float32's rounding
         difference = difference - group_sum(difference, batch.group) / count
         squares = difference.square() / 2
         kappa = 1 - self.alpha
         losses = squares if kappa == 0 else (group_logsumexp(-kappa * difference, batch.group) - count.log()) / kappa**2
         metrics = group_metrics(logps, batch, self.temperature * ratio, reward_softmax(batch, self.temperature))
         metrics["balance/variance"] = Mean(2 * (squares.detach() / count).sum(), float(len(batch.group_sizes)))
-        return (losses / count).sum() / batch.global_groups, metrics
+        return (losses / count).sum().to(logps.dtype) / batch.global_groups, metrics

@@ -8,10 +8,11 @@ a single rollout for the complete run, this is VAR on the initial policy's respo
 sampling policy, so no importance ratio is needed. The softmax over a group contains the response itself, which shortens
 the step at small K and λ.
 
-A baseline subtracts the mean weight of a group. On the policy's own responses ∇log π_θ is 0 on average, so the expected
-gradient of a rollout's first step stays the same. Responses with a weight below the mean become less likely, where a
-weight that is not negative can only leave them alone. In later steps on the same rollout they become still less likely,
-and the loss has no lower bound.
+A baseline subtracts the mean weight of a group, so that responses with a smaller weight become less likely. Without it
+no response does. On the policy's own responses ∇log π_θ is 0 on average, so with normalize=sequence the expected
+gradient of a rollout's first step stays the same. With normalize=token the divisor depends on the responses' lengths,
+and this holds approximately. In later steps on the same rollout these responses become still less likely, and the loss
+has no lower bound. A group whose rewards are all equal has weights of 0, whether it is dropped or not.
 """
 
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""A policy with a value head, for PPO."""
+"""A policy with a value head, for PPO and DRO."""
 
 from typing import Any
 

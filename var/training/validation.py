@@ -97,7 +97,12 @@ class Validation(Callback):
             self._log(trainer, self.before, 0)
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        """Evaluate now, if the run was stopped after its checkpoint and before its evaluation."""
+        """Evaluate now, if the run was stopped after its checkpoint and before its evaluation.
+
+        What an earlier attempt wrote after the checkpoint is removed.
+        """
+        if trainer.is_global_zero and (self.folder / "evaluations.jsonl").exists():
+            self._keep_evaluations(trainer.global_step + 1)
         if trainer.global_step and not is_logged(trainer, "validation/length", trainer.global_step):
             self._evaluate_if_due(trainer, module)
         self._done = trainer.global_step  # not again within the next step, whose gradients it would drop
@@ -219,7 +224,7 @@ class Validation(Callback):
         if kl is not None:
             metrics["validation/kl"] = float(kl.mean())
             budget = next(callback for callback in trainer.callbacks if isinstance(callback, Budget))  # type: ignore[attr-defined]
-            metrics["validation/seconds"] = budget.spent
+            metrics["throughput/seconds"] = budget.spent
         if answers.rewards is not None:
             metrics |= _with_error("validation/reward", estimate_mean(answers.rewards))
             if self.before is not None and self.before.rewards is not None:
@@ -227,14 +232,18 @@ class Validation(Callback):
         log(trainer, metrics, step)
 
     def _write(self, answers: Answers, step: int, kl: np.ndarray | None) -> None:
-        """Add the numbers of each answer to evaluations.jsonl, in place of later steps of an earlier attempt."""
+        """Add the numbers of each answer to evaluations.jsonl."""
+        numbers = {"reward": answers.rewards, "kl": kl, "length": answers.lengths}
+        shown = {name: None if values is None else values.tolist() for name, values in numbers.items()}
+        self._keep_evaluations(step, json.dumps({"step": step, **shown}) + "\n")
+
+    def _keep_evaluations(self, before: int, *more: str) -> None:
+        """Rewrite evaluations.jsonl: the lines of steps before one, and more lines."""
         path = self.folder / "evaluations.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        numbers = {"reward": answers.rewards, "kl": kl, "length": answers.lengths}
         with atomic(path) as file:
-            file.writelines(line for line in lines if json.loads(line)["step"] < step)
-            shown = {name: None if values is None else values.tolist() for name, values in numbers.items()}
-            file.write(json.dumps({"step": step, **shown}) + "\n")
+            file.writelines(line for line in lines if json.loads(line)["step"] < before)
+            file.writelines(more)
 
 
 class PairAccuracy(Callback):

@@ -4,7 +4,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import combinations, combinations_with_replacement, zip_longest
+from itertools import combinations, combinations_with_replacement, islice, zip_longest
 from typing import Any, NamedTuple
 
 from var.data.messages import parse_prompt
@@ -51,12 +51,14 @@ KINDS = {
 class Arithmetic:
     """Generate distinct problems: products to 9 × 9, sums to 20 + 20, greatest common divisors of numbers to 20.
 
-    The kinds alternate until one is exhausted. The first n problems of a seed do not depend on `problems`.
+    The kinds alternate until one is exhausted. The first n problems of a seed do not depend on `problems`. Two sets of
+    the same seed are disjoint if the second skips those of the first.
     """
 
     license = "none, since the problems are generated"
 
     problems: int = 224  # number of problems
+    skip: int = 0  # problems that are left out before the first
     seed: int = 0
     kinds: tuple[str, ...] = tuple(KINDS)
 
@@ -65,17 +67,18 @@ class Arithmetic:
             got = ", ".join(map(str, self.kinds)) or "none"
             raise UserError(f"data.source.kinds: expected some of {', '.join(KINDS)}, each once, got {got}")
         available = sum(len(KINDS[kind].pairs) for kind in self.kinds)
-        if not 1 <= self.problems <= available:
+        if self.problems < 1 or self.skip < 0 or self.skip + self.problems > available:
+            skipped = f" after {self.skip} that are skipped" if self.skip else ""
             raise UserError(
-                f"data.source.problems={self.problems}: {', '.join(self.kinds)} have 1 to {available} distinct "
-                "problems. Use fewer, or add kinds to data.source.kinds (sum has most)"
+                f"data.source.problems={self.problems}{skipped}: {', '.join(self.kinds)} have 1 to {available} "
+                "distinct problems. Use fewer, or add kinds to data.source.kinds (sum has most)"
             )
 
     def records(self) -> Iterator[tuple[str, dict[str, str]]]:
         """Yield (where, problem)."""
         turns = zip_longest(*(self._generate(kind) for kind in self.kinds))
         problems = (problem for turn in turns for problem in turn if problem is not None)
-        for number, problem in zip(range(1, self.problems + 1), problems, strict=False):
+        for number, problem in enumerate(islice(problems, self.skip, self.skip + self.problems), 1):
             yield f"arithmetic:{number}", problem
 
     def _generate(self, name: str) -> Iterator[dict[str, str]]:

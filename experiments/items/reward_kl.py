@@ -12,7 +12,7 @@ from experiments.items.base import Column, Command, Item, Pool, Row, Table, trai
 WORDS = ("experiment=reward_kl",)
 PAIRS = ("data.micro_batch=4", "data.global_batch=4")
 GROUPS = ("data.micro_batch=2", "data.global_batch=2")  # of 4 answers, so that a step has 8, as those of other losses
-RIGHT = ("loss=var_global", "loss.temperature_unit=reward", "loss.temperature=0.05", "loss.min_weight=0.5")
+RIGHT = ("loss=var_global", "loss.temperature_unit=reward", "loss.temperature=0.001", "loss.min_weight=0.5")
 RATE, RATES = "model.learning_rate", (1e-5, 2e-5, 4e-5, 8e-5)
 SPREADS = (0.1, 0.3, 1.0, 3.0)  # λ in standard deviations of the reward within a prompt
 UNITS = (0.03, 0.1, 0.3, 1.0)  # λ in units of the reward, one standard deviation of which is about 0.3
@@ -60,7 +60,8 @@ TEMPERATURES = np.geomspace(30, 0.003, 60)
 def trace_optimum(rewards: np.ndarray) -> Trace:
     """Return the path of RLHF's optimum over λ, by self-normalized importance sampling.
 
-    The reward is Σ w r with w ∝ exp(r/λ) over the K answers to a prompt, and the KL Σ w log(K w).
+    The reward is Σ w r with w ∝ exp(r/λ) over the K answers to a prompt, and the KL Σ w log(K w). It is the optimum on
+    these answers, and lies below that on all answers: a method can be above it.
     """
     logits = rewards / TEMPERATURES[:, None, None]
     weights = np.exp(logits - logits.max(2, keepdims=True))
@@ -111,7 +112,7 @@ def read_within(path: Path2D, distance: float) -> float:
     """Return the reward where the path is within a distance of the reference for the last time.
 
     This is its end, if the end is within, else the point at which it leaves for good, on the line between two of its
-    points. It is what someone has who stops there; no point is chosen for its reward.
+    points. So it is the reward of a run that is stopped there, and no point is chosen for its reward.
     """
     kl, reward = path
     if kl[-1] <= distance:
@@ -122,9 +123,10 @@ def read_within(path: Path2D, distance: float) -> float:
 
 
 def pool(value: Callable[[Path2D], float], trained: bool | None = None) -> Pool:
-    """Return how a number of the mean path is read. Its standard error is a bootstrap over seeds and over prompts.
+    """Return what computes `value` of the mean path, and its standard error by a bootstrap over seeds and prompts.
 
-    trained: True if it is for rows that are trained, False if it is for limits, None for both.
+    trained: True if it is for rows that are trained, False if it is for limits, None for both. A value of NaN does not
+    apply.
     """
 
     def compute(paths: Sequence[Path], row: Row) -> tuple[float, float] | None:
@@ -134,9 +136,9 @@ def pool(value: Callable[[Path2D], float], trained: bool | None = None) -> Pool:
         found = value(trace(np.arange(seeds), np.arange(prompts)))
         if math.isnan(found):
             return None
-        generator = np.random.default_rng(0)  # the same prompts for all rows
+        of_seeds, of_prompts = (np.random.default_rng([0, i]) for i in range(2))
         drawn = [
-            value(trace(generator.integers(seeds, size=seeds), generator.integers(prompts, size=prompts)))
+            value(trace(of_seeds.integers(seeds, size=seeds), of_prompts.integers(prompts, size=prompts)))
             for _ in range(REPEATS)
         ]
         return found, float(np.std(drawn, ddof=1))
@@ -145,14 +147,19 @@ def pool(value: Callable[[Path2D], float], trained: bool | None = None) -> Pool:
 
 
 def within(distance: float) -> Column:
-    """Return the column of the reward within a distance."""
-    return Column(title=f"reward within {distance:g} nats", pool=pool(lambda path: read_within(path, distance)))
+    """Return the column of the reward within a distance. A limit has none beyond its last point."""
+
+    def compute(paths: Sequence[Path], row: Row) -> tuple[float, float] | None:
+        limit = pool(lambda path: read_within(path, distance) if distance <= path[0][-1] else math.nan, trained=False)
+        return pool(lambda path: read_within(path, distance), trained=True)(paths, row) or limit(paths, row)
+
+    return Column(title=f"reward within {distance:g} nats", pool=compute)
 
 
 PANEL = "reward of new answers to held-out prompts"
 
 
-def along(index: int, step: str, shown: bool = False) -> tuple[Column, Column]:
+def along(index: int, step: str, shown: bool = False, panel: str | None = PANEL) -> tuple[Column, Column]:
     """Return the columns of a training run's KL and reward at an evaluation, which a shorter run does not have."""
 
     def read(part: int) -> Pool:
@@ -161,13 +168,13 @@ def along(index: int, step: str, shown: bool = False) -> tuple[Column, Column]:
     kl, reward = read(0), read(1)
     return (
         Column(title=f"KL {step} (nats)", pool=kl, digits=2, shown=shown),
-        Column(title=f"reward {step}", pool=reward, shown=shown, x=f"KL {step} (nats)", panel=PANEL),
+        Column(title=f"reward {step}", pool=reward, shown=shown, x=f"KL {step} (nats)", panel=panel),
     )
 
 
 def limit(distance: float) -> Column:
     """Return the column of a limit's reward at a distance, for the figure."""
-    reward = pool(lambda path: read_within(path, distance), trained=False)
+    reward = pool(lambda path: read_within(path, distance) if distance <= path[0][-1] else math.nan, trained=False)
     return Column(title=f"limit at {distance:g} nats", pool=reward, shown=False, x=distance, panel=PANEL)
 
 
@@ -190,7 +197,7 @@ METHODS: dict[str, tuple[tuple[str, ...], str, tuple[float, ...]]] = {
     "DPO": (("loss=dpo", *PAIRS), "loss.beta", (0.03, 0.1, 0.3, 1.0)),
     "InfoNCA": (("loss=infonca", *GROUPS, "loss.beta=1"), "loss.temperature", UNITS),
     "A-LoL": (("loss=alol", "loss.value.development_prompts=32"), RATE, RATES),
-    "DRO-V": (("loss=dro",), "loss.temperature", UNITS),
+    "DRO-V": (("loss=dro", "loss.initial_value=0.3"), "loss.temperature", UNITS),
     "trajectory balance, reverse KL": (("loss=trajectory_balance", *GROUPS), "loss.temperature", UNITS),
     "trajectory balance, forward KL": (
         ("loss=trajectory_balance", *GROUPS, "loss.alpha=0"), "loss.temperature", UNITS,
@@ -200,6 +207,9 @@ METHODS: dict[str, tuple[tuple[str, ...], str, tuple[float, ...]]] = {
     "VAR, online": (("loss=var_online", *GROUPS), "loss.temperature", UNITS),
 }  # fmt: skip
 """Overrides, the hyper-parameter that is tuned, and its values."""
+OTHERS = ("data.source.skip=224", "data.source.problems=160")
+"""Problems that the comparison does not have."""
+SHORTER = (*OTHERS, "trainer.max_steps=24", "eval.every_n_steps=12")
 
 
 def make_run(method: str, value: float, *words: str) -> dict[str, Command]:
@@ -211,7 +221,7 @@ def make_run(method: str, value: float, *words: str) -> dict[str, Command]:
 TUNING = tuple(
     Row(
         group=method, label=f"{key.split('.')[-1]} = {value:g}",
-        stages=make_run(method, value, "data.source.seed=1", "trainer.max_steps=24", "eval.every_n_steps=12"),
+        stages=make_run(method, value, *SHORTER),
     )
     for method, (_, key, values) in METHODS.items()
     for value in values
@@ -228,7 +238,7 @@ LIMITS = tuple(
 )  # fmt: skip
 TUNING_TITLE = "Hyper-parameters"
 ITEMS = {
-    "frontier": Item(
+    "reward_kl": Item(
         title="reward against KL",
         sizes={
             "small": (
@@ -243,7 +253,7 @@ ITEMS = {
                 ),
                 Table(
                     title=TUNING_TITLE, rows=TUNING,
-                    columns=(*(within(distance) for distance in DISTANCES), *along(-1, "at the end", shown=True)),
+                    columns=(*map(within, DISTANCES), *along(-1, "at the end", shown=True, panel=None)),
                     errors="1 seed, other problems. Errors are bootstraps over prompts.",
                 ),
             ),
