@@ -86,11 +86,15 @@ def test_arithmetic_depends_on_seed_and_is_nested():
     assert ids[0] == ids[1][:60]
     assert ids[1] != ids[2]
     assert {id.split("-")[0] for id in ids[0]} == set(KINDS)
+    others = [record["id"] for _, record in Arithmetic(problems=100, skip=60).records()]
+    assert others == ids[1][60:]
 
 
 def test_arithmetic_rejects_too_many_problems_and_unknown_kinds():
     with pytest.raises(UserError, match=r"problems=37: product have 1 to 36 distinct problems\. Use fewer"):
         Arithmetic(problems=37, kinds=("product",))
+    with pytest.raises(UserError, match=r"problems=20 after 17 that are skipped: product have 1 to 36"):
+        Arithmetic(problems=20, skip=17, kinds=("product",))
     with pytest.raises(UserError, match=r"kinds: expected some of product, sum, gcd, each once, got root"):
         Arithmetic(kinds=("root",))
 

@@ -311,6 +311,37 @@ def test_command_runs_while_others_wait_for_what_they_need(tmp_path: Path, monke
     assert "sleep" in done[1].read_text()
 
 
+def test_error_while_results_are_written_starts_nothing_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first item fails to be published while a command of the second one runs. Two more of its commands wait."""
+    rest = f"import time; time.sleep(5); {WRITE}"
+    rows = [Row(label=f"row {i}", stages={"train": program(rest if i else WRITE, "{own}", str(i))}) for i in range(4)]
+    for name, several in (("first", rows[:1]), ("second", rows[1:])):
+        item = Item(title="t", sizes={"small": (Table(rows=tuple(several), columns=()),)})
+        monkeypatch.setitem(ITEMS, name, item)
+    monkeypatch.setattr(reproduce, "publish", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        reproduce.main(["first", "second", f"folder={tmp_path}"])
+    assert len(list((tmp_path / "small").glob(f"*/{DONE}"))) == 2
+
+
+def test_column_may_pool_the_seeds(tmp_path: Path) -> None:
+    def read(paths: Any, row: Row) -> tuple[float, float] | None:
+        values = [json.loads(path.read_text())["x"] for path in paths]
+        return None if values == [0.0] else (max(values), 0.5)
+
+    jobs = {}
+    for seed, value in enumerate((1.0, 4.0, 0.0)):
+        jobs["SFT", seed] = make_jobs(SFT, tmp_path, seed)["train"]
+        finish(jobs["SFT", seed], x=value)
+    hidden = Column(title="largest", pool=read, shown=False)
+    cell = fill_cell(SFT, hidden, jobs, seeds=(0, 1))
+    assert (cell.value, cell.se, cell.n, cell.seeds) == (4.0, 0.5, 2, [0, 1])
+    assert fill_cell(SFT, hidden, jobs, seeds=(2,)).value is None
+    assert "largest" not in write_table(Table(rows=(SFT,), columns=(hidden, GAIN)), [cell], "small")
+    failed = fill_cell(SFT, Column(title="y", pool=lambda paths, row: [][0]), jobs)
+    assert failed.failed == "y cannot be read (IndexError: list index out of range)"
+
+
 def test_failed_command_fails_what_needs_it(tmp_path: Path) -> None:
     bad = Row(label="bad", stages={"train": program("raise SystemExit('no such data')", "{own}")})
     row = Row(label="row", stages={"reward": program(WRITE, "{own}", "{bad}")})
@@ -341,6 +372,10 @@ def test_figures_have_lines_or_bars(tmp_path: Path) -> None:
     bars = tuple(Column(title=f"bar {x}", read=summary("x"), panel="z") for x in (2, 4))
     table = Table(rows=rows, columns=lines + bars)
     cells = [Cell("", row.label, column.title, value=1.0, se=0.1) for row in rows for column in table.columns]
+    named = Column(title="path", read=summary("x"), panel="y", x="at 2")
+    curves = replace(table, columns=(*lines, named))
+    draw(curves, [*cells, Cell("", "a", "path", value=2.0, se=0.1)], tmp_path / "figure.png")
+    draw(curves, [Cell("", "a", "path", value=2.0, se=0.1)], tmp_path / "figure.png")  # its x is missing
     draw(table, cells[:-1], tmp_path / "figure.png")
     first = (tmp_path / "figure.png").read_bytes()
     draw(table, cells, tmp_path / "figure.png")

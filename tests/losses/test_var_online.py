@@ -87,15 +87,21 @@ def sum_over_groups(loss: VAROnline, policy: list[int]) -> Tensor:
     return logits.grad
 
 
-@pytest.mark.parametrize(("policy", "same"), [([2, 1, 1], True), ([1, 1, 1], False)])
-@pytest.mark.parametrize("normalize", ["sequence", "token"])
-def test_baseline_keeps_the_expected_gradient_on_own_responses(policy, same, normalize):
-    """Four samples represent the policy 1/2, 1/4, 1/4 exactly, and no other one. A divisor of tokens is larger in groups
-    with the long response, so the expectation changes."""
-    plain, centered = (
-        sum_over_groups(VAROnline(baseline=baseline, normalize=normalize), policy) for baseline in (False, True)
-    )
-    assert bool((plain - centered).abs().max() < 1e-14) == (same and normalize == "sequence")
+@pytest.mark.parametrize(
+    ("policy", "options", "same"),
+    [
+        ([2, 1, 1], {}, True),
+        ([1, 1, 1], {}, False),
+        ([2, 1, 1], {"normalize": "token"}, False),
+        ([2, 1, 1], {"drop_zero_variance": True}, False),
+    ],
+)
+def test_baseline_keeps_the_expected_gradient_on_own_responses(policy, options, same):
+    """Four samples represent the policy 1/2, 1/4, 1/4 exactly, and no other. A divisor of tokens is larger in groups
+    with the long response, and groups that are dropped for their equal rewards are not a fair sample."""
+    settings = {"normalize": "sequence", "drop_zero_variance": False, **options}
+    plain, centered = (sum_over_groups(VAROnline(baseline=b, **settings), policy) for b in (False, True))
+    assert bool((plain - centered).abs().max() < 1e-14) == same
 
 
 def test_small_temperature_does_not_overflow():
