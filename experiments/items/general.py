@@ -215,7 +215,7 @@ ITEMS = {
                 Table(
                     rows=evaluate_rows(select(SMALL_ROWS, "Base", "DPO", "VAR"), chat=SMALL_CHAT),
                     columns=(
-                        rate("AlpacaEval's prompts: win rate by a reward model (%)", "chat", "average"),
+                        rate("AlpacaEval's prompts: win rate by a reward model (%)", "chat"),
                         Column(
                             title="response length (tokens)", stage="chat", digits=1,
                             read=summary("model.subsets.files.length"),
@@ -227,9 +227,9 @@ ITEMS = {
                 Table(
                     rows=make_rows("qwen2.5-7b", "", {name: METHODS[name] for name in ("Base", "DPO", "VAR")}, CHATS),
                     columns=(
-                        rate("AlpacaEval 2.0 LC (%)", "alpaca", "facts.lc_win_rate"),
-                        rate("AlpacaEval 2.0 WR (%)", "alpaca", "average"),
-                        rate("Arena-Hard 0.1 WR (%)", "arena", "average"),
+                        rate("AlpacaEval 2.0 LC (%)", "alpaca", summary("win_rates.facts.lc_win_rate")),
+                        rate("AlpacaEval 2.0 WR (%)", "alpaca"),
+                        rate("Arena-Hard 0.1 WR (%)", "arena"),
                     ),
                 ),
             ),

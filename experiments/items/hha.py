@@ -1,6 +1,7 @@
 """The items whose models are evaluated on HHA: Tables 1, 2, 3 and 9, and Figures 1, 2 and 3."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -103,9 +104,22 @@ INT4 = make_rows(
 )
 
 
-def rate(title: str, stage: str, keys: str = "average") -> Column:
-    """Return a column with a win rate in percent."""
-    return Column(title=title, stage=stage, read=summary(f"win_rates.{keys}"), digits=2)
+def read_wins(subset: str | None = None) -> Read:
+    """Read the win rate of a subset, or its mean over subsets, in percent, with its standard error over prompts."""
+
+    def read(path: Path, row: Row) -> Any:
+        found = json.loads(path.read_text())["win_rates"]
+        subsets = [found["subsets"][subset]] if subset else list(found["subsets"].values())
+        errors = [each["se_prompts"] for each in subsets]
+        error = None if None in errors else math.hypot(*errors) / len(errors)
+        return subsets[0]["win_rate"] if subset else found["average"], error
+
+    return read
+
+
+def rate(title: str, stage: str, read: Read | None = None) -> Column:
+    """Return a column with a win rate in percent: the mean over subsets, or what `read` reads."""
+    return Column(title=title, stage=stage, read=read or read_wins(), digits=2)
 
 
 def share(subset: str, outcome: str, stage: str) -> Column:
@@ -180,7 +194,7 @@ def win_bars(subsets: tuple[str, ...], stage: str) -> tuple[Column, ...]:
     return tuple(
         Column(
             title=f"{subset.replace('_', '-')} win", stage=stage, digits=1, panel="wins against the chosen answers (%)",
-            read=summary(f"win_rates.subsets.{subset}.win_rate"),
+            read=read_wins(subset),
         )
         for subset in subsets
     )  # fmt: skip
