@@ -49,8 +49,7 @@ def test_low_effective_sample_size_is_reported_once_with_its_cause(health, cause
     metrics = StepMetrics(ess_warning=0.3)
     data = SimpleNamespace(report=SimpleNamespace(weights=health))
     trainer: Any = SimpleNamespace(datamodule=data, loggers=[], current_epoch=0, world_size=1)
-    loss = SimpleNamespace(temperature=1.0)
-    module: Any = SimpleNamespace(log=lambda *_, **__: None, gradient_norm=None, skipped=0, rate=0.1, loss=loss)
+    module: Any = SimpleNamespace(log=lambda *_, **__: None, gradient_norm=None, skipped=0, rate=0.1)
     module.take_metrics = lambda: {"loss": 1.0, "weight/mean": 1.0, "weight/square": 4.0}
     metrics._log(trainer, module, 5)
     metrics._log(trainer, module, 6)

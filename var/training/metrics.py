@@ -82,7 +82,7 @@ class StepMetrics(Callback):
             del metrics["train/weight/square"]
             if 0 < ess < self.ess_warning and not self.warned:
                 self.warned = True
-                self._warn(trainer, module, step, ess)
+                self._warn(trainer, step, ess)
         if module.gradient_norm is not None:
             metrics["train/grad_norm"] = module.gradient_norm
         if module.skipped:
@@ -96,11 +96,9 @@ class StepMetrics(Callback):
         log(trainer, metrics, step)
         self.loss = means.get("loss", self.loss)
 
-    def _warn(self, trainer: lightning.Trainer, module: AlignmentModule, step: int, ess: float) -> None:
+    def _warn(self, trainer: lightning.Trainer, step: int, ess: float) -> None:
         weights: Mapping[str, float] = trainer.datamodule.report.weights or {}  # type: ignore[attr-defined]
-        cause = "few responses have most of the weight"
-        if hasattr(module.loss, "temperature"):
-            cause = "the temperature is small compared with the reward's spread; raise loss.temperature"
+        cause = "few responses have most of the weight; under VAR, raise loss.temperature"
         if weights.get("length_correlation", 0) < -0.3:
             cause = "short responses get most of the weight: log π_ref is summed over tokens; see loss=var"
         elif weights.get("largest", 0) > 50:
