@@ -89,7 +89,8 @@ class Job:
         """The command without places on this machine; runs are named after their configuration."""
         runs = {name: (job.result.parent.name if job.result else f"<{name}>") for name, job in self.needs.items()}
         words = self._fill({**runs, "own": f"<{self.name}>"})
-        return ["python", *self.command.program, *(word for word in words if word.partition("=")[0] not in PLACES)]
+        words = [word for word in words if word.partition("=")[0] not in PLACES]
+        return ["python", *self.command.program, *(re.sub("=/.*", "=<path>", word) for word in words)]
 
 
 def list_jobs(

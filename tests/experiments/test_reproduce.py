@@ -84,6 +84,11 @@ def test_result_of_another_command_is_not_taken(tmp_path: Path) -> None:
         make_jobs(SFT, tmp_path, table=replace(TABLE, timed=True)),
     ):
         assert other["train"].result is None
+    placed = {("train", SFT.stages["train"]): ["data.folder=/home/me/hha", "model.path=models/x"]}
+    assert make_jobs(SFT, tmp_path, overrides=placed)["train"].portable[-2:] == [
+        "data.folder=<path>",
+        "model.path=models/x",
+    ]
     # a changed run changes the folder of what continues it
     names = {
         make_jobs(VAR, tmp_path, overrides=more)["train"].folder
