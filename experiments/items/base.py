@@ -83,7 +83,7 @@ class Column:
     title: str
     read: Read | None = None
     pool: Pool | None = None
-    """In place of `read`, if the seeds are not averaged."""
+    """In place of `read`, if the number is not a mean over seeds."""
     stage: str = "train"
     """The command whose result is read."""
     digits: int = 3

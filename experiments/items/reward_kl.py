@@ -84,13 +84,8 @@ def trace_best_of(rewards: np.ndarray) -> Trace:
     count = rewards.shape[1]
     ordered, n = np.sort(rewards, axis=1), np.arange(1, count // 2 + 1)
     # n draws without replacement have the i-th smallest of K as their largest with probability C(i − 1, n − 1)/C(K, n)
-    chances = np.zeros((len(n), count))
-    for row, size in enumerate(n):
-        chance = size / count
-        for i in range(count, size - 1, -1):
-            chances[row, i - 1] = chance
-            chance *= (i - size) / (i - 1) if i > 1 else 0
-    reward = ordered @ chances.T
+    chances = [[math.comb(i, int(size) - 1) / math.comb(count, int(size)) for i in range(count)] for size in n]
+    reward = ordered @ np.array(chances).T
     kl = np.log(n) - (n - 1) / n
 
     def trace(seeds: np.ndarray, prompts: np.ndarray) -> Path2D:
@@ -122,6 +117,11 @@ def read_within(path: Path2D, distance: float) -> float:
     return float(reward[last] + part * (reward[last + 1] - reward[last]))
 
 
+def read_limit(path: Path2D, distance: float) -> float:
+    """Return a limit's reward at a distance, and NaN beyond its last point."""
+    return read_within(path, distance) if distance <= path[0][-1] else math.nan
+
+
 def pool(value: Callable[[Path2D], float], trained: bool | None = None) -> Pool:
     """Return what computes `value` of the mean path, and its standard error by a bootstrap over seeds and prompts.
 
@@ -150,8 +150,8 @@ def within(distance: float) -> Column:
     """Return the column of the reward within a distance. A limit has none beyond its last point."""
 
     def compute(paths: Sequence[Path], row: Row) -> tuple[float, float] | None:
-        limit = pool(lambda path: read_within(path, distance) if distance <= path[0][-1] else math.nan, trained=False)
-        return pool(lambda path: read_within(path, distance), trained=True)(paths, row) or limit(paths, row)
+        read = read_limit if "path" in row.where else read_within
+        return pool(lambda path: read(path, distance))(paths, row)
 
     return Column(title=f"reward within {distance:g} nats", pool=compute)
 
@@ -174,15 +174,15 @@ def along(index: int, step: str, shown: bool = False, panel: str | None = PANEL)
 
 def limit(distance: float) -> Column:
     """Return the column of a limit's reward at a distance, for the figure."""
-    reward = pool(lambda path: read_within(path, distance) if distance <= path[0][-1] else math.nan, trained=False)
+    reward = pool(lambda path: read_limit(path, distance), trained=False)
     return Column(title=f"limit at {distance:g} nats", pool=reward, shown=False, x=distance, panel=PANEL)
 
 
 COLUMNS = (
-    *(within(distance) for distance in DISTANCES),
+    *map(within, DISTANCES),
     *(column for i, step in enumerate(STEPS[:-1]) for column in along(i, f"at step {step}")),
     *along(-1, "at the end", shown=True),
-    *(limit(distance) for distance in (0.0, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0)),
+    *map(limit, (0.0, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0)),
 )
 
 # Methods
@@ -190,7 +190,7 @@ COLUMNS = (
 METHODS: dict[str, tuple[tuple[str, ...], str, tuple[float, ...]]] = {
     "SFT on all answers": (("loss=sft",), RATE, RATES),
     "SFT on the best of 4": (("loss=sft", "data.responses=best"), RATE, RATES),
-    "SFT on right answers": ((*RIGHT,), RATE, RATES),
+    "SFT on right answers": (RIGHT, RATE, RATES),
     "VAR, the paper's": (("loss=var",), "loss.temperature", SPREADS),
     "VAR, prompt": (("loss=var_prompt",), "loss.temperature", SPREADS),
     "VAR, grouped": (("loss=var_grouped",), "loss.temperature", SPREADS),

@@ -9,8 +9,8 @@ sampling policy, so no importance ratio is needed. The softmax over a group cont
 the step at small K and λ.
 
 A baseline subtracts the mean weight of a group, so that responses with a smaller weight become less likely. Without it
-no response does. On the policy's own responses ∇log π_θ is 0 on average, so the expected gradient of a rollout's first
-step is that without a baseline, with normalize=sequence and drop_zero_variance=false. A divisor of tokens depends on
+no response does. On the policy's own responses ∇log π_θ is 0 on average, so the baseline does not change the expected
+gradient of a rollout's first step, if normalize=sequence and drop_zero_variance=false. A divisor of tokens depends on
 the responses' lengths, and groups that are kept for their rewards are not a fair sample. In later steps on the same
 rollout bad responses become still less likely, and the loss has no lower bound. With a baseline, a group whose rewards
 are all equal has weights of 0, whether it is dropped or not.

@@ -120,6 +120,11 @@ def step_metrics(trainer: lightning.Trainer) -> StepMetrics:
     return next(c for c in trainer.callbacks if isinstance(c, StepMetrics))  # type: ignore[attr-defined]
 
 
+def seconds_spent(trainer: lightning.Trainer) -> float:
+    """Return the seconds of sampling, scoring and training so far."""
+    return next(c for c in trainer.callbacks if isinstance(c, Budget)).spent  # type: ignore[attr-defined]
+
+
 class PeakMemory(Callback):
     """The peak memory of each stage of a run: annotating, training, evaluating and exporting."""
 
