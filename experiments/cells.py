@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -218,43 +219,53 @@ def name_figure(name: str, item: Item, size: str, table: Table) -> str:
 
 def draw(table: Table, cells: Sequence[Cell], path: Path) -> None:
     """Draw the columns that have a panel: lines if they have places on the horizontal axis, else groups of bars."""
+    panels = list(dict.fromkeys(column.panel for column in table.columns if column.panel))
+    with figure(path, len(panels)) as axes:
+        for axis, panel in zip(axes, panels, strict=True):
+            draw_panel(axis, table, cells, panel, [row for row in table.rows if row.shown])
+
+
+@contextmanager
+def figure(path: Path, panels: int) -> Iterator[Sequence[Any]]:
+    """Yield the axes of a figure's panels, and write it with one legend."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    known = {(cell.row, cell.column): cell for cell in cells if isinstance(cell.value, float | int) and not cell.failed}
-    panels = list(dict.fromkeys(column.panel for column in table.columns if column.panel))
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 3.8), layout="constrained", squeeze=False)
-    rows = [row for row in table.rows if row.shown]
-    for axis, panel in zip(axes[0], panels, strict=True):
-        columns = [column for column in table.columns if column.panel == panel]
-        for i, row in enumerate(rows):
-            found = [
-                (column, known[row.name, column.title])
-                for column in columns
-                if (row.name, column.title) in known
-                and (not isinstance(column.x, str) or (row.name, column.x) in known)
-            ]
-            values = [cell.value for _, cell in found]
-            errors = [cell.se or 0.0 for _, cell in found]
-            if columns[0].x is not None:
-                places = [known.get((row.name, str(column.x))) for column, _ in found]
-                across = [column.x if at is None else at.value for (column, _), at in zip(found, places, strict=True)]
-                spread = [(at and at.se) or 0.0 for at in places]
-                axis.errorbar(across, values, errors, spread, marker="o", markersize=4, elinewidth=0.5, label=row.name)
-            else:
-                width = 0.8 / len(rows)
-                places = [columns.index(column) + (i - (len(rows) - 1) / 2) * width for column, _ in found]
-                axis.bar(places, values, width, yerr=errors, label=row.name, capsize=2)
-        if columns[0].x is None:
-            axis.set_xticks(range(len(columns)), [column.title for column in columns], fontsize="small")
-        else:
-            axis.set_xlabel(table.x_label)
-        axis.set_ylabel(panel)
+    figure, axes = plt.subplots(1, panels, figsize=(5.2 * panels, 3.8), layout="constrained", squeeze=False)
+    yield axes[0]
     axes[0][-1].legend(fontsize="x-small")
     figure.savefig(path, dpi=120, metadata={"Software": None})
     plt.close(figure)
+
+
+def draw_panel(axis: Any, table: Table, cells: Sequence[Cell], panel: str, rows: Sequence[Row]) -> None:
+    """Draw the columns of a panel for these rows of a table."""
+    known = {(cell.row, cell.column): cell for cell in cells if isinstance(cell.value, float | int) and not cell.failed}
+    columns = [column for column in table.columns if column.panel == panel]
+    for i, row in enumerate(rows):
+        found = [
+            (column, known[row.name, column.title])
+            for column in columns
+            if (row.name, column.title) in known and (not isinstance(column.x, str) or (row.name, column.x) in known)
+        ]
+        values = [cell.value for _, cell in found]
+        errors = [cell.se or 0.0 for _, cell in found]
+        if columns[0].x is not None:
+            places = [known.get((row.name, str(column.x))) for column, _ in found]
+            across = [column.x if at is None else at.value for (column, _), at in zip(found, places, strict=True)]
+            spread = [(at and at.se) or 0.0 for at in places]
+            axis.errorbar(across, values, errors, spread, marker="o", markersize=4, elinewidth=0.5, label=row.name)
+        else:
+            width = 0.8 / len(rows)
+            places = [columns.index(column) + (i - (len(rows) - 1) / 2) * width for column, _ in found]
+            axis.bar(places, values, width, yerr=errors, label=row.name, capsize=2)
+    if columns[0].x is None:
+        axis.set_xticks(range(len(columns)), [column.title for column in columns], fontsize="small")
+    else:
+        axis.set_xlabel(table.x_label)
+    axis.set_ylabel(panel)
 
 
 def publish(name: str, item: Item, size: str, cells: Sequence[Cell], out: Path) -> None:

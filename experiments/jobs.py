@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -184,6 +185,9 @@ class Runner:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if job.result is not None:  # of another driver
                 return ""
+            if job.timed:  # a resumed run would lack the seconds and the annotations of its first part
+                for path in set(job.folder.iterdir()) - {job.folder / "lock"}:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
             started = time.monotonic()
             with log.open("w") as output:
                 done = subprocess.run(

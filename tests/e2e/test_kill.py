@@ -18,7 +18,7 @@ import pytest
 from lightning.pytorch.callbacks import Callback
 
 from tests.helpers.cache import read_shard
-from tests.helpers.cli import spawn, write_to
+from tests.helpers.cli import read_summary, spawn, write_to
 from tests.helpers.killed_runs import LOSSES, Job, check_outcome, describe, kill_randomly, list_options
 from tests.helpers.killing import Attempt, Driver
 from tests.helpers.models import saved, tiny_model
@@ -145,6 +145,9 @@ def test_signal_ends_a_run_in_every_stage(every: bool, straight: Any, tmp_path: 
         assert len(attempts[-1].events) - matches[at - 1] < 20, f"it went on {what}\n{describe(attempts)}"
     attempts.append(job.finish())
     check_outcome(job, unbroken, attempts)
+    earlier = [read_summary(run.folder)["seconds_of_earlier_attempts"] for run in (unbroken, job)]
+    assert earlier[0] == 0 < earlier[1]
+    assert "annotation and training before it was resumed" in attempts[-1].printed
 
 
 @pytest.mark.long

@@ -303,6 +303,18 @@ def test_runner_runs_what_is_missing_once(tmp_path: Path) -> None:
     assert all(job.result for job in jobs)
 
 
+@pytest.mark.parametrize("timed", [True, False])
+def test_interrupted_run_starts_again_if_it_is_timed(timed: bool, tmp_path: Path) -> None:
+    table = Table(rows=(row := Row(label="a", stages={"train": program(WRITE, "{own}")}),), columns=(), timed=timed)
+    job = list_jobs(table, row, 0, tmp_path, {})["train"]
+    for name in ("runs", "annotations"):
+        (job.folder / name).mkdir(parents=True)
+    (job.folder / "seconds.txt").write_text("100.0\n")
+    assert Runner().run(job) == ""
+    assert [(job.folder / name).exists() for name in ("runs", "annotations")] == [not timed] * 2
+    assert (job.seconds < 100) == timed
+
+
 def test_command_runs_while_others_wait_for_what_they_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two at once. Both rows that come first need a slow command, and the third does not."""
     slow = Row(label="slow", shown=False, stages={"train": program(f"import time; time.sleep(5); {WRITE}", "{own}")})

@@ -8,20 +8,22 @@ import numpy as np
 import pytest
 
 from experiments.cells import read_results
+from experiments.flipped import FlippedNumber
 from experiments.items.base import Row
-from experiments.items.reward_kl import (
-    METHODS,
-    TUNED,
-    TUNING_TITLE,
+from experiments.items.methods import METHODS, TUNED
+from experiments.items.paths import (
     along,
     limit,
     pool,
+    read_paths,
+    read_right,
+    read_times,
     read_within,
     trace_best_of,
     trace_optimum,
-    trace_training,
     within,
 )
+from experiments.items.reward_kl import TUNING_TITLE
 from experiments.jobs import ROOT
 
 ALL = np.arange(1), np.arange(2)
@@ -57,13 +59,13 @@ def test_path_of_training_is_the_mean_over_seeds_and_prompts(tmp_path: Path) -> 
         write_evaluations(tmp_path / "a", [[1.0, 3.0]], [[0.0, 0.2], [0.4, 0.6]]),
         write_evaluations(tmp_path / "b", [[2.0, 2.0]], [[0.0, 0.2], [0.8, 1.0]]),
     ]
-    trace, sizes = trace_training(paths)
-    assert sizes == (2, 2)
-    kl, reward = trace(np.arange(2), np.arange(2))
-    assert (kl.tolist(), reward.tolist()) == ([0, 2], pytest.approx([0.1, 0.7]))
-    kl, reward = trace(np.array([1, 1]), np.array([0, 0]))
-    assert (kl.tolist(), reward.tolist()) == ([0, 2], pytest.approx([0.0, 0.8]))
     row = Row(label="a")
+    found = read_paths(paths, row)
+    assert found.kl.shape == (2, 2, 2)
+    kl, reward = found.mean(np.arange(2), np.arange(2))
+    assert (kl.tolist(), reward.tolist()) == ([0, 2], pytest.approx([0.1, 0.7]))
+    kl, reward = found.mean(np.array([1, 1]), np.array([0, 0]))
+    assert (kl.tolist(), reward.tolist()) == ([0, 2], pytest.approx([0.0, 0.8]))
     mean, error = within(1.0).pool(paths, row)  # type: ignore[misc]
     assert mean == pytest.approx(0.4)
     assert 0.05 < error < 0.2
@@ -74,7 +76,7 @@ def test_path_of_training_is_the_mean_over_seeds_and_prompts(tmp_path: Path) -> 
 
 def test_best_of_n_is_the_mean_over_all_choices() -> None:
     rewards = np.array([[0.1, 0.9, 0.4, 0.4], [1.0, 0.0, 0.0, 0.2]])
-    kl, reward = trace_best_of(rewards)(*ALL)
+    kl, reward = trace_best_of(rewards).mean(*ALL)
     for n in (1, 2):
         expected = np.mean([max(chosen) for row in rewards for chosen in itertools.combinations(row, n)])
         assert reward[n - 1] == pytest.approx(expected)
@@ -84,7 +86,7 @@ def test_best_of_n_is_the_mean_over_all_choices() -> None:
 def test_optimum_is_exact_where_every_answer_is_drawn_once() -> None:
     """Four answers of equal probability: the softmax of r/λ, and its KL from the uniform distribution."""
     rewards = np.array([[0.0, 0.5, 1.0, 0.2], [0.3, 0.3, 0.3, 0.3]])
-    kl, reward = trace_optimum(rewards)(*ALL)
+    kl, reward = trace_optimum(rewards).mean(*ALL)
     weights = np.exp(rewards / 0.3)
     weights /= weights.sum(1, keepdims=True)
     exact = (weights * np.log(4 * weights)).sum(1).mean()
@@ -101,6 +103,39 @@ def test_errors_are_those_of_prompts_for_one_seed(tmp_path: Path) -> None:
     path = write_evaluations(tmp_path / "a", [[1.0] * 64], [[0.0] * 64, reward])
     _, error = pool(lambda path: float(path[1][-1]))([path], Row(label="a"))  # type: ignore[misc]
     assert error == pytest.approx(np.std(reward) / 8, rel=0.1)
+
+
+def test_path_over_time_is_on_the_line_between_evaluations(tmp_path: Path) -> None:
+    paths = [
+        write_evaluations(tmp_path / "a", [[1.0, 3.0], [2.0, 6.0]], [[0.0, 0.2], [0.4, 0.6], [0.8, 0.6]]),
+        write_evaluations(tmp_path / "b", [[2.0, 2.0], [4.0, 4.0]], [[0.0, 0.2], [0.8, 1.0], [0.8, 1.0]]),
+    ]
+    for path, seconds in zip(paths, ((10, 30), (20, 40)), strict=True):
+        lines = ["step,loss,throughput/seconds", "0,,", f"1,0.5,{seconds[0]}", "2,0.4,", f"2,,{seconds[1]}"]
+        (path.parent / "metrics.csv").write_text("\n".join(lines) + "\n")
+    found = read_times((5, 20, 60))(paths, Row(label="a"))
+    assert found.kl[0].tolist() == [[0.5, 1.5], [1.5, 4.5], [2.0, 6.0]]
+    assert found.reward[1] == pytest.approx(np.array([[0.2, 0.4], [0.8, 1.0], [0.8, 1.0]]))
+
+
+def test_right_answers_are_counted_whatever_the_reward_was(tmp_path: Path) -> None:
+    answers = {"before": {"texts": ["it is 4", "5"]}, "after": {"texts": ["2 + 2 = 4", "4"]}}
+    record = {"prompt": [{"role": "user", "content": "2 + 2?"}], "answer": "4", **answers}
+    (tmp_path / "samples.jsonl").write_text(json.dumps(record) + "\n")
+    assert read_right([tmp_path / "summary.json"], Row(label="a")).reward.tolist() == [[[0.5], [1.0]]]
+
+
+def test_flipped_rewards_are_a_fraction_that_the_text_decides() -> None:
+    prompts, texts = (
+        [[{"role": "user", "content": "How much is 2 + 2?"}]] * 4000,
+        [f"Try {n}: it is 4" for n in range(4000)],
+    )
+    reward = FlippedNumber(rate=0.1)
+    scores = np.array(reward(prompts, texts, ["4"] * 4000))
+    assert 0.085 < np.mean(scores == 0) < 0.115
+    assert reward(prompts[:2], texts[:2], ["5"] * 2) == [1 - scores[0], 1 - scores[1]]
+    assert FlippedNumber(rate=0.2).fingerprint != reward.fingerprint
+    assert FlippedNumber(rate=0.0)(prompts[:2], texts[:2], ["4"] * 2) == [1, 1]
 
 
 def test_tuned_values_are_the_best_of_the_table_of_hyper_parameters() -> None:

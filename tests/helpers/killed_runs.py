@@ -163,8 +163,10 @@ def check_outcome(job: Job, straight: Job, attempts: list[Attempt], every: int =
 def read_outcome(folder: Path) -> dict[str, Any]:
     """Return what a run leaves behind, without times and paths."""
     summary = read_summary(folder)
-    for name in ("folder", "tokens_per_second", "computed", "seconds_of_stages", "seconds", "peak_memory", "config",
-                 "commit", "dirty"):  # fmt: skip
+    for name in (
+        "folder", "tokens_per_second", "computed", "seconds_of_stages", "seconds", "seconds_of_earlier_attempts",
+        "peak_memory", "config", "commit", "dirty",
+    ):  # fmt: skip
         summary.pop(name, None)
     with np.load(folder / "plan.npz") as file:
         plan = {name: file[name].tolist() for name in file}

@@ -18,6 +18,7 @@ import torch
 from tests.helpers.runs import Killed, Result, assert_identical, column, composed, fit
 from var.training import checkpoints as checkpoints_module
 from var.training.checkpoints import checkpoints
+from var.training.metrics import Budget
 from var.training.module import AlignmentModule
 from var.training.run import Run
 from var.training.validation import Validation
@@ -153,7 +154,10 @@ def test_budget_counts_seconds_spent_before_a_kill(runs, monkeypatch):
         runs.run(*more)
     assert runs.steps()[-1] == "step-1"
     monkeypatch.setattr(AlignmentModule, "training_step", lambda *_: pytest.fail("trained on"))
+    starts = list[float]()
+    monkeypatch.setattr(Budget, "on_train_end", lambda budget, *_: starts.append(budget.earlier))
     runs.run(*more)
+    assert starts[0] > 0.001
 
 
 @pytest.mark.parametrize("call", ["synchronize", "save_checkpoint"])

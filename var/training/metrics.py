@@ -120,9 +120,9 @@ def step_metrics(trainer: lightning.Trainer) -> StepMetrics:
     return next(c for c in trainer.callbacks if isinstance(c, StepMetrics))  # type: ignore[attr-defined]
 
 
-def seconds_spent(trainer: lightning.Trainer) -> float:
-    """Return the seconds of sampling, scoring and training so far."""
-    return next(c for c in trainer.callbacks if isinstance(c, Budget)).spent  # type: ignore[attr-defined]
+def budget(trainer: lightning.Trainer) -> "Budget":
+    """Return the trainer's Budget, which has the seconds of sampling, scoring and training so far."""
+    return next(c for c in trainer.callbacks if isinstance(c, Budget))  # type: ignore[attr-defined]
 
 
 class PeakMemory(Callback):
@@ -179,14 +179,14 @@ class Budget(Callback):
     """
 
     def __init__(self, seconds: float) -> None:
-        self.seconds, self._step, self._before = seconds, 0, 0.0
-        self.spent = 0.0
-        """The seconds spent, including earlier attempts of the run."""
+        self.seconds, self._step = seconds, 0
+        self.earlier = self.spent = 0.0
+        """The seconds spent in earlier attempts of the run, and in all."""
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Stop at once if a resumed run has already spent it."""
         self._step = trainer.global_step
-        trainer.should_stop = trainer.should_stop or 0 < self._before >= self.seconds
+        trainer.should_stop = trainer.should_stop or 0 < self.earlier >= self.seconds
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -196,7 +196,7 @@ class Budget(Callback):
             return
         self._step = trainer.global_step
         steps = step_metrics(trainer)
-        self.spent = self._before + trainer.datamodule.seconds + steps.seconds + steps.waited  # type: ignore[attr-defined]
+        self.spent = self.earlier + trainer.datamodule.seconds + steps.seconds + steps.waited  # type: ignore[attr-defined]
         if self.seconds == math.inf:  # what it has spent counts if it resumes with a budget
             return
         over = trainer.datamodule.annotator.ranks.any(self.spent >= self.seconds)  # type: ignore[attr-defined]
@@ -208,4 +208,4 @@ class Budget(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the seconds spent."""
-        self._before = self.spent = state_dict["spent"]
+        self.earlier = self.spent = state_dict["spent"]

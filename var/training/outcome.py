@@ -16,6 +16,7 @@ from var.models.export import export
 from var.models.lora import merge_adapter
 from var.models.reward_model import RewardModel
 from var.models.sharding import gather_weights
+from var.training.metrics import budget
 from var.training.module import AlignmentModule
 from var.training.resume import describe_history
 from var.training.run import Run
@@ -64,6 +65,7 @@ def summarize(run: Run, trainer: lightning.Trainer, seconds: float) -> dict[str,
             "training": training,
             "evaluating": max(0.0, seconds - training - data.seconds - data.seconds_of_rollouts),
         },
+        "seconds_of_earlier_attempts": budget(trainer).earlier,
         "peak_memory": run.peaks.over_ranks(),
         "hashes": {
             "plan": data.training_set.plan.hash,

@@ -61,7 +61,8 @@ def facts(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "optimizer steps", str(summary["steps"])
     if summary.get("skipped_steps"):
         yield "steps skipped, not finite", str(summary["skipped_steps"])
-    yield "tokens per second", f"{summary['tokens_per_second']:.0f}"
+    if summary["tokens_per_second"]:  # a resumed run may have no step left
+        yield "tokens per second", f"{summary['tokens_per_second']:.0f}"
     if summary["ess"] is not None:
         yield "effective sample size of the weights, fraction", f"{summary['ess']:.2f}"
     if "zero_variance_groups" in data and (summary["ess"] is not None or "advantages" not in data):
@@ -69,6 +70,8 @@ def facts(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     seconds = summary["seconds"]
     digits = 0 if sum(seconds.values()) > 10 else 1
     yield "annotation, training, evaluation", " + ".join(f"{time:.{digits}f} s" for time in seconds.values())
+    if earlier := summary.get("seconds_of_earlier_attempts"):
+        yield "annotation and training before it was resumed", f"{earlier:.{digits}f} s"
     stages = {name.lower(): time for name, time in summary.get("seconds_of_stages", {}).items() if time >= 0.5}
     for name, time in sorted(stages.items(), key=lambda item: -item[1]):
         yield f"  of which {name}", f"{time:.0f} s, {time / sum(seconds.values()):.0%}"

@@ -1,0 +1,37 @@
+"""The figure of the README: reward against KL and against time, from the results of the two items.
+
+    python -m experiments.hero
+
+The rows are a choice, so that lines can be told apart. The items' own pages have all of them.
+"""
+
+from collections.abc import Sequence
+
+from experiments.cells import draw_panel, figure, read_results
+from experiments.items import ITEMS
+from experiments.items.paths import PANEL
+from experiments.jobs import ROOT
+
+PATH = ROOT / "experiments" / "hero.png"
+PANELS: dict[str, tuple[str, Sequence[str]]] = {
+    "reward_kl": (
+        "At equal numbers of steps",
+        ("optimum of RLHF, all λ", "SFT on the best of 4", "VAR, prompt", "VAR, grouped", "DPO", "GRPO", "VAR, online"),
+    ),
+    "reward_time": ("", ("SFT on the best of 4", "VAR, prompt", "DPO", "GRPO", "VAR, online")),
+}
+"""The table of each item, and its rows."""
+
+
+def main() -> None:
+    """Draw the figure."""
+    with figure(PATH, len(PANELS)) as axes:
+        for axis, (name, (title, rows)) in zip(axes, PANELS.items(), strict=True):
+            table = next(table for table in ITEMS[name].sizes["small"] if table.title == title)
+            cells = dict(read_results(ROOT / "experiments" / name))["small"]
+            own = [cell for cell in cells if cell.table == title]
+            draw_panel(axis, table, own, PANEL, [row for row in table.rows if row.label in rows])
+
+
+if __name__ == "__main__":
+    main()

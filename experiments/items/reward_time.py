@@ -1,0 +1,60 @@
+"""Reward against time: how much reward each method has after some seconds of sampling, scoring and training."""
+
+from experiments.items.base import Column, Item, Row, Table, summary, train
+from experiments.items.methods import GROUPS, METHODS, RATE, TUNED
+from experiments.items.paths import PANEL, along, read_times
+
+BUDGET = ("trainer.max_steps=-1", "trainer.max_seconds=240", "eval.every_n_steps=12")
+SECONDS = (30, 60, 120, 180, 240)
+READ = read_times(SECONDS)
+
+
+def tuned(method: str) -> tuple[str, ...]:
+    """Return the overrides of a method with its tuned value."""
+    words, key, _ = METHODS[method]
+    return (*words, f"{key}={TUNED[method]:g}")
+
+
+def make_rows() -> tuple[Row, ...]:
+    """Return the rows: methods on answers that are sampled once, and methods that sample while they train."""
+    if not TUNED:
+        return ()
+    online = tuned("VAR, online")
+    rows = {
+        **{method: tuned(method) for method in ("SFT on the best of 4", "VAR, prompt", "DPO", "RLOO", "GRPO")},
+        "DAPO": ("loss=dapo", *GROUPS, f"{RATE}={TUNED['GRPO']:g}"),
+        "VAR, online": online,
+        "VAR, online, with a baseline": (*online, "loss.baseline=true"),
+        "VAR, iterated: rollouts of 8 steps": (*online, "loss.rollout.steps=8"),
+    }
+    return tuple(
+        Row(label=label, stages={"train": train("experiment=reward_kl", *words, *BUDGET)})
+        for label, words in rows.items()
+    )
+
+
+def at(index: int, seconds: int) -> tuple[Column, Column]:
+    """Return the columns of the KL and the reward after some seconds."""
+    shown = seconds in (60, 120, 240)
+    kl, reward = along(index, f"after {seconds} s", shown=shown, read=READ)
+    return kl, Column(title=reward.title, pool=reward.pool, shown=shown, x=float(seconds), panel=PANEL)
+
+
+ITEMS = {
+    "reward_time": Item(
+        title="reward against time",
+        sizes={
+            "small": (
+                Table(
+                    rows=make_rows(), timed=True, seeds=(0, 1, 2),
+                    columns=(
+                        *(column for i, seconds in enumerate(SECONDS) for column in at(i, seconds)),
+                        Column(title="optimizer steps", read=summary("steps"), digits=0),
+                    ),
+                    x_label="seconds of sampling, scoring and training",
+                    errors="3 seeds. Errors are bootstraps over seeds and over prompts.",
+                ),
+            ),
+        },
+    ),
+}  # fmt: skip
