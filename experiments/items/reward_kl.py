@@ -1,6 +1,6 @@
 """Reward against KL: how much reward each method has when it is at most some distance from the reference."""
 
-from experiments.items.base import Item, Row, Table, train
+from experiments.items.base import Column, Item, Row, Table, summary, train
 from experiments.items.methods import METHODS, OTHERS, make_rows, make_run
 from experiments.items.paths import DISTANCES, END, RIGHT_ANSWERS, along, limit, within
 
@@ -19,6 +19,7 @@ COLUMNS = (
     *along(-1, "at the end", shown=True),
     *map(limit, (0.0, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0)),
 )
+ESS = Column(title="effective sample size / n", read=summary("ess"), digits=2)
 TUNING_TITLE = "Hyper-parameters"
 
 
@@ -36,12 +37,13 @@ ITEMS = {
             "small": (
                 Table(
                     title="At equal numbers of steps", rows=(*make_limits(), CONTROL, *make_rows(EXPERIMENT)),
-                    columns=(*COLUMNS, RIGHT_ANSWERS), seeds=(0, 1, 2), x_label="KL from the reference (nats)",
+                    columns=(*COLUMNS, RIGHT_ANSWERS, ESS), seeds=(0, 1, 2), x_label="KL from the reference (nats)",
                     errors="3 seeds. Errors are bootstraps over seeds and over prompts.",
                 ),
                 Table(
-                    title="With a reward of 0 or 1", rows=(*make_limits(EXACT), *make_rows(EXPERIMENT, EXACT, methods=MAIN)),
-                    columns=COLUMNS, seeds=(0, 1, 2), x_label="KL from the reference (nats)",
+                    title="With a reward of 0 or 1",
+                    rows=(*make_limits(EXACT), *make_rows(EXPERIMENT, EXACT, methods=MAIN)), columns=COLUMNS,
+                    seeds=(0, 1, 2), x_label="KL from the reference (nats)",
                     errors="3 seeds. Errors are bootstraps over seeds and over prompts.",
                 ),
                 Table(
@@ -63,7 +65,7 @@ ITEMS = {
                         for method, (_, key, values) in METHODS.items()
                         for value in values
                     ),
-                    columns=(*map(within, DISTANCES), *END),
+                    columns=(*map(within, DISTANCES), *END, ESS),
                     errors="1 seed, other problems. Errors are bootstraps over prompts.",
                 ),
             ),

@@ -46,7 +46,7 @@ def check_error(message: str, *overrides: str, command: str = "train.py", **envi
     """Run a command, assert that it ends with a single error containing `message`, and return what it printed there."""
     done = run(command, *overrides, **environment)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert message in done.stderr
+    assert message in done.stderr, done.stderr
     assert sum(line.startswith("Error: ") for line in done.stderr.splitlines()) == 1
     assert "Traceback" not in done.stderr
     return done.stderr

@@ -14,7 +14,9 @@ from var.utils.files import make_file_name
 
 # Keys that do not change the name: the same training resumes with another logger or evaluation, in another place, on
 # other devices.
-ELSEWHERE = {"hydra", "resume", "logger", "eval", "annotation_cache", "cache", "runs", "annotate", "dry", "show_rows"}
+ELSEWHERE = {
+    "hydra", "resume", "logger", "eval", "annotation_cache", "cache", "runs", "annotate", "dry", "show_rows", "export",
+}  # fmt: skip
 DEVICES = ("devices", "num_nodes", "timeout_hours", "keep_checkpoint")  # of trainer
 
 

@@ -1,0 +1,169 @@
+"""The training responses with their weights in a file, for other trainers."""
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+
+from var.annotate.base import TrainingSet
+from var.annotate.reference_logps import reference_logps, sum_logps
+from var.requirements import Requirement, Rollout, WeightColumn, Weights, find
+from var.utils.errors import Problems, UserError
+from var.utils.files import name_partial, replacing
+from var.weights.estimators import scale_temperature
+from var.weights.inputs import WeightInputs
+
+NUMBER, TEXT = datasets.Value("float64"), datasets.Value("string")
+TOKENS = datasets.List(datasets.Value("int32"))
+FEATURES = datasets.Features(
+    {
+        "id": TEXT,
+        "prompt": datasets.List({"role": TEXT, "content": TEXT}),
+        "response": TEXT,
+        "reward": NUMBER,
+        "reference_logp": NUMBER,
+        "weight": NUMBER,
+        "log_partition": NUMBER,
+        "prompt_ids": TOKENS,
+        "response_ids": TOKENS,
+    }
+)
+FORMATS = (".parquet", ".jsonl", "")
+CARD = """# Responses with weights
+
+{count} responses with the weights of VAR (Variational Alignment with Re-weighting, arXiv 2502.11026). Training on
+−Σ w · log π(response | prompt) fits RLHF's optimum by supervised fine-tuning.
+
+| column | content |
+| --- | --- |
+| `id` | row of the source |
+| `prompt`, `response` | the messages of the prompt, and the text of the response |
+| `reward` | reward of the response, in reward units |
+| `reference_logp` | log-probability of the response under the reference, nats, summed over tokens |
+| `weight` | weight of the response: 1 on average over the responses that train, and 0 for the others |
+| `log_partition` | the estimate of log Z(prompt) in nats that the weight contains, up to one constant of all rows |
+| `prompt_ids`, `response_ids` | the tokens that train, with template and end token |
+
+Configuration:
+
+```json
+{settings}
+```
+"""
+
+
+def check_weights_file(path: Path, requirements: tuple[Requirement, ...]) -> None:
+    """Raise UserError if weights cannot be written there, or the loss has none, before anything is computed."""
+    problems = Problems("export")
+    if path.suffix not in FORMATS:
+        problems.add(str(path), "name a file that ends in .parquet or .jsonl, or a folder without an ending")
+    elif path.exists():
+        problems.add(str(path), "exists; choose another name, or remove it")
+    if find(requirements, Rollout) or not (find(requirements, Weights) or find(requirements, WeightColumn)):
+        problems.add("loss", "has no weights to write; choose one of VAR's, such as loss=var_grouped")
+    problems.check()
+
+
+def write_weights(data: TrainingSet, requirements: tuple[Requirement, ...], path: Path, settings: Any) -> int:
+    """Write all training responses with their weights, and return how many there are. All ranks call this.
+
+    Args:
+        data: the annotated training set.
+        requirements: those of the loss.
+        path: ends in .parquet or .jsonl, or is the folder of a data set that `datasets.load_from_disk` reads.
+        settings: JSON values that the folder's card shows.
+
+    Raises:
+        UserError: weights are computed in each step (reference=live), or a prompt or response is more than text.
+    """
+    from datasets.arrow_writer import ArrowWriter
+
+    if data.weights is None:
+        raise UserError("export: with reference=live these weights are computed in each step. Set reference=cached.")
+    _check_text(data)
+    logps = sum_logps(reference_logps(data.annotator, data.sequences, data.shares_prompts))  # by all ranks together
+    if data.annotator.ranks.rank:
+        return len(data.sequences)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
+        arrow = Path(folder) / "rows.arrow"
+        with ArrowWriter(path=str(arrow), features=FEATURES) as writer:
+            for record in _records(data, requirements, logps.tolist()):
+                writer.write(record)
+            writer.finalize()
+        table = datasets.Dataset.from_file(str(arrow))
+        if path.suffix:
+            with replacing(path) as partial:
+                if path.suffix == ".parquet":
+                    table.to_parquet(str(partial))
+                else:  # Dataset.to_json rounds numbers
+                    with partial.open("w") as file:
+                        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in table)
+        else:
+            partial = name_partial(path)
+            try:
+                table.save_to_disk(str(partial))
+                text = json.dumps(settings, indent=2, ensure_ascii=False, default=str)
+                (partial / "README.md").write_text(CARD.format(count=len(table), settings=text))
+                partial.rename(path)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+    return len(data.sequences)
+
+
+def _check_text(data: TrainingSet) -> None:
+    """Raise UserError with all rows whose messages have more than a role and a text, which the columns cannot hold."""
+    problems, sequences = Problems("export: rows with more than text"), data.sequences
+    for i in np.unique(sequences.row).tolist():
+        row = data.rows[i]
+        for message in row.prompt:
+            if set(message) - {"role", "content"} or not isinstance(message.get("content"), str):
+                problems.add(f"row {row.id}", f"its prompt has {', '.join(sorted(set(message) - {'role'}))}")
+                break
+        if any(response.message for response in row.responses):
+            problems.add(f"row {row.id}", "a response has more than a text")
+    problems.check()
+
+
+def _records(
+    data: TrainingSet, requirements: tuple[Requirement, ...], logps: Sequence[float]
+) -> Iterator[dict[str, Any]]:
+    """Yield the record of each training response."""
+    sequences, weights = data.sequences, data.weights
+    assert weights is not None
+    partition = _log_partition(data, requirements)
+    for i in range(len(sequences)):
+        row = data.rows[int(sequences.row[i])]
+        ids, start, _ = sequences.tokens(i)
+        yield {
+            "id": row.id,
+            "prompt": [dict(message) for message in row.prompt],
+            "response": row.responses[int(sequences.response[i])].text,
+            "reward": None if data.rewards is None else float(data.rewards[i]),
+            "reference_logp": logps[i],
+            "weight": float(weights[i]),
+            "log_partition": partition[i],
+            "prompt_ids": ids[:start],
+            "response_ids": ids[start:],
+        }
+
+
+def _log_partition(data: TrainingSet, requirements: tuple[Requirement, ...]) -> list[float | None]:
+    """Return r/λ − log w of each response, None without λ or for a weight of 0."""
+    weights, requirement = data.weights, find(requirements, Weights)
+    assert weights is not None
+    if requirement is None or data.rewards is None:
+        return [None] * len(weights)
+    sequences = data.sequences
+    inputs = WeightInputs(
+        rewards=data.rewards, group=torch.from_numpy(sequences.group), length=torch.from_numpy(sequences.length)
+    )
+    found = data.rewards / scale_temperature(requirement, inputs) - weights.double().log()
+    return [value if weight else None for value, weight in zip(found.tolist(), weights.tolist(), strict=True)]
