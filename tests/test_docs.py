@@ -2,11 +2,13 @@
 
 import functools
 import importlib.util
+import math
 import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,10 @@ import var
 from tests.helpers.cli import run
 from tests.helpers.rewards import OWN_REWARD
 from tests.helpers.runs import ROOT, composed
+from var import requirements
 from var.config.check import FOLDER
 from var.config.entry import add_free_keys
+from var.models.packing import Packed
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [*DOCS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "examples" / "README.md"]
@@ -167,6 +171,37 @@ def test_tutorial_runs(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert programs == ["train.py"] * 4 + ["report.py", "eval.py"] + ["train.py"] * 2
     assert len(list(tmp_path.glob("runs/*/model/model.safetensors"))) == 5
     assert (tmp_path / "report" / "report.md").exists()
+
+
+def test_library_page_runs(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run its code in order, in a folder with a model."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").symlink_to(tiny_folder)
+    parts = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "library.md").read_text(), re.M | re.S)
+    assert len(parts) == 4
+    names: dict[str, Any] = {}
+    for part in parts:
+        exec(part, names)
+        if shown := re.search(r"^# (tensor\(.*\))", part, re.M):
+            assert f"{names['w'].float()}" == shown[1]
+    assert names["by_response"].shape == (2,)
+    assert names["value"].item() == pytest.approx(math.log(2))  # the policy is the reference
+
+
+def test_fields_of_a_batch_are_on_their_page() -> None:
+    page = (ROOT / "docs" / "batch.md").read_text()
+    missing = [field.name for field in fields(Packed) if f"`{field.name}`" not in page]
+    assert missing == []
+    named = re.findall(r"`(\w+)\((?:\.\.\.)?\)`", page)
+    assert [name for name in named if not hasattr(requirements, name)] == []
+
+
+@pytest.mark.parametrize("module", ["var.weights", "var.losses.var", "var.losses.dpo", "var.requirements"])
+def test_weights_and_losses_need_torch_alone(module: str) -> None:
+    heavy = ("lightning", "hydra", "omegaconf", "transformers", "datasets", "wandb")
+    code = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_citation_and_license_match_the_project() -> None:

@@ -5,9 +5,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from var.data.chat import Chat
 from var.models.attention import check_packable
 from var.models.logprobs import check_head, compute_hidden_states, compute_token_logps
 from var.models.packing import Packed
+
+
+def open_policy(path: str, dtype: str = "float32") -> tuple["Policy", Chat]:
+    """Return the policy and the chat template of a model in a folder or on the hub, for code outside a run.
+
+    Raises:
+        UserError: there is no such model, or its log-probabilities would not be exact.
+    """
+    from var.models.pretrained import Pretrained
+
+    model = Pretrained(
+        name=path, path=path, revision=None, trust_remote_code=False, chat_template=None, dtype=dtype,
+        attention="packed", gradient_checkpointing=False, architecture=None,
+    )  # fmt: skip
+    return Policy(model.load()), model.chat
 
 
 class Policy(nn.Module):

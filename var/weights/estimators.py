@@ -43,6 +43,43 @@ def compute_weights(requirement: Weights, inputs: WeightInputs) -> Tensor:
     return weights
 
 
+def weigh(
+    estimator: "Estimator",
+    rewards: Tensor,
+    group: Tensor,
+    temperature: float,
+    *,
+    temperature_unit: Literal["reward", "sd"] = "reward",
+    length: Tensor | None = None,
+    **inputs: Tensor,
+) -> Tensor:
+    """Return the weights [n] of any rewards: float64, of mean 1, and 0 for responses that are skipped.
+
+    Args:
+        estimator: how Z(x) is estimated, such as Grouped(drop_zero_variance=True).
+        rewards: [n] in reward units.
+        group: [n] int, equal for responses to the same prompt.
+        temperature: λ > 0.
+        temperature_unit: of λ: `reward`, or `sd` for the standard deviation of the reward within a prompt.
+        length: [n] response tokens, for estimators that divide by them.
+        inputs: further fields of `var.weights.inputs.WeightInputs`, if `estimator.inputs` names them. Those of prompts
+            are in the order of the sorted numbers of `group`.
+
+    Raises:
+        UserError: a setting is out of range, or there is no standard deviation.
+        ValueError: the estimator reads an input that is not given.
+    """
+    if not temperature > 0:
+        raise UserError(f"temperature must be above 0, got {temperature}")
+    columns = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+    index = group.unique(return_inverse=True)[1]
+    asked = Weights(estimator=estimator, temperature=temperature, temperature_unit=temperature_unit, min_weight=0.0)
+    tokens = torch.ones_like(index) if length is None else length
+    if length is None and getattr(estimator, "reduction", None) == "mean":
+        raise ValueError("this estimator divides by response tokens: give `length`")
+    return compute_weights(asked, WeightInputs(rewards=rewards.double(), group=index, length=tokens, **columns))
+
+
 def scale_temperature(requirement: Weights, inputs: WeightInputs) -> float:
     """Return λ in units of the reward. Raise UserError if its unit, a standard deviation, is absent, 0 or noise."""
     if requirement.temperature_unit == "reward":
