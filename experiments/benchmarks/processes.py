@@ -66,7 +66,7 @@ def train(started: float, steps: int) -> None:
     """
     import lightning
 
-    import train as command
+    from var.commands import train as command
     from var.config.entry import run_command
     from var.models.pretrained import Pretrained
     from var.training import run as build

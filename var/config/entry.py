@@ -181,8 +181,14 @@ def _suggest_renamed() -> list[str]:
     ]
 
 
+def name_command(name: str) -> list[str]:
+    """Return the words that start another command, `annotate` for example, in the way in which this one was started."""
+    return [f"var-{name}"] if Path(sys.argv[0]).name.startswith("var-") else ["python", f"{name}.py"]
+
+
 def _help() -> str:
-    return f"python {Path(sys.argv[0]).name} --help"
+    program = Path(sys.argv[0]).name
+    return f"{program if program.startswith('var-') else f'python {program}'} --help"
 
 
 def _list_unknown_keys(root: DictConfig) -> list[str]:

@@ -37,6 +37,9 @@ LAUNCHERS = {"JoblibLauncher": "joblib", "LocalLauncher": "submitit_local"}
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """Signals that a job's process receives from the sweep."""
 
+ROOT = Path(__file__).parents[2]
+"""The folder with the package, which need not be installed."""
+
 RANK_VARIABLES = {
     "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
 }  # fmt: skip
@@ -192,10 +195,10 @@ def list_devices(cfg: DictConfig) -> list[str]:
     return name_devices(Sweep.current.visible, count)
 
 
-def run_job(cfg: DictConfig, script: str) -> float | None:
+def run_job(cfg: DictConfig, command: str) -> float | None:
     """Run a job of a sweep in a process of its own, with GPUs that no other job uses. Return its reward.
 
-    script: the command's file.
+    command: the module of the command.
     """
     job, sweep, devices = HydraConfig.get(), Sweep.current, list_devices(cfg)
     folder = Path(job.runtime.output_dir)
@@ -207,14 +210,16 @@ def run_job(cfg: DictConfig, script: str) -> float | None:
         for name, value in os.environ.items()
         if name not in RANK_VARIABLES and not name.startswith(RANK_PREFIXES)
     }
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
+    environment["PYTHONSAFEPATH"] = "1"  # or files of the current folder could replace modules, for its ranks too
     with ExitStack() as stack:
         locks = dict[str, IO[str]]()
         if devices:
             locks = stack.enter_context(claim(devices, TrainerSettings(**cfg.trainer).local, sweep.locks))
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(locks)
-        command = [sys.executable, script, *list_arguments(job, folder, record)]
+        words = [sys.executable, "-m", command, *list_arguments(job, folder, record)]
         # The process inherits the locks, so that its GPUs stay claimed even if this process is killed.
-        status = wait(command, environment, job.runtime.cwd, [file.fileno() for file in locks.values()])
+        status = wait(words, environment, job.runtime.cwd, [file.fileno() for file in locks.values()])
     if status:
         end = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
         raise JobFailed(record.read_text() if record.exists() else f"the job's process {end}")

@@ -22,6 +22,7 @@ from var.annotate.annotator import Annotator
 from var.annotate.cache import AnnotationCache
 from var.annotate.responses import check_prompts
 from var.config.check import TRAIN, check
+from var.config.entry import name_command
 from var.config.schema import EvalSettings, TrainerSettings, pick_fields
 from var.config.sweep import is_multirun
 from var.data.clock import fix_today
@@ -139,7 +140,7 @@ class Run:
             sampler=instantiate(cfg.sampler),
             annotate=cfg.annotate,
             on_template_change=cfg.data.on_template_change,
-            command=shlex.join(["python", "annotate.py", *list_overrides()]),
+            command=shlex.join([*name_command("annotate"), *list_overrides()]),
             dry=cfg.dry,
         )
         data = AlignmentData(

@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 from rich.table import Table
 
 from var.config.changes import list_changes
+from var.config.entry import name_command
 from var.config.saved import to_saved
 from var.report.warnings import validation_warnings
 from var.training.checks import locate_initial_model
@@ -95,7 +96,7 @@ def warn_of_other_evaluation(cfg: DictConfig, finished: dict[str, Any]) -> None:
     if changed := [f"eval.{name}={now[name]}" for name in now if name in before and now[name] != before[name]]:
         say(
             f"This run was finished with other evaluation settings than {', '.join(changed)}. Evaluate its model with: "
-            f"python eval.py init={finished['folder']}"
+            f"{' '.join(name_command('eval'))} init={finished['folder']}"
         )
 
 
