@@ -60,7 +60,8 @@ def test_commands_work_without_the_repository(installed: Path, tiny_folder: Path
     (tmp_path / "mine" / "loss" / "gentle.yaml").write_text("defaults: [var_grouped]\ntemperature: 2.0\n")
     rows = write_rows(work / "rows.jsonl", prompts=8)
     own = [
-        f"--config-dir={tmp_path / 'mine'}", f"model.path={tiny_folder}", *write_to(work), "trainer.accelerator=cpu", "data=files", f"data.path={rows}",
+        f"--config-dir={tmp_path / 'mine'}", f"model.path={tiny_folder}", *write_to(work), "trainer.accelerator=cpu",
+        "data=files", f"data.path={rows}",
         "reward=exact_number", "data.validation_prompts=2", "data.micro_batch=1", "data.global_batch=2", "eval=off",
         "trainer.max_steps=1",
     ]  # fmt: skip

@@ -1,5 +1,6 @@
 """Test report.py: reading runs and evaluations, and writing tables, figures and pages."""
 
+import contextlib
 import csv
 import html.parser
 import io
@@ -513,6 +514,46 @@ def test_only_the_best_of_many_configurations_are_drawn(tmp_path: Path) -> None:
     assert "the 3 of 70 configurations with the highest reward" in markdown
     assert markdown.index("`loss.temperature=69`") < markdown.index("`loss.temperature=68`")
     assert len(list(csv.DictReader((tmp_path / "out" / "tables" / "configurations.csv").open()))) == 70
+
+
+def make_group(label: str, before: float, curves: dict[str, dict[int, float]], path: Path) -> Group:
+    measures = {"reward before": Estimate(before), "reward after": Estimate(0.5), "KL, nats": Estimate(2.0)}
+    run = RunRecord(path, {"validation": {}}, {}, measures)
+    run.__dict__["curves"] = {name: pd.Series(values) for name, values in curves.items()}
+    return Group(label, [run])
+
+
+def draw_on_mock(monkeypatch: pytest.MonkeyPatch) -> mock.MagicMock:
+    """Let figures draw on a mock, and return it."""
+    panel = mock.MagicMock()
+    monkeypatch.setattr(figures, "draw", lambda _, panels, *__, **___: contextlib.nullcontext([panel] * panels))
+    return panel
+
+
+def test_frontier_has_each_path_and_each_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    panel = draw_on_mock(monkeypatch)
+    path = {"validation/kl": {10: 1.0, 20: 2.0}, "validation/reward": {0: 0.1, 10: 0.4, 20: 0.5}}
+    groups = [
+        make_group("a", 0.1, path, tmp_path),
+        make_group("b", 0.3, {}, tmp_path),
+        make_group("c", 0.1, {}, tmp_path),
+    ]
+    assert figures.draw_frontier(groups, tmp_path / "x.png")
+    stars = [call.args[1] for call in panel.plot.call_args_list if call.args[2:] == ("*",)]
+    assert stars == [0.1, 0.3]
+    paths = [call.args for call in panel.plot.call_args_list if len(call.args) == 2]
+    assert [part.tolist() for part in paths[0]] == [[0.0, 1.0, 2.0], [0.1, 0.4, 0.5]]
+
+
+def test_long_curves_are_smoothed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    panel = draw_on_mock(monkeypatch)
+    noisy = {step: float(step % 2) for step in range(400)}
+    groups = [make_group("a", 0.1, {"train/loss": noisy, "validation/kl": {9: 1.0}}, tmp_path)]
+    assert figures.draw_curves(groups, tmp_path / "x.png")
+    raw, smooth, kl = (call.args[0] for call in panel.plot.call_args_list)
+    assert raw.tolist() == list(noisy.values())
+    assert smooth.iloc[50:350].between(0.45, 0.55).all()
+    assert kl.to_dict() == {0: 0.0, 9: 1.0}
 
 
 def test_runs_without_results_have_no_figures(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ JUDGE_WIN_RATE = "validation/judge_win_rate"
 PEAK_MEMORY = "throughput/peak_memory_gib"
 COLUMNS = 4
 MISSING = Estimate(math.nan)
+SMOOTHED = 100  # metrics of training with more points are drawn as means over a twentieth of the steps, and thin
 MOST_SEEDS = 5  # runs per configuration whose samples and weights are drawn, because these files are large
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")  # Okabe and Ito
 BLUE, RED, GRAY = COLORS[0], COLORS[1], COLORS[7]
@@ -89,7 +90,12 @@ def draw_curves(groups: Sequence[Group], target: Path) -> bool:
 def _draw_curve(panel: Any, group: Group, name: str, color: str, dashed: bool = False) -> None:
     curve = group.curve(name)
     mean, se = curve["mean"], curve["se"]
-    panel.plot(mean, color=color, marker="s" if dashed else "o", linestyle="--" if dashed else "-")
+    if len(mean) > SMOOTHED and name.startswith("train/"):
+        panel.plot(mean, color=color, linewidth=0.5, alpha=0.4)
+        mean, se = (part.rolling(len(part) // 20, center=True, min_periods=1).mean() for part in (mean, se))
+        panel.plot(mean, color=color)
+    else:
+        panel.plot(mean, color=color, marker="s" if dashed else "o", linestyle="--" if dashed else "-")
     if len(group.runs) > 1:
         gap = pd.Series([np.nan], index=[np.nan])  # all runs are one line with gaps: a sweep has thousands of runs
         runs = pd.concat([part for run in group.runs for part in (run.curves.get(name, gap), gap)])
@@ -111,9 +117,10 @@ def _shorten(label: str, limit: int = 44) -> str:
 
 
 def draw_frontier(groups: Sequence[Group], target: Path, shown: int = len(COLORS)) -> bool:
-    """Draw the reward after training against the KL from the reference, ± standard errors, and the initial policy.
+    """Draw the reward after training against the KL from the reference, ± standard errors, and each initial policy.
 
-    The first `shown` groups are colored, and further ones are gray points. A line joins the Pareto-optimal ones.
+    The first `shown` groups are colored, with their path through the evaluations during training. Further ones are gray
+    points. A line joins the Pareto-optimal ones.
     """
     drawn = [g for g in groups if {"reward after", "KL, nats"} <= g.measures.keys()]
     if not drawn:
@@ -125,10 +132,14 @@ def draw_frontier(groups: Sequence[Group], target: Path, shown: int = len(COLORS
         pareto = pd.Series(dict(sorted((x.mean, y.mean) for x, y in points)))
         pareto = pareto[pareto > pareto.shift().cummax().fillna(-np.inf)]
         panel.plot(pareto, color=GRAY, linewidth=0.8, zorder=0)
-        for (x, y), color in zip(points[:shown], cycle(COLORS), strict=False):
+        for group, (x, y), color in zip(drawn, points[:shown], cycle(COLORS), strict=False):
+            kl, reward = (group.curve(f"validation/{name}")["mean"] for name in ("kl", "reward"))
+            panel.plot(kl, reward.reindex(kl.index), color=color, linewidth=0.8, alpha=0.6)
             panel.errorbar(x.mean, y.mean, xerr=x.se or 0.0, yerr=y.se or 0.0, marker="o", color=color)
-        if initial := [g.measures["reward before"].mean for g in drawn if "reward before" in g.measures]:
-            panel.plot(0, np.mean(initial), "*", color="black", markersize=8, label="before training")
+        for i, initial in enumerate(
+            sorted({g.measures["reward before"].mean for g in drawn if "reward before" in g.measures})
+        ):
+            panel.plot(0, initial, "*", color="black", markersize=8, label=None if i else "before training")
         panel.set(xlabel="KL from the reference, nats per response", ylabel="reward of validation responses")
         panel.legend()
     return True
