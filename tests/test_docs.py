@@ -26,7 +26,16 @@ from var.models.packing import Packed
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [*DOCS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "examples" / "README.md"]
-OTHER_PROGRAMS = ("pip", "pytest", "ruff", "mkdocs", "make check", "python3 -m venv", "python tests/same_curves.py")
+OTHER_PROGRAMS = (
+    "hf auth login",
+    "pip",
+    "pytest",
+    "ruff",
+    "mkdocs",
+    "make check",
+    "python3 -m venv",
+    "python tests/same_curves.py",
+)
 HEREDOC = re.compile(r"^cat > (\S+) <<'EOF'\n(.*?)\nEOF$", re.M | re.S)
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -174,6 +183,18 @@ def test_tutorial_runs(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert programs == ["train.py"] * 4 + ["report.py", "eval.py"] + ["train.py"] * 2
     assert len(list(tmp_path.glob("runs/*/model/model.safetensors"))) == 5
     assert (tmp_path / "report" / "report.md").exists()
+
+
+def test_readme_is_short_and_its_code_is_the_source() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.split()) <= 900
+    (code,) = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    source: list[str] = []
+    for line in filter(None, map(str.strip, code.splitlines())):
+        if line.startswith("# "):
+            source = [own.strip() for own in (ROOT / line[2:].partition(":")[0]).read_text().splitlines()]
+        else:
+            assert line in source
 
 
 def test_library_page_runs(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,12 +23,15 @@ from var.data.row import Response
 from var.data.sources import hub, local
 from var.data.sources.arithmetic import KINDS, Arithmetic
 from var.data.sources.files import Files
+from var.data.sources.gsm8k import GSM8K
+from var.data.sources.helpsteer3 import HelpSteer3
 from var.data.sources.hh_rlhf import HHRLHF
 from var.data.sources.hha import HHA
 from var.data.sources.offsetbias import OffsetBias
 from var.data.sources.preferences import Preferences
 from var.data.sources.prompts import Prompts
 from var.data.sources.ultrafeedback import UltraFeedback
+from var.rewards.programmatic import ExactNumber
 from var.utils.errors import UserError
 
 REAL = ROOT.parent / "shared" / "data"
@@ -208,7 +211,10 @@ def test_prompts_are_read_from_text_and_json_lines(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "place"),
     [
-        *((kind, {"path": "nowhere"}) for kind in (Files, Prompts, OffsetBias, UltraFeedback, HHRLHF)),
+        *(
+            (kind, {"path": "nowhere"})
+            for kind in (Files, Prompts, OffsetBias, UltraFeedback, HHRLHF, HelpSteer3, GSM8K)
+        ),
         (HHRLHF, {"path": "nowhere.jsonl"}),
         (Preferences, {"path": "./nowhere"}),
         (HHA, {"folder": "nowhere"}),
@@ -287,6 +293,40 @@ def make_completion(text: str, *ratings: object, overall: float = 0.0) -> dict:
     names = ("instruction_following", "honesty", "truthfulness", "helpfulness")
     annotations = {name: {"Rating": rating, "Rationale": ""} for name, rating in zip(names, ratings, strict=True)}
     return {"model": f"m-{text}", "response": text, "annotations": annotations, "overall_score": overall}
+
+
+def test_helpsteer3_orders_by_preference(tmp_path):
+    """A negative preference is for the first response; a tie and an empty response are left out."""
+    context = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": "y"},
+        {"role": "user", "content": "z"},
+    ]
+    record = {"domain": "code", "context": context, "response1": "one", "response2": "two", "overall_preference": -2}
+    others = [{"overall_preference": 1}, {"overall_preference": 0}, {"response2": None}]
+    path = write_lines(tmp_path / "h.jsonl", record, *({**record, **other} for other in others))
+    rows = read(HelpSteer3(path=path), tmp_path / "cache")
+    assert [[response.text for response in row.responses] for row in rows] == [["one", "two"], ["two", "one"]]
+    assert rows.left_out == 2
+    assert (rows[0].ordered, rows[0].subset, list(rows[0].prompt)) == (True, "code", context)
+
+
+def test_gsm8k_has_the_number_of_the_solution(tmp_path):
+    record = {"question": "How many?", "answer": "1 + 1,999 = 2,000\n#### 2,000"}
+    path = write_lines(tmp_path / "g.jsonl", record)
+    (row,) = read(GSM8K(path=path, instruction="Give a number."), tmp_path / "cache")
+    assert (row.answer, row.responses) == ("2000", ())
+    assert row.prompt[0]["content"] == "How many?\n\nGive a number."
+    with pytest.raises(UserError, match="'answer' has no ####"):
+        read(GSM8K(path=write_lines(tmp_path / "w.jsonl", {**record, "answer": "2"})), tmp_path / "cache")
+
+
+@real
+def test_gsm8k_of_the_hub_has_a_number_for_every_problem(tmp_path):
+    rows = read(GSM8K(path=str(REAL / "gsm8k_test.jsonl")), tmp_path / "cache")
+    assert len(rows) == 1319
+    reward = ExactNumber()
+    assert [row.answer for row in rows if reward.answer_fault(row.answer)] == []
 
 
 def test_ultrafeedback_orders_by_mean_rating(tmp_path):
@@ -509,6 +549,8 @@ def test_hh_rlhf_on_real_data_agrees_with_hha(tmp_path):
     [
         (OffsetBias(), "NCSOFT/offsetbias[train]"),
         (UltraFeedback(), "openbmb/UltraFeedback[train]"),
+        (HelpSteer3(split="validation"), "nvidia/HelpSteer3/preference[validation]"),
+        (GSM8K(), "openai/gsm8k/main[train]"),
         (HHRLHF(subsets=("helpful-base",), split="test"), "Anthropic/hh-rlhf/helpful-base[test]"),
         (Preferences(path="org/set", name="part", split="train_prefs"), "org/set/part[train_prefs]"),
     ],
@@ -574,7 +616,7 @@ def test_files_of_equal_name_size_and_time_are_distinguished(tmp_path, monkeypat
 
 
 def test_every_adapter_has_a_yaml_with_all_its_fields():
-    assert len(CONF) == 12
+    assert len(CONF) == 15
     for file in CONF:
         config: DictConfig = OmegaConf.create(OmegaConf.to_container(composed(f"data={file.stem}").data))
         target = get_class(config.source._target_)

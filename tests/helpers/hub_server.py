@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from tests.helpers.hub_uploads import Uploads
 from tests.helpers.runs import ROOT
 
 TOKEN = "hf_" + "x" * 34
@@ -54,6 +55,7 @@ class Hub:
     datasets: dict[str, Repository] = field(default_factory=dict)  # by owner/name
     spaces: dict[str, Repository] = field(default_factory=dict)  # by owner/name
     breaks: dict[str, int] = field(default_factory=dict)  # by file: break the next download after so many bytes
+    uploads: Uploads | None = None  # takes models; None: it takes none
     keeps_breaking: bool = False  # break later downloads of these files too, before the first byte
     requests: Counter[str] = field(default_factory=Counter)  # by `GET owner/name/file`, `HEAD …` or `GET /api/…`
     sent: Counter[str] = field(default_factory=Counter)  # bytes by owner/name/file
@@ -85,6 +87,9 @@ def serve_hub(**options: Any) -> Iterator[Hub]:
         def do_POST(self) -> None:
             answer(self, hub)
 
+        def do_PUT(self) -> None:
+            answer(self, hub)
+
         def log_message(self, *_: Any) -> None:
             pass
 
@@ -103,10 +108,16 @@ def serve_hub(**options: Any) -> Iterator[Hub]:
 def answer(request: BaseHTTPRequestHandler, hub: Hub) -> None:
     """Answer one request as the hub does."""
     path, recursive = unquote(urlsplit(request.path).path), "recursive=true" in request.path.lower()
-    form = request.rfile.read(int(request.headers.get("Content-Length") or 0)).decode()
+    body = read_body(request)
     if not path.startswith(hub.prefix):
         return fail(request, 404, "", "Not Found")
     path = path.removeprefix(hub.prefix)
+    token = request.headers.get("Authorization")
+    if token is not None and token != f"Bearer {TOKEN}":
+        return fail(request, 401, "", "Invalid credentials in Authorization header")
+    if hub.uploads is not None and (taken := hub.uploads.answer(path, body, hub.url)) is not None:
+        return send(request, json.dumps(taken[1]).encode(), {}, taken[0])
+    form = body.decode()
     found = API.fullmatch(path) or FILE.fullmatch(path)
     if found is None:
         return fail(request, 404, "", "Not Found")
@@ -116,10 +127,7 @@ def answer(request: BaseHTTPRequestHandler, hub: Hub) -> None:
         kind, name, revision, rest = found.groups()
         action = "resolve"
     repositories = {"datasets": hub.datasets, "spaces": hub.spaces}.get((kind or "").rstrip("/"), hub.models)
-    token = request.headers.get("Authorization")
-    allowed = token == f"Bearer {TOKEN}"
-    if token is not None and not allowed:
-        return fail(request, 401, "", "Invalid credentials in Authorization header")
+    allowed = token is not None
     repository = repositories.get(name)
     if repository is None or (repository.private and not allowed):  # without a token the hub does not say which
         return fail(request, 404 if allowed else 401, "RepoNotFound" if allowed else "", "Repository not found")
@@ -141,6 +149,18 @@ def answer(request: BaseHTTPRequestHandler, hub: Hub) -> None:
             listed = {} if action == "auth-check" else describe(repository, name)
         return send(request, json.dumps(listed).encode(), {})
     return send_file(request, hub, repository, name, rest)
+
+
+def read_body(request: BaseHTTPRequestHandler) -> bytes:
+    """Return the body of a request, which may come in chunks."""
+    if request.headers.get("Transfer-Encoding") != "chunked":
+        return request.rfile.read(int(request.headers.get("Content-Length") or 0))
+    parts = []
+    while size := int(request.rfile.readline(), 16):
+        parts.append(request.rfile.read(size))
+        request.rfile.readline()
+    request.rfile.readline()
+    return b"".join(parts)
 
 
 def describe(repository: Repository, name: str) -> dict[str, Any]:

@@ -44,6 +44,8 @@ def write_lines(path: Path, records: Iterable[Any]) -> Path:
 
 def composed(*overrides: str, root: str = "train", **options: Any) -> Any:
     """Compose the configuration `root` with overrides."""
+    import var.config.check  # noqa: F401  it registers the resolvers
+
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return compose(root, list(overrides), **options)
 

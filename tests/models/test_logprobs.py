@@ -354,25 +354,36 @@ def test_prompt_features_are_last_and_mean_hidden_state(model: Any):
             assert_close(got, torch.cat([hidden[-1], hidden.mean(0)]), **EXACT)
 
 
-def test_sequence_longer_than_the_sliding_window_raises():
-    """Up to its length the values are exact; a branch of a tree counts with its prompt."""
-    policy = Policy(family("mistral", head_dim=8, sliding_window=8))
-    with torch.no_grad():
-        ids = [row[:9] for row in IDS]  # 8 of 9 tokens are inputs
-        assert_close(policy(pack(ids, STARTS)), padded_logps(policy.model, ids, STARTS), **EXACT)
-        with pytest.raises(UserError, match=r"data\.max_length: .* longer than the model's sliding window of 8\."):
-            policy(pack([IDS[0][:10]], [4]))
-        policy(pack_tree([[1] * 5], [[[2] * 4]]))
-        with pytest.raises(UserError, match="sliding window of 8"):
-            policy(pack_tree([[1] * 5], [[[2] * 5]]))
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("mistral", {"sliding_window": 4}),
+        ("qwen2", {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 0}),
+        ("gemma3_text", {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}),
+    ],
+)
+def test_sequences_longer_than_the_sliding_window_are_exact(kind: str, more: dict[str, Any]):
+    """Alone, and as branches of a tree, whose window reaches into the prompt; so is the gradient."""
+    policy = Policy(family(kind, head_dim=8, **more))
+    full = Policy(family(kind, head_dim=8, **{**more, "sliding_window": 64}))
+    exact = padded_logps(policy.model, IDS, STARTS)
+    assert_close(policy(pack(IDS, STARTS)), exact, **EXACT)
+    assert not torch.allclose(full(pack(IDS, STARTS)), exact)  # the window matters
+    branches = [[7, 8, 9], [10, 11, 12, 13, 14, 15], [16]]
+    ids, starts = [[1, 2, 3, 4, 5, *branch] for branch in branches], [5, 5, 5]
+    tree = pack_tree([[1, 2, 3, 4, 5]], [branches])
+    assert_close(policy(tree), padded_logps(policy.model, ids, starts), **EXACT)
+    gradients = []
+    for loss in (policy(tree).sum(), padded_logps(policy.model, ids, starts).sum()):
+        gradients.append(torch.autograd.grad(loss, list(policy.parameters())))
+    for ours, other in zip(*gradients, strict=True):
+        assert_close(ours, other, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize(
     ("kind", "more", "most", "words"),
     [
-        ("mistral", {"sliding_window": 8}, 8, "mistral has a sliding window of 8 tokens, but the longest answer"),
-        ("qwen2", {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0}, 8, "sliding window of 8"),
-        ("qwen2", {"sliding_window": 8}, None, ""),
+        ("mistral", {"sliding_window": 8}, None, ""),
         ("gpt2", {"n_positions": 16}, 16, "gpt2 has 16 positions, but the longest answer has 17 tokens. Lower data"),
         ("llama", {"max_position_embeddings": 16}, None, ""),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
@@ -383,10 +394,10 @@ def test_sequence_longer_than_the_sliding_window_raises():
 )  # fmt: skip
 def test_lengths_that_a_model_gets_wrong_raise(kind: str, more: dict[str, Any], most: int | None, words: str):
     config = AutoConfig.for_model(kind, **{"hidden_size": 32, "num_attention_heads": 4, **more})
-    check_lengths(config, "packed", most or 10_000, "answer")
+    check_lengths(config, most or 10_000, "answer")
     if most is not None:
         with pytest.raises(UserError, match=words):
-            check_lengths(config, "packed", most + 1, "answer")
+            check_lengths(config, most + 1, "answer")
 
 
 def test_model_that_changes_its_logits_after_the_head_is_rejected():

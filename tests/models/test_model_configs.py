@@ -32,8 +32,19 @@ PUBLISHED = {  # parameters, with a tied head counted once: `safetensors.total` 
     "llama3.2-1b-instruct": 1_235_814_400,
     "llama3.2-3b-instruct": 3_212_749_824,
     "llama3.1-8b-instruct": 8_030_261_248,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "smollm3-3b": 3_075_098_624,
+    "olmo2-1b-sft": 1_484_916_736,
+    "olmo2-7b-sft": 7_298_617_344,
+    "gemma3-1b-instruct": 999_885_952,
+    "mistral-small-24b-instruct": 23_572_403_200,
 }
-HEADS_OF_64 = {"smollm2-135m", "qwen2.5-0.5b", "llama3.2-1b", "llama3.2-1b-instruct"}  # others have heads of 128
+HEADS = dict.fromkeys(("smollm2-135m", "qwen2.5-0.5b", "llama3.2-1b", "llama3.2-1b-instruct"), 64)  # else 128
+HEADS["gemma3-1b-instruct"] = 256
 
 ROPE = {  # θ, and the scaling factor of Llama 3
     "smollm2": (1e5, None),
@@ -41,6 +52,10 @@ ROPE = {  # θ, and the scaling factor of Llama 3
     "llama2": (1e4, None),
     "llama3.1": (5e5, 8.0),
     "llama3.2": (5e5, 32.0),
+    "qwen3": (1e6, None),
+    "smollm3": (5e6, None),
+    "olmo2": (5e5, None),
+    "mistral": (1e8, None),
 }
 
 # Models whose tokenizer has no template: its BOS, its EOS, and the token that ends a turn in our template.
@@ -85,7 +100,7 @@ def render(name: str, messages: list[dict[str, str]], reply: bool = False) -> st
 
 
 def test_all_configs_are_covered():
-    assert len(NAMES) == 15
+    assert len(NAMES) == 25
     assert set(NAMES) == set(PUBLISHED)
     assert {name for name in NAMES if load(name).chat_template} == set(TEMPLATED)
 
@@ -109,14 +124,23 @@ def test_architecture_has_the_published_number_of_parameters(name):
     assert sum(parameter.numel() for parameter in model.parameters()) == PUBLISHED[name]
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     assert set(sizes) <= set(type(model.config)().to_dict())  # for_model accepts a misspelled key silently
+    assert sizes.get("head_dim", sizes["hidden_size"] // sizes["num_attention_heads"]) == HEADS.get(name, 128)
     rope = model.config.rope_parameters
+    if name.startswith("gemma3"):
+        assert {kind: own["rope_theta"] for kind, own in rope.items()} == {
+            "sliding_attention": 1e4,
+            "full_attention": 1e6,
+        }
+        assert model.config.layer_types[:6] == [*["sliding_attention"] * 5, "full_attention"]
+        return
     assert set(sizes["rope_parameters"]) <= set(rope)
     assert (rope["rope_theta"], rope.get("factor")) == ROPE[name.split("-")[0]]
     assert rope["rope_type"] == ("llama3" if name.startswith("llama3") else "default")
-    assert sizes["hidden_size"] == sizes["num_attention_heads"] * (64 if name in HEADS_OF_64 else 128)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("-instruct")])
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if name.removesuffix("-instruct") in NAMES and name.endswith("-instruct")]
+)
 def test_instruct_version_has_the_architecture_of_its_base(name):
     assert load(name).architecture == load(name.removesuffix("-instruct")).architecture
 

@@ -218,11 +218,17 @@ def test_max_length_is_held_against_the_positions(kind: str, positions: int, mos
     assert "They are 2 of 3" in str(error.value)
 
 
-def test_sliding_window_limits_a_packed_reward_model(tmp_path: Path):
+def test_sliding_window_does_not_limit_a_packed_reward_model(tmp_path: Path):
     path = saved(tmp_path / "rm", make("mistral", sliding_window=16, num_key_value_heads=2))
-    assert (16, "has a sliding window of 16 tokens") in list(list_lengths(reward(path)._config, "packed"))
-    with pytest.raises(UserError, match=r"reward\.max_length=20: .* has a sliding window of 16 tokens"):
-        reward(path, max_length=20).fingerprint  # noqa: B018
+    assert list(list_lengths(reward(path)._config)) == []
+    text = "x" * 40
+    packed = score(reward(path), [text, "yes"])
+    model = make("mistral", sliding_window=16, num_key_value_heads=2)
+    ids = torch.tensor(
+        [byte_tokenizer().apply_chat_template([*ASK, {"role": "assistant", "content": text}])["input_ids"]]
+    )
+    with torch.no_grad():
+        assert_close(packed[:1].float(), model(ids).logits[0].float(), atol=1e-5, rtol=0)
 
 
 def add_token(tokenizer: Any, token: str = "<turn>", special: bool = True) -> Any:

@@ -101,8 +101,7 @@ class TrainingSet:
 
     def check_lengths(self, longest: int, what: str) -> None:
         """Raise UserError if the model cannot process `what` of `longest` tokens."""
-        pretrained = self.annotator.reference.pretrained
-        check_lengths(pretrained.config, pretrained.kernel, int(longest), what)
+        check_lengths(self.annotator.reference.pretrained.config, int(longest), what)
 
     def check_cross_lengths(self) -> None:
         """Raise UserError if a prompt with another response of its micro-batch is too long for the model."""

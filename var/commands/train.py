@@ -12,6 +12,7 @@ from var.config import sweep
 from var.config.check import FOLDER, TRAIN, check
 from var.config.entry import run_command
 from var.utils.distributed import set_rank_variables
+from var.utils.errors import UserError
 from var.utils.signals import follow_first_rank
 
 
@@ -31,6 +32,8 @@ def main(cfg: DictConfig) -> float | None:
     from var.utils.locks import claim_folder
 
     folder = Path(HydraConfig.get().runtime.output_dir)
+    if cfg.export.push_to_hub and sweep.is_multirun():
+        raise UserError("export.push_to_hub: the jobs of a sweep would replace each other. Push one finished run.")
     if cfg.resume == "auto" and (folder / "summary.json").exists() and not (cfg.dry or cfg.show_rows):
         finished = read_summary(folder)
         summary.check_same_settings(cfg, finished)
@@ -41,6 +44,7 @@ def main(cfg: DictConfig) -> float | None:
         summary.warn_of_other_evaluation(cfg, finished)
         if not cfg.trainer.keep_checkpoint and is_first_rank():  # a run can be killed before it does this
             remove(folder / "checkpoints")
+        push(cfg, folder)
         return None if finished["reward"] is None else float(finished["reward"])
     if sweep.needs_process(cfg):
         return sweep.run_job(cfg, "var.commands.train")
@@ -57,6 +61,7 @@ def train(cfg: DictConfig, folder: Path) -> float | None:
 
     from var.config.choices import describe_choices
     from var.models.card import write_card
+    from var.models.publish import check_target
     from var.report.write import plot
     from var.training import dry_run, show_rows, summary
     from var.training.alternatives import check_memory
@@ -77,6 +82,8 @@ def train(cfg: DictConfig, folder: Path) -> float | None:
     run.data.tokenize()
     run.check_validation_prompts()
     check_memory(run.cfg, run.settings, run.memory)
+    if cfg.export.push_to_hub and is_first_rank():
+        check_target(cfg.export.push_to_hub)
     say("; ".join(describe_choices()))
     if run.checkpoint is None and is_first_rank():  # otherwise when training resumes: until then, nothing changes
         run.recorded.write()
@@ -100,7 +107,18 @@ def train(cfg: DictConfig, folder: Path) -> float | None:
                 remove(folder / "checkpoints")
     finally:
         run.close(trainer)  # also after a failure: a sweep's next job would log to this one's W&B run
+    push(cfg, folder)
     return None if result["reward"] is None else float(result["reward"])
+
+
+def push(cfg: DictConfig, folder: Path) -> None:
+    """Push the model of a finished run to the hub, if the configuration says so."""
+    from var.models.publish import check_target, push_model
+    from var.utils.console import is_first_rank, say
+
+    if cfg.export.push_to_hub and is_first_rank():
+        check_target(cfg.export.push_to_hub)
+        say(f"Pushed: {push_model(folder / 'model', cfg.export.push_to_hub, cfg.export.private)}")
 
 
 def command() -> None:

@@ -31,6 +31,7 @@ TRAIN = {
     "trainer": "var.config.schema.TrainerSettings",
     "eval": "var.config.schema.EvalSettings",
     "eval.sampling": "var.sampling.base.Sampling",
+    "export": "var.config.schema.ExportSettings",
     "logger": "var.config.schema.LoggerSettings",
     "logger.wandb": "var.config.schema.WandbSettings",
     "logger.tensorboard": "var.config.schema.TensorBoardSettings",

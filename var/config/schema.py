@@ -40,6 +40,15 @@ class RunSettings:
     resume: bool | str  # "auto", False, or the path of a checkpoint
     dry: bool  # print what the run needs, and stop
     show_rows: int  # print this many rows as tokens, and stop; 0: train
+    export: Any = None  # where the trained model goes; annotate.py has a file of this name instead
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings:
+    """The group export."""
+
+    push_to_hub: str | None  # owner/name on the hub
+    private: bool  # whether a repository that is created is private
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,12 +69,6 @@ def packed_attention(
     check_attention_call(module, layout, attention_mask, options)
     assert layout is not None
     segments = layout.segments
-    if sliding_window is not None and sliding_window < max(
-        s.stop - s.start + s.prefix_stop - s.prefix_start for s in segments
-    ):
-        raise UserError(
-            f"data.max_length: a sequence is longer than the model's sliding window of {sliding_window}. Lower it."
-        )
     sizes = [s.stop - s.start for s in segments]
     # split instead of slices: the gradient of a slice is a full-size tensor of zeros around the slice
     parts = zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value)), strict=True)
@@ -85,7 +79,10 @@ def packed_attention(
         keys_and_values[segment.start] = k, v
         if prefix := segment.prefix_stop - segment.prefix_start:
             k, v = (torch.cat(pair, dim=2) for pair in zip(keys_and_values[segment.prefix_start], (k, v), strict=True))
-            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(prefix)
+        window = sliding_window or k.shape[2]  # a token attends to itself and to the window − 1 tokens before it
+        if prefix or window < k.shape[2]:
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+            mask = mask.tril(prefix).triu(prefix - window + 1)
             k, v = (repeat_heads(tensor, q.shape[1], dim=1) for tensor in (k, v))  # a fast kernel takes one or other
         out.append(
             scaled_dot_product_attention(
@@ -168,24 +165,20 @@ def check_packable(model: Any) -> None:
         raise UserError(f"{model.config.model_type} has {what}. Only models with plain attention can be packed.")
 
 
-def check_lengths(config: Any, attention: str, longest: int, what: str = "sequence") -> None:
+def check_lengths(config: Any, longest: int, what: str = "sequence") -> None:
     """Raise a UserError if the longest sequence exceeds what the model computes correctly, before anything is scored.
 
     longest is in tokens; `what` names the sequence in the message.
     """
-    for most, reason in list_lengths(config, attention):
+    for most, reason in list_lengths(config):
         if longest > most:
             raise UserError(
                 f"{config.model_type} {reason}, but the longest {what} has {longest} tokens. Lower data.max_length."
             )
 
 
-def list_lengths(config: Any, attention: str) -> Iterator[tuple[int, str]]:
+def list_lengths(config: Any) -> Iterator[tuple[int, str]]:
     """Yield each limit on the tokens of a sequence that a model computes correctly, with its reason."""
-    window, layers = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    slides = getattr(config, "use_sliding_window", True) and (layers is None or "sliding_attention" in layers)
-    if window and slides and attention == "packed":
-        yield window, f"has a sliding window of {window} tokens"
     rope, table = getattr(config, "rope_parameters", None), getattr(config, "max_position_embeddings", None)
     if table and not rope:
         yield table, f"has {table} positions"

@@ -116,7 +116,7 @@ class Classifier:
         """The longest text in tokens. Raise a `UserError` if the model has fewer positions than max_length."""
         limits = list(list_positions(self._meta))
         if self._is_packed:
-            limits += list_lengths(self._config, self._placed.kernel)
+            limits += list_lengths(self._config)
         most, reason = min(limits, default=(self.max_length or LIMIT, ""))
         if self.max_length is not None and self.max_length > most:
             raise UserError(

@@ -1,0 +1,88 @@
+"""`export.push_to_hub`: the model of a finished run on a local hub."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.cli import check_error, write_rows, write_to
+from tests.helpers.hub_server import TOKEN, Hub, Repository, client_environment, serve_hub
+from tests.helpers.hub_uploads import Uploads
+from tests.helpers.runs import ROOT, run_folder
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    with serve_hub(uploads=Uploads(tmp_path / "hub")) as server:
+        yield server
+
+
+@pytest.fixture
+def own(tiny_folder: Path, tmp_path: Path) -> list[str]:
+    rows = write_rows(tmp_path / "rows.jsonl", prompts=6)
+    return [
+        f"model.path={tiny_folder}", *write_to(tmp_path), "trainer.accelerator=cpu", "data=files", f"data.path={rows}",
+        "reward=exact_number", "data.validation_prompts=2", "data.micro_batch=2", "data.global_batch=2", "eval=off",
+        "trainer.max_steps=1", "loss=sft",
+    ]  # fmt: skip
+
+
+def run(hub: Hub, home: Path, script: str, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
+    environment = client_environment(hub, home, **{"HF_TOKEN": TOKEN, **more})
+    command = [sys.executable, str(ROOT / script), *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_finished_model_is_pushed_and_loads_from_the_hub(hub: Hub, own: list[str], tmp_path: Path) -> None:
+    uploads: Any = hub.uploads
+    uploads.refuse = True
+    done = run(hub, tmp_path / "home", "train.py", *own, "export.push_to_hub=me/tiny")
+    assert done.returncode == 1
+    assert "the run is complete, and its model was not pushed" in done.stderr
+    assert uploads.private == {"me/tiny": True}
+    uploads.refuse = False
+    done = run(hub, tmp_path / "home", "train.py", *own, "export.push_to_hub=me/tiny")  # pushes the finished run
+    assert done.returncode == 0, done.stderr
+    assert "Run already finished" in done.stdout
+    assert f"Pushed: {hub.url}/me/tiny" in done.stdout
+    folder = run_folder(tmp_path / "runs") / "model"
+    sent = tmp_path / "hub" / "me" / "tiny"
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert {path.name: path.read_bytes() for path in sent.iterdir() if path.name != ".gitattributes"} == files
+    assert "base_model" in (sent / "README.md").read_text() or "license" in (sent / "README.md").read_text()
+    hub.models["me/tiny"] = Repository(sent, private=True)
+    places = write_to(tmp_path / "again")
+    again = run(
+        hub, tmp_path / "other", "train.py", *[word for word in own if not word.startswith(("model.", *"ar", "cache"))],
+        *[word for word in own if word.startswith("reward")], *places, "model=hub", "model.path=me/tiny",
+        "trainer.accelerator=cpu",
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "environment", "message"),
+    [
+        ("tiny", {}, "expected owner/name"),
+        ("other/tiny", {}, "the token is of me, which can push to me, team, not to other"),
+        ("me/tiny", {"HF_TOKEN": ""}, "no token is set"),
+        ("me/tiny", {"HF_TOKEN": "hf_wrong"}, "does not say whose token this is"),
+        ("me/tiny", {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE forbids it"),
+    ],
+)
+def test_wrong_target_is_an_error_before_training(
+    name: str, environment: dict[str, str], message: str, hub: Hub, own: list[str], tmp_path: Path
+) -> None:
+    done = run(hub, tmp_path / "home", "train.py", *own, f"export.push_to_hub={name}", **environment)
+    assert done.returncode == 1
+    assert message in done.stderr, done.stderr
+    assert not list(tmp_path.glob("runs/*/metrics.csv"))
+
+
+def test_sweep_does_not_push(own: list[str]) -> None:
+    check_error("Push one finished run", *own, "-m", "export.push_to_hub=me/tiny")

@@ -1,0 +1,62 @@
+"""Push an exported model to the Hugging Face hub."""
+
+from pathlib import Path
+
+from var.utils.errors import UserError, brief
+from var.utils.hub import TOKEN
+
+
+def check_target(repository: str) -> None:
+    """Raise UserError if the hub would not take a model of this name: its form, the token, or the token's owner.
+
+    It asks the hub, so that a run does not train first.
+    """
+    from huggingface_hub import HfApi, constants, get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    typed = f"export.push_to_hub={repository}"
+    try:
+        validate_repo_id(repository)
+        owner, _ = repository.split("/")
+    except (HFValidationError, ValueError) as error:
+        raise UserError(f"{typed}: expected owner/name, as in me/my-model.") from error
+    if constants.is_offline_mode():
+        raise UserError(f"{typed}: HF_HUB_OFFLINE forbids it. Unset it, or push the finished run later.")
+    if not get_token():
+        raise UserError(f"{typed}: no token is set. Set one that may write: {TOKEN}.")
+    try:
+        account = HfApi().whoami()
+    except Exception as error:  # the hub's client raises many types
+        raise UserError(
+            f"{typed}: {constants.ENDPOINT} does not say whose token this is ({type(error).__name__}: {brief(error)}). "
+            f"Check the network, HF_ENDPOINT and the token: {TOKEN}."
+        ) from error
+    owners = [account["name"], *(group["name"] for group in account.get("orgs", []))]
+    if owner not in owners:
+        raise UserError(f"{typed}: the token is of {owners[0]}, which can push to {', '.join(owners)}, not to {owner}.")
+
+
+def push_model(folder: Path, repository: str, private: bool) -> str:
+    """Push all files of an exported model, and return the address of its page.
+
+    Args:
+        folder: the exported model, with its card.
+        repository: owner/name on the hub. It is created if it does not exist.
+        private: whether a repository that is created is private. An existing one stays as it is.
+
+    Raises:
+        UserError: the hub does not take it.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        url = api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Model of a finished run")
+    except Exception as error:  # the hub's client raises many types
+        raise UserError(
+            f"export.push_to_hub={repository}: the run is complete, and its model was not pushed "
+            f"({type(error).__name__}: {brief(error)}). The same command tries again."
+        ) from error
+    return str(url)
