@@ -1,23 +1,23 @@
 """What a method makes of its data: more answers per prompt, and rewards that are wrong."""
 
 from experiments.items.base import Item, Row, Table
-from experiments.items.methods import TUNED, make_run
+from experiments.items.methods import RATES, make_run, tune
 from experiments.items.paths import DISTANCES, END, RIGHT_ANSWERS, within
 
 EXPERIMENT = "experiment=reward_kl"
 ANSWERS = (2, 4, 8, 16)
-RATES = (0.0, 0.1, 0.2)
+FLIPS = (0.0, 0.1, 0.2)
 FLIPPED = ("reward=custom", "reward._target_=experiments.flipped.FlippedNumber", "+reward@eval.reward=exact_number")
 COLUMNS = (*map(within, DISTANCES), *END)
 ERRORS = "1 seed. Errors are bootstraps over prompts."
 
 
 def make_rows(methods: tuple[str, ...], **variants: tuple[str, ...]) -> tuple[Row, ...]:
-    """Return a row per method and variant, with the method's tuned value."""
+    """Return a row per method and variant, with the method's tuned values."""
     return tuple(
-        Row(group=method, label=label, stages=make_run(EXPERIMENT, method, TUNED[method], *words))
+        Row(group=method, label=label, stages=make_run(EXPERIMENT, tune(method), *words))
         for method in methods
-        if method in TUNED
+        if method in RATES
         for label, words in variants.items()
     )
 
@@ -39,7 +39,7 @@ ITEMS = {
                     title="Wrong rewards",
                     rows=make_rows(
                         ("SFT on right answers", "VAR, prompt", "VAR, grouped", "DPO", "GRPO"),
-                        **{f"{rate:.0%} flipped": (*FLIPPED, f"+reward.rate={rate:g}") for rate in RATES},
+                        **{f"{rate:.0%} flipped": (*FLIPPED, f"+reward.rate={rate:g}") for rate in FLIPS},
                     ),
                     columns=COLUMNS, errors=ERRORS,
                 ),

@@ -1,7 +1,7 @@
 """Reward against KL: how much reward each method has when it is at most some distance from the reference."""
 
 from experiments.items.base import Column, Item, Row, Table, summary, train
-from experiments.items.methods import METHODS, OTHERS, make_rows, make_run
+from experiments.items.methods import METHODS, OTHERS, TUNED, list_rates, make_rows, make_run, tune
 from experiments.items.paths import DISTANCES, END, RIGHT_ANSWERS, along, limit, within
 
 EXPERIMENT = "experiment=reward_kl"
@@ -20,7 +20,7 @@ COLUMNS = (
     *map(limit, (0.0, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0)),
 )
 ESS = Column(title="effective sample size / n", read=summary("ess"), digits=2)
-TUNING_TITLE = "Hyper-parameters"
+TUNING_TITLE, RATES_TITLE = "λ and β", "Learning rates"
 
 
 def make_limits(*words: str) -> tuple[Row, ...]:
@@ -60,13 +60,27 @@ ITEMS = {
                     rows=tuple(
                         Row(
                             group=method, label=f"{key.split('.')[-1]} = {value:g}",
-                            stages=make_run(EXPERIMENT, method, value, *SHORTER),
+                            stages=make_run(EXPERIMENT, (*words, f"{key}={value:g}"), *SHORTER),
                         )
-                        for method, (_, key, values) in METHODS.items()
+                        for method, (words, key, values) in METHODS.items()
                         for value in values
                     ),
                     columns=(*map(within, DISTANCES), *END, ESS),
-                    errors="1 seed, other problems. Errors are bootstraps over prompts.",
+                    errors="1 seed, other problems, learning rate 2e-5. Errors are bootstraps over prompts.",
+                ),
+                Table(
+                    title=RATES_TITLE,
+                    rows=tuple(
+                        Row(
+                            group=method, label=f"learning rate = {rate:g}",
+                            stages=make_run(EXPERIMENT, tune(method, rate), *SHORTER),
+                        )
+                        for method, (_, key, _) in METHODS.items()
+                        if not key or method in TUNED
+                        for rate in list_rates(method)
+                    ),
+                    columns=(*map(within, DISTANCES), *END),
+                    errors="1 seed, other problems, tuned λ or β. Errors are bootstraps over prompts.",
                 ),
             ),
         },

@@ -1,7 +1,7 @@
 """Reward against time: how much reward each method has after some seconds of sampling, scoring and training."""
 
 from experiments.items.base import Column, Item, Row, Table, summary, train
-from experiments.items.methods import GROUPS, METHODS, RATE, TUNED
+from experiments.items.methods import GROUPS, RATE, RATES, tune
 from experiments.items.paths import PANEL, along, read_times
 
 BUDGET = ("trainer.max_steps=-1", "trainer.max_seconds=240", "eval.every_n_steps=12")
@@ -9,20 +9,14 @@ SECONDS = (30, 60, 120, 180, 240)
 READ = read_times(SECONDS)
 
 
-def tuned(method: str) -> tuple[str, ...]:
-    """Return the overrides of a method with its tuned value."""
-    words, key, _ = METHODS[method]
-    return (*words, f"{key}={TUNED[method]:g}")
-
-
 def make_rows() -> tuple[Row, ...]:
     """Return the rows: methods on answers that are sampled once, and methods that sample while they train."""
-    if not TUNED:
+    if not RATES:
         return ()
-    online = tuned("VAR, online")
+    online = tune("VAR, online")
     rows = {
-        **{method: tuned(method) for method in ("SFT on the best of 4", "VAR, prompt", "DPO", "RLOO", "GRPO")},
-        "DAPO": ("loss=dapo", *GROUPS, f"{RATE}={TUNED['GRPO']:g}"),
+        **{method: tune(method) for method in ("SFT on the best of 4", "VAR, prompt", "DPO", "RLOO", "GRPO")},
+        "DAPO": ("loss=dapo", *GROUPS, f"{RATE}={RATES['GRPO']:g}"),
         "VAR, online": online,
         "VAR, online, with a baseline": (*online, "loss.baseline=true"),
         "VAR, iterated: rollouts of 8 steps": (*online, "loss.rollout.steps=8"),

@@ -10,7 +10,7 @@ import pytest
 from experiments.cells import read_results
 from experiments.flipped import FlippedNumber
 from experiments.items.base import Row
-from experiments.items.methods import METHODS, TUNED
+from experiments.items.methods import DEFAULT_RATE, METHODS, RATES, TUNED
 from experiments.items.paths import (
     along,
     limit,
@@ -23,7 +23,7 @@ from experiments.items.paths import (
     trace_optimum,
     within,
 )
-from experiments.items.reward_kl import TUNING_TITLE
+from experiments.items.reward_kl import RATES_TITLE, TUNING_TITLE
 from experiments.jobs import ROOT
 
 ALL = np.arange(1), np.arange(2)
@@ -138,13 +138,22 @@ def test_flipped_rewards_are_a_fraction_that_the_text_decides() -> None:
     assert FlippedNumber(rate=0.0)(prompts[:2], texts[:2], ["4"] * 2) == [1, 1]
 
 
-def test_tuned_values_are_the_best_of_the_table_of_hyper_parameters() -> None:
-    found: dict[str, dict[str, float]] = {}
+def test_tuned_values_are_the_best_of_their_tables() -> None:
+    """λ or β at the default learning rate, and then the learning rate, among all that were tried with it."""
+    found: dict[str, dict[str, dict[str, float]]] = {TUNING_TITLE: {}, RATES_TITLE: {}}
     for _, cells in read_results(ROOT / "experiments" / "reward_kl"):
         for cell in cells:
-            if cell.table == TUNING_TITLE and cell.column == "reward within 2 nats":
+            if cell.table in found and cell.column == "reward within 2 nats":
                 method, value = cell.row.rsplit(", ", 1)
-                found.setdefault(method, {})[value] = float(cell.value or 0)
-    assert set(TUNED) == (set(METHODS) if found else set())
-    best = {method: max(values, key=values.__getitem__) for method, values in found.items()}
-    assert {m: f"{METHODS[m][1].split('.')[-1]} = {value:g}" for m, value in TUNED.items()} == best
+                found[cell.table].setdefault(method, {})[value] = float(cell.value or 0)
+    if not found[RATES_TITLE]:
+        assert not RATES
+        return
+    for method, (_, key, _) in METHODS.items():
+        rates = dict(found[RATES_TITLE][method])
+        if key:
+            own = found[TUNING_TITLE][method]
+            best = max(own, key=own.__getitem__)
+            assert best == f"{key.split('.')[-1]} = {TUNED[method]:g}"
+            rates[f"learning rate = {DEFAULT_RATE:g}"] = own[best]
+        assert max(rates, key=rates.__getitem__) == f"learning rate = {RATES[method]:g}"
