@@ -14,7 +14,9 @@ class BuildWithConfigurations(build_py):
         """Copy conf/ after the modules."""
         super().run()
         if not self.editable_mode:
-            shutil.copytree("conf", Path(self.build_lib, "var", "conf"), dirs_exist_ok=True)
+            target = Path(self.build_lib, "var", "conf")
+            shutil.rmtree(target, ignore_errors=True)  # of an earlier build
+            shutil.copytree("conf", target)
 
 
 setup(cmdclass={"build_py": BuildWithConfigurations})

@@ -7,7 +7,7 @@ A response is repeated in proportion to its weight: ⌊w⌋ times, and once more
 expected gradient is that of the weights. Its variance is larger, and the trainer applies its own chat template.
 
 By their documentation, Axolotl reads such a file with `type: chat_template`, and LLaMA-Factory with
-`formatting: sharegpt` and the tags role, content, user, assistant and system. Neither has read one here.
+`formatting: sharegpt` and the tags role, content, user, assistant and system. Neither was tested here.
 """
 
 import json

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 IGNORED = -100  # the label of prompts and padding
 
@@ -44,6 +44,7 @@ def main(path, name, out, batch=8, learning_rate=2e-5, epochs=2):
             optimizer.zero_grad()
             print(f"loss {loss.item():.4f}")
     model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(name).save_pretrained(out)
 
 
 if __name__ == "__main__":

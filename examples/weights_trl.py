@@ -1,4 +1,4 @@
-"""Train on exported weights with TRL's SFTTrainer, which knows no weights: a subclass of 20 lines.
+"""Train on exported weights with TRL's SFTTrainer, which does not support weights: a subclass of 20 lines.
 
 python annotate.py loss=var_grouped export=weights.parquet
 python examples/weights_trl.py weights.parquet <folder or name of the model> <folder of the trained model>
@@ -35,6 +35,8 @@ class WeightedSFTTrainer(SFTTrainer):
         nll = cross_entropy(outputs.logits[:, :-1].flatten(0, 1).float(), labels.flatten(), reduction="none")
         total = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         loss = (weights[:, None] * nll.view_as(labels)).sum() / total
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # which the average over devices divides by
         return (loss, outputs) if return_outputs else loss
 
 

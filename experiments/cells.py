@@ -227,21 +227,25 @@ def draw(table: Table, cells: Sequence[Cell], path: Path) -> None:
 
 @contextmanager
 def figure(path: Path, panels: int) -> Iterator[Sequence[Any]]:
-    """Yield the axes of a figure's panels, and write it with one legend."""
+    """Yield the axes of a figure's panels, and write it with the legend of the panel that has most rows."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, panels, figsize=(5.2 * panels, 3.8), layout="constrained", squeeze=False)
-    yield axes[0]
-    axes[0][-1].legend(fontsize="x-small")
-    figure.savefig(path, dpi=120, metadata={"Software": None})
-    plt.close(figure)
+    try:
+        yield axes[0]
+        max(axes[0], key=lambda axis: len(axis.get_legend_handles_labels()[1])).legend(fontsize="x-small")
+        figure.savefig(path, dpi=120, metadata={"Software": None})
+    finally:
+        plt.close(figure)
 
 
-def draw_panel(axis: Any, table: Table, cells: Sequence[Cell], panel: str, rows: Sequence[Row]) -> None:
-    """Draw the columns of a panel for these rows of a table."""
+def draw_panel(
+    axis: Any, table: Table, cells: Sequence[Cell], panel: str, rows: Sequence[Row], colors: Mapping[str, str] = {}
+) -> None:
+    """Draw the columns of a panel for these rows of a table. colors: of rows by name; the others follow each other."""
     known = {(cell.row, cell.column): cell for cell in cells if isinstance(cell.value, float | int) and not cell.failed}
     columns = [column for column in table.columns if column.panel == panel]
     for i, row in enumerate(rows):
@@ -256,7 +260,10 @@ def draw_panel(axis: Any, table: Table, cells: Sequence[Cell], panel: str, rows:
             places = [known.get((row.name, str(column.x))) for column, _ in found]
             across = [column.x if at is None else at.value for (column, _), at in zip(found, places, strict=True)]
             spread = [(at and at.se) or 0.0 for at in places]
-            axis.errorbar(across, values, errors, spread, marker="o", markersize=4, elinewidth=0.5, label=row.name)
+            axis.errorbar(
+                across, values, errors, spread, marker="o", markersize=4, elinewidth=0.5, label=row.name,
+                color=colors.get(row.name),
+            )  # fmt: skip
         else:
             width = 0.8 / len(rows)
             places = [columns.index(column) + (i - (len(rows) - 1) / 2) * width for column, _ in found]

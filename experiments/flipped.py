@@ -16,7 +16,7 @@ DRAWS = 2**32
 class FlippedNumber(ExactNumber):
     """Score as `ExactNumber` does, and replace a fraction of the scores r by 1 − r.
 
-    Which ones depends only on the prompt and the text, as with a reward model that is wrong about a text.
+    A hash of the prompt and the text decides which, as a reward model is wrong about the same text each time.
     """
 
     rate: float

@@ -2,7 +2,7 @@
 
     python -m experiments.hero
 
-The rows are a choice, so that lines can be told apart. The items' own pages have all of them.
+The rows are a choice, so that lines can be told apart. The items' own pages have all of them. Run it after both items.
 """
 
 from collections.abc import Sequence
@@ -25,12 +25,14 @@ PANELS: dict[str, tuple[str, Sequence[str]]] = {
 
 def main() -> None:
     """Draw the figure."""
+    names = list(dict.fromkeys(row for _, rows in PANELS.values() for row in rows))
+    colors = {name: f"C{i}" for i, name in enumerate(names)}
     with figure(PATH, len(PANELS)) as axes:
         for axis, (name, (title, rows)) in zip(axes, PANELS.items(), strict=True):
             table = next(table for table in ITEMS[name].sizes["small"] if table.title == title)
             cells = dict(read_results(ROOT / "experiments" / name))["small"]
             own = [cell for cell in cells if cell.table == title]
-            draw_panel(axis, table, own, PANEL, [row for row in table.rows if row.label in rows])
+            draw_panel(axis, table, own, PANEL, [row for row in table.rows if row.label in rows], colors)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ Reader = Callable[[Sequence[Path], Row], Paths]
 
 
 def read_evaluations(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the steps [S] of a run's evaluations, and the KL and the reward [S, prompts], from the reference on."""
+    """Return the steps [S] of a run's evaluations, and KL and reward [S, prompts], starting at the reference."""
     records = [json.loads(line) for line in (path.parent / "evaluations.jsonl").read_text().splitlines()]
     reward = np.array([np.mean(record["reward"], axis=1) for record in records])
     kl = np.array([np.zeros_like(reward[0]), *(np.mean(record["kl"], axis=1) for record in records[1:])])
@@ -54,9 +54,10 @@ def read_training(paths: Sequence[Path], row: Row) -> Paths:
 
 
 def read_times(seconds: Sequence[float]) -> Reader:
-    """Return what reads the paths at these times, on the line between two evaluations.
+    """Return a function that reads the paths at these times, on the line between two evaluations.
 
-    The time is that of sampling, scoring and training. After the last evaluation it is that evaluation.
+    The time is that of sampling, scoring and training. The line starts at the reference at 0 seconds, and after the
+    last evaluation the values are those of that evaluation.
     """
 
     def read(paths: Sequence[Path], row: Row) -> Paths:
@@ -147,7 +148,7 @@ def read_limit(path: Path2D, distance: float) -> float:
 
 
 def pool(value: Callable[[Path2D], float], trained: bool | None = None, read: Reader = read_paths) -> Pool:
-    """Return what computes `value` of the mean path, and its standard error by a bootstrap over seeds and prompts.
+    """Return a function that computes `value` of the mean path, and its standard error by a bootstrap over seeds and prompts.
 
     trained: True if it is for rows that are trained, False if it is for limits, None for both. A value of NaN does not
     apply.
@@ -166,6 +167,8 @@ def pool(value: Callable[[Path2D], float], trained: bool | None = None, read: Re
             value(found.mean(of_seeds.integers(seeds, size=seeds), of_prompts.integers(prompts, size=prompts)))
             for _ in range(REPEATS)
         ]
+        if np.isnan(drawn).any():  # a limit that ends at about this distance
+            return None
         return mean, float(np.std(drawn, ddof=1))
 
     return compute

@@ -15,7 +15,7 @@ ERRORS = "1 seed. Errors are bootstraps over prompts."
 def make_rows(methods: tuple[str, ...], **variants: tuple[str, ...]) -> tuple[Row, ...]:
     """Return a row per method and variant, with the method's tuned values."""
     return tuple(
-        Row(group=method, label=label, stages=make_run(EXPERIMENT, tune(method), *words))
+        Row(group=method.replace("of 4", "of K"), label=label, stages=make_run(EXPERIMENT, tune(method), *words))
         for method in methods
         if method in RATES
         for label, words in variants.items()

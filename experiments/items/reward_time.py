@@ -5,7 +5,7 @@ from experiments.items.methods import GROUPS, RATE, RATES, tune
 from experiments.items.paths import PANEL, along, read_times
 
 BUDGET = ("trainer.max_steps=-1", "trainer.max_seconds=240", "eval.every_n_steps=12")
-SECONDS = (30, 60, 120, 180, 240)
+SECONDS = (60, 120, 180, 240)
 READ = read_times(SECONDS)
 
 

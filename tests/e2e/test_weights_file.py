@@ -46,12 +46,11 @@ def test_weights_are_those_that_train(own: list[str], tmp_path: Path) -> None:
     check_run("train.py", *own, "loss=var_prompt", "loss.estimator.baseline=zero", "loss.temperature=0.5")
     lines = (run_folder(tmp_path / "runs") / "batches.jsonl").read_text().splitlines()
     trained = {(line["id"], line["response"]): line for line in map(json.loads, lines)}
+    by_response = {(record["id"], record["response"]): record for record in records}
     assert len(trained) > 4
-    for record in records:
-        line = trained.get((record["id"], record["response"]))
-        if line is not None:
-            assert (line["weight"], line["reward"]) == (record["weight"], record["reward"])
-            assert line["prompt"] == record["prompt"]
+    for key, line in trained.items():
+        names = ("weight", "reward", "prompt")
+        assert [line[name] for name in names] == [by_response[key][name] for name in names]
     assert np.mean([record["weight"] for record in records]) == pytest.approx(1)
     assert all(record["reference_logp"] < 0 and record["response_ids"] for record in records)
 
@@ -64,7 +63,8 @@ def test_partition_of_a_group_is_that_of_its_rewards(own: list[str], tmp_path: P
         f"export={path}",
     )  # fmt: skip
     records = read(path)
-    assert {record["log_partition"] is None for record in records if not record["weight"]} <= {True}
+    skipped = [record for record in records if not record["weight"]]
+    assert {record["log_partition"] for record in skipped} == {None}
     kept = [record for record in records if record["weight"]]
     rest = []
     for record in kept:
@@ -74,17 +74,18 @@ def test_partition_of_a_group_is_that_of_its_rewards(own: list[str], tmp_path: P
     assert np.ptp(rest) < 1e-9
 
 
-def test_what_cannot_be_exported_is_an_error_before_anything_is_computed(own: list[str], tmp_path: Path) -> None:
+def test_invalid_export_is_rejected_before_annotation(own: list[str], tmp_path: Path) -> None:
     (tmp_path / "there.parquet").write_text("mine")
     for words, message in (
         (["loss=var_grouped", f"export={tmp_path}/there.parquet"], "exists; choose another name, or remove it"),
         (["loss=var_grouped", f"export={tmp_path}/x.csv"], "name a file that ends in .parquet or .jsonl"),
         (["loss=dpo", f"export={tmp_path}/x.jsonl"], "has no weights to write"),
         (["loss=var_online", f"export={tmp_path}/x.jsonl"], "has no weights to write"),
+        (["loss=var", "reference=live", f"export={tmp_path}/x.jsonl"], "these weights are computed in each step"),
+        (["loss=var", "export=3"], "expected the name of a file or a folder, got 3"),
     ):
         check_error(message, *own, *words, command="annotate.py")
     assert (tmp_path / "there.parquet").read_text() == "mine"
-    assert not (tmp_path / "annotations").exists()
     data = write_lines(
         tmp_path / "names.jsonl",
         [
@@ -99,7 +100,18 @@ def test_what_cannot_be_exported_is_an_error_before_anything_is_computed(own: li
         "rows with more than text", *own, "loss=var_grouped", f"data.path={data}", f"export={tmp_path}/x.jsonl",
         "data.on_template_change=count", command="annotate.py",
     )  # fmt: skip
-    assert "its prompt has content, name" in printed
+    assert "its prompt has name" in printed
+    assert not list((tmp_path / "store").rglob("*.arrow"))
+    check_error("expected dict", *own, f"export={tmp_path}/x.jsonl", command="train.py")
+
+
+def test_weight_with_the_reference_in_it_has_no_partition(own: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "weights.jsonl"
+    words = ["export.push_to_hub=me/x", f"export={path}"]  # train.py's key has no effect here
+    check_run("annotate.py", *own, "loss=var", "reward=near_number", *words)
+    records = read(path)
+    assert {record["log_partition"] for record in records} == {None}
+    assert any(record["weight"] for record in records)
 
 
 @pytest.mark.long

@@ -24,15 +24,19 @@ class Uploads:
         self.folder, self.account = folder, account
         self.private: dict[str, bool] = {}
         """Whether each repository that was created is private."""
-        self.refuse = False
+        self.rejects = False
         """Whether commits fail."""
+        self.role = "write"
+        """The rights of the token."""
         self.large: dict[str, bytes] = {}
         """Large files by checksum, before a commit names them."""
 
     def answer(self, path: str, body: bytes, url: str) -> tuple[int, Any] | None:
         """Return the status and the JSON that answer a request; None if it is not about an upload."""
         if path == WHO:
-            return 200, {"type": "user", "name": self.account, "orgs": [{"name": "team"}], "auth": {}}
+            orgs = [{"name": "team", "roleInOrg": "write"}, {"name": "readers", "roleInOrg": "read"}]
+            auth = {"accessToken": {"displayName": "x", "role": self.role}}
+            return 200, {"type": "user", "name": self.account, "orgs": orgs, "auth": auth}
         for action, pattern in PATTERNS.items():
             if found := pattern.fullmatch(path):
                 return getattr(self, f"_{action}")(found, body, url)
@@ -67,7 +71,7 @@ class Uploads:
         return 200, {}
 
     def _commit(self, found: re.Match[str], body: bytes, url: str) -> tuple[int, Any]:
-        if self.refuse:
+        if self.rejects:
             return 403, {"error": "Storage quota reached"}
         for line in map(json.loads, body.splitlines()):
             value = line["value"]

@@ -50,7 +50,7 @@ def test_in_batch_weight_of_a_pair():
 def test_what_is_missing_is_an_error():
     with pytest.raises(ValueError, match="candidates"):
         weights.weigh(weights.Sampled(), REWARDS, PROMPT, 1.0)
-    with pytest.raises(ValueError, match="give `length`"):
+    with pytest.raises(ValueError, match="pass `length`"):
         weights.weigh(weights.InBatch(), REWARDS, PROMPT, 1.0)
     with pytest.raises(UserError, match="above 0"):
         weights.weigh(weights.Global(), REWARDS, PROMPT, 0.0)

@@ -8,15 +8,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
 
 from var.annotate.base import TrainingSet
 from var.annotate.reference_logps import reference_logps, sum_logps
+from var.data.rows import Rows
 from var.requirements import Requirement, Rollout, WeightColumn, Weights, find
-from var.utils.errors import Problems, UserError
-from var.utils.files import name_partial, replacing
-from var.weights.estimators import scale_temperature
+from var.utils.errors import Problems
+from var.utils.files import name_partial, remove_partials, replacing, synchronize
+from var.weights.estimators import InBatch, scale_temperature
 from var.weights.inputs import WeightInputs
 
 NUMBER, TEXT = datasets.Value("float64"), datasets.Value("string")
@@ -35,19 +35,21 @@ FEATURES = datasets.Features(
     }
 )
 FORMATS = (".parquet", ".jsonl", "")
+VAR = """the weights of VAR (Variational Alignment with Re-weighting, arXiv 2502.11026). Training on
+−Σ w · log π(response | prompt) fits RLHF's optimum by supervised fine-tuning. The weights are 1 on average over the
+responses that train, and 0 for the others"""
 CARD = """# Responses with weights
 
-{count} responses with the weights of VAR (Variational Alignment with Re-weighting, arXiv 2502.11026). Training on
-−Σ w · log π(response | prompt) fits RLHF's optimum by supervised fine-tuning.
+{count} responses with {weights}.
 
 | column | content |
 | --- | --- |
 | `id` | row of the source |
 | `prompt`, `response` | the messages of the prompt, and the text of the response |
-| `reward` | reward of the response, in reward units |
+| `reward` | reward of the response, on the scale that the run's `reward_scale` sets |
 | `reference_logp` | log-probability of the response under the reference, nats, summed over tokens |
-| `weight` | weight of the response: 1 on average over the responses that train, and 0 for the others |
-| `log_partition` | the estimate of log Z(prompt) in nats that the weight contains, up to one constant of all rows |
+| `weight` | weight of the response |
+| `log_partition` | r/λ − log w, nats: log Z(prompt) up to one constant; empty if w is 0 or contains π_ref |
 | `prompt_ids`, `response_ids` | the tokens that train, with template and end token |
 
 Configuration:
@@ -58,8 +60,11 @@ Configuration:
 """
 
 
-def check_weights_file(path: Path, requirements: tuple[Requirement, ...]) -> None:
-    """Raise UserError if weights cannot be written there, or the loss has none, before anything is computed."""
+def check_weights_file(path: Path, requirements: tuple[Requirement, ...], live: bool) -> None:
+    """Raise UserError if weights cannot be written there, or the loss has none before training.
+
+    live: whether the reference runs in each training step.
+    """
     problems = Problems("export")
     if path.suffix not in FORMATS:
         problems.add(str(path), "name a file that ends in .parquet or .jsonl, or a folder without an ending")
@@ -67,6 +72,24 @@ def check_weights_file(path: Path, requirements: tuple[Requirement, ...]) -> Non
         problems.add(str(path), "exists; choose another name, or remove it")
     if find(requirements, Rollout) or not (find(requirements, Weights) or find(requirements, WeightColumn)):
         problems.add("loss", "has no weights to write; choose one of VAR's, such as loss=var_grouped")
+    weights = find(requirements, Weights)
+    if live and weights is not None and weights.reads_reference:
+        problems.add("reference=live", "these weights are computed in each step; set reference=cached")
+    problems.check()
+
+
+def check_text(rows: Rows) -> None:
+    """Raise UserError with all rows whose messages have more than a role and a text, which the columns cannot hold."""
+    problems = Problems("export: rows with more than text")
+    for row in rows:
+        more = {key for message in row.prompt for key in message} - {"role", "content"}
+        more |= {name for name in ("tools", "template_kwargs") if getattr(row.prompt, name)}
+        if not all(isinstance(message.get("content"), str) for message in row.prompt):
+            more.add("content that is not text")
+        if more:
+            problems.add(f"row {row.id}", f"its prompt has {', '.join(sorted(more))}")
+        if any(response.message for response in row.responses):
+            problems.add(f"row {row.id}", "a response has more than a text")
     problems.check()
 
 
@@ -79,19 +102,15 @@ def write_weights(data: TrainingSet, requirements: tuple[Requirement, ...], path
         path: ends in .parquet or .jsonl, or is the folder of a data set that `datasets.load_from_disk` reads.
         settings: JSON values that the folder's card shows.
 
-    Raises:
-        UserError: weights are computed in each step (reference=live), or a prompt or response is more than text.
     """
     from datasets.arrow_writer import ArrowWriter
 
-    if data.weights is None:
-        raise UserError("export: with reference=live these weights are computed in each step. Set reference=cached.")
-    _check_text(data)
     logps = sum_logps(reference_logps(data.annotator, data.sequences, data.shares_prompts))  # by all ranks together
     if data.annotator.ranks.rank:
         return len(data.sequences)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
+    # Files of a mapped table cannot always be removed, as on NFS.
+    with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-", ignore_cleanup_errors=True) as folder:
         arrow = Path(folder) / "rows.arrow"
         with ArrowWriter(path=str(arrow), features=FEATURES) as writer:
             for record in _records(data, requirements, logps.tolist()):
@@ -106,30 +125,19 @@ def write_weights(data: TrainingSet, requirements: tuple[Requirement, ...], path
                     with partial.open("w") as file:
                         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in table)
         else:
+            remove_partials(path)
             partial = name_partial(path)
             try:
                 table.save_to_disk(str(partial))
                 text = json.dumps(settings, indent=2, ensure_ascii=False, default=str)
-                (partial / "README.md").write_text(CARD.format(count=len(table), settings=text))
+                weights = VAR if find(requirements, Weights) else "the weights of the data set"
+                (partial / "README.md").write_text(CARD.format(count=len(table), weights=weights, settings=text))
+                synchronize(partial)
                 partial.rename(path)
             except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
     return len(data.sequences)
-
-
-def _check_text(data: TrainingSet) -> None:
-    """Raise UserError with all rows whose messages have more than a role and a text, which the columns cannot hold."""
-    problems, sequences = Problems("export: rows with more than text"), data.sequences
-    for i in np.unique(sequences.row).tolist():
-        row = data.rows[i]
-        for message in row.prompt:
-            if set(message) - {"role", "content"} or not isinstance(message.get("content"), str):
-                problems.add(f"row {row.id}", f"its prompt has {', '.join(sorted(set(message) - {'role'}))}")
-                break
-        if any(response.message for response in row.responses):
-            problems.add(f"row {row.id}", "a response has more than a text")
-    problems.check()
 
 
 def _records(
@@ -156,10 +164,10 @@ def _records(
 
 
 def _log_partition(data: TrainingSet, requirements: tuple[Requirement, ...]) -> list[float | None]:
-    """Return r/λ − log w of each response, None without λ or for a weight of 0."""
+    """Return r/λ − log w of each response, None without λ, for a weight of 0, and if π_ref is in the numerator."""
     weights, requirement = data.weights, find(requirements, Weights)
     assert weights is not None
-    if requirement is None or data.rewards is None:
+    if requirement is None or data.rewards is None or _has_reference(requirement.estimator):
         return [None] * len(weights)
     sequences = data.sequences
     inputs = WeightInputs(
@@ -167,3 +175,7 @@ def _log_partition(data: TrainingSet, requirements: tuple[Requirement, ...]) -> 
     )
     found = data.rewards / scale_temperature(requirement, inputs) - weights.double().log()
     return [value if weight else None for value, weight in zip(found.tolist(), weights.tolist(), strict=True)]
+
+
+def _has_reference(estimator: Any) -> bool:
+    return isinstance(estimator, InBatch) and estimator.reduction != "none" and estimator.reference_in_numerator

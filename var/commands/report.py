@@ -6,13 +6,13 @@ import argparse
 import gc
 from pathlib import Path
 
-from var.config.entry import run_command
+from var.config.entry import name_command, run_command
 
 
 def main() -> None:
     """Write a report. Folders without a finished run or an evaluation are listed and skipped."""
     parser = argparse.ArgumentParser(
-        prog="report.py",
+        prog=" ".join(name_command("report")).removeprefix("python "),
         description="Compare runs and evaluations: tables (Markdown, LaTeX, CSV), figures, and one HTML page per run. "
         "Runs that differ only in seeds are one configuration, with standard errors over seeds. "
         "If there are exactly two configurations, the report also has their differences.",

@@ -26,6 +26,7 @@ def main(cfg: DictConfig) -> float | None:
     from hydra.core.hydra_config import HydraConfig
 
     from var.config.run_files import read_summary
+    from var.models.publish import check_target
     from var.training import summary
     from var.utils.console import is_first_rank, say
     from var.utils.files import remove
@@ -44,6 +45,8 @@ def main(cfg: DictConfig) -> float | None:
         summary.warn_of_other_evaluation(cfg, finished)
         if not cfg.trainer.keep_checkpoint and is_first_rank():  # a run can be killed before it does this
             remove(folder / "checkpoints")
+        if cfg.export.push_to_hub and is_first_rank():
+            check_target(cfg.export.push_to_hub)
         push(cfg, folder)
         return None if finished["reward"] is None else float(finished["reward"])
     if sweep.needs_process(cfg):
@@ -113,11 +116,10 @@ def train(cfg: DictConfig, folder: Path) -> float | None:
 
 def push(cfg: DictConfig, folder: Path) -> None:
     """Push the model of a finished run to the hub, if the configuration says so."""
-    from var.models.publish import check_target, push_model
+    from var.models.publish import push_model
     from var.utils.console import is_first_rank, say
 
     if cfg.export.push_to_hub and is_first_rank():
-        check_target(cfg.export.push_to_hub)
         say(f"Pushed: {push_model(folder / 'model', cfg.export.push_to_hub, cfg.export.private)}")
 
 

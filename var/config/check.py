@@ -15,7 +15,7 @@ from var.config.run_dir import model_name, own_key, run_dir
 from var.config.secrets import find_secrets
 from var.utils.errors import Problems, UserError
 
-PACKAGED = Path(__file__).parents[1] / "conf"  # of a wheel; setup.py
+PACKAGED = Path(__file__).parents[1] / "conf"  # a wheel contains it; setup.py copies it
 FOLDER = str(PACKAGED if PACKAGED.is_dir() else PACKAGED.parents[1] / "conf")
 
 # Keys that no class takes: var/training/run.py reads the first, optim's ${model.learning_rate} the second.

@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from var.config.check import FOLDER
+from var.config.check import FOLDER, PACKAGED
 from var.config.versions import check_versions
 from var.utils.errors import UserError
 from var.utils.signals import leaving_on_signals
@@ -182,13 +182,12 @@ def _suggest_renamed() -> list[str]:
 
 
 def name_command(name: str) -> list[str]:
-    """Return the words that start another command, `annotate` for example, in the way in which this one was started."""
-    return [f"var-{name}"] if Path(sys.argv[0]).name.startswith("var-") else ["python", f"{name}.py"]
+    """Return the words that start a command, `annotate` for example: of a wheel, or in a checkout."""
+    return [f"var-{name}"] if PACKAGED.is_dir() else ["python", f"{name}.py"]
 
 
 def _help() -> str:
-    program = Path(sys.argv[0]).name
-    return f"{program if program.startswith('var-') else f'python {program}'} --help"
+    return f"{' '.join(name_command(Path(sys.argv[0]).stem.removeprefix('var-')))} --help"
 
 
 def _list_unknown_keys(root: DictConfig) -> list[str]:

@@ -40,7 +40,7 @@ class RunSettings:
     resume: bool | str  # "auto", False, or the path of a checkpoint
     dry: bool  # print what the run needs, and stop
     show_rows: int  # print this many rows as tokens, and stop; 0: train
-    export: Any = None  # where the trained model goes; annotate.py has a file of this name instead
+    export: dict[str, Any] | None = None  # where the trained model goes; annotate.py has a file of this name instead
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from var.config.check import PACKAGED
 from var.config.run_files import read_summary
 from var.config.schema import TrainerSettings
 from var.utils.device_locks import claim, name_devices
@@ -38,7 +39,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """Signals that a job's process receives from the sweep."""
 
 ROOT = Path(__file__).parents[2]
-"""The folder with the package, which need not be installed."""
+"""The folder with the package."""
 
 RANK_VARIABLES = {
     "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
@@ -210,7 +211,8 @@ def run_job(cfg: DictConfig, command: str) -> float | None:
         for name, value in os.environ.items()
         if name not in RANK_VARIABLES and not name.startswith(RANK_PREFIXES)
     }
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
+    if not PACKAGED.is_dir():  # a checkout, which need not be installed
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
     environment["PYTHONSAFEPATH"] = "1"  # or files of the current folder could replace modules, for its ranks too
     with ExitStack() as stack:
         locks = dict[str, IO[str]]()

@@ -7,9 +7,9 @@ from var.utils.hub import TOKEN
 
 
 def check_target(repository: str) -> None:
-    """Raise UserError if the hub would not take a model of this name: its form, the token, or the token's owner.
+    """Check the repository's name, the token and its owner, so that a run does not train first.
 
-    It asks the hub, so that a run does not train first.
+    Raise UserError if the hub would reject the push. The rights of a fine-grained token are not checked.
     """
     from huggingface_hub import HfApi, constants, get_token
     from huggingface_hub.errors import HFValidationError
@@ -22,19 +22,25 @@ def check_target(repository: str) -> None:
     except (HFValidationError, ValueError) as error:
         raise UserError(f"{typed}: expected owner/name, as in me/my-model.") from error
     if constants.is_offline_mode():
-        raise UserError(f"{typed}: HF_HUB_OFFLINE forbids it. Unset it, or push the finished run later.")
+        raise UserError(f"{typed}: HF_HUB_OFFLINE is set. Unset it, or push the finished run later.")
     if not get_token():
         raise UserError(f"{typed}: no token is set. Set one that may write: {TOKEN}.")
     try:
         account = HfApi().whoami()
     except Exception as error:  # the hub's client raises many types
         raise UserError(
-            f"{typed}: {constants.ENDPOINT} does not say whose token this is ({type(error).__name__}: {brief(error)}). "
+            f"{typed}: {constants.ENDPOINT} did not confirm the token ({type(error).__name__}: {brief(error)}). "
             f"Check the network, HF_ENDPOINT and the token: {TOKEN}."
         ) from error
-    owners = [account["name"], *(group["name"] for group in account.get("orgs", []))]
+    if ((account.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
+        raise UserError(f"{typed}: the token can only read. Set one that may write: {TOKEN}.")
+    groups = [group["name"] for group in account.get("orgs", []) if group.get("roleInOrg") != "read"]
+    owners = [account["name"], *groups]
     if owner not in owners:
-        raise UserError(f"{typed}: the token is of {owners[0]}, which can push to {', '.join(owners)}, not to {owner}.")
+        raise UserError(
+            f"{typed}: the token belongs to {owners[0]} and can push to {', '.join(owners)}. Use a token of {owner}, "
+            "or another owner."
+        )
 
 
 def push_model(folder: Path, repository: str, private: bool) -> str:
@@ -57,6 +63,6 @@ def push_model(folder: Path, repository: str, private: bool) -> str:
     except Exception as error:  # the hub's client raises many types
         raise UserError(
             f"export.push_to_hub={repository}: the run is complete, and its model was not pushed "
-            f"({type(error).__name__}: {brief(error)}). The same command tries again."
+            f"({type(error).__name__}: {brief(error)}). Run the same command to try again."
         ) from error
     return str(url)

@@ -82,8 +82,7 @@ def check_same_settings(cfg: DictConfig, finished: dict[str, Any]) -> None:
     """Raise UserError if a finished run had other settings. Only a folder that the user names can hold such a run."""
     problems = Problems(f"{finished['folder']} holds a finished run with other settings")
     for change in list_changes(finished["config"], to_saved(cfg)):
-        # the first has a message, the second is resolved, and the third is done with the finished run
-        if change.key.partition(".")[0] not in ("eval", "strategy", "export"):
+        if change.key.partition(".")[0] not in ("eval", "strategy"):  # the first has a message, the second is resolved
             problems.add(change.key, change.show_values())
     problems.check(
         "Choose another folder, set resume=false to replace the run, or, if it kept its checkpoint, continue from it "

@@ -16,6 +16,8 @@ def collect_environment() -> dict[str, Any]:
     root = Path(__file__).parents[2]
 
     def git(*arguments: str) -> str:
+        if not (root / "pyproject.toml").exists():  # a wheel, perhaps within another repository
+            return ""
         try:
             return subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True).stdout.strip()
         except OSError:

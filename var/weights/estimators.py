@@ -76,7 +76,7 @@ def weigh(
     asked = Weights(estimator=estimator, temperature=temperature, temperature_unit=temperature_unit, min_weight=0.0)
     tokens = torch.ones_like(index) if length is None else length
     if length is None and getattr(estimator, "reduction", None) == "mean":
-        raise ValueError("this estimator divides by response tokens: give `length`")
+        raise ValueError("InBatch with reduction=mean divides by response tokens: pass `length`")
     return compute_weights(asked, WeightInputs(rewards=rewards.double(), group=index, length=tokens, **columns))
 
 

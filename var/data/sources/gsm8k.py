@@ -22,12 +22,16 @@ class GSM8K(HubSource):
     parallel: ClassVar[bool] = True
 
     split: str = "train"  # train or test
-    instruction: str = ""  # follows each problem, such as a wish for the form of the answer
+    instruction: str = ""  # follows each problem, such as a request to end with a number
     path: str | None = None  # a local copy, read instead of the hub
     revision: str | None = None  # commit or tag on the hub
 
-    expected_rows = 7473
     expected_responses = 0
+
+    @property
+    def expected_rows(self) -> int | None:  # type: ignore[override]
+        """Problems of the split."""
+        return {"train": 7473, "test": 1319}.get(self.split)
 
     @property
     def parts(self) -> list[Part]:
