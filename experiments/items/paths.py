@@ -148,7 +148,7 @@ def read_limit(path: Path2D, distance: float) -> float:
 
 
 def pool(value: Callable[[Path2D], float], trained: bool | None = None, read: Reader = read_paths) -> Pool:
-    """Return a function that computes `value` of the mean path, and its standard error by a bootstrap over seeds and prompts.
+    """Return a function that computes `value` of the mean path, and its error by a bootstrap over seeds and prompts.
 
     trained: True if it is for rows that are trained, False if it is for limits, None for both. A value of NaN does not
     apply.
