@@ -91,4 +91,4 @@ def test_token_that_only_reads_is_an_error_before_training(hub: Hub, own: list[s
 
 
 def test_sweep_does_not_push(own: list[str]) -> None:
-    check_error("Push one finished run", *own, "-m", "export.push_to_hub=me/tiny")
+    check_error("Push one finished run", *own, "export.push_to_hub=me/tiny", "-m")

@@ -149,6 +149,8 @@ def fits(value: Any, hint: Any) -> bool:
         return value in arguments
     if origin in (typing.Union, types.UnionType):
         return any(fits(value, option) for option in arguments)
+    if origin is dict:
+        return isinstance(value, dict)
     if origin in (tuple, list):
         return isinstance(value, list | tuple) and all(fits(v, arguments[0]) for v in value if arguments)
     if hint in (int, float):
@@ -161,4 +163,6 @@ def _describe(hint: Any) -> str:
         return " or ".join(map(_describe, typing.get_args(hint)))
     if hint in (None, type(None)):
         return "null"
+    if typing.get_origin(hint) is dict:
+        return "settings"
     return hint.__name__ if isinstance(hint, type) else str(hint)
