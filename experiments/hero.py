@@ -2,7 +2,7 @@
 
     python -m experiments.hero
 
-The rows are a choice, so that lines can be told apart. The items' own pages have all of them. Run it after both items.
+It has some of the rows, so that lines stay distinct. The items' own pages have all. Run it after both items.
 """
 
 from collections.abc import Sequence

@@ -15,7 +15,7 @@ def open_policy(path: str, dtype: str = "float32") -> tuple["Policy", Chat]:
     """Return the policy and the chat template of a model in a folder or on the hub, for code outside a run.
 
     Raises:
-        UserError: there is no such model, or its log-probabilities would not be exact.
+        UserError: the model does not exist, or its log-probabilities would not be exact.
     """
     from var.models.pretrained import Pretrained
 

@@ -66,7 +66,7 @@ def weigh(
             are in the order of the sorted numbers of `group`.
 
     Raises:
-        UserError: a setting is out of range, or there is no standard deviation.
+        UserError: a setting is out of range, or the standard deviation is 0 or absent.
         ValueError: the estimator reads an input that is not given.
     """
     if not temperature > 0:
