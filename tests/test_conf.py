@@ -30,7 +30,7 @@ VARIANTS = {
     "losses.alol.ALoL": {"ratio", "clip", "beta"},
     "losses.dft.DFT": {"anchor"},
     "losses.grpo.GRPO": {"beta", "clip_high", "normalize", "scale", "length"},
-    "models.pretrained.Pretrained": {"quantization", "repository"},
+    "models.pretrained.Pretrained": {"quantization", "repository", "chat_template_kwargs"},
     "rewards.classifier.Classifier": {"dtype", "architecture", "repository"},
     "training.optim.MasterAdamW": {"betas"},  # torch's in Python
     "utils.http_client.Client": {"api_key_env", "price_in", "price_out"},

@@ -43,7 +43,7 @@ ITEMS = {
                     ),
                     columns=COLUMNS, errors=ERRORS,
                 ),
-            ),
+            ) if RATES else (),
         },
     ),
 }  # fmt: skip

@@ -34,13 +34,14 @@ def at(index: int, seconds: int) -> tuple[Column, Column]:
     return kl, Column(title=reward.title, pool=reward.pool, shown=shown, x=float(seconds), panel=PANEL)
 
 
+ROWS = make_rows()
 ITEMS = {
     "reward_time": Item(
         title="reward against time",
         sizes={
             "small": (
                 Table(
-                    rows=make_rows(), timed=True, seeds=(0, 1, 2),
+                    rows=ROWS, timed=True, seeds=(0, 1, 2),
                     columns=(
                         *(column for i, seconds in enumerate(SECONDS) for column in at(i, seconds)),
                         Column(title="optimizer steps", read=summary("steps"), digits=0),
@@ -48,7 +49,7 @@ ITEMS = {
                     x_label="seconds of sampling, scoring and training",
                     errors="3 seeds. Errors are bootstraps over seeds and over prompts.",
                 ),
-            ),
+            ) if ROWS else (),
         },
     ),
 }  # fmt: skip
