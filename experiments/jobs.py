@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from threading import Lock
 
 from experiments.items.base import Command, Row, Table
 from var.utils.device_locks import name_devices
-from var.utils.files import atomic
+from var.utils.files import atomic, remove
 from var.utils.signals import end_with_parent
 
 ROOT = Path(__file__).parents[1]
@@ -187,7 +186,7 @@ class Runner:
                 return ""
             if job.timed:  # a resumed run would lack the seconds and the annotations of its first part
                 for path in set(job.folder.iterdir()) - {job.folder / "lock"}:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                    remove(path)
             started = time.monotonic()
             with log.open("w") as output:
                 done = subprocess.run(
