@@ -39,6 +39,8 @@ class Job:
     needs: Mapping[str, "Job"] = field(default_factory=dict)
     """The jobs whose run's folder is a placeholder, by its name."""
     timed: bool = False
+    stored: bool = False
+    """Whether only its results are kept, and not its model."""
 
     @cached_property
     def folder(self) -> Path:
@@ -115,9 +117,8 @@ def list_jobs(
             *more,
         )
         own = table.seeds[0] if row.once else seed
-        jobs[name] = Job(
-            Command(command.program, words, command.result), own, base, needs, table.timed and name == "train"
-        )
+        full = Command(command.program, words, command.result)
+        jobs[name] = Job(full, own, base, needs, table.timed and name == "train", table.stored)
     return jobs
 
 
@@ -200,6 +201,8 @@ class Runner:
             spent = sum(map(float, times.read_text().split()))
             with atomic(job.folder / DONE) as file:
                 json.dump({"seconds": round(spent, 1), "command": words}, file)
+            if job.stored and job.result is not None:
+                remove(job.result.parent / "model")
             return ""
         lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
         return f"status {done}: {' '.join(lines[-TAIL:])[-300:]}"

@@ -13,7 +13,9 @@ cache, unless their seconds are compared. If a command fails, the others continu
 
 Settings: size=small or paper; dry=true prints the commands and what they take; folder=<where the commands run>;
 jobs=<commands at once, which share the GPUs>; out=<folder of the results>; seeds=0,1,2 replaces those of the item;
-launcher=slurm (or another launcher of Hydra) runs each command there; tflops=<of a GPU> is for the hours in dry=true.
+launcher=slurm (or another launcher of Hydra) runs each command there; tflops=<of a GPU> is for the hours in dry=true;
+stored=true takes the results of runs that `runs-<size>.tar.xz` in the item's folder has; start=false starts no command,
+and writes the rows whose commands have finished.
 
 All other words with = are overrides. Each goes to every command that has its key, or, with the name of a stage before
 it (train:…, reward:…), to that stage alone.
@@ -36,10 +38,11 @@ from experiments.items import ITEMS, PAPER_ITEMS
 from experiments.items.base import Command, Table
 from experiments.jobs import ROOT, Job, Runner, list_jobs
 from experiments.overrides import route
+from experiments.stored import name_archive, restore, store
 
 SETTINGS = {
     "size": "small", "dry": "false", "folder": "runs/reproduce", "jobs": "1", "out": str(ROOT / "experiments"),
-    "seeds": "", "launcher": "", "tflops": "125",
+    "seeds": "", "launcher": "", "tflops": "125", "stored": "false", "start": "true",
 }  # fmt: skip
 OWN = ("seed", "runs", "init")  # overrides that the driver sets
 Work = dict[tuple[str, str, str, int], Job]
@@ -77,6 +80,13 @@ def run_items(
     """
     launcher = "slurm" if settings["launcher"] == "submitit_slurm" else settings["launcher"]  # with the run's devices
     found = {name: list_work(name, settings, words) for name in names}
+    if settings["stored"] == "true":
+        for name, (_, work) in found.items():
+            restore(name_archive(Path(settings["out"]) / name, settings["size"]), work.values())
+    if settings["start"] == "false":
+        for name, (tables, work) in found.items():
+            yield name, write(name, tables, work, dict.fromkeys(work, ""), settings)
+        return
     timed = [name for name in names if any(table.timed for table in found[name][0])]
     for several, count in (([name for name in names if name not in timed], int(settings["jobs"])), (timed, 1)):
         runner, pool = Runner(count, launcher), ThreadPoolExecutor(sum(len(found[name][1]) for name in several) or 1)
@@ -98,7 +108,10 @@ def write(
     reasons: Mapping[tuple[str, str, str, int], str],
     settings: Mapping[str, str],
 ) -> list[Cell]:
-    """Write the results of an item whose jobs have ended, and return them. reasons: why jobs failed, or ""."""
+    """Write the results of an item and return them. reasons: why jobs failed, or "".
+
+    Rows are left out if some of their jobs have neither finished nor failed.
+    """
     cells = []
     for table in tables:
         seeds = select_seeds(table, settings)
@@ -110,8 +123,11 @@ def write(
                     if (title, stage) == (table.title, column.stage)
                 }
                 failed = next((r for seed in seeds if (r := reasons[table.title, row.name, column.stage, seed])), "")
-                cells.append(fill(table, row, column, jobs, seeds, failed))
+                if failed or all(jobs[row.name, seed].result for seed in seeds):
+                    cells.append(fill(table, row, column, jobs, seeds, failed))
     publish(name, ITEMS[name], settings["size"], cells, Path(settings["out"]))
+    if stored := [job for job in work.values() if job.stored]:
+        store(name_archive(Path(settings["out"]) / name, settings["size"]), stored)
     return cells
 
 
@@ -132,7 +148,8 @@ def parse(words: Sequence[str]) -> tuple[list[str], dict[str, str], list[str]]:
             names.append(word)
         else:
             raise SystemExit(f"{word} is not an item. Choose of {', '.join(ITEMS)} or all")
-    for key, allowed in {"size": ("small", "paper"), "dry": ("true", "false")}.items():
+    boolean = ("true", "false")
+    for key, allowed in {"size": ("small", "paper"), "dry": boolean, "stored": boolean, "start": boolean}.items():
         if settings[key] not in allowed:
             raise SystemExit(f"{key}={settings[key]}: must be one of {', '.join(allowed)}")
     if settings["seeds"] and not all(seed.isdecimal() for seed in settings["seeds"].split(",")):

@@ -110,6 +110,8 @@ class Table:
     seeds: tuple[int, ...] = (0,)
     timed: bool = False
     """Whether seconds are compared. Then each run has its own annotation cache, and runs follow each other."""
+    stored: bool = False
+    """Whether an archive keeps the results of its runs. Their models, which nothing continues, are then removed."""
     errors: str = ""
     """Over what the standard errors are; "": over seeds, or with one seed over prompts."""
     x_label: str = ""

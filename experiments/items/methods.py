@@ -49,7 +49,10 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "DAPO": ("loss=dapo", *GROUPS),
 }
 """Overrides of methods that are not tuned."""
-TUNED: dict[str, float] = {}
+TUNED: dict[str, float] = {
+    "VAR, the paper's": 0.3, "VAR, prompt": 0.1, "VAR, grouped": 0.1, "DPO": 0.3, "InfoNCA": 0.03, "DRO-V": 0.03,
+    "trajectory balance, reverse KL": 0.1, "trajectory balance, forward KL": 0.1,
+}  # fmt: skip
 """λ or β of each method that has one: the value with the highest reward within 2 nats, at the default learning rate."""
 RATES: dict[str, float] = {}
 """The learning rate of each method with the highest reward within 2 nats, at the tuned λ or β."""
@@ -57,7 +60,7 @@ RATES: dict[str, float] = {}
 
 def list_rates(method: str) -> tuple[float, ...]:
     """Return the learning rates that are tried. Methods with λ or β have run with the default rate before."""
-    return (5e-6, 1e-5, 4e-5) if METHODS[method][1] else (5e-6, 1e-5, 2e-5, 4e-5, 8e-5)
+    return (1e-5, 4e-5) if METHODS[method][1] else (1e-5, 2e-5, 4e-5)
 
 
 def tune(method: str, rate: float | None = None) -> tuple[str, ...]:

@@ -33,7 +33,7 @@ ITEMS = {
                         ("SFT on the best of 4", "VAR, prompt", "VAR, grouped"),
                         **{f"K = {k}": (f"generate.responses={k}",) for k in ANSWERS},
                     ),
-                    columns=(*COLUMNS, RIGHT_ANSWERS), errors=ERRORS,
+                    columns=(*COLUMNS, RIGHT_ANSWERS), stored=True, errors=ERRORS,
                 ),
                 Table(
                     title="Wrong rewards",
@@ -41,7 +41,7 @@ ITEMS = {
                         ("SFT on right answers", "VAR, prompt", "VAR, grouped", "DPO", "GRPO"),
                         **{f"{rate:.0%} flipped": (*FLIPPED, f"+reward.rate={rate:g}") for rate in FLIPS},
                     ),
-                    columns=COLUMNS, errors=ERRORS,
+                    columns=COLUMNS, stored=True, errors=ERRORS,
                 ),
             ) if RATES else (),
         },

@@ -38,13 +38,13 @@ ITEMS = {
                 Table(
                     title="At equal numbers of steps", rows=(*make_limits(), CONTROL, *make_rows(EXPERIMENT)),
                     columns=(*COLUMNS, RIGHT_ANSWERS, ESS), seeds=(0, 1, 2), x_label="KL from the reference (nats)",
-                    errors="3 seeds. Errors are bootstraps over seeds and over prompts.",
+                    stored=True, errors="3 seeds. Errors are bootstraps over seeds and over prompts.",
                 ),
                 Table(
                     title="With a reward of 0 or 1",
                     rows=(*make_limits(EXACT), *make_rows(EXPERIMENT, EXACT, methods=MAIN)), columns=COLUMNS,
                     seeds=(0, 1, 2), x_label="KL from the reference (nats)",
-                    errors="3 seeds. Errors are bootstraps over seeds and over prompts.",
+                    stored=True, errors="3 seeds. Errors are bootstraps over seeds and over prompts.",
                 ),
                 Table(
                     title="Other methods, not tuned",
@@ -53,7 +53,7 @@ ITEMS = {
                         for method, words in OTHERS.items()
                     ),
                     columns=(*map(within, DISTANCES), *END, RIGHT_ANSWERS),
-                    errors="1 seed. Errors are bootstraps over prompts.",
+                    stored=True, errors="1 seed. Errors are bootstraps over prompts.",
                 ),
                 Table(
                     title=TUNING_TITLE,
@@ -66,6 +66,7 @@ ITEMS = {
                         for value in values
                     ),
                     columns=(*map(within, DISTANCES), *END, ESS),
+                    stored=True,
                     errors="1 seed, other problems, learning rate 2e-5. Errors are bootstraps over prompts.",
                 ),
                 Table(
@@ -80,7 +81,7 @@ ITEMS = {
                         for rate in list_rates(method)
                     ),
                     columns=(*map(within, DISTANCES), *END),
-                    errors="1 seed, other problems, tuned λ or β. Errors are bootstraps over prompts.",
+                    stored=True, errors="1 seed, other problems, tuned λ or β. Errors are bootstraps over prompts.",
                 ),
             ),
         },

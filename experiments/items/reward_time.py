@@ -41,7 +41,7 @@ ITEMS = {
         sizes={
             "small": (
                 Table(
-                    rows=ROWS, timed=True, seeds=(0, 1, 2),
+                    rows=ROWS, timed=True, stored=True, seeds=(0, 1, 2),
                     columns=(
                         *(column for i, seconds in enumerate(SECONDS) for column in at(i, seconds)),
                         Column(title="optimizer steps", read=summary("steps"), digits=0),

@@ -6,6 +6,7 @@ import random
 import re
 import subprocess
 import sys
+import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -313,6 +314,79 @@ def test_interrupted_run_starts_again_if_it_is_timed(timed: bool, tmp_path: Path
     assert Runner().run(job) == ""
     assert [(job.folder / name).exists() for name in ("runs", "annotations")] == [not timed] * 2
     assert (job.seconds < 100) == timed
+
+
+RUN = """
+import json, pathlib, sys
+run = pathlib.Path(sys.argv[1], "runs", "a")
+(run / "model").mkdir(parents=True)
+(run / "model" / "weights").write_text("large")
+gain = {"validation": {"reward": {"gain": {"mean": float(sys.argv[2]), "se": 0.1}}}}
+(run / "summary.json").write_text(json.dumps({"folder": str(run.resolve()), **gain}))
+"""
+
+
+@pytest.fixture
+def stored_item(monkeypatch: pytest.MonkeyPatch) -> Item:
+    """An item whose runs are stored, of two rows with two seeds."""
+    run = "import sys; exec(sys.argv.pop(1))"
+    rows = tuple(
+        Row(
+            label=f"row {i}",
+            stages={"train": program(run, RUN, "{own}", f"{i}.{{seed}}", result="runs/*/summary.json")},
+        )
+        for i in range(2)
+    )
+    item = Item(title="t", sizes={"small": (Table(rows=rows, columns=(GAIN,), seeds=(1, 2), stored=True),)})
+    monkeypatch.setitem(ITEMS, "test", item)
+    return item
+
+
+def test_tables_are_made_from_stored_runs(stored_item: Item, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    reproduce.main(["test", f"folder={tmp_path}/first", f"out={tmp_path}/out"])
+    out = tmp_path / "out" / "test"
+    results, archive = (out / "results-small.json").read_bytes(), (out / "runs-small.tar.xz").read_bytes()
+    assert not list((tmp_path / "first").rglob("weights"))
+    for name in ("summary.json", DONE):  # no places on this machine
+        with tarfile.open(out / "runs-small.tar.xz") as found:
+            member = next(member for member in found if member.name.endswith(name))
+            assert str(tmp_path).encode() not in found.extractfile(member).read()  # type: ignore[union-attr]
+    capsys.readouterr()
+    again = ["test", f"folder={tmp_path}/second", f"out={tmp_path}/out"]
+    reproduce.main([*again, "stored=true"])
+    assert "started" not in capsys.readouterr().out
+    assert (out / "results-small.json").read_bytes() == results
+    assert (out / "runs-small.tar.xz").read_bytes() == archive
+    (tmp_path / "second" / "small").rename(tmp_path / "elsewhere")
+    reproduce.main(again)
+    assert capsys.readouterr().out.count("started") == 4
+
+
+def test_stored_runs_do_not_replace_finished_ones(stored_item: Item, tmp_path: Path) -> None:
+    reproduce.main(["test", f"folder={tmp_path}", f"out={tmp_path}/out"])
+    path = next((tmp_path / "small").glob("*/runs/a/summary.json"))
+    path.write_text(json.dumps({"validation": {"reward": {"gain": {"mean": 7.0}}}}))
+    reproduce.main(["test", f"folder={tmp_path}", f"out={tmp_path}/out", "stored=true"])
+    assert json.loads(path.read_text())["validation"]["reward"]["gain"]["mean"] == 7.0
+
+
+def test_rows_with_missing_runs_are_left_out_if_nothing_is_started(stored_item: Item, tmp_path: Path) -> None:
+    first, second = stored_item.sizes["small"][0].rows
+    for row, seed in ((first, 1), (first, 2), (second, 1)):
+        job = list_jobs(stored_item.sizes["small"][0], row, seed, tmp_path / "small", {})["train"]
+        assert Runner().run(job) == ""
+    reproduce.main(["test", f"folder={tmp_path}", f"out={tmp_path}/out", "start=false"])
+    (cell,) = next(read_results(tmp_path / "out" / "test"))[1]
+    assert (cell.row, cell.seeds, cell.value) == ("row 0", [1, 2], pytest.approx(0.15))
+
+
+def test_stored_runs_continue_no_other() -> None:
+    """Their models are removed."""
+    for item in ITEMS.values():
+        for table in item.sizes["small"]:
+            if table.stored:
+                assert {"train"} == {stage for row in table.rows for stage in row.stages}
+                assert not any(list_jobs(table, row, 0, Path("x"), {})["train"].needs for row in table.rows)
 
 
 def test_command_runs_while_others_wait_for_what_they_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
