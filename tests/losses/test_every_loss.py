@@ -264,6 +264,10 @@ INVALID: list[tuple[type, list[dict[str, Any]], str]] = [
     ),
     (VAR, [{"temperature_unit": "std"}], "loss.temperature_unit must be reward or sd, got std"),
     (
+        VAR, [{"roulette": True}],
+        "loss.roulette=true has no effect with loss.min_weight=0. Set loss.min_weight=1.",
+    ),
+    (
         VAR, [{"min_weight": -0.1}, {"estimator": InBatch(), "min_weight": 0.1}],
         "loss.min_weight must be at least 0, and 0 with an in-batch estimator, whose micro-batches are fixed",
     ),

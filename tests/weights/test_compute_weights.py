@@ -10,7 +10,17 @@ from torch.testing import assert_close
 from tests.helpers.losses import double
 from tests.helpers.weights import make_inputs, require_weights, weigh
 from var.utils.errors import UserError
-from var.weights.estimators import Global, Grouped, InBatch, Prompt, Value, normalize_log_weights, scale_temperature
+from var.weights.estimators import (
+    Global,
+    Grouped,
+    InBatch,
+    Prompt,
+    Value,
+    compute_weights,
+    normalize_log_weights,
+    play_roulette,
+    scale_temperature,
+)
 from var.weights.groups import within_prompt_std
 
 LOGS = [0.0, math.log(2), math.log(9)]
@@ -93,6 +103,23 @@ def test_normalization_takes_the_mean_over_kept_weights():
 def test_weights_that_train_have_mean_1(estimator, settings, rewards, expected):
     inputs = make_inputs(rewards, [i // 2 for i in range(len(rewards))])
     assert_close(weigh(estimator, inputs, **settings), double(expected), rtol=1e-7, atol=1e-8)
+
+
+def test_roulette_keeps_the_expectation_and_raises_small_weights():
+    """Weights 0.3, 1.2, 2.5 and 0 with a minimum of 1: the first survives three draws of ten, and then counts 1."""
+    weights, draws = double([0.3, 1.2, 2.5, 0.0]), torch.arange(10).double() / 10
+    found = torch.stack([play_roulette(weights, 1.0, draw.expand(4)) for draw in draws])
+    assert_close(found.mean(0), weights)
+    assert found[:, 0].tolist() == [1.0] * 3 + [0.0] * 7
+    assert bool(((found == 0) | (found >= 1)).all())
+
+
+def test_weights_after_roulette_have_mean_1_over_those_that_train():
+    """e^{r/λ} = 1, 2, 9 has the weights 0.25, 0.5, 2.25. With draws of 0.2, 0.6 and 0.9, the first becomes 1 and the
+    second 0, so 1 and 2.25 remain, of mean 1.625."""
+    inputs, requirement = make_inputs(LOGS), require_weights(Global(), temperature=1.0, min_weight=1.0, roulette=True)
+    found = compute_weights(requirement, inputs, double([0.2, 0.6, 0.9]))
+    assert_close(found, double([1, 0, 2.25]) / 1.625)
 
 
 def test_temperature_in_units_of_the_standard_deviation():

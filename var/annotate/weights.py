@@ -31,6 +31,8 @@ from var.weights.estimators import InBatch, compute_weights, scale_temperature
 from var.weights.groups import zero_variance
 from var.weights.inputs import WeightInputs, micro_batch_inputs
 
+ROULETTE = b"roulette"  # its random numbers are not those of the plan, which has the same seed
+
 
 class ProvideWeights(Provider[Weights]):
     """Provides exp(r/λ) / Z(x) of each response, of mean 1 over the training responses unless the reference is live."""
@@ -49,7 +51,8 @@ class ProvideWeights(Provider[Weights]):
         """Compute the weights, unless they depend on the micro-batch. Return the responses of positive weight."""
         if self.requirement.estimator.needs_plan:
             return None
-        data.weights = compute_weights(self.requirement, self._inputs(data))
+        draws = np.random.default_rng([data.settings.seed, *ROULETTE]).random(len(data.sequences))
+        data.weights = compute_weights(self.requirement, self._inputs(data), torch.from_numpy(draws))
         keep = data.weights.numpy() > 0
         self._report_skipped(data, keep)
         return np.flatnonzero(keep)
@@ -148,7 +151,9 @@ class ProvideWeights(Provider[Weights]):
         report.sequences_skipped_with_them = int((~keep & equal).sum())
         if (~keep & ~equal).any():
             small = int((~keep & ~equal).sum())
-            if min_weight:
+            if self.requirement.roulette:
+                report.sequences_lost_in_roulette = small
+            elif min_weight:
                 report.sequences_below_min_weight = small
             else:
                 report.sequences_of_zero_weight = small

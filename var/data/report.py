@@ -64,6 +64,8 @@ class DataReport:
     """Sequences of the skipped groups."""
     sequences_below_min_weight: int | None = None
     """Sequences whose weight is below loss.min_weight."""
+    sequences_lost_in_roulette: int | None = None
+    """Those that loss.roulette has not kept."""
     sequences_of_zero_weight: int | None = None
     """Sequences whose weight underflows to 0."""
     sequences: int | None = None

@@ -31,6 +31,8 @@ class VAR:
     """`reward`, or `sd` for multiples of the reward's standard deviation within a prompt."""
     min_weight: float = 0.0
     """Responses with a smaller weight are skipped: each would cost as much as any other and teach little."""
+    roulette: bool = False
+    """Whether they are kept with probability weight/min_weight instead, with weight min_weight, which is unbiased."""
     normalize: Normalize = "token"
     """`token` divides by the response tokens of the optimizer step, `sequence` by its sequences."""
 
@@ -43,6 +45,8 @@ class VAR:
             raise UserError(
                 "loss.min_weight must be at least 0, and 0 with an in-batch estimator, whose micro-batches are fixed"
             )
+        if self.roulette and not self.min_weight:
+            raise UserError("loss.roulette=true has no effect with loss.min_weight=0. Set loss.min_weight=1.")
         check_normalize(self.normalize)
 
     @property
@@ -55,6 +59,7 @@ class VAR:
                 temperature=self.temperature,
                 temperature_unit=self.temperature_unit,
                 min_weight=self.min_weight,
+                roulette=self.roulette,
             ),
         )
 

@@ -31,16 +31,38 @@ ROUNDING = 2**20 * torch.finfo(torch.float64).eps
 AT_ONCE = 2**16  # micro-batches whose weights are computed at once, which bounds memory
 
 
-def compute_weights(requirement: Weights, inputs: WeightInputs) -> Tensor:
-    """Return [n] float64 weights of mean 1 over the training responses, and 0 for the others."""
+def compute_weights(requirement: Weights, inputs: WeightInputs, uniform: Tensor | None = None) -> Tensor:
+    """Return [n] float64 weights of mean 1 over the training responses, and 0 for the others.
+
+    uniform: [n] draws from [0, 1) for Russian roulette, if `requirement.roulette` is set.
+    """
     estimator = requirement.estimator
     log_weights = normalize_log_weights(estimator(inputs, scale_temperature(requirement, inputs)))
     weights = log_weights.exp()
+    if requirement.roulette:
+        assert uniform is not None
+        return normalize_log_weights(play_roulette(weights, requirement.min_weight, uniform).log()).exp()
     # Below the minimum, or so small that exp rounds it to 0.
     small = (weights < requirement.min_weight) | ((weights == 0) & (log_weights > -torch.inf))
     if small.any() and not estimator.needs_plan:  # micro-batches that are already fixed keep all their responses
         weights = normalize_log_weights(weights.masked_fill(small, 0.0).log()).exp()
     return weights
+
+
+def play_roulette(weights: Tensor, least: float, uniform: Tensor) -> Tensor:
+    """Return weights [n] with the same expectation, each of which is 0 or at least `least`.
+
+    A weight w < least becomes `least` with probability w/least, and else 0. Among all such independent choices that
+    keep as many in expectation, this has the smallest sum of variances (threshold sampling: Duffield, Lund and Thorup,
+    "Learn more, sample less", IEEE Transactions on Information Theory, 2005).
+
+    Args:
+        weights: [n], not negative.
+        least: the smallest weight that is worth a sequence's cost.
+        uniform: [n] draws from [0, 1).
+    """
+    raised = torch.where(uniform * least < weights, least, 0.0).to(weights)
+    return torch.where(weights < least, raised, weights)
 
 
 def weigh(
