@@ -82,11 +82,15 @@ def finished(tmp_path: Path) -> dict[float, Path]:
     return {summary["config"]["loss"]["temperature"]: folder for folder, summary in summaries.items()}
 
 
-def sweep(*overrides: str) -> None:
-    """Run `python train.py -m …` in a process of its own, since a launcher sends the entry point to others."""
+def sweep(*overrides: str) -> str:
+    """Run `python train.py -m …` in a process of its own, since a launcher sends the entry point to others.
+
+    Return what it has printed.
+    """
     process = spawn(str(ROOT / "train.py"), "-m", *overrides)
     out, err = process.communicate(timeout=1800)
     assert process.returncode == 0, out + err
+    return out
 
 
 @pytest.mark.long
@@ -101,7 +105,11 @@ def sweep(*overrides: str) -> None:
 def test_jobs_run_in_parallel(plugin: str, launcher: list[str], own: list[str], tmp_path: Path) -> None:
     """Two jobs that start together on an empty annotation cache both finish, each in its folder."""
     require(plugin)
-    sweep(*launcher, *own, "loss.temperature=0.5,1")
+    printed = sweep(*launcher, *own, "loss.temperature=0.5,1")
+    if plugin == "hydra_joblib_launcher":  # submitit writes what a job prints to a file, and ray adds a prefix
+        for job in (0, 1):
+            assert f"#{job} Training: 4 steps" in printed
+    assert re.search(r"Sweep\n.*\n.*\n.*#0 loss.temperature=0.5 .*\n.*#1 loss.temperature=1 ", printed)
     runs = finished(tmp_path)
     assert set(runs) == {0.5, 1.0}
     assert len(set(runs.values())) == 2

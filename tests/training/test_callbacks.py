@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.helpers.runs import fit
 from var.evaluate.answers import Answers, win_rate
 from var.evaluate.judges.base import Judgement
 from var.losses.base import Mean
@@ -56,6 +58,20 @@ def test_low_effective_sample_size_is_reported_once_with_its_cause(health, cause
     printed = capsys.readouterr().out.replace("\n", " ")
     assert printed.count("effective sample size since the last log is 0.25") == 1
     assert cause in printed
+
+
+@pytest.mark.parametrize(("limit", "total"), [([], "3 steps"), (["trainer.max_seconds=600"], "3 steps or 600 s")])
+def test_training_prints_its_progress_without_a_terminal(
+    limit: list[str], total: str, options: list[str], tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr("var.training.metrics.PACE", 0.0)
+    fit(options, tmp_path, "loss=sft", "trainer.max_steps=3", "trainer.log_every_n_steps=1", *limit)
+    first, *lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Training: ")]
+    assert first == f"Training: {total}"
+    for step, line in enumerate(lines, 1):
+        left = r"about 0:0\d:\d\d left"
+        assert re.fullmatch(rf"Training: step {step} of {total}, loss \d+\.\d+, [\d,]+ tokens/s, {left}", line), line
+    assert len(lines) == 3
 
 
 SCHEDULE = Schedule(kind="cosine", warmup=0.2, floor=0.1)

@@ -33,9 +33,20 @@ def test_console_prints_names_literally(capsys, monkeypatch):
     with stage(f"{HOSTILE} ", 1, "[/units]") as advance:
         advance(1)
     printed = capsys.readouterr().out
-    assert printed.count(SHOWN) == 7
+    assert printed.count(SHOWN) == 6
     assert "[/units]" in printed
     assert not set(HOSTILE) & set("\x1b\x9b\u202e\u2066\x08") & set(printed)
+
+
+def test_progress_bar_prints_names_literally(capsys, monkeypatch):
+    for name, value in (("_width", 400), ("_force_terminal", True), ("_color_system", None)):
+        monkeypatch.setattr(console, name, value)
+    with stage(f"{HOSTILE} ", 1, "[/units]") as advance:
+        advance(1)
+    printed = capsys.readouterr().out
+    assert "━" in printed
+    assert SHOWN in printed
+    assert "1/1 [/units]" in printed
 
 
 def test_tokens_of_debug_rows_are_visible(tokenizer, capsys):

@@ -64,7 +64,7 @@ def run_command(main: Callable[[], Any]) -> None:
     finally:
         gc.enable()
         sweep = sys.modules.get("var.config.sweep")  # Hydra has imported it, if there are jobs
-        if failures := sweep.list_failures() if sweep else []:
+        if failures := sweep.end_sweep() if sweep else []:
             sys.stdout.flush()
             print("\nFailed jobs:", *failures, sep="\n", file=sys.stderr)
     if caught is None and not failures:

@@ -1,6 +1,7 @@
 """Run the jobs of a sweep: each with its processes and GPUs, and all of them even if some fail."""
 
 import functools
+import json
 import os
 import shutil
 import signal
@@ -97,6 +98,15 @@ class Sweep(Callback):
             end_with_parent(signal.SIGTERM)
         elif self.pid not in (None, os.getpid()):  # a worker of joblib or submitit
             follow_parent_once()
+        self._label(config)
+
+    def _label(self, config: DictConfig) -> None:
+        """Begin the lines of a job with its number, if others may run at the same time."""
+        from var.utils.console import label_lines, say
+
+        if self.record or self.pid not in (None, os.getpid()):
+            label_lines(f"#{config.hydra.job.num}")
+            say(" ".join(config.hydra.overrides.task))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         """Remove the folder of a job that wrote nothing. Record the error of a failed job, and print it."""
@@ -111,9 +121,13 @@ class Sweep(Callback):
             if failed and folder.is_dir() and not (folder / "summary.json").exists() and not find_holder(folder):
                 with suppress(OSError):  # such as a full disk
                     (folder / ERROR).write_text(f"{text}\n")
-        if not failed or not (self.record or self.failures):
+        if not (self.record or self.failures) or (self.record and not failed):
             return
-        job = config.hydra.job.num
+        job, words = config.hydra.job.num, config.hydra.overrides.task
+        own = " ".join(word for word in words if word.partition("=")[0].lstrip("+") in self.swept)
+        if not failed:
+            _write_once(self.path(job, "done"), json.dumps({"job": f"#{job} {own}", "folder": str(folder)}))
+            return
         if self.record:  # the command prints it
             _write_once(Path(self.record), text)
             return
@@ -121,28 +135,47 @@ class Sweep(Callback):
             sys.excepthook(type(error), error, error.__traceback__)
         elif not isinstance(error, JobFailed):
             print(f"Job {job} failed: {message}", file=sys.stderr, flush=True)
-        words = config.hydra.overrides.task
-        own = " ".join(word for word in words if word.partition("=")[0].lstrip("+") in self.swept)
         lines = [f"#{job} {own}", " ".join(text.split())[:300], *([str(folder)] if folder.exists() else [])]
         _write_once(self.path(job, "job"), "\n    ".join(lines))
         if config.hydra.sweeper._target_.endswith("BasicSweeper"):  # it would stop before its next batch
             job_return.status, job_return.return_value = JobStatus.COMPLETED, None
 
     def path(self, job: int, kind: str) -> Path:
-        """Return the file of a job's error: `kind` is "job", or "process" for that of its own process."""
+        """Return the file of a job's error or end: `kind` is "job" or "done", or "process" for its own process."""
         assert self.failures is not None
         return self.failures / f"{job:06}.{kind}"
 
 
-def list_failures() -> list[str]:
-    """Return a text per failed job of this process's sweep, which is over."""
+def end_sweep() -> list[str]:
+    """Print the results of this process's sweep, which is over, and return a text per failed job."""
     sweep, Sweep.current = Sweep.current, None
     if sweep is None or sweep.failures is None or sweep.locks is None:
         return []
     texts = [path.read_text() for path in sorted(sweep.failures.glob("*.job"))]
+    show_results([json.loads(path.read_text()) for path in sorted(sweep.failures.glob("*.done"))])
     for folder in (sweep.failures, sweep.locks):
         shutil.rmtree(folder, ignore_errors=True)
     return texts
+
+
+def show_results(jobs: Sequence[Mapping[str, str]]) -> None:
+    """Print a row for each job that trained a model. jobs: its number with its own overrides, and its folder."""
+    from rich.table import Table
+
+    from var.utils.console import console
+    from var.utils.statistics import Estimate
+
+    table = Table("job", title="Sweep", title_justify="left")
+    for title in ("reward", "gain", "KL, nats", "optimizer steps"):
+        table.add_column(title, justify="right")
+    for job in jobs:
+        with suppress(OSError, ValueError, KeyError, TypeError):  # not of train.py, or damaged since
+            summary = read_summary(Path(job["folder"]))
+            scores = summary["validation"].get("reward") or summary["validation"].get("accuracy") or {}
+            numbers = (scores.get("after"), scores.get("gain"), summary["kl"])
+            table.add_row(job["job"], *(str(Estimate.from_json(one)) for one in numbers), str(summary["steps"]))
+    if len(table.rows) > 1:
+        console.print(table)
 
 
 def is_multirun() -> bool:

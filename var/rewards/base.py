@@ -44,12 +44,13 @@ class Triples(Sequence[Triple]):
 class Reward(Protocol):
     """A reward of texts.
 
-    Five members are optional:
+    Six members are optional:
         reads_answers: True if the reward compares with a row's `answer`. Rows without one are then an error before
             anything is sampled.
         text_fault(prompt, response): Return why the reward cannot score a text, or None. All such texts are reported
             before any is scored.
         answer_fault(answer): Return why the reward cannot use an answer, or None. Such rows are an error too.
+        counts: What a mean reward is the fraction of, if each is 0 or 1, such as "right answers".
         origin: The weights that are used, in words or by the names of members, for the files of runs.
         release(): Free the memory of the reward's model, which the next use loads again.
     """

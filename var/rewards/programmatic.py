@@ -48,6 +48,7 @@ class ExactNumber(NumberReward):
     """Score a response with 1 if its last number equals the row's answer, else with 0."""
 
     program = "exact_number"
+    counts = "right answers"
 
     def _grade(self, found: Fraction | None, answer: Fraction) -> float:
         return float(found == answer)

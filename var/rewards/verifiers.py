@@ -46,6 +46,7 @@ class MathVerify:
 
     scores_text = True
     reads_answers = True
+    counts = "right answers"
 
     def __post_init__(self) -> None:
         if self.timeout < 1:

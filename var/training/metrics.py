@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import reduce
 from typing import Any
 
@@ -13,7 +14,7 @@ from lightning.pytorch.callbacks import Callback, RichProgressBar
 
 from var.training.loggers import log
 from var.training.module import AlignmentModule
-from var.utils.console import warn
+from var.utils.console import PACE, say, warn
 from var.utils.distributed import Ranks
 from var.utils.peak_memory import read_peak, reset_peak
 
@@ -113,6 +114,46 @@ class ProgressBar(RichProgressBar):
         """Return Lightning's metrics and the loss."""
         loss = step_metrics(trainer).loss
         return {**super().get_metrics(trainer, module), **({} if loss is None else {"loss": loss})}
+
+
+class ProgressLines(Callback):
+    """Prints step, loss, speed and the time left at most every PACE seconds, where there are no progress bars."""
+
+    def __init__(self) -> None:
+        self._first, self._started, self._printed = 0, 0.0, 0.0
+
+    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Start the clock."""
+        self._first, self._started = trainer.global_step, time.monotonic()
+        self._printed = self._started
+        if trainer.is_global_zero:
+            say(f"Training: {_count_steps(trainer)}")
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Print a line if one is due."""
+        step, now = trainer.global_step, time.monotonic()
+        if step == self._first or now - self._printed < PACE or not trainer.is_global_zero:
+            return
+        self._printed, metrics = now, step_metrics(trainer)
+        parts = [f"Training: step {step} of {_count_steps(trainer)}"]
+        if metrics.loss is not None:
+            parts.append(f"loss {metrics.loss:.4g}")
+        parts.append(f"{metrics.tokens_per_second * trainer.world_size:,.0f} tokens/s")
+        left = (trainer.estimated_stepping_batches - step) * (now - self._started) / (step - self._first)
+        limit = budget(trainer)
+        left = min(left, limit.seconds - limit.spent)
+        if 0 <= left < math.inf:
+            parts.append(f"about {timedelta(seconds=round(left))} left")
+        say(", ".join(parts))
+
+
+def _count_steps(trainer: lightning.Trainer) -> str:
+    """Return the number of optimizer steps as a text, or the limit of seconds that ends a run without one."""
+    steps, seconds = trainer.estimated_stepping_batches, budget(trainer).seconds
+    limit = "" if seconds == math.inf else f"{seconds:g} s"
+    return limit if steps == math.inf else f"{int(steps):,} steps" + (f" or {limit}" if limit else "")
 
 
 def step_metrics(trainer: lightning.Trainer) -> StepMetrics:

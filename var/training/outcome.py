@@ -43,6 +43,7 @@ def summarize(run: Run, trainer: lightning.Trainer, seconds: float) -> dict[str,
             validation["reward"]["gain"] = result.get("gain")
             validation["win_rate"] = result.get("win_rate")
             validation["judge"] = result.get("judge")
+            validation["counts"] = count_what(run)
     outcome = validation.get("reward") or validation.get("accuracy")
     training = run.steps.seconds + run.steps.waited - data.seconds_of_rollouts
     report = data.report.to_json()
@@ -86,6 +87,13 @@ def summarize(run: Run, trainer: lightning.Trainer, seconds: float) -> dict[str,
         "changes": run.recorded.history,
         **collect_environment(),
     }
+
+
+def count_what(run: Run) -> str | None:
+    """Return what the mean validation reward is the fraction of, or None if it is not a fraction."""
+    own = getattr(run.validation, "reward", None)
+    scaled = own is None and run.data.training_set.scale.kind != "raw"
+    return None if scaled else getattr(own or run.annotator.reward, "counts", None)
 
 
 class Export(Callback):

@@ -61,12 +61,12 @@ from var.training.checks import (
 )
 from var.training.datamodule import AlignmentData
 from var.training.loggers import Curves, PlanFile, make_loggers
-from var.training.metrics import Budget, PeakMemory, ProgressBar, StepMetrics
+from var.training.metrics import Budget, PeakMemory, ProgressBar, ProgressLines, StepMetrics
 from var.training.module import AlignmentModule
 from var.training.resume import Settings
 from var.training.sharded import ShardingStrategy
 from var.training.validation import PairAccuracy, Validation, evaluate_reference
-from var.utils.console import console, silence_libraries, warn
+from var.utils.console import shows_progress, silence_libraries, warn
 from var.utils.distributed import bind_device
 from var.utils.errors import UserError
 
@@ -213,8 +213,7 @@ class Run:
         # The peaks come before the clock of the steps, since memory is returned between two stages.
         callbacks: list[Any] = [self.recorded, self.peaks, self.steps, budget, saving, PlanFile(self.folder)]
         callbacks += [*before_evaluation, *([self.validation] if self.validation else [])]
-        if console.is_terminal:
-            callbacks += [ProgressBar(), RichModelSummary(max_depth=1)]
+        callbacks += [ProgressBar(), RichModelSummary(max_depth=1)] if shows_progress() else [ProgressLines()]
         strategy = cfg.strategy.name
         check_strategy(cfg, settings)
         if "_target_" in cfg.strategy:
@@ -247,8 +246,8 @@ class Run:
             profiler=PROFILERS[settings.profiler](self.folder) if settings.profiler else None,
             default_root_dir=self.folder,
             enable_checkpointing=False,  # Lightning's own; ours is a callback
-            enable_progress_bar=console.is_terminal,
-            enable_model_summary=console.is_terminal,
+            enable_progress_bar=shows_progress(),
+            enable_model_summary=shows_progress(),
             use_distributed_sampler=False,
             num_sanity_val_steps=0,
         )

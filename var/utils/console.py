@@ -1,5 +1,6 @@
 """Terminal output of the first rank: lines, warnings and progress bars."""
 
+import io
 import logging
 import os
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 from rich.text import Text
 
 from var.utils.visible import visible
@@ -24,9 +26,11 @@ class Terminal(Console):
         return super().render_str(visible(text), **options)
 
 
-PACE = 30.0  # seconds after which a log has the time that a stage will take
+PACE = 30.0  # seconds between two lines of a log about the same stage
+LOG_WIDTH = 100  # characters of tables in the log file
 
 console = Terminal(soft_wrap=True, highlight=False, markup=False, emoji=False)
+_label = ""
 
 
 def is_first_rank() -> bool:
@@ -34,19 +38,48 @@ def is_first_rank() -> bool:
     return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0
 
 
+def label_lines(label: str) -> None:
+    """Begin each line with a label, as of one of several jobs at once, which then has no progress bars."""
+    global _label
+    _label = f"{label} " if label else ""
+
+
+def shows_progress() -> bool:
+    """Return whether there are progress bars, and not lines of a log."""
+    return console.is_terminal and not _label
+
+
 def say(text: str) -> None:
-    """Print a line on the first rank."""
-    if is_first_rank():
-        console.print(text)
+    """Print a line on the first rank, and write it to the log file of the run if there is one."""
+    _say(text, logging.INFO)
 
 
 def warn(text: str) -> None:
     """Print a warning on the first rank, and write it to the log file of the run if there is one."""
-    say(f"Warning: {text}")
-    record = logging.LogRecord("var", logging.WARNING, __file__, 0, visible(text), None, None)
+    _say(text, logging.WARNING)
+
+
+def _say(text: str, level: int) -> None:
+    if is_first_rank():
+        console.print(f"{_label}{'Warning: ' if level == logging.WARNING else ''}{text}")
+    _write_log(text, level)
+
+
+def _write_log(text: str, level: int) -> None:
+    record = logging.LogRecord("var", level, __file__, 0, visible(text), None, None)
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.FileHandler):
             handler.handle(record)
+
+
+def show(table: Table) -> None:
+    """Print a table, and write it to the log file of the run if there is one."""
+    if _label:
+        console.print(_label.rstrip())
+    console.print(table)
+    text = io.StringIO()
+    Terminal(file=text, width=LOG_WIDTH).print(table)
+    _write_log(f"\n{text.getvalue().rstrip()}", logging.INFO)
 
 
 @contextmanager
@@ -63,45 +96,44 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 def stage(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     """Show a progress bar on the first rank, and yield the function that advances it by a number of units.
 
-    Without a terminal, print the title at the start, the time left once, and the bar once at the end. If `total` is 0,
-    print nothing.
+    Without a terminal, print the title at the start, the time left every PACE seconds, and the duration at the end. If
+    `total` is 0, print nothing.
     """
     if total == 0 or not is_first_rank():
         yield lambda done: None
         return
-    if not console.is_terminal:
+    if not shows_progress():
         say(f"{title}: {total} {unit}")
+        started = time.monotonic()
+        yield _measure_pace(title, total, unit)
+        if (seconds := round(time.monotonic() - started)) > 0:
+            say(f"{title}: {total} {unit} in {timedelta(seconds=seconds)}")
+        return
     columns = (
         TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
         TextColumn(unit, markup=False),
     )  # fmt: skip
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar:
         task = bar.add_task(visible(title), total=total)
-        measure = (lambda done: None) if console.is_terminal else _measure_pace(title, total, unit)
-
-        def advance(done: int) -> None:
-            bar.advance(task, done)
-            measure(done)
-
-        yield advance
+        yield lambda done: bar.advance(task, done)
 
 
 def _measure_pace(title: str, total: int, unit: str) -> Callable[[int], None]:
-    """Return a function that counts units, and prints the time left when the pace has been measured for PACE seconds.
+    """Return a function that counts units, and prints the time left every PACE seconds.
 
     The clock starts after the first units, which may have waited for a model to be loaded.
     """
-    count, first, printed = 0, (0, 0.0), False
+    count, first, printed = 0, (0, 0.0), 0.0
 
     def measure(done: int) -> None:
         nonlocal count, first, printed
         count, now = count + done, time.monotonic()
         if first[0] == 0:
-            first = count, now
-        elif not printed and now - first[1] >= PACE and count < total:
+            first, printed = (count, now), now
+        elif now - printed >= PACE and count < total:
             left = (total - count) * (now - first[1]) / (count - first[0])
             say(f"{title}: {count} of {total} {unit}, about {timedelta(seconds=round(left))} left")
-            printed = True
+            printed = now
 
     return measure
 
