@@ -2,10 +2,9 @@
 
 Hours follow from arithmetic at a fraction of a GPU's speed, and have not been compared with a GPU:
 
-- Training takes 8 floating-point operations per parameter and token (each layer is computed again for the backward
-  pass), scoring takes 2, at `tflops`. The default, 125, is 40 % of an A100's 312 in bfloat16.
-- B×B log-probabilities and rewards read each response B times.
-- Sampling takes 2 per parameter and token at a tenth of that speed, because it reads all weights for each token.
+- Operations are counted by `var/training/work.py`. `tflops` is how many a GPU does per second in training. The default,
+  125, is 40 % of an A100's 312 in bfloat16.
+- Evaluations during training are not counted.
 - Tokens are an upper bound until the data is read: each sequence counts with data.max_length.
 """
 
@@ -27,14 +26,12 @@ from experiments.jobs import ROOT, Job, count_gpus
 from experiments.overrides import ROOTS, compose_command, find_missing
 from var.data.sources.hub import HubSource
 from var.models.gguf import PACKAGED
-from var.requirements import Rollout, find
 from var.training.alternatives import describe_stages
-from var.training.dry_run import count_work
 from var.training.memory import GIB, MemoryModel
 from var.training.run import Run
+from var.training.work import SAMPLING_SPEED, SCORING, count_operations, count_parameters, count_work
 from var.utils.errors import UserError
 
-TRAINING, SCORING, SAMPLING_SPEED = 8, 2, 0.1
 CARDS = {"llama3.1-8b": 8, "qwen2.5-14b": 8, "qwen2.5-32b-int4": 32}  # of the paper's GPUs; other models: 4
 HHA_PROMPTS = 8_206  # without helpful_rejection's bad rows and the others'; the paper: 8.2k
 
@@ -114,23 +111,8 @@ def _estimate_training(cfg: DictConfig, speed: float) -> Estimate:
         memory = tuple(_describe_memory(plan)) if plan else ()
         if work is None:
             return Estimate("rows are not known before the data is read", None, checkpoint + export, memory)
-        parameters, reward = model.counts.total, _count(cfg.reward)
-        once = work.tokens / work.epochs
-        online = find(run.data.requirements, Rollout)
-        inputs = [
-            name for one in run.data.requirements for name in getattr(getattr(one, "estimator", None), "inputs", ())
-        ]
-        batch = cfg.data.micro_batch
-        operations: float = TRAINING * parameters * work.tokens
-        if run.data.requirements:
-            scored = batch if "cross_rewards" in inputs else 1
-            read = batch if "cross_logps" in inputs else 1
-            operations += SCORING * once * (scored * reward + read * parameters)
-        if online is not None:
-            operations += SCORING * parameters * work.tokens / SAMPLING_SPEED
-        if "candidates" in inputs:
-            tokens = work.rows * cfg.loss.estimator.candidates * cfg.generate.max_new_tokens
-            operations += tokens * SCORING * (parameters / SAMPLING_SPEED + reward)
+        needed = count_operations(run, work, model.counts.total)
+    operations = needed.annotating + needed.training
     return Estimate(work.describe(), operations / speed, checkpoint + export, memory)
 
 
@@ -152,9 +134,9 @@ def _estimate_sampling(cfg: DictConfig, speed: float, all_pairs: bool) -> Estima
     if prompts is None:
         return Estimate("the number of prompts is not known before the data is read", None)
     responses = len(cfg.seeds) if "seeds" in cfg else cfg.generate.responses
-    parameters, reward = _count(cfg.model), _count(cfg.reward)
+    parameters, reward = count_parameters(cfg.model), count_parameters(cfg.reward)
     tokens = prompts * responses * cfg.generate.max_new_tokens
-    operations = tokens * SCORING * (parameters / SAMPLING_SPEED + reward)
+    operations = tokens * SCORING * (parameters / SAMPLING_SPEED["cuda"] + reward)
     work = f"{prompts:,} prompts × {responses} responses of at most {cfg.generate.max_new_tokens} tokens"
     if all_pairs:
         operations += prompts**2 * cfg.data.max_length * SCORING * (parameters + reward)
@@ -162,22 +144,6 @@ def _estimate_sampling(cfg: DictConfig, speed: float, all_pairs: bool) -> Estima
     if cfg.get("benchmarks"):
         work += ", and benchmarks, which are not counted"
     return Estimate(work, operations / speed)
-
-
-@cache
-def _count_of(architecture: str) -> int:
-    sizes = yaml.safe_load(architecture)
-    hidden, layers, vocabulary = sizes["hidden_size"], sizes["num_hidden_layers"], sizes["vocab_size"]
-    key = hidden * sizes["num_key_value_heads"] // sizes["num_attention_heads"]
-    layer = 2 * hidden * hidden + 2 * hidden * key + 3 * hidden * sizes["intermediate_size"]
-    return int(layers * layer + vocabulary * hidden)
-
-
-def _count(part: DictConfig | None) -> int:
-    """Return the number of parameters of a model or a reward model, with one table of embeddings; 0 for a program."""
-    if part is None or not (sizes := part.get("architecture")):
-        return 0
-    return _count_of(OmegaConf.to_yaml(sizes, resolve=True))
 
 
 def list_downloads(command: Command) -> dict[str, str]:

@@ -68,7 +68,7 @@ class AlignmentData(lightning.LightningDataModule):
         self.saved: dict[str, Any] | None = None
         """The state in the checkpoint that the run resumes from."""
         self._start = (0, 0)
-        self._have_responses: bool | None = None
+        self._have_responses: bool | None = None  # before the rows are read
         """Whether the rows' own responses train; None before the rows are read."""
         self._ready = False
 
@@ -118,9 +118,20 @@ class AlignmentData(lightning.LightningDataModule):
         self.seconds = time.perf_counter() - started
         self._ready = True
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether the rows have been read."""
+        return self._have_responses is not None
+
+    @property
+    def samples_responses(self) -> bool:
+        """Whether responses are sampled before training, as far as it is known before the rows are read."""
+        known = not self._have_responses if self.has_rows else self.settings.responses == "sampled"
+        return known and not self.rollout
+
     def read_rows(self) -> None:
         """Read, check and split the rows. Commands call it before they load a model."""
-        if self._have_responses is not None:
+        if self.has_rows:
             return
         data, settings, report = self.training_set, self.settings, self.report
         self.annotator.check_folders()

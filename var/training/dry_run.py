@@ -1,16 +1,15 @@
 """debug=dry: a verdict, and what a run needs: annotations, memory, disk, and one rendered row. Nothing is computed."""
 
-from dataclasses import dataclass
 from typing import Any
 
 from var.annotate.annotator import MissingAnnotations
 from var.config.choices import describe_choices
 from var.data.read import read
-from var.requirements import Rollout, find
 from var.training.alternatives import MemoryPlan, check_memory, describe_stages, plan_memory
 from var.training.checkpoints import free_bytes
 from var.training.memory import GIB, MemoryModel
 from var.training.run import Run
+from var.training.work import count_operations, count_work, describe_time
 from var.utils.console import console, say
 from var.utils.errors import UnavailableError
 
@@ -77,59 +76,14 @@ def show_verdict(run: Run, plan: MemoryPlan, model: MemoryModel, unavailable: li
         say(f"  {line}")
     work = count_work(run)
     say(f"  {work.describe() if work else 'rows, optimizer steps and tokens are not known'}")
+    if work:
+        operations = count_operations(run, work, model.counts.total, "cuda" if settings.gpu else "cpu")
+        say(f"  {describe_time(operations, settings)}")
     window = cfg.data.global_batch // cfg.data.micro_batch
     if padding := -window % settings.world:
         say(
             f"  each optimizer step has {window} micro-batches on {settings.world} devices: {padding} turns are padding"
         )
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a run trains on. Before the data is read, steps are estimated and tokens are an upper bound."""
-
-    rows: int
-    read: bool
-    """Whether the data was read. Otherwise `rows` is the number on the hub."""
-    planned: bool
-    """Whether steps and tokens are exact."""
-    epochs: int
-    steps: int
-    """Optimizer steps in all epochs."""
-    tokens: int
-    """Prompt and response tokens in all epochs."""
-
-    def describe(self) -> str:
-        """Return rows, optimizer steps and tokens as a text."""
-        about, most = ("", "") if self.planned else ("about ", "at most ")
-        rows = f"{self.rows:,} rows{'' if self.read else ' on the hub'}"
-        return f"{rows}; {about}{self.steps:,} optimizer steps in {self.epochs} epochs; {most}{self.tokens:,} tokens"
-
-
-def count_work(run: Run) -> Work | None:
-    """Return what a run trains on, or None if the number of rows is not known."""
-    data, cfg = run.data, run.cfg
-    epochs, online = cfg.trainer.epochs, find(data.requirements, Rollout)
-    rows = data.report.rows or getattr(data.source, "expected_rows", None)
-    if rows is None:
-        return None
-    planned = bool(data.report.steps_per_epoch)
-    if planned:
-        steps = data.report.steps_per_epoch * epochs
-        tokens = int(data.training_set.plan.work.sum()) * epochs
-    else:
-        limited = min(rows, cfg.data.limit or cfg.data.sample or rows) - cfg.data.validation_prompts
-        sequences = data.training_set.unit == "sequence" and cfg.data.responses in ("auto", "both", "all")
-        each = getattr(data.source, "expected_responses", 1) if sequences and not online else 1
-        steps = -(-max(0, limited) * each // cfg.data.global_batch) * epochs
-        several = {"pair": 2, "group": cfg.generate.responses}.get(data.training_set.unit, 1)
-        together = cfg.generate.responses if online else several
-        tokens = steps * cfg.data.global_batch * together * cfg.data.max_length
-    if online:
-        steps *= online.passes
-    if 0 < cfg.trainer.max_steps < steps:
-        steps, tokens = cfg.trainer.max_steps, tokens * cfg.trainer.max_steps // steps
-    return Work(rows, bool(data.report.rows), planned, epochs, steps, tokens)
 
 
 def show_memory(run: Run, plan: MemoryPlan, model: MemoryModel) -> None:
