@@ -1,14 +1,18 @@
-"""MkDocs hooks: add files outside docs/ to the site, and convert formulas to MathML."""
+"""MkDocs hooks: add files outside docs/ and the page of settings to the site, and convert formulas to MathML."""
 
 import html
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
-ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(Path(__file__).parent))
+
+from settings_page import ROOT, write_page
+
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "CITATION.cff")
 FOLDERS = ("experiments", "examples", "notebooks", "conf", "launch", "var")
 SUFFIXES = {".md", ".txt", ".png", ".svg", ".csv", ".json", ".py", ".yaml", ".tsv", ".ipynb", ".sh"}
@@ -18,6 +22,7 @@ def on_files(files: Files, config: Any) -> Files:
     """Add files outside docs/ to the site under repository/, with their paths in the repository."""
     found = [ROOT / name for name in PAGES]
     found += [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*")) if path.suffix in SUFFIXES]
+    files.append(File.generated(config, "all_settings.md", content=write_page()))
     for path in found:
         if path.is_file():
             files.append(File.generated(config, f"repository/{path.relative_to(ROOT)}", abs_src_path=str(path)))

@@ -22,6 +22,7 @@ from tests.helpers.runs import ROOT, composed
 from var import requirements
 from var.config.check import FOLDER
 from var.config.entry import add_free_keys
+from var.config.schema import TrainerSettings
 from var.models.packing import Packed
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -253,3 +254,19 @@ def test_site_builds(tmp_path: Path) -> None:
     method = (tmp_path / "site" / "method" / "index.html").read_text()
     assert "<math" in method
     assert "arithmatex" not in method
+    listed = (tmp_path / "site" / "all_settings" / "index.html").read_text()
+    assert "<code>loss.temperature_unit</code></td>\n<td>reward | sd</td>\n<td><code>sd</code>" in listed
+
+
+def test_page_of_settings_has_types_defaults_and_comments() -> None:
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        page = importlib.import_module("settings_page").write_page()
+    finally:
+        sys.path.remove(str(ROOT / "docs"))
+    assert "| `data.max_length` | integer | `1024` | tokens of prompt and response together |" in page
+    assert "| `loss.temperature` | number | `1.0` | λ; the paper does not give its value |" in page
+    assert "(the model answers the prompts, even if the data has responses)" in page  # the second line of a comment
+    assert "| `optim.optimizer" in page
+    rows = re.findall(r"^\| `([\w.]+)` \|", page, re.M)
+    assert {f"trainer.{one.name}" for one in fields(TrainerSettings)} <= set(rows)

@@ -1,9 +1,10 @@
 """Reward against time: how much reward each method has after some seconds of sampling, scoring and training."""
 
 from experiments.items.base import Column, Item, Row, Table, summary, train
-from experiments.items.methods import GROUPS, RATE, RATES, tune
+from experiments.items.methods import GROUPS, METHODS, RATE, RATES, tune
 from experiments.items.paths import PANEL, along, read_times
 
+TIMED = ("SFT on the best of 4", "VAR, grouped", "VAR, grouped, roulette", "DPO", "RLOO", "GRPO")
 BUDGET = ("trainer.max_steps=-1", "trainer.max_seconds=240", "eval.every_n_steps=12")
 SECONDS = (60, 120, 180, 240)
 READ = read_times(SECONDS)
@@ -11,11 +12,11 @@ READ = read_times(SECONDS)
 
 def make_rows() -> tuple[Row, ...]:
     """Return the rows: methods on answers that are sampled once, and methods that sample while they train."""
-    if not RATES:
+    if not {"GRPO", "VAR, online"} <= set(RATES):
         return ()
     online = tune("VAR, online")
     rows = {
-        **{method: tune(method) for method in ("SFT on the best of 4", "VAR, prompt", "DPO", "RLOO", "GRPO")},
+        **{method: tune(method) for method in METHODS if method in TIMED and method in RATES},
         "DAPO": ("loss=dapo", *GROUPS, f"{RATE}={RATES['GRPO']:g}"),
         "VAR, online": online,
         "VAR, online, with a baseline": (*online, "loss.baseline=true"),
