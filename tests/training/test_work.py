@@ -85,6 +85,6 @@ def test_time_is_operations_over_the_speed_of_training(monkeypatch: pytest.Monke
 
 
 def test_parameters_of_an_architecture_are_those_of_its_model() -> None:
-    """SmolLM2-135M has 134,515,008 parameters, of which the layers' and the last norm's are not counted."""
+    """SmolLM2-135M has 134,515,008 parameters. Those of its norms are not counted."""
     assert count_parameters(composed("model=smollm2-135m").model) == pytest.approx(134_515_008, rel=1e-3)
     assert count_parameters(composed("reward=exact_number").reward) == 0

@@ -117,7 +117,7 @@ class ProgressBar(RichProgressBar):
 
 
 class ProgressLines(Callback):
-    """Prints step, loss, speed and the time left at most every PACE seconds, where there are no progress bars."""
+    """Prints step, loss, speed and the time left at most every PACE seconds, without progress bars."""
 
     def __init__(self) -> None:
         self._first, self._started, self._printed = 0, 0.0, 0.0
