@@ -53,8 +53,9 @@ OTHERS: dict[str, tuple[str, ...]] = {
 }
 """Overrides of methods that are not tuned."""
 TUNED: dict[str, float] = {
-    "VAR, the paper's": 0.3, "VAR, prompt": 0.1, "VAR, grouped": 0.1, "DPO": 0.3, "InfoNCA": 0.03, "DRO-V": 0.03,
-    "trajectory balance, reverse KL": 0.1, "trajectory balance, forward KL": 0.1, "VAR, online": 0.03,
+    "VAR, the paper's": 0.3, "VAR, prompt": 0.1, "VAR, grouped": 0.1, "VAR, grouped, roulette": 1.0, "DPO": 0.3,
+    "InfoNCA": 0.03, "DRO-V": 0.03, "trajectory balance, reverse KL": 0.1, "trajectory balance, forward KL": 0.1,
+    "VAR, online": 0.03,
 }  # fmt: skip
 """λ or β of each method that has one: the value with the highest reward within 2 nats, at the default learning rate."""
 RATES: dict[str, float] = {

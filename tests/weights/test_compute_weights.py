@@ -114,6 +114,20 @@ def test_roulette_keeps_the_expectation_and_raises_small_weights():
     assert bool(((found == 0) | (found >= 1)).all())
 
 
+@pytest.mark.parametrize("least", [0.0, 0.5, 1.5, 4.0])
+def test_variance_of_a_step_after_roulette(least):
+    """docs/method.md, small weights: E[w'²]/E[w']² over what is left is p E[w max(w, m)]/E[w]². The largest of the four
+    weights 4, 1, 0.5 and 0.1 has no variance left at m = 4."""
+    weights, draws = double([4.0, 1.0, 0.5, 0.1]), (torch.arange(1000).double() + 0.5) / 1000
+    found = torch.cat([play_roulette(weights, least, draw.expand(4)) for draw in draws])
+    left = found[found > 0]
+    kept = (weights / max(least, 1e-9)).clamp(max=1).mean()
+    expected = kept * (weights * weights.clamp(min=least)).mean() / weights.mean().square()
+    assert_close(left.square().mean() / left.mean().square(), expected, rtol=1e-2, atol=0)
+    if least == 4.0:
+        assert left.square().mean() / left.mean().square() == pytest.approx(1.0)
+
+
 def test_weights_after_roulette_have_mean_1_over_those_that_train():
     """e^{r/λ} = 1, 2, 9 has the weights 0.25, 0.5, 2.25. With draws of 0.2, 0.6 and 0.9, the first becomes 1 and the
     second 0, so 1 and 2.25 remain, of mean 1.625."""
