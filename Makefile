@@ -1,5 +1,5 @@
 # The checks that a change must pass. `make check` runs what .ci/run runs, in the current environment.
-.PHONY: check lint test long versions docs
+.PHONY: check lint test long versions docs release
 
 check: lint test
 
@@ -17,6 +17,9 @@ long:
 
 versions:  # in new environments with the lowest and the newest versions
 	tests/versions.sh
+
+release:  # builds and checks what would be uploaded
+	tests/release.sh
 
 docs:
 	mkdocs build --strict
