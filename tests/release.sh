@@ -12,7 +12,7 @@ mkdir -p "$folder"
 
 fail() { echo "Error: $1" >&2; exit 1; }
 
-version=$(sed -n 's/^__version__ = "\(.*\)"$/\1/p' var/__init__.py)
+version=$(sed -n 's/^__version__ = "\([^"]*\)".*/\1/p' var/__init__.py)
 [ -z "$(git status --porcelain)" ] || fail "the tree has changes. Commit them."
 [ -z "$(git tag -l "v$version")" ] || fail "v$version is tagged already. Raise __version__ in var/__init__.py."
 grep -q "^## $version" CHANGELOG.md || fail "CHANGELOG.md has no section $version."

