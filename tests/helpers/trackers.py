@@ -1,4 +1,4 @@
-"""Read what W&B and TensorBoard have stored of a run."""
+"""Read what W&B, MLflow and TensorBoard have stored of a run."""
 
 import json
 import struct
@@ -36,6 +36,15 @@ def _records(data: bytes, at: int = 7) -> Iterator[bytes]:
         if kind in (1, 4):  # complete, or the last part
             yield content
             content = b""
+
+
+def read_mlflow(folder: Path) -> dict[str, list[int]]:
+    """Return the steps of each metric of a run, from the database next to its folder."""
+    from mlflow.tracking import MlflowClient
+
+    client, run = MlflowClient(f"sqlite:///{folder.parent}/mlflow.db"), (folder / "mlflow_run").read_text()
+    names = client.get_run(run).data.metrics
+    return {name: sorted(metric.step for metric in client.get_metric_history(run, name)) for name in names}
 
 
 def read_tensorboard(folder: Path) -> dict[str, list[int]]:

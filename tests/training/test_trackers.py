@@ -1,4 +1,4 @@
-"""W&B and TensorBoard have each step of a run once, also after a kill."""
+"""W&B, MLflow and TensorBoard have each step of a run once, also after a kill."""
 
 import shutil
 import time
@@ -8,17 +8,18 @@ from typing import Any
 import pytest
 
 from tests.helpers.runs import Killed, column, composed, curve
-from tests.helpers.trackers import read_tensorboard, read_wandb
+from tests.helpers.trackers import read_mlflow, read_tensorboard, read_wandb
 from var.config.run_dir import run_dir
 from var.training.checkpoints import Checkpoints
 from var.training.loggers import Curves
 from var.training.run import Run
-from var.training.trackers import Wandb
+from var.training.trackers import MLflow, Wandb
 
 MORE = (
     "data.global_batch=4", "data.micro_batch=2", "trainer.precision=32-true", "trainer.checkpoint_every_n_steps=2",
     "trainer.max_steps=6", "data.validation_prompts=2", "eval.sampling.responses=2", "generate.max_new_tokens=4",
     "eval.every_n_steps=2", "logger=wandb", "logger.wandb.offline=true", "logger.tensorboard={name: ''}",
+    "logger.mlflow={experiment: tests, name: null, tracking_uri: null}",
 )  # fmt: skip
 
 
@@ -64,9 +65,11 @@ def check_trackers(folder: Path) -> None:
         stored = read_wandb(folder)
     assert [(step, metrics) for _, step, metrics in stored] == rows
     assert {name for name, _, _ in stored} == {(folder / "wandb" / "id").read_text()}
-    events = read_tensorboard(folder)
-    for name in {name for _, metrics in rows for name in metrics}:
-        assert events[name] == [step for step, metrics in rows if name in metrics]
+    events, points = read_tensorboard(folder), read_mlflow(folder)
+    names = {name for _, metrics in rows for name in metrics}
+    assert set(points) == names
+    for name in names:
+        assert events[name] == points[name] == [step for step, metrics in rows if name in metrics]
 
 
 @pytest.mark.parametrize(
@@ -82,12 +85,13 @@ def test_trackers_have_each_step_once_after_a_kill(owner, method, call, before, 
     """A killed process has written some or nothing of what W&B was given: it writes large blocks."""
     folder = tmp_path / "run"
     kill(owner, method, call, options, folder, before=before)
-    name = (folder / "wandb" / "id").read_text()
+    name, tracked = (folder / "wandb" / "id").read_text(), (folder / "mlflow_run").read_text()
     if not written:
         for path in (*folder.glob("wandb/offline-run-*/*.wandb"), *folder.glob("tensorboard/**/events*")):
             path.write_bytes(path.read_bytes()[:7])
     train(options, folder)
     assert (folder / "wandb" / "id").read_text() == name
+    assert (folder / "mlflow_run").read_text() == tracked
     assert column(curve(folder), "step") == [0, 1, 2, 2, 3, 4, 4, 5, 6, 6]
     check_trackers(folder)
 
@@ -118,6 +122,27 @@ def test_server_gets_only_what_it_lacks(tmp_path, capsys):
     assert "the points of steps 2 to 2 are from before the settings changed" in " ".join(
         capsys.readouterr().out.split()
     )
+
+
+def test_training_continues_without_the_mlflow_server(tmp_path, capsys, monkeypatch):
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    logger = MLflow(tmp_path, experiment_name="tests", tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    logger.replay([(1, {"train/loss": 0.5})], {"seed": 0, "loss": {"temperature": 1.0}})
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise MlflowException("no route")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_batch", fail)
+        for step in (2, 3):
+            logger.log_metrics({"train/loss": 0.25}, step)
+    assert capsys.readouterr().out.count("metrics.csv has all of them") == 1
+    logger.log_metrics({"train/loss": 0.125}, 4)
+    run = logger.experiment.get_run(logger.run_id)
+    assert [one.step for one in logger.experiment.get_metric_history(logger.run_id, "train/loss")] == [1, 4]
+    assert run.data.params == {"seed": "0", "loss/temperature": "1.0"}
 
 
 def test_only_the_first_rank_draws_an_id(tmp_path, monkeypatch):

@@ -35,6 +35,7 @@ TRAIN = {
     "logger": "var.config.schema.LoggerSettings",
     "logger.wandb": "var.config.schema.WandbSettings",
     "logger.tensorboard": "var.config.schema.TensorBoardSettings",
+    "logger.mlflow": "var.config.schema.MLflowSettings",
 }
 EVAL = {
     "": "var.config.schema.EvalConfig",

@@ -167,6 +167,7 @@ class LoggerSettings:
 
     wandb: Any  # WandbSettings or None
     tensorboard: Any  # TensorBoardSettings or None
+    mlflow: Any  # MLflowSettings or None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +184,15 @@ class TensorBoardSettings:
     """TensorBoard."""
 
     name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLflowSettings:
+    """MLflow."""
+
+    experiment: str
+    name: str | None  # None: the name of the run's folder
+    tracking_uri: str | None  # None: MLFLOW_TRACKING_URI, or a database next to the run's folder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,10 @@ from var.utils.errors import Problems, UserError, brief
 from var.utils.files import atomic
 
 
+MLFLOW_SERVER = os.environ.get("MLFLOW_TRACKING_URI")
+"""The user's. Lightning's logger replaces the variable by that of its run, which other jobs of a sweep would take."""
+
+
 class Curves(Logger):
     """Writes metrics.csv. Lightning's CSVLogger would start it again when a run is resumed."""
 
@@ -142,6 +146,8 @@ def make_loggers(cfg: DictConfig, folder: Path, curves: Curves, changed: bool = 
     """
     loggers: list[Logger] = []
     problems = Problems("loggers")
+    configuration = re.sub("-[0-9a-f]{8}(-[0-9]+)?$", "", folder.name)
+    group = f"{configuration}-{hash_config(cfg, seeds=False)}"  # all seeds of a configuration
     if cfg.logger.wandb:
         import wandb
 
@@ -154,12 +160,11 @@ def make_loggers(cfg: DictConfig, folder: Path, curves: Curves, changed: bool = 
                 "logger.wandb", "there is no WANDB_API_KEY and no netrc entry; set logger.wandb.offline=true or log in"
             )
         else:
-            configuration = re.sub("-[0-9a-f]{8}(-[0-9]+)?$", "", folder.name)
             logger = Wandb(
                 folder,
                 name=cfg.logger.wandb.name or folder.name,
                 project=cfg.logger.wandb.project,
-                group=f"{configuration}-{hash_config(cfg, seeds=False)}",  # all seeds of a configuration
+                group=group,
                 offline=offline,
             )
             try:
@@ -173,6 +178,24 @@ def make_loggers(cfg: DictConfig, folder: Path, curves: Curves, changed: bool = 
                     "upload later with `wandb sync`"
                 )  # fmt: skip
             loggers.append(logger)
+    if cfg.logger.mlflow:
+        try:
+            import mlflow
+
+            from var.training.trackers import MLflow
+        except ModuleNotFoundError:
+            problems.add("logger.mlflow", "mlflow is not installed: pip install -e '.[mlflow]'")
+        else:
+            own = f"sqlite:///{folder.parent.resolve()}/mlflow.db"
+            uri = cfg.logger.mlflow.tracking_uri or MLFLOW_SERVER or own
+            name = cfg.logger.mlflow.name or folder.name
+            options = {"experiment_name": cfg.logger.mlflow.experiment, "run_name": name, "tracking_uri": uri}
+            try:
+                tracker = MLflow(folder, tags={"group": group}, **options)
+                tracker.replay(curves.rows(), to_saved(cfg))
+                loggers.append(tracker)
+            except (mlflow.exceptions.MlflowException, OSError) as error:
+                problems.add("logger.mlflow", f"{uri} cannot be used ({brief(error)})")
     if cfg.logger.tensorboard:
         try:
             from var.training.trackers import TensorBoard
