@@ -109,7 +109,7 @@ def test_jobs_run_in_parallel(plugin: str, launcher: list[str], own: list[str], 
     if plugin == "hydra_joblib_launcher":  # submitit writes what a job prints to a file, and ray adds a prefix
         for job in (0, 1):
             assert f"#{job} Training: 4 steps" in printed
-    assert re.search(r"Sweep\n.*\n.*\n.*#0 loss.temperature=0.5 .*\n.*#1 loss.temperature=1 ", printed)
+    assert re.search(r"Sweep *\n.*\n.*\n.*\n.*#0 loss.temperature=0.5 .*\n.*#1 loss.temperature=1 ", printed)
     runs = finished(tmp_path)
     assert set(runs) == {0.5, 1.0}
     assert len(set(runs.values())) == 2

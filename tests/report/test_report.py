@@ -347,7 +347,15 @@ def test_page_has_warnings_results_and_inputs(tmp_path: Path) -> None:
     parser = BalancedParser()
     parser.feed(render_page(one))
     words = " ".join(parser.words)
-    for expected in ("seventeen", "loss.temperature=1", "validation reward", "0.300 ± 0.030", "hash of plan", "2.13"):
+    for expected in (
+        "seventeen",
+        "loss.temperature=1",
+        "validation reward",
+        "0.300 ± 0.030",
+        "hash of plan",
+        "2.13",
+        "Reward of answers to validation prompts: ",
+    ):
         assert expected in words
     assert "prefers-color-scheme: dark" in render_page(one)
     assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in parser.tags

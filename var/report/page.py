@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from var.report.conclusion import conclude
 from var.report.figures import JUDGE_WIN_RATE, PANELS, PEAK_MEMORY
 from var.report.read import RunRecord
 from var.report.tables import format_cell
@@ -63,6 +64,7 @@ def render_page(run: RunRecord) -> str:
     }
     return environment.get_template("page.html.jinja").render(
         run=run,
+        conclusion=_conclude(summary),
         warnings=find_warnings(run),
         results=[(name, format_cell(value, name)) for name, value in run.measures.items()],
         curves=chart_curves(run.curves),
@@ -95,6 +97,13 @@ def rounded(value: Any) -> str:
 
 def _label(name: str) -> str:
     return name.replace("_", " ").replace("zero variance", "zero-variance")
+
+
+def _conclude(summary: Mapping[str, Any]) -> str | None:
+    try:
+        return conclude(summary.get("validation") or {})
+    except (LookupError, TypeError, ValueError, AttributeError):  # a stranger's or an older summary
+        return None
 
 
 def find_warnings(run: RunRecord) -> list[str]:

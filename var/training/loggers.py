@@ -21,7 +21,6 @@ from var.training.datamodule import AlignmentData
 from var.utils.errors import Problems, UserError, brief
 from var.utils.files import atomic
 
-
 MLFLOW_SERVER = os.environ.get("MLFLOW_TRACKING_URI")
 """The user's. Lightning's logger replaces the variable by that of its run, which other jobs of a sweep would take."""
 

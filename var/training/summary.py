@@ -11,6 +11,7 @@ from rich.table import Table
 from var.config.changes import list_changes
 from var.config.entry import name_command
 from var.config.saved import to_saved
+from var.report.conclusion import conclude
 from var.report.warnings import validation_warnings
 from var.training.checks import locate_initial_model
 from var.utils.console import say, warn
@@ -33,29 +34,6 @@ def show(summary: dict[str, Any]) -> None:
     say(f"Run: {summary['folder']}")
     for text in validation_warnings(summary["validation"]):
         warn(text)
-
-
-def conclude(validation: dict[str, Any]) -> str | None:
-    """Return the main result as a sentence, or None without one."""
-    if not validation:
-        return None
-    if "accuracy" in validation:
-        before, after = (Estimate.from_json(validation["accuracy"][when]) for when in ("before", "after"))
-        return f"Accuracy on validation pairs: {before.mean:.0%} → {after}."
-    distance = f"{Estimate.from_json(validation['kl']).mean:.1f} nats from the reference"
-    if not validation["reward"]["after"]:
-        return f"The policy is {distance}. No reward scored its answers."
-    before, after = (Estimate.from_json(validation["reward"][when]) for when in ("before", "after"))
-    gain = Estimate.from_json(validation["reward"]["gain"])
-    if what := validation.get("counts"):
-        percent = gain.scale(100)
-        return (
-            f"{what.capitalize()} to validation prompts: {before.mean:.0%} → {after.mean:.0%} (a gain of {percent:.0f} "
-            f"percentage points), {distance}."
-        )
-    return (
-        f"Reward of answers to validation prompts: {before.mean:.3f} → {after.mean:.3f} (a gain of {gain}), {distance}."
-    )
 
 
 def results(validation: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
