@@ -17,7 +17,7 @@ from var.config import schema, signatures  # noqa: E402
 from var.data.settings import DataSettings  # noqa: E402
 
 CONF = ROOT / "conf"
-LINE = re.compile(r"(?P<indent> *)(?P<key>[\w.-]+): *(?P<value>.*?)(?: +# (?P<text>.*))?")
+LINE = re.compile(r"(?P<indent> *)(?P<key>[\w.-]+): *(?P<value>[^#\s].*?)?(?: *# (?P<text>.*))?")
 MORE = re.compile(r" +# (?P<text>.*)")
 TYPES: dict[str, type] = {  # by file or by folder; others name their class in the YAML
     "train": schema.RunSettings, "eval": schema.EvalConfig, "conf/data": DataSettings,
@@ -52,7 +52,7 @@ def read_file(path: Path) -> tuple[str, list[Setting]]:
             if names[0].split("@")[0] in NOT_SETTINGS or names[-1] == "_target_" or names[-1].startswith("override"):
                 continue
             if match["value"] or match["text"]:
-                found.append(Setting(".".join(names), match["value"], [match["text"]] if match["text"] else []))
+                found.append(Setting(".".join(names), match["value"] or "", [match["text"]] if match["text"] else []))
     return " ".join(head), found
 
 

@@ -21,6 +21,7 @@ class FlippedNumber(ExactNumber):
 
     rate: float
     """The fraction, in [0, 1]."""
+    counts = None
 
     @property
     def fingerprint(self) -> dict[str, Any]:

@@ -16,9 +16,9 @@ PATH = ROOT / "experiments" / "hero.png"
 PANELS: dict[str, tuple[str, Sequence[str]]] = {
     "reward_kl": (
         "At equal numbers of steps",
-        ("optimum of RLHF, all λ", "SFT on the best of 4", "VAR, prompt", "VAR, grouped", "DPO", "GRPO", "VAR, online"),
+        ("optimum of RLHF, all λ", "SFT on the best of 4", "VAR, the paper's", "VAR, grouped, roulette", "DPO", "GRPO"),
     ),
-    "reward_time": ("", ("SFT on the best of 4", "VAR, prompt", "DPO", "GRPO", "VAR, online")),
+    "reward_time": ("", ("SFT on the best of 4", "VAR, grouped, roulette", "DPO", "GRPO", "VAR, online")),
 }
 """The table of each item, and its rows."""
 

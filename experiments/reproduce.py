@@ -14,8 +14,8 @@ cache, unless their seconds are compared. If a command fails, the others continu
 Settings: size=small or paper; dry=true prints the commands and what they take; folder=<where the commands run>;
 jobs=<commands at once, which share the GPUs>; out=<folder of the results>; seeds=0,1,2 replaces those of the item;
 launcher=slurm (or another launcher of Hydra) runs each command there; tflops=<of a GPU> is for the hours in dry=true;
-stored=true takes the results of runs that `runs-<size>.tar.xz` in the item's folder has; start=false starts no command,
-and writes the rows whose commands have finished.
+stored=true does not repeat runs whose results are in `runs-<size>.tar.xz` in the item's folder; start=false starts no
+command, and writes the rows whose runs have finished or are in that archive.
 
 All other words with = are overrides. Each goes to every command that has its key, or, with the name of a stage before
 it (train:…, reward:…), to that stage alone.
@@ -80,7 +80,7 @@ def run_items(
     """
     launcher = "slurm" if settings["launcher"] == "submitit_slurm" else settings["launcher"]  # with the run's devices
     found = {name: list_work(name, settings, words) for name in names}
-    if settings["stored"] == "true":
+    if settings["stored"] == "true" or settings["start"] == "false":
         for name, (_, work) in found.items():
             restore(name_archive(Path(settings["out"]) / name, settings["size"]), work.values())
     if settings["start"] == "false":

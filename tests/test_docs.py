@@ -268,5 +268,6 @@ def test_page_of_settings_has_types_defaults_and_comments() -> None:
     assert "| `loss.temperature` | number | `1.0` | λ; the paper does not give its value |" in page
     assert "(the model answers the prompts, even if the data has responses)" in page  # the second line of a comment
     assert "| `optim.optimizer" in page
+    assert "| `#" not in page
     rows = re.findall(r"^\| `([\w.]+)` \|", page, re.M)
     assert {f"trainer.{one.name}" for one in fields(TrainerSettings)} <= set(rows)

@@ -108,7 +108,7 @@ class Weights(Requirement):
     temperature_unit: Literal["reward", "sd"]
     """`reward`, or `sd` for the standard deviation of the reward within a prompt."""
     min_weight: float
-    """Responses with a smaller weight are skipped, or play roulette."""
+    """Responses with a smaller weight are skipped, or thinned by roulette."""
     roulette: bool = False
     """Whether a response with a smaller weight w trains with probability w/min_weight, and then with min_weight."""
 

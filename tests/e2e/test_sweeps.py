@@ -17,6 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from tests.helpers.cli import check_error, check_run, read_summaries, read_summary, run, spawn, write_to
 from tests.helpers.rewards import OWN_REWARD
 from tests.helpers.runs import ROOT, column, curve, run_folder, write_lines
+from var.config.sweep import show_results
 from var.training.module import AlignmentModule
 
 pytestmark = pytest.mark.e2e
@@ -93,6 +94,26 @@ def sweep(*overrides: str) -> str:
     return out
 
 
+def test_table_of_a_sweep_has_the_jobs_with_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = {
+        "a": {"validation": {"reward": {"before": None, "after": {"mean": 0.5, "se": 0.1}, "gain": {"mean": 0.25}}}},
+        "b": {"validation": {}},  # eval=off
+        "c": {"validation": {"accuracy": {"after": {"mean": 0.75}}}},
+        "d": None,  # damaged, or of another command
+    }
+    for name, result in results.items():
+        (tmp_path / name).mkdir()
+        known = {"config": {}, "folder": "", "hashes": {"weights": ""}, "reward": None, "kl": None, "steps": 7}
+        (tmp_path / name / "summary.json").write_text(json.dumps(result and {**known, **result}))
+    show_results([{"job": f"#{name}", "folder": str(tmp_path / name)} for name in (*results, "absent")])
+    rows = [re.split(" *│ *", line)[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert rows == [
+        ["#a", "0.500 ± 0.100", "0.250", "–", "7"], ["#b", "–", "–", "–", "7"], ["#c", "0.750", "–", "–", "7"],
+    ]  # fmt: skip
+    show_results([{"job": "#a", "folder": str(tmp_path / "a")}])
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("plugin", "launcher"),
@@ -109,7 +130,9 @@ def test_jobs_run_in_parallel(plugin: str, launcher: list[str], own: list[str], 
     if plugin == "hydra_joblib_launcher":  # submitit writes what a job prints to a file, and ray adds a prefix
         for job in (0, 1):
             assert f"#{job} Training: 4 steps" in printed
-    assert re.search(r"Sweep *\n.*\n.*\n.*\n.*#0 loss.temperature=0.5 .*\n.*#1 loss.temperature=1 ", printed)
+    assert re.findall("#[01]|loss.temperature=[0-9.]+", printed.rpartition("Sweep")[2]) == [
+        "#0", "loss.temperature=0.5", "#1", "loss.temperature=1",
+    ]  # fmt: skip
     runs = finished(tmp_path)
     assert set(runs) == {0.5, 1.0}
     assert len(set(runs.values())) == 2

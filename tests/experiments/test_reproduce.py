@@ -34,6 +34,7 @@ from experiments.items import ITEMS, PAPER_ITEMS
 from experiments.items.base import Column, Command, Item, Row, Table, evaluate, metric, record, select, summary, train
 from experiments.jobs import DONE, ROOT, Job, Runner, list_jobs, share_devices
 from experiments.overrides import route
+from experiments.stored import restore
 from tests.helpers.models import saved, tiny_model
 
 SFT = Row(label="SFT", stages={"train": train("experiment=x", "loss=sft"), "reward": evaluate("prompts=2")})
@@ -380,13 +381,37 @@ def test_rows_with_missing_runs_are_left_out_if_nothing_is_started(stored_item: 
     assert (cell.row, cell.seeds, cell.value) == ("row 0", [1, 2], pytest.approx(0.15))
 
 
-def test_stored_runs_continue_no_other() -> None:
+def test_stored_runs_are_continued_by_no_other() -> None:
     """Their models are removed."""
+    stored, needed = set(), set()
     for item in ITEMS.values():
         for table in item.sizes["small"]:
-            if table.stored:
-                assert {"train"} == {stage for row in table.rows for stage in row.stages}
-                assert not any(list_jobs(table, row, 0, Path("x"), {})["train"].needs for row in table.rows)
+            for row in table.rows:
+                jobs = list_jobs(table, row, 0, Path("x"), {})
+                needed |= {one.folder for job in jobs.values() for one in job.needs.values()}
+                if table.stored:
+                    assert list(jobs) == ["train"]
+                    stored.add(jobs["train"].folder)
+    assert stored
+    assert not stored & needed
+
+
+def test_archive_keeps_runs_that_are_not_here(stored_item: Item, tmp_path: Path) -> None:
+    reproduce.main(["test", f"folder={tmp_path}/first", f"out={tmp_path}/out", "seeds=1"])
+    reproduce.main(["test", f"folder={tmp_path}/second", f"out={tmp_path}/out", "seeds=2"])
+    reproduce.main(["test", f"folder={tmp_path}/third", f"out={tmp_path}/out", "start=false"])
+    cells = next(read_results(tmp_path / "out" / "test"))[1]
+    assert [(cell.row, cell.seeds) for cell in cells] == [("row 0", [1, 2]), ("row 1", [1, 2])]
+
+
+def test_hostile_archive_writes_only_results_of_its_jobs(stored_item: Item, tmp_path: Path) -> None:
+    job = list_jobs(stored_item.sizes["small"][0], stored_item.sizes["small"][0].rows[0], 1, tmp_path / "small", {})
+    folder = job["train"].folder.name
+    with tarfile.open(tmp_path / "a.tar.xz", "w:xz") as archive:
+        for name in (f"{folder}/../../summary.json", f"{folder}/runs/a/train.py", "other/done.json", "/summary.json"):
+            archive.addfile(tarfile.TarInfo(name))
+    restore(tmp_path / "a.tar.xz", job.values())
+    assert [path.name for path in tmp_path.iterdir()] == ["a.tar.xz"]
 
 
 def test_command_runs_while_others_wait_for_what_they_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

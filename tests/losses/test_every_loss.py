@@ -264,6 +264,11 @@ INVALID: list[tuple[type, list[dict[str, Any]], str]] = [
     ),
     (VAR, [{"temperature_unit": "std"}], "loss.temperature_unit must be reward or sd, got std"),
     (
+        VAR, [{"estimator": InBatch(), "roulette": True, "min_weight": weight} for weight in (0.0, 1.0)],
+        "loss.roulette=true needs weights that do not depend on the micro-batch, as those of loss=var_grouped "
+        "or var_prompt",
+    ),
+    (
         VAR, [{"roulette": True}],
         "loss.roulette=true has no effect with loss.min_weight=0. Set loss.min_weight=1.",
     ),

@@ -128,21 +128,39 @@ def test_training_continues_without_the_mlflow_server(tmp_path, capsys, monkeypa
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
-    logger = MLflow(tmp_path, experiment_name="tests", tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
-    logger.replay([(1, {"train/loss": 0.5})], {"seed": 0, "loss": {"temperature": 1.0}})
+    server = {"experiment_name": "tests", "tracking_uri": f"sqlite:///{tmp_path}/mlflow.db"}
+    rows = [(step, {"train/loss": 1 / step}) for step in (1, 2, 3)]
+
+    def start(resumes: bool, step: int, changed: bool = False) -> MLflow:
+        logger = MLflow(tmp_path, resumes, **server)
+        logger.replay(rows[:step], step, changed, {"seed": 0, "loss": {"temperature": 1.0}})
+        return logger
 
     def fail(*_: Any, **__: Any) -> None:
         raise MlflowException("no route")
 
+    def steps(logger: MLflow) -> list[int]:
+        return [one.step for one in logger.experiment.get_metric_history(logger.run_id, "train/loss")]
+
+    first = start(False, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(MlflowClient, "log_batch", fail)
-        for step in (2, 3):
-            logger.log_metrics({"train/loss": 0.25}, step)
-    assert capsys.readouterr().out.count("metrics.csv has all of them") == 1
-    logger.log_metrics({"train/loss": 0.125}, 4)
-    run = logger.experiment.get_run(logger.run_id)
-    assert [one.step for one in logger.experiment.get_metric_history(logger.run_id, "train/loss")] == [1, 4]
-    assert run.data.params == {"seed": "0", "loss/temperature": "1.0"}
+        for name in ("log_batch", "get_run", "set_terminated"):
+            patch.setattr(MlflowClient, name, fail)
+        first.log_metrics(*rows[1][::-1])
+        first.log_metrics(*rows[2][::-1])
+        first.finalize("success")
+    assert capsys.readouterr().out.count("gets nothing more (no route)") == 1
+    second = start(True, 3)
+    assert second.run_id == first.run_id
+    assert steps(second) == [1, 2, 3]
+    assert second.experiment.get_run(second.run_id).data.params == {"seed": "0", "loss/temperature": "1.0"}
+    assert "points of steps" not in capsys.readouterr().out
+    assert start(True, 1, changed=True).run_id == first.run_id
+    assert "the points of steps 2 to 3 are from before the settings changed" in capsys.readouterr().out
+    assert start(False, 1).run_id != first.run_id  # the run starts anew in the same folder
+    (tmp_path / "mlflow_run").write_text("0" * 32)
+    assert steps(start(True, 2)) == [1, 2]
+    assert "does not have the run 0000" in " ".join(capsys.readouterr().out.split())
 
 
 def test_only_the_first_rank_draws_an_id(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 from rich.table import Table
 
 from var.utils import console as module
-from var.utils.console import label_lines, say, show, stage, warn
+from var.utils.console import keep_log, label_lines, say, show, stage, warn
 
 
 def test_log_has_the_time_left_and_the_duration(
@@ -63,6 +63,23 @@ def test_log_file_has_what_the_terminal_had(log_file: Path, capsys: pytest.Captu
     for text in ("a line", "a warning", "a table", "a cell"):
         assert text in printed
         assert text in logged
+
+
+def test_other_ranks_write_nothing(
+    log_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    say("a line")
+    warn("a warning")
+    show(Table("name", title="a table"))
+    assert capsys.readouterr().out == log_file.read_text() == ""
+
+
+def test_commands_that_train_nothing_write_no_log(log_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_logs", True)
+    keep_log(False)
+    say("a line")
+    assert log_file.read_text() == ""
 
 
 def test_lines_of_jobs_at_once_are_labeled(

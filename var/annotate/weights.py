@@ -147,6 +147,7 @@ class ProvideWeights(Provider[Weights]):
             return
         report, sequences, min_weight = data.report, data.sequences, self.requirement.min_weight
         equal = zero_variance(data.require_rewards(self.requirement), torch.from_numpy(sequences.group)).numpy()
+        equal &= getattr(self.requirement.estimator, "drop_zero_variance", False)
         report.zero_variance_groups_skipped = len(np.unique(sequences.group[~keep & equal]))
         report.sequences_skipped_with_them = int((~keep & equal).sum())
         if (~keep & ~equal).any():
@@ -158,7 +159,8 @@ class ProvideWeights(Provider[Weights]):
             else:
                 report.sequences_of_zero_weight = small
         if not keep.any() and not equal.all():
-            raise UserError(f"loss.min_weight={min_weight}: no weight reaches it. Lower it, or raise loss.temperature.")
+            lost = "no response is left after roulette" if self.requirement.roulette else "no weight reaches it"
+            raise UserError(f"loss.min_weight={min_weight}: {lost}. Lower it, or raise loss.temperature.")
         if not keep.any():
             raise UserError(
                 "the rewards of each prompt's responses are all equal, so no response is better than another. Sample "

@@ -28,14 +28,15 @@ def main(cfg: DictConfig) -> float | None:
     from var.config.run_files import read_summary
     from var.models.publish import check_target
     from var.training import summary
-    from var.utils.console import is_first_rank, say
+    from var.utils.console import is_first_rank, keep_log, say
     from var.utils.files import remove
     from var.utils.locks import claim_folder
 
-    folder = Path(HydraConfig.get().runtime.output_dir)
+    folder, trains = Path(HydraConfig.get().runtime.output_dir), not (cfg.dry or cfg.show_rows)
     if cfg.export.push_to_hub and sweep.is_multirun():
         raise UserError("export.push_to_hub: the jobs of a sweep would replace each other. Push one finished run.")
-    if cfg.resume == "auto" and (folder / "summary.json").exists() and not (cfg.dry or cfg.show_rows):
+    if cfg.resume == "auto" and (folder / "summary.json").exists() and trains:
+        keep_log(False)
         finished = read_summary(folder)
         summary.check_same_settings(cfg, finished)
         say(f"Run already finished: {folder}. Use resume=false to start a new one.")
@@ -51,8 +52,8 @@ def main(cfg: DictConfig) -> float | None:
         return None if finished["reward"] is None else float(finished["reward"])
     if sweep.needs_process(cfg):
         return sweep.run_job(cfg, "var.commands.train")
-    writes = is_first_rank() and not (cfg.dry or cfg.show_rows)
-    with claim_folder(folder, "trains in this folder") if writes else nullcontext():
+    keep_log(trains)
+    with claim_folder(folder, "trains in this folder") if is_first_rank() and trains else nullcontext():
         return train(cfg, folder)
 
 

@@ -39,6 +39,8 @@ REASONS = {
     "model": "policy and reference start from one model",
     "seed": "the order of the data and the samples depend on it",
 }
+# What it means that a checkpoint of an earlier version lacks a key, if not null.
+ABSENT = {"loss.roulette": False}
 DATA = "what trains, in which order and how it is scored is fixed for a run"
 
 
@@ -82,7 +84,8 @@ def _compare(path: str, before: Any, after: Any) -> Iterator[Change]:
     parts = isinstance(before, Mapping) and isinstance(after, Mapping)
     if parts and before.get("_target_") == after.get("_target_"):
         for key in dict.fromkeys((*before, *after)):
-            yield from _compare(f"{path}.{key}" if path else str(key), before.get(key), after.get(key))
+            name = f"{path}.{key}" if path else str(key)
+            yield from _compare(name, before.get(key, ABSENT.get(name)), after.get(key, ABSENT.get(name)))
     elif before != after and not is_saved_form(after, before):
         yield Change(path, before, after)
 

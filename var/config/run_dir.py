@@ -35,6 +35,8 @@ def hash_config(cfg: DictConfig, seeds: bool = True) -> str:
     source = content.get("data", {}).get("source")
     if isinstance(source, dict) and source.get("revision", "") is None:
         content["data"] = {**content["data"], "source": {k: v for k, v in source.items() if k != "revision"}}
+    if isinstance(content.get("loss"), dict) and content["loss"].get("roulette") is False:
+        content["loss"] = {k: v for k, v in content["loss"].items() if k != "roulette"}
     if "trainer" in content:
         content["trainer"] = {k: v for k, v in content["trainer"].items() if k not in DEVICES}
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:8]

@@ -68,6 +68,8 @@ class Sweep(Callback):
 
     record: str | None = None
     """The file for the error of this run, if it is a job in a process of its own."""
+    parallel: bool = False
+    """Whether other jobs may run at the same time as this one in a process of its own."""
     failures: Path | None = field(default=None, init=False)
     """The folder of the errors. Workers on other machines can write to it."""
     locks: Path | None = field(default=None, init=False)
@@ -104,7 +106,7 @@ class Sweep(Callback):
         """Begin the lines of a job with its number, if others may run at the same time."""
         from var.utils.console import label_lines, say
 
-        if self.record or self.pid not in (None, os.getpid()):
+        if self.parallel or self.pid not in (None, os.getpid()):
             label_lines(f"#{config.hydra.job.num}")
             say(" ".join(config.hydra.overrides.task))
 
@@ -166,10 +168,10 @@ def show_results(jobs: Sequence[Mapping[str, str]]) -> None:
     from var.utils.statistics import Estimate
 
     table = Table("job", title="Sweep", title_justify="left")
-    for title in ("reward", "gain", "KL, nats", "optimizer steps"):
-        table.add_column(title, justify="right")
+    for title in ("reward", "gain", "KL, nats", "steps"):
+        table.add_column(title, justify="right", no_wrap=True)
     for job in jobs:
-        with suppress(OSError, ValueError, KeyError, TypeError):  # not of train.py, or damaged since
+        with suppress(UserError, LookupError, TypeError, ValueError):  # not of train.py, or damaged since
             summary = read_summary(Path(job["folder"]))
             scores = summary["validation"].get("reward") or summary["validation"].get("accuracy") or {}
             numbers = (scores.get("after"), scores.get("gain"), summary["kl"])
@@ -274,7 +276,9 @@ def list_arguments(job: HydraConf, folder: Path, record: Path) -> list[str]:
     sweeping = ("hydra.mode", "hydra.sweep", "hydra.launcher", "hydra/launcher", "hydra/sweeper")  # also hydra.sweeper
     others = [word for word in job.overrides.hydra if not word.lstrip("+~").startswith(sweeping)]
     own = [f"hydra.job.num={job.job.num}", f"hydra.run.dir={_quote(folder)}"]
-    return [*options, *job.overrides.task, *others, *own, f"++hydra.callbacks.sweep.record={_quote(record)}"]
+    fields = {"record": _quote(record), "parallel": str(_find_launcher() is not None).lower()}
+    own += [f"++hydra.callbacks.sweep.{name}={value}" for name, value in fields.items()]
+    return [*options, *job.overrides.task, *others, *own]
 
 
 def wait(command: Sequence[str], environment: Mapping[str, str], cwd: str, files: Sequence[int]) -> int:

@@ -65,7 +65,7 @@ class DataReport:
     sequences_below_min_weight: int | None = None
     """Sequences whose weight is below loss.min_weight."""
     sequences_lost_in_roulette: int | None = None
-    """Those that loss.roulette has not kept."""
+    """Sequences that loss.roulette has left out."""
     sequences_of_zero_weight: int | None = None
     """Sequences whose weight underflows to 0."""
     sequences: int | None = None

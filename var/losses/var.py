@@ -41,6 +41,11 @@ class VAR:
             raise UserError(f"loss.temperature must be above 0, got {self.temperature}. For λ → ∞ use loss=sft.")
         if self.temperature_unit not in ("reward", "sd"):
             raise UserError(f"loss.temperature_unit must be reward or sd, got {self.temperature_unit}")
+        if self.roulette and self.estimator.needs_plan:
+            raise UserError(
+                "loss.roulette=true needs weights that do not depend on the micro-batch, as those of loss=var_grouped "
+                "or var_prompt"
+            )
         if self.min_weight < 0 or (self.min_weight and self.estimator.needs_plan):
             raise UserError(
                 "loss.min_weight must be at least 0, and 0 with an in-batch estimator, whose micro-batches are fixed"

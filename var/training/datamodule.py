@@ -68,7 +68,7 @@ class AlignmentData(lightning.LightningDataModule):
         self.saved: dict[str, Any] | None = None
         """The state in the checkpoint that the run resumes from."""
         self._start = (0, 0)
-        self._have_responses: bool | None = None  # before the rows are read
+        self._have_responses: bool | None = None
         """Whether the rows' own responses train; None before the rows are read."""
         self._ready = False
 

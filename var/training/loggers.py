@@ -190,8 +190,8 @@ def make_loggers(cfg: DictConfig, folder: Path, curves: Curves, changed: bool = 
             name = cfg.logger.mlflow.name or folder.name
             options = {"experiment_name": cfg.logger.mlflow.experiment, "run_name": name, "tracking_uri": uri}
             try:
-                tracker = MLflow(folder, tags={"group": group}, **options)
-                tracker.replay(curves.rows(), to_saved(cfg))
+                tracker = MLflow(folder, curves.step >= 0, tags={"group": group}, **options)
+                tracker.replay(curves.rows(), curves.step, changed, to_saved(cfg))
                 loggers.append(tracker)
             except (mlflow.exceptions.MlflowException, OSError) as error:
                 problems.add("logger.mlflow", f"{uri} cannot be used ({brief(error)})")

@@ -150,10 +150,9 @@ class ProgressLines(Callback):
 
 
 def _count_steps(trainer: lightning.Trainer) -> str:
-    """Return the number of optimizer steps as a text, or the limit of seconds that ends a run without one."""
-    steps, seconds = trainer.estimated_stepping_batches, budget(trainer).seconds
-    limit = "" if seconds == math.inf else f"{seconds:g} s"
-    return limit if steps == math.inf else f"{int(steps):,} steps" + (f" or {limit}" if limit else "")
+    """Return the number of optimizer steps as a text, with the limit of seconds if the run has one."""
+    steps, seconds = int(trainer.estimated_stepping_batches), budget(trainer).seconds
+    return f"{steps:,} steps" + ("" if seconds == math.inf else f" or {seconds:g} s")
 
 
 def step_metrics(trainer: lightning.Trainer) -> StepMetrics:

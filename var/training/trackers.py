@@ -6,9 +6,10 @@ new files with the contents of metrics.csv, and sends W&B's server only what it 
 its time.
 """
 
+import os
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from var.utils.console import warn
 from var.utils.errors import brief
 from var.utils.files import atomic, make_file_name, remove
+
+PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+"""Unless the user sets them. MLflow's own would let a step wait for minutes."""
 
 Row = tuple[int, Mapping[str, float]]
 """An optimizer step and metrics of it."""
@@ -74,48 +78,93 @@ class Wandb(WandbLogger):
 
 
 class MLflow(MLFlowLogger):
-    """An MLflow run whose id is kept in the run's folder, so that a resumed run continues it."""
+    """An MLflow run whose id is kept in the run's folder, so that a resumed run continues it.
 
-    def __init__(self, folder: Path, **options: Any) -> None:
-        """Read the id of an earlier attempt. `options` are MLFlowLogger's."""
-        self._path = folder / "mlflow_run"
-        name = self._path.read_text(errors="replace") if self._path.exists() else ""
-        self._continued = re.fullmatch("[0-9a-f]{32}", name) is not None
-        super().__init__(run_id=name if self._continued else None, **options)
-        self._stored, self._warned = set[tuple[str, int]](), False
+    Training does not depend on the server: after its first failure nothing more is sent, and the next attempt sends
+    what it lacks.
+    """
+
+    def __init__(self, folder: Path, resumes: bool, **options: Any) -> None:
+        """Read the id of an earlier attempt, unless the run starts anew. `options` are MLFlowLogger's."""
+        for name, value in PATIENCE.items():
+            os.environ.setdefault(name, value)
+        self._path, self._failed, self._stored = folder / "mlflow_run", False, set[tuple[str, int]]()
+        name = self._path.read_text(errors="replace") if resumes and self._path.exists() else ""
+        super().__init__(run_id=name if re.fullmatch("[0-9a-f]{32}", name) else None, **options)
 
     @rank_zero_only
-    def replay(self, rows: Sequence[Row], config: Mapping[str, Any]) -> None:
+    def replay(self, rows: Sequence[Row], step: int, changed: bool, config: Mapping[str, Any]) -> None:
         """Log the rows of metrics.csv that the server lacks, and the configuration of a new run.
 
         MLflow's parameters cannot change, so a resumed run keeps those of its first attempt.
+
+        Args:
+            rows: of metrics.csv, up to `step`.
+            step: of the checkpoint that the run resumes from.
+            changed: whether its settings differ from those of the earlier attempt.
+            config: the configuration.
         """
-        client, run = self.experiment, self.run_id
-        assert run is not None
-        if self._continued:
-            client.update_run(run, status="RUNNING")
-            for name in client.get_run(run).data.metrics:
-                self._stored |= {(name, one.step) for one in client.get_metric_history(run, name)}
-        else:
+        from mlflow.exceptions import MlflowException
+
+        if self._run_id is not None:
+            try:
+                self._continue(step, changed)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                warn(f"logger.mlflow: the server does not have the run {self._run_id}; a new one starts.")
+                self._run_id = None
+        if self._run_id is None:
+            try:
+                new = self.run_id
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another job has made the experiment
+                    raise
+                new = self.run_id
+            assert new is not None
             with atomic(self._path) as file:
-                file.write(run)
+                file.write(new)
             self.log_hyperparams(dict(config))
         for number, metrics in rows:
             self.log_metrics(metrics, number)
 
+    def _continue(self, step: int, changed: bool) -> None:
+        client, run = self.experiment, self._run_id
+        assert run is not None
+        for name in client.get_run(run).data.metrics:
+            self._stored |= {(name, one.step) for one in client.get_metric_history(run, name)}
+        client.update_run(run, status="RUNNING")
+        last = max((at for _, at in self._stored), default=-1)
+        if changed and last > step:
+            warn(
+                f"logger.mlflow: the points of steps {step + 1} to {last} are from before the settings changed. MLflow "
+                "does not replace points; metrics.csv has the new ones."
+            )
+
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log metrics that the server does not have."""
+        if metrics := {name: value for name, value in metrics.items() if (name, step) not in self._stored}:
+            self._send(lambda: super(MLflow, self).log_metrics(metrics, step))
+
+    @rank_zero_only
+    def finalize(self, status: str = "success") -> None:
+        """End the MLflow run."""
+        self._send(lambda: super(MLflow, self).finalize(status))
+
+    def _send(self, send: Callable[[], None]) -> None:
         from mlflow.exceptions import MlflowException
 
-        metrics = {name: value for name, value in metrics.items() if (name, step) not in self._stored}
+        if self._failed:
+            return
         try:
-            if metrics:
-                super().log_metrics(metrics, step)
-        except MlflowException as error:  # training does not depend on the server
-            if not self._warned:
-                warn(f"logger.mlflow: the server has not taken metrics ({brief(error)}). metrics.csv has all of them.")
-            self._warned = True
+            send()
+        except MlflowException as error:
+            self._failed = True
+            warn(
+                f"logger.mlflow: the server does not answer, and gets nothing more ({brief(error)}). metrics.csv has "
+                "all metrics."
+            )
 
 
 class TensorBoard(TensorBoardLogger):

@@ -10,13 +10,13 @@ import torch
 from omegaconf import DictConfig
 
 from var.config.schema import TrainerSettings
-from var.requirements import Rollout, find
+from var.requirements import Rollout, SequenceScores, find
 from var.training.run import PRECISIONS, Run
 
 SCORING, TRAINING, RECOMPUTING = 2, 6, 8
 """Operations per parameter and token: forward, with the backward pass, and with gradient checkpointing."""
 SAMPLING_SPEED = {"cpu": 0.5, "cuda": 0.1}
-"""Of the speed of training, since sampling reads all weights for each token. The second one is assumed."""
+"""Speed of sampling, relative to training: it reads all weights for each token. The second one is assumed."""
 USED = {"cpu": 0.85, "cuda": 0.4}
 """How much of the speed of a matrix product training reaches. The second one is assumed."""
 ELSEWHERE = 100e12
@@ -32,6 +32,10 @@ class Work:
     """
 
     rows: int
+    prompts: int
+    """Rows that train, after data.limit and data.sample and without those of validation."""
+    samples: bool
+    """Whether their responses are sampled before training."""
     read: bool
     """Whether the data was read. Otherwise `rows` is the number on the hub."""
     planned: bool
@@ -40,7 +44,9 @@ class Work:
     steps: int
     """Optimizer steps in all epochs."""
     tokens: int
-    """Prompt and response tokens in all epochs."""
+    """Prompt and response tokens in all steps."""
+    tokens_per_epoch: int
+    """Those of an epoch, which trainer.max_steps may end early."""
 
     def describe(self) -> str:
         """Return rows, optimizer steps and tokens as a text."""
@@ -57,25 +63,28 @@ def count_work(run: Run) -> Work | None:
     if rows is None:
         return None
     planned = bool(data.report.steps_per_epoch) and online is None  # what is sampled in training is not known
+    prompts = max(0, min(rows, cfg.data.limit or cfg.data.sample or rows) - cfg.data.validation_prompts)
+    own = getattr(data.source, "expected_responses", 1)
+    if data.has_rows:
+        own = data.training_set.rows.facts["responses"].mean()
+    samples = data.samples_responses or (not own and not online)
     if planned:
-        steps = data.report.steps_per_epoch * epochs
-        tokens = int(data.training_set.plan.work.sum()) * epochs
+        steps = data.report.steps_per_epoch
+        tokens = int(data.training_set.plan.work.sum())
     else:
-        limited = min(rows, cfg.data.limit or cfg.data.sample or rows) - cfg.data.validation_prompts
-        sequences = data.training_set.unit == "sequence" and cfg.data.responses in ("auto", "both", "all")
-        own = getattr(data.source, "expected_responses", 1)
-        if data.has_rows:
-            own = cfg.generate.responses if data.samples_responses else data.training_set.rows.facts["responses"].mean()
-        each = own if sequences and not online else 1
-        steps = math.ceil(max(0, limited) * each / cfg.data.global_batch) * epochs
-        several = {"pair": 2, "group": cfg.generate.responses}.get(data.training_set.unit, 1)
-        together = cfg.generate.responses if online else several
+        several = data.training_set.unit == "sequence" and cfg.data.responses in ("auto", "both", "all", "sampled")
+        each = (cfg.generate.responses if samples else own) if several and not online else 1
+        steps = math.ceil(prompts * each / cfg.data.global_batch)
+        of_unit = {"pair": 2, "group": cfg.generate.responses}.get(data.training_set.unit, 1)
+        together = cfg.generate.responses if online else of_unit
         tokens = steps * cfg.data.global_batch * together * estimate_length(run)
-    if online:
-        steps *= online.passes
-    if 0 < cfg.trainer.max_steps < steps:
-        steps, tokens = cfg.trainer.max_steps, tokens * cfg.trainer.max_steps // steps
-    return Work(rows, bool(data.report.rows), planned, epochs, steps, tokens)
+    steps *= online.passes if online else 1
+    whole = steps * epochs
+    done = min(whole, cfg.trainer.max_steps) if cfg.trainer.max_steps > 0 else whole
+    return Work(
+        rows=rows, prompts=prompts, samples=samples, read=bool(data.report.rows), planned=planned, epochs=epochs,
+        steps=done, tokens=tokens * done // max(1, steps), tokens_per_epoch=tokens,
+    )  # fmt: skip
 
 
 def estimate_length(run: Run) -> int:
@@ -99,7 +108,7 @@ class Operations:
 
     annotating: float
     training: float
-    """With the samples of an online run."""
+    """Those of an online run's samples included."""
     evaluating: float
 
 
@@ -108,7 +117,7 @@ def count_operations(run: Run, work: Work, parameters: int, kind: Literal["cpu",
 
     What the annotation cache has is counted too. kind: of the device, which decides how slow sampling is.
     """
-    cfg, once = run.cfg, work.tokens / work.epochs
+    cfg, once = run.cfg, work.tokens_per_epoch
     sampling = SCORING / SAMPLING_SPEED[kind]
     inputs = [name for one in run.data.requirements for name in getattr(getattr(one, "estimator", None), "inputs", ())]
     online, reward = find(run.data.requirements, Rollout), count_parameters(cfg.reward)
@@ -124,13 +133,13 @@ def count_operations(run: Run, work: Work, parameters: int, kind: Literal["cpu",
         annotating += SCORING * once * (scored * reward + read * parameters)
     if online is not None:
         training += sampling * parameters * work.tokens * min(1, cfg.generate.max_new_tokens / estimate_length(run))
-    elif run.data.samples_responses:
-        annotating += work.rows * cfg.generate.responses * cfg.generate.max_new_tokens * sampling * parameters
+    elif work.samples:
+        annotating += work.prompts * cfg.generate.responses * cfg.generate.max_new_tokens * sampling * parameters
     if "candidates" in inputs:
-        tokens = work.rows * cfg.loss.estimator.candidates * cfg.generate.max_new_tokens
+        tokens = work.prompts * cfg.loss.estimator.candidates * cfg.generate.max_new_tokens
         annotating += tokens * (sampling * parameters + SCORING * reward)
     evaluating = 0.0
-    if cfg.eval.enabled:
+    if cfg.eval.enabled and not find(run.data.requirements, SequenceScores):  # which it measures on pairs
         times = 2 + (work.steps - 1) // cfg.eval.every_n_steps if cfg.eval.every_n_steps else 2
         one = cfg.eval.sampling
         tokens = cfg.data.validation_prompts * one.responses * one.max_new_tokens
@@ -147,9 +156,12 @@ def describe_time(operations: Operations, settings: TrainerSettings) -> str:
         full = measure_speed(kind, PRECISIONS[settings.arithmetic] or torch.float32)
         speed = USED[kind] * full
         where = f"{USED[kind]:.0%} of the {full / 1e9:,.0f} GFLOP/s of a matrix product here"
-    whole = speed * (settings.world if settings.gpu else 1)
+    speed *= settings.world if settings.gpu else 1
     stages = {"annotation": operations.annotating, "training": operations.training, "evaluation": operations.evaluating}
-    parts = [f"{name} {timedelta(seconds=round(count / whole))}" for name, count in stages.items()]
+    seconds = {name: count / speed for name, count in stages.items()}
+    if settings.max_seconds is not None:  # of sampling, scoring and training
+        seconds["training"] = min(seconds["training"], max(0, settings.max_seconds - seconds["annotation"]))
+    parts = [f"{name} {timedelta(seconds=round(count))}" for name, count in seconds.items()]
     return f"time, about: {', '.join(parts)} (at {where})"
 
 

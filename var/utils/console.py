@@ -30,12 +30,18 @@ PACE = 30.0  # seconds between two lines of a log about the same stage
 LOG_WIDTH = 100  # characters of tables in the log file
 
 console = Terminal(soft_wrap=True, highlight=False, markup=False, emoji=False)
-_label = ""
+_label, _logs = "", True
 
 
 def is_first_rank() -> bool:
     """Return whether this is the first process of the job."""
     return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0
+
+
+def keep_log(keep: bool) -> None:
+    """Set whether lines are written to the log file of the run. What trains nothing leaves none."""
+    global _logs
+    _logs = keep
 
 
 def label_lines(label: str) -> None:
@@ -62,10 +68,12 @@ def warn(text: str) -> None:
 def _say(text: str, level: int) -> None:
     if is_first_rank():
         console.print(f"{_label}{'Warning: ' if level == logging.WARNING else ''}{text}")
-    _write_log(text, level)
+        _write_log(text, level)
 
 
 def _write_log(text: str, level: int) -> None:
+    if not _logs:
+        return
     record = logging.LogRecord("var", level, __file__, 0, visible(text), None, None)
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.FileHandler):
@@ -73,7 +81,9 @@ def _write_log(text: str, level: int) -> None:
 
 
 def show(table: Table) -> None:
-    """Print a table, and write it to the log file of the run if there is one."""
+    """Print a table on the first rank, and write it to the log file of the run if there is one."""
+    if not is_first_rank():
+        return
     if _label:
         console.print(_label.rstrip())
     console.print(table)
