@@ -33,6 +33,7 @@ OTHER_PROGRAMS = (
     "pytest",
     "ruff",
     "mkdocs",
+    "vllm serve",
     "make check",
     "python3 -m venv",
     "python tests/same_curves.py",
