@@ -110,8 +110,15 @@ def _describe(cell: Cell, job: Job, seed: int) -> None:
 
 
 def write_table(table: Table, cells: Sequence[Cell], size: str) -> str:
-    """Return a table in Markdown, and below it how many seeds it has, what failed, and what the paper leaves open."""
-    rows, known = [row for row in table.rows if row.shown], {(cell.row, cell.column): cell for cell in cells}
+    """Return a table in Markdown, and below it how many seeds it has, what failed, and what the paper leaves open.
+
+    Rows without cells have not run, and are named below it.
+    """
+    ran, known = {cell.row for cell in cells}, {(cell.row, cell.column): cell for cell in cells}
+    rows = [row for row in table.rows if row.shown and row.name in ran]
+    missing = [row.name for row in table.rows if row.shown and row.name not in ran]
+    if not rows:
+        return "Not run yet."
     names = (["model"] if any(row.group for row in rows) else []) + ["method"]
     columns = [column for column in table.columns if column.shown]
     lines = [f"| {' | '.join([*names, *(column.title for column in columns)])} |"]
@@ -119,6 +126,7 @@ def write_table(table: Table, cells: Sequence[Cell], size: str) -> str:
     for row in rows:
         shown = [show(known.get((row.name, column.title)), column) for column in columns]
         lines.append(f"| {' | '.join([*([row.group] if len(names) > 1 else []), row.label, *shown])} |")
+    lines += ["", f"Not run yet: {'; '.join(missing)}."] if missing else []
     return "\n".join([*lines, "", *_notes(table, cells, size)])
 
 
@@ -206,7 +214,7 @@ def write_item(name: str, item: Item, size: str, cells: Sequence[Cell]) -> str:
     for table in item.sizes[size]:
         own = [cell for cell in cells if cell.table == table.title]
         parts.append((f"**{table.title}**\n\n" if table.title else "") + write_table(table, own, size))
-        if any(column.panel for column in table.columns):
+        if own and any(column.panel for column in table.columns):
             parts.append(f"![{item.title}]({name_figure(name, item, size, table)})")
     return "\n\n".join(parts)
 
@@ -222,7 +230,8 @@ def draw(table: Table, cells: Sequence[Cell], path: Path) -> None:
     panels = list(dict.fromkeys(column.panel for column in table.columns if column.panel))
     with figure(path, len(panels)) as axes:
         for axis, panel in zip(axes, panels, strict=True):
-            draw_panel(axis, table, cells, panel, [row for row in table.rows if row.shown])
+            ran = {cell.row for cell in cells}
+            draw_panel(axis, table, cells, panel, [row for row in table.rows if row.shown and row.name in ran])
 
 
 @contextmanager
@@ -282,8 +291,8 @@ def publish(name: str, item: Item, size: str, cells: Sequence[Cell], out: Path) 
     records = [asdict(cell) for cell in cells]
     (folder / f"results-{size}.json").write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n")
     for table in item.sizes[size]:
-        if any(column.panel for column in table.columns):
-            own = [cell for cell in cells if cell.table == table.title]
+        own = [cell for cell in cells if cell.table == table.title]
+        if own and any(column.panel for column in table.columns):
             draw(table, own, folder / name_figure(name, item, size, table))
     readme, text = folder / "README.md", write_item(name, item, size, cells)
     paper = write_paper_table(name)

@@ -6,6 +6,7 @@ from experiments.items.paths import DISTANCES, END, RIGHT_ANSWERS, along, limit,
 
 EXPERIMENT = "experiment=reward_kl"
 EXACT = "reward=exact_number"
+SEEDS = (0, 1)
 STEPS = (0, 12, 24, 36)
 """Optimizer steps after which the runs are evaluated."""
 SHORTER = ("data.source.skip=224", "data.source.problems=160", "trainer.max_steps=18", "eval.every_n_steps=null")
@@ -37,14 +38,14 @@ ITEMS = {
             "small": (
                 Table(
                     title="At equal numbers of steps", rows=(*make_limits(), CONTROL, *make_rows(EXPERIMENT)),
-                    columns=(*COLUMNS, RIGHT_ANSWERS, ESS), seeds=(0, 1, 2), x_label="KL from the reference (nats)",
-                    stored=True, errors="3 seeds. Errors are bootstraps over seeds and over prompts.",
+                    columns=(*COLUMNS, RIGHT_ANSWERS, ESS), seeds=SEEDS, x_label="KL from the reference (nats)",
+                    stored=True, errors=f"{len(SEEDS)} seeds. Errors are bootstraps over seeds and over prompts.",
                 ),
                 Table(
                     title="With a reward of 0 or 1",
                     rows=(*make_limits(EXACT), *make_rows(EXPERIMENT, EXACT, methods=MAIN)), columns=COLUMNS,
-                    seeds=(0, 1, 2), x_label="KL from the reference (nats)",
-                    stored=True, errors="3 seeds. Errors are bootstraps over seeds and over prompts.",
+                    seeds=SEEDS, x_label="KL from the reference (nats)",
+                    stored=True, errors=f"{len(SEEDS)} seeds. Errors are bootstraps over seeds and over prompts.",
                 ),
                 Table(
                     title="Other methods, not tuned",

@@ -149,7 +149,9 @@ def test_tuned_values_are_the_best_of_their_tables() -> None:
     if not found[RATES_TITLE]:
         assert not RATES
         return
-    for method, (_, key, _) in METHODS.items():
+    assert set(found[RATES_TITLE]) == set(RATES)
+    for method in RATES:
+        _, key, _ = METHODS[method]
         rates = dict(found[RATES_TITLE][method])
         if key:
             own = found[TUNING_TITLE][method]
