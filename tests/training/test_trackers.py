@@ -157,7 +157,7 @@ def test_training_continues_without_the_mlflow_server(tmp_path, capsys, monkeypa
     assert "points of steps" not in capsys.readouterr().out
     assert start(True, 1, changed=True).run_id == first.run_id
     assert "the points of steps 2 to 3 are from before the settings changed" in capsys.readouterr().out
-    assert start(False, 1).run_id != first.run_id  # the run starts anew in the same folder
+    assert start(False, 1).run_id != first.run_id  # resume=false in the same folder
     (tmp_path / "mlflow_run").write_text("0" * 32)
     assert steps(start(True, 2)) == [1, 2]
     assert "does not have the run 0000" in " ".join(capsys.readouterr().out.split())

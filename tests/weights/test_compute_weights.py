@@ -116,8 +116,8 @@ def test_roulette_keeps_the_expectation_and_raises_small_weights():
 
 @pytest.mark.parametrize("least", [0.0, 0.5, 1.5, 4.0])
 def test_variance_of_a_step_after_roulette(least):
-    """docs/method.md, small weights: E[w'²]/E[w']² over what is left is p E[w max(w, m)]/E[w]². The largest of the four
-    weights 4, 1, 0.5 and 0.1 has no variance left at m = 4."""
+    """docs/method.md, small weights: E[w'²]/E[w']² over the remaining weights is p E[w max(w, m)]/E[w]². At m = 4, the
+    largest of the weights 4, 1, 0.5 and 0.1, no variance is left."""
     weights, draws = double([4.0, 1.0, 0.5, 0.1]), (torch.arange(1000).double() + 0.5) / 1000
     found = torch.cat([play_roulette(weights, least, draw.expand(4)) for draw in draws])
     left = found[found > 0]

@@ -85,7 +85,7 @@ class MLflow(MLFlowLogger):
     """
 
     def __init__(self, folder: Path, resumes: bool, **options: Any) -> None:
-        """Read the id of an earlier attempt, unless the run starts anew. `options` are MLFlowLogger's."""
+        """Read the id of an earlier attempt if the run resumes. `options` are MLFlowLogger's."""
         for name, value in PATIENCE.items():
             os.environ.setdefault(name, value)
         self._path, self._failed, self._stored = folder / "mlflow_run", False, set[tuple[str, int]]()
