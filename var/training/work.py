@@ -62,14 +62,14 @@ def count_work(run: Run) -> Work | None:
     rows = data.report.rows or getattr(data.source, "expected_rows", None)
     if rows is None:
         return None
-    planned = bool(data.report.steps_per_epoch) and online is None  # what is sampled in training is not known
+    planned = None if online else data.report.steps_per_epoch  # what is sampled in training is not known
     prompts = max(0, min(rows, cfg.data.limit or cfg.data.sample or rows) - cfg.data.validation_prompts)
     own = getattr(data.source, "expected_responses", 1)
     if data.has_rows:
         own = data.training_set.rows.facts["responses"].mean()
     samples = data.samples_responses or (not own and not online)
     if planned:
-        steps = data.report.steps_per_epoch
+        steps = planned
         tokens = int(data.training_set.plan.work.sum())
     else:
         several = data.training_set.unit == "sequence" and cfg.data.responses in ("auto", "both", "all", "sampled")
@@ -79,10 +79,10 @@ def count_work(run: Run) -> Work | None:
         together = cfg.generate.responses if online else of_unit
         tokens = steps * cfg.data.global_batch * together * estimate_length(run)
     steps *= online.passes if online else 1
-    whole = steps * epochs
-    done = min(whole, cfg.trainer.max_steps) if cfg.trainer.max_steps > 0 else whole
+    total = steps * epochs
+    done = min(total, cfg.trainer.max_steps) if cfg.trainer.max_steps > 0 else total
     return Work(
-        rows=rows, prompts=prompts, samples=samples, read=bool(data.report.rows), planned=planned, epochs=epochs,
+        rows=rows, prompts=prompts, samples=samples, read=bool(data.report.rows), planned=bool(planned), epochs=epochs,
         steps=done, tokens=tokens * done // max(1, steps), tokens_per_epoch=tokens,
     )  # fmt: skip
 
