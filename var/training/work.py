@@ -119,7 +119,8 @@ def count_operations(run: Run, work: Work, parameters: int, kind: Literal["cpu",
     """
     cfg, once = run.cfg, work.tokens_per_epoch
     sampling = SCORING / SAMPLING_SPEED[kind]
-    inputs = [name for one in run.data.requirements for name in getattr(getattr(one, "estimator", None), "inputs", ())]
+    estimators = [estimator for one in run.data.requirements if (estimator := getattr(one, "estimator", None))]
+    inputs = {name for estimator in estimators for name in estimator.inputs}
     online, reward = find(run.data.requirements, Rollout), count_parameters(cfg.reward)
     annotating = 0.0
     training = (RECOMPUTING if cfg.model.gradient_checkpointing else TRAINING) * parameters * work.tokens
@@ -135,8 +136,8 @@ def count_operations(run: Run, work: Work, parameters: int, kind: Literal["cpu",
         training += sampling * parameters * work.tokens * min(1, cfg.generate.max_new_tokens / estimate_length(run))
     elif work.samples:
         annotating += work.prompts * cfg.generate.responses * cfg.generate.max_new_tokens * sampling * parameters
-    if "candidates" in inputs:
-        tokens = work.prompts * cfg.loss.estimator.candidates * cfg.generate.max_new_tokens
+    for estimator in (one for one in estimators if "candidates" in one.inputs):
+        tokens = work.prompts * estimator.candidates * cfg.generate.max_new_tokens
         annotating += tokens * (sampling * parameters + SCORING * reward)
     evaluating = 0.0
     if cfg.eval.enabled and not find(run.data.requirements, SequenceScores):  # which it measures on pairs
