@@ -90,11 +90,11 @@ def list_types(path: Path) -> Mapping[str, str]:
 def merge(path: Path) -> dict[str, Any]:
     """Return the content of a YAML with that of its bases in the same folder."""
     content = yaml.safe_load(path.read_text()) or {}
-    whole: dict[str, Any] = {}
+    merged: dict[str, Any] = {}
     for base in content.get("defaults", []):
         if isinstance(base, str) and base != "_self_" and (file := path.parent / f"{base}.yaml").exists():
-            whole |= merge(file)
-    return whole | content
+            merged |= merge(file)
+    return merged | content
 
 
 def list_sections() -> Iterator[tuple[str, str, str, list[Setting]]]:

@@ -310,20 +310,20 @@ class Run:
         return str(path), content
 
     @property
-    def _samples_validation(self) -> bool:
+    def samples_validation(self) -> bool:
         """Whether an evaluation samples responses to validation prompts."""
         return self.cfg.eval.enabled and not find(self.data.requirements, SequenceScores)
 
     def check_validation_prompts(self) -> None:
         """Raise UserError for validation prompts that the template cannot write, before training ones are sampled."""
         rows = self.data.training_set.validation
-        if self._samples_validation:
+        if self.samples_validation:
             check_prompts(self.annotator, rows, np.arange(len(rows)), warns=False)
 
     def sample_validation(self) -> None:
         """Fill the cache with the reference's responses to the validation prompts and their rewards."""
         data = self.data.training_set
-        if self._samples_validation and len(data.validation):
+        if self.samples_validation and len(data.validation):
             reward = instantiate(self.cfg.eval.reward) if self.cfg.eval.reward else None
             evaluate_reference(self.annotator, data.validation, Sampling(**self.cfg.eval.sampling), reward)
 

@@ -10,7 +10,7 @@ import torch
 from omegaconf import DictConfig
 
 from var.config.schema import TrainerSettings
-from var.requirements import Rollout, SequenceScores, find
+from var.requirements import Rollout, find
 from var.training.run import PRECISIONS, Run
 
 SCORING, TRAINING, RECOMPUTING = 2, 6, 8
@@ -126,11 +126,8 @@ def count_operations(run: Run, work: Work, parameters: int, kind: Literal["cpu",
     training = (RECOMPUTING if cfg.model.gradient_checkpointing else TRAINING) * parameters * work.tokens
     if run.data.requirements:
         scored = cfg.data.micro_batch if "cross_rewards" in inputs else 1
-        read = (
-            cfg.data.micro_batch
-            if "cross_logps" in inputs
-            else float(any(one.reads_reference for one in run.data.requirements))
-        )
+        once_each = any(one.reads_reference for one in run.data.requirements)
+        read = cfg.data.micro_batch if "cross_logps" in inputs else float(once_each)
         annotating += SCORING * once * (scored * reward + read * parameters)
     if online is not None:
         training += sampling * parameters * work.tokens * min(1, cfg.generate.max_new_tokens / estimate_length(run))
@@ -140,7 +137,7 @@ def count_operations(run: Run, work: Work, parameters: int, kind: Literal["cpu",
         tokens = work.prompts * estimator.candidates * cfg.generate.max_new_tokens
         annotating += tokens * (sampling * parameters + SCORING * reward)
     evaluating = 0.0
-    if cfg.eval.enabled and not find(run.data.requirements, SequenceScores):  # which it measures on pairs
+    if run.samples_validation:
         times = 2 + (work.steps - 1) // cfg.eval.every_n_steps if cfg.eval.every_n_steps else 2
         one = cfg.eval.sampling
         tokens = cfg.data.validation_prompts * one.responses * one.max_new_tokens
