@@ -10,6 +10,7 @@ import torch
 
 from tests.helpers.annotators import ROWS, Lengths, make_sequences
 from var.annotate.rewards import ProvideRewards, cross_rewards, score, score_rows
+from var.data.report import DataReport
 from var.requirements import Rewards
 from var.rewards.base import check_answers
 from var.rewards.dataset_score import Score
@@ -138,6 +139,17 @@ def test_scores_of_the_data_are_read_and_all_missing_ones_listed(make):
         "  row row-4: a response has no score\n"
         "Choose a reward that scores text, such as reward=offsetbias-rm-8b."
     )
+
+
+def test_scores_that_a_reward_does_not_use_are_counted(make, capsys):
+    annotator = make(Lengths())
+    rows, sequences = make_sequences(annotator)
+    data: Any = SimpleNamespace(
+        annotator=annotator, rows=rows, sequences=sequences, scale=Scale(), report=DataReport(), unit="response"
+    )
+    ProvideRewards(Rewards()).select(data)
+    expected = "8 of 8 responses have a score in the data, which this reward does not use. reward=score does."
+    assert expected in " ".join(capsys.readouterr().out.split())
 
 
 def test_mismatch_gap_lowers_a_score_under_another_prompt(make):

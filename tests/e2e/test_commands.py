@@ -285,6 +285,7 @@ class TestInvalidInput:
             ("micro-batches of data.micro_batch=4, fewer than the 2 processes", ["trainer.devices=2"]),
             ("this loss compares two responses of a row", ["loss=dpo", "data.responses=all"]),
             ("reward.mismatch_gap", ["reward=score", "loss=var"]),
+            ("reward=none: only eval.py runs without a reward", ["reward=none"]),
             ("there is no such checkpoint", ["resume=/nowhere.ckpt"]),
             ("folders that cannot be written", ["annotation_cache=/dev/null/store"]),
         ],

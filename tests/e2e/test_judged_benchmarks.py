@@ -29,7 +29,7 @@ def list_options(data: str, folder: Path, model: Path, url: str, prompts: int = 
         WRITERS[data](place, prompts)
     return [
         f"data={data}", f"data.path={place}", "held_out=false", "against=chosen", "reference=null", "seeds=[0]",
-        f"model.path={model}", "generate.max_new_tokens=8", "reward=custom", "reward._target_=brevity.Brevity",
+        f"model.path={model}", "generate.max_new_tokens=8", "reward=none",
         f"judge={JUDGES[data]}", f"judge.client.base_url={url}", "judge.client.concurrency=1",
         *(f"{name}={folder}/{name}" for name in ("annotation_cache", "cache", "out")),
     ]  # fmt: skip
@@ -55,13 +55,6 @@ def prefer_baseline(body: dict[str, Any], before: int = 0) -> Any:
     return completion("m", logprobs={"content": [{"token": "m", "logprob": 0.0, "top_logprobs": top}]})
 
 
-@pytest.fixture(autouse=True)
-def rewards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the reward of the examples importable."""
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT}/examples")
-
-
 @pytest.mark.parametrize("data", WRITERS)
 def test_model_is_compared_with_the_baseline(data, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The judge prefers the baseline: 20 % by its probabilities, 0 % by its verdicts. The cost is printed first, and
@@ -78,6 +71,8 @@ def test_model_is_compared_with_the_baseline(data, tiny_folder: Path, tmp_path: 
         assert rates["all"]["win_rate"] == pytest.approx(20 if data == "alpaca_eval" else 0)
         assert (rates["all"]["n"], rates["all"]["loss"], rates["facts"]["games"]) == (3, 3, calls)
         assert len(games) == calls
+        assert ": length " in printed
+        assert ": reward" not in printed
         (estimate,) = [(text, sent) for text, sent in said if text.startswith("Judge: ")]
         assert estimate[0].startswith(f"Judge: {calls} calls, about ")
         assert ", cost at most " in estimate[0]

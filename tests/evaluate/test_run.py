@@ -13,9 +13,11 @@ from notebooks.tiny import byte_tokenizer
 from tests.helpers.judges import pair
 from tests.helpers.models import DATED, saved, tiny_model
 from tests.helpers.runs import composed
+from var.config.saved import to_saved
 from var.evaluate.judges.base import Judgement
 from var.evaluate.prompts import warn_of_trained_prompts
 from var.evaluate.run import Evaluation, judge_pairs, locate_models
+from var.evaluate.settings import say_differences
 from var.evaluate.table import print_result
 from var.utils.errors import UserError
 
@@ -45,6 +47,7 @@ from var.utils.errors import UserError
         (["answers=a.jsonl", "benchmarks=local", "benchmarks.folder=x"], ["benchmarks: need a model"]),
         (["reference=nowhere"], ["reference=nowhere"]),
         (["init=nowhere"], ["init=nowhere"]),
+        (["reward=none", "+reward@second_reward=near_number"], ["reward: is null, but second_reward is set"]),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_be_used_are_rejected(tmp_path: Path, overrides: list[str], lines: list[str]) -> None:
@@ -52,6 +55,24 @@ def test_settings_that_cannot_be_used_are_rejected(tmp_path: Path, overrides: li
     with pytest.raises(UserError) as error:
         Evaluation.compose(cfg)
     assert [line for line in lines if line not in str(error.value)] == []
+
+
+def test_settings_that_differ_from_training_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The run's configuration is that of `python train.py`; parts that it lacks are not compared."""
+    trained = to_saved(composed())
+    options = [f"annotation_cache={tmp_path}/s", f"cache={tmp_path}/c"]
+    say_differences(composed(*options, root="eval"), trained)
+    say_differences(composed(*options, "reward=none", root="eval"), {"data": {}})
+    assert capsys.readouterr().out == ""
+    changes = "generate.max_new_tokens=99", "data=files", "data.path=x.jsonl", "reward=near_number"
+    say_differences(composed(*options, *changes, root="eval"), trained)
+    line = " ".join(capsys.readouterr().out.split())
+    assert line == (
+        "Not as in the run's own evaluation: "
+        "data.source._target_=var.data.sources.files.Files (var.data.sources.arithmetic.Arithmetic in training), "
+        "reward._target_=var.rewards.programmatic.NearNumber (var.rewards.programmatic.ExactNumber in training), "
+        "generate.max_new_tokens=99 (20 in training)"
+    )
 
 
 def test_seed_also_sets_the_sampling_seed(tmp_path: Path) -> None:

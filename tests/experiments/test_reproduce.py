@@ -191,7 +191,8 @@ def test_assumptions_are_those_of_the_experiments_and_losses() -> None:
     assert sum("averaged over tokens" in text for text in found) == 1  # var's, named by table1 and by var_own
     assert list_assumptions(["loss=sft"]) == []
     row = Row(label="VAR", stages={"train": train("experiment=[table4,frontier]", "loss=var_own")})
-    small, paper = (write_table(Table(rows=(row,), columns=()), [], size) for size in ("small", "paper"))
+    table, cells = Table(rows=(row,), columns=(GAIN,)), [Cell(table="", row="VAR", column="gain")]
+    small, paper = (write_table(table, cells, size) for size in ("small", "paper"))
     assert "averaged over tokens" in small
     assert "GRPO" not in small
     assert "GRPO" in paper
@@ -434,7 +435,13 @@ def test_error_while_results_are_written_starts_nothing_more(tmp_path: Path, mon
     for name, several in (("first", rows[:1]), ("second", rows[1:])):
         item = Item(title="t", sizes={"small": (Table(rows=tuple(several), columns=()),)})
         monkeypatch.setitem(ITEMS, name, item)
-    monkeypatch.setattr(reproduce, "publish", lambda *_: 1 / 0)
+
+    def fail(*_: Any) -> None:
+        while len(list((tmp_path / "small").glob("*/output.log"))) < 2:  # the second item's first command has not begun
+            time.sleep(0.01)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(reproduce, "publish", fail)
     with pytest.raises(ZeroDivisionError):
         reproduce.main(["first", "second", f"folder={tmp_path}"])
     assert len(list((tmp_path / "small").glob(f"*/{DONE}"))) == 2

@@ -18,7 +18,7 @@ from var.data.stored import read_finished, remember
 from var.requirements import Rewards
 from var.rewards.base import Triple, Triples, check_answers, check_scores, check_texts, compute_scores
 from var.sampling.base import Samples, Sampling
-from var.utils.console import warn
+from var.utils.console import say, warn
 from var.utils.errors import Problems, UserError
 from var.utils.provenance import hash_content
 from var.weights.groups import within_prompt_std, zero_variance
@@ -37,6 +37,11 @@ class ProvideRewards(Provider[Rewards]):
         """Score all sequences and fit the scale."""
         sequences, reward = data.sequences, data.annotator.reward
         if reward.scores_text:
+            if scores := int(np.isfinite(sequences.column("score")).sum()):
+                say(
+                    f"{scores} of {len(sequences)} responses have a score in the data, which this reward does not use. "
+                    "reward=score does."
+                )
             raw = score(data.annotator, Triples(data.rows, sequences.row, sequences.row, sequences.response))
         else:
             raw = sequences.column("score")

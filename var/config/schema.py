@@ -202,7 +202,7 @@ class EvalConfig:
     model: Any  # the policy, unless init or answers is given
     data: Any  # prompts
     more: Any  # further data sets by name
-    reward: Any
+    reward: Any  # None: only lengths, judge and benchmarks
     generate: Any  # how responses are sampled
     sampler: Any
     judge: Any  # None: no win rate

@@ -33,12 +33,13 @@ from var.evaluate.diversity import measure_distinct
 from var.evaluate.judges.base import Judge, Pair, RewardJudge, compute_rates, explain_missing_rate
 from var.evaluate.measures import average_subsets, compare, measure
 from var.evaluate.prompts import Prompts, read_prompts, warn_of_trained_prompts
-from var.evaluate.settings import check_settings, warn_of_other_reference
+from var.evaluate.settings import check_settings, say_differences, warn_of_other_reference
 from var.evaluate.table import print_result
 from var.models.files import find_model
 from var.models.frozen import FrozenModel
 from var.models.pretrained import Pretrained
 from var.rewards.base import Reward, check_answers
+from var.rewards.dataset_score import Score
 from var.sampling.base import Samples, Sampling
 from var.utils.console import say, silence_libraries, stage, warn
 from var.utils.distributed import Ranks, bind_device
@@ -58,7 +59,7 @@ class Evaluation:
     reference: Candidate | None
     """π_ref, which the model is compared with."""
     rewards: dict[str, Reward]
-    """`reward` and, if there is one, `second_reward`."""
+    """Those of `reward` and `second_reward` that are set."""
     judge: Judge | None
     benchmarks: Benchmarks | None
     sampling: Sampling
@@ -85,9 +86,8 @@ class Evaluation:
             frozen = FrozenModel(pretrained, device, autocast)
             store = AnnotationCache(Path(cfg.annotation_cache).expanduser(), warn=warn)
             cache = Path(cfg.cache).expanduser()
-            annotator = Annotator(
-                store, frozen, rewards["reward"], cache, instantiate(cfg.sampler), ranks=Ranks.current()
-            )
+            reward = rewards.get("reward") or Score()  # which scores nothing
+            annotator = Annotator(store, frozen, reward, cache, instantiate(cfg.sampler), ranks=Ranks.current())
             return Candidate(name, frozen, annotator)
 
         return cls(
@@ -107,6 +107,7 @@ class Evaluation:
         self.prompts  # noqa: B018  errors of rows come before the models' files are read
         if self.cfg.init:
             trained = read_run_config(Path(self.model.model.pretrained.path))
+            say_differences(self.cfg, trained)
             warn_of_trained_prompts(self.prompts, trained, self.model.annotator.cache)
         chats = [candidate.annotator.chat for candidate in self.candidates]
         for candidate in self.candidates:

@@ -1,12 +1,15 @@
 """Checks of eval.py's configuration before anything is loaded."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, ListConfig
 
 from var.config.run_files import read_json
+from var.config.saved import to_saved
 from var.models.pretrained import Pretrained
-from var.utils.console import warn
+from var.utils.console import say, warn
 from var.utils.errors import Problems
 
 
@@ -21,6 +24,32 @@ def warn_of_other_reference(model: Pretrained, reference: Pretrained) -> None:
             f"reference=auto: {Path(model.path).parent} did not start from {reference.path}, with which its model is "
             "compared. Set model and model.path to what it started from, or reference to another model or null."
         )
+
+
+def say_differences(cfg: DictConfig, trained: Mapping[str, Any]) -> None:
+    """Print the settings of prompts, reward and sampling that differ from those of the run's own evaluation.
+
+    trained: the run's configuration, which may lack any part.
+    """
+    own, validation = to_saved(cfg), trained.get("eval")
+    validation = validation if isinstance(validation, dict) else {}
+    before = {
+        "data.source": trained["data"].get("source"),
+        "reward": validation.get("reward") or trained.get("reward"),
+        "generate": validation.get("sampling"),
+    }
+    sampling = ("temperature", "top_p", "max_new_tokens")
+    different = dict[str, tuple[Any, Any]]()
+    for part, old in before.items():
+        new = own["data"]["source"] if part == "data.source" else own[part]
+        if isinstance(old, dict) and isinstance(new, dict):
+            keys = sampling if part == "generate" else tuple(dict.fromkeys([*new, *old]))
+            if old.get("_target_") != new.get("_target_"):
+                keys = ("_target_",)  # whose settings have nothing in common
+            different |= {f"{part}.{k}": (old.get(k), new.get(k)) for k in keys if old.get(k) != new.get(k)}
+    if different:
+        changes = ", ".join(f"{key}={new} ({old} in training)" for key, (old, new) in different.items())
+        say(f"Not as in the run's own evaluation: {changes}")
 
 
 def check_settings(cfg: DictConfig) -> None:
@@ -50,6 +79,7 @@ def check_settings(cfg: DictConfig) -> None:
         ("averages", all(isinstance(part, ListConfig) for part in averages),
          f"expected lists of subsets by name, got {cfg.averages}"),
         ("init", not (cfg.answers and cfg.init), "has no effect with answers=, a file in place of a model's answers"),
+        ("reward", cfg.reward or not cfg.second_reward, "is null, but second_reward is set. Set reward to it"),
         ("benchmarks", not (cfg.answers and cfg.benchmarks), "need a model, but answers= is a file. Remove one"),
     ]  # fmt: skip
     problems = Problems("the configuration cannot be used")

@@ -27,7 +27,7 @@ def print_result(result: Mapping[str, Any], against: str) -> None:
         add(f"{name}: truncation rate", initial.get("truncated"), part["truncated"], digits=2)
     for name, part in model["averages"].items():
         used, total = len(part["of"]), len(part["of"]) + len(part["without"])
-        if total > 1:
+        if total > 1 and "reward" in part:
             count = f"{used} subsets" if used == total else f"{used} of {total} subsets"
             initial = reference["averages"].get(name, {})
             add(f"average, {name} ({count}): reward", initial.get("reward"), part["reward"])

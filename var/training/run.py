@@ -120,6 +120,8 @@ class Run:
             raise UserError(f"seed={cfg.seed}: a seed must be at least 0 and below 2**32")
         if is_multirun():
             gc.collect()  # the previous job's trainer and model refer to each other
+        if cfg.reward is None:
+            raise UserError("reward=none: only eval.py runs without a reward. reward=score loads no reward model.")
         if settings.device_memory is not None and not cfg.dry and not torch.cuda.is_available():
             raise UserError("trainer.device_memory describes GPUs, and this machine has none. Use it with debug=dry.")
         check_ranks(settings)
