@@ -30,6 +30,7 @@ VARIANTS = {
     "losses.alol.ALoL": {"ratio", "clip", "beta"},
     "losses.dft.DFT": {"anchor"},
     "losses.grpo.GRPO": {"beta", "clip_high", "normalize", "scale", "length"},
+    "losses.var.VAR": {"min_weight", "roulette"},
     "models.pretrained.Pretrained": {"quantization", "repository", "chat_template_kwargs"},
     "rewards.classifier.Classifier": {"dtype", "architecture", "repository"},
     "training.optim.MasterAdamW": {"betas"},  # torch's in Python
