@@ -52,7 +52,7 @@ def render_page(run: RunRecord) -> str:
         trim_blocks=True, lstrip_blocks=True, finalize=to_text,
     )  # fmt: skip
     environment.tests["numeric"] = lambda value: NUMBER.fullmatch(str(value)) is not None
-    environment.filters.update(last_message=last_message, rounded=rounded)
+    environment.filters.update(last_message=last_message, rounded=rounded, level=compute_level)
     summary, data = run.summary, run.summary.get("data") or {}
     health = data.get("weights") or {}
     weights = run.weights
@@ -66,12 +66,14 @@ def render_page(run: RunRecord) -> str:
         run=run,
         conclusion=_conclude(summary),
         warnings=find_warnings(run),
+        skipped=count_skipped(data),
         results=[(name, format_cell(value, name)) for name, value in run.measures.items()],
         curves=chart_curves(run.curves),
         health=[(label, f"{health[key]:.3f}") for key, label in WEIGHT_LABELS.items() if key in health],
         histogram=chart_histogram(weights, f"weights of {len(weights)} responses") if len(weights) else None,
         micro_batches=tabulate_micro_batches(run),
         samples=run.samples[:SHOWN_PROMPTS],
+        reward_range=find_reward_range(run.samples),
         open=OPEN_PROMPTS,
         data=[(_label(name), value) for name, value in data.items() if name != "weights"],
         facts=list(facts.items()),
@@ -93,6 +95,19 @@ def last_message(prompt: Any) -> str:
 def rounded(value: Any) -> str:
     """Return a number with three decimals, and a dash for anything else."""
     return f"{value:.3f}" if isinstance(value, int | float) else "–"
+
+
+def find_reward_range(samples: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """Return the lowest and the highest reward of answers before and after training; zeros if there is none."""
+    sides = (sample.get(when) or {} for sample in samples for when in ("before", "after"))
+    rewards = [reward for side in sides for reward in side.get("rewards") or () if isinstance(reward, int | float)]
+    return min(rewards, default=0.0), max(rewards, default=0.0)
+
+
+def compute_level(reward: Any, bounds: tuple[float, float]) -> int:
+    """Return in which quarter of a range a reward is, from 0 to 3."""
+    low, high = bounds
+    return min(3, int(4 * (reward - low) / (high - low))) if isinstance(reward, int | float) and high > low else 0
 
 
 def _label(name: str) -> str:
@@ -126,11 +141,6 @@ def find_warnings(run: RunRecord) -> list[str]:
     if abs(health.get("length_correlation", 0)) > 0.3:
         warnings.append(f"Weights are correlated with response length: {health['length_correlation']:.2f}.")
     warnings += validation_warnings(summary["validation"])
-    warnings += [
-        f"{_label(name)}: {count}."
-        for name, count in {**data, **(data.get("encoding") or {})}.items()
-        if isinstance(count, int) and count and re.search("left out|dropped|skipped|weight", _label(name))
-    ]
     if summary.get("dirty"):
         warnings.append("The code had uncommitted changes.")
     log = run.folder / "train.log"
@@ -138,7 +148,16 @@ def find_warnings(run: RunRecord) -> list[str]:
         lines = [LOG_LINE.match(line) for line in log.read_text(errors="replace").splitlines()]
         logged = [(line["logger"], line["text"]) for line in lines if line]
         warnings += [text if logger == "var" else f"{logger}: {text}" for logger, text in logged][:20]
-    return warnings
+    return list(dict.fromkeys(warnings))  # the log has some of the others
+
+
+def count_skipped(data: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """Return the counts in the data report of what does not train."""
+    return [
+        (_label(name), count)
+        for name, count in {**data, **(data.get("encoding") or {})}.items()
+        if isinstance(count, int) and count and re.search("left out|lost|dropped|skipped|weight", _label(name))
+    ]
 
 
 def chart_curves(curves: Mapping[str, pd.Series]) -> list[Chart]:
@@ -148,6 +167,8 @@ def chart_curves(curves: Mapping[str, pd.Series]) -> list[Chart]:
     for name, label in panels.items():
         if name in curves:
             second = curves.get(JUDGE_WIN_RATE) if name == "validation/win_rate" else None
+            if name == "validation/kl":
+                curves = {**curves, name: pd.concat([pd.Series({0: 0.0}), curves[name].drop(0, errors="ignore")])}
             label += "" if second is None else " (dashed: the judge's)"
             charts.append(chart_curve(curves[name], label, curves.get(f"{name}_se"), second))
     return charts
