@@ -64,7 +64,8 @@ def name_type(hint: Any) -> str:
         return " | ".join(map(str, get_args(hint)))
     if parts := get_args(hint):
         names = [name for part in parts if (name := name_type(part))]
-        return " | ".join(dict.fromkeys(names)) if get_origin(hint) not in (list, dict, tuple) else ""
+        text = " | ".join(dict.fromkeys(names))
+        return {list: f"list of {text}", dict: "", tuple: ""}.get(get_origin(hint), text)  # type: ignore[arg-type]
     known = {NoneType: "null", int: "integer", float: "number", str: "text", bool: "true | false"}
     return known.get(hint, "")
 

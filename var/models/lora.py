@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from var.utils.errors import UserError, brief
+from var.utils.extras import name_install
 
 HEAD = "score"  # head of a sequence classifier; all of its weights train
 
@@ -35,7 +36,7 @@ class LoRA:
 
     def __post_init__(self) -> None:
         if importlib.util.find_spec("peft") is None:
-            raise UserError("adapter=lora needs an extra: pip install -e '.[adapters]'")
+            raise UserError(f"adapter=lora needs an extra: {name_install('adapters')}")
         if self.r < 1 or not self.alpha > 0:
             raise UserError(f"adapter: r must be at least 1 and alpha positive, got r={self.r}, alpha={self.alpha}.")
 

@@ -20,6 +20,7 @@ from var.models.lora import HEAD, merge_adapter
 from var.models.structure import Shapes, blocks, parameters_on_meta, read_weight_shapes, untied_weights
 from var.utils.console import say
 from var.utils.errors import UserError
+from var.utils.extras import name_install
 
 # One of these is in each tokenizer. Without any, transformers may build an empty one.
 TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "tokenizer_config.json")
@@ -72,7 +73,7 @@ class Pretrained(ModelFiles):
         if self.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
             raise UserError("model.attention=flash_attention_2 needs the package flash-attn. Use packed without it.")
         if self.quantization and importlib.util.find_spec("bitsandbytes") is None:
-            raise UserError("model.quantization needs an extra: pip install -e '.[quantization]'")
+            raise UserError(f"model.quantization needs an extra: {name_install('quantization')}")
 
     def with_attention_for(self, gpu: bool, half: bool) -> "Pretrained":
         """Return a copy without attention=auto: `varlen` on a GPU in bf16 (half: by autocast), else `packed`."""
@@ -95,7 +96,7 @@ class Pretrained(ModelFiles):
         if not (folder / ADAPTER).exists():
             return None
         if importlib.util.find_spec("peft") is None:
-            raise UserError(f"{folder} is an adapter, which needs an extra: pip install -e '.[adapters]'")
+            raise UserError(f"{folder} is an adapter, which needs an extra: {name_install('adapters')}")
         config = read_mapping(folder / ADAPTER)
         if config.get("peft_type") != "LORA":
             raise UserError(

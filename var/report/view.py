@@ -4,6 +4,7 @@ from typing import Any
 
 from var.report.figures import JUDGE_WIN_RATE, PANELS, PEAK_MEMORY
 from var.utils.errors import UserError, brief
+from var.utils.extras import name_install
 
 NAME = "VAR: training and validation"
 STEP = "trainer/global_step"  # Lightning's logger counts optimizer steps under this name
@@ -18,7 +19,7 @@ def build_view(project: str) -> Any:
         import wandb_workspaces.reports.v2 as panels
         import wandb_workspaces.workspaces as workspaces
     except ModuleNotFoundError:
-        raise UserError("--wandb: wandb-workspaces is not installed. Run pip install -e '.[wandb-views]'.") from None
+        raise UserError(f"--wandb: wandb-workspaces is not installed. Run {name_install('wandb-views')}.") from None
     entity, _, name = project.partition("/")
     if not entity or not name or "/" in name:
         raise UserError(f"--wandb {project}: not of the form entity/project. Take it from the project's address.")

@@ -13,6 +13,7 @@ import torch
 from var.data.chat import Chat
 from var.sampling.base import Advance, Prompts, Sample, Samples, Sampling, derive_server_seed, ignore_progress
 from var.utils.errors import Problems, UserError
+from var.utils.extras import name_install
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -66,7 +67,7 @@ class VLLM:
     def check(self) -> None:
         """Raise a UserError if vLLM is not installed, or cannot have the processes and GPUs that it would need."""
         if importlib.util.find_spec("vllm") is None:
-            raise UserError("sampler=vllm needs an extra: pip install -e '.[vllm]'")
+            raise UserError(f"sampler=vllm needs an extra: {name_install('vllm')}")
         problems = Problems("sampler=vllm cannot run here")
         if (world := int(os.environ.get("WORLD_SIZE", 1))) > 1 and self.tensor_parallel_size > 1:
             problems.add(

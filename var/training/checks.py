@@ -18,6 +18,7 @@ from var.models.lora import LoRA
 from var.models.pretrained import Pretrained
 from var.utils.console import say, warn
 from var.utils.errors import Problems, UserError, brief
+from var.utils.extras import name_install
 
 
 def locate_initial_model(cfg: DictConfig) -> Pretrained:
@@ -59,7 +60,7 @@ def check_strategy(cfg: DictConfig, settings: TrainerSettings) -> None:
         )  # fmt: skip
     if name == "deepspeed":
         if importlib.util.find_spec("deepspeed") is None:
-            problems.add("deepspeed", "is not installed: pip install -e '.[deepspeed]'")
+            problems.add("deepspeed", f"is not installed: {name_install('deepspeed')}")
         if not settings.gpu:
             problems.add("trainer.accelerator", "must be gpu: DeepSpeed needs GPUs; strategy=fsdp also runs on CPUs")
         if cfg.strategy.stage not in (1, 2):

@@ -19,6 +19,7 @@ from var.config.run_dir import hash_config
 from var.config.saved import to_saved
 from var.training.datamodule import AlignmentData
 from var.utils.errors import Problems, UserError, brief
+from var.utils.extras import name_install
 from var.utils.files import atomic
 
 MLFLOW_SERVER = os.environ.get("MLFLOW_TRACKING_URI")
@@ -183,7 +184,7 @@ def make_loggers(cfg: DictConfig, folder: Path, curves: Curves, changed: bool = 
 
             from var.training.trackers import MLflow
         except ModuleNotFoundError:
-            problems.add("logger.mlflow", "mlflow is not installed: pip install -e '.[mlflow]'")
+            problems.add("logger.mlflow", f"mlflow is not installed: {name_install('mlflow')}")
         else:
             own = f"sqlite:///{folder.parent.resolve()}/mlflow.db"
             uri = cfg.logger.mlflow.tracking_uri or MLFLOW_SERVER or own
@@ -203,7 +204,7 @@ def make_loggers(cfg: DictConfig, folder: Path, curves: Curves, changed: bool = 
             tensorboard.replay(curves.rows())
             loggers.append(tensorboard)
         except ModuleNotFoundError:
-            problems.add("logger.tensorboard", "tensorboard is not installed: pip install -e '.[tensorboard]'")
+            problems.add("logger.tensorboard", f"tensorboard is not installed: {name_install('tensorboard')}")
     problems.check()
     return loggers
 

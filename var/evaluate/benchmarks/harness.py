@@ -28,6 +28,7 @@ from var.evaluate.benchmarks import sandbox
 from var.evaluate.benchmarks.results import describe_task, list_scores, write_samples
 from var.utils.distributed import Ranks
 from var.utils.errors import Problems, UserError
+from var.utils.extras import name_install
 
 OWN_TASKS = Path(__file__).parent / "tasks"
 HUMANEVAL = ("humaneval", "humaneval_instruct")
@@ -183,7 +184,7 @@ def _packaged_folder() -> Path:
     """Return lm-eval's folder of tasks without importing lm-eval."""
     spec = importlib.util.find_spec("lm_eval")
     if spec is None or spec.origin is None:
-        raise UserError("benchmarks need an extra: pip install -e '.[eval]'")
+        raise UserError(f"benchmarks need an extra: {name_install('eval')}")
     return Path(spec.origin).parent / "tasks"
 
 

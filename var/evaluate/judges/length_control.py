@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from var.utils.errors import Problems, UserError
+from var.utils.extras import name_install
 
 FEATURES = ("length", "difficulty", "model")
 GAMED_WEIGHT = 0.2 / 2  # of each row of the two gamed baselines; a judged pair has weight 1
@@ -98,7 +99,7 @@ def import_estimator() -> Any:
     try:
         from sklearn.linear_model import LogisticRegression
     except ImportError as error:
-        raise UserError("the length-controlled win rate needs an extra: pip install -e '.[eval]'") from error
+        raise UserError(f"the length-controlled win rate needs an extra: {name_install('eval')}") from error
     return LogisticRegression
 
 
