@@ -31,7 +31,8 @@ def show(summary: dict[str, Any]) -> None:
     print_table(table)
     if sentence := conclude(summary["validation"]):
         say(sentence)
-    say(f"Run: {summary['folder']}")
+    folder, here = Path(summary["folder"]), Path.cwd()
+    say(f"Run: {folder.relative_to(here) if folder.is_relative_to(here) else folder}")
     for text in validation_warnings(summary["validation"]):
         warn(text)
 
