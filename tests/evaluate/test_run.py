@@ -47,7 +47,7 @@ from var.utils.errors import UserError
         (["answers=a.jsonl", "benchmarks=local", "benchmarks.folder=x"], ["benchmarks: need a model"]),
         (["reference=nowhere"], ["reference=nowhere"]),
         (["init=nowhere"], ["init=nowhere"]),
-        (["reward=none", "+reward@second_reward=near_number"], ["reward: is null, but second_reward is set"]),
+        (["reward=none", "+reward@second_reward=near_number"], ["reward: none is set, but second_reward is"]),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_be_used_are_rejected(tmp_path: Path, overrides: list[str], lines: list[str]) -> None:

@@ -21,7 +21,7 @@ from tests.helpers.cli import run
 from tests.helpers.run_folders import write_evaluation, write_run
 from var.report import figures, tables
 from var.report.groups import Group, group_runs
-from var.report.page import find_warnings, render_page
+from var.report.page import compute_level, find_reward_range, find_warnings, render_page
 from var.report.read import RunRecord, find_records
 from var.report.write import write_pages, write_report
 from var.utils.console import warn
@@ -360,6 +360,14 @@ def test_page_has_warnings_results_and_inputs(tmp_path: Path) -> None:
     assert "prefers-color-scheme: dark" in render_page(one)
     assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in parser.tags
     assert [tag for tag, _ in parser.tags].count("svg") == 4  # three curves and the weights
+
+
+def test_level_of_a_reward_is_its_quarter_of_the_range() -> None:
+    samples: list[Any] = [{"before": {"rewards": [0.0, float("nan")]}, "after": {"rewards": [8.0, None]}}, {}]
+    assert find_reward_range(samples) == (0.0, 8.0)
+    levels = [compute_level(reward, (0.0, 8.0)) for reward in (0.0, 1.9, 2.0, 5.9, 8.0, None, float("nan"))]
+    assert levels == [0, 0, 1, 2, 3, 0, 0]
+    assert compute_level(1.0, (1.0, 1.0)) == 0
 
 
 def test_page_has_the_warnings_of_the_log(tmp_path: Path) -> None:

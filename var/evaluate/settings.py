@@ -79,7 +79,7 @@ def check_settings(cfg: DictConfig) -> None:
         ("averages", all(isinstance(part, ListConfig) for part in averages),
          f"expected lists of subsets by name, got {cfg.averages}"),
         ("init", not (cfg.answers and cfg.init), "has no effect with answers=, a file in place of a model's answers"),
-        ("reward", cfg.reward or not cfg.second_reward, "is null, but second_reward is set. Set reward to it"),
+        ("reward", cfg.reward or not cfg.second_reward, "none is set, but second_reward is. Set reward to it"),
         ("benchmarks", not (cfg.answers and cfg.benchmarks), "need a model, but answers= is a file. Remove one"),
     ]  # fmt: skip
     problems = Problems("the configuration cannot be used")

@@ -4,6 +4,7 @@ Jinja2 escapes all text, so markup in data, configurations and answers is shown 
 """
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -100,14 +101,18 @@ def rounded(value: Any) -> str:
 def find_reward_range(samples: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
     """Return the lowest and the highest reward of answers before and after training; zeros if there is none."""
     sides = (sample.get(when) or {} for sample in samples for when in ("before", "after"))
-    rewards = [reward for side in sides for reward in side.get("rewards") or () if isinstance(reward, int | float)]
+    rewards = [reward for side in sides for reward in side.get("rewards") or () if _is_finite(reward)]
     return min(rewards, default=0.0), max(rewards, default=0.0)
 
 
 def compute_level(reward: Any, bounds: tuple[float, float]) -> int:
     """Return in which quarter of a range a reward is, from 0 to 3."""
     low, high = bounds
-    return min(3, int(4 * (reward - low) / (high - low))) if isinstance(reward, int | float) and high > low else 0
+    return min(3, int(4 * (reward - low) / (high - low))) if _is_finite(reward) and high > low else 0
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _label(name: str) -> str:
