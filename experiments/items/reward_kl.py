@@ -6,7 +6,7 @@ from experiments.items.paths import DISTANCES, END, RIGHT_ANSWERS, along, limit,
 
 EXPERIMENT = "experiment=reward_kl"
 EXACT = "reward=exact_number"
-SEEDS = (0, 1)
+SEEDS = (0, 1, 2)
 STEPS = (0, 12, 24, 36)
 """Optimizer steps after which the runs are evaluated."""
 SHORTER = ("data.source.skip=224", "data.source.problems=160", "trainer.max_steps=18", "eval.every_n_steps=null")
