@@ -105,7 +105,10 @@ def test_an_ablation_is_a_single_command(name: str, count: int) -> None:
             compose_run("loss=sft", "trainer.max_steps=56")
         )
         losses = [word.removeprefix("loss=") for job in found for word in job if word.startswith("loss=")]
-        assert {"sft", *(path.stem for path in Path(FOLDER, "loss").glob("var*.yaml"))} - set(losses) == {"var_online"}
+        assert {"sft", *(path.stem for path in Path(FOLDER, "loss").glob("var*.yaml"))} - set(losses) == {
+            "var_online",
+            "var_roulette",
+        }
 
 
 @pytest.mark.e2e

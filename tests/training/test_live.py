@@ -81,7 +81,10 @@ def test_live_weight_is_one_if_all_pairings_are_equal():
 
 @pytest.mark.parametrize("tokens", [1, 150])
 def test_live_pairings_are_scored_in_passes_of_bounded_size(tokens, options, tmp_path, monkeypatch):
-    """Their number is the same for each micro-batch, also for the last one of two sequences, as sharding requires."""
+    """Their number is the same for each micro-batch, also for the last one of two sequences, as sharding requires.
+
+    Weights are rounded to float32, so a different last bit before that may change a result by 1e-8.
+    """
     sizes, forward = list[int](), Policy.forward
 
     def watched(self: Policy, batch: Any) -> Any:
@@ -99,7 +102,7 @@ def test_live_pairings_are_scored_in_passes_of_bounded_size(tokens, options, tmp
     passes = {1: 4, 150: 2}[tokens]
     assert len(sizes) == passes * micro_batches
     assert max(sizes) < 1.5 * largest / passes
-    assert_same(several, one, "train/loss", "train/weight/mean", rtol=1e-12, atol=1e-12)
+    assert_same(several, one, "train/loss", "train/weight/mean", rtol=1e-6, atol=1e-6)
 
 
 def test_live_reference_rejects_weights_that_only_their_mean_makes_finite(options, tmp_path):

@@ -136,7 +136,8 @@ def weight_rows(world: World, required: Weights, rows: Rows, rewards: Tensor, ge
         prompts = asked[:, None].expand(-1, required.estimator.candidates)
         candidates = rewards[prompts, world.sample(prompts, generator)]
     inputs = replace(inputs, group=group, features=world.features[asked], candidates=candidates)
-    return compute_weights(required, inputs)
+    uniform = torch.rand(len(group), dtype=torch.float64, generator=generator) if required.roulette else None
+    return compute_weights(required, inputs, uniform)
 
 
 def pack_rows(world: World, loss: Any, rows: Rows, policy: TabularPolicy) -> Packed:
