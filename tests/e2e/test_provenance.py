@@ -9,7 +9,7 @@ from notebooks.tiny import ROOT
 from tests.helpers.cli import check_run, read_summary
 from tests.helpers.models import pretrained
 from tests.helpers.runs import run_folder
-from var.models.gguf import PACKAGED, unpack
+from var.models.gguf import MODEL_PACKAGES, unpack
 
 
 def test_replaced_classes_are_named(options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -34,7 +34,7 @@ def test_packaged_weights_are_named(smollm2: Path, tmp_path: Path, monkeypatch: 
     name = "HuggingFaceTB/SmolLM2-135M-Instruct"
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     files = pretrained(name, smollm2.parents[1])
-    assert files.location == (str(unpack(PACKAGED[name].name, smollm2).resolve()), None)
+    assert files.location == (str(unpack(MODEL_PACKAGES[name].name, smollm2).resolve()), None)
     assert "de-quantized from Q4_1" in files.origin
     assert files.license == "apache-2.0"
 

@@ -69,9 +69,7 @@ def test_settings_that_differ_from_training_are_printed(tmp_path: Path, capsys: 
     line = " ".join(capsys.readouterr().out.split())
     assert line == (
         "Not as in the run's own evaluation: "
-        "data.source._target_=var.data.sources.files.Files (var.data.sources.arithmetic.Arithmetic in training), "
-        "reward._target_=var.rewards.programmatic.NearNumber (var.rewards.programmatic.ExactNumber in training), "
-        "generate.max_new_tokens=99 (20 in training)"
+        "data.source Arithmetic → Files, reward ExactNumber → NearNumber, generate.max_new_tokens 20 → 99"
     )
 
 

@@ -88,6 +88,13 @@ def test_curves_keep_what_precedes_a_truncated_line(tmp_path: Path) -> None:
     assert find_records([tmp_path]).runs[0].curves == {}
 
 
+def test_kl_is_zero_before_training(tmp_path: Path) -> None:
+    """A run logs the KL from the first evaluation after a step."""
+    (write_run(tmp_path / "a") / "metrics.csv").write_text("step,validation/kl\n0,\n12,1.5\n24,2.0\n")
+    (one,) = find_records([tmp_path]).runs
+    assert one.curves["validation/kl"].to_dict() == {0: 0.0, 12: 1.5, 24: 2.0}
+
+
 # --- groups
 
 
@@ -549,7 +556,7 @@ def draw_on_mock(monkeypatch: pytest.MonkeyPatch) -> mock.MagicMock:
 
 def test_frontier_has_each_path_and_each_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     panel = draw_on_mock(monkeypatch)
-    path = {"validation/kl": {10: 1.0, 20: 2.0}, "validation/reward": {0: 0.1, 10: 0.4, 20: 0.5}}
+    path = {"validation/kl": {0: 0.0, 10: 1.0, 20: 2.0}, "validation/reward": {0: 0.1, 10: 0.4, 20: 0.5}}
     groups = [
         make_group("a", 0.1, path, tmp_path),
         make_group("b", 0.3, {}, tmp_path),
@@ -565,7 +572,7 @@ def test_frontier_has_each_path_and_each_start(tmp_path: Path, monkeypatch: pyte
 def test_long_curves_are_smoothed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     panel = draw_on_mock(monkeypatch)
     noisy = {step: float(step % 2) for step in range(400)}
-    groups = [make_group("a", 0.1, {"train/loss": noisy, "validation/kl": {9: 1.0}}, tmp_path)]
+    groups = [make_group("a", 0.1, {"train/loss": noisy, "validation/kl": {0: 0.0, 9: 1.0}}, tmp_path)]
     assert figures.draw_curves(groups, tmp_path / "x.png")
     raw, smooth, kl = (call.args[0] for call in panel.plot.call_args_list)
     assert raw.tolist() == list(noisy.values())

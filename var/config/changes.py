@@ -75,17 +75,18 @@ class Change:
 
 def list_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
     """Return the settings that differ and that a run depends on, in the order of the configuration."""
-    changes = [change for change in _compare("", before, after) if not _matches(change.key, SILENT)]
+    changes = [change for change in compare("", before, after) if not _matches(change.key, SILENT)]
     names = {settings.get("strategy", {}).get("name") for settings in (before, after)}
     return [change for change in changes if change.key != "strategy" or not names <= COMPLETE]
 
 
-def _compare(path: str, before: Any, after: Any) -> Iterator[Change]:
+def compare(path: str, before: Any, after: Any) -> Iterator[Change]:
+    """Yield the settings that differ under a dotted key; "" for the complete configuration."""
     parts = isinstance(before, Mapping) and isinstance(after, Mapping)
     if parts and before.get("_target_") == after.get("_target_"):
         for key in dict.fromkeys((*before, *after)):
             name = f"{path}.{key}" if path else str(key)
-            yield from _compare(name, before.get(key, ABSENT.get(name)), after.get(key, ABSENT.get(name)))
+            yield from compare(name, before.get(key, ABSENT.get(name)), after.get(key, ABSENT.get(name)))
     elif before != after and not is_saved_form(after, before):
         yield Change(path, before, after)
 

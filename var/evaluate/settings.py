@@ -6,6 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig
 
+from var.config.changes import compare
 from var.config.run_files import read_json
 from var.config.saved import to_saved
 from var.models.pretrained import Pretrained
@@ -36,20 +37,17 @@ def say_differences(cfg: DictConfig, trained: Mapping[str, Any]) -> None:
     before = {
         "data.source": trained["data"].get("source"),
         "reward": validation.get("reward") or trained.get("reward"),
-        "generate": validation.get("sampling"),
+        **_list_sampling(validation.get("sampling")),
     }
-    sampling = ("temperature", "top_p", "max_new_tokens")
-    different = dict[str, tuple[Any, Any]]()
-    for part, old in before.items():
-        new = own["data"]["source"] if part == "data.source" else own[part]
-        if isinstance(old, dict) and isinstance(new, dict):
-            keys = sampling if part == "generate" else tuple(dict.fromkeys([*new, *old]))
-            if old.get("_target_") != new.get("_target_"):
-                keys = ("_target_",)  # whose settings have nothing in common
-            different |= {f"{part}.{k}": (old.get(k), new.get(k)) for k in keys if old.get(k) != new.get(k)}
+    after = {"data.source": own["data"]["source"], "reward": own["reward"], **_list_sampling(own["generate"])}
+    has_both = [key for key in before if before[key] is not None and after.get(key) is not None]
+    different = [str(change) for key in has_both for change in compare(key, before[key], after[key])]
     if different:
-        changes = ", ".join(f"{key}={new} ({old} in training)" for key, (old, new) in different.items())
-        say(f"Not as in the run's own evaluation: {changes}")
+        say(f"Not as in the run's own evaluation: {', '.join(different)}")
+
+
+def _list_sampling(sampling: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {f"generate.{key}": (sampling or {}).get(key) for key in ("temperature", "top_p", "max_new_tokens")}
 
 
 def check_settings(cfg: DictConfig) -> None:

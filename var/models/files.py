@@ -15,7 +15,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from var.config.run_files import read_mapping
-from var.models.gguf import PACKAGED, unpack
+from var.models.gguf import MODEL_PACKAGES, unpack
 from var.models.structure import INDEX, read_index
 from var.utils.errors import UserError, brief
 from var.utils.files import atomic
@@ -87,7 +87,7 @@ class ModelFiles:
     @property
     def package(self) -> str | None:
         """The installed package that contains the model, or None."""
-        name = PACKAGED[self.path].name if self.path in PACKAGED else None
+        name = MODEL_PACKAGES[self.path].name if self.path in MODEL_PACKAGES else None
         return name if name and importlib.util.find_spec(name) else None
 
     @property
@@ -106,7 +106,7 @@ class ModelFiles:
         """The weights that are used, in words."""
         place, commit = self.location
         if self._is_unpacked:
-            package = PACKAGED[self.path]
+            package = MODEL_PACKAGES[self.path]
             return (
                 f"{self.path} as in the Python package {package.distribution} {version(package.distribution)}, "
                 f"de-quantized from {package.quantization} (not the full-precision weights of the repository)"
@@ -117,7 +117,7 @@ class ModelFiles:
     def license(self) -> str | None:
         """The license of the weights, from the package or the model card; None if it is not known here."""
         if self._is_unpacked:
-            return PACKAGED[self.path].license
+            return MODEL_PACKAGES[self.path].license
         place, commit = self.location
         return read_license(place) if commit is None else download_license(place, commit)
 
@@ -150,7 +150,7 @@ class ModelFiles:
         try:
             yield
         except Exception as error:  # the hub's client raises many types: offline, gated, misspelled
-            package = f"install it with {PACKAGED[self.path].install}" if self.path in PACKAGED else ""
+            package = f"install it with {MODEL_PACKAGES[self.path].install}" if self.path in MODEL_PACKAGES else ""
             advice = package or f"set {self.key} to a folder with the model"
             raise explain_failure(error, self.typed, self.path, advice) from error
 

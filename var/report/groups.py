@@ -36,14 +36,8 @@ class Group:
         return final.mean if final else -math.inf
 
     def curve(self, name: str) -> pd.DataFrame:
-        """Return the columns `mean` and `se` of a metric, indexed by the steps that all runs logged.
-
-        The KL is 0 at step 0, where the policy is the reference; it is not logged there.
-        """
+        """Return the columns `mean` and `se` of a metric, indexed by the steps that all runs logged."""
         curves = pd.concat([r.curves.get(name, pd.Series(dtype=float)) for r in self.runs], axis=1, join="inner")
-        if name == "validation/kl" and len(curves):
-            curves.loc[0] = 0.0
-            curves = curves.sort_index()
         return pd.DataFrame({"mean": curves.mean(axis=1), "se": curves.sem(axis=1)})
 
 

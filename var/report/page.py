@@ -172,8 +172,6 @@ def chart_curves(curves: Mapping[str, pd.Series]) -> list[Chart]:
     for name, label in panels.items():
         if name in curves:
             second = curves.get(JUDGE_WIN_RATE) if name == "validation/win_rate" else None
-            if name == "validation/kl":
-                curves = {**curves, name: pd.concat([pd.Series({0: 0.0}), curves[name].drop(0, errors="ignore")])}
             label += "" if second is None else " (dashed: the judge's)"
             charts.append(chart_curve(curves[name], label, curves.get(f"{name}_se"), second))
     return charts

@@ -142,7 +142,10 @@ class RunRecord:
 
     @cached_property
     def curves(self) -> dict[str, pd.Series]:
-        """The finite values of each metric in metrics.csv, indexed by step. Damaged values are skipped."""
+        """The finite values of each metric in metrics.csv, indexed by step. Damaged values are skipped.
+
+        The KL, which is not logged before training, is 0 at step 0, where the policy is the reference.
+        """
         try:
             path = check_size(self.folder / "metrics.csv", TABLE_LIMIT)
             logged = pd.read_csv(path, index_col=False, float_precision="round_trip", on_bad_lines="skip")
@@ -151,7 +154,10 @@ class RunRecord:
         except UNREADABLE:
             return {}
         by_step.index = by_step.index.astype(int)
-        return {name: values.dropna() for name, values in by_step.items() if values.notna().any()}
+        curves = {str(name): values.dropna() for name, values in by_step.items() if values.notna().any()}
+        if "validation/kl" in curves:
+            curves["validation/kl"] = pd.concat([pd.Series({0: 0.0}), curves["validation/kl"].drop(0, errors="ignore")])
+        return curves
 
     @cached_property
     def samples(self) -> list[dict[str, Any]]:
