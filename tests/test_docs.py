@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import json
 import math
 import re
 import shlex
@@ -200,6 +201,25 @@ def test_readme_is_short_and_its_code_is_the_source() -> None:
             source = [own.strip() for own in (ROOT / line[2:].partition(":")[0]).read_text().splitlines()]
         else:
             assert line in source
+
+
+def test_table_of_the_readme_has_the_recorded_results() -> None:
+    """Each number, and the reward before training, is that of the driver's record, rounded."""
+    text, names = (ROOT / "README.md").read_text(), {"SFT, best of 4": "SFT on the best of 4"}
+    names["VAR, `loss=var_roulette`"] = "VAR, grouped, roulette"
+    rows = [re.split(r" *\| *", line)[1:-1] for line in text.splitlines() if re.match(r"\| .*\d ± \d", line)]
+    assert len(rows) >= 3
+    records = json.loads((ROOT / "experiments" / "reward_kl" / "results-small.json").read_text())
+    found = {(r["row"], r["column"]): r for r in records if r["table"] == "At equal numbers of steps"}
+    columns = ("reward within 2 nats", "reward at the end", "KL at the end (nats)")
+    for label, *numbers in rows:
+        cells = [found[names.get(label, label), column] for column in columns]
+        *rewards, distance = cells
+        assert numbers[:2] == [f"{cell['value']:.3f} ± {cell['se']:.3f}" for cell in rewards]
+        assert numbers[2:] == [f"{distance['value']:.1f}"]
+        before = found[names.get(label, label), "reward at step 0"]["value"]
+        assert f"The reward is {before:.3f} before training" in text
+        assert {cell["n"] for cell in cells} == {3}
 
 
 def test_library_page_runs(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

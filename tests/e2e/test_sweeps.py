@@ -155,6 +155,7 @@ def test_optuna_finds_the_highest_reward(own: list[str], tmp_path: Path) -> None
     assert best["best_value"] == max(rewards)
     assert best["best_params"] == {"loss.temperature": rewards[max(rewards)]}
     assert "Best parameters: {'loss.temperature': " in printed
+    assert re.findall("#[0-9]+", printed.rpartition("Sweep")[2]) == ["#0", "#1", "#2"]
 
 
 def test_failed_trials_do_not_stop_optuna(options: list[str]) -> None:
