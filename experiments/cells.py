@@ -45,9 +45,18 @@ class Cell:
 
 
 def fill(
-    table: Table, row: Row, column: Column, jobs: Mapping[tuple[str, int], Job], seeds: Sequence[int], failed: str
+    table: Table,
+    row: Row,
+    column: Column,
+    jobs: Mapping[tuple[str, int], Job],
+    seeds: Sequence[int],
+    failed: str,
+    beside: Job | None = None,
 ) -> Cell:
-    """Return a cell, from the finished jobs of its column's stage by the row's name and the seed."""
+    """Return a cell, from the finished jobs of its column's stage by the row's name and the seed.
+
+    beside: the job of the column's other command.
+    """
     cell = Cell(table.title, row.name, column.title, failed=failed)
     found, paths = list[tuple[Any, float | None]](), list[Path]()
     for seed in seeds:
@@ -67,15 +76,18 @@ def fill(
         except (KeyError, TypeError, ValueError, OSError) as error:
             cell.failed = cell.failed or f"{column.title} cannot be read ({type(error).__name__}: {error})"
             continue
-        _describe(cell, job, seed)
+        cell.seeds.append(seed)
+        _describe(cell, job)
     if column.pool is not None and paths and not cell.failed:
         try:
-            pooled = column.pool(paths, row)
+            pooled = column.pool(paths, row, *([beside.result] if beside else []))
         except (LookupError, TypeError, ValueError, OSError) as error:
             cell.failed = f"{column.title} cannot be read ({type(error).__name__}: {error})"
         else:
             if pooled is not None:
                 cell.n, (cell.value, cell.se) = len(paths), pooled
+                if beside:
+                    _describe(cell, beside)
     elif found and not cell.failed:
         values, cell.n = [value for value, _ in found], len(found)
         if isinstance(values[0], str):
@@ -92,9 +104,8 @@ def _read(column: Column, result: Path, row: Row) -> tuple[Any, float | None] | 
     return number if number is None or isinstance(number, tuple) else (number, None)
 
 
-def _describe(cell: Cell, job: Job, seed: int) -> None:
+def _describe(cell: Cell, job: Job) -> None:
     """Add the commands of a job and of those that it needs."""
-    cell.seeds.append(seed)
     for one in job.in_order():
         command = shlex.join(one.portable)
         if command in cell.commands:

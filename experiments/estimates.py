@@ -25,7 +25,7 @@ from experiments.items.base import Command
 from experiments.jobs import ROOT, Job, count_gpus
 from experiments.overrides import ROOTS, compose_command, find_missing
 from var.data.sources.hub import HubSource
-from var.models.gguf import PACKAGED
+from var.models.gguf import MODEL_PACKAGES
 from var.training.alternatives import describe_stages
 from var.training.memory import GIB, MemoryModel
 from var.training.run import Run
@@ -153,7 +153,7 @@ def list_downloads(command: Command) -> dict[str, str]:
     found = dict[str, str]()
     for name in ("model", "reward"):
         part = cfg[name]
-        if part and part.get("repository") and part.repository not in PACKAGED:  # those come from a Python package
+        if part and part.get("repository") and part.repository not in MODEL_PACKAGES:
             found[part.repository] = _read_licence(name, part.get("name", "offsetbias-rm-8b"))
     for part in (cfg.data, *(cfg.get("more") or {}).values()):
         if OmegaConf.is_missing(part, "folder"):

@@ -118,7 +118,7 @@ def list_jobs(
         )
         own = table.seeds[0] if row.once else seed
         full = Command(command.program, words, command.result)
-        jobs[name] = Job(full, own, base, needs, table.timed and name == "train", table.stored)
+        jobs[name] = Job(full, own, base, needs, name == table.timed, table.stored)
     return jobs
 
 

@@ -122,9 +122,12 @@ def write(
                     for (title, other, stage, seed), job in work.items()
                     if (title, stage) == (table.title, column.stage)
                 }
-                failed = next((r for seed in seeds if (r := reasons[table.title, row.name, column.stage, seed])), "")
-                if failed or all(jobs[row.name, seed].result for seed in seeds):
-                    cells.append(fill(table, row, column, jobs, seeds, failed))
+                own = [(table.title, row.name, column.stage, seed) for seed in seeds]
+                own += [(table.title, row.name, column.beside, seeds[0])] if column.beside else []
+                failed = next((reason for key in own if (reason := reasons[key])), "")
+                if failed or all(work[key].result for key in own):
+                    beside = work[own[-1]] if column.beside else None
+                    cells.append(fill(table, row, column, jobs, seeds, failed, beside))
     publish(name, ITEMS[name], settings["size"], cells, Path(settings["out"]))
     if stored := [job for job in work.values() if job.stored]:
         store(name_archive(Path(settings["out"]) / name, settings["size"]), stored)

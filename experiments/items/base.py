@@ -1,7 +1,7 @@
 """How a table or a figure of arXiv 2502.11026 is declared: rows, columns, and the commands that fill them."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -72,8 +72,10 @@ class Row:
 
 Read = Callable[[Path, Row], Any]
 """Read a cell from a result file: a number, a number with its standard error, a text, or None if it does not apply."""
-Pool = Callable[[Sequence[Path], Row], tuple[float, float] | None]
-"""Compute a number and its standard error from the result files of all seeds; None if it does not apply."""
+Pool = Callable[..., tuple[float, float | None] | None]
+"""Compute a number and its standard error from the result files of all seeds, the row, and the result file of the
+column's command `beside` if it has one; None if the number does not apply.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +88,8 @@ class Column:
     """In place of `read`, if the number is not a mean over seeds."""
     stage: str = "train"
     """The command whose result is read."""
+    beside: str = ""
+    """Another command, whose result at the first seed `pool` receives too."""
     digits: int = 3
     ratio_to: str | None = None
     """The label of a row. The quantity is divided by that row's at the same seed."""
@@ -108,8 +112,8 @@ class Table:
     title: str = ""
     """What distinguishes it from the item's other tables."""
     seeds: tuple[int, ...] = (0,)
-    timed: bool = False
-    """Whether seconds are compared. Then each run has its own annotation cache, and runs follow each other."""
+    timed: str = ""
+    """The command whose seconds are compared. It has its own annotation cache, and the item runs one job at a time."""
     stored: bool = False
     """Whether an archive keeps the results of its runs. Their models, which nothing continues, are then removed."""
     errors: str = ""

@@ -92,13 +92,13 @@ ITEMS = {
                         }.items()
                     ),
                     columns=(*GAINS, *TIMES, Column(title="optimizer steps", read=summary("steps"), digits=0)),
-                    seeds=SEEDS, timed=True,
+                    seeds=SEEDS, timed="train",
                 ),
             ),
             "paper": (
                 Table(
                     rows=(*paper_rows("Qwen2.5-3B", False), *paper_rows("Llama3.2-3B", True)),
-                    columns=(*PAPER_REWARDS[:-1], *TIMES), timed=True,
+                    columns=(*PAPER_REWARDS[:-1], *TIMES), timed="train",
                 ),
             ),
         },
@@ -112,10 +112,10 @@ ITEMS = {
                         "experiment=[table8,hha]", "model=smollm2-135m", "strategy=auto", "data.global_batch=8",
                         "trainer.max_steps=12", "eval=off",
                     ),
-                    columns=COSTS, timed=True,
+                    columns=COSTS, timed="train",
                 ),
             ),
-            "paper": (Table(rows=compare("experiment=table8"), columns=COSTS, timed=True),),
+            "paper": (Table(rows=compare("experiment=table8"), columns=COSTS, timed="train"),),
         },
     ),
 }  # fmt: skip

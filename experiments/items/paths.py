@@ -35,8 +35,8 @@ class Paths:
         return kl, reward
 
 
-Reader = Callable[[Sequence[Path], Row], Paths]
-"""Read the paths of a row from the result files of its seeds."""
+Reader = Callable[..., Paths]
+"""Read the paths of a row from the result files of its seeds, the row, and what else a `Pool` receives."""
 
 
 def read_evaluations(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -53,21 +53,28 @@ def read_training(paths: Sequence[Path], row: Row) -> Paths:
     return Paths(np.array(kl), np.array(reward))
 
 
+def read_seconds(path: Path) -> dict[int, float]:
+    """Return the seconds of sampling, scoring and training until the end of each logged step of a run."""
+    with (path.parent / "metrics.csv").open(newline="") as file:
+        spent = {int(row["step"]): float(s) for row in csv.DictReader(file) if (s := row["throughput/seconds"])}
+    return {0: 0.0, **spent}
+
+
 def read_times(seconds: Sequence[float]) -> Reader:
     """Return a function that reads the paths at these times, on the line between two evaluations.
 
-    The time is that of sampling, scoring and training. The line starts at the reference at 0 seconds, and after the
-    last evaluation the values are those of that evaluation.
+    A run with the same steps and no evaluations, `clock`, has the times of the steps, for all seeds. The line starts at
+    the reference at 0 seconds, and has no values after the last evaluation.
     """
 
-    def read(paths: Sequence[Path], row: Row) -> Paths:
-        found = []
+    def read(paths: Sequence[Path], row: Row, clock: Path) -> Paths:
+        spent, found = read_seconds(clock), []
         for path in paths:
             steps, kl, reward = read_evaluations(path)
-            with (path.parent / "metrics.csv").open(newline="") as file:
-                spent = {int(r["step"]): float(s) for r in csv.DictReader(file) if (s := r["throughput/seconds"])}
-            times = [0.0, *(spent[step] for step in steps[1:])]
-            found.append([[np.interp(seconds, times, prompt) for prompt in part.T] for part in (kl, reward)])
+            times = [spent[step] for step in steps]
+            found.append(
+                [[np.interp(seconds, times, prompt, right=np.nan) for prompt in part.T] for part in (kl, reward)]
+            )
         kl, reward = np.array(found).transpose(1, 0, 3, 2)
         return Paths(kl, reward)
 
@@ -154,10 +161,10 @@ def pool(value: Callable[[Path2D], float], trained: bool | None = None, read: Re
     apply.
     """
 
-    def compute(paths: Sequence[Path], row: Row) -> tuple[float, float] | None:
+    def compute(paths: Sequence[Path], row: Row, *beside: Path) -> tuple[float, float] | None:
         if trained is not None and trained == ("path" in row.where):
             return None
-        found = read(paths, row)
+        found = read(paths, row, *beside)
         seeds, _, prompts = found.kl.shape
         mean = value(found.mean(np.arange(seeds), np.arange(prompts)))
         if math.isnan(mean):
@@ -184,7 +191,7 @@ DISTANCES = (0.5, 1.0, 2.0, 4.0)
 def within(distance: float) -> Column:
     """Return the column of the reward within a distance. A limit has none beyond its last point."""
 
-    def compute(paths: Sequence[Path], row: Row) -> tuple[float, float] | None:
+    def compute(paths: Sequence[Path], row: Row) -> tuple[float, float | None] | None:
         read = read_limit if "path" in row.where else read_within
         return pool(lambda path: read(path, distance))(paths, row)
 

@@ -1,56 +1,70 @@
 """Reward against time: how much reward each method has after some seconds of sampling, scoring and training."""
 
-from experiments.items.base import Column, Item, Row, Table, summary, train
-from experiments.items.methods import GROUPS, METHODS, RATE, RATES, tune
-from experiments.items.paths import PANEL, along, read_times
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
-TIMED = ("SFT on the best of 4", "VAR, grouped", "VAR, grouped, roulette", "DPO", "RLOO", "GRPO")
-BUDGET = ("trainer.max_steps=-1", "trainer.max_seconds=240", "eval.every_n_steps=12")
+from experiments.items.base import Column, Command, Item, Row, Table
+from experiments.items.methods import make_rows, tune
+from experiments.items.paths import PANEL, Pool, along, pool, read_seconds, read_times
+from experiments.items.reward_kl import EXPERIMENT, SEEDS, STEPS
+
+METHODS = ("SFT on the best of 4", "VAR, grouped", "VAR, grouped, roulette", "DPO", "RLOO", "GRPO", "VAR, online")
 SECONDS = (60, 120, 180, 240)
-READ = read_times(SECONDS)
+CLOCK = "seconds"
+"""The command that measures the seconds of a row's steps."""
 
 
-def make_rows() -> tuple[Row, ...]:
-    """Return the rows: methods on answers that are sampled once, and methods that sample while they train."""
-    if not {"GRPO", "VAR, online"} <= set(RATES):
-        return ()
-    online = tune("VAR, online")
-    rows = {
-        **{method: tune(method) for method in METHODS if method in TIMED and method in RATES},
-        "DAPO": ("loss=dapo", *GROUPS, f"{RATE}={RATES['GRPO']:g}"),
-        "VAR, online": online,
-        "VAR, online, with a baseline": (*online, "loss.baseline=true"),
-        "VAR, iterated: rollouts of 8 steps": (*online, "loss.rollout.steps=8"),
-    }
-    return tuple(
-        Row(label=label, stages={"train": train("experiment=reward_kl", *words, *BUDGET)})
-        for label, words in rows.items()
-    )
+def measure(row: Row) -> Row:
+    """Return a row with a command that repeats its first run without evaluations."""
+    words = (EXPERIMENT, *tune(row.label), "eval=off", f"seed={SEEDS[0]}", "runs={own}/runs")
+    return replace(row, stages={**row.stages, CLOCK: Command(("train.py",), words, "runs/*/summary.json")})
 
 
 def at(index: int, seconds: int) -> tuple[Column, Column]:
-    """Return the columns of the KL and the reward after some seconds."""
-    shown = seconds in (60, 120, 240)
-    kl, reward = along(index, f"after {seconds} s", shown=shown, read=READ)
-    return kl, Column(title=reward.title, pool=reward.pool, shown=shown, x=float(seconds), panel=PANEL)
+    """Return the columns of the KL and the reward after some seconds. A path that has ended by then has none."""
+    kl, reward = (
+        replace(column, beside=CLOCK, panel=None, x=None)
+        for column in along(index, f"after {seconds} s", shown=True, read=read_times(SECONDS))
+    )
+    return replace(kl, shown=seconds == SECONDS[-1]), reward
 
 
-ROWS = make_rows()
+def spent(step: int) -> Pool:
+    """Return a function that reads the seconds until the end of an optimizer step."""
+
+    def read(paths: Sequence[Path], row: Row) -> tuple[float, None]:
+        return read_seconds(paths[0])[step], None
+
+    return read
+
+
+def mark(index: int, step: int) -> tuple[Column, Column]:
+    """Return the columns of the figure for an evaluation: seconds, and the reward over them."""
+    title = f"seconds until step {step}"
+    reward = Column(
+        title=f"reward at step {step}", pool=pool(lambda path: float(path[1][index])), shown=False, x=title, panel=PANEL
+    )
+    return Column(title=title, pool=spent(step), stage=CLOCK, digits=0, shown=step == STEPS[-1]), reward
+
+
 ITEMS = {
     "reward_time": Item(
         title="reward against time",
         sizes={
             "small": (
                 Table(
-                    rows=ROWS, timed=True, stored=True, seeds=(0, 1, 2),
+                    rows=tuple(map(measure, make_rows(EXPERIMENT, methods=METHODS))),
+                    timed=CLOCK, stored=True, seeds=SEEDS,
                     columns=(
                         *(column for i, seconds in enumerate(SECONDS) for column in at(i, seconds)),
-                        Column(title="optimizer steps", read=summary("steps"), digits=0),
+                        *(column for i, step in enumerate(STEPS) for column in mark(i, step)),
+                        *along(-1, "at the end", shown=True, panel=None),
                     ),
                     x_label="seconds of sampling, scoring and training",
-                    errors="3 seeds. Errors are bootstraps over seeds and over prompts.",
+                    errors=f"{len(SEEDS)} seeds. Errors are bootstraps over seeds and over prompts.",
                 ),
-            ) if ROWS else (),
+            ),
         },
     ),
 }  # fmt: skip

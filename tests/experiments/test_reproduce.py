@@ -83,7 +83,7 @@ def test_result_of_another_command_is_not_taken(tmp_path: Path) -> None:
     for other in (
         make_jobs(SFT, tmp_path, seed=1),
         make_jobs(SFT, tmp_path, overrides=longer),
-        make_jobs(SFT, tmp_path, table=replace(TABLE, timed=True)),
+        make_jobs(SFT, tmp_path, table=replace(TABLE, timed="train")),
     ):
         assert other["train"].result is None
     placed = {("train", SFT.stages["train"]): ["data.folder=/home/me/hha", "model.path=models/x"]}
@@ -109,7 +109,7 @@ def test_result_counts_only_after_its_command_has_ended(tmp_path: Path) -> None:
 def test_timed_runs_have_their_own_annotations(tmp_path: Path) -> None:
     caches = set()
     for seed in (0, 1):
-        words = make_jobs(SFT, tmp_path, seed, replace(TABLE, timed=True))["train"].words
+        words = make_jobs(SFT, tmp_path, seed, replace(TABLE, timed="train"))["train"].words
         caches.update(word for word in words if word.startswith("annotation_cache="))
     assert len(caches) == 2
 
@@ -306,8 +306,8 @@ def test_runner_runs_what_is_missing_once(tmp_path: Path) -> None:
     assert all(job.result for job in jobs)
 
 
-@pytest.mark.parametrize("timed", [True, False])
-def test_interrupted_run_starts_again_if_it_is_timed(timed: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("timed", ["train", ""])
+def test_interrupted_run_starts_again_if_it_is_timed(timed: str, tmp_path: Path) -> None:
     table = Table(rows=(row := Row(label="a", stages={"train": program(WRITE, "{own}")}),), columns=(), timed=timed)
     job = list_jobs(table, row, 0, tmp_path, {})["train"]
     for name in ("runs", "annotations"):
@@ -315,7 +315,7 @@ def test_interrupted_run_starts_again_if_it_is_timed(timed: bool, tmp_path: Path
     (job.folder / "seconds.txt").write_text("100.0\n")
     assert Runner().run(job) == ""
     assert [(job.folder / name).exists() for name in ("runs", "annotations")] == [not timed] * 2
-    assert (job.seconds < 100) == timed
+    assert (job.seconds < 100) == bool(timed)
 
 
 RUN = """
@@ -461,6 +461,9 @@ def test_column_may_pool_the_seeds(tmp_path: Path) -> None:
     assert (cell.value, cell.se, cell.n, cell.seeds) == (4.0, 0.5, 2, [0, 1])
     assert fill_cell(SFT, hidden, jobs, seeds=(2,)).value is None
     assert "largest" not in write_table(Table(rows=(SFT,), columns=(hidden, GAIN)), [cell], "small")
+    beside = Column(title="all", pool=lambda paths, row, other: (len(paths), json.loads(other.read_text())["x"]))
+    cell = fill(TABLE, SFT, beside, jobs, (0, 1), "", jobs["SFT", 2])
+    assert (cell.value, cell.se, cell.n, cell.seeds, len(cell.commands)) == (2, 0.0, 2, [0, 1], 3)
     failed = fill_cell(SFT, Column(title="y", pool=lambda paths, row: [][0]), jobs)
     assert failed.failed == "y cannot be read (IndexError: list index out of range)"
 

@@ -90,6 +90,7 @@ class StepMetrics(Callback):
             metrics["train/skipped"] = float(module.skipped)
         metrics["train/lr"] = module.rate
         metrics["train/epoch"] = float(trainer.current_epoch)
+        metrics["throughput/seconds"] = budget(trainer).count(trainer)
         metrics["throughput/tokens_per_second"] = self.tokens_per_second * trainer.world_size
         metrics["throughput/waiting_for_data"] = self.waited / max(self.seconds + self.waited, 1e-9)
         if torch.cuda.is_available():
@@ -235,12 +236,17 @@ class Budget(Callback):
         if trainer.global_step == self._step:  # stopping within a step would lose what it has accumulated
             return
         self._step = trainer.global_step
-        steps = step_metrics(trainer)
-        self.spent = self.earlier + trainer.datamodule.seconds + steps.seconds + steps.waited  # type: ignore[attr-defined]
+        self.spent = self.count(trainer)
         if self.seconds == math.inf:  # what it has spent counts if it resumes with a budget
             return
         over = trainer.datamodule.annotator.ranks.any(self.spent >= self.seconds)  # type: ignore[attr-defined]
         trainer.should_stop = trainer.should_stop or over
+
+    def count(self, trainer: lightning.Trainer) -> float:
+        """Return the seconds of this attempt and earlier ones so far."""
+        steps = step_metrics(trainer)
+        spent: float = self.earlier + trainer.datamodule.seconds + steps.seconds + steps.waited  # type: ignore[attr-defined]
+        return spent
 
     def state_dict(self) -> dict[str, Any]:
         """Return the seconds spent, for a resumed run."""
