@@ -151,8 +151,17 @@ def test_unclear_source_is_imported(imports: bool) -> None:
     with pytest.raises(UserError, match=r"part\.numerater: nothing reads this key; did you mean numerator"):
         check(OmegaConf.create({"part": {"_target_": "fractions.Fraction", "numerater": 1}}), {}, imports)
     for name in ("var.losses.var.VARR", "var.nothing.VAR"):
-        with pytest.raises(UserError, match=rf"_target_={name} cannot be imported \("):
+        with pytest.raises(UserError, match=rf"_target_={name} cannot be imported \(.*PYTHONPATH"):
             check(OmegaConf.create({"part": {"_target_": name}}), {}, imports)
+
+
+def test_module_that_raises_is_not_called_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_broken.py").write_text("from var.weights.estimators import Grouped\n\nMINE = Grouped()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError) as error:
+        check(OmegaConf.create({"part": {"_target_": "own_broken.Loss"}}), {}, True)
+    assert "TypeError: Grouped.__init__() missing" in str(error.value)
+    assert "Its module was found, and raises this error" in str(error.value)
 
 
 @pytest.mark.parametrize(

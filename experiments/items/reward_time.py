@@ -9,7 +9,9 @@ from experiments.items.methods import make_rows, tune
 from experiments.items.paths import PANEL, Pool, along, pool, read_seconds, read_times
 from experiments.items.reward_kl import EXPERIMENT, SEEDS, STEPS
 
-METHODS = ("SFT on the best of 4", "VAR, grouped", "VAR, grouped, roulette", "DPO", "RLOO", "GRPO", "VAR, online")
+METHODS = (
+    "SFT on the best of 4", "VAR, prompt", "VAR, grouped", "VAR, grouped, roulette", "DPO", "GRPO", "VAR, online",
+)  # fmt: skip
 SECONDS = (60, 120, 180, 240)
 CLOCK = "seconds"
 """The command that measures the seconds of a row's steps."""

@@ -137,8 +137,21 @@ def test_scores_of_the_data_are_read_and_all_missing_ones_listed(make):
         "reward=score, but rows have no score (2):\n"
         "  row row-1: a response has no score\n"
         "  row row-4: a response has no score\n"
-        "Choose a reward that scores text, such as reward=offsetbias-rm-8b."
+        "If another column has the scores, name it: data.columns='{score: <column>}'. Otherwise choose a reward that "
+        "scores text, such as reward=offsetbias-rm-8b."
     )
+
+
+@pytest.mark.parametrize("responses", ["sampled", "auto"])
+def test_scores_of_sampled_responses_are_an_error_before_they_are_sampled(responses, make):
+    rows = make_sequences(annotator := make(Score()))[0]
+    if responses == "auto":
+        rows = replace(rows, facts=np.zeros_like(rows.facts))  # rows without responses
+    data: Any = SimpleNamespace(annotator=annotator, settings=SimpleNamespace(responses=responses))
+    with pytest.raises(UserError, match=r"the responses that train are sampled, without scores"):
+        ProvideRewards(Rewards()).check_rows(data, rows)
+    data.settings.responses = "auto"
+    ProvideRewards(Rewards()).check_rows(data, make_sequences(annotator)[0])
 
 
 def test_scores_that_a_reward_does_not_use_are_counted(make, capsys):

@@ -310,7 +310,7 @@ def test_unused_columns_are_listed_once(tmp_path):
         {"prompt": "a", "response": "b", "respones": 1}
     ]
     rows = read_text(tmp_path, "a.jsonl", lines(*records))
-    assert rows.form.endswith("from the columns prompt, response; unused columns: topic, respones")
+    assert rows.form.endswith("from the columns prompt, response; unused columns: topic, respones (is it responses?)")
 
 
 # --- errors
@@ -356,6 +356,12 @@ def test_other_texts_are_no_scores(tmp_path, score):
     [
         (Files, {"question": "a", "answer": "b"}, "data.columns='{prompt: question, response: answer}'"),
         (Files, {"prompt": "a", "reply": "b"}, "data.columns='{response: reply}'"),
+        (Files, {"prompt": "a", "chosen": "b", "rejeceted": "c"}, "it has 'chosen' without 'rejected'; the columns are "
+         "prompt, chosen, rejeceted. Is 'rejeceted' as 'rejected' meant? Then set data.columns="
+         "'{rejected: rejeceted}'"),
+        (Files, {"prompt": "a", "rejected": "b", "good": "c"}, "Name its column, as in data.columns='{chosen: …}'"),
+        (Files, {"promt": "a", "response": "b"}, "Then set data.columns='{prompt: promt}'"),
+        (Files, {"prompt": "a", "response": ["b", "c"]}, "The column of several responses is 'responses'"),
         (Files, {"prompt": "a", "completion": [user("x"), assistant("b")]}, "'response' has several messages"),
         (Files, {"prompt": "a", "completion": "b", "label": "maybe"}, "'label' must be true or false, got 'maybe'"),
         (Files, {"chosen": "Blue.", "rejected": "The sky"}, "do not begin with the same words"),
@@ -364,6 +370,7 @@ def test_other_texts_are_no_scores(tmp_path, score):
          "other messages before the answer than 'prompt'"),
         (Files, {"messages": [assistant("b")]}, "no message before the assistant's"),
         (Files, {"prompt": "a", "response": "b", "tools": "weather"}, "'tools' is text that is not JSON"),
+        (Preferences, {"prompt": "a", "chosen": "b", "rejeceted": "c"}, "data.columns='{rejected: rejeceted}'"),
         (Preferences, {"prompt": "a", "response": "b"}, "it has the form of one response per record. Use data=files"),
         (Prompts, {"prompt": "a", "responses": ["b"]}, "it has responses. Use data=files"),
         (Prompts, {"messages": [user("a"), assistant("b")]}, "it has responses. Use data=files"),

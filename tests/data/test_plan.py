@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from var.data.plan import ABSENT, MicroBatch, Plan, draw, make_plan, stack_by_group
+from var.data.plan import ABSENT, MicroBatch, Plan, count_dropped, draw, make_plan, stack_by_group
 from var.utils.errors import UserError
 
 
@@ -242,3 +242,11 @@ def test_stacked_groups_keep_the_order_of_the_data():
     found = stack_by_group(np.array([7, 0, 7, 3, 7, 0]), np.array([10, 11, 12, 13, 14, 15]))
     assert found.tolist() == [[11, 15, ABSENT], [13, ABSENT, ABSENT], [10, 12, 14]]
     assert stack_by_group(np.array([1, 0]), np.array([4, 9])).tolist() == [[9], [4]]
+
+
+def test_many_dropped_sequences_are_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    assert count_dropped(plan(39), 39) == 3
+    assert capsys.readouterr().out == ""
+    assert count_dropped(plan(7), 7) == 3
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Warning: 3 of 7 sequences do not fill the last micro-batch or step" in printed

@@ -148,7 +148,7 @@ def test_one_error_lists_all_invalid_lines(tmp_path):
             read(source, tmp_path / "cache")
         assert str(error.value).splitlines() == [
             f"{type(source).__name__}: invalid rows (5):",
-            "  a.jsonl:2: not JSON: Expecting ',' delimiter at column 1",
+            "  a.jsonl:2: not JSON: Expecting ',' delimiter at column 15",
             "  a.jsonl:3: expected a JSON object, got list",
             "  a.jsonl:4: its text cannot be written as UTF-8: unpaired surrogate '\\ud83d' (row 9)",
             "  a.jsonl:5: its prompt is empty (row a.jsonl:5)",

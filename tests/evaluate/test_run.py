@@ -14,9 +14,9 @@ from tests.helpers.judges import pair
 from tests.helpers.models import DATED, saved, tiny_model
 from tests.helpers.runs import composed
 from var.config.saved import to_saved
-from var.evaluate.judges.base import Judgement
+from var.evaluate.judges.base import Judgement, judge_pairs
 from var.evaluate.prompts import warn_of_trained_prompts
-from var.evaluate.run import Evaluation, judge_pairs, locate_models
+from var.evaluate.run import Evaluation, locate_models
 from var.evaluate.settings import say_differences
 from var.evaluate.table import print_result
 from var.utils.errors import UserError
@@ -155,6 +155,17 @@ def test_closing_table_has_the_win_rates(capsys: pytest.CaptureFixture[str]) -> 
         "win rate in %, against reference – 50.000", "length-controlled win rate in % – 44.444 ± 1.250",
     ):  # fmt: skip
         assert row in rows
+
+
+def test_judge_that_prefers_a_position_is_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    facts = {"inconsistent": 1, "first_shown_wins": 1.0}
+    judge_pairs(Judge(outcomes=["tie"], scores=[0.5], counts=None, facts=facts), [pair("a", "s")])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "0 won, 1 tied, 0 lost, 0 without a verdict" in printed
+    assert "verdict on 1 of 1 pairs depends on which answer it is shown first (the first wins 100% of" in printed
+    facts = {"inconsistent": 1, "first_shown_wins": 0.5}
+    judge_pairs(Judge(outcomes=["win"] * 2, scores=[1.0] * 2, counts=None, facts=facts), [pair("a", "s")] * 2)
+    assert "Warning" not in capsys.readouterr().out
 
 
 def test_missing_win_rate_is_a_warning(capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,7 +48,9 @@ def test_folders_without_a_finished_run_are_listed(tmp_path: Path) -> None:
     write_run(tmp_path / "runs" / "other")
     (tmp_path / "runs" / "other" / "summary.json").write_text("[1]")
     (tmp_path / "file").write_text("")
-    found = find_records([tmp_path / "runs", tmp_path / "runs" / "a", tmp_path / "nowhere", tmp_path / "file"])
+    (tmp_path / "multirun.yaml").write_text("")  # of a sweep, in `runs/*`
+    places = ("runs", "runs/a", "nowhere", "file", "multirun.yaml")
+    found = find_records([tmp_path / place for place in places])
     assert [run.name for run in found.runs] == ["a"]  # once, although its folder is given twice
     assert [evaluation.folder.name for evaluation in found.evaluations] == ["e"]
     problems = {Path(line.split(": ")[0]).name: line.split(": ", 1)[1] for line in found.problems}

@@ -30,8 +30,14 @@ class ProvideRewards(Provider[Rewards]):
     """Provides the reward of each response to its own prompt, on the run's scale."""
 
     def check_rows(self, data: TrainingSet, rows: Rows) -> None:
-        """Check that rows have the answers that the reward compares with."""
-        check_answers(data.annotator.reward, rows)
+        """Check that rows have the answers that the reward compares with, and the responses whose scores it reads."""
+        reward, sampled = data.annotator.reward, data.settings.responses == "sampled"
+        check_answers(reward, rows)
+        if not reward.scores_text and (sampled or not rows.facts["responses"].any()):
+            raise UserError(
+                "reward=score reads the data's own scores, and the responses that train are sampled, without scores. "
+                "Choose a reward that scores text, or train the data's own responses."
+            )
 
     def select(self, data: TrainingSet) -> None:
         """Score all sequences and fit the scale."""

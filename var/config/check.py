@@ -109,11 +109,12 @@ def _import(name: str) -> Any:
     try:
         found = get_object(name)
     except Exception as error:
-        reason = str(error.__cause__ or error).splitlines()[-1]
-        raise UserError(
-            f"_target_={name} cannot be imported ({reason}). If it is your own, put the folder of its module on "
-            "PYTHONPATH (examples/README.md)."
-        ) from error
+        cause = error.__cause__ or error
+        reason = str(cause).splitlines()[-1]
+        advice = "If it is your own, put the folder of its module on PYTHONPATH (examples/README.md)."
+        if not isinstance(cause, ImportError | AttributeError):
+            reason, advice = f"{type(cause).__name__}: {reason}", "Its module was found, and raises this error."
+        raise UserError(f"_target_={name} cannot be imported ({reason}). {advice}") from error
     if not callable(found):
         raise UserError(f"_target_={name} is not a class or a function. Write module.Class.")
     return found

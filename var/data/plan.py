@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from var.utils.console import warn
 from var.utils.errors import UserError
 
 ABSENT = -1  # fills the last, short micro-batch
@@ -219,3 +220,14 @@ def stack_by_group(group: np.ndarray, members: np.ndarray) -> np.ndarray:
     place = np.arange(len(order)) - np.repeat(start, count)
     stacked[np.repeat(np.arange(len(count)), count), place] = members[order]
     return stacked
+
+
+def count_dropped(plan: Plan, sequences: int) -> int:
+    """Return how many of these sequences are in no micro-batch, and warn if they are many."""
+    dropped = sequences - int(plan.sequences.sum())
+    if dropped > 0.1 * sequences:
+        warn(
+            f"{dropped} of {sequences} sequences do not fill the last micro-batch or step, so they do not train. Set "
+            "data.last_micro_batch=keep data.last_step=keep, or a smaller data.global_batch."
+        )
+    return dropped

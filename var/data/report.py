@@ -12,8 +12,8 @@ class DataReport:
 
     rows: int | None = None
     """Rows of the data set."""
-    rows_skipped_by_adapter: int | None = None
-    """Records that the data set's adapter skipped."""
+    records_skipped: int | None = None
+    """Records that the data set's adapter skipped, as pairs with an empty response."""
     records_joined: int | None = None
     """Records with one response that were joined to an earlier record's row, since their prompts are equal."""
     degenerate: Counter[str] = field(default_factory=Counter)

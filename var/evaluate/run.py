@@ -30,7 +30,7 @@ from var.evaluate.answers import Answers, describe_answers
 from var.evaluate.benchmarks.harness import Benchmarks, run_benchmarks
 from var.evaluate.candidate import CachedReward, Candidate, match_answers
 from var.evaluate.diversity import measure_distinct
-from var.evaluate.judges.base import Judge, Pair, RewardJudge, compute_rates, explain_missing_rate
+from var.evaluate.judges.base import Judge, Pair, RewardJudge, judge_pairs
 from var.evaluate.measures import average_subsets, compare, measure
 from var.evaluate.prompts import Prompts, read_prompts, warn_of_trained_prompts
 from var.evaluate.settings import check_settings, say_differences, warn_of_other_reference
@@ -41,7 +41,7 @@ from var.models.pretrained import Pretrained
 from var.rewards.base import Reward, check_answers
 from var.rewards.dataset_score import Score
 from var.sampling.base import Samples, Sampling
-from var.utils.console import say, silence_libraries, stage, warn
+from var.utils.console import say, silence_libraries, warn
 from var.utils.distributed import Ranks, bind_device
 from var.utils.errors import UserError
 from var.utils.files import atomic, make_file_name, write_json
@@ -334,16 +334,3 @@ def make_pairs(
                 for seed, answer, opponent in zip(seeds, own, other, strict=True)
             ]
     return pairs
-
-
-def judge_pairs(judge: Judge, pairs: list[Pair]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return the win rates and the judgement's facts, and one record per game; warn if there is no win rate."""
-    say(f"Judge: {judge.describe(pairs)}")
-    with stage("Judging", len(pairs), "pairs") as advance:
-        judgement = judge(pairs, advance)
-    rates, facts = compute_rates(judgement, pairs), judgement.facts
-    if reason := explain_missing_rate(rates["all"], facts):
-        warn(reason)
-    elif reason := facts.get("lc_reason"):
-        warn(f"no length-controlled win rate: {reason}")
-    return {**rates, "facts": facts}, judgement.games

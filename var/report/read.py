@@ -36,9 +36,11 @@ RENAMED = {  # earlier names in summary.json and metrics.csv; both the earlier a
     "groups without signal": "zero_variance_groups",
     "groups without signal, left out": "zero_variance_groups_skipped",
     "rollout/cut": "rollout/truncated",
+    "rows_skipped_by_adapter": "records_skipped",
     "throughput/share_waiting_for_data": "throughput/waiting_for_data",
     "train/groups/without_signal": "train/groups/zero_variance",
 }
+SWEEP_FILES = ("multirun.yaml", "optimization_results.yaml")  # Hydra's, next to the runs of a sweep
 MEASURES = {  # the columns of the tables, and where summary.json has them
     "steps": "steps",
     "reward before": "validation.reward.before",
@@ -322,7 +324,8 @@ def find_records(places: list[Path]) -> Found:
 
     for place in places:
         if not place.is_dir():
-            found.problems.append(f"{place}: {'not a folder' if place.exists() else 'no such folder'}")
+            if place.name not in SWEEP_FILES:
+                found.problems.append(f"{place}: {'not a folder' if place.exists() else 'no such folder'}")
             continue
         for path, inner, files in os.walk(place, followlinks=True, onerror=add_unreadable):
             folder, names = Path(path), {*inner, *files}

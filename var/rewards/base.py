@@ -90,7 +90,10 @@ def check_scores(names: Iterable[str]) -> None:
     problems = Problems("reward=score, but rows have no score")
     for name in names:
         problems.add(f"row {name}", "a response has no score")
-    problems.check("Choose a reward that scores text, such as reward=offsetbias-rm-8b.")
+    problems.check(
+        "If another column has the scores, name it: data.columns='{score: <column>}'. Otherwise choose a reward that "
+        "scores text, such as reward=offsetbias-rm-8b."
+    )
 
 
 def check_answers(reward: Reward, rows: Rows) -> None:

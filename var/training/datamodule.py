@@ -16,7 +16,7 @@ from var.annotate.rewards import score_rows
 from var.annotate.rollouts import ProvideRollout
 from var.data.choice import Selection, choose, needs_rewards
 from var.data.degenerate import count_degenerate, warn_of_degenerate
-from var.data.plan import ABSENT, MicroBatch, make_plan, stack_by_group
+from var.data.plan import ABSENT, MicroBatch, count_dropped, make_plan, stack_by_group
 from var.data.read import Source, read
 from var.data.settings import DataSettings
 from var.data.split import draw, split
@@ -138,7 +138,7 @@ class AlignmentData(lightning.LightningDataModule):
         rows = read(self.source, self.annotator.cache)
         if rows.description:
             say(f"Data: {rows.description}")
-        report.rows, report.rows_skipped_by_adapter = len(rows), rows.left_out or None
+        report.rows, report.records_skipped = len(rows), rows.left_out or None
         report.records_joined = rows.merged or None
         used = draw(rows, settings)
         unused = len(rows) - len(used) or None
@@ -262,7 +262,7 @@ class AlignmentData(lightning.LightningDataModule):
             self.report.show(say)  # it shows why so few sequences remain
             raise
         if data.plan.dropped:
-            self.report.sequences_dropped_by_plan = int(present.sum() - data.plan.sequences.sum())
+            self.report.sequences_dropped_by_plan = count_dropped(data.plan, int(present.sum()))
         micro = data.plan.micro[..., None]
         data.members = np.where(micro == ABSENT, ABSENT, units[data.plan.micro]).reshape(len(data.plan.micro), -1)
         self.fingerprint = sequences.content

@@ -1,6 +1,9 @@
 """debug=dry: a verdict, and what a run needs: annotations, memory, disk, and one rendered row. Nothing is computed."""
 
+import os
 from typing import Any
+
+from omegaconf import DictConfig
 
 from var.annotate.annotator import MissingAnnotations
 from var.config.choices import describe_choices
@@ -13,13 +16,17 @@ from var.training.work import count_operations, count_work, describe_time
 from var.utils.console import console, say
 from var.utils.errors import UnavailableError
 
+MEASURED = 10_000
+"""Rows up to which all prompts are measured."""
+
 
 def show(run: Run) -> None:
     """Print the verdict and all sections. Raise UserError if the run does not fit into the devices' memory."""
     with console.capture() as report:  # printed below the verdict
         unavailable, missing = prepare(run)
-    plan = run.memory or plan_memory(run.cfg, run.settings)
-    model = MemoryModel.of(run.cfg, run.settings)
+    cfg = run.cfg if run.settings.gpu else with_known_length(run)
+    plan = run.memory or plan_memory(cfg, run.settings)
+    model = MemoryModel.of(cfg, run.settings)
     show_verdict(run, plan, model, unavailable)
     show_memory(run, plan, model)
     show_requirements(run)
@@ -44,6 +51,7 @@ def prepare(run: Run) -> tuple[list[str], MissingAnnotations | None]:
     try:
         run.data.prepare()
     except MissingAnnotations as missing:
+        run.data.report.show(say)
         return [], missing
     except UnavailableError as error:
         unavailable.append(str(error))
@@ -54,15 +62,38 @@ def prepare(run: Run) -> tuple[list[str], MissingAnnotations | None]:
     return unavailable, None
 
 
+def with_known_length(run: Run) -> DictConfig:
+    """Return the configuration with data.max_length lowered to the length of the longest sequence, if that is known.
+
+    A run on a GPU is refused for the longest sequence that is allowed, whatever the data.
+    """
+    data, limit = run.data, run.cfg.data.max_length
+    longest = limit
+    if sequences := getattr(data.training_set, "sequences", None):
+        longest = int((sequences.start + sequences.length).max())
+    elif data.has_rows and len(data.training_set.rows) <= MEASURED:
+        prompts = (len(run.annotator.chat.prompt(row.prompt)) for row in data.training_set.rows)
+        longest = max(prompts) + run.cfg.generate.max_new_tokens
+    cfg = run.cfg.copy()
+    cfg.data.max_length = min(limit, longest)
+    return cfg
+
+
 def show_verdict(run: Run, plan: MemoryPlan, model: MemoryModel, unavailable: list[str]) -> None:
     """Print whether the run fits and can start, and what it trains on."""
     cfg, settings = run.cfg, run.settings
     stage = max(plan.stages, key=lambda name: sum(plan.stages[name].values()))
-    needs = f"{plan.needed / GIB:.1f} GiB per device in its largest stage, {stage}"
+    needs = f"at most {plan.needed / GIB:.1f} GiB per device, with a margin, in its largest stage, {stage}"
     cards = f"{plan.devices} × {plan.memory / GIB:.0f} GiB" if plan.memory else f"{plan.devices} CPU process(es)"
     fits = "fits" if plan.fits else "does not fit"
     verdict = f"{fits} on {cards} with strategy={plan.strategy}" if plan.memory else f"runs on {cards}"
     say(f"Verdict: {verdict}; it needs {needs}.")
+    here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if not settings.gpu and (together := plan.needed * settings.local) > here:
+        say(
+            f"  Memory: that may be {together / GIB:.1f} GiB, and this machine has {here / GIB:.1f}. Lower "
+            "data.max_length or data.micro_batch, or set adapter=lora."
+        )
     checkpoint, export = model.disk()
     if (needed := 2 * checkpoint + export) > (free := free_bytes(run.folder)):
         say(
@@ -76,6 +107,8 @@ def show_verdict(run: Run, plan: MemoryPlan, model: MemoryModel, unavailable: li
         say(f"  {line}")
     work = count_work(run)
     say(f"  {work.describe() if work else 'rows, optimizer steps and tokens are not known'}")
+    if work and not work.planned:
+        say("  less, if responses are left out for their rewards or weights, which are not known yet")
     if work:
         operations = count_operations(run, work, model.counts.total, "cuda" if settings.gpu else "cpu")
         say(f"  {describe_time(operations, settings)}")

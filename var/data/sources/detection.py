@@ -1,8 +1,9 @@
 """Find the form of a data set's records, and read them with it."""
 
+import difflib
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -106,7 +107,10 @@ class Reader:
         notes = {"label": " as the score 1 or 0", "input": " after an empty line"}
         notes |= dict.fromkeys(self.encoded, " as JSON")
         used = ", ".join((self.columns.get(name) or name) + notes.get(name, "") for name in self._in_order(self.used))
-        unused = ", ".join(name or "one without a name" for name in self._in_order(self.unused))
+        near = {column: ours for ours, column in suggest(self.unused, self.used).items()}
+        questions = {column: f" (is it {ours}?)" for column, ours in near.items()}
+        left = self._in_order(self.unused)
+        unused = ", ".join((name or "one without a name") + questions.get(name, "") for name in left)
         return f"{self.form.name}, from the columns {used}" + (f"; unused columns: {unused}" if unused else "")
 
     def _in_order(self, names: Collection[str]) -> list[str]:
@@ -123,6 +127,22 @@ def rename(record: Mapping[str, Any], columns: Mapping[str, str | None]) -> Mapp
     named = {ours: record[name] for ours, name in columns.items() if name is not None and name in record}
     rest = {name: value for name, value in record.items() if name not in theirs and name not in columns}
     return type(record)({**rest, **named})  # type: ignore[call-arg]
+
+
+def suggest(columns: Iterable[str], known: Collection[str]) -> dict[str, str]:
+    """Return the columns that may be misspelled by our name of each. known: names that have a column already."""
+    free, others = [name for name in NAMES if name not in known], [name for name in columns if name not in NAMES]
+    near = {name: difflib.get_close_matches(name or "", free, n=1, cutoff=0.75) for name in others}
+    return {found[0]: name for name, found in near.items() if found}
+
+
+def advise(columns: Collection[str]) -> str:
+    """Return how to name the columns that may be misspelled; "" if there are none."""
+    if not (found := suggest(columns, columns)):
+        return ""
+    named = ", ".join(f"{ours}: {name}" for ours, name in found.items())
+    asked = ", ".join(f"{name!r} as {ours!r}" for ours, name in found.items())
+    return f"Is {asked} meant? Then set data.columns='{{{named}}}'."
 
 
 def detect(
@@ -152,14 +172,15 @@ def detect(
     forms = [(find_form([k for k, v in record.items() if v is not None]), where, record) for where, record in renamed]
     form, where, record = next((found for found in forms if found[0] is not None), (None, *renamed[0]))
     if form is None:
-        options = "\n".join(f"  {shorten(example, 200)}" for example in allowed.values())
+        options = "\n".join(f"  {shorten(valid, 200)}" for valid in allowed.values())
+        example = "Name the columns, as in data.columns='{prompt: question, response: reply}'."
         raise UserError(
             f"{where}: none of the known forms has the columns {', '.join(map(repr, present))}.\n"
             f"Found: {shorten(record)}\nValid records are:\n{options}\n"
-            "Name the columns, as in data.columns='{prompt: question, response: reply}'."
+            f"{advise(present) or example}"
         )
     if form not in allowed:
-        valid = next(iter(allowed.values()))
+        valid, advice = next(iter(allowed.values())), advise(present) or advice
         raise UserError(
             f"{where}: it has the form of {form.name}. {advice}\nFound: {shorten(record)}\nValid: {shorten(valid, 200)}"
         )

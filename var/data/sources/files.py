@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from var.data.parse import KEYS
-from var.data.sources.detection import FormSource, Reader
+from var.data.sources.detection import FormSource, Reader, advise
 from var.data.sources.forms import FORMS, PROMPT, RESPONSE, ROWS
 from var.utils.errors import UserError
 
@@ -41,8 +41,15 @@ class Files(FormSource):
                 f"data.columns='{{prompt: {name}, response: answer}}' to train on it, or data=prompts to compare "
                 "sampled responses with it"
             )
-        if unknown := [column for column in reader.present if column not in (*KEYS, name)]:
+        if len(half := columns & {"chosen", "rejected"}) == 1:
+            other = min({"chosen", "rejected"} - half)
             raise UserError(
-                f"{self.path}: no known column has responses; the columns are {', '.join(reader.present)}. Name it, as "
-                f"in data.columns='{{response: {unknown[-1]}}}', or set data=prompts to sample responses"
+                f"{self.path}: it has {min(half)!r} without {other!r}; the columns are {', '.join(reader.present)}. "
+                + (advise(reader.present) or f"Name its column, as in data.columns='{{{other}: …}}'.")
+            )
+        if unknown := [column for column in reader.present if column not in (*KEYS, name)]:
+            advice = advise(reader.present) or f"Name it, as in data.columns='{{response: {unknown[-1]}}}'."
+            raise UserError(
+                f"{self.path}: no known column has responses; the columns are {', '.join(reader.present)}. {advice} "
+                "Or set data=prompts to sample responses."
             )

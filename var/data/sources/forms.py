@@ -42,7 +42,10 @@ def _convert_row(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _convert_single(record: Mapping[str, Any]) -> dict[str, Any]:
-    before, text, message = split_answer(_filled(record["response"]), "response")
+    response = record["response"]
+    if isinstance(response, list) and not any(isinstance(part, dict) and "role" in part for part in response):
+        raise ValueError("'response' is a list. The column of several responses is 'responses'")
+    before, text, message = split_answer(_filled(response), "response")
     if before:
         raise ValueError("'response' has several messages, and only one can be trained. Put the others into the prompt")
     prompt = record["prompt"]

@@ -10,6 +10,7 @@ import numpy as np
 
 from var.data.messages import Message
 from var.rewards.base import Reward, compute_scores
+from var.utils.console import say, stage, warn
 from var.utils.errors import Problems, UserError
 from var.utils.statistics import Estimate, estimate_mean
 
@@ -226,3 +227,23 @@ class RewardJudge:
         ]
         own = {"pairs": len(pairs), "mean_difference": float(difference.mean()) if len(pairs) else None}
         return Judgement(outcomes, scores, games, {**self.fingerprint, **own, "max_errors": 0.0, "reason": None})
+
+
+def judge_pairs(judge: Judge, pairs: list[Pair]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the win rates and the judgement's facts, and one record per game; warn if there is no win rate."""
+    say(f"Judge: {judge.describe(pairs)}")
+    with stage("Judging", len(pairs), "pairs") as advance:
+        judgement = judge(pairs, advance)
+    rates, facts = compute_rates(judgement, pairs), judgement.facts
+    overall, swapped = rates["all"], facts.get("inconsistent") or 0
+    say(f"  {overall['win']} won, {overall['tie']} tied, {overall['loss']} lost, {overall['error']} without a verdict")
+    if swapped > 0.5 * len(pairs):
+        warn(
+            f"the judge's verdict on {swapped} of {len(pairs)} pairs depends on which answer it is shown first "
+            f"(the first wins {100 * (facts['first_shown_wins'] or 0):.0f}% of the games)."
+        )
+    if reason := explain_missing_rate(rates["all"], facts):
+        warn(reason)
+    elif reason := facts.get("lc_reason"):
+        warn(f"no length-controlled win rate: {reason}")
+    return {**rates, "facts": facts}, judgement.games
