@@ -51,11 +51,11 @@ def fill(
     jobs: Mapping[tuple[str, int], Job],
     seeds: Sequence[int],
     failed: str,
-    beside: Job | None = None,
+    beside: Sequence[Job] = (),
 ) -> Cell:
     """Return a cell, from the finished jobs of its column's stage by the row's name and the seed.
 
-    beside: the job of the column's other command.
+    beside: the jobs of the column's other command.
     """
     cell = Cell(table.title, row.name, column.title, failed=failed)
     found, paths = list[tuple[Any, float | None]](), list[Path]()
@@ -80,14 +80,14 @@ def fill(
         _describe(cell, job)
     if column.pool is not None and paths and not cell.failed:
         try:
-            pooled = column.pool(paths, row, *([beside.result] if beside else []))
+            pooled = column.pool(paths, row, *([[job.result for job in beside]] if beside else []))
         except (LookupError, TypeError, ValueError, OSError) as error:
             cell.failed = f"{column.title} cannot be read ({type(error).__name__}: {error})"
         else:
             if pooled is not None:
                 cell.n, (cell.value, cell.se) = len(paths), pooled
-                if beside:
-                    _describe(cell, beside)
+                for other in beside:
+                    _describe(cell, other)
     elif found and not cell.failed:
         values, cell.n = [value for value, _ in found], len(found)
         if isinstance(values[0], str):

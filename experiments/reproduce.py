@@ -91,6 +91,9 @@ def run_items(
     for several, count in (([name for name in names if name not in timed], int(settings["jobs"])), (timed, 1)):
         runner, pool = Runner(count, launcher), ThreadPoolExecutor(sum(len(found[name][1]) for name in several) or 1)
         try:
+            # seed by seed, so that the seconds of all rows are measured at several times
+            for name in several:
+                found[name] = (found[name][0], dict(sorted(found[name][1].items(), key=lambda item: item[0][3])))
             started = {name: [pool.submit(runner.run, job) for job in found[name][1].values()] for name in several}
             for name, futures in started.items():
                 tables, work = found[name]
@@ -123,11 +126,10 @@ def write(
                     if (title, stage) == (table.title, column.stage)
                 }
                 own = [(table.title, row.name, column.stage, seed) for seed in seeds]
-                own += [(table.title, row.name, column.beside, seeds[0])] if column.beside else []
-                failed = next((reason for key in own if (reason := reasons[key])), "")
-                if failed or all(work[key].result for key in own):
-                    beside = work[own[-1]] if column.beside else None
-                    cells.append(fill(table, row, column, jobs, seeds, failed, beside))
+                others = [(table.title, row.name, column.beside, seed) for seed in seeds if column.beside]
+                failed = next((reason for key in (*own, *others) if (reason := reasons[key])), "")
+                if failed or all(work[key].result for key in (*own, *others)):
+                    cells.append(fill(table, row, column, jobs, seeds, failed, [work[key] for key in others]))
     publish(name, ITEMS[name], settings["size"], cells, Path(settings["out"]))
     if stored := [job for job in work.values() if job.stored]:
         store(name_archive(Path(settings["out"]) / name, settings["size"]), stored)

@@ -47,14 +47,36 @@ def test_slic_is_a_hinge_on_the_difference() -> None:
     assert_close(logps.grad, torch.tensor([0.0, 0.0, 0.0, -0.5, 0.5]))
 
 
-def test_loss_in_the_docs_is_slic() -> None:
+@pytest.mark.parametrize(("file", "name"), [("slic", "SLiC"), ("capped", "CappedVAR")])
+def test_loss_in_the_docs_is_the_example(file: str, name: str) -> None:
     """docs/losses.md shows it without checks."""
     page = (ROOT / "docs" / "losses.md").read_text()
-    (shown,) = re.findall(r"```python\n[^`]*?(@dataclass[^`]*?class SLiC.*?)```", page, re.S)
-    code = (EXAMPLES / "slic.py").read_text()
+    (shown,) = re.findall(rf"```python\n[^`]*?(@dataclass[^`]*?class {name}:.*?)```", page, re.S)
+    code = (EXAMPLES / f"{file}.py").read_text()
     for line in shown.splitlines():
         if '"""' not in line:
             assert line.strip() in code, line
+
+
+def test_capped_weights_are_bounded() -> None:
+    """Weights 0.5 and 4, limited to 2, on 1 and 2 tokens of −1 nat: (0.5 + 2 · 2) / 3."""
+    from capped import CappedVAR
+
+    batch = pack([[1, 2], [1, 2, 3]], [1, 1], global_tokens=3.0, weights=torch.tensor([0.5, 4.0]))
+    loss, _ = CappedVAR(largest=2.0)(-torch.ones(3), batch)
+    assert_close(loss, torch.tensor(1.5))
+
+
+@pytest.mark.long
+def test_capped_weights_train(tiny_folder: Path, tmp_path: Path) -> None:
+    done = run(
+        "train.py", "--config-dir", "examples/conf", "loss=capped", "loss.largest=1.1", "data=questions",
+        "reward=brevity", f"model.path={tiny_folder}", f"annotation_cache={tmp_path}/annotations",
+        f"cache={tmp_path}/cache", f"runs={tmp_path}/runs", "trainer.accelerator=cpu", "trainer.epochs=1", "eval=off",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((only(tmp_path / "runs") / "summary.json").read_text())
+    assert summary["steps"] > 0
 
 
 def test_questions_reads_rows_and_reports_bad_lines(tmp_path: Path) -> None:

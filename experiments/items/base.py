@@ -73,7 +73,7 @@ class Row:
 Read = Callable[[Path, Row], Any]
 """Read a cell from a result file: a number, a number with its standard error, a text, or None if it does not apply."""
 Pool = Callable[..., tuple[float, float | None] | None]
-"""Compute a number and its standard error from the result files of all seeds, the row, and the result file of the
+"""Compute a number and its standard error from the result files of all seeds, the row, and the result files of the
 column's command `beside` if it has one; None if the number does not apply.
 """
 
@@ -89,7 +89,7 @@ class Column:
     stage: str = "train"
     """The command whose result is read."""
     beside: str = ""
-    """Another command, whose result at the first seed `pool` receives too."""
+    """Another command, whose results `pool` receives too."""
     digits: int = 3
     ratio_to: str | None = None
     """The label of a row. The quantity is divided by that row's at the same seed."""

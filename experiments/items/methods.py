@@ -20,6 +20,9 @@ METHODS: dict[str, tuple[tuple[str, ...], str, tuple[float, ...]]] = {
     "VAR, grouped, roulette": (
         ("loss=var_grouped", "loss.min_weight=1", "loss.roulette=true"), "loss.temperature", SPREADS,
     ),
+    "VAR, global, roulette": (
+        ("loss=var_global", "loss.min_weight=1", "loss.roulette=true"), "loss.temperature", SPREADS,
+    ),
     "DPO": (("loss=dpo", *PAIRS), "loss.beta", (0.03, 0.1, 0.3, 1.0)),
     "InfoNCA": (("loss=infonca", *GROUPS, "loss.beta=1"), "loss.temperature", UNITS),
     "A-LoL": (("loss=alol", "loss.value.development_prompts=32"), "", ()),

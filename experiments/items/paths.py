@@ -53,22 +53,28 @@ def read_training(paths: Sequence[Path], row: Row) -> Paths:
     return Paths(np.array(kl), np.array(reward))
 
 
-def read_seconds(path: Path) -> dict[int, float]:
-    """Return the seconds of sampling, scoring and training until the end of each logged step of a run."""
-    with (path.parent / "metrics.csv").open(newline="") as file:
-        spent = {int(row["step"]): float(s) for row in csv.DictReader(file) if (s := row["throughput/seconds"])}
-    return {0: 0.0, **spent}
+def read_seconds(paths: Sequence[Path]) -> dict[int, float]:
+    """Return the seconds of sampling, scoring and training until the end of each logged step, in the fastest run.
+
+    The machine's speed varies between runs, and what slows a run down is not the method.
+    """
+    spent = []
+    for path in paths:
+        with (path.parent / "metrics.csv").open(newline="") as file:
+            logged = [(int(row["step"]), row["throughput/seconds"]) for row in csv.DictReader(file)]
+            spent.append({0: 0.0, **{step: float(seconds) for step, seconds in logged if seconds}})
+    return {step: min(run[step] for run in spent) for step in spent[0]}
 
 
 def read_times(seconds: Sequence[float]) -> Reader:
     """Return a function that reads the paths at these times, on the line between two evaluations.
 
-    A run with the same steps and no evaluations, `clock`, has the times of the steps, for all seeds. The line starts at
-    the reference at 0 seconds, and has no values after the last evaluation.
+    Runs with the same numbers of steps and no evaluations, `clocks`, have the times of the steps, for all seeds. The
+    line starts at the reference at 0 seconds, and has no values after the last evaluation.
     """
 
-    def read(paths: Sequence[Path], row: Row, clock: Path) -> Paths:
-        spent, found = read_seconds(clock), []
+    def read(paths: Sequence[Path], row: Row, clocks: Sequence[Path]) -> Paths:
+        spent, found = read_seconds(clocks), []
         for path in paths:
             steps, kl, reward = read_evaluations(path)
             times = [spent[step] for step in steps]

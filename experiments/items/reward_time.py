@@ -18,8 +18,8 @@ CLOCK = "seconds"
 
 
 def measure(row: Row) -> Row:
-    """Return a row with a command that repeats its first run without evaluations."""
-    words = (EXPERIMENT, *tune(row.label), "eval=off", f"seed={SEEDS[0]}", "runs={own}/runs")
+    """Return a row with a command that repeats its runs without evaluations."""
+    words = (EXPERIMENT, *tune(row.label), "eval=off", "seed={seed}", "runs={own}/runs")
     return replace(row, stages={**row.stages, CLOCK: Command(("train.py",), words, "runs/*/summary.json")})
 
 
@@ -36,7 +36,7 @@ def spent(step: int) -> Pool:
     """Return a function that reads the seconds until the end of an optimizer step."""
 
     def read(paths: Sequence[Path], row: Row) -> tuple[float, None]:
-        return read_seconds(paths[0])[step], None
+        return read_seconds(paths)[step], None
 
     return read
 

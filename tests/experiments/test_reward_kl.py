@@ -110,8 +110,12 @@ def test_path_over_time_is_on_the_line_between_evaluations(tmp_path: Path) -> No
         write_evaluations(tmp_path / "a", [[1.0, 3.0], [2.0, 6.0]], [[0.0, 0.2], [0.4, 0.6], [0.8, 0.6]]),
         write_evaluations(tmp_path / "b", [[2.0, 2.0], [4.0, 4.0]], [[0.0, 0.2], [0.8, 1.0], [0.8, 1.0]]),
     ]
-    (tmp_path / "metrics.csv").write_text("step,loss,throughput/seconds\n1,0.5,10\n2,0.4,30\n3,0.4,\n")
-    found = read_times((5, 20, 30, 31))(paths, Row(label="a"), tmp_path / "summary.json")
+    clocks = [tmp_path / name / "summary.json" for name in ("fast", "slow")]
+    for clock, seconds in zip(clocks, ((10, 40), (11, 30)), strict=True):  # the faster run of each step counts
+        clock.parent.mkdir()
+        lines = ["step,loss,throughput/seconds", f"1,0.5,{seconds[0]}", f"2,0.4,{seconds[1]}", "3,0.4,"]
+        (clock.parent / "metrics.csv").write_text("\n".join(lines) + "\n")
+    found = read_times((5, 20, 30, 31))(paths, Row(label="a"), clocks)
     assert found.kl[0, :3].tolist() == [[0.5, 1.5], [1.5, 4.5], [2.0, 6.0]]
     assert found.reward[1, :3] == pytest.approx(np.array([[0.4, 0.6], [0.8, 1.0], [0.8, 1.0]]))
     assert np.isnan(found.reward[:, 3]).all()

@@ -68,6 +68,12 @@ def check_strategy(cfg: DictConfig, settings: TrainerSettings) -> None:
     problems.check()
 
 
+def check_seed(seed: int) -> None:
+    """Raise UserError for a seed that torch and NumPy do not both accept."""
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed={seed}: a seed must be at least 0 and below 2**32")
+
+
 def check_optimizer(cfg: DictConfig) -> None:
     """Raise UserError for arguments that the optimizer rejects, such as a negative learning rate."""
     rate = cfg.optim.optimizer.get("lr", 0.0)

@@ -52,6 +52,7 @@ from var.training.checks import (
     check_adapter,
     check_optimizer,
     check_ranks,
+    check_seed,
     check_strategy,
     choose_devices,
     count_accumulation,
@@ -68,7 +69,7 @@ from var.training.sharded import ShardingStrategy
 from var.training.validation import PairAccuracy, Validation, evaluate_reference
 from var.utils.console import shows_progress, silence_libraries, warn
 from var.utils.distributed import bind_device
-from var.utils.errors import UserError
+from var.utils.errors import UserError, check_all
 
 PROFILERS: dict[str, Any] = {
     "simple": lambda folder: SimpleProfiler(folder, "profile"),
@@ -112,12 +113,17 @@ class Run:
         gc.enable()  # see run_command
         silence_libraries()
         check(cfg, TRAIN)
+        check_all(
+            lambda: DataSettings(**pick_fields(DataSettings, cfg.data)),
+            lambda: TrainerSettings(**cfg.trainer),
+            lambda: EvalSettings(**cfg.eval),
+            lambda: Sampling(**cfg.generate),
+            lambda: instantiate(cfg.loss),
+            lambda: check_optimizer(cfg),
+            lambda: check_seed(cfg.seed),
+        )
         data_settings = DataSettings(**pick_fields(DataSettings, cfg.data))
         settings = choose_devices(cfg, TrainerSettings(**cfg.trainer))
-        EvalSettings(**cfg.eval)
-        check_optimizer(cfg)
-        if not 0 <= cfg.seed < 2**32:
-            raise UserError(f"seed={cfg.seed}: a seed must be at least 0 and below 2**32")
         if is_multirun():
             gc.collect()  # the previous job's trainer and model refer to each other
         if cfg.reward is None:

@@ -1,5 +1,8 @@
 """Errors that a user can fix, collected and raised together before the first expensive step."""
 
+from collections.abc import Callable
+from typing import Any
+
 
 class UserError(ValueError):
     """An error that the user can fix. The commands print its message without a traceback."""
@@ -12,6 +15,25 @@ class UnavailableError(UserError):
 def brief(error: BaseException) -> str:
     """Return the message of an error on one line of at most 300 characters."""
     return " ".join(str(error).split())[:300]
+
+
+def check_all(*checks: Callable[[], Any]) -> None:
+    """Run all checks, and raise one `UserError` with the messages of those that raise one, directly or as a cause."""
+    found: list[UserError] = []
+    for check in checks:
+        try:
+            check()
+        except Exception as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, UserError):
+                cause = cause.__cause__
+            if cause is None:
+                raise
+            found.append(cause)
+    if len(found) == 1:
+        raise found[0]
+    if found:
+        raise UserError("\n".join(map(str, found)))
 
 
 class Problems:
