@@ -247,16 +247,17 @@ def draw(table: Table, cells: Sequence[Cell], path: Path) -> None:
 
 @contextmanager
 def figure(path: Path, panels: int) -> Iterator[Sequence[Any]]:
-    """Yield the axes of a figure's panels, and write it with the legend of the panel that has most rows."""
+    """Yield the axes of a figure's panels, and write it with the legend of the panel that has most rows beside them."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, panels, figsize=(5.2 * panels, 3.8), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, panels, figsize=(4.8 * panels + 1.8, 3.8), layout="constrained", squeeze=False)
     try:
         yield axes[0]
-        max(axes[0], key=lambda axis: len(axis.get_legend_handles_labels()[1])).legend(fontsize="x-small")
+        drawn = max((axis.get_legend_handles_labels() for axis in axes[0]), key=lambda found: len(found[1]))
+        figure.legend(*drawn, loc="outside right upper", fontsize="x-small")
         figure.savefig(path, dpi=120, metadata={"Software": None})
     finally:
         plt.close(figure)
@@ -265,7 +266,10 @@ def figure(path: Path, panels: int) -> Iterator[Sequence[Any]]:
 def draw_panel(
     axis: Any, table: Table, cells: Sequence[Cell], panel: str, rows: Sequence[Row], colors: Mapping[str, str] = {}
 ) -> None:
-    """Draw the columns of a panel for these rows of a table. colors: of rows by name; the others follow each other."""
+    """Draw the columns of a panel for these rows of a table. Limits, which are not trained, are dashed.
+
+    colors: of rows by name; the others follow each other.
+    """
     known = {(cell.row, cell.column): cell for cell in cells if isinstance(cell.value, float | int) and not cell.failed}
     columns = [column for column in table.columns if column.panel == panel]
     for i, row in enumerate(rows):
@@ -282,7 +286,7 @@ def draw_panel(
             spread = [(at and at.se) or 0.0 for at in places]
             axis.errorbar(
                 across, values, errors, spread, marker="o", markersize=4, elinewidth=0.5, label=row.name,
-                color=colors.get(row.name),
+                color=colors.get(row.name, name_color(i)), linestyle="--" if "path" in row.where else "-",
             )  # fmt: skip
         else:
             width = 0.8 / len(rows)
@@ -293,6 +297,14 @@ def draw_panel(
     else:
         axis.set_xlabel(table.x_label)
     axis.set_ylabel(panel)
+
+
+def name_color(index: int) -> tuple[float, ...]:
+    """Return one of twenty different colors, the ten strong ones first."""
+    import matplotlib
+
+    color: tuple[float, ...] = matplotlib.colormaps["tab20"].colors[(2 * index + index // 10) % 20]  # type: ignore[attr-defined]
+    return color
 
 
 def publish(name: str, item: Item, size: str, cells: Sequence[Cell], out: Path) -> None:

@@ -205,8 +205,7 @@ def test_readme_is_short_and_its_code_is_the_source() -> None:
 
 def test_table_of_the_readme_has_the_recorded_results() -> None:
     """Each number, and the reward before training, is that of the driver's record, rounded."""
-    text, names = (ROOT / "README.md").read_text(), {"SFT, best of 4": "SFT on the best of 4"}
-    names["VAR, `loss=var_roulette`"] = "VAR, grouped, roulette"
+    text, names = (ROOT / "README.md").read_text(), {"VAR, `loss=var_roulette`": "VAR, grouped, roulette"}
     rows = [re.split(r" *\| *", line)[1:-1] for line in text.splitlines() if re.match(r"\| .*\d ± \d", line)]
     assert len(rows) >= 3
     records = json.loads((ROOT / "experiments" / "reward_kl" / "results-small.json").read_text())

@@ -152,7 +152,8 @@ def test_tuned_values_are_the_best_of_their_tables() -> None:
     if not found[RATES_TITLE]:
         assert not RATES
         return
-    assert set(found[RATES_TITLE]) == set(RATES)
+    tuned = {method for method in found[RATES_TITLE] if not METHODS[method][1] or method in found[TUNING_TITLE]}
+    assert tuned == set(RATES)  # of a method with λ or β, both tables are needed
     for method in RATES:
         _, key, _ = METHODS[method]
         rates = dict(found[RATES_TITLE][method])
