@@ -56,7 +56,8 @@ OTHERS: dict[str, tuple[str, ...]] = {
 }
 """Overrides of methods that are not tuned."""
 TUNED: dict[str, float] = {
-    "VAR, the paper's": 0.3, "VAR, prompt": 0.1, "VAR, grouped": 0.1, "VAR, grouped, roulette": 1.0, "DPO": 0.3,
+    "VAR, the paper's": 0.3, "VAR, prompt": 0.1, "VAR, grouped": 0.1, "VAR, grouped, roulette": 1.0,
+    "VAR, global, roulette": 0.3, "DPO": 0.3,
     "InfoNCA": 0.03, "DRO-V": 0.03, "trajectory balance, reverse KL": 0.1, "trajectory balance, forward KL": 0.1,
     "VAR, online": 0.03,
 }  # fmt: skip

@@ -56,3 +56,22 @@ def test_what_is_missing_is_an_error():
         weights.weigh(weights.Global(), REWARDS, PROMPT, 0.0)
     with pytest.raises(UserError, match="standard deviation within a prompt"):
         weights.weigh(weights.Global(), REWARDS, torch.arange(6), 1.0, temperature_unit="sd")
+
+
+def test_lists_and_arrays_are_rewards_too():
+    found = weights.weigh(weights.Global(), REWARDS.double(), PROMPT, 0.7)
+    for rewards, prompt in ((REWARDS.tolist(), PROMPT.tolist()), (REWARDS.double().numpy(), PROMPT.numpy())):
+        assert_close(weights.weigh(weights.Global(), rewards, prompt, 0.7), found, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "prompt", "message"),
+    [
+        ([1.0, 2.0], [0], r"one number per response, got shapes \[2\] and \[1\]"),
+        ([[1.0, 2.0]], [[0, 0]], r"one number per response"),
+        ([1.0, float("nan")], [0, 0], "reward 1 is NaN"),
+    ],
+)
+def test_rewards_that_are_no_list_of_numbers_are_an_error(rewards, prompt, message):
+    with pytest.raises(UserError, match=message):
+        weights.weigh(weights.Global(), rewards, prompt, 1.0)

@@ -26,7 +26,7 @@ def collect_environment() -> dict[str, Any]:
     return {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "commit": git("rev-parse", "HEAD") or None,
-        "dirty": bool(git("status", "--porcelain")),
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),  # a user's data may lie in the checkout
         "machine": platform.machine(),
     }
 

@@ -10,7 +10,7 @@ and loss curves mean the same for every estimator, B and λ. In-batch weights of
 (`var/annotate/weights.py`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -67,8 +67,8 @@ def play_roulette(weights: Tensor, least: float, uniform: Tensor) -> Tensor:
 
 def weigh(
     estimator: "Estimator",
-    rewards: Tensor,
-    group: Tensor,
+    rewards: Tensor | Sequence[float],
+    group: Tensor | Sequence[int],
     temperature: float,
     *,
     temperature_unit: Literal["reward", "sd"] = "reward",
@@ -79,7 +79,7 @@ def weigh(
 
     Args:
         estimator: how Z(x) is estimated, such as Grouped(drop_zero_variance=True).
-        rewards: [n] in reward units.
+        rewards: [n] in reward units: a tensor, an array or a list.
         group: [n] int, equal for responses to the same prompt.
         temperature: λ > 0.
         temperature_unit: of λ: `reward`, or `sd` for the standard deviation of the reward within a prompt.
@@ -88,18 +88,26 @@ def weigh(
             are in the order of the sorted numbers of `group`.
 
     Raises:
-        UserError: a setting is out of range, or the standard deviation is 0 or absent.
+        UserError: a setting is out of range, rewards and group differ in length, a reward is not finite, or the
+            standard deviation is 0 or absent.
         ValueError: the estimator reads an input that is not given.
     """
     if not temperature > 0:
         raise UserError(f"temperature must be above 0, got {temperature}")
+    rewards, group = torch.as_tensor(rewards, dtype=torch.float64), torch.as_tensor(group)
+    if rewards.ndim != 1 or rewards.shape != group.shape:
+        raise UserError(
+            f"rewards and group must have one number per response, got shapes {[*rewards.shape]} and {[*group.shape]}"
+        )
+    if not rewards.isfinite().all():
+        raise UserError(f"reward {int((~rewards.isfinite()).nonzero()[0])} is NaN or infinite")
     columns = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
     index = group.unique(return_inverse=True)[1]
     asked = Weights(estimator=estimator, temperature=temperature, temperature_unit=temperature_unit, min_weight=0.0)
     tokens = torch.ones_like(index) if length is None else length
     if length is None and getattr(estimator, "reduction", None) == "mean":
         raise ValueError("InBatch with reduction=mean divides by response tokens: pass `length`")
-    return compute_weights(asked, WeightInputs(rewards=rewards.double(), group=index, length=tokens, **columns))
+    return compute_weights(asked, WeightInputs(rewards=rewards, group=index, length=tokens, **columns))
 
 
 def scale_temperature(requirement: Weights, inputs: WeightInputs) -> float:
