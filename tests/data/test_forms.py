@@ -357,10 +357,10 @@ def test_other_texts_are_no_scores(tmp_path, score):
         (Files, {"question": "a", "answer": "b"}, "data.columns='{prompt: question, response: answer}'"),
         (Files, {"prompt": "a", "reply": "b"}, "data.columns='{response: reply}'"),
         (Files, {"prompt": "a", "chosen": "b", "rejeceted": "c"}, "it has 'chosen' without 'rejected'; the columns are "
-         "prompt, chosen, rejeceted. Is 'rejeceted' as 'rejected' meant? Then set data.columns="
+         "prompt, chosen, rejeceted. If 'rejeceted' is 'rejected', set data.columns="
          "'{rejected: rejeceted}'"),
         (Files, {"prompt": "a", "rejected": "b", "good": "c"}, "Name its column, as in data.columns='{chosen: …}'"),
-        (Files, {"promt": "a", "response": "b"}, "Then set data.columns='{prompt: promt}'"),
+        (Files, {"promt": "a", "response": "b"}, "If 'promt' is 'prompt', set data.columns='{prompt: promt}'"),
         (Files, {"prompt": "a", "response": ["b", "c"]}, "The column of several responses is 'responses'"),
         (Files, {"prompt": "a", "completion": [user("x"), assistant("b")]}, "'response' has several messages"),
         (Files, {"prompt": "a", "completion": "b", "label": "maybe"}, "'label' must be true or false, got 'maybe'"),

@@ -141,8 +141,8 @@ def advise(columns: Collection[str]) -> str:
     if not (found := suggest(columns, columns)):
         return ""
     named = ", ".join(f"{ours}: {name}" for ours, name in found.items())
-    asked = ", ".join(f"{name!r} as {ours!r}" for ours, name in found.items())
-    return f"Is {asked} meant? Then set data.columns='{{{named}}}'."
+    meant = " and ".join(f"{name!r} is {ours!r}" for ours, name in found.items())
+    return f"If {meant}, set data.columns='{{{named}}}'."
 
 
 def detect(
