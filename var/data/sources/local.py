@@ -203,7 +203,7 @@ def parse_record(record: Any) -> Mapping[str, Any]:
     """Return the object in a line of JSON, or a record that is an object already. Otherwise raise a ValueError."""
     if isinstance(record, bytes):
         try:
-            record = json.loads(record.decode("utf-8-sig").rstrip())  # or the end would be column 1 of the next line
+            record = json.loads(record.decode("utf-8-sig").rstrip("\r\n"))  # or its end is column 1 of the next line
         except UnicodeDecodeError as error:
             raise ValueError(f"not UTF-8 text: byte {error.object[error.start]:#x} at {error.start}") from error
         except json.JSONDecodeError as error:
