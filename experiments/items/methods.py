@@ -57,15 +57,14 @@ OTHERS: dict[str, tuple[str, ...]] = {
 """Overrides of methods that are not tuned."""
 TUNED: dict[str, float] = {
     "VAR, the paper's": 0.3, "VAR, prompt": 0.1, "VAR, grouped": 0.1, "VAR, grouped, roulette": 1.0,
-    "VAR, global, roulette": 0.3, "DPO": 0.3,
-    "InfoNCA": 0.03, "DRO-V": 0.03, "trajectory balance, reverse KL": 0.1, "trajectory balance, forward KL": 0.1,
-    "VAR, online": 0.03,
+    "VAR, global, roulette": 0.3, "DPO": 0.3, "InfoNCA": 0.03, "DRO-V": 0.03, "trajectory balance, reverse KL": 0.1,
+    "trajectory balance, forward KL": 0.1, "VAR, online": 0.03,
 }  # fmt: skip
 """λ or β of each method that has one: the value with the highest reward within 2 nats, at the default learning rate."""
 RATES: dict[str, float] = {
     "SFT on the best of 4": 4e-5, "SFT on right answers": 1e-5, "VAR, the paper's": 2e-5, "VAR, prompt": 1e-5,
-    "VAR, grouped": 2e-5, "VAR, grouped, roulette": 2e-5, "DPO": 2e-5, "A-LoL": 1e-5, "RLOO": 2e-5, "GRPO": 1e-5,
-    "VAR, online": 1e-5,
+    "VAR, grouped": 2e-5, "VAR, grouped, roulette": 2e-5, "VAR, global, roulette": 2e-5, "DPO": 2e-5, "A-LoL": 1e-5,
+    "RLOO": 2e-5, "GRPO": 1e-5, "VAR, online": 1e-5,
 }  # fmt: skip
 """The learning rate of each method with the highest reward within 2 nats, at the tuned λ or β."""
 
