@@ -361,8 +361,8 @@ def test_number_of_processes_must_match_the_trainer(tmp_path: Path, monkeypatch:
         ]),
         (["seed=-1"], ["seed=-1: a seed must be at least 0 and below 2**32"]),
         (["seed=4294967296"], ["seed=4294967296: a seed"]),
-        (["loss.temperature=-1", "optim.optimizer.lr=-1", "data.micro_batch=0", "generate.temperature=-1"], [
-            "loss.temperature must be above 0, got -1", "Invalid learning rate: -1",
+        (["seed=-1", "optim.optimizer.lr=-1", "data.micro_batch=0", "generate.temperature=-1"], [
+            "seed=-1: a seed must be at least 0", "Invalid learning rate: -1",
             "data.micro_batch: must be at least 1", "temperature must be at least 0 (0 is greedy)",
         ]),
         (["init="], ["init is empty (unset shell variable?). Use init=null"]),

@@ -61,7 +61,7 @@ def test_model_is_compared_with_the_baseline(data, tiny_folder: Path, tmp_path: 
     the same command sends nothing more."""
     said = list[tuple[str, int]]()
     with served(prefer_baseline) as server:
-        monkeypatch.setattr("var.evaluate.run.say", lambda text: said.append((text, len(server.bodies))))
+        monkeypatch.setattr("var.evaluate.judges.base.say", lambda text: said.append((text, len(server.bodies))))
         options = list_options(data, tmp_path, tiny_folder, server.base_url)
         printed = check_run("eval.py", *options)
         calls = 3 * GAMES[data]

@@ -1,6 +1,7 @@
 """metrics.csv across a resume, exact means, warnings, the judge in validation, the plan file, and the schedule."""
 
 import csv
+import math
 import os
 import re
 from pathlib import Path
@@ -16,7 +17,7 @@ from var.evaluate.answers import Answers, win_rate
 from var.evaluate.judges.base import Judgement
 from var.losses.base import Mean
 from var.training.loggers import Curves, PlanFile
-from var.training.metrics import PeakMemory, StepMetrics
+from var.training.metrics import Budget, PeakMemory, StepMetrics
 from var.training.module import AlignmentModule
 from var.training.schedule import Schedule
 from var.training.validation import Validation, _judge_metrics, _with_error
@@ -49,8 +50,9 @@ def test_curves_take_new_columns_and_continue_after_a_resume(tmp_path):
 def test_low_effective_sample_size_is_reported_once_with_its_cause(health, cause, capsys):
     """The effective sample size is (Σw)²/Σw² over n. Weights 4, 0, 0, 0 have 1/4."""
     metrics = StepMetrics(ess_warning=0.3)
-    data = SimpleNamespace(report=SimpleNamespace(weights=health))
-    trainer: Any = SimpleNamespace(datamodule=data, loggers=[], current_epoch=0, world_size=1)
+    data = SimpleNamespace(report=SimpleNamespace(weights=health), seconds=2.0)
+    callbacks = [metrics, Budget(math.inf)]
+    trainer: Any = SimpleNamespace(datamodule=data, loggers=[], current_epoch=0, world_size=1, callbacks=callbacks)
     module: Any = SimpleNamespace(log=lambda *_, **__: None, gradient_norm=None, skipped=0, rate=0.1)
     module.take_metrics = lambda: {"loss": 1.0, "weight/mean": 1.0, "weight/square": 4.0}
     metrics._log(trainer, module, 5)

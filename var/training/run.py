@@ -118,7 +118,6 @@ class Run:
             lambda: TrainerSettings(**cfg.trainer),
             lambda: EvalSettings(**cfg.eval),
             lambda: Sampling(**cfg.generate),
-            lambda: instantiate(cfg.loss),
             lambda: check_optimizer(cfg),
             lambda: check_seed(cfg.seed),
         )

@@ -36,7 +36,7 @@ from var.rewards.scale import Scale
 from var.sampling.base import Sample, Samples, Sampling
 from var.training.datamodule import AlignmentData
 from var.training.loggers import is_logged, log
-from var.training.metrics import PeakMemory, budget, step_metrics
+from var.training.metrics import PeakMemory, step_metrics
 from var.training.module import AlignmentModule
 from var.utils.console import stage, warn
 from var.utils.errors import UserError, brief
@@ -223,7 +223,6 @@ class Validation(Callback):
         metrics = {"validation/length": float(np.mean(answers.lengths)), **extra}
         if kl is not None:
             metrics["validation/kl"] = float(kl.mean())
-            metrics["throughput/seconds"] = budget(trainer).spent
         if answers.rewards is not None:
             metrics |= _with_error("validation/reward", estimate_mean(answers.rewards))
             if self.before is not None and self.before.rewards is not None:
