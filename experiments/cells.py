@@ -51,11 +51,11 @@ def fill(
     jobs: Mapping[tuple[str, int], Job],
     seeds: Sequence[int],
     failed: str,
-    beside: Sequence[Job] = (),
+    others: Sequence[Job] = (),
 ) -> Cell:
     """Return a cell, from the finished jobs of its column's stage by the row's name and the seed.
 
-    beside: the jobs of the column's other command.
+    others: the jobs of the column's second command.
     """
     cell = Cell(table.title, row.name, column.title, failed=failed)
     found, paths = list[tuple[Any, float | None]](), list[Path]()
@@ -80,13 +80,13 @@ def fill(
         _describe(cell, job)
     if column.pool is not None and paths and not cell.failed:
         try:
-            pooled = column.pool(paths, row, *([[job.result for job in beside]] if beside else []))
+            pooled = column.pool(paths, row, *([[job.result for job in others]] if others else []))
         except (LookupError, TypeError, ValueError, OSError) as error:
             cell.failed = f"{column.title} cannot be read ({type(error).__name__}: {error})"
         else:
             if pooled is not None:
                 cell.n, (cell.value, cell.se) = len(paths), pooled
-                for other in beside:
+                for other in others:
                     _describe(cell, other)
     elif found and not cell.failed:
         values, cell.n = [value for value, _ in found], len(found)
@@ -247,7 +247,7 @@ def draw(table: Table, cells: Sequence[Cell], path: Path) -> None:
 
 @contextmanager
 def figure(path: Path, panels: int) -> Iterator[Sequence[Any]]:
-    """Yield the axes of a figure's panels, and write it with the legend of the panel that has most rows beside them."""
+    """Yield the axes of a figure's panels, and write it with a legend at its right, of the panel that has most rows."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -126,7 +126,7 @@ def write(
                     if (title, stage) == (table.title, column.stage)
                 }
                 own = [(table.title, row.name, column.stage, seed) for seed in seeds]
-                others = [(table.title, row.name, column.beside, seed) for seed in seeds if column.beside]
+                others = [(table.title, row.name, column.second_stage, seed) for seed in seeds if column.second_stage]
                 failed = next((reason for key in (*own, *others) if (reason := reasons[key])), "")
                 if failed or all(work[key].result for key in (*own, *others)):
                     cells.append(fill(table, row, column, jobs, seeds, failed, [work[key] for key in others]))

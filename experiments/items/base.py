@@ -74,7 +74,7 @@ Read = Callable[[Path, Row], Any]
 """Read a cell from a result file: a number, a number with its standard error, a text, or None if it does not apply."""
 Pool = Callable[..., tuple[float, float | None] | None]
 """Compute a number and its standard error from the result files of all seeds, the row, and the result files of the
-column's command `beside` if it has one; None if the number does not apply.
+column's command `second_stage` if it has one; None if the number does not apply.
 """
 
 
@@ -88,7 +88,7 @@ class Column:
     """In place of `read`, if the number is not a mean over seeds."""
     stage: str = "train"
     """The command whose result is read."""
-    beside: str = ""
+    second_stage: str = ""
     """Another command, whose results `pool` receives too."""
     digits: int = 3
     ratio_to: str | None = None

@@ -167,10 +167,10 @@ def pool(value: Callable[[Path2D], float], trained: bool | None = None, read: Re
     apply.
     """
 
-    def compute(paths: Sequence[Path], row: Row, *beside: Path) -> tuple[float, float] | None:
+    def compute(paths: Sequence[Path], row: Row, *others: Path) -> tuple[float, float] | None:
         if trained is not None and trained == ("path" in row.where):
             return None
-        found = read(paths, row, *beside)
+        found = read(paths, row, *others)
         seeds, _, prompts = found.kl.shape
         mean = value(found.mean(np.arange(seeds), np.arange(prompts)))
         if math.isnan(mean):

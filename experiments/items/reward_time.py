@@ -26,7 +26,7 @@ def measure(row: Row) -> Row:
 def at(index: int, seconds: int) -> tuple[Column, Column]:
     """Return the columns of the KL and the reward after some seconds. A path that has ended by then has none."""
     kl, reward = (
-        replace(column, beside=CLOCK, panel=None, x=None)
+        replace(column, second_stage=CLOCK, panel=None, x=None)
         for column in along(index, f"after {seconds} s", shown=True, read=read_times(SECONDS))
     )
     return replace(kl, shown=seconds == SECONDS[-1]), reward

@@ -460,8 +460,8 @@ def test_column_may_pool_the_seeds(tmp_path: Path) -> None:
     assert (cell.value, cell.se, cell.n, cell.seeds) == (4.0, 0.5, 2, [0, 1])
     assert fill_cell(SFT, hidden, jobs, seeds=(2,)).value is None
     assert "largest" not in write_table(Table(rows=(SFT,), columns=(hidden, GAIN)), [cell], "small")
-    beside = Column(title="all", pool=lambda paths, row, others: (len(paths), json.loads(others[0].read_text())["x"]))
-    cell = fill(TABLE, SFT, beside, jobs, (0, 1), "", [jobs["SFT", 2]])
+    pooled = Column(title="all", pool=lambda paths, row, others: (len(paths), json.loads(others[0].read_text())["x"]))
+    cell = fill(TABLE, SFT, pooled, jobs, (0, 1), "", [jobs["SFT", 2]])
     assert (cell.value, cell.se, cell.n, cell.seeds, len(cell.commands)) == (2, 0.0, 2, [0, 1], 3)
     failed = fill_cell(SFT, Column(title="y", pool=lambda paths, row: [][0]), jobs)
     assert failed.failed == "y cannot be read (IndexError: list index out of range)"

@@ -65,7 +65,7 @@ def prepare(run: Run) -> tuple[list[str], MissingAnnotations | None]:
 def with_known_length(run: Run) -> DictConfig:
     """Return the configuration with data.max_length lowered to the length of the longest sequence, if that is known.
 
-    A run on a GPU is refused for the longest sequence that is allowed, whatever the data.
+    On a GPU, a run is checked with data.max_length before its data is read.
     """
     data, limit = run.data, run.cfg.data.max_length
     longest = limit

@@ -230,7 +230,7 @@ class RewardJudge:
 
 
 def judge_pairs(judge: Judge, pairs: list[Pair]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return the win rates and the judgement's facts, and one record per game; warn if there is no win rate."""
+    """Return the win rates and the judgement's facts, and one record per game; warn if the win rate is undefined."""
     say(f"Judge: {judge.describe(pairs)}")
     with stage("Judging", len(pairs), "pairs") as advance:
         judgement = judge(pairs, advance)
