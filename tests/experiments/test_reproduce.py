@@ -429,8 +429,8 @@ def test_command_runs_while_others_wait_for_what_they_need(tmp_path: Path, monke
 
 def test_error_while_results_are_written_starts_nothing_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first item fails to be published while a command of the second one runs. Two more of its commands wait."""
-    rest = f"import time; time.sleep(5); {WRITE}"
-    rows = [Row(label=f"row {i}", stages={"train": program(rest if i else WRITE, "{own}", str(i))}) for i in range(4)]
+    slow = f"import time; time.sleep(5); {WRITE}"
+    rows = [Row(label=f"row {i}", stages={"train": program(slow if i else WRITE, "{own}", str(i))}) for i in range(4)]
     for name, several in (("first", rows[:1]), ("second", rows[1:])):
         item = Item(title="t", sizes={"small": (Table(rows=tuple(several), columns=()),)})
         monkeypatch.setitem(ITEMS, name, item)
@@ -440,9 +440,11 @@ def test_error_while_results_are_written_starts_nothing_more(tmp_path: Path, mon
             time.sleep(0.01)
         raise ZeroDivisionError
 
+    folders = [f"folder={tmp_path}", f"out={tmp_path}/out"]
+    reproduce.main(["first", *folders])  # threads start in any order, so a command of the second item could run before
     monkeypatch.setattr(reproduce, "publish", fail)
     with pytest.raises(ZeroDivisionError):
-        reproduce.main(["first", "second", f"folder={tmp_path}"])
+        reproduce.main(["first", "second", *folders])
     assert len(list((tmp_path / "small").glob(f"*/{DONE}"))) == 2
 
 
