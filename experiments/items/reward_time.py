@@ -10,7 +10,8 @@ from experiments.items.paths import PANEL, Pool, along, pool, read_seconds, read
 from experiments.items.reward_kl import EXPERIMENT, SEEDS, STEPS
 
 METHODS = (
-    "SFT on the best of 4", "VAR, prompt", "VAR, grouped", "VAR, grouped, roulette", "DPO", "GRPO", "VAR, online",
+    "SFT on the best of 4", "SFT on right answers", "VAR, prompt", "VAR, grouped", "VAR, grouped, roulette", "DPO",
+    "GRPO", "VAR, online",
 )  # fmt: skip
 SECONDS = (60, 120, 180, 240)
 CLOCK = "seconds"
