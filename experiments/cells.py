@@ -14,10 +14,12 @@ import yaml
 
 from experiments.items.base import Column, Item, Row, Table
 from experiments.jobs import ROOT, Job
+from var.utils.files import atomic
 from var.utils.statistics import estimate_mean
 
 PAPER = ROOT / "experiments" / "paper.yaml"
 PAPER_MARK = "arXiv 2502.11026"
+UNREADABLE = (LookupError, TypeError, ValueError, ArithmeticError, OSError)  # what reading a result may raise
 
 
 @dataclass
@@ -73,7 +75,7 @@ def fill(
                 number = None if below is None else (number[0] / below[0], None)
             if number is not None:
                 found.append(number)
-        except (KeyError, TypeError, ValueError, OSError) as error:
+        except UNREADABLE as error:
             cell.failed = cell.failed or f"{column.title} cannot be read ({type(error).__name__}: {error})"
             continue
         cell.seeds.append(seed)
@@ -81,7 +83,7 @@ def fill(
     if column.pool is not None and paths and not cell.failed:
         try:
             pooled = column.pool(paths, row, *([[job.result for job in others]] if others else []))
-        except (LookupError, TypeError, ValueError, OSError) as error:
+        except UNREADABLE as error:
             cell.failed = f"{column.title} cannot be read ({type(error).__name__}: {error})"
         else:
             if pooled is not None:
@@ -101,7 +103,8 @@ def fill(
 
 def _read(column: Column, result: Path, row: Row) -> tuple[Any, float | None] | None:
     number = None if column.read is None else column.read(result, row)
-    return number if number is None or isinstance(number, tuple) else (number, None)
+    number = number if isinstance(number, tuple) else (number, None)
+    return None if number[0] is None else number
 
 
 def _describe(cell: Cell, job: Job) -> None:
@@ -211,11 +214,13 @@ def list_assumptions(words: Sequence[str], groups: Sequence[str] = ("experiment"
 
 
 def insert(text: str, mark: str, content: str) -> str:
-    """Return the text of a README with the content between its two marks."""
+    """Return the text of a README with the content between its two marks. Raise ValueError if it lacks the second."""
     begin, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
     if begin not in text:
         return text
     before, _, rest = text.partition(begin)
+    if end not in rest:
+        raise ValueError(f"{begin} is not followed by {end}, so the text after it would be lost")
     return f"{before}{begin}\n{content}\n{end}{rest.partition(end)[2]}"
 
 
@@ -312,7 +317,8 @@ def publish(name: str, item: Item, size: str, cells: Sequence[Cell], out: Path) 
     folder = out / name
     folder.mkdir(parents=True, exist_ok=True)
     records = [asdict(cell) for cell in cells]
-    (folder / f"results-{size}.json").write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n")
+    with atomic(folder / f"results-{size}.json") as file:
+        file.write(json.dumps(records, indent=1, ensure_ascii=False) + "\n")
     for table in item.sizes[size]:
         own = [cell for cell in cells if cell.table == table.title]
         if own and any(column.panel for column in table.columns):
@@ -323,7 +329,9 @@ def publish(name: str, item: Item, size: str, cells: Sequence[Cell], out: Path) 
         before = readme.read_text()
         if f"<!-- {name} {size} -->" not in before:
             print(f"{readme} has no mark <!-- {name} {size} -->, so the tables are not in it")
-        readme.write_text(insert(insert(before, f"{name} {size}", text), PAPER_MARK, paper or ""))
+        after = insert(insert(before, f"{name} {size}", text), PAPER_MARK, paper or "")
+        with atomic(readme) as file:
+            file.write(after)
     print(f"\n{item.title}\n\n{text}\n" + (f"\nThe paper's:\n\n{paper}\n" if paper else ""))
 
 

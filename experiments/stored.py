@@ -60,4 +60,5 @@ def restore(path: Path, jobs: Iterable[Job]) -> None:
         if folder in missing and PurePosixPath(name).name in (*NAMES, DONE) and ".." not in name.split("/"):
             target = missing[folder] / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(content)
+            with atomic(target, "wb") as file:
+                file.write(content)

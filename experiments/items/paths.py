@@ -97,7 +97,7 @@ def read_right(paths: Sequence[Path], row: Row) -> Paths:
 
     found = []
     for path in paths:
-        records = [json.loads(line) for line in (path.parent / "samples.jsonl").read_text().splitlines()]
+        records = [json.loads(line) for line in (path.parent / "samples.jsonl").read_text().split("\n") if line]
         found.append([[grade(record, when) for record in records] for when in ("before", "after")])
     return Paths(np.zeros_like(found), np.array(found))
 

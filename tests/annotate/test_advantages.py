@@ -83,6 +83,9 @@ def test_values_are_cached_by_head_development_prompts_and_sampling(make):
     estimate_values(other, development=ROWS[1:2])
     estimate_values(other, sampling=replace(SAMPLING, seed=5))
     assert other.computed["Values"] == 12
+    for mean in (0.50001, 0.50002):  # any other rewards that V is fitted on, as of a row whose answer was corrected
+        estimate_values(other, scale=Scale(kind="zscore", mean=mean))
+    assert other.computed["Values"] == 20
 
 
 def test_values_need_a_reward_that_scores_text(make):

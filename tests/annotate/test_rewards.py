@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers.annotators import ROWS, Lengths, make_sequences
+from tests.helpers.annotators import ROWS, Lengths, RowSource, make_sequences
 from var.annotate.rewards import ProvideRewards, cross_rewards, score, score_rows
+from var.data.read import read
 from var.data.report import DataReport
+from var.data.row import Response, Row
 from var.requirements import Rewards
 from var.rewards.base import check_answers
 from var.rewards.dataset_score import Score
@@ -28,6 +30,19 @@ def test_any_pairing_of_prompt_response_and_answer_is_scored(make):
     prompt = ROWS[0].prompt
     triples = [(prompt, "it is 0", "0"), (prompt, "it", "0"), (prompt, "it is 0", None)]
     assert score(annotator, triples).tolist() == [107, 2, 7]
+
+
+NAMES = ("add", "multiply")
+
+
+def test_tool_calls_are_scored_as_json(make):
+    """Responses that differ only in their calls have different texts, and so different entries in the cache."""
+    annotator = make()
+    calls = [{"tool_calls": [{"function": {"name": name}}]} for name in NAMES]
+    responses = tuple(Response(text="", message=message) for message in calls)
+    rows = read(RowSource((Row(id="r", prompt=ROWS[0].prompt, responses=responses),)), annotator.cache)
+    assert score_rows(annotator, rows).tolist() == [len(f'{{"function": {{"name": "{name}"}}}}') for name in NAMES]
+    assert responses[0].as_text == '{"function": {"name": "add"}}'
 
 
 def test_cross_rewards_score_response_j_with_prompt_and_answer_i(make, tmp_path):

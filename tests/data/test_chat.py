@@ -254,6 +254,8 @@ def test_template_is_text_or_a_file(tmp_path: Path) -> None:
     (tmp_path / "own.jinja").write_text("{{ messages[0]['content'] }}")
     assert read_template("{{ x }}") == "{{ x }}"
     assert read_template(str(tmp_path / "own.jinja")) == "{{ messages[0]['content'] }}"
+    (tmp_path / "mark.jinja").write_text("{{ messages }}", encoding="utf-8-sig")  # Notepad's byte order mark
+    assert read_template(str(tmp_path / "mark.jinja")) == "{{ messages }}"
     with pytest.raises(UserError, match=r"reward\.chat_template=absent\.jinja is not a file"):
         read_template("absent.jinja", "reward.chat_template")
 

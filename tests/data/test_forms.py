@@ -137,6 +137,12 @@ def test_unreadable_file_is_one_error_with_the_place(tmp_path, name, content, me
     assert message in problem(tmp_path, name, content)
 
 
+def test_text_that_begins_as_a_zip_file_is_read(tmp_path):
+    """PK is a usual name of a primary key."""
+    rows = read_text(tmp_path, "a.csv", "PK,prompt,response\n1,a,b\n")
+    assert list(map(shorten, rows)) == [("a", [("b", None)])]
+
+
 def test_saved_folder_of_datasets_is_named(tmp_path):
     datasets.Dataset.from_list([{"prompt": "a"}]).save_to_disk(str(tmp_path / "d"))
     with pytest.raises(UserError, match=r"d: a folder of save_to_disk\. Write a file with to_parquet"):
@@ -287,6 +293,8 @@ def test_equal_ids_of_different_prompts_are_an_error(tmp_path):
     )
     rows = read_text(tmp_path, "a.jsonl", records, columns={"id": None})
     assert [row.id for row in rows] == ["a.jsonl:1", "a.jsonl:2"]
+    answers = lines(*({"id": 1, "prompt": "a", "response": "b", "answer": x} for x in "12"))  # these are not joined
+    assert "a.jsonl:2: id '1' is also the id of a.jsonl:1" in problem(tmp_path / "answers", "a.jsonl", answers)
 
 
 def test_columns_are_renamed(tmp_path):
@@ -530,6 +538,9 @@ def test_result_of_a_tool_may_end_a_prompt(tmp_path):
 def test_label_of_a_conversation_is_its_score(tmp_path):
     record = {"messages": [user("a"), assistant("b")], "label": False}
     assert shorten(read_text(tmp_path, "a.jsonl", lines(record))[0]) == ("a", [("b", 0.0)])
+    for record in ({"reward": "2"}, {"reward": 3, "label": True, "score": 2}):
+        rows = read_text(tmp_path / str(len(record)), "a.jsonl", lines({"prompt": "a", "response": "b", **record}))
+        assert shorten(rows[0]) == ("a", [("b", 2.0)])
     record = {"prompt": "a", "completion": "b", "label": 1.0}  # as pandas writes a column with gaps
     assert shorten(read_text(tmp_path, "b.jsonl", lines(record))[0]) == ("a", [("b", 1.0)])
 

@@ -274,6 +274,23 @@ def test_tokens_are_cached_by_content(tmp_path: Path, monkeypatch: pytest.Monkey
         assert len(calls) > before
 
 
+def test_cached_tokens_depend_on_the_special_tokens_that_the_template_writes(tmp_path: Path) -> None:
+    """Not on others. The template `plain` writes bos_token and eos_token."""
+    table = make_rows(tmp_path / "rows", row("a", "x"))
+
+    def find(template: str, bos: str | None) -> list[int]:
+        tokenizer = byte_tokenizer()
+        tokenizer.bos_token = bos
+        chat = Chat(tokenizer, template=template)
+        return encode(table, choose(table, "all"), chat, 64, "drop", False, tmp_path / "cache").tokens(0)[0]
+
+    assert len(find("plain", "<bos>")) == len(find("plain", None)) + 1
+    without = TEMPLATE.replace("{{ bos_token }}", "<bos>")
+    own = [Chat(byte_tokenizer(), template=without).template for _ in range(2)]
+    own[1].tokenizer.bos_token = None
+    assert own[0].fingerprint == own[1].fingerprint == without
+
+
 def test_failed_encoding_is_not_cached(tmp_path: Path):
     for _ in range(2):
         with pytest.raises(UserError, match="it has 10 tokens"):

@@ -200,5 +200,10 @@ def test_arrays_are_computed_once(tmp_path: Path):
     assert calls == [1]
     assert first.tobytes() == second.tobytes() == compute().tobytes()
     assert not second.flags.writeable
+    (tmp_path / "keys" / stored.DONE).unlink()
+    (tmp_path / "keys" / "tmpab12").mkdir()  # of processes that were killed
+    (tmp_path / "keys" / "values.npy.0123.partial").write_text("")
+    assert stored.remember(tmp_path / "keys", "computes", compute).tobytes() == first.tobytes()
+    assert not [path for path in (tmp_path / "keys").iterdir() if path.name.startswith("tmp") or "partial" in path.name]
     shutil.rmtree(tmp_path / "keys")
     assert stored.remember(tmp_path / "keys", "computes", compute).tobytes() == first.tobytes()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.cli import check_error, write_rows, write_to
-from tests.helpers.hub_server import TOKEN, Hub, Repository, client_environment, serve_hub
+from tests.helpers.hub_server import TOKEN, Hub, client_environment, serve_hub
 from tests.helpers.hub_uploads import Uploads
 from tests.helpers.runs import ROOT, run_folder
 
@@ -46,15 +46,17 @@ def test_finished_model_is_pushed_and_loads_from_the_hub(hub: Hub, own: list[str
     assert "the run is complete, and its model was not pushed" in done.stderr
     assert uploads.private == {"me/tiny": True}
     uploads.rejects = False
+    sent = tmp_path / "hub" / "me" / "tiny"
+    for name in ("adapter_config.json", "model-00001-of-00002.safetensors", "notes.txt", ".gitattributes"):
+        (sent / name).write_text("{}")  # as after a push of another model
     done = run(hub, tmp_path / "home", "train.py", *own, "export.push_to_hub=me/tiny")  # pushes the finished run
     assert done.returncode == 0, done.stderr
     assert "Run already finished" in done.stdout
     assert f"Pushed: {hub.url}/me/tiny" in done.stdout
     folder = run_folder(tmp_path / "runs") / "model"
-    sent = tmp_path / "hub" / "me" / "tiny"
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert {path.name: path.read_bytes() for path in sent.iterdir() if path.name != ".gitattributes"} == files
-    hub.models["me/tiny"] = Repository(sent, private=True)
+    kept = {path.name: path.read_bytes() for path in sent.iterdir() if path.name != ".gitattributes"}
+    assert kept == {**files, "notes.txt": b"{}"}  # transformers would load files of the earlier model
     places = write_to(tmp_path / "again")
     again = run(
         hub, tmp_path / "other", "train.py", "model=hub", "model.path=me/tiny", *places, *own[1 + len(places) :]
@@ -80,6 +82,20 @@ def test_wrong_target_is_an_error_before_training(
     assert done.returncode == 1
     assert message in done.stderr, done.stderr
     assert not list(tmp_path.glob("runs/*/metrics.csv"))
+
+
+def test_adapter_of_a_model_in_a_folder_is_not_pushed_alone(hub: Hub, own: list[str], tmp_path: Path) -> None:
+    """It names its base, which others do not have. It is an error before training, and of a finished run."""
+    words = [*own, "adapter=lora", "adapter.merge=false"]
+    done = run(hub, tmp_path / "home", "train.py", *words, "export.push_to_hub=me/tiny")
+    assert done.returncode == 1
+    assert "which only this machine has; set adapter.merge=true" in done.stderr
+    assert not list((tmp_path / "runs").rglob("plan.npz"))
+    assert run(hub, tmp_path / "home", "train.py", *words).returncode == 0
+    done = run(hub, tmp_path / "home", "train.py", *words, "export.push_to_hub=me/tiny")
+    assert "Run already finished" in done.stdout
+    assert "which only this machine has; set adapter.merge=true" in done.stderr
+    assert not (tmp_path / "hub" / "me").exists()
 
 
 def test_token_that_only_reads_is_an_error_before_training(hub: Hub, own: list[str], tmp_path: Path) -> None:

@@ -73,6 +73,21 @@ def test_partition_of_a_group_is_that_of_its_rewards(own: list[str], tmp_path: P
     assert np.ptp(rest) < 1e-9
 
 
+@pytest.mark.parametrize("words", [["loss=var_roulette"], ["loss=var_value", "loss.estimator.cap=1.01"]])
+def test_changed_weights_have_no_partition(own: list[str], tmp_path: Path, words: list[str]) -> None:
+    """Roulette raises small weights, and a cap lowers large ones. Neither is exp(r/λ)/Z."""
+    path = tmp_path / "weights.jsonl"
+    check_run(
+        "annotate.py", *own, *words, "loss.temperature_unit=reward", "loss.temperature=0.5", "reward=near_number",
+        f"export={path}",
+    )  # fmt: skip
+    records = read(path)
+    changed = (min if "roulette" in words[0] else max)(record["weight"] for record in records if record["weight"])
+    for record in records:
+        assert (record["log_partition"] is None) == (record["weight"] in (0, changed))
+    assert any(record["weight"] == changed for record in records)
+
+
 def test_invalid_export_is_rejected_before_annotation(own: list[str], tmp_path: Path) -> None:
     (tmp_path / "there.parquet").write_text("mine")
     for words, message in (

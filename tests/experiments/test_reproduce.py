@@ -32,6 +32,7 @@ from experiments.cells import (
 from experiments.estimates import list_downloads
 from experiments.items import ITEMS, PAPER_ITEMS
 from experiments.items.base import Column, Command, Item, Row, Table, evaluate, metric, record, select, summary, train
+from experiments.items.hha import read_wins, share
 from experiments.jobs import DONE, ROOT, Job, Runner, list_jobs, share_devices
 from experiments.overrides import route
 from experiments.stored import restore
@@ -126,6 +127,18 @@ def fill_cell(row: Row, column: Column, jobs: dict[tuple[str, int], Job], failed
     return fill(more.get("table", TABLE), row, column, jobs, more.get("seeds", (0, 1, 2)), failed)
 
 
+def test_result_without_a_number_does_not_stop_the_driver(tmp_path: Path) -> None:
+    """A judged evaluation with too many errors has no win rate, and one without verdicts has no fractions."""
+    empty = {"win_rate": None, "se_prompts": None, "win": 0, "tie": 0, "loss": 0}
+    job = make_jobs(SFT, tmp_path, 0)["train"]
+    finish(job, "run0", win_rates={"average": None, "subsets": {"facts": empty}})
+    jobs = {("SFT", 0): job}
+    rate, part = Column(title="rate", read=read_wins()), share("facts", "win", "train")
+    absent, failed = (fill_cell(SFT, column, jobs, seeds=(0,)) for column in (rate, part))
+    assert (absent.value, absent.n, absent.failed) == (None, 0, "")
+    assert failed.failed == "facts win cannot be read (ZeroDivisionError: float division by zero)"
+
+
 def test_cell_has_the_mean_over_seeds_and_its_error(tmp_path: Path) -> None:
     jobs = {}
     for seed, gain in enumerate((0.1, 0.2, 0.6)):
@@ -202,6 +215,8 @@ def test_content_replaces_what_is_between_its_marks() -> None:
     text = "a\n<!-- t small -->\nold\n<!-- end of t small -->\nb\n"
     assert insert(text, "t small", "new") == "a\n<!-- t small -->\nnew\n<!-- end of t small -->\nb\n"
     assert insert("a\n", "t small", "new") == "a\n"
+    with pytest.raises(ValueError, match="is not followed by <!-- end of t small -->"):
+        insert("a\n<!-- t small -->\nold\nb\n", "t small", "new")
 
 
 def test_words_are_items_settings_and_overrides() -> None:

@@ -129,6 +129,8 @@ def answer(request: BaseHTTPRequestHandler, hub: Hub) -> None:
     repositories = {"datasets": hub.datasets, "spaces": hub.spaces}.get((kind or "").rstrip("/"), hub.models)
     allowed = token is not None
     repository = repositories.get(name)
+    if repository is None and hub.uploads is not None and name in hub.uploads.private:
+        repository = Repository(hub.uploads.folder / name, private=hub.uploads.private[name])
     if repository is None or (repository.private and not allowed):  # without a token the hub does not say which
         return fail(request, 404 if allowed else 401, "RepoNotFound" if allowed else "", "Repository not found")
     if revision not in (None, "main", repository.commit):

@@ -75,6 +75,9 @@ class Uploads:
             return 403, {"error": "Storage quota reached"}
         for line in map(json.loads, body.splitlines()):
             value = line["value"]
+            if line["key"] == "deletedFile":
+                (self.folder / found[1] / value["path"]).unlink()
+                continue
             if line["key"] == "file":
                 content = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":

@@ -197,6 +197,30 @@ def test_different_rewards_are_not_compared(tmp_path: Path) -> None:
     assert rows["length after"][3] == "paired by 2 prompts"
 
 
+def test_other_validation_reward_is_another_configuration(tmp_path: Path) -> None:
+    """Settings of `eval` are not part of a run's name. Those of its reward and sampling decide its results."""
+    config = {"seed": 0, "reward": {"_target_": "near"}, "reward_scale": "raw"}
+    own = {"reward": {"_target_": "exact"}, "every_n_steps": 3, "sampling": {"responses": 2}}
+    write_run(tmp_path / "a", "loss.name=a", config={**config, "eval": {"reward": None, "every_n_steps": 9}})
+    write_run(tmp_path / "b", "loss.name=a", config={**config, "seed": 1, "eval": own})
+    write_run(tmp_path / "c", "loss.name=a", config={**config, "seed": 1, "eval": {"reward": None}})
+    groups, _ = group_runs(find_records([tmp_path]).runs, [])
+    assert [[run.name for run in group.runs] for group in groups] == [["a", "c"], ["b"]]
+    row = next(row for row in rows_of(tables.compare_groups(*groups)) if row[0] == "reward after")
+    assert row[3:] == [None, "rewards differ"]
+
+
+def test_z_scores_with_other_moments_are_not_compared(tmp_path: Path) -> None:
+    """Each run's z-score has the moments of its own training rewards."""
+    for name, scale in (("a", "zscore(mean=0.4, sd=0.374)"), ("b", "zscore(mean=0.9, sd=0.1)")):
+        config = {"loss": {"name": name}, "reward": {"_target_": "near"}, "reward_scale": "zscore"}
+        write_run(tmp_path / name, f"loss.name={name}", config=config, data_report={"reward": {"scale": scale}})
+    groups, _ = group_runs(find_records([tmp_path]).runs, [])
+    rows = {row[0]: row[3:] for row in rows_of(tables.compare_groups(*groups))}
+    assert rows["reward after"] == [None, "rewards differ"]
+    assert rows["length after"][1] == "paired by 3 prompts"
+
+
 def test_equal_seeds_are_paired(tmp_path: Path) -> None:
     """Average the differences 0.1 and 0.3: the mean is 0.2, and the standard error 0.1."""
     for seed, (a, b) in enumerate(((0.2, 0.3), (0.5, 0.8))):

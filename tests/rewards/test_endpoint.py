@@ -174,6 +174,10 @@ def test_fingerprint_depends_on_server_model_and_settings(tmp_path: Path):
     assert all(fingerprints[i] != fingerprints[j] for i in range(len(variants)) for j in range(i))
     assert make_reward(url, tmp_path / "other").fingerprint == fingerprints[0]
     assert all(reward.scores_text for reward in variants)
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    from_file = make_reward(url, tmp_path, "query", chat_template=str(tmp_path / "chat.jinja"))
+    assert from_file.fingerprint == variants[-1].fingerprint  # it is the file's content
+    assert from_file._make_body(ASK, "xy", None)["prompts"] == ["<user>ab<end><assistant>"]
 
 
 def test_template_reads_the_date_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -181,6 +181,11 @@ def test_tools_and_template_arguments_are_in_the_request(tmp_path):
     assert (first["tools"], first["chat_template_kwargs"]) == ([tool], {"a": 1, "b": 3})
     assert "tools" not in second
     assert second["chat_template_kwargs"] == {"a": 1, "b": 2}
+    fingerprints = [sampler.fingerprint(reference)]  # so cached responses are not those of other arguments
+    for kwargs in ({"a": 2, "b": 2}, {}):
+        other = FrozenModel(pretrained(folder, tmp_path, chat_template_kwargs=kwargs), "cpu")
+        fingerprints.append(sampler.fingerprint(other))
+    assert all(a != b for i, a in enumerate(fingerprints) for b in fingerprints[:i])
 
 
 def test_generation_config_is_sent_as_json_text(reference, tmp_path):

@@ -1,5 +1,6 @@
 """Advantages r − V(x), and which responses train by them, as in A-LoL (Baheti et al., arXiv 2305.14718)."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -50,8 +51,8 @@ class ProvideAdvantages(Provider[Advantages]):
         rewards = torch.from_numpy(data.scale(score_candidates(annotator, development, sampling)).mean(1)).float()
         fingerprint = {
             **sampling_fingerprint(annotator, sampling), "reference": annotator.reference.fingerprint,
-            "reward": annotator.reward.fingerprint, "scale": data.scale.describe(), "head": asdict(value),
-            "development": [bytes(key).hex() for key in development.keys],
+            "head": asdict(value), "development": [bytes(key).hex() for key in development.keys],
+            "rewards": hashlib.sha256(rewards.numpy().tobytes()).hexdigest(),
         }  # fmt: skip
         sequences, first = data.sequences, data.sequences.first
         fitted: list[torch.nn.Module] = []

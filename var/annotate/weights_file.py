@@ -49,7 +49,8 @@ CARD = """# Responses with weights
 | `reward` | reward of the response, on the scale that the run's `reward_scale` sets |
 | `reference_logp` | log-probability of the response under the reference, nats, summed over tokens |
 | `weight` | weight of the response |
-| `log_partition` | r/λ − log w, nats: log Z(prompt) up to one constant; empty if w is 0 or contains π_ref |
+| `log_partition` | r/λ − log w, nats: log Z(prompt) up to one constant; \
+empty if w is 0, contains π_ref, or was raised by roulette or capped |
 | `prompt_ids`, `response_ids` | the tokens that train, with template and end token |
 
 Configuration:
@@ -164,7 +165,11 @@ def _records(
 
 
 def _log_partition(data: TrainingSet, requirements: tuple[Requirement, ...]) -> list[float | None]:
-    """Return r/λ − log w of each response, None without λ, for a weight of 0, and if π_ref is in the numerator."""
+    """Return r/λ − log w of each response, or None: without λ, if π_ref is in the numerator, or if w is not e^(r/λ)/Z.
+
+    The last is so for a weight of 0, for those that roulette has raised, which are the smallest ones, and for capped
+    ones, which are the largest.
+    """
     weights, requirement = data.weights, find(requirements, Weights)
     assert weights is not None
     if requirement is None or data.rewards is None or _has_reference(requirement.estimator):
@@ -174,7 +179,12 @@ def _log_partition(data: TrainingSet, requirements: tuple[Requirement, ...]) -> 
         rewards=data.rewards, group=torch.from_numpy(sequences.group), length=torch.from_numpy(sequences.length)
     )
     found = data.rewards / scale_temperature(requirement, inputs) - weights.double().log()
-    return [value if weight else None for value, weight in zip(found.tolist(), weights.tolist(), strict=True)]
+    changed = weights == 0
+    if requirement.roulette:
+        changed |= weights == weights[weights > 0].min()
+    if getattr(requirement.estimator, "cap", None) is not None:
+        changed |= weights == weights.max()
+    return [None if other else value for value, other in zip(found.tolist(), changed.tolist(), strict=True)]
 
 
 def _has_reference(estimator: Any) -> bool:

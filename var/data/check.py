@@ -55,7 +55,8 @@ def check_records(source: Any, records: Iterable[tuple[str, Any]]) -> Checked:
             found.problems += [(where, f"{fault} (row {row.id})") for fault in faults]
             found.example = found.example or explain(record)
         found.ids += hash_content(row.id)
-        found.prompts += hash_content(prompt_content(row.prompt)) if getattr(source, "single", False) else b""
+        if getattr(source, "single", False):  # as `_group_records` of var/data/read.py joins them
+            found.prompts += hash_content(prompt_content(row.prompt), str(row.answer), str(row.subset))
         if not found.problems:
             rows.append(row)
     found.parts, found.notes = list(in_parts(rows)), getattr(source, "notes", None)

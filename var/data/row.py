@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from var.data.messages import Message, Prompt, prompt_content, texts_in
+from var.data.messages import Message, Prompt, prompt_content, render_message, texts_in
 from var.utils.provenance import hash_content
 
 ENDS = re.compile(r"(<\|[^<>|]{1,40}\|>|</s>|<eos>|<end_of_turn>|\s)+")
@@ -48,6 +48,11 @@ class Response:
     finished: bool = True  # False: sampling was truncated, so the response is trained without an end token
     ids: tuple[int, ...] | None = None  # the sampled tokens, with the end token, which are trained as they are
     message: Mapping[str, Any] = field(default_factory=dict)  # further keys of the message, such as tool_calls
+
+    @property
+    def as_text(self) -> str:
+        """The text with its tool calls as JSON, for readers without the chat template, such as rewards and judges."""
+        return render_message({**self.message, "content": self.text}) if self.message else self.text
 
 
 @dataclass(frozen=True, kw_only=True)

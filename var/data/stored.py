@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from var.utils.console import warn
-from var.utils.files import atomic
+from var.utils.files import atomic, remove
 from var.utils.locks import hold
 from var.utils.provenance import hash_content, hash_file
 
@@ -68,6 +68,8 @@ def make(target: Path, doing: str, write: Callable[[], Mapping[str, Any]]) -> di
         return facts
     with hold(target / "lock", doing, WAIT):
         if (facts := read_finished(target)) is None:  # else another process has done it meanwhile
+            for left in (*target.glob("*.partial"), *target.glob("tmp*/")):  # of a process that was killed
+                remove(left)
             finish(target, write())
             facts = read_finished(target)
     assert facts is not None

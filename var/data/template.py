@@ -28,6 +28,7 @@ PROBE = "probe"  # text that every template renders unchanged
 MARK = "\ufdd0"
 
 USUAL = {"role", "content"}  # the keys of most messages
+SPECIAL = {"bos_token", "eos_token", "pad_token", "unk_token"}  # the tokenizer's texts that templates can read
 
 
 def hash_tokenizer(tokenizer: Any) -> str:
@@ -94,14 +95,16 @@ class Template:
     @property
     def fingerprint(self) -> Any:
         """What rendered text depends on besides the messages, as JSON values."""
-        if not self.kwargs and not self.reads_clock:
+        tokens = {name: str(self.tokenizer.special_tokens_map.get(name)) for name in sorted(SPECIAL & self._variables)}
+        if not self.kwargs and not self.reads_clock and not tokens:
             return self.source
-        return [self.source, self.kwargs, self.today.isoformat() if self.reads_clock else None]
+        date = self.today.isoformat() if self.reads_clock else None
+        return [self.source, self.kwargs, date, *([tokens] if tokens else [])]
 
     def _find_unread(self, kwargs: Mapping[str, Any]) -> str:
         """Return which arguments the template does not read, or an empty text."""
         reserved = set(inspect.signature(self.tokenizer.apply_chat_template).parameters) | {CLOCK}
-        reserved |= {"messages", "bos_token", "eos_token", "pad_token", "unk_token"}
+        reserved |= {"messages"} | SPECIAL
         unknown = [name for name in kwargs if name in reserved or name not in self._variables]
         return f"the chat template does not read {', '.join(sorted(unknown))}. Remove this" if unknown else ""
 

@@ -27,7 +27,7 @@ def read_template(value: str, key: str = "model.chat_template") -> str:
     if not file.is_file():
         raise UserError(f"{key}={value} is not a file. Set it to a Jinja template, a .jinja file or plain.")
     try:
-        text = file.read_text()
+        text = file.read_text(encoding="utf-8-sig")  # a byte order mark would start every prompt
     except UnicodeDecodeError as error:
         raise UserError(f"{key}={value}: is not text in UTF-8 ({brief(error)}).") from error
     if not text.strip():

@@ -230,7 +230,7 @@ class Evaluation:
         """Return win rates against the reference's answers or the chosen responses, and one record per game."""
         rows, seeds = self.prompts.rows, list(self.cfg.seeds)
         if self.cfg.against == "chosen":
-            opponents = [[row.responses[0].text] * len(seeds) for row in rows]
+            opponents = [[row.responses[0].as_text] * len(seeds) for row in rows]
         else:
             opponents = answers["reference"].texts
         if isinstance(judge, RewardJudge):

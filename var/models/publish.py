@@ -2,8 +2,14 @@
 
 from pathlib import Path
 
+from var.config.run_files import read_mapping
 from var.utils.errors import UserError, brief
 from var.utils.hub import TOKEN
+
+EARLIER = (  # files of an earlier push, which are removed: transformers could load its adapter or weights
+    "*.safetensors", "*.safetensors.index.json", "adapter_config.json", "config.json", "generation_config.json",
+    "chat_template.jinja", "tokenizer*", "special_tokens_map.json",
+)  # fmt: skip
 
 
 def check_target(repository: str) -> None:
@@ -43,6 +49,11 @@ def check_target(repository: str) -> None:
         )
 
 
+def explain_local_base(base: str) -> str:
+    """Return why an adapter of a model in a folder cannot be pushed alone."""
+    return f"an adapter is loaded with its base, {base}, which only this machine has; set adapter.merge=true"
+
+
 def push_model(folder: Path, repository: str, private: bool) -> str:
     """Push all files of an exported model, and return the address of its page.
 
@@ -56,10 +67,15 @@ def push_model(folder: Path, repository: str, private: bool) -> str:
     """
     from huggingface_hub import HfApi
 
+    if (adapter := folder / "adapter_config.json").exists():
+        base = read_mapping(adapter).get("base_model_name_or_path")
+        if base and Path(base).is_dir():
+            raise UserError(f"export.push_to_hub={repository}: {explain_local_base(base)}")
     api = HfApi()
     try:
         url = api.create_repo(repository, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Model of a finished run")
+        message = "Model of a finished run"
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message, delete_patterns=list(EARLIER))
     except Exception as error:  # the hub's client raises many types
         raise UserError(
             f"export.push_to_hub={repository}: the run is complete, and its model was not pushed "

@@ -40,6 +40,7 @@ RENAMED = {  # earlier names in summary.json and metrics.csv; both the earlier a
     "throughput/share_waiting_for_data": "throughput/waiting_for_data",
     "train/groups/without_signal": "train/groups/zero_variance",
 }
+EVALUATION = ("eval.reward", "eval.sampling", "reward@eval.reward")  # what the results of validation depend on
 SWEEP_FILES = ("multirun.yaml", "optimization_results.yaml")  # Hydra's, next to the runs of a sweep
 MEASURES = {  # the columns of the tables, and where summary.json has them
     "steps": "steps",
@@ -91,8 +92,15 @@ def is_seed(key: str) -> bool:
 
 
 def affects_result(key: str) -> bool:
-    """Return whether the results of a run depend on a dotted key. Folders, loggers and devices do not change them."""
-    return key.split(".")[0].lstrip("+~") not in ELSEWHERE and key not in [f"trainer.{name}" for name in DEVICES]
+    """Return whether the results of a run depend on a dotted key. Folders, loggers and devices do not change them.
+
+    The run's own reward and how it samples responses in validation do, although the trained model does not depend on
+    them.
+    """
+    key = key.lstrip("+~")
+    if key.startswith(EVALUATION):
+        return True
+    return key.split(".")[0] not in ELSEWHERE and key not in [f"trainer.{name}" for name in DEVICES]
 
 
 @dataclass(frozen=True, eq=False)

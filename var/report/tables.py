@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from var.report.groups import Group, find_differing_keys
-from var.report.read import EvaluationRecord, RunRecord, is_seed
+from var.report.read import EvaluationRecord, RunRecord, is_seed, look_up
 from var.utils.statistics import Estimate, estimate_mean
 
 DECIMALS = {  # by the first words of a measure; 3 for all others
@@ -189,8 +189,14 @@ def compare_groups(first: Group, second: Group) -> pd.DataFrame:
 
 
 def _reward_settings(run: RunRecord) -> dict[str, Any]:
-    """Return the settings that define the unit of rewards. The loss's λ and the like are not among them."""
-    return {k: v for k, v in run.settings.items() if k.startswith(("reward", "eval.reward"))}
+    """Return the settings that define the unit of rewards, and the moments of z-scores, which are a run's own.
+
+    The loss's λ and the like are not among them.
+    """
+    found = {k: v for k, v in run.settings.items() if k.startswith(("reward", "eval.reward"))}
+    if found.get("reward_scale") == "zscore" and not any(key.startswith("eval.reward.") for key in found):
+        found["scale"] = look_up(run.summary, "data.reward.scale")
+    return found
 
 
 def _subtract(first: Group, second: Group, name: str) -> tuple[Estimate, str]:

@@ -38,7 +38,7 @@ class Triples(Sequence[Triple]):
     def __getitem__(self, index: Any) -> Any:
         asked = self.rows[self.prompt[index]]
         own = asked if self.prompt[index] == self.row[index] else self.rows[self.row[index]]
-        return asked.prompt, own.responses[self.response[index]].text, asked.answer
+        return asked.prompt, own.responses[self.response[index]].as_text, asked.answer
 
 
 class Reward(Protocol):

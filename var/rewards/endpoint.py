@@ -4,11 +4,13 @@ import datetime
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from var.data.clock import CLOCK, read_date, set_clock
 from var.data.messages import Message, render_message
 from var.data.template import RENDERING, check_length
+from var.data.template_file import read_template
 from var.rewards.base import Answers, Prompts
 from var.rewards.numbers import READER_VERSION, find_last_number
 from var.utils.errors import Problems, UserError
@@ -36,7 +38,7 @@ class Endpoint:
 
     client: Client
     protocol: Literal["query", "pooling", "classify"]
-    chat_template: str | None = None  # renders the texts of `query`; None: messages are joined by blank lines
+    chat_template: str | None = None  # plain, a .jinja file or a template; None: messages are joined by blank lines
     date: str | None = None  # YYYY-MM-DD, which the template reads from the clock; None: today's
     request: Mapping[str, Any] = field(default_factory=dict)  # further fields of the request body
     version: str = ""  # any text that distinguishes versions of the model: no server reports a hash of its weights
@@ -59,10 +61,14 @@ class Endpoint:
         self.client.check()
         return {
             "program": "endpoint", **self.client.fingerprint, "protocol": self.protocol, "version": self.version,
-            "request": dict(self.request), "chat_template": self.chat_template,
+            "request": dict(self.request), "chat_template": self._template,
             **({"reader": READER_VERSION} if self.protocol == "query" else {}),
-            **({"date": self._today.isoformat()} if CLOCK in (self.chat_template or "") else {}),
+            **({"date": self._today.isoformat()} if CLOCK in (self._template or "") else {}),
         }  # fmt: skip
+
+    @cached_property
+    def _template(self) -> str | None:
+        return self.chat_template and read_template(self.chat_template, f"{self.key}.chat_template")
 
     @property
     def _today(self) -> datetime.date:
@@ -90,15 +96,15 @@ class Endpoint:
         return {"query": [query], "prompts": [question], "labels": [answer or ""], **self.request}
 
     def _render(self, messages: Sequence[Any], add_generation_prompt: bool) -> str:
-        if self.chat_template is None:
+        if self._template is None:
             return "\n\n".join(render_message(message) for message in messages) + "\n\n" * add_generation_prompt
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
             with time_limit(RENDERING, "rendering"):
-                set_clock(self.chat_template, self._today)
+                set_clock(self._template, self._today)
                 rendered = render_jinja_template(
-                    conversations=[list(messages)], chat_template=self.chat_template,
+                    conversations=[list(messages)], chat_template=self._template,
                     add_generation_prompt=add_generation_prompt, bos_token="", eos_token="",
                 )  # fmt: skip
             text = check_length(str(rendered[0][0]))

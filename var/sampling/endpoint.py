@@ -37,8 +37,10 @@ class Endpoint:
     version: str = ""
 
     def fingerprint(self, reference: Any) -> dict[str, Any]:
-        """Return what the text depends on: address, model, request and version."""
-        return {**self.client.fingerprint, "request": dict(self.request), "version": self.version}
+        """Return what the text depends on: address, model, request, version, and arguments of the template."""
+        own = {**self.client.fingerprint, "request": dict(self.request), "version": self.version}
+        kwargs = reference.pretrained.chat.template.kwargs
+        return {**own, "chat_template_kwargs": kwargs} if kwargs else own  # without any, earlier entries stay valid
 
     def check(self) -> None:
         """Raise a UserError if the client's package or key is missing."""

@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from var.config.run_files import read_run_config
 from var.config.schema import TrainerSettings, pick_fields
 from var.models.files import find_model
 from var.models.lora import LoRA
 from var.models.pretrained import Pretrained
+from var.models.publish import explain_local_base
 from var.utils.console import say, warn
 from var.utils.errors import Problems, UserError, brief
 from var.utils.extras import name_install
@@ -37,6 +38,9 @@ def check_adapter(cfg: DictConfig, pretrained: Pretrained, adapter: LoRA | None)
             "strategy",
             f"{cfg.strategy.name} does not shard quantized weights; strategy=ddp keeps a copy on each device",
         )
+    pushes = OmegaConf.select(cfg, "export.push_to_hub")  # annotate.py has no such key
+    if pushes and adapter and not adapter.merge and pretrained.location[1] is None:
+        problems.add("export.push_to_hub", explain_local_base(pretrained.location[0]))
     problems.check()
 
 

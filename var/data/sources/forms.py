@@ -71,7 +71,9 @@ def _convert_messages(record: Mapping[str, Any]) -> dict[str, Any]:
 def _get_scores(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a record with one response says of it."""
     found = {key: record[key] for key in ("score", "weight", "source", "finished") if key in record}
-    if "label" in record and "score" not in record:
+    if "reward" in record and "score" not in record:
+        found["score"] = get_number(record, "reward")
+    if "label" in record and "score" not in found:
         found["score"] = _parse_label(record["label"])
     return found
 
@@ -137,6 +139,7 @@ def _parse_label(value: Any) -> float | None:
     return float(flag)
 
 
+SCORES = ("score", "reward", "label")  # the first of these that a record has is the score
 PAIR_OPTIONS = ("score_chosen", "score_rejected")
 TURNS = [{"role": "user", "content": "How do tides work?"}, {"role": "assistant", "content": "The moon …"}]
 ROWS = Form(
@@ -152,11 +155,11 @@ IMPLICIT = Form(
     {"chosen": TURNS, "rejected": [TURNS[0], {"role": "assistant", "content": "They come …"}]}, _convert_pair,
 )  # fmt: skip
 SINGLE = Form(
-    "one response per record", (RESPONSE, PROMPT), ("input", "score", "weight", "source", "finished", "label"),
+    "one response per record", (RESPONSE, PROMPT), ("input", *SCORES, "weight", "source", "finished"),
     {"prompt": "How do tides work?", "response": "The moon …", "score": 1.5}, _convert_single, single=True,
 )  # fmt: skip
 MESSAGES = Form(
-    "conversations, whose last message is the response", (("messages", "conversations"),), ("score", "weight", "label"),
+    "conversations, whose last message is the response", (("messages", "conversations"),), (*SCORES, "weight"),
     {"messages": TURNS}, _convert_messages, single=True,
 )  # fmt: skip
 FORMS = (PAIRS, IMPLICIT, SINGLE, MESSAGES, ROWS)

@@ -19,6 +19,7 @@ from var.utils.errors import UserError
 TEXT = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz")
 SUFFIXES = (*TEXT, ".parquet")
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
+ZIP = (b"PK\x03\x04", b"PK\x05\x06")  # with files, and empty
 
 
 class Cells(dict[str, Any]):
@@ -92,13 +93,13 @@ def read_records(files: Sequence[Path], batch: int = 1024) -> Iterator[tuple[str
 def _open(file: Path) -> Iterator[Any]:
     """Open a file for reading, without a byte order mark. It is decompressed if it is a gzip file."""
     with file.open("rb") as raw:
-        start = raw.read(2)
+        start = raw.read(4)
         raw.seek(0)
-        if start == b"PK":
+        if start in ZIP:
             raise UserError(f"{file}: a ZIP file, as Excel and Numbers write. Save it as CSV or Parquet")
-        if start in UTF16:
+        if start[:2] in UTF16:
             raise UserError(f"{file}: text in UTF-16. Save it as UTF-8")
-        compressed = start == b"\x1f\x8b" or file.name.endswith(".gz")
+        compressed = start[:2] == b"\x1f\x8b" or file.name.endswith(".gz")
         with gzip.open(raw) if compressed else nullcontext(raw) as stream:
             try:
                 if stream.read(3) != b"\xef\xbb\xbf":

@@ -252,7 +252,7 @@ def read_template(path: Path, verdict: str) -> Template:
 
 def _parse(suffix: str, text: str) -> Template:
     if suffix == ".jsonl":
-        entries = [json.loads(line) for line in text.splitlines() if line.strip()]
+        entries = [json.loads(line) for line in text.split("\n") if line.strip()]
         entry = {entry["name"]: entry for entry in entries}["pair-v2"]
         return Template(system=entry["system_prompt"], user=entry["prompt_template"])
     if suffix in (".yaml", ".yml"):
