@@ -35,6 +35,8 @@ OTHER_PROGRAMS = (
     "ruff",
     "mkdocs",
     "vllm serve",
+    "wandb login",
+    "wandb sync",
     "make check",
     "python3 -m venv",
     "python tests/same_curves.py",
