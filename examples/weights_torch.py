@@ -31,13 +31,14 @@ def compute_loss(logits, labels, weights):
 
 def main(path, name, out, batch=8, learning_rate=2e-5, epochs=2):
     """Train the model on the rows of positive weight."""
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device)
     rows = [row for row in Dataset.from_parquet(path) if row["weight"] > 0]
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     for _ in range(epochs):
         for ids, labels, weights in torch.utils.data.DataLoader(rows, batch, shuffle=True, collate_fn=collate):
             # padding is on the right and has no labels, so that causal attention needs no mask
-            loss = compute_loss(model(ids).logits, labels, weights)
+            loss = compute_loss(model(ids.to(device)).logits, labels.to(device), weights.to(device))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()

@@ -3,8 +3,9 @@
 #   sbatch launch/slurm.sh loss=var_grouped strategy=fsdp
 #   sbatch --nodes=1 --ntasks-per-node=4 --gpus-per-node=4 launch/slurm.sh loss=var_grouped
 #   sbatch launch/slurm.sh annotate.py loss=var_grouped      # only annotate: the first word can name the program
-# All nodes must share the folders `annotation_cache`, `runs` and `cache`. A job that is preempted, or reaches its time
-# limit, is queued again. It resumes from its last checkpoint or, if it was annotating, from the annotation cache.
+# All nodes must share the folders `annotation_cache` and `runs`; each may have its own `cache`. A job that is
+# preempted, or reaches its time limit, is queued again. It resumes from its last checkpoint or, if it was annotating,
+# from the annotation cache.
 #SBATCH --job-name=var
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8

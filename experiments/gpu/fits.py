@@ -25,7 +25,7 @@ WAYS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
 )
 INTRODUCTION = """# What fits
 
-How `python train.py model=… loss=var` fits GPUs, with the defaults of the configuration (micro-batches of 8 sequences of at most 1,024 tokens). Each cell has the first way that fits and the memory per device that it needs in its largest stage, in GiB, with a margin of 2 GiB and 5 %. `strategy=auto` chooses between the first two. This page is generated from the memory model by `python experiments/gpu/fits.py`. The memory model is compared with PyTorch's memory trackers in the tests; it has not been compared with a GPU.
+How `python train.py model=… data=offsetbias reward=offsetbias-rm-8b loss=var` fits GPUs, with the defaults of the configuration (micro-batches of 8 sequences of at most 1,024 tokens). Each cell has the first way that fits and the memory per device that it needs in its largest stage, in GiB, with a margin of 2 GiB and 5 %. `strategy=auto` chooses between the first two. This page is generated from the memory model by `python experiments/gpu/fits.py`. The memory model is compared with PyTorch's memory trackers in the tests; it has not been compared with a GPU.
 
 | way | overrides |
 | --- | --- |
