@@ -136,7 +136,7 @@ def test_pair_of_equal_tokens_is_left_out(tmp_path: Path):
     sequences = encode_rows(tmp_path, *rows, max_length=PROMPT + 3, overlong="truncate", pairs=True)
     assert [sequences.tokens(i)[2] for i in range(len(sequences))] == ["c#0", "c#1", "d#0", "d#1"]
     assert dict(sequences.counts) == {
-        "sequences truncated": 3, "pairs left out: both responses are the same tokens": 2
+        "sequences truncated": 3, "pairs skipped: both responses are the same tokens": 2
     }  # fmt: skip
     alone = encode_rows(tmp_path, rows[0], max_length=PROMPT + 6, pairs=True)
     assert len(alone) == 2

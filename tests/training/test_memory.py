@@ -407,7 +407,7 @@ def test_choices_name_the_file_that_made_them(tiny_folder: Path, tmp_path: Path)
         assert f"  {line}\n" in printed, printed
     (tokens,) = re.findall(r"^  micro-batches have at most ([\d,]+) tokens in 8 sequences$", printed, re.M)
     assert 8 * 20 < int(tokens.replace(",", "")) < 8 * 200  # of this data: data.max_length is 1024
-    assert "  less, if responses are left out for their rewards or weights" in printed
+    assert "  less, if responses are skipped for their rewards or weights" in printed
     assert "  rows: 224\n" in printed
     printed = run("train.py", *places, "experiment=table2", "strategy=auto", HF_HUB_OFFLINE="1").stdout
     assert "  model: qwen2.5-0.5b (conf/experiment/table2.yaml)\n" in printed

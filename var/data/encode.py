@@ -101,7 +101,7 @@ class Encoder:
             if len(unit) < size:
                 counts["sequences dropped with their pair"] += len(unit)
             elif self.pairs and unit[0][0].ids == unit[1][0].ids:
-                counts["pairs left out: both responses are the same tokens"] += 1
+                counts["pairs skipped: both responses are the same tokens"] += 1
             else:
                 kept += [piece for piece, _ in unit]
                 facts += [values for _, values in unit]

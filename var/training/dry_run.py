@@ -108,7 +108,7 @@ def show_verdict(run: Run, plan: MemoryPlan, model: MemoryModel, unavailable: li
     work = count_work(run)
     say(f"  {work.describe() if work else 'rows, optimizer steps and tokens are not known'}")
     if work and not work.planned:
-        say("  less, if responses are left out for their rewards or weights, which are not known yet")
+        say("  less, if responses are skipped for their rewards or weights, which are not known yet")
     if work:
         operations = count_operations(run, work, model.counts.total, "cuda" if settings.gpu else "cpu")
         say(f"  {describe_time(operations, settings)}")
