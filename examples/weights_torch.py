@@ -43,7 +43,7 @@ def main(path, name, out, batch=8, learning_rate=2e-5, epochs=2):
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            print(f"loss {loss.item():.4f}")
+            print(f"loss {loss.item():.4f}", flush=True)
     model.save_pretrained(out)
     AutoTokenizer.from_pretrained(name).save_pretrained(out)
 

@@ -121,6 +121,16 @@ def test_reward_that_returns_something_else_is_an_error(make, returned, message)
     assert str(error.value) == message
 
 
+def test_error_of_a_reward_names_it_and_the_first_response(make):
+    class Raises(Returns):
+        def __call__(self, prompts: Any, responses: Any, answers: Any) -> Any:
+            return 1 / 0
+
+    with pytest.raises(ZeroDivisionError) as error:
+        score(make(Raises(None)), TRIPLES)
+    assert error.value.__notes__ == ["It comes from the reward (Raises), for 3 responses, the first of which is 'a'."]
+
+
 @pytest.mark.parametrize(
     "reward", [ExactNumber(), NearNumber(), Ensemble(members={"a": Lengths(), "b": ExactNumber()})]
 )

@@ -315,6 +315,16 @@ class TestInvalidInput:
             assert text in error
         assert not shards(tmp_path)
 
+    def test_reward_that_validation_cannot_use_is_an_error_before_annotation(
+        self, base: list[str], tmp_path: Path
+    ) -> None:
+        """loss=dpo reads no reward, but validation does."""
+        pairs = [{"prompt": f"q{i}", "chosen": "a", "rejected": "b"} for i in range(12)]
+        data = ["data=preferences", f"data.path={write_lines(tmp_path / 'pairs.jsonl', pairs)}", "loss=dpo"]
+        error = check_error("the reward compares with a row's `answer`", *base, *data, "reward=exact_number")
+        assert "trains without one with eval=off" in error
+        assert not shards(tmp_path)
+
     def test_all_wrong_types_are_reported(self, own: list[str]) -> None:
         values = {"loss.temperature": "hot", "trainer.epochs": "two", "data.overlong": "shrink", "reference": "alive"}
         kinds = ("float", "int", "drop or truncate or error", "cached or live")

@@ -43,6 +43,8 @@ def test_folders_without_a_finished_run_are_listed(tmp_path: Path) -> None:
     write_evaluation(tmp_path / "runs" / "deeper" / "e")
     (tmp_path / "runs" / "started" / ".hydra").mkdir(parents=True)
     (tmp_path / "runs" / "empty").mkdir()
+    (tmp_path / "runs" / "early").mkdir()
+    (tmp_path / "runs" / "early" / "train.log").write_text("Data: a.jsonl")
     write_run(tmp_path / "runs" / "truncated")
     (tmp_path / "runs" / "truncated" / "summary.json").write_text('{"title": "tiny')
     write_run(tmp_path / "runs" / "other")
@@ -55,12 +57,13 @@ def test_folders_without_a_finished_run_are_listed(tmp_path: Path) -> None:
     assert [evaluation.folder.name for evaluation in found.evaluations] == ["e"]
     problems = {Path(line.split(": ")[0]).name: line.split(": ", 1)[1] for line in found.problems}
     assert problems["started"] == "stopped before its first checkpoint. The same command starts it again."
+    assert problems["early"] == problems["started"]
     assert problems["empty"] == "no run, no evaluation"
     assert problems["truncated"].startswith("cannot use summary.json (JSONDecodeError")
     assert problems["other"].startswith("cannot use summary.json (TypeError")
     assert problems["nowhere"] == "no such folder"
     assert problems["file"] == "not a folder"
-    assert len(found.problems) == 6
+    assert len(found.problems) == 7
 
 
 def test_nothing_to_report_is_one_error_with_all_problems(tmp_path: Path) -> None:

@@ -21,7 +21,23 @@ from var.training.metrics import Budget, PeakMemory, StepMetrics
 from var.training.module import AlignmentModule
 from var.training.schedule import Schedule
 from var.training.validation import Validation, _judge_metrics, _with_error
+from var.utils.errors import UserError
 from var.utils.statistics import estimate_mean
+
+
+def test_wrong_result_of_a_loss_is_explained():
+    """One that returns only a number, and one that reads a field that it does not require."""
+    batch: Any = SimpleNamespace(rewards=None)
+    for loss, expected in (
+        (lambda logps, batch: logps.sum(), "must return a tensor without dimensions and a dictionary of metrics"),
+        (lambda logps, batch: (logps, {}), "which may be empty; it returned tuple"),
+    ):
+        with pytest.raises(UserError, match=expected):
+            AlignmentModule._compute_loss(SimpleNamespace(loss=loss), torch.ones(2), batch)  # type: ignore[arg-type]
+    module: Any = SimpleNamespace(loss=lambda logps, batch: (logps * batch.rewards[0], {}))
+    with pytest.raises(TypeError, match="NoneType") as error:
+        AlignmentModule._compute_loss(module, torch.ones(2), batch)
+    assert "unless the loss lists it in `requires`" in error.value.__notes__[0]
 
 
 def test_curves_take_new_columns_and_continue_after_a_resume(tmp_path):

@@ -86,7 +86,7 @@ def assert_resumed(resumed: Result, expected: Result) -> None:
     assert len({file.read_text() if file.exists() else None for file in files}) == 1
 
 
-@pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 4), (signal.SIGUSR1, 3)])
+@pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 4), (signal.SIGUSR1, 3), (signal.SIGINT, 3)])
 @pytest.mark.parametrize("micro_batch", [1, 2])
 def test_signal_ends_a_run_after_the_current_step(number, step, micro_batch, runs, capsys):
     """It arrives in either micro-batch of the fourth step, which is saved anyway, or of the third."""
@@ -102,6 +102,22 @@ def test_signal_ends_a_run_after_the_current_step(number, step, micro_batch, run
     assert runs.steps()[-1] == f"step-{step}"
     assert signal.getsignal(number) == before
     assert_resumed(runs.run(), expected)
+
+
+def test_second_interrupt_ends_a_run_at_once(runs, capsys):
+    """Nothing is saved after the first one, which waits for the end of the optimizer step."""
+
+    def interrupt_twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with (
+        interrupted(AlignmentModule, "training_step", 3, interrupt_twice),
+        pytest.raises((KeyboardInterrupt, SystemExit)),
+    ):
+        runs.run()
+    assert "Interrupted: saving after this optimizer step. Ctrl-C again ends at once." in capsys.readouterr().out
+    assert not runs.steps()
 
 
 @pytest.mark.parametrize(

@@ -152,16 +152,26 @@ def test_temperature_in_units_of_the_standard_deviation():
     )
 
 
-@pytest.mark.parametrize(("rewards", "group"), [([0.0, 2.0], [0, 1]), ([1.0, 1.0], [0, 0]), ([0.1] * 3, [0] * 3)])
-def test_absent_or_zero_standard_deviation_is_an_error(rewards, group):
+EQUAL = (
+    "loss.temperature_unit=sd: the rewards of each prompt's responses are all equal, so there is no standard deviation "
+    "within a prompt. Use several different responses per prompt (data.responses=both or all, generate.responses), "
+    "other prompts or another reward, or set loss.temperature_unit=reward."
+)
+SINGLE = (
+    "loss.temperature_unit=sd: each prompt has one response, so there is no standard deviation within a prompt. For "
+    "single responses use loss=var_prompt loss.temperature_unit=reward. Otherwise give several responses per prompt, "
+    "or sample them with data.responses=sampled."
+)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "group", "message"),
+    [([0.0, 2.0], [0, 1], SINGLE), ([1.0, 1.0], [0, 0], EQUAL), ([0.1] * 3, [0] * 3, EQUAL)],
+)
+def test_absent_or_zero_standard_deviation_is_an_error(rewards, group, message):
     with pytest.raises(UserError) as error:
         weigh(Grouped(drop_zero_variance=False), make_inputs(rewards, group), temperature_unit="sd")
-    assert str(error.value) == (
-        "loss.temperature_unit=sd: the rewards of each prompt's responses are all equal, or each prompt has one "
-        "response, so there is no standard deviation within a prompt. Use several responses per prompt "
-        "(data.responses=both or all, generate.responses), other prompts or another reward, or set "
-        "loss.temperature_unit=reward."
-    )
+    assert str(error.value) == message
 
 
 @pytest.mark.parametrize("noise", [1e-12, 1e-15])

@@ -161,6 +161,11 @@ class ProvideWeights(Provider[Weights]):
         if not keep.any() and not equal.all():
             lost = "no response is left after roulette" if self.requirement.roulette else "no weight reaches it"
             raise UserError(f"loss.min_weight={min_weight}: {lost}. Lower it, or raise loss.temperature.")
+        if not keep.any() and len(sequences.first) == len(sequences):
+            raise UserError(
+                "each prompt has one response, and this loss compares the responses to a prompt. For single responses "
+                "use loss=var_prompt loss.temperature_unit=reward; data.responses=sampled samples several."
+            )
         if not keep.any():
             raise UserError(
                 "the rewards of each prompt's responses are all equal, so no response is better than another. Sample "

@@ -60,7 +60,8 @@ def main() -> None:
             say(f"Skipped: {problem}")
         if len(found.problems) > 10:
             say(f"Skipped: {len(found.problems) - 10} more")
-        say(f"Report: {arguments.out / 'report.md'}")
+        pages = f"; a page per run in {arguments.out / 'pages'}" if found.runs and arguments.pages else ""
+        say(f"Report: {arguments.out / 'report.md'}{pages}")
     if arguments.wandb:
         from var.report.view import save_view
 

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -112,7 +113,11 @@ def _import(name: str) -> Any:
         cause = error.__cause__ or error
         reason = str(cause).splitlines()[-1]
         advice = "If it is your own, put the folder of its module on PYTHONPATH (examples/README.md)."
-        if not isinstance(cause, ImportError | AttributeError):
+        module, _, last = name.rpartition(".")
+        if module in sys.modules and isinstance(cause, ImportError | AttributeError):
+            own = [n for n, value in vars(sys.modules[module]).items() if getattr(value, "__module__", "") == module]
+            reason, advice = f"{module} has no {last}", f"It has {', '.join(own) or 'no classes'}."
+        elif not isinstance(cause, ImportError | AttributeError):
             reason, advice = f"{type(cause).__name__}: {reason}", "Its module was found, and raises this error."
         raise UserError(f"_target_={name} cannot be imported ({reason}). {advice}") from error
     if not callable(found):

@@ -216,7 +216,10 @@ def _suggest_key(root: DictConfig, key: str) -> str | None:
         if near := difflib.get_close_matches(part, siblings, n=1):
             return f"Did you mean {path}.{near[0]}?"
         offered = ", ".join(sibling for sibling in siblings if sibling != "_target_")
-        return f"{path} has the keys {offered}." if offered else f"{path} has no keys in this configuration."
+        if offered:
+            return f"{path} has the keys {offered}."
+        own = f" An argument of your own class needs a plus sign: +{key}=…" if "_target_" in siblings else ""
+        return f"{path} has no keys in this configuration.{own}"
     return None
 
 

@@ -120,7 +120,10 @@ class Evaluation:
             )
         for name, reward in self.rewards.items():
             if not reward.scores_text:
-                raise UserError(f"{name}=score: reads the data's scores and cannot score new text. Choose another one.")
+                raise UserError(
+                    f"{name}=score: reads the data's scores and cannot score new text. Choose another one, or "
+                    f"{name}=none if only a judge or benchmarks evaluate."
+                )
             reward.fingerprint  # noqa: B018
             check_answers(reward, self.prompts.rows)
         self.file_answers  # noqa: B018

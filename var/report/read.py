@@ -22,15 +22,9 @@ from var.utils.locks import ERROR, find_holder
 from var.utils.statistics import Estimate
 from var.utils.visible import visible
 
-UNFINISHED = {".hydra", "metrics.csv", "checkpoints", "plan.npz"}  # a run writes these before its summary
-UNREADABLE = (
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    RecursionError,
-)  # what a damaged file may raise
+UNFINISHED = {".hydra", "metrics.csv", "checkpoints", "plan.npz", "train.log"}  # a run writes these before its summary
+# what a damaged file may raise
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 RENAMED = {  # earlier names in summary.json and metrics.csv; both the earlier and the present name are read
     "cut": "truncated",
     "groups without signal": "zero_variance_groups",
@@ -92,15 +86,9 @@ def is_seed(key: str) -> bool:
 
 
 def affects_result(key: str) -> bool:
-    """Return whether the results of a run depend on a dotted key. Folders, loggers and devices do not change them.
-
-    The run's own reward and how it samples responses in validation do, although the trained model does not depend on
-    them.
-    """
-    key = key.lstrip("+~")
-    if key.startswith(EVALUATION):
-        return True
-    return key.split(".")[0] not in ELSEWHERE and key not in [f"trainer.{name}" for name in DEVICES]
+    """Return whether the results of a run depend on a dotted key. Folders, loggers and devices do not change them."""
+    key, devices = key.lstrip("+~"), [f"trainer.{name}" for name in DEVICES]
+    return key.startswith(EVALUATION) or (key.split(".")[0] not in ELSEWHERE and key not in devices)
 
 
 @dataclass(frozen=True, eq=False)

@@ -74,8 +74,12 @@ def release(reward: Reward | None) -> None:
 
 def compute_scores(reward: Reward, prompts: Prompts, responses: Sequence[str], answers: Answers) -> np.ndarray:
     """Return [n] float64 rewards. Raise a `UserError` unless the reward returns n numbers (list, array or tensor)."""
-    returned = reward(prompts, responses, answers)
     name = f"the reward ({type(reward).__name__})"
+    try:
+        returned = reward(prompts, responses, answers)
+    except Exception as error:
+        error.add_note(f"It comes from {name}, for {len(responses)} responses, the first of which is {responses[0]!r}.")
+        raise
     try:
         numbers = np.asarray(returned, dtype=np.float64).reshape(-1)
     except (TypeError, ValueError, RuntimeError) as error:  # torch raises a RuntimeError for a tensor with a gradient
@@ -107,7 +111,8 @@ def check_answers(reward: Reward, rows: Rows) -> None:
             problems.add(f"row {rows[i].id}", fault)
     problems.check(
         "Fix these rows, or choose a reward that needs no answers, such as reward=classifier. reward=score reads the "
-        "data set's own scores, and leaves validation without a reward unless you set +reward@eval.reward=…."
+        "data set's own scores, and leaves validation without a reward unless you set +reward@eval.reward=…. A loss "
+        "that needs no reward, such as loss=dpo, trains without one with eval=off."
     )
 
 

@@ -23,13 +23,13 @@ from var.utils.console import say, warn
 from var.utils.errors import UserError, brief
 from var.utils.files import atomic, name_partial, remove, synchronize, synchronize_folder
 from var.utils.provenance import hash_file
-from var.utils.signals import handle_signals, leave
+from var.utils.signals import SIGNALS, handle_signals, leave
 
 CHECKSUMS = ".sha256"  # the suffix of the file next to a checkpoint
 
 
 class Checkpoints(Callback):
-    """Writes checkpoints/step-N.ckpt every n optimizer steps, at the end of training, and on SIGTERM or SIGUSR1.
+    """Writes checkpoints/step-N.ckpt every n optimizer steps, at the end of training, and on signals.
 
     A checkpoint is written under another name, synced and renamed. So at any time there is a complete one. The newest
     two are kept, each with its checksums in step-N.sha256, and last.ckpt links to the newest. On a signal, training
@@ -58,11 +58,15 @@ class Checkpoints(Callback):
             self._keep(2)
 
         def handle(number: int, _: FrameType | None) -> None:
+            if number == signal.SIGINT and self._signal is not None:
+                raise KeyboardInterrupt  # a second Ctrl-C does not wait for the checkpoint
             self._signal = number
             if not self._within_step and trainer.world_size == 1:
                 self._leave(trainer)
+            elif number == signal.SIGINT and trainer.is_global_zero:
+                say("Interrupted: saving after this optimizer step. Ctrl-C again ends at once.")
 
-        handle_signals(handle)  # after the fit, Lightning restores the previous handlers
+        handle_signals(handle, (*SIGNALS, signal.SIGINT))  # after the fit, Lightning restores the previous handlers
 
     def on_train_batch_start(self, *_: Any) -> None:
         """Mark the beginning of a micro-batch."""
@@ -85,6 +89,7 @@ class Checkpoints(Callback):
         if trainer.is_global_zero:
             self._make_room()  # for the exported model
         handle_signals(leave)
+        handle_signals(signal.default_int_handler, (signal.SIGINT,))
         if self._signal is not None:  # while the last step was saved
             self._leave(trainer)
 

@@ -127,7 +127,7 @@ class ProgressLines(Callback):
         """Start the clock."""
         self._first, self._started = trainer.global_step, time.monotonic()
         self._printed = self._started
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and self._first < trainer.estimated_stepping_batches:
             say(f"Training: {_count_steps(trainer)}")
 
     def on_train_batch_end(

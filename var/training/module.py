@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from var.data.chat import Chat
-from var.losses.base import Loss, Mean
+from var.losses.base import Loss, Mean, Metrics
 from var.models.frozen import FrozenModel
 from var.models.packing import Packed
 from var.models.policy import Policy
@@ -22,6 +22,7 @@ from var.sampling.base import Sampling
 from var.sampling.local import sample_tokens
 from var.training.hooks import TrainingHooks
 from var.training.schedule import Schedule
+from var.utils.errors import UserError
 
 
 class AlignmentModule(TrainingHooks):
@@ -68,7 +69,7 @@ class AlignmentModule(TrainingHooks):
         outputs = self.policy(batch)  # [N] nats; [B] scores of a reward model; a pair with values of an ActorCritic
         if isinstance(outputs, tuple):
             outputs, batch = outputs[0], replace(batch, values=outputs[1])
-        loss, metrics = self.loss(outputs, with_sampling_policy(batch, outputs))
+        loss, metrics = self._compute_loss(outputs, with_sampling_policy(batch, outputs))
         # The logged mean over micro-batches is the step's loss again. A reward model has no target tokens.
         divisor = batch.global_tokens if len(batch.target) else batch.global_sequences
         metrics["loss"] = Mean(loss.detach() * divisor, float(len(outputs)))
@@ -80,6 +81,21 @@ class AlignmentModule(TrainingHooks):
         self.record(metrics)
         self._window.append((batch.ids, loss.detach()))
         return loss * self.trainer.world_size * self.trainer.accumulate_grad_batches
+
+    def _compute_loss(self, outputs: Tensor, batch: Packed) -> tuple[Tensor, Metrics]:
+        """Return the loss and its metrics. Explain what a loss outside the package is most likely to do wrong."""
+        try:
+            found = self.loss(outputs, batch)
+        except (TypeError, AttributeError) as error:
+            if "NoneType" in str(error):
+                error.add_note("A field of the batch is None unless the loss lists it in `requires` (docs/batch.md).")
+            raise
+        if isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], Tensor) and found[0].ndim == 0:
+            return found
+        raise UserError(
+            f"the loss ({type(self.loss).__name__}) must return a tensor without dimensions and a dictionary of "
+            f"metrics, which may be empty; it returned {type(found).__name__} (docs/losses.md)."
+        )
 
     def record(self, metrics: Mapping[str, Mean]) -> None:
         """Add to what `take_metrics` will report."""

@@ -37,6 +37,7 @@ from var.models.reward_model import RewardModel
 from var.models.sharding import load_to_shard
 from var.models.value_head import ActorCritic
 from var.requirements import SequenceScores, TokenValues, find
+from var.rewards.base import check_answers
 from var.rewards.scale import Scale
 from var.sampling.base import Sampling
 from var.training.alternatives import MemoryPlan, choose_strategy
@@ -322,10 +323,14 @@ class Run:
         return self.cfg.eval.enabled and not find(self.data.requirements, SequenceScores)
 
     def check_validation_prompts(self) -> None:
-        """Raise UserError for validation prompts that the template cannot write, before training ones are sampled."""
+        """Raise UserError for prompts that the template cannot write or the reward cannot score, before any is sampled.
+
+        They are those of validation.
+        """
         rows = self.data.training_set.validation
-        if self.samples_validation:
+        if self.samples_validation and len(rows):
             check_prompts(self.annotator, rows, np.arange(len(rows)), warns=False)
+            check_answers(instantiate(self.cfg.eval.reward) if self.cfg.eval.reward else self.annotator.reward, rows)
 
     def sample_validation(self) -> None:
         """Fill the cache with the reference's responses to the validation prompts and their rewards."""

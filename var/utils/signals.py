@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -76,10 +76,12 @@ def leave(number: int, frame: FrameType | None = None, *, saved: str = "") -> No
     raise SystemExit(128 + number)
 
 
-def handle_signals(handler: Callable[[int, FrameType | None], Any]) -> None:
-    """Let `handler` handle SIGNALS. Python delivers signals only to the main thread; elsewhere this does nothing."""
+def handle_signals(
+    handler: Callable[[int, FrameType | None], Any], signals: Iterable[signal.Signals] = SIGNALS
+) -> None:
+    """Let `handler` handle signals. Python delivers them only to the main thread; elsewhere this does nothing."""
     if threading.current_thread() is threading.main_thread():
-        for number in SIGNALS:
+        for number in signals:
             signal.signal(number, handler)
 
 

@@ -115,12 +115,17 @@ def scale_temperature(requirement: Weights, inputs: WeightInputs) -> float:
     if requirement.temperature_unit == "reward":
         return requirement.temperature
     sigma = within_prompt_std(inputs.rewards, inputs.group)
+    if not sigma and (group_size(inputs.group) == 1).all():
+        raise UserError(
+            "loss.temperature_unit=sd: each prompt has one response, so there is no standard deviation within a "
+            "prompt. For single responses use loss=var_prompt loss.temperature_unit=reward. Otherwise give several "
+            "responses per prompt, or sample them with data.responses=sampled."
+        )
     if not sigma:
         raise UserError(
-            "loss.temperature_unit=sd: the rewards of each prompt's responses are all equal, or each prompt has one "
-            "response, so there is no standard deviation within a prompt. Use several responses per prompt "
-            "(data.responses=both or all, generate.responses), other prompts or another reward, or set "
-            "loss.temperature_unit=reward."
+            "loss.temperature_unit=sd: the rewards of each prompt's responses are all equal, so there is no standard "
+            "deviation within a prompt. Use several different responses per prompt (data.responses=both or all, "
+            "generate.responses), other prompts or another reward, or set loss.temperature_unit=reward."
         )
     varying = inputs.rewards[~zero_variance(inputs.rewards, inputs.group)]
     size = float(varying.square().mean().sqrt())

@@ -70,11 +70,13 @@ def test_counts_of_the_protocol_are_its_win_rate():
 
 
 def test_missing_win_rate_is_explained_with_the_first_failure():
-    facts = {"errors": {"failed": 3, "no verdict": 1}, "first_failure": "500: out of memory"}
+    facts = {
+        "errors": {"failed": 3, "no verdict": 1}, "first_failure": "500: out of memory", "base_url": "http://host:1/v1"
+    }  # fmt: skip
     assert explain_missing_rate(rate(["error"] * 2)["all"], facts) == (
         "no win rate by the judge: 2 of 2 pairs are in error, more than max_errors=0.05 allows. Failures are not "
         "random, so the other pairs give no win rate. Games in error: 3 failed, 1 no verdict. First failure: 500: "
-        "out of memory"
+        "out of memory (http://host:1/v1). The same command asks again for the games that failed"
     )
     all_allowed = rate(["error"], max_errors=1.0)["all"]
     assert explain_missing_rate(all_allowed, {}) == "no win rate by the judge: no pair was judged"

@@ -163,11 +163,12 @@ def explain_missing_rate(rate: Mapping[str, Any], facts: Mapping[str, Any]) -> s
     if rate["win_rate"] is not None:
         return None
     kinds = ", ".join(f"{number} {kind}" for kind, number in facts.get("errors", {}).items())
-    failure = facts.get("first_failure")
+    failure, server = facts.get("first_failure"), facts.get("base_url")
     return (
         f"no win rate by the judge: {rate['reason'] or 'no pair was judged'}"
         + (f". Games in error: {kinds}" if kinds else "")
-        + (f". First failure: {failure}" if failure else "")
+        + (f". First failure: {failure}" + f" ({server})" * bool(server) if failure else "")
+        + (". The same command asks again for the games that failed" if "failed" in facts.get("errors", {}) else "")
         + (f". {ADVICE}" if UNFINISHED in facts.get("errors", {}) else "")
     )
 

@@ -109,6 +109,7 @@ class EndpointJudge:
         outcomes = [outcome for outcome, _, _ in decisions]
         counts = [counts for _, _, counts in decisions if counts is not None]
         failures = [record["text"] for record in records if record["error"] == "failed"]
+        failures += [f"the reply {record['text'][:80]!r}" for record in records if record["error"] == "no verdict"]
         facts = {
             **self.fingerprint,
             "pairs": len(pairs),
