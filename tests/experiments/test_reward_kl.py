@@ -9,6 +9,8 @@ import pytest
 
 from experiments.cells import read_results
 from experiments.flipped import FlippedNumber
+from experiments.hero import PANELS
+from experiments.items import ITEMS
 from experiments.items.base import Row
 from experiments.items.methods import DEFAULT_RATE, METHODS, RATES, TUNED
 from experiments.items.paths import (
@@ -163,3 +165,9 @@ def test_tuned_values_are_the_best_of_their_tables() -> None:
             assert best == f"{key.split('.')[-1]} = {TUNED[method]:g}"
             rates[f"learning rate = {DEFAULT_RATE:g}"] = own[best]
         assert max(rates, key=rates.__getitem__) == f"learning rate = {RATES[method]:g}"
+
+
+def test_rows_of_the_readmes_figure_are_those_of_the_items() -> None:
+    for name, (title, rows) in PANELS.items():
+        table = next(table for table in ITEMS[name].sizes["small"] if table.title == title)
+        assert set(rows) <= {row.label for row in table.rows}
