@@ -153,14 +153,14 @@ def test_temperature_in_units_of_the_standard_deviation():
 
 
 EQUAL = (
-    "loss.temperature_unit=sd: the rewards of each prompt's responses are all equal, so there is no standard deviation "
-    "within a prompt. Use several different responses per prompt (data.responses=both or all, generate.responses), "
-    "other prompts or another reward, or set loss.temperature_unit=reward."
+    "loss.temperature_unit=sd: the rewards of each prompt's responses are all equal, so their standard deviation is "
+    "0. Use several different responses per prompt (data.responses=both or all, generate.responses), other prompts or "
+    "another reward, or set loss.temperature_unit=reward."
 )
 SINGLE = (
-    "loss.temperature_unit=sd: each prompt has one response, so there is no standard deviation within a prompt. For "
-    "single responses use loss=var_prompt loss.temperature_unit=reward. Otherwise give several responses per prompt, "
-    "or sample them with data.responses=sampled."
+    "loss.temperature_unit=sd: each prompt has one response, so the standard deviation within a prompt is "
+    "undefined. For single responses use loss=var_prompt loss.temperature_unit=reward. Otherwise give several "
+    "responses per prompt, or sample them with data.responses=sampled."
 )
 
 

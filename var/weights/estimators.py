@@ -117,14 +117,14 @@ def scale_temperature(requirement: Weights, inputs: WeightInputs) -> float:
     sigma = within_prompt_std(inputs.rewards, inputs.group)
     if not sigma and (group_size(inputs.group) == 1).all():
         raise UserError(
-            "loss.temperature_unit=sd: each prompt has one response, so there is no standard deviation within a "
-            "prompt. For single responses use loss=var_prompt loss.temperature_unit=reward. Otherwise give several "
+            "loss.temperature_unit=sd: each prompt has one response, so the standard deviation within a prompt is "
+            "undefined. For single responses use loss=var_prompt loss.temperature_unit=reward. Otherwise give several "
             "responses per prompt, or sample them with data.responses=sampled."
         )
     if not sigma:
         raise UserError(
-            "loss.temperature_unit=sd: the rewards of each prompt's responses are all equal, so there is no standard "
-            "deviation within a prompt. Use several different responses per prompt (data.responses=both or all, "
+            "loss.temperature_unit=sd: the rewards of each prompt's responses are all equal, so their standard "
+            "deviation is 0. Use several different responses per prompt (data.responses=both or all, "
             "generate.responses), other prompts or another reward, or set loss.temperature_unit=reward."
         )
     varying = inputs.rewards[~zero_variance(inputs.rewards, inputs.group)]
