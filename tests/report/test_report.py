@@ -200,6 +200,16 @@ def test_different_rewards_are_not_compared(tmp_path: Path) -> None:
     assert rows["length after"][3] == "paired by 2 prompts"
 
 
+def test_labels_have_the_names_of_files(tmp_path: Path) -> None:
+    """As long as these are different."""
+    for i, (one, other) in enumerate((("/a/x.jsonl", "/b/y.jsonl"), ("/a/x.jsonl", "/b/x.jsonl"))):
+        write_run(tmp_path / f"{i}" / "a", f"loss.file={one}")
+        write_run(tmp_path / f"{i}" / "b", f"loss.file={other}")
+        groups, _ = group_runs(find_records([tmp_path / f"{i}"]).runs, [])
+        names = ["x.jsonl", "y.jsonl"] if i == 0 else [one, other]
+        assert [group.label for group in groups] == [f"loss.file={name}" for name in names]
+
+
 def test_other_validation_reward_is_another_configuration(tmp_path: Path) -> None:
     """Settings of `eval` are not part of a run's name. Those of its reward and sampling decide its results."""
     config = {"seed": 0, "reward": {"_target_": "near"}, "reward_scale": "raw"}

@@ -1,9 +1,11 @@
 """Group runs that differ in seeds only, and average their results over seeds."""
 
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -57,7 +59,10 @@ def group_runs(runs: list[RunRecord], notes: list[str]) -> tuple[list[Group], li
     overrides = [group[0].overrides for group in groups]
     shared = [line for line in overrides[0] if all(line in lines for lines in overrides)] if overrides else []
     counts = Counter(line for lines in overrides for line in set(lines))  # labels start with the rarest override
-    labels = [" ".join(sorted((s for s in lines if s not in shared), key=lambda s: counts[s])) for lines in overrides]
+    own = [sorted((line for line in lines if line not in shared), key=lambda line: counts[line]) for lines in overrides]
+    labels, short = ([" ".join(map(show, lines)) for lines in own] for show in (str, _shorten))
+    if len(set(short)) == len(set(labels)):
+        labels = short
     if len(groups) == 1:
         labels = [str(groups[0][0].summary["title"])]
     if len(set(labels)) < len(labels):  # equal command lines: a file that they name has changed between the runs
@@ -68,6 +73,12 @@ def group_runs(runs: list[RunRecord], notes: list[str]) -> tuple[list[Group], li
                 settings = " ".join(f"{key}={first[i].get(key)}" for key in keys[:4])
                 labels[i] = f"{label} {settings}".strip()
     return [Group(label or "default", group) for label, group in zip(labels, groups, strict=True)], shared
+
+
+def _shorten(line: str) -> str:
+    """Return an override whose value is a path in another folder with the last part of the path."""
+    key, _, value = line.partition("=")
+    return f"{key}={Path(value).name}" if re.match(r"(~|\.{0,2})/[^\[{,]+$", value) else line
 
 
 def find_differing_keys(several: list[dict[str, Any]]) -> list[str]:
