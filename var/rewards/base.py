@@ -78,7 +78,8 @@ def compute_scores(reward: Reward, prompts: Prompts, responses: Sequence[str], a
     try:
         returned = reward(prompts, responses, answers)
     except Exception as error:
-        error.add_note(f"It comes from {name}, for {len(responses)} responses, the first of which is {responses[0]!r}.")
+        shown = ", ".join(repr(text[:60]) for text in responses[:1])
+        error.add_note(f"It comes from {name}, for {len(responses)} responses, the first of which is {shown}.")
         raise
     try:
         numbers = np.asarray(returned, dtype=np.float64).reshape(-1)
