@@ -144,7 +144,7 @@ def test_adapter_of_a_reward_model_scores_as_in_peft(tiny_folder: Path, tmp_path
     assert len({round(score, 4) for score in plain}) == 3
     assert reward.fingerprint["weights"] == pretrained(tmp_path / "run" / "model", tmp_path / "cache").weights
     byte_tokenizer(TEMPLATE + " ").save_pretrained(tmp_path / "run" / "model")
-    assert Classifier(path=str(tmp_path / "run"), cache=str(tmp_path)).fingerprint["template"] == TEMPLATE + " "
+    assert Classifier(path=str(tmp_path / "run"), cache=str(tmp_path)).fingerprint["template"][0] == TEMPLATE + " "
 
 
 def test_adapter_of_a_language_model_is_rejected_as_reward(folder: Path, tmp_path: Path):

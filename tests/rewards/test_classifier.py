@@ -128,7 +128,7 @@ def test_missing_template_is_an_error(tmp_path: Path):
         score(make_classifier(path), ["x"])
     given = make_classifier(path, chat_template=TEMPLATE)
     assert len(score(given, ["x"])) == 1
-    assert given.fingerprint["template"] == TEMPLATE
+    assert given.fingerprint["template"] == [TEMPLATE, {}, None, {"bos_token": "<bos>"}]
 
 
 def test_template_with_two_bos_is_an_error(tmp_path: Path):
