@@ -63,7 +63,8 @@ TUNED: dict[str, float] = {
 """λ or β of each method that has one: the value with the highest reward within 2 nats, at the default learning rate."""
 RATES: dict[str, float] = {
     "SFT on the best of 4": 4e-5, "SFT on right answers": 1e-5, "VAR, the paper's": 2e-5, "VAR, prompt": 1e-5,
-    "VAR, grouped": 2e-5, "VAR, grouped, roulette": 2e-5, "VAR, global, roulette": 2e-5, "DPO": 2e-5, "A-LoL": 1e-5,
+    "VAR, grouped": 2e-5, "VAR, grouped, roulette": 2e-5, "VAR, global, roulette": 2e-5, "DPO": 2e-5, "InfoNCA": 1e-5,
+    "A-LoL": 1e-5, "DRO-V": 2e-5, "trajectory balance, reverse KL": 2e-5, "trajectory balance, forward KL": 2e-5,
     "RLOO": 2e-5, "GRPO": 1e-5, "VAR, online": 1e-5,
 }  # fmt: skip
 """The learning rate of each method with the highest reward within 2 nats, at the tuned λ or β."""
