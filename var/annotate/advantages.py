@@ -1,6 +1,5 @@
 """Advantages r − V(x), and which responses train by them, as in A-LoL (Baheti et al., arXiv 2305.14718)."""
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -52,7 +51,7 @@ class ProvideAdvantages(Provider[Advantages]):
         fingerprint = {
             **sampling_fingerprint(annotator, sampling), "reference": annotator.reference.fingerprint,
             "head": asdict(value), "development": [bytes(key).hex() for key in development.keys],
-            "rewards": hashlib.sha256(rewards.numpy().tobytes()).hexdigest(),
+            "rewards": rewards.tolist(),
         }  # fmt: skip
         sequences, first = data.sequences, data.sequences.first
         fitted: list[torch.nn.Module] = []

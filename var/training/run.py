@@ -37,7 +37,7 @@ from var.models.reward_model import RewardModel
 from var.models.sharding import load_to_shard
 from var.models.value_head import ActorCritic
 from var.requirements import SequenceScores, TokenValues, find
-from var.rewards.base import check_answers
+from var.rewards.base import Reward, check_answers
 from var.rewards.scale import Scale
 from var.sampling.base import Sampling
 from var.training.alternatives import MemoryPlan, choose_strategy
@@ -274,8 +274,7 @@ class Run:
             if judge:
                 raise UserError("eval.judge compares responses, and a reward model gives none. Set eval.judge=null.")
             return PairAccuracy(self.peaks)
-        reward = instantiate(cfg.eval.reward) if cfg.eval.reward else None
-        if reward:
+        if reward := self.validation_reward:
             reward.fingerprint  # noqa: B018  raises errors of its model
         return Validation(
             sampling, cfg.eval.every_n_steps, reward, judge, cfg.eval.judged, self.annotator, self.folder, self.peaks
@@ -322,22 +321,24 @@ class Run:
         """Whether an evaluation samples responses to validation prompts."""
         return self.cfg.eval.enabled and not find(self.data.requirements, SequenceScores)
 
-    def check_validation_prompts(self) -> None:
-        """Raise UserError for prompts that the template cannot write or the reward cannot score, before any is sampled.
+    @cached_property
+    def validation_reward(self) -> Reward | None:
+        """The reward of validation; None for the run's own."""
+        return instantiate(self.cfg.eval.reward) if self.cfg.eval.reward else None
 
-        They are those of validation.
-        """
+    def check_validation_prompts(self) -> None:
+        """Raise UserError for validation prompts that cannot be written or scored, before training ones are sampled."""
         rows = self.data.training_set.validation
         if self.samples_validation and len(rows):
             check_prompts(self.annotator, rows, np.arange(len(rows)), warns=False)
-            check_answers(instantiate(self.cfg.eval.reward) if self.cfg.eval.reward else self.annotator.reward, rows)
+            check_answers(self.validation_reward or self.annotator.reward, rows)
 
     def sample_validation(self) -> None:
         """Fill the cache with the reference's responses to the validation prompts and their rewards."""
         data = self.data.training_set
         if self.samples_validation and len(data.validation):
-            reward = instantiate(self.cfg.eval.reward) if self.cfg.eval.reward else None
-            evaluate_reference(self.annotator, data.validation, Sampling(**self.cfg.eval.sampling), reward)
+            sampling = Sampling(**self.cfg.eval.sampling)
+            evaluate_reference(self.annotator, data.validation, sampling, self.validation_reward)
 
     def close(self, trainer: lightning.Trainer) -> None:
         """Finish the loggers, which would otherwise leak into the next job of a sweep."""
